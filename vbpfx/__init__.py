@@ -1,0 +1,59 @@
+"""vbpfx: make trained networks smaller and faster without retraining them.
+
+A graph-rewriting pass on ``torch.fx``: hidden neurons whose activation hardly varies are removed and folded
+into the layer behind. :func:`prune` is the whole way; every stage is a public function of its own.
+"""
+
+from vbpfx.artifact import load
+from vbpfx.blocks import Analysis, find_blocks
+from vbpfx.capture import Captured, capture
+from vbpfx.convert import apply_plan, convert
+from vbpfx.errors import (
+    AnalysisError,
+    ArtifactError,
+    BudgetError,
+    CalibrationError,
+    CaptureError,
+    ExportError,
+    VbpfxError,
+    VerificationError,
+)
+from vbpfx.pipeline import Pruned, prune, save
+from vbpfx.plan import make_plan
+from vbpfx.prepare import Statistics, prepare, statistics
+from vbpfx.records import Block, Plan, Refusal
+from vbpfx.report import Report
+from vbpfx.verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "AnalysisError",
+    "ArtifactError",
+    "Block",
+    "BudgetError",
+    "CalibrationError",
+    "CaptureError",
+    "Captured",
+    "ExportError",
+    "Plan",
+    "Pruned",
+    "Refusal",
+    "Report",
+    "Statistics",
+    "VbpfxError",
+    "Verification",
+    "VerificationError",
+    "apply_plan",
+    "capture",
+    "convert",
+    "find_blocks",
+    "load",
+    "make_plan",
+    "prepare",
+    "prune",
+    "save",
+    "statistics",
+    "verify",
+]

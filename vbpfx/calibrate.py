@@ -1,0 +1,93 @@
+"""Calibrate: run the user's batches through a prepared graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import fx, nn
+
+from vbpfx.errors import CalibrationError
+from vbpfx.inputs import Inputs, model_device
+from vbpfx.prepare import observers
+
+ReadBatch = Callable[[Any], Inputs]
+
+
+def calibrate(
+    observed: fx.GraphModule, data: Iterable[Any], read: ReadBatch, example: Inputs, *, progress: bool = False
+) -> None:
+    """Run every batch through the prepared graph, without gradients.
+
+    Args:
+        observed: what :func:`vbpfx.prepare` returned.
+        data: batches; gone through once.
+        read: from a batch to the arguments of the forward call.
+        example: the inputs that the graph was captured with; a batch that fails is compared with them.
+        progress: show a bar on standard error.
+
+    Raises:
+        CalibrationError: there is no batch, one does not fit the model, or one makes activations that are
+            not finite. The message counts batches from 1 and names the block.
+    """
+    device = model_device(observed)
+    seen = 0
+    with torch.inference_mode(), _bar(data, progress) as advance:
+        for seen, batch in enumerate(data, start=1):
+            inputs = read(batch).to(device)
+            try:
+                # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
+                nn.Module.__call__(observed, *inputs.args, **inputs.kwargs)
+            except Exception as error:  # the model's own operators raise whatever they raise
+                raise CalibrationError(_misfit(seen, inputs, example, observed, error)) from error
+            bad = next((o for o in observers(observed) if o.bad_call is not None), None)
+            if bad is not None:
+                raise CalibrationError(
+                    f"batch {seen} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
+                    + _input_is_finite(inputs)
+                )
+            advance()
+    if not seen:
+        raise CalibrationError(
+            "the calibration data is empty: pass at least one batch (an iterator that was used up yields nothing)"
+        )
+
+
+def _misfit(seen: int, inputs: Inputs, example: Inputs, observed: fx.GraphModule, error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
+    given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
+    cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
+    return (
+        f"batch {seen} (counted from 1) does not fit the model: {text}\n  this batch: {inputs.describe()}"
+        f"\n  the model was captured with: {example.describe()}{cast}"
+    )
+
+
+def _input_is_finite(inputs: Inputs) -> str:
+    finite = all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point())
+    if finite:
+        return "its input is finite: the model itself overflows, run it in a wider dtype"
+    return "its input holds NaN or infinity already: leave that batch out"
+
+
+@contextmanager
+def _bar(data: Iterable[Any], progress: bool) -> Iterator[Callable[[], None]]:
+    if not progress:
+        yield lambda: None
+        return
+    total = len(data) if isinstance(data, Sized) else None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("calibrating", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,335 @@
+"""Capture: a model becomes a graph whose nodes know their shapes. The only file that traces.
+
+Two front ends make the same kind of object, a ``torch.fx.GraphModule``:
+
+- ``"symbolic"``, :class:`torch.fx.Tracer`: keeps the module structure, ``train()`` / ``eval()`` and the
+  parameter names.
+- ``"export"``, :func:`torch.export.export`: an ATen graph, for models whose Python control flow stops
+  symbolic tracing.
+
+Nothing is traced on the caller's model: both work on a copy of its modules that shares every tensor, so
+no mode, hook or attribute of the original changes even for a moment.
+
+Shapes come from one run on fake tensors (no data, no weights copied) in which the batch is a large
+prime that divides no size of the model. A reshape read at such a size cannot confuse the batch with
+another axis, and unlike symbolic shapes it never specialises; it is also four times faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from vbpfx.errors import CaptureError
+from vbpfx.inputs import Inputs, argument_names, as_inputs, model_device
+
+Frontend = Literal["auto", "symbolic", "export"]
+
+_SMALLEST_SENTINEL = 1009
+_NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_module: the graph; it shares its parameters with the model and is in eval mode. Every
+            node's ``meta["val"]`` holds its value as fake tensors.
+        reference: the model in its own class: a copy of its modules that shares their tensors, in eval mode.
+        frontend: what traced it.
+        inputs: the example inputs.
+        batch: the size that stands for the batch axis in ``meta["val"]``; None where the graph
+            works for the example's own batch size only.
+        fingerprint: hash of the model's structure (names, shapes, module classes).
+    """
+
+    graph_module: fx.GraphModule
+    reference: nn.Module
+    frontend: Literal["symbolic", "export"]
+    inputs: Inputs
+    batch: int | None
+    fingerprint: str
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates per node and sample, nodes that have none left out.
+
+        Counted by :mod:`torch.utils.flop_counter` (matrix products and convolutions, attention's two
+        products included; norms, activations and biases count nothing), where one MAC is two flops.
+        """
+        samples = 1 if self.batch is not None else (self.inputs.batch_size or 1)
+        counts: dict[str, int] = {}
+        with FlopCounterMode(display=False) as counter, _unfused_attention():
+
+            def count(node: fx.Node, run: Callable[[], Any]) -> Any:
+                before = counter.get_total_flops()
+                value = run()
+                if spent := counter.get_total_flops() - before:
+                    counts[node.name] = spent // (2 * samples)
+                return value
+
+            _run_fake(self.graph_module, self.inputs, samples, count)
+        return counts
+
+
+def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Captured:
+    """Trace a model into a graph whose nodes know their shapes, with a dynamic batch axis.
+
+    Args:
+        model: any module, on any device; it is left exactly as it was.
+        example_inputs: one batch: a tensor, a mapping of keyword arguments, a sequence of positional
+            arguments, or ``(args, kwargs)``. Only shapes and dtypes matter here.
+        frontend: ``"symbolic"``, ``"export"``, or ``"auto"``: symbolic first, then export.
+
+    Raises:
+        CaptureError: neither front end can trace it (the message names the line of the model's source
+            that stopped it), or the model computes in float16 on the CPU.
+    """
+    if frontend not in ("auto", "symbolic", "export"):
+        raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    _refuse_half_on_cpu(model)
+    reference = _share_tensors(model)
+    inputs = as_inputs(example_inputs, reference).to(model_device(model))
+    if not inputs.tensors:
+        raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
+    failures: list[str] = []
+    for name, trace in _FRONTENDS.items():
+        if frontend not in ("auto", name):
+            continue
+        try:
+            graph_module = trace(reference, inputs)
+            batch = _propagate_shapes(graph_module, inputs)
+        except Exception as error:  # tracing runs the model's own code, which can raise anything
+            failures.append(f"{name}: {_explain(error, reference)}")
+            continue
+        return Captured(graph_module, reference, name, inputs, batch, fingerprint(model))
+    raise CaptureError(
+        f"{type(model).__name__} could not be traced with inputs ({inputs.describe()}).\n  "
+        + "\n  ".join(failures)
+        + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
+        "values; or pass the traceable part of the model alone."
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of all parameters and persistent buffers and the module classes."""
+    lines = [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict(keep_vars=True).items()
+             if isinstance(tensor, Tensor)]  # fmt: skip
+    lines += [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _refuse_half_on_cpu(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+            raise CaptureError(
+                f"the model computes in float16 on the CPU (parameter {name}), where many operators do not exist "
+                f"and sums overflow; prune model.float() (or .bfloat16(), or on a GPU) and call .half() on the result"
+            )
+
+
+def _share_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all their tensors, in eval mode."""
+    tensors = [t for module in model.modules() for t in _tensors_of(module)]
+    memo: dict[int, Any] = {id(t): t for t in tensors}
+    try:
+        shared = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute "
+            f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
+        ) from error
+    return shared.eval()
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer, but composite modules of ``torch.nn`` are traced through, so that a block inside is seen."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        composite = isinstance(
+            m,
+            (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder),
+        )
+        return not composite and super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    parameters = inspect.signature(model.forward).parameters
+    absent = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in bound and parameter.default is not inspect.Parameter.empty
+    }
+    constants = {name: value for name, value in bound.items() if not _holds_tensor(value)}
+    tracer = _Tracer()
+    graph = tracer.trace(model, concrete_args=absent | constants)
+    for node in graph.nodes:
+        # fx renames an argument that it specialises (mask -> mask_1); callers keep the model's own name.
+        if node.op == "placeholder":
+            node.target = next((n for n in absent | constants if node.target in (n, f"{n}_1")), node.target)
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    # A batch of one would be specialised without a word; two samples keep the axis dynamic.
+    samples = max(2, inputs.batch_size or 2)
+    example = inputs.resized(samples)
+    auto = torch.export.Dim.AUTO
+
+    def dynamic(tensor: Tensor) -> dict[int, Any]:
+        if not tensor.is_floating_point():  # token ids and masks: texts differ in length too
+            return dict.fromkeys(range(tensor.ndim), auto)
+        return {0: auto} if example.is_batched(tensor) else {}
+
+    shapes = pytree.tree_map(
+        lambda leaf: dynamic(leaf) if isinstance(leaf, Tensor) else None, (example.args, example.kwargs)
+    )
+    named = dict(zip(argument_names(model, example), shapes[0], strict=False)) | shapes[1]
+    with warnings.catch_warnings(), _unfused_attention(), _quiet_logging():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=named, strict=False)
+        exported = program.module(check_guards=False)
+    assert isinstance(exported, fx.GraphModule)
+    graph = exported.graph
+    for node in list(graph.nodes):
+        # dtype asserts have no effect on the result and would bind the graph to one precision
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
+    return fx.GraphModule(exported, graph, type(model).__name__)
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """The fused inference kernels of attention and encoder layers hide the products inside: do without."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """torch.export logs a failure before it raises it; the error says the same in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+_FRONTENDS: Mapping[Literal["symbolic", "export"], Callable[[nn.Module, Inputs], fx.GraphModule]] = {
+    "symbolic": _trace_symbolic,
+    "export": _trace_export,
+}
+
+
+def _propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs) -> int | None:
+    """Write ``meta["val"]`` on every node; returns the size that stands for the batch."""
+
+    def record(node: fx.Node, run: Callable[[], Any]) -> Any:
+        node.meta["val"] = value = run()
+        return value
+
+    sentinel = _sentinel(graph_module, inputs)
+    if inputs.batch_size is not None:
+        try:
+            _run_fake(graph_module, inputs, sentinel, record)
+            return sentinel
+        except Exception:  # a graph that is tied to its batch size still works at that size
+            pass
+    _run_fake(graph_module, inputs, inputs.batch_size, record)
+    return None
+
+
+def _run_fake(
+    graph_module: fx.GraphModule,
+    inputs: Inputs,
+    samples: int | None,
+    around: Callable[[fx.Node, Callable[[], Any]], Any],
+) -> None:
+    """Run the graph on fake tensors with a batch of that many samples."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        if samples is not None and inputs.is_batched(tensor):
+            shape[0] = samples
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+    class Runner(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            return around(n, lambda: super(Runner, self).run_node(n))
+
+    with mode, torch.no_grad():
+        example = inputs.map(fake)
+        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
+
+
+def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """The inputs in the order of the graph's placeholders."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if isinstance(graph_module.graph._codegen, fx.graph._PyTreeCodeGen):
+        return inputs.leaves
+    named = dict(zip((str(node.target) for node in placeholders), inputs.args, strict=False)) | inputs.kwargs
+    return [
+        named[str(node.target)] if str(node.target) in named else node.args[0] if node.args else None
+        for node in placeholders
+    ]
+
+
+def _sentinel(graph_module: fx.GraphModule, inputs: Inputs) -> int:
+    """A prime that divides no size of the model or its inputs."""
+    tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
+    sizes = {size for tensor in tensors for size in tensor.shape if size}
+    candidate = _SMALLEST_SENTINEL
+    while any(size % candidate == 0 for size in sizes) or any(candidate % f == 0 for f in range(2, 100)):
+        candidate += 2
+    return candidate
+
+
+def _explain(error: Exception, model: nn.Module) -> str:
+    """The error's first line and the innermost line of code that is neither torch's nor ours."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if os.path.exists(frame.filename) and not frame.filename.startswith(_NOT_USER_CODE):
+            return f"{type(error).__name__}: {text}\n    at {frame.filename}:{frame.lineno}: {frame.line}"
+    try:
+        place = f"{inspect.getsourcefile(type(model))}:{inspect.getsourcelines(type(model).forward)[1]}"
+    except (OSError, TypeError):
+        place = type(model).__qualname__
+    return f"{type(error).__name__}: {text}\n    in the forward of {place}"

@@ -1,0 +1,61 @@
+"""Edits of a graph, and the one exit that ends every one of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from vbpfx.errors import ArtifactError
+from vbpfx.records import Block
+
+
+def share_tensors(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and its modules, in eval mode, that shares every tensor with the original."""
+    tensors = [*graph_module.parameters(), *graph_module.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    copied: fx.GraphModule = copy.deepcopy(graph_module, memo)
+    return copied.eval()
+
+
+def insert_at_sources(
+    graph_module: fx.GraphModule, blocks: Iterable[Block], make: Callable[[Block, int], nn.Module], label: str
+) -> list[tuple[Block, int, nn.Module]]:
+    """Insert a module of one tensor in front of every block's consumers, in place.
+
+    Args:
+        make: called with the block and the index of the source among ``block.sources``.
+        label: what the new submodules are called in the graph.
+
+    Returns:
+        What was inserted where. Only the consumers read the new module's value; whoever else reads
+        the source reads the source as before.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    inserted = []
+    for number, block in enumerate(blocks):
+        for index, (source, axis) in enumerate(block.sources):
+            readers = [c.node for c in block.consumers if (c.source, c.axis) == (source, axis)]
+            missing = [name for name in (source, *readers) if name not in nodes]
+            if missing:
+                raise ArtifactError(
+                    f"block {block.name}: the graph has no node {missing[0]}; it is another model's block"
+                )
+            path = f"{label}_{number}_{index}"
+            module = make(block, index)
+            graph_module.add_submodule(path, module)
+            with graph_module.graph.inserting_before(min(nodes[name] for name in readers)):
+                call = graph_module.graph.call_module(path, (nodes[source],))
+            for name in readers:
+                nodes[name].replace_input_with(nodes[source], call)
+            inserted.append((block, index, module))
+    finish(graph_module)
+    return inserted
+
+
+def finish(graph_module: fx.GraphModule) -> None:
+    """The exit of every edit: the graph is checked and its code made anew."""
+    graph_module.graph.lint()
+    graph_module.recompile()

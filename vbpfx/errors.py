@@ -1,0 +1,37 @@
+"""One hierarchy of errors.
+
+A message says what was found, where (node, module path, shape) and what to do about it. A block that
+cannot be narrowed is no error: it is a :class:`vbpfx.records.Refusal`, a value with a reason.
+"""
+
+
+class VbpfxError(Exception):
+    """Anything vbpfx raises on purpose. The caller's model and files are as they were."""
+
+
+class CaptureError(VbpfxError):
+    """The model could not be turned into a graph."""
+
+
+class AnalysisError(VbpfxError):
+    """No block can be narrowed, or a selection of blocks matches nothing."""
+
+
+class CalibrationError(VbpfxError):
+    """The calibration data is empty, does not fit the model, or makes activations that are not finite."""
+
+
+class BudgetError(VbpfxError):
+    """The budget is not a budget, or cannot be met; the message names the nearest one that can."""
+
+
+class VerificationError(VbpfxError):
+    """The rewritten network does not compute what the plan says."""
+
+
+class ArtifactError(VbpfxError):
+    """A saved plan or network cannot be written, read, or applied to the model given."""
+
+
+class ExportError(VbpfxError):
+    """An exported file does not run, or does not compute what the pruned network computes."""

@@ -1,0 +1,253 @@
+"""A GraphModule as JSON, without pickle and without the model's class.
+
+Nodes are written as names and arguments, leaf modules as their class in ``torch.nn`` and their plain
+attributes; tensors go to safetensors beside it. Reading executes nothing that the file brings: a target
+must be a function that takes tensors (``torch.overrides`` lists them), an arithmetic operator, an ATen
+operator or a public Tensor method, and a module must be a class of ``torch.nn.modules``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.utils import _pytree as pytree
+
+from vbpfx.errors import ArtifactError
+
+_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "is_cuda", "data", "requires_grad"})
+_FORBIDDEN = frozenset({"torch.load", "torch.save", "torch.from_file"})
+
+
+def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The graph and its modules; tensors are not included.
+
+    Raises:
+        ArtifactError: something in it is neither plain data nor an operator of torch.
+    """
+    graph = graph_module.graph
+    codegen = graph._codegen
+    data: dict[str, Any] = {
+        "nodes": [_node_to_json(node) for node in graph.nodes],
+        "modules": {
+            name: _module_to_json(name, module)
+            for name, module in graph_module.named_modules()
+            if name and type(module) is not nn.Module
+        },
+        "buffers": sorted(name for name, _ in graph_module.named_buffers()),
+        "name": type(graph_module).__name__,
+    }
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        info = codegen.pytree_info
+        assert info.out_spec is not None
+        data["pytree"] = {
+            "arguments": list(info.orig_args),
+            "in": pytree.treespec_dumps(info.in_spec),
+            "out": pytree.treespec_dumps(info.out_spec),
+        }
+    return data
+
+
+def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    """The inverse of :func:`graph_to_json`, in eval mode.
+
+    Args:
+        tensors: every parameter and buffer by name.
+
+    Raises:
+        ArtifactError: the file names something that a saved network may not hold.
+    """
+    root = nn.Module()
+    for name in sorted(data["modules"], key=lambda path: path.count(".")):
+        _install(root, name, _module_from_json(name, data["modules"][name]))
+    buffers = set(data["buffers"])
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        holder = _holder(root, owner)
+        if name in buffers:
+            holder.register_buffer(attribute, tensor)
+        else:
+            holder.register_parameter(attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in data["nodes"]:
+        node = graph.create_node(
+            entry["op"],
+            _target_from_json(entry["op"], entry["target"]),
+            _value_from_json(entry["args"], nodes),
+            _value_from_json(entry["kwargs"], nodes),
+            name=entry["name"],
+        )
+        nodes[entry["name"]] = node
+    if "pytree" in data:
+        described = data["pytree"]
+        specs = (pytree.treespec_loads(described["in"]), pytree.treespec_loads(described["out"]))
+        graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(described["arguments"], *specs)))
+    graph.lint()
+    return fx.GraphModule(root, graph, data["name"]).eval()
+
+
+def _node_to_json(node: fx.Node) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": _target_to_json(node),
+        "args": _value_to_json(node.args, node.name),
+        "kwargs": _value_to_json(node.kwargs, node.name),
+    }
+
+
+@functools.cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    """Every function that a saved graph may call, by name."""
+    found: dict[str, Callable[..., Any]] = {}
+    for place, functions in torch.overrides.get_overridable_functions().items():
+        if isinstance(place, type(torch)):  # a module; Tensor's own methods are called by name
+            for function in functions:
+                found[f"{place.__name__}.{function.__name__}"] = function
+    found |= {f"operator.{name}": getattr(operator, name) for name in operator.__all__ if name.islower()}
+    found |= {f"math.{name}": getattr(math, name) for name in ("sqrt", "floor", "ceil", "prod")}
+    for callers in ("attrgetter", "itemgetter", "methodcaller", "call"):
+        found.pop(f"operator.{callers}", None)
+    found |= {"getattr": getattr, "torch._assert": torch._assert, "assert_is_none": _assert_is_none}
+    return {name: function for name, function in found.items() if name not in _FORBIDDEN}
+
+
+def _target_to_json(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}::{target._opname}.{target._overloadname}"
+    for name, function in _functions().items():
+        if function is target:
+            return name
+    raise ArtifactError(
+        f"node {node.name} calls {getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}, which is no "
+        f"operator of torch; the graph alone cannot be saved: capture with frontend='export', or load the artifact "
+        f"into the model's own class"
+    )
+
+
+def _target_from_json(op: str, target: str) -> Any:
+    if op == "call_method":
+        if target.startswith("_") or not hasattr(Tensor, target):
+            raise ArtifactError(f"the graph calls Tensor.{target}, which is no public method of a tensor")
+        return target
+    if op != "call_function":
+        return target
+    if "::" in target:
+        namespace, _, rest = target.partition("::")
+        name, _, overload = rest.rpartition(".")
+        try:
+            return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        except AttributeError as error:
+            raise ArtifactError(f"this PyTorch has no operator {target}; load the artifact where it exists") from error
+    if target not in _functions():
+        raise ArtifactError(f"the graph calls {target}, which a saved network may not call")
+    return _functions()[target]
+
+
+def _value_to_json(value: Any, where: str) -> Any:
+    """Plain values as they are; everything else as a dictionary with one key that says what it is."""
+    match value:
+        case fx.Node():
+            return {"node": value.name}
+        case float() if not math.isfinite(value):
+            return {"float": str(value)}
+        case str() | bool() | int() | float() | None:
+            return value
+        case list():
+            return [_value_to_json(entry, where) for entry in value]
+        case tuple():
+            return {"tuple": [_value_to_json(entry, where) for entry in value]}
+        case dict():
+            return {"dict": [[_value_to_json(k, where), _value_to_json(v, where)] for k, v in value.items()]}
+        case slice():
+            return {"slice": [_value_to_json(entry, where) for entry in (value.start, value.stop, value.step)]}
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return {"torch": str(value).removeprefix("torch.")}
+        case torch.device():
+            return {"device": str(value)}
+        case _ if value is Ellipsis:
+            return {"ellipsis": True}
+    raise ArtifactError(f"{where} holds a {type(value).__name__}, which is no plain data and cannot be saved")
+
+
+def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_value_from_json(entry, nodes) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    match kind:
+        case "node":
+            return nodes[held]
+        case "float":
+            return float(held)
+        case "tuple":
+            return tuple(_value_from_json(entry, nodes) for entry in held)
+        case "dict":
+            return {_value_from_json(k, nodes): _value_from_json(v, nodes) for k, v in held}
+        case "slice":
+            return slice(*(_value_from_json(entry, nodes) for entry in held))
+        case "torch":
+            found = getattr(torch, held, None)
+            if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+                return found
+        case "device":
+            return torch.device(held)
+        case "ellipsis":
+            return Ellipsis
+    raise ArtifactError(f"the graph holds a value of an unknown kind {kind!r}")
+
+
+def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        raise ArtifactError(f"module {name} is a {type(module).__qualname__}, which is no module of torch.nn")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ArtifactError(f"module {name} has forward hooks, which cannot be saved; remove them first")
+    plain = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+    return {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "attributes": {key: _value_to_json(value, f"module {name}") for key, value in plain.items()},
+        "absent": [key for key, value in (module._parameters | module._buffers).items() if value is None],
+    }
+
+
+def _module_from_json(name: str, data: dict[str, Any]) -> nn.Module:
+    path, _, class_name = data["class"].rpartition(".")
+    if not path.startswith("torch.nn.modules."):
+        raise ArtifactError(f"module {name} claims class {data['class']}, which is no module of torch.nn")
+    found = getattr(importlib.import_module(path), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ArtifactError(f"module {name} claims class {data['class']}, which this PyTorch does not have")
+    module: nn.Module = found.__new__(found)
+    nn.Module.__init__(module)
+    for key, value in data["attributes"].items():
+        setattr(module, key, _value_from_json(value, {}))
+    for key in data["absent"]:
+        module.register_parameter(key, None)
+    return module
+
+
+def _holder(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path; plain modules are made where there are none."""
+    holder = root
+    for part in path.split(".") if path else ():
+        if part not in holder._modules:
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    return holder
+
+
+def _install(root: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    _holder(root, owner).add_module(name, module)

@@ -1,0 +1,46 @@
+"""Importance: one score per hidden neuron; the lowest go first.
+
+- ``"variance"`` (Variance-Based Pruning, ICCV 2025, arXiv 2507.12988): C_jj, the sample variance of the
+  activation at the consumer's input. Replacing h_j by its mean costs an expected squared error of just
+  C_jj. With several consumer inputs their variances add up.
+- ``"magnitude"``: the squared L2 norm of everything the neuron owns: its rows in the producers, its
+  columns in the consumers.
+- ``"random"``: uniform, from a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.moments import Moments
+from vbpfx.records import Block
+
+Criterion = Callable[[Block, tuple[Moments, ...], nn.Module], Tensor]
+
+
+def variance(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
+    """Sum over the consumer inputs of M2 / (n - 1); (d,) float64."""
+    return torch.stack([m.variance.cpu() for m in moments]).sum(0)
+
+
+def magnitude(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
+    """Sum of the squares of all weights that belong to the neuron; (d,) float64."""
+    total = torch.zeros(block.width, dtype=torch.float64)
+    weights = {*block.producers, *(consumer.weight for consumer in block.consumers)}
+    for entry in block.parameters:
+        if entry.name in weights:
+            weight = model.get_parameter(entry.name).detach().double().cpu()
+            total += weight.movedim(entry.axis, 0).flatten(1).square().sum(1)
+    return total
+
+
+def random(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
+    """Uniform in [0, 1), the same for the same block name; (d,) float64."""
+    seed = int.from_bytes(block.name.encode(), "big") % (1 << 63)
+    return torch.rand(block.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+CRITERIA: Mapping[str, Criterion] = {"variance": variance, "magnitude": magnitude, "random": random}

@@ -1,0 +1,127 @@
+"""Batches: from whatever a data loader yields to the arguments of a forward call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one forward call; tensors may be nested in tuples, lists and dictionaries."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Every value among the arguments, nested ones included, in order."""
+        return list(pytree.tree_leaves((self.args, self.kwargs)))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Size of the first axis of the first tensor that has one; None without such a tensor."""
+        return next((t.shape[0] for t in self.tensors if t.ndim), None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same arguments with the function applied to every tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def is_batched(self, tensor: Tensor) -> bool:
+        """Whether the tensor's first axis is the batch axis (as long as the first tensor's)."""
+        return tensor.ndim > 0 and tensor.shape[0] == self.batch_size
+
+    def first(self, samples: int) -> Inputs:
+        """At most that many samples of the batch."""
+        return self.map(lambda t: t[:samples] if self.is_batched(t) else t)
+
+    def resized(self, samples: int) -> Inputs:
+        """The batch repeated or cut to exactly that many samples."""
+
+        def resize(tensor: Tensor) -> Tensor:
+            if not self.is_batched(tensor):
+                return tensor
+            index = torch.arange(samples, device=tensor.device) % tensor.shape[0]
+            return tensor.index_select(0, index)
+
+        return self.map(resize)
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same arguments with every tensor on the device."""
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def describe(self) -> str:
+        """Shapes and dtypes, for messages."""
+        named = [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]
+        parts = []
+        for name, value in named:
+            tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+            parts += [f"{name}: {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors]
+        return "; ".join(parts) or "no tensors"
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; the CPU where it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def argument_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The parameter names of ``model.forward`` that the inputs fill, in order."""
+    return list(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
+
+
+def _binds(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _are_labels(value: Any, batch_size: int | None) -> bool:
+    return (
+        isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and value.shape[0] == batch_size
+    )
+
+
+def as_inputs(batch: Any, model: nn.Module) -> Inputs:
+    """The arguments that ``model.forward`` takes, from one batch.
+
+    A tensor is the one argument. A mapping is keyword arguments (or, where the signature does not take
+    its keys, the one argument). A sequence is positional arguments, from which labels are left out:
+    what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
+    with a tuple and a dictionary is taken as it is.
+    """
+    if isinstance(batch, Inputs):
+        return batch
+    signature = inspect.signature(model.forward)
+    if isinstance(batch, Mapping):
+        kwargs = {str(key): value for key, value in batch.items()}
+        return Inputs((), kwargs) if _binds(signature, (), kwargs) else Inputs((batch,), {})
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):
+            return Inputs(batch[0], dict(batch[1]))
+        entries = tuple(batch)
+        first = Inputs(entries[:1], {})
+        if len(entries) == 2 and _are_labels(entries[1], first.batch_size) and _binds(signature, entries[:1], {}):
+            entries = entries[:1]
+        while len(entries) > 1 and not _binds(signature, entries, {}):
+            entries = entries[:-1]
+        if len(entries) == 1 and isinstance(entries[0], Mapping):
+            return as_inputs(entries[0], model)
+        return Inputs(entries, {})
+    return Inputs((batch,), {})

@@ -1,0 +1,48 @@
+"""Observers: modules that pass a tensor through and gather the moments of one of its axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.moments import Moments
+
+
+class Observer(nn.Module):
+    """Identity that accumulates :class:`~vbpfx.moments.Moments` along one axis.
+
+    Every other axis (samples, tokens, positions) is pooled. It holds no parameter and no buffer, so
+    nothing of it enters a ``state_dict``.
+
+    Args:
+        name: what it observes, for messages.
+        axis: the channel axis of the tensor it will see.
+
+    Attributes:
+        moments: what was gathered; None before the first sample.
+        calls: number of batches seen.
+        bad_call: index of the first batch that held a NaN or an infinity; None without one. That
+            batch and all after it are not gathered.
+    """
+
+    def __init__(self, name: str, axis: int) -> None:
+        super().__init__()
+        self.name = name
+        self.axis = axis
+        self.moments: Moments | None = None
+        self.calls = 0
+        self.bad_call: int | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Gather, and return x itself."""
+        rows = x.detach().movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else x.detach().unsqueeze(0)
+        if rows.shape[0] and self.bad_call is None:
+            batch = Moments.of(rows)
+            # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
+            if bool(batch.m2.isfinite().all()):
+                self.moments = batch if self.moments is None else self.moments | batch
+            else:
+                self.bad_call = self.calls
+        self.calls += 1
+        return x

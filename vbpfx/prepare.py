@@ -1,0 +1,130 @@
+"""Prepare: the instrumented graph, and the statistics it gathered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import fx
+
+from vbpfx.blocks import Analysis
+from vbpfx.capture import Captured
+from vbpfx.edit import insert_at_sources, share_tensors
+from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
+from vbpfx.files import write_safetensors
+from vbpfx.moments import Moments
+from vbpfx.observer import Observer
+from vbpfx.records import Block
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Activation moments per block, at each of its consumers' inputs (``block.sources``).
+
+    ``a | b`` is the statistics of both data sets together; order and batching do not matter.
+    """
+
+    moments: Mapping[str, tuple[Moments, ...]]
+
+    def __or__(self, other: Statistics) -> Statistics:
+        if self.moments.keys() != other.moments.keys():
+            raise CalibrationError(
+                f"statistics of different blocks cannot be merged: {sorted(self.moments.keys() ^ other.moments.keys())}"
+            )
+        return Statistics(
+            {
+                name: tuple(a | b for a, b in zip(self.moments[name], other.moments[name], strict=True))
+                for name in self.moments
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a ``.safetensors`` file, atomically."""
+        tensors, counts = {}, {}
+        for name, sources in self.moments.items():
+            counts[name] = [moments.count for moments in sources]
+            for index, moments in enumerate(sources):
+                tensors[f"{name}/{index}/mean"] = moments.mean
+                tensors[f"{name}/{index}/m2"] = moments.m2
+        write_safetensors(Path(path), tensors, {"vbpfx.statistics": json.dumps(counts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what :meth:`save` wrote."""
+        try:
+            with safe_open(path, "pt") as file:
+                counts = json.loads(file.metadata()["vbpfx.statistics"])
+                return cls(
+                    {
+                        name: tuple(
+                            Moments(n, *(file.get_tensor(f"{name}/{i}/{part}") for part in ("mean", "m2")))
+                            for i, n in enumerate(sources)
+                        )
+                        for name, sources in counts.items()
+                    }
+                )
+        except Exception as error:  # safetensors raises its own error type, json and keys theirs
+            raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
+
+
+def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] | None = None) -> fx.GraphModule:
+    """An instrumented copy of the captured graph, in eval mode: run your own data through it.
+
+    An :class:`~vbpfx.observer.Observer` stands at the input of every consumer, so that the statistics are
+    those of the value the layer really reads. The copy shares the model's parameters; running it
+    changes nothing of the model.
+
+    Args:
+        blocks: the blocks to observe; all of the analysis by default.
+
+    Raises:
+        AnalysisError: there is no block to observe.
+    """
+    chosen = analysis.blocks if blocks is None else tuple(blocks)
+    if not chosen:
+        raise AnalysisError(no_blocks(analysis))
+    observed = share_tensors(captured.graph_module)
+    insert_at_sources(observed, chosen, lambda block, i: Observer(block.name, block.sources[i][1]), "observe")
+    return observed
+
+
+def observers(observed: fx.GraphModule) -> list[Observer]:
+    """The observers of a prepared graph: block after block, source after source.
+
+    Raises:
+        CalibrationError: the graph was not made by :func:`prepare`.
+    """
+    found = [module for module in observed.children() if isinstance(module, Observer)]
+    if not found:
+        raise CalibrationError("this graph holds no observers; pass what vbpfx.prepare returned")
+    return found
+
+
+def statistics(observed: fx.GraphModule) -> Statistics:
+    """The statistics that a prepared graph has gathered so far.
+
+    Raises:
+        CalibrationError: nothing ran through it, or an activation was not finite.
+    """
+    gathered: dict[str, list[Moments]] = {}
+    for observer in observers(observed):
+        if observer.bad_call is not None:
+            raise CalibrationError(
+                f"block {observer.name}: NaN or infinite activations in batch {observer.bad_call + 1} "
+                f"(counted from 1); remove that batch, or run the model in a wider dtype"
+            )
+        if observer.moments is None:
+            raise CalibrationError(f"block {observer.name} saw no data: run batches through the prepared graph first")
+        gathered.setdefault(observer.name, []).append(observer.moments)
+    return Statistics({name: tuple(moments) for name, moments in gathered.items()})
+
+
+def no_blocks(analysis: Analysis) -> str:
+    """Why there is nothing to prune, in words."""
+    if not analysis.refusals:
+        return "the model has no block that can be narrowed: no layer with a weight was found"
+    reasons = (f"\n  {r.name or '(whole model)'}: {r.reason} (node {r.node})" for r in analysis.refusals[:8])
+    return "the model has no block that can be narrowed; what was looked at:" + "".join(reasons)

@@ -1,0 +1,91 @@
+"""Report: what pruning did, as figures and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from vbpfx.blocks import Analysis
+from vbpfx.capture import Captured
+from vbpfx.records import Plan
+from vbpfx.tables import table
+from vbpfx.verify import Verification
+
+
+@dataclass(frozen=True)
+class Report:
+    """Dense against pruned.
+
+    Attributes:
+        params, macs, neurons: ``(dense, pruned)``. MACs per sample as :mod:`torch.utils.flop_counter` counts
+            them: products of layers and of attention, no norms, no activations.
+        widths: per block ``(before, after)``.
+        refused: number of axes that could not be narrowed.
+        settings: how the plan was made.
+        verification: what the substitution oracle measured; None where it was switched off.
+    """
+
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    neurons: tuple[int, int]
+    widths: Mapping[str, tuple[int, int]]
+    refused: int
+    settings: Mapping[str, Any]
+    verification: Verification | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready dictionaries."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, dense, pruned, f"{pruned / dense:.1%}")
+            for name, (dense, pruned) in (
+                ("hidden neurons", self.neurons),
+                ("parameters", self.params),
+                ("MACs per sample", self.macs),
+            )
+        ]
+        budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
+        title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
+        text = table(title, ("", "dense", "pruned", "kept"), rows)
+        text += table(
+            f"{len(self.widths)} blocks, {self.refused} axes refused",
+            ("block", "width", "now", "kept"),
+            [(name, before, now, f"{now / before:.1%}") for name, (before, now) in self.widths.items()],
+        )
+        if self.settings["at_floor"]:
+            text += (
+                f"{len(self.settings['at_floor'])} blocks stand at their floor (min_width): "
+                f"{', '.join(self.settings['at_floor'])}\n"
+            )
+        if self.verification:
+            v = self.verification
+            text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
+        return text
+
+
+def make_report(
+    captured: Captured, small: fx.GraphModule, analysis: Analysis, plan: Plan, verification: Verification | None
+) -> Report:
+    """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
+    narrowed = dataclasses.replace(captured, graph_module=small)
+    total = analysis.neurons
+    return Report(
+        params=(count_parameters(captured.graph_module), count_parameters(small)),
+        macs=(sum(captured.macs.values()), sum(narrowed.macs.values())),
+        neurons=(total, total - plan.removed),
+        widths={block.name: (block.width, plan.widths.get(block.name, block.width)) for block in analysis.blocks},
+        refused=len(analysis.refusals),
+        settings=plan.settings,
+        verification=verification,
+    )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,26 @@
+"""Tables as text: what print() shows of an analysis, a plan and a report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 110
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as plain text; numbers are set to the right."""
+    rows = [list(row) for row in rows]
+    drawn = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
+    out = io.StringIO()
+    Console(file=out, width=_WIDTH).print(drawn)
+    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
