@@ -98,6 +98,7 @@ class _Evidence:
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
     opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
+    producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
     literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
     uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -119,7 +120,7 @@ def _gather(captured: Captured) -> _Evidence:
     for node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         own = operand_of(node, names)
-        if own is not None and node.op != "get_attr":
+        if own is not None and not own.is_parameter:
             evidence.graph.add_nodes_from(own.axes)
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
         _count_uses(node, module, names, evidence)
@@ -179,6 +180,7 @@ def _note(relation: Relation, node: fx.Node, evidence: _Evidence) -> None:
             evidence.graph.add_edge(out, weight)
             _own_weight(weight, node, evidence)
             evidence.produced[weight].append(weight.owner)
+            evidence.producing[out].append(node.name)
         case Contracts(source, weight, bias):
             evidence.graph.add_edge(source, weight)
             _own_weight(weight, node, evidence)
@@ -315,7 +317,7 @@ def _residual_sum(component: set[Axis], evidence: _Evidence) -> str | None:
     A product with what was made of it is no such thing: squeeze-and-excite is a gate.
     """
     carriers = {evidence.nodes[axis.owner] for axis in component if not axis.is_parameter}
-    makers = [n for n in carriers if not any(a in carriers for a in n.all_input_nodes)]
+    makers = [evidence.nodes[name] for axis in component for name in evidence.producing.get(axis, ())]
     if len(makers) < 2:
         return None
     start = min(evidence.position[n.name] for n in carriers)

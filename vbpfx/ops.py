@@ -25,7 +25,7 @@ def elementwise(site: Site) -> Iterator[Relation]:
     """out[i] = f(x[i], ...): axes pair up from the right; an axis of length 1 broadcasts and says nothing."""
     out = site.out
     for operand in site.operands:
-        for back in range(1, operand.ndim + 1):
+        for back in range(1, min(operand.ndim, out.ndim) + 1):
             if operand.shape[-back] == out.shape[-back]:
                 yield Same(operand.axis(-back), out.axis(-back))
 
@@ -179,9 +179,10 @@ def permutation(site: Site) -> Iterator[Relation]:
     name = _spelling(site.node)
     if name in ("permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims", "t"):
         order = _order(name, site, x.ndim)
-    else:  # .T, .mT through getattr
-        swapped = list(range(x.ndim))
-        order = swapped[::-1] if site.argument(1, "name") == "T" else [*swapped[:-2], *swapped[:-3:-1]]
+    else:  # x.T reverses all axes, x.mT the last two
+        order = list(range(x.ndim))
+        last = 0 if "T" in (name.removeprefix("numpy_"), site.argument(1, "name")) else -2
+        order[last:] = order[last:][::-1]
     for position, dim in enumerate(order):
         yield Same(x.axis(dim), out.axis(position))
 
@@ -455,6 +456,7 @@ _row(
     F.adaptive_avg_pool2d, aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d,
 )  # fmt: skip
 _methods_and_functions(permutation, "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
+_row(permutation, aten.numpy_T, aten.mT)
 _row(regrouping, nn.Flatten, nn.Unflatten)
 _methods_and_functions(regrouping, "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view")
 _methods_and_functions(expansion, "expand")

@@ -1,0 +1,38 @@
+# make demo   the main job on real data, nothing downloaded but packages
+# make test   lint, types and the whole test suite
+# Both make their own virtual environment first; VENV and PYTHON choose another place or interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.vbpfx-installed
+
+.PHONY: demo test lint retention weights wheel clean
+
+demo: $(INSTALLED)
+	$(BIN)/vbpfx demo --out demo-output
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+retention: $(INSTALLED)
+	$(BIN)/python benchmarks/retention.py
+
+weights: $(INSTALLED)
+	$(BIN)/python -m vbpfx.demo.train_digits
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-output

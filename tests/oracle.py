@@ -1,0 +1,82 @@
+"""What the tests share: real values in every parameter, and the whole way through in few lines."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import vbpfx
+from vbpfx.inputs import as_inputs
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Give every parameter and running statistic values of natural size, in place.
+
+    Layer scales of 1e-6 and zero-initialised branches would hide any error behind them.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn_like(parameter) / max(1, fan_in) ** 0.5)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@dataclass
+class Stages:
+    """Every stage's result for one model."""
+
+    captured: vbpfx.Captured
+    analysis: vbpfx.Analysis
+    statistics: vbpfx.Statistics
+    plan: vbpfx.Plan
+    small: torch.fx.GraphModule
+
+
+def stages(model: nn.Module, batch: Any, *, frontend: str = "auto", **options: Any) -> Stages:
+    """Capture, analyse, calibrate on the one batch, plan and convert."""
+    captured = vbpfx.capture(model, batch, frontend=frontend)
+    analysis = vbpfx.find_blocks(captured)
+    observed = vbpfx.prepare(captured, analysis)
+    inputs = as_inputs(batch, model)
+    with torch.no_grad():
+        observed(*inputs.args, **inputs.kwargs)
+    statistics = vbpfx.statistics(observed)
+    plan = vbpfx.make_plan(analysis, statistics, **(options or {"ratio": 0.5}))
+    return Stages(captured, analysis, statistics, plan, vbpfx.convert(captured, plan))
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All of a model that pruning must leave alone."""
+    return {
+        "tensors": {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]},
+        "identities": {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]},
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "hooks": {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """The model is bit for bit what it was."""
+    after = state(model)
+    for name, tensor in before.pop("tensors").items():
+        assert torch.equal(tensor, after["tensors"][name]), f"{name} changed"
+    grads = before.pop("grads")
+    assert all(g is None or torch.equal(g, after["grads"][n]) for n, g in grads.items())
+    for key, value in before.items():
+        assert after[key] == value, f"{key} changed"
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A float64 copy in eval mode."""
+    return copy.deepcopy(model).double().eval()

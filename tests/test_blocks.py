@@ -1,0 +1,85 @@
+"""The analysis finds what each network carries, refuses what it must, and the oracle holds for what it found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import double, randomize, stages
+from torch import nn
+from torch.utils import _pytree as pytree
+from zoo import FOUND, REFUSED, Case
+
+import vbpfx
+from vbpfx.verify import reference_graph, relative_error
+
+# float64: what rounding alone makes of a few dozen operations
+ROUNDING = 1e-12
+
+
+def _cases(cases: list[Case]) -> list:
+    return [pytest.param(c, f, id=f"{c.name}-{f}") for c in cases for f in c.frontends]
+
+
+@pytest.mark.parametrize(("case", "frontend"), _cases(FOUND))
+def test_blocks_are_found_and_the_oracle_holds(case: Case, frontend: str) -> None:
+    model = double(randomize(case.make()))
+    batch = case.batch().double()
+    result = stages(model, batch, frontend=frontend)
+    assert {b.name: b.width for b in result.analysis.blocks} == case.blocks
+    assert result.captured.batch is not None, "the batch axis was lost"
+    verified = vbpfx.verify(result.captured, result.small, result.plan, tolerance=ROUNDING)
+    assert verified.effect > 1e-6, "the substitution does nothing, so the comparison shows nothing"
+    other = torch.cat([batch, batch[:2].flip(0)])
+    with torch.no_grad():
+        expected = pytree.tree_leaves(reference_graph(result.captured, result.plan)(other))
+        found = pytree.tree_leaves(result.small(other))
+    assert relative_error(found, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in FOUND])
+def test_own_class_computes_the_same(case: Case) -> None:
+    model = double(randomize(case.make()))
+    result = stages(model, case.batch().double(), frontend=case.frontends[0])
+    if case.name == "functional":
+        with pytest.raises(vbpfx.ArtifactError, match="adds no bias"):
+            vbpfx.apply_plan(model, result.plan)
+        return
+    small = vbpfx.apply_plan(model, result.plan)
+    if case.name == "reshaped":  # its code states the hidden width, which no rewrite of tensors can change
+        with pytest.raises(RuntimeError, match="invalid"):
+            small(case.batch().double())
+        return
+    vbpfx.verify(result.captured, small, result.plan, tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize(("case", "frontend"), _cases(REFUSED))
+def test_refusals_have_their_reason(case: Case, frontend: str) -> None:
+    analysis = vbpfx.find_blocks(vbpfx.capture(randomize(case.make()), case.batch(), frontend=frontend))
+    assert {b.name: b.width for b in analysis.blocks} == case.blocks
+    for name, part in (case.refused or {}).items():
+        assert any(part in r.reason for r in analysis.refusals if r.name == name), analysis.refusals
+    assert all(r.reason and r.width > 0 for r in analysis.refusals)
+
+
+def test_forward_hooks_on_a_layer_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(2, 8)))
+    assert not analysis.blocks
+    assert "forward hooks" in analysis.refusals[0].reason
+
+
+def test_the_observed_value_is_the_consumers_real_input() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).double()
+    batch = torch.randn(7, 5, 8).double()
+    (moments,) = stages(model, batch).statistics.moments["0->2"]
+    hidden = model[1](model[0](batch)).detach().reshape(-1, 12)
+    assert moments.count == 35
+    torch.testing.assert_close(moments.mean, hidden.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.variance, hidden.var(0), rtol=1e-12, atol=0)
+
+
+def test_printing_the_analysis_names_blocks_and_reasons() -> None:
+    text = str(vbpfx.find_blocks(vbpfx.capture(FOUND[10].make(), FOUND[10].batch())))
+    assert "mlp" in text
+    assert "reshape splits or merges it" in text

@@ -1,0 +1,5 @@
+"""``python -m vbpfx``."""
+
+from vbpfx.cli import main
+
+main()

@@ -1,0 +1,185 @@
+"""The demo: dense against pruned on real data with a really trained network, without a download."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+import vbpfx
+from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
+from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
+from vbpfx.files import write_json
+from vbpfx.inputs import Inputs
+from vbpfx.timing import interleaved
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+CRITERIA = ("variance", "random", "magnitude")
+CHOSEN = 0.5
+CALIBRATION_BATCH = 100
+LATENCY_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruned network: test accuracy under one criterion at one ratio, with its size."""
+
+    criterion: str
+    ratio: float
+    accuracy: float
+    params: int
+    macs: int
+    error: float
+
+
+def run_demo(out: Path, console: Console) -> Path:
+    """Prune the digits network in many ways, export the chosen one, and show what it costs and gains.
+
+    Returns:
+        The pruned ONNX file. Beside it lie the dense one, the artifact, ``accuracy.png`` and ``demo.json``.
+    """
+    split, model = load_digits(), load_trained()
+    dense = accuracy(model, split.test_images, split.test_labels)
+    console.print(
+        f"[bold]A vision transformer trained on 8x8 digits[/bold]: {_millions(model)} parameters, accuracy "
+        f"{dense:.2%} on {len(split.test_labels)} test images.\n"
+        f"Calibrated on {len(split.train_labels)} training images, without labels; nothing is retrained."
+    )
+    steps = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
+    with steps as bar:
+        points = []
+        task = bar.add_task("pruning", total=None)
+        for criterion in CRITERIA:
+            for ratio in RATIOS:
+                bar.update(task, description=f"pruning {ratio:.0%} of the hidden neurons by {criterion}")
+                points.append(_measure(model, split, criterion, ratio))
+        bar.update(task, description="exporting to ONNX, dense and pruned, and checking both in ONNX Runtime")
+        pruned = vbpfx.prune(model, _batches(split.train_images), ratio=CHOSEN, progress=False)
+        pruned.save(out)
+        small = pruned.to_onnx(out / "digits.onnx")
+        large = export_onnx(model, pruned.captured.inputs, out / "digits-dense.onnx")
+        bar.update(task, description="measuring latency in ONNX Runtime, dense and pruned in turn")
+        latency = _latency({"dense": large, "pruned": small}, split.test_images[:LATENCY_BATCH])
+        on_runtime = _accuracy_on_runtime(small, split)
+        bar.update(task, description="drawing")
+        picture = _plot(points, dense, out / "accuracy.png")
+        bar.update(task, description="done")
+    console.print(_accuracy_table(points, dense))
+    console.print(_chosen_table(pruned, latency, large, small))
+    write_json(
+        out / "demo.json",
+        {"dense_accuracy": dense, "points": [asdict(p) for p in points], "latency_ratio": latency["dense"] / latency["pruned"],
+         "onnx_accuracy": on_runtime, "report": pruned.report.to_json()},
+    )  # fmt: skip
+    hidden = sorted({max(shape) for name, shape in initializer_shapes(small).items() if "fc1.bias" in name})
+    console.print(
+        f"In ONNX Runtime the pruned file scores {on_runtime:.2%} on the test images; its hidden widths are {hidden}."
+    )
+    console.print(f"Plot:      {picture}\nONNX file: {small}\nArtifact:  {out} (vbpfx.load reads it, no pickle)")
+    return small
+
+
+def _measure(model: nn.Module, split: Split, criterion: str, ratio: float) -> Point:
+    pruned = vbpfx.prune(
+        model, _batches(split.train_images), ratio=ratio, method="vbp", criterion=criterion, progress=False
+    )
+    assert pruned.verification is not None
+    return Point(
+        criterion,
+        ratio,
+        accuracy(pruned.graph_module, split.test_images, split.test_labels),
+        pruned.report.params[1],
+        pruned.report.macs[1],
+        pruned.verification.error,
+    )
+
+
+def _batches(images: Tensor) -> Iterator[Tensor]:
+    return iter(torch.split(images, CALIBRATION_BATCH))
+
+
+def _latency(files: dict[str, Path], images: Tensor) -> dict[str, float]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = {
+        n: onnxruntime.InferenceSession(f, options, providers=["CPUExecutionProvider"]) for n, f in files.items()
+    }
+    batch = Inputs((images,), {})
+    runs = {name: functools.partial(run_session, session, batch) for name, session in sessions.items()}
+    return interleaved(runs, rounds=51)
+
+
+def _accuracy_on_runtime(path: Path, split: Split) -> float:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = run_session(session, Inputs((split.test_images,), {}))
+    return (logits.argmax(-1) == split.test_labels).double().mean().item()
+
+
+def _accuracy_table(points: list[Point], dense: float) -> Table:
+    table = Table(
+        title=f"Test accuracy, no retraining (dense {dense:.2%}); every row has the same size", title_justify="left"
+    )
+    for column in ("neurons removed", "parameters", "MACs per image", *CRITERIA, "oracle error"):
+        table.add_column(column, justify="right")
+    for ratio in RATIOS:
+        row = {p.criterion: p for p in points if p.ratio == ratio}
+        worst = max(p.error for p in row.values())
+        first = row[CRITERIA[0]]
+        table.add_row(
+            f"{ratio:.0%}",
+            f"{first.params:,}",
+            f"{first.macs:,}",
+            *(f"{row[c].accuracy:.2%}" for c in CRITERIA),
+            f"{worst:.0e}",
+        )
+    return table
+
+
+def _chosen_table(pruned: vbpfx.Pruned, latency: dict[str, float], large: Path, small: Path) -> Table:
+    report = pruned.report
+    table = Table(title=f"Dense against pruned at {CHOSEN:.0%} of the hidden neurons", title_justify="left")
+    for column in ("", "dense", "pruned", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, (before, after) in (("parameters", report.params), ("MACs per image", report.macs)):
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.2f}")
+    sizes = large.stat().st_size, small.stat().st_size
+    table.add_row("ONNX file, KiB", *(f"{size / 1024:,.0f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f}")
+    seconds = latency["dense"], latency["pruned"]
+    table.add_row(
+        f"ONNX Runtime, ms per batch of {LATENCY_BATCH}",
+        *(f"{1e3 * s:.2f}" for s in seconds),
+        f"{seconds[1] / seconds[0]:.2f} ({seconds[0] / seconds[1]:.2f}x faster)",
+    )
+    return table
+
+
+def _plot(points: list[Point], dense: float, path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for criterion, marker in zip(CRITERIA, "os^", strict=True):
+        line = [(p.ratio, p.accuracy) for p in points if p.criterion == criterion]
+        axes.plot(
+            *zip(*line, strict=True), marker=marker, label="variance (VBP)" if criterion == "variance" else criterion
+        )
+    axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label="dense")
+    axes.set(xlabel="share of hidden neurons removed", ylabel="test accuracy", ylim=(0, 1.02))
+    axes.set_title("Digits transformer, no retraining", loc="left", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _millions(model: nn.Module | fx.GraphModule) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
