@@ -85,9 +85,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     do not allow it.
     """
     correct = 0
+    batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
     with torch.no_grad():
-        for batch, target in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
+        for batch, target in batches:
             correct += int((model(batch).argmax(dim=-1) == target).sum())
     return correct / len(labels)
