@@ -56,7 +56,7 @@ from vbpfx.calibrate import calibrate
 from vbpfx.files import write_atomically, write_json
 from vbpfx.importance import CRITERIA
 from vbpfx.inputs import Inputs
-from vbpfx.report import make_report
+from vbpfx.report import count_parameters, make_report
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 METHODS = ("vbp", "auto")
@@ -170,12 +170,12 @@ def run(folder: Path, options: argparse.Namespace, console: Console) -> dict[str
     captured = vbpfx.capture(network, calibration[:EXAMPLES])
     analysis = vbpfx.find_blocks(captured)
     observed = vbpfx.prepare(captured, analysis)
-    batches = calibration.split(options.batch_size)
+    batches = torch.split(calibration, options.batch_size)
     calibrate(observed, batches, lambda batch: Inputs((batch,), {}), captured.inputs, progress=True)
     plans = make_plans(analysis, vbpfx.statistics(observed), options.criteria, options.ratios)
 
     def logits(model: nn.Module, title: str) -> Tensor:
-        parts = images.split(options.batch_size)
+        parts = torch.split(images, options.batch_size)
         with torch.inference_mode():
             return torch.cat([model(part) for part in track(parts, title, console=console, transient=True)])
 
@@ -205,9 +205,9 @@ def run(folder: Path, options: argparse.Namespace, console: Console) -> dict[str
         console.print(f"{title}: kept {comparison.retention:.1%}", highlight=False)
     dense = Dense(
         top1=compare(expected, expected, labels).top1,
-        neurons=report.neurons[0],
-        params=report.params[0],
-        macs=report.macs[0],
+        neurons=analysis.neurons,
+        params=count_parameters(captured.graph_module),
+        macs=sum(captured.macs.values()),
     )
     return {
         "network": NETWORK,
@@ -258,29 +258,35 @@ def markdown(figures: dict[str, Any]) -> str:
         rows = [row[:1] + row[2:] for row in rows]
         columns.remove("criterion")
     table = "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows))
+    floored = [result for result in figures["results"] if result["method"] == "auto"]
+    auto = (
+        "it has a row where that makes a different network"
+        if floored
+        else "at none of these p does that change anything"
+    )
     return f"""`{figures["command"]}`
 
-timm's `{figures["network"]}` (trained on ImageNet-1k) with a share p of its {dense["neurons"]:,} hidden neurons removed,
-ranked by {" / ".join(criteria)} and folded into the next bias as their means. Statistics come from
-{figures["calibration_images"]:,} calibration images in one forward pass. **Labels are used for measuring only**: nothing
-before the comparison reads one, and nothing is retrained.
+timm's `{figures["network"]}`, trained on ImageNet-1k, with a share p of its {dense["neurons"]:,} hidden neurons removed:
+ranked by {" / ".join(criteria)}, their means folded into the next bias. The statistics come from one forward pass
+over {figures["calibration_images"]:,} calibration images. **Labels are used for measuring only**: calibration and selection read none,
+and nothing is retrained.
 
-The dense network has a top-1 of **{dense["top1"]:.1%}** on these {figures["validation_images"]} validation images, {dense["params"] / 1e6:.2f} M parameters and
-{dense["macs"] / 1e9:.3f} G MACs. *Kept* is the pruned top-1 divided by that, on the same images. {figures["validation_images"]} images are noisy:
-read the standard error (SE, paired, over images) with every figure, and do not take top-1 here for "ImageNet top-1".
-*Agreement* is the share of images on which both networks choose the same class; *KL* is the mean
-KL(dense ‖ pruned) of the outputs in nats. Both tell recipes apart sooner than accuracy does.
+The dense network has {dense["params"] / 1e6:.2f} M parameters, {dense["macs"] / 1e9:.3f} G MACs and a top-1 of **{dense["top1"]:.1%}** on the
+{figures["validation_images"]} validation images. *Kept* is the pruned top-1 divided by that, on the same images. {figures["validation_images"]} images are noisy:
+read every figure with its standard error (SE, paired, over images), and take no top-1 here for "ImageNet top-1".
+*Agreement* is the share of images on which both networks choose the same class, *KL* the mean KL(dense ‖ pruned) of
+their outputs in nats; these two tell recipes apart sooner than accuracy does.
 
 {table}
 
-*vbp* is Variance-Based Pruning to the letter: one global ranking over all blocks, and no floor. *auto* (the default) takes the same
-ranking, but every block keeps at least a sixteenth of its width; it has a row where that makes a different network.
+*vbp* is Variance-Based Pruning to the letter: one global ranking over all blocks, and no floor. *auto*, the default,
+takes the same ranking, but every block keeps at least a sixteenth of its width; {auto}.
 
-**This network is harder to prune than the paper's DeiT**: DeiT-T is published to keep 69.1 % at p = 45 %, before
+**This network is harder to prune than the paper's DeiT**: DeiT-T is published to keep 69.1% at p = 45%, before
 fine-tuning.
 
-torch {versions["torch"]}, timm {versions["timm"]}, vbpfx {versions["vbpfx"]}; {machine["processor"]}, {machine["cores"]} cores. All figures, with the width of every
-block: `benchmarks/results/retention.json`.
+torch {versions["torch"]}, timm {versions["timm"]}, vbpfx {versions["vbpfx"]}; {machine["processor"]}, {machine["cores"]} cores.
+All figures, with the width of every block: `benchmarks/results/retention.json`.
 """
 
 
@@ -316,21 +322,21 @@ def _criterion(text: str) -> str:
 
 
 def _separated(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def values(text: str) -> list[Any]:
+    def comma_separated(text: str) -> list[Any]:
         return [read(part.strip()) for part in text.split(",")]
 
-    return values
+    return comma_separated
 
 
 def _at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
-    def value(text: str) -> int:
+    def integer(text: str) -> int:
         number = int(text)
         if not lowest <= number <= highest:
             limit = f"at least {lowest}" + (f" and at most {highest}" if highest < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text} is not {limit}")
         return number
 
-    return value
+    return integer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,15 +40,12 @@ def test_blocks_are_found_and_the_oracle_holds(case: Case, frontend: str) -> Non
 def test_own_class_computes_the_same(case: Case) -> None:
     model = double(randomize(case.make()))
     result = stages(model, case.batch().double(), frontend=case.frontends[0])
-    if case.name == "functional":
-        with pytest.raises(vbpfx.ArtifactError, match="adds no bias"):
+    # the code of these two states the hidden width (a groups=, a view), which no rewrite of tensors can change
+    if case.name in ("functional", "reshaped"):
+        with pytest.raises(vbpfx.ArtifactError, match="states the hidden width 12 as a number"):
             vbpfx.apply_plan(model, result.plan)
         return
     small = vbpfx.apply_plan(model, result.plan)
-    if case.name == "reshaped":  # its code states the hidden width, which no rewrite of tensors can change
-        with pytest.raises(RuntimeError, match="invalid"):
-            small(case.batch().double())
-        return
     vbpfx.verify(result.captured, small, result.plan, tolerance=ROUNDING)
 
 
@@ -66,7 +63,7 @@ def test_forward_hooks_on_a_layer_are_refused() -> None:
     model[0].register_forward_hook(lambda module, args, output: output * 2)
     analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(2, 8)))
     assert not analysis.blocks
-    assert "forward hooks" in analysis.refusals[0].reason
+    assert any("forward hooks" in refusal.reason for refusal in analysis.refusals if refusal.name == "0")
 
 
 def test_the_observed_value_is_the_consumers_real_input() -> None:

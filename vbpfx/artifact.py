@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
+from vbpfx.capture import named_tensors
 from vbpfx.convert import apply_plan
-from vbpfx.errors import ArtifactError
-from vbpfx.files import read_json, write_json, write_safetensors
+from vbpfx.errors import ArtifactError, VbpfxError
+from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.records import BlockPlan, Plan, block_from_json, block_to_json
 
@@ -31,7 +32,10 @@ _FORMAT = 1
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
     """Write ``plan.json`` and ``plan.safetensors``."""
-    folder = Path(folder)
+    write_atomically(_plan_files(plan, Path(folder)))
+
+
+def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
     constants = {
         f"{number}.{index}": values
         for number, entry in enumerate(plan.blocks)
@@ -40,11 +44,11 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
     data = {
         "format": _FORMAT,
         "fingerprint": plan.fingerprint,
+        "frontend": plan.frontend,
         "settings": dict(plan.settings),
         "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
     }
-    write_safetensors(folder / "plan.safetensors", constants)
-    write_json(folder / "plan.json", data)
+    return {folder / "plan.safetensors": safetensors_writer(constants), folder / "plan.json": json_writer(data)}
 
 
 def load_plan(folder: str | Path) -> Plan:
@@ -67,30 +71,46 @@ def load_plan(folder: str | Path) -> Plan:
             )
             for number, entry in enumerate(data["blocks"])
         )
-        return Plan(entries, data["fingerprint"], data["settings"])
-    except (KeyError, TypeError) as error:
+        return Plan(entries, data["fingerprint"], data["frontend"], data["settings"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 
 
-def save_network(graph_module: fx.GraphModule, plan: Plan, report: Mapping[str, Any], folder: str | Path) -> Path:
+def save_network(
+    graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, report: Mapping[str, Any], folder: str | Path
+) -> Path:
     """Write the whole artifact; returns the folder.
+
+    What the model has and the graph does not use (a layer for training alone) is taken from ``reference``,
+    the dense model, so that loading into the model's class restores it too.
 
     A graph that calls functions which are not torch's is saved without ``graph.json``: such an artifact
     loads into the model's own class only, and ``graph.json`` says why.
     """
     folder = Path(folder)
-    tensors: dict[str, Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
-    tensors |= dict(graph_module.named_buffers(remove_duplicate=False))
+    own, dense = named_tensors(graph_module), named_tensors(reference)
+    unused = {name: tensor for name, tensor in dense.items() if name not in own}
+    tensors = own | unused
     first: dict[int, str] = {}
-    tied = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+    about = {
+        "tied": {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name},
+        "tensors": sorted(tensors),
+        "unused": sorted(unused),
+        "frozen": sorted(name for name, parameter in graph_module.named_parameters() if not parameter.requires_grad),
+    }
     try:
-        graph = graph_to_json(graph_module) | {"tied": tied}
+        graph = graph_to_json(graph_module) | about
     except ArtifactError as error:
-        graph = {"unavailable": str(error), "tied": tied}
-    save_plan(plan, folder)
-    write_safetensors(folder / "model.safetensors", {n: t.cpu().clone() for n, t in tensors.items() if n not in tied})
-    write_json(folder / "graph.json", graph)
-    write_json(folder / "report.json", report)
+        graph = {"unavailable": str(error)} | about
+    stored = {name: tensor.clone() for name, tensor in tensors.items() if name not in about["tied"]}
+    write_atomically(
+        {
+            **_plan_files(plan, folder),
+            folder / "model.safetensors": safetensors_writer(stored),
+            folder / "graph.json": json_writer(graph),
+            folder / "report.json": json_writer(report),
+        }
+    )
     return folder
 
 
@@ -107,20 +127,35 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     folder = Path(folder)
     graph = read_json(folder / "graph.json")
     tensors = _read_tensors(folder / "model.safetensors")
-    tensors |= {name: tensors[first] for name, first in graph["tied"].items()}
-    if into is not None:
-        return _load_into(into, load_plan(folder), tensors, folder)
-    if "unavailable" in graph:
-        raise ArtifactError(f"{folder} holds no graph ({graph['unavailable']}); pass into= a model of the pruned class")
     try:
-        return graph_from_json(graph, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{folder / 'graph.json'} is damaged ({type(error).__name__}: {error})") from error
+        tied: dict[str, str] = graph["tied"]
+        missing = sorted(set(graph["tensors"]) - set(tensors) - set(tied))
+        if missing:
+            raise ArtifactError(f"{folder / 'model.safetensors'} lacks {missing[0]}; save the network again")
+        if into is not None:
+            named = tensors | {name: tensors[first] for name, first in tied.items()}
+            return _load_into(into, load_plan(folder), named, folder)
+        if "unavailable" in graph:
+            raise ArtifactError(
+                f"{folder} holds no graph ({graph['unavailable']}); pass into= a model of the pruned class"
+            )
+        unused = set(graph["unused"])
+        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        network = graph_from_json(graph, used, {n: first for n, first in tied.items() if n not in unused})
+        for name in graph["frozen"]:
+            network.get_parameter(name).requires_grad_(False)
+        return network
+    except VbpfxError:
+        raise
+    except Exception as error:  # a file that was tampered with can go wrong anywhere
+        raise ArtifactError(
+            f"{folder / 'graph.json'} is damaged ({type(error).__name__}: {error}); save the network again"
+        ) from error
 
 
 def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
     small = apply_plan(model, plan)
-    own = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
+    own = named_tensors(small)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in own:  # constants that tracing made
@@ -136,6 +171,7 @@ def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error

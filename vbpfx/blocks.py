@@ -8,7 +8,7 @@ nothing. One pass over the nodes and one over the components: linear in the size
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +30,8 @@ from vbpfx.axes import (
     SizeStated,
     operand_of,
 )
-from vbpfx.capture import Captured
+from vbpfx.capture import Captured, named_tensors
+from vbpfx.mutation import read_after_mutation
 from vbpfx.ops import describe, is_sum, rule_for, takes_sizes
 from vbpfx.records import Block, Consumer, ParameterAxis, Refusal, SizeLiteral
 from vbpfx.sizes import read_sizes
@@ -104,7 +105,6 @@ class _Evidence:
     uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     sizes: dict[Axis, int] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
-    hooked: set[str] = field(default_factory=set)
 
     def first_use(self, name: str) -> int:
         """Position of the first call that uses a parameter."""
@@ -116,14 +116,20 @@ def _gather(captured: Captured) -> _Evidence:
     names, tied = _parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     evidence = _Evidence(names, nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    for name, tensor in named_tensors(reference).items():
+        evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
     sizes = read_sizes(graph_module.graph, names)
+    mutated = read_after_mutation(graph_module)
     for node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         own = operand_of(node, names)
         if own is not None and not own.is_parameter:
             evidence.graph.add_nodes_from(own.axes)
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
-        _count_uses(node, module, names, evidence)
+        if node not in sizes:  # asking a parameter for its dtype is no use of it
+            _count_uses(node, module, names, evidence)
+        for axis in own.axes if own is not None and node in mutated else ():
+            evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
         for relation in _relations(node, module, names, sizes):
             _note(relation, node, evidence)
     return evidence
@@ -144,23 +150,30 @@ def _relations(
     if node in sizes:
         return []
     rule = rule_for(node, module)
-    used = [] if takes_sizes(rule) else _sizes_used(node, sizes)
+    used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
     name = describe(node, module)
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
     if operand_of(node, names) is None:
         return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
+    hooked: list[Relation] = []
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
     if rule is None:
         why = "is parametrized" if module and parametrize.is_parametrized(module) else "is not in the operator table"
         return [*used, *site.all_opaque(f"operator {name} {why}")]
     try:
-        return [*used, *rule(site)]
+        found = list(rule(site))
+        if takes_sizes(rule):
+            followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
+            used = [relation for relation in used if relation.axis not in followed]
+        return [*used, *hooked, *found]
     except ComputedArgumentError as argument:
         return [*used, *site.all_opaque(f"operator {name} computes its argument {argument}")]
 
 
-def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Relation]:
+def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
     return [
         Opaque(axis, "its size enters a computation")
         for argument in node.all_input_nodes
@@ -171,6 +184,12 @@ def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Relation]
 
 def _note(relation: Relation, node: fx.Node, evidence: _Evidence) -> None:
     match relation:
+        case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
+            # broadcasting or a tensor without axes where the rule expects one: nothing is known of either
+            for axis in (a, b):
+                if axis in evidence.sizes:
+                    evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
+                    evidence.graph.add_node(axis)
         case Same(a, b):
             evidence.graph.add_edge(a, b)
         case Opaque(axis, reason):
@@ -184,17 +203,18 @@ def _note(relation: Relation, node: fx.Node, evidence: _Evidence) -> None:
         case Contracts(source, weight, bias):
             evidence.graph.add_edge(source, weight)
             _own_weight(weight, node, evidence)
-            if bias is not None and not bias.is_parameter:
-                evidence.opaque[source].append((node.name, "the bias of the layer that reads it is computed"))
+            if bias is not None and (not bias.is_parameter or bias.shape != _outputs(weight, evidence)):
+                evidence.opaque[source].append((node.name, "the bias of the layer that reads it is not one of its own"))
             evidence.contracted[source].append(
                 Consumer(
                     node=node.name,
                     source=source.owner,
-                    axis=source.dim,
+                    axis=source.dim - evidence.nodes[source.owner].meta["val"].ndim,
                     weight=weight.owner,
                     weight_axis=weight.dim,
-                    bias=_bias_name(weight.owner) if bias is None else bias.owner,
+                    bias=_bias_name(weight.owner, evidence) if bias is None else bias.owner,
                     creates_bias=bias is None,
+                    is_layer=_is_layer(node, weight.owner),
                 )
             )
         case SizeStated(axis, path):
@@ -207,19 +227,36 @@ def _own_weight(weight: Axis, node: fx.Node, evidence: _Evidence) -> None:
         evidence.opaque[weight].append((node.name, "the weight of the layer is a computed value"))
 
 
-def _bias_name(weight: str) -> str:
-    """Name of the bias that a layer without one gets: beside its weight."""
+def _outputs(weight: Axis, evidence: _Evidence) -> tuple[int, ...]:
+    """Shape of the bias that goes with a weight: one entry per output."""
+    return (evidence.sizes[weight._replace(dim=1 - weight.dim)],)
+
+
+def _bias_name(weight: str, evidence: _Evidence) -> str:
+    """Name of the bias that a layer without one gets: beside its weight, and nobody else's."""
     owner, _, attribute = weight.rpartition(".")
-    return f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight}_bias"
+    name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight}_bias"
+    while Axis(name, 0, True) in evidence.sizes:
+        name += "_"
+    return name
+
+
+def _is_layer(node: fx.Node, weight: str) -> bool:
+    """Whether the call is a layer of torch.nn (as a module, or as the module that export traced through)."""
+    if node.op == "call_module":
+        return True
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return False
+    path, layer = stack[-1]
+    name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
+    return name.startswith("torch.nn.modules.") and path.removeprefix("L['self'].") == weight.rpartition(".")[0]
 
 
 def _parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple[Names, dict[str, list[str]]]:
     """Names of the graph's parameters in the model's state dict, and the tensors that have several."""
     all_names: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in (
-        *reference.named_parameters(remove_duplicate=False),
-        *reference.named_buffers(remove_duplicate=False),
-    ):
+    for name, tensor in named_tensors(reference).items():
         all_names[id(tensor)].append(name)
     of_attribute: dict[str, str] = {}
     of_module: dict[str, dict[str, str]] = {}
@@ -242,8 +279,6 @@ def _count_uses(node: fx.Node, module: nn.Module | None, names: Names, evidence:
         own = names.of_module[str(node.target)].values()
         for name in own:
             evidence.uses[name].append(position)
-        if module._forward_hooks or module._forward_pre_hooks:
-            evidence.hooked.update(own)
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and str(argument.target) in names.of_attribute:
             evidence.uses[names.of_attribute[str(argument.target)]].append(position)
@@ -300,13 +335,14 @@ def _obstacle(
     for name in sliced:
         if sliced.count(name) > 1:
             return "", f"{name} both makes and reads it"
-    for name in (*sliced, *(consumer.bias for consumer in consumers if not consumer.creates_bias)):
+    weights = {name for axis in component for name in evidence.produced.get(axis, ())}
+    weights |= {consumer.weight for consumer in consumers}
+    biases = {consumer.bias for consumer in consumers if not consumer.creates_bias}
+    for name in (*sliced, *sorted(biases)):
         if name in evidence.tied:
             return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
-        if len(evidence.uses[name]) > 1:
+        if name in weights | biases and len(evidence.uses[name]) > 1:
             return "", f"{name} is shared by {len(evidence.uses[name])} calls"
-        if name in evidence.hooked:
-            return "", f"the layer of {name} has forward hooks, which may read or change it"
     return "", ""
 
 
@@ -357,15 +393,20 @@ def _enclosing(weights: list[str]) -> str:
 
 
 def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
-    """A block alone in its module goes by the module; others add their layers."""
-    counts: dict[str, int] = defaultdict(int)
-    for block in blocks:
-        counts[block.name] += 1
+    """A block alone in its module goes by the module; others add their layers, then their weights."""
+    choices = [
+        (
+            block.name,
+            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}",
+            "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers),
+        )
+        for block in blocks
+    ]
+    common = [Counter(names) for names in zip(*choices, strict=True)]
     named = []
-    for block in blocks:
-        first, last = block.producers[0], block.consumers[-1].weight
-        path = f"{_layer(first)}->{_layer(last)}"
-        named.append(block if block.name and counts[block.name] == 1 else replace(block, name=path))
+    for block, names in zip(blocks, choices, strict=True):
+        free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
+        named.append(replace(block, name=next(free, names[-1])))
     return tuple(named)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbpfx.capture import Captured
+from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import BudgetError
 from vbpfx.records import Block
 
@@ -55,14 +55,9 @@ class Budget:
 
 
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
-    """Smallest width of every block: ``min_width``, by default a sixteenth of the block's own width.
-
-    Raises:
-        BudgetError: ``min_width`` is no positive integer.
-    """
+    """Smallest width of every block: ``min_width``, by default a sixteenth of the block's own width."""
     if min_width is None:
         return {block.name: math.ceil(block.width / 16) for block in blocks}
-    _require_positive("min_width", min_width)
     return {block.name: min(min_width, block.width) for block in blocks}
 
 
@@ -87,10 +82,11 @@ def choose_widths(
     Raises:
         BudgetError: the budget cannot be met above the floors; the nearest that can is named.
     """
-    _require_positive("round_to", round_to)
     full = {block.name: block.width for block in blocks}
     lowest = {name: _rounded_up(floor[name], round_to, full[name]) for name in full}
     order = _removal_order(blocks, scores, lowest)
+    if not len(order):
+        raise BudgetError("no budget can be met: min_width and round_to leave no neuron that may go; use smaller ones")
 
     def after(removed: int) -> dict[str, int]:
         gone = torch.bincount(order[:removed], minlength=len(blocks)).tolist()
@@ -99,6 +95,8 @@ def choose_widths(
     if cost is None:
         total = sum(full.values())
         wanted = round(budget.value * total)
+        if not wanted:
+            raise BudgetError(f"ratio={budget.value:g} removes none of {total} neurons; use {1 / total:.1g} or more")
         if wanted > len(order):
             raise BudgetError(
                 f"ratio={budget.value:g} removes {wanted} of {total} neurons, but the floors leave at most "
@@ -162,9 +160,11 @@ def _rounded_up(width: int, step: int, full: int) -> int:
     return min(full, math.ceil(width / step) * step)
 
 
-def _require_positive(name: str, value: Any) -> None:
+def require_positive(name: str, value: Any) -> int:
+    """The value, if it is a positive integer; a BudgetError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise BudgetError(f"{name}={value!r} is not a positive integer")
+    return value
 
 
 def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
@@ -183,6 +183,7 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
 def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
     """Parameters of the model at given widths, the biases that the fold makes included."""
     touching: dict[str, list[Block]] = {}
+    tensors = named_tensors(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     owner = {(entry.name, entry.axis): block for block in blocks for entry in block.parameters}
     for block in blocks:
@@ -194,9 +195,7 @@ def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
         for consumer in block.consumers:
             if consumer.creates_bias:
                 axis = 1 - consumer.weight_axis
-                created.append(
-                    (block, owner.get((consumer.weight, axis)), model.get_parameter(consumer.weight).shape[axis])
-                )
+                created.append((block, owner.get((consumer.weight, axis)), tensors[consumer.weight].shape[axis]))
     count = _multilinear(sizes, touching)
 
     def cost(widths: Mapping[str, int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,13 @@ ReadBatch = Callable[[Any], Inputs]
 
 
 def calibrate(
-    observed: fx.GraphModule, data: Iterable[Any], read: ReadBatch, example: Inputs, *, progress: bool = False
+    observed: fx.GraphModule,
+    data: Iterable[Any],
+    read: ReadBatch,
+    example: Inputs,
+    *,
+    total: int | None = None,
+    progress: bool = False,
 ) -> None:
     """Run every batch through the prepared graph, without gradients.
 
@@ -28,6 +34,7 @@ def calibrate(
         data: batches; gone through once.
         read: from a batch to the arguments of the forward call.
         example: the inputs that the graph was captured with; a batch that fails is compared with them.
+        total: number of batches, where it is known.
         progress: show a bar on standard error.
 
     Raises:
@@ -36,12 +43,13 @@ def calibrate(
     """
     device = model_device(observed)
     seen = 0
-    with torch.inference_mode(), _bar(data, progress) as advance:
+    with torch.inference_mode(), _bar(total, progress) as advance:
         for seen, batch in enumerate(data, start=1):
             inputs = read(batch).to(device)
+            own = inputs.map(torch.clone)  # a model may write into its input
             try:
                 # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
-                nn.Module.__call__(observed, *inputs.args, **inputs.kwargs)
+                nn.Module.__call__(observed, *own.args, **own.kwargs)
             except Exception as error:  # the model's own operators raise whatever they raise
                 raise CalibrationError(_misfit(seen, inputs, example, observed, error)) from error
             bad = next((o for o in observers(observed) if o.bad_call is not None), None)
@@ -76,11 +84,10 @@ def _input_is_finite(inputs: Inputs) -> str:
 
 
 @contextmanager
-def _bar(data: Iterable[Any], progress: bool) -> Iterator[Callable[[], None]]:
+def _bar(total: int | None, progress: bool) -> Iterator[Callable[[], None]]:
     if not progress:
         yield lambda: None
         return
-    total = len(data) if isinstance(data, Sized) else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +74,14 @@ class Captured:
         Counted by :mod:`torch.utils.flop_counter` (matrix products and convolutions, attention's two
         products included; norms, activations and biases count nothing), where one MAC is two flops.
         """
-        samples = 1 if self.batch is not None else (self.inputs.batch_size or 1)
+        if self.batch is None:
+            return self._count_macs(self.inputs.batch_size or 1)
+        try:
+            return self._count_macs(1)
+        except Exception:  # BatchNorm on batch statistics, for one, refuses a single sample
+            return self._count_macs(self.batch)
+
+    def _count_macs(self, samples: int) -> dict[str, int]:
         counts: dict[str, int] = {}
         with FlopCounterMode(display=False) as counter, _unfused_attention():
 
@@ -104,10 +111,9 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    require_module(model)
     _refuse_half_on_cpu(model)
-    reference = _share_tensors(model)
+    reference = _share_parameters(model)
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
     if not inputs.tensors:
         raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
@@ -117,7 +123,8 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
             continue
         try:
             graph_module = trace(reference, inputs)
-            batch = _propagate_shapes(graph_module, inputs)
+            with _quiet_logging():
+                batch = _propagate_shapes(graph_module, inputs)
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
             continue
@@ -128,6 +135,12 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
         "values; or pass the traceable part of the model alone."
     )
+
+
+def require_module(model: Any) -> None:
+    """Raise a CaptureError for anything that is no ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}; wrap functions in a module")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -147,10 +160,9 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
             )
 
 
-def _share_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares all their tensors, in eval mode."""
-    tensors = [t for module in model.modules() for t in _tensors_of(module)]
-    memo: dict[int, Any] = {id(t): t for t in tensors}
+def _share_parameters(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} | plain_tensors(model)
     try:
         shared = copy.deepcopy(model, memo)
     except Exception as error:
@@ -161,10 +173,16 @@ def _share_tensors(model: nn.Module) -> nn.Module:
     return shared.eval()
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from (p for p in module._parameters.values() if p is not None)
-    yield from (b for b in module._buffers.values() if b is not None)
-    yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+def plain_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """A deepcopy memo for tensors that are neither parameters nor buffers: deepcopy cannot copy computed ones."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in attributes if isinstance(value, Tensor)}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name it has."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
 class _Tracer(fx.Tracer):
@@ -179,6 +197,8 @@ class _Tracer(fx.Tracer):
 
 
 def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise CaptureError("the model itself has forward hooks, which symbolic tracing would drop")
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     parameters = inspect.signature(model.forward).parameters
     absent = {
@@ -290,9 +310,13 @@ def _run_fake(
             shape[0] = samples
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
+    def as_fake(tensor: Tensor) -> Tensor:
+        # a parameter, or what an operator hands on unchanged, is still real
+        return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+
     class Runner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            return around(n, lambda: super(Runner, self).run_node(n))
+            return around(n, lambda: pytree.tree_map_only(Tensor, as_fake, super(Runner, self).run_node(n)))
 
     with mode, torch.no_grad():
         example = inputs.map(fake)

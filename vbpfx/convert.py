@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from vbpfx.capture import Captured, fingerprint
+from vbpfx.capture import Captured, fingerprint, named_tensors, plain_tensors
 from vbpfx.compensate import fold
 from vbpfx.edit import finish
 from vbpfx.errors import ArtifactError
@@ -35,6 +34,11 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     """
     if plan.fingerprint != captured.fingerprint:
         raise ArtifactError(_MISMATCH.format(model=type(captured.reference).__name__))
+    if plan.frontend != captured.frontend:
+        raise ArtifactError(
+            f"the plan was made on a graph of frontend={plan.frontend!r}, this one is of {captured.frontend!r}: capture "
+            f"the model with the same front end, or use apply_plan"
+        )
     small = _narrowed(captured.graph_module, plan, share)
     assert isinstance(small, fx.GraphModule)
     nodes = {node.name: node for node in small.graph.nodes}
@@ -54,15 +58,23 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """A narrowed copy of the model in its own class; the model itself stays as it was.
 
     This is the one to train: unlike a graph captured in eval mode it has its dropout, stochastic depth
-    and BatchNorm behaviour.
+    and BatchNorm behaviour. Code that computes with a width it remembers (``self.hidden ** -0.5``) is
+    beyond any rewrite of tensors: check the result with :func:`vbpfx.verify`, as ``Pruned.apply_to`` does.
 
     Raises:
         ArtifactError: the plan was made for another model (names, shapes and module classes are
-            compared), or a layer of the model has no place for the bias that the fold makes.
+            compared), a layer of the model has no place for the bias that the fold makes, or the model's
+            code states the hidden width.
     """
     if fingerprint(model) != plan.fingerprint:
         raise ArtifactError(_MISMATCH.format(model=type(model).__name__))
     for entry in plan.blocks:
+        # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
+        if entry.block.literals and plan.frontend == "symbolic":
+            raise ArtifactError(
+                f"block {entry.block.name}: the model's code states the hidden width {entry.block.width} as a number (node "
+                f"{entry.block.literals[0].node}), which no rewrite of tensors can change; use the GraphModule"
+            )
         for consumer in entry.block.consumers:
             if consumer.creates_bias and not _has_place_for_bias(model, consumer):
                 raise ArtifactError(
@@ -79,10 +91,9 @@ _MISMATCH = (
 
 
 def _narrowed(root: nn.Module, plan: Plan, share: bool) -> nn.Module:
-    tensors: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
-    tensors |= dict(root.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(root)
     replaced, created = _replacements(tensors, plan)
-    memo: dict[int, Any] = {id(tensors[name]): new for name, new in replaced.items()}
+    memo: dict[int, Any] = {id(tensors[name]): new for name, new in replaced.items()} | plain_tensors(root)
     if share:
         memo |= {id(p): p for p in root.parameters() if id(p) not in memo}
     small: nn.Module = copy.deepcopy(root, memo)
@@ -142,7 +153,9 @@ def _cut_across(entry: BlockPlan, consumer: Consumer) -> list[Tensor]:
 def _has_place_for_bias(model: nn.Module, consumer: Consumer) -> bool:
     owner, _, attribute = consumer.bias.rpartition(".")
     layer = model.get_submodule(owner)
-    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and attribute == "bias" and layer.bias is None
+    # a subclass may compute without the bias it inherits
+    own = type(layer).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return consumer.is_layer and own and attribute == "bias" and layer.bias is None
 
 
 def _state_widths(layer: nn.Module) -> None:
@@ -178,7 +191,6 @@ def _replaced(value: Any, path: list[str | int], width: int) -> Any:
 
 def _narrow_meta(node: fx.Node, axis: int, width: int) -> None:
     value = node.meta["val"]
-    assert isinstance(value, FakeTensor)
     shape = list(value.shape)
     shape[axis] = width
     with value.fake_mode:

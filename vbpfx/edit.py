@@ -12,10 +12,9 @@ from vbpfx.errors import ArtifactError
 from vbpfx.records import Block
 
 
-def share_tensors(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph and its modules, in eval mode, that shares every tensor with the original."""
-    tensors = [*graph_module.parameters(), *graph_module.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+def share_parameters(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and its modules, in eval mode, that shares every parameter with the original."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in graph_module.parameters()}
     copied: fx.GraphModule = copy.deepcopy(graph_module, memo)
     return copied.eval()
 

@@ -9,45 +9,69 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vbpfx.errors import ArtifactError
 
+Write = Callable[[Path], None]
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the path, then rename: a killed process leaves the old file or the new one.
+
+def write_atomically(files: Mapping[Path, Write]) -> None:
+    """Write all files beside their paths, then rename them.
+
+    A process that is killed, or a disk that fills, leaves the old files: nothing takes its name before
+    everything is written.
 
     Raises:
-        ArtifactError: the folder cannot be made or written.
+        ArtifactError: a folder cannot be made or a file cannot be written.
     """
+    written: dict[Path, Path] = {}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    temporary = Path(name)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; is the disk full?") from error
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            written[path] = Path(name)
+            write(written[path])
+            written[path].chmod(0o666 & ~_umask())
+        for path, temporary in written.items():
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a folder that can be written, "
+            f"on a disk with room"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write data as JSON, atomically."""
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def json_writer(data: Any) -> Write:
+    """Writes data as JSON."""
     text = json.dumps(data, indent=1) + "\n"
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text)
+    def write(path: Path) -> None:
+        path.write_text(text)
 
-    write_atomically(path, write)
+    return write
+
+
+def safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Write:
+    """Writes tensors as safetensors."""
+
+    def write(path: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, dict(metadata or {}))
+
+    return write
 
 
 def read_json(path: Path) -> Any:
@@ -59,12 +83,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}); save the network again") from error
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))

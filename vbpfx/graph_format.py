@@ -3,15 +3,18 @@
 Nodes are written as names and arguments, leaf modules as their class in ``torch.nn`` and their plain
 attributes; tensors go to safetensors beside it. Reading executes nothing that the file brings: a target
 must be a function that takes tensors (``torch.overrides`` lists them), an arithmetic operator, an ATen
-operator or a public Tensor method, and a module must be a class of ``torch.nn.modules``.
+operator or a public Tensor method, a module must be a class of ``torch.nn.modules``, and every name that
+enters the generated code must be an identifier.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +26,12 @@ from torch.utils import _pytree as pytree
 from vbpfx.errors import ArtifactError
 
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "is_cuda", "data", "requires_grad"})
-_FORBIDDEN = frozenset({"torch.load", "torch.save", "torch.from_file"})
+_FORBIDDEN = frozenset({"load", "save", "from_file"})
+# Methods of a tensor that are no operators of ATen, and that read or convert it.
+_METHODS = frozenset({"size", "dim", "numel", "ndimension", "type", "float", "double", "half", "bfloat16", "int", "long",
+                      "bool", "cpu", "cuda", "is_floating_point", "reshape_as", "new_tensor", "unflatten"})  # fmt: skip
+_VARIABLE = re.compile(r"\*{0,2}[A-Za-z_]\w*")
+_PATH = re.compile(r"[^\"'\\\r\n{}]+")
 
 
 def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
         ArtifactError: something in it is neither plain data nor an operator of torch.
     """
     graph = graph_module.graph
-    codegen = graph._codegen
+    codegen, persistent = graph._codegen, graph_module.state_dict().keys()
     data: dict[str, Any] = {
         "nodes": [_node_to_json(node) for node in graph.nodes],
         "modules": {
@@ -41,7 +49,7 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
             for name, module in graph_module.named_modules()
             if name and type(module) is not nn.Module
         },
-        "buffers": sorted(name for name, _ in graph_module.named_buffers()),
+        "buffers": {name: name in persistent for name, _ in graph_module.named_buffers(remove_duplicate=False)},
         "name": type(graph_module).__name__,
     }
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
@@ -55,36 +63,42 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
     return data
 
 
-def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict[str, str]) -> fx.GraphModule:
     """The inverse of :func:`graph_to_json`, in eval mode.
 
     Args:
         tensors: every parameter and buffer by name.
+        tied: further name -> name among ``tensors`` for tensors with several names.
 
     Raises:
         ArtifactError: the file names something that a saved network may not hold.
     """
+    _check_names(data, [*tensors, *tied])
     root = nn.Module()
     for name in sorted(data["modules"], key=lambda path: path.count(".")):
         _install(root, name, _module_from_json(name, data["modules"][name]))
-    buffers = set(data["buffers"])
-    for name, tensor in tensors.items():
+    held: dict[str, Tensor] = {
+        name: tensor if name in data["buffers"] else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for name, tensor in tensors.items()
+    }
+    for name, tensor in (*held.items(), *((name, held[first]) for name, first in tied.items())):
         owner, _, attribute = name.rpartition(".")
         holder = _holder(root, owner)
-        if name in buffers:
-            holder.register_buffer(attribute, tensor)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(attribute, tensor)
         else:
-            holder.register_parameter(attribute, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+            holder.register_buffer(attribute, tensor, persistent=data["buffers"][name])
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
-        node = graph.create_node(
-            entry["op"],
-            _target_from_json(entry["op"], entry["target"]),
-            _value_from_json(entry["args"], nodes),
-            _value_from_json(entry["kwargs"], nodes),
-            name=entry["name"],
-        )
+        target = _target_from_json(entry["op"], entry["target"])
+        installed = {"get_attr": tensors.keys() | tied.keys(), "call_module": data["modules"].keys()}
+        if target not in installed.get(entry["op"], {target}):
+            raise ArtifactError(f"node {entry['name']} names {target}, which the artifact does not hold")
+        args, kwargs = (_value_from_json(entry[key], nodes) for key in ("args", "kwargs"))
+        if target is getattr and not (len(args) == 2 and args[1] in _ATTRIBUTES):
+            raise ArtifactError(f"the graph reads attribute {args[1:]}, which a saved network may not read")
+        node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         nodes[entry["name"]] = node
     if "pytree" in data:
         described = data["pytree"]
@@ -92,6 +106,21 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor]) -> fx.Grap
         graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(described["arguments"], *specs)))
     graph.lint()
     return fx.GraphModule(root, graph, data["name"]).eval()
+
+
+def _check_names(data: dict[str, Any], tensors: list[str]) -> None:
+    """fx writes names into the code that it compiles: only names may stand there."""
+    nodes = data["nodes"]
+    variables = [data["name"], *data.get("pytree", {}).get("arguments", ())]
+    variables += [entry["name"] for entry in nodes]
+    variables += [entry["target"] for entry in nodes if entry["op"] == "placeholder"]
+    variables += [key for entry in nodes for key, _ in entry["kwargs"]["dict"]]
+    for name in variables:
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name) or keyword.iskeyword(name):
+            raise ArtifactError(f"the graph holds the name {name!r}, which is no identifier")
+    for path in [*data["modules"], *tensors]:
+        if not isinstance(path, str) or not _PATH.fullmatch(path):
+            raise ArtifactError(f"the graph holds the path {path!r}, which is no path of a module or tensor")
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
@@ -117,14 +146,14 @@ def _functions() -> dict[str, Callable[..., Any]]:
     for callers in ("attrgetter", "itemgetter", "methodcaller", "call"):
         found.pop(f"operator.{callers}", None)
     found |= {"getattr": getattr, "torch._assert": torch._assert, "assert_is_none": _assert_is_none}
-    return {name: function for name, function in found.items() if name not in _FORBIDDEN}
+    return {name: function for name, function in found.items() if name.rpartition(".")[2] not in _FORBIDDEN}
 
 
 def _target_to_json(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return f"{target.namespace}::{target._opname}.{target._overloadname}"
     for name, function in _functions().items():
         if function is target:
@@ -138,18 +167,20 @@ def _target_to_json(node: fx.Node) -> str:
 
 def _target_from_json(op: str, target: str) -> Any:
     if op == "call_method":
-        if target.startswith("_") or not hasattr(Tensor, target):
-            raise ArtifactError(f"the graph calls Tensor.{target}, which is no public method of a tensor")
+        operators = target in _METHODS or hasattr(torch.ops.aten, target)
+        if target.startswith("_") or target in _FORBIDDEN or not (operators and hasattr(Tensor, target)):
+            raise ArtifactError(f"the graph calls Tensor.{target}, which is no operator on a tensor")
         return target
     if op != "call_function":
         return target
     if "::" in target:
         namespace, _, rest = target.partition("::")
         name, _, overload = rest.rpartition(".")
-        try:
-            return getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        except AttributeError as error:
-            raise ArtifactError(f"this PyTorch has no operator {target}; load the artifact where it exists") from error
+        packet = getattr(torch.ops.aten, name, None) if namespace == "aten" and name not in _FORBIDDEN else None
+        found = getattr(packet, overload, None)
+        if not isinstance(found, torch._ops.OpOverload):
+            raise ArtifactError(f"the graph calls {target}, which is no operator of this PyTorch")
+        return found
     if target not in _functions():
         raise ArtifactError(f"the graph calls {target}, which a saved network may not call")
     return _functions()[target]
@@ -227,7 +258,7 @@ def _module_from_json(name: str, data: dict[str, Any]) -> nn.Module:
     if not path.startswith("torch.nn.modules."):
         raise ArtifactError(f"module {name} claims class {data['class']}, which is no module of torch.nn")
     found = getattr(importlib.import_module(path), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == path):
         raise ArtifactError(f"module {name} claims class {data['class']}, which this PyTorch does not have")
     module: nn.Module = found.__new__(found)
     nn.Module.__init__(module)

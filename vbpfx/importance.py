@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from vbpfx.capture import named_tensors
 from vbpfx.moments import Moments
 from vbpfx.records import Block
 
@@ -28,11 +29,12 @@ def variance(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Te
 
 def magnitude(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
     """Sum of the squares of all weights that belong to the neuron; (d,) float64."""
+    tensors = named_tensors(model)
     total = torch.zeros(block.width, dtype=torch.float64)
     weights = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     for entry in block.parameters:
         if entry.name in weights:
-            weight = model.get_parameter(entry.name).detach().double().cpu()
+            weight = tensors[entry.name].detach().double().cpu()
             total += weight.movedim(entry.axis, 0).flatten(1).square().sum(1)
     return total
 

@@ -154,7 +154,7 @@ def reduction(site: Site) -> Iterator[Relation]:
     """mean, sum, extrema over ``dim``; every other axis is kept."""
     x, out = site.x, site.out
     given = site.constant(1, "dim")
-    if given is None:
+    if given is None or isinstance(given, bool) or given == () or given == []:
         yield from site.all_opaque(f"{_spelling(site.node)} reduces it")
         return
     reduced = {dim % x.ndim for dim in _as_tuple(given, 1)}
@@ -166,10 +166,10 @@ def reduction(site: Site) -> Iterator[Relation]:
 
 
 def pooling(site: Site) -> Iterator[Relation]:
-    """Windows over the positions behind the channel axis 1; samples and channels are kept apart."""
+    """Windows over the last two axes, with or without a batch axis in front; channels are kept apart."""
     x, out = site.x, site.out
-    yield from (Same(a, b) for a, b in zip(x.axes[:2], out.axes[:2], strict=True))
-    for axis in (*x.axes[2:], *out.axes[2:]):
+    yield from _leading(x, out, but=2)
+    for axis in (*x.axes[-2:], *out.axes[-2:]):
         yield Opaque(axis, "pooling mixes the positions along it")
 
 
@@ -206,6 +206,12 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for dim, position in kept.items():
         yield Same(x.axis(dim), out.axis(position))
         yield from _stated(site, out, position)
+    name = _spelling(site.node) if site.module is None else type(site.module).__name__.lower()
+    if name == "unflatten":
+        yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
+    if name == "squeeze" and len(site.node.args) + len(site.node.kwargs) == 1:
+        for axis in x.axes:
+            yield Opaque(axis, "a squeeze of every axis would drop it at a width of one")
 
 
 def expansion(site: Site) -> Iterator[Relation]:
@@ -367,7 +373,7 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
 
 def _order(name: str, site: Site, ndim: int) -> list[int]:
     args = [*site.node.args[1:], *site.node.kwargs.values()]
-    if site.node.all_input_nodes != [site.node.args[0]]:
+    if list(site.node.args[:1]) != site.node.all_input_nodes:
         raise ComputedArgumentError("dims")
     if name == "permute":
         dims = list(args[0]) if isinstance(args[0], (tuple, list)) else args
@@ -420,22 +426,24 @@ _row(
     elementwise,
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
     nn.Tanh, nn.Tanhshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softplus, nn.Softshrink,
-    nn.Softsign, nn.Threshold, nn.Identity, nn.Dropout, nn.AlphaDropout,
+    nn.Softsign, nn.Threshold, nn.RReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AlphaDropout, nn.FeatureAlphaDropout,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.abs,
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
-    "float", "double", "half", "bfloat16", "type", "contiguous", "cpu", "cuda", "type_as",
+    "float", "double", "half", "bfloat16", "type", "cpu", "cuda",
 )  # fmt: skip
 _methods_and_functions(
     elementwise,
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "tanh",
     "tanhshrink", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softshrink", "softsign",
-    "threshold", "log_sigmoid", "dropout", "alpha_dropout", "native_dropout",
+    "threshold", "rrelu", "log_sigmoid", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "native_dropout",
     "add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "exp", "expm1", "log", "log1p", "log2",
-    "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "erf", "erfc", "clamp", "clip", "clamp_min", "clamp_max",
+    "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
+    "acosh", "atanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "logit", "trunc", "frac", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max",
     "maximum", "minimum", "sign", "floor", "ceil", "round", "where", "lerp", "addcmul", "addcdiv", "masked_fill",
     "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isfinite",
-    "to", "clone", "detach", "contiguous", "alias", "lift_fresh_copy", "_to_copy", "zeros_like", "ones_like",
+    "to", "type_as", "clone", "detach", "contiguous", "alias", "lift_fresh_copy", "_to_copy", "zeros_like", "ones_like",
 )  # fmt: skip
 _row(linear, nn.Linear, F.linear, aten.linear)
 _row(addmm, torch.addmm, aten.addmm, "addmm")
@@ -478,6 +486,19 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
     return _TABLE.get(target)
+
+
+_VIEWS = (regrouping, permutation, expansion, indexing, aten_slice, select)
+
+
+def is_view(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the call's value may lie in its operand's memory."""
+    rule = rule_for(node, module)
+    return (
+        rule in _VIEWS
+        or (rule is elementwise and _spelling(node) in ("detach", "contiguous", "to", "type_as", "alias", "getattr"))
+        or isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+    )
 
 
 def takes_sizes(rule: Rule | None) -> bool:

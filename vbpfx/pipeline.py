@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from typing_extensions import Unpack
 
 from vbpfx.artifact import save_network
 from vbpfx.blocks import Analysis, find_blocks
-from vbpfx.budget import Budget
 from vbpfx.calibrate import calibrate
-from vbpfx.capture import Captured, Frontend, capture
+from vbpfx.capture import Captured, Frontend, capture, require_module
 from vbpfx.convert import apply_plan, convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
 from vbpfx.inputs import Inputs, as_inputs
-from vbpfx.plan import make_plan
+from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
@@ -67,7 +67,7 @@ class Pruned:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``plan.json``, ``model.safetensors``, ``graph.json`` and ``report.json``; see :mod:`vbpfx.artifact`."""
-        return save_network(self.graph_module, self.plan, self.report.to_json(), folder)
+        return save_network(self.graph_module, self.captured.reference, self.plan, self.report.to_json(), folder)
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
@@ -78,21 +78,12 @@ def prune(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
-    ratio: float | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    method: str = "auto",
-    criterion: str | None = None,
-    compensation: str | None = None,
-    round_to: int = 1,
-    min_width: int | None = None,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
     progress: bool = True,
     verify: bool = True,
+    **options: Unpack[PlanArguments],
 ) -> Pruned:
     """Make a trained network smaller: narrower hidden layers, the removed neurons folded into the next bias.
 
@@ -106,46 +97,40 @@ def prune(
         model: any module on any device; it is left exactly as it was.
         calibration: batches without labels: tensors, mappings of keyword arguments, or sequences.
             ``(inputs, labels)`` works: the labels are left out.
-        ratio: fraction of all hidden neurons to remove; or
-        macs, params: fraction of the dense model's to keep. Exactly one of the three.
-        method: ``"auto"``, or ``"vbp"`` for the paper's method to the letter.
-        criterion, compensation, round_to, min_width, include, exclude: see :func:`vbpfx.make_plan`.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
         example_inputs: one batch to trace with; the first of ``calibration`` by default.
         frontend: see :func:`vbpfx.capture`.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
+        options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
+            (fraction of the hidden neurons to remove), ``macs``, ``params`` (fraction to keep), and
+            ``method``, ``criterion``, ``compensation``, ``round_to``, ``min_width``, ``include``, ``exclude``.
 
     Raises:
         VbpfxError: one of its kinds, with what was found, where, and what to do.
     """
-    Budget.of(ratio=ratio, macs=macs, params=params)  # a mistake here should not cost a calibration
+    require_module(model)
+    chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
     first, data = _peek(calibration)
 
     def read(batch: Any) -> Inputs:
-        return Inputs(*inputs(batch)) if inputs is not None else as_inputs(batch, model)
+        if inputs is None:
+            return as_inputs(batch, model)
+        match inputs(batch):
+            case (tuple() | list() as args, dict() as kwargs):
+                return Inputs(tuple(args), kwargs)
+            case other:
+                raise CalibrationError(f"inputs= must return (args, kwargs), it returned a {type(other).__name__}")
 
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
     captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
     analysis = find_blocks(captured)
-    blocks = select_blocks(analysis, include, exclude)
+    blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     observed = prepare(captured, analysis, blocks=blocks)
-    calibrate(observed, data, read, captured.inputs, progress=progress)
+    total = len(calibration) if isinstance(calibration, Sized) else None
+    calibrate(observed, data, read, captured.inputs, total=total, progress=progress)
     gathered = statistics(observed)
-    plan = make_plan(
-        analysis,
-        gathered,
-        ratio=ratio,
-        macs=macs,
-        params=params,
-        method=method,
-        criterion=criterion,
-        compensation=compensation,
-        round_to=round_to,
-        min_width=min_width,
-        include=include,
-        exclude=exclude,
-    )
+    plan = make_plan(analysis, gathered, **options)
     small = convert(captured, plan)
     verification = check(captured, small, plan) if verify else None
     report = make_report(captured, small, analysis, plan, verification)
@@ -158,7 +143,9 @@ def save(pruned: Pruned, folder: str | Path) -> Path:
 
 
 def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and the data with that batch still in it."""
+    """The first batch, and the data with that batch still in it; the data is gone through once."""
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")
     try:
         iterator = iter(calibration)
     except TypeError as error:
@@ -169,4 +156,4 @@ def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     first = next(iterator, missing)
     if first is missing:
         raise CalibrationError("the calibration data is empty: pass at least one batch")
-    return first, (calibration if iterator is not calibration else itertools.chain([first], iterator))
+    return first, itertools.chain([first], iterator)

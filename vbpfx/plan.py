@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict, Unpack
 
 from vbpfx.blocks import Analysis
-from vbpfx.budget import Budget, Cost, choose_widths, floors, kept_neurons, mac_cost, parameter_cost
+from vbpfx.budget import Budget, Cost, choose_widths, floors, kept_neurons, mac_cost, parameter_cost, require_positive
 from vbpfx.capture import Captured
 from vbpfx.compensate import COMPENSATIONS
 from vbpfx.errors import BudgetError, CalibrationError
@@ -36,71 +37,128 @@ METHODS = {
 }
 
 
-def make_plan(
-    analysis: Analysis,
-    statistics: Statistics,
-    *,
-    ratio: float | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    method: str = "auto",
-    criterion: str | None = None,
-    compensation: str | None = None,
-    round_to: int = 1,
-    min_width: int | None = None,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-) -> Plan:
+class PlanArguments(TypedDict, total=False):
+    """The keyword arguments of :func:`make_plan`, which :func:`vbpfx.prune` hands on."""
+
+    ratio: float | None
+    macs: float | None
+    params: float | None
+    method: str
+    criterion: str | None
+    compensation: str | None
+    round_to: int
+    min_width: int | None
+    include: Sequence[str] | str | None
+    exclude: Sequence[str] | str | None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The arguments of :func:`make_plan`, checked."""
+
+    budget: Budget
+    method: str
+    criterion: str
+    compensation: str
+    round_to: int
+    min_width: int | None
+    include: Sequence[str] | str | None
+    exclude: Sequence[str] | str | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        ratio: float | None = None,
+        macs: float | None = None,
+        params: float | None = None,
+        method: str = "auto",
+        criterion: str | None = None,
+        compensation: str | None = None,
+        round_to: int = 1,
+        min_width: int | None = None,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+    ) -> PlanOptions:
+        """Check what can be checked before any data is seen.
+
+        Raises:
+            BudgetError: one of them is out of range or unknown.
+        """
+        budget = Budget.of(ratio=ratio, macs=macs, params=params)
+        recipe = METHODS[_known("method", method, METHODS)]
+        return cls(
+            budget,
+            method,
+            _known("criterion", recipe.criterion if criterion is None else criterion, CRITERIA),
+            _known("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
+            require_positive("round_to", round_to),
+            recipe.min_width if min_width is None else require_positive("min_width", min_width),
+            include,
+            exclude,
+        )
+
+
+def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[PlanArguments]) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
 
     With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025):
     the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P.
 
     Args:
+        analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
         ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
         macs, params: fraction of the dense model's MACs / parameters to keep; exactly one of the three.
-        method: ``"vbp"``, or ``"auto"``, the best measured default.
+        method: ``"vbp"``, or ``"auto"`` (default), the best measured one.
         criterion: ``"variance"``, ``"magnitude"`` or ``"random"``, in place of the method's.
         compensation: ``"mean"`` or ``"none"``, in place of the method's.
-        round_to: make widths multiples of it.
-        min_width: floor of every block; ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
+        round_to: make widths multiples of it (default 1).
+        min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
         include, exclude: glob patterns over block names and module paths.
 
     Raises:
         BudgetError: the budget is missing, ambiguous, out of range or cannot be met.
         AnalysisError: no block, or a pattern that matches none.
-        CalibrationError: the statistics lack a block.
+        CalibrationError: the statistics are of another model.
     """
-    budget = Budget.of(ratio=ratio, macs=macs, params=params)
-    recipe = _option("method", method, METHODS)
-    criterion, compensation = criterion or recipe.criterion, compensation or recipe.compensation
-    score, constants = _option("criterion", criterion, CRITERIA), _option("compensation", compensation, COMPENSATIONS)
-    blocks = select_blocks(analysis, include, exclude)
-    missing = [block.name for block in blocks if block.name not in statistics.moments]
-    if missing:
-        raise CalibrationError(f"the statistics lack block {missing[0]}; gather them from this model's prepared graph")
-    captured = analysis.captured
+    chosen = PlanOptions.of(**options)
+    blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+    _require_statistics(blocks, statistics)
+    captured, score, constants = analysis.captured, CRITERIA[chosen.criterion], COMPENSATIONS[chosen.compensation]
     scores = {b.name: score(b, statistics.moments[b.name], captured.reference) for b in blocks}
-    floor = floors(blocks, recipe.min_width if min_width is None else min_width)
-    widths = choose_widths(
-        blocks, scores, budget, floor=floor, round_to=round_to, cost=_cost(budget, analysis.captured, blocks)
-    )
+    floor = floors(blocks, chosen.min_width)
+    cost = _cost(chosen.budget, captured, blocks)
+    widths = choose_widths(blocks, scores, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
     entries = [
         _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), statistics, constants)
         for block in blocks
         if widths[block.name] < block.width
     ]
     settings = {
-        "method": method,
-        "criterion": criterion,
-        "compensation": compensation,
-        "budget": {budget.kind: budget.value},
-        "round_to": round_to,
+        "method": chosen.method,
+        "criterion": chosen.criterion,
+        "compensation": chosen.compensation,
+        "budget": {chosen.budget.kind: chosen.budget.value},
+        "round_to": chosen.round_to,
         "neurons": sum(block.width for block in blocks),
         "at_floor": [block.name for block in blocks if widths[block.name] == floor[block.name] < block.width],
         "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),
     }
-    return Plan(tuple(entries), captured.fingerprint, settings)
+    return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
+
+
+def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None:
+    for block in blocks:
+        if block.name not in statistics.moments:
+            raise CalibrationError(
+                f"the statistics lack block {block.name}; gather them from this model's prepared graph"
+            )
+        found = [tuple(m.mean.shape) for m in statistics.moments[block.name]]
+        if found != [(block.width,)] * len(block.sources):
+            raise CalibrationError(
+                f"block {block.name} has {len(block.sources)} inputs of width {block.width}, the statistics hold {found}; "
+                f"gather them from this model's prepared graph"
+            )
 
 
 def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block]) -> Cost | None:
@@ -114,7 +172,7 @@ def _block_plan(block: Block, kept: tuple[int, ...], statistics: Statistics, con
     return BlockPlan(block, kept, tuple(constants(m, pruned) for m in statistics.moments[block.name]))
 
 
-def _option(name: str, value: str, table: Any) -> Any:
-    if value not in table:
+def _known(name: str, value: str, table: Mapping[str, Any]) -> str:
+    if not isinstance(value, str) or value not in table:
         raise BudgetError(f"{name}={value!r} is unknown; choose one of {', '.join(sorted(table))}")
-    return table[value]
+    return value

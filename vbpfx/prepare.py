@@ -12,9 +12,9 @@ from torch import fx
 
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured
-from vbpfx.edit import insert_at_sources, share_tensors
+from vbpfx.edit import insert_at_sources, share_parameters
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
-from vbpfx.files import write_safetensors
+from vbpfx.files import safetensors_writer, write_atomically
 from vbpfx.moments import Moments
 from vbpfx.observer import Observer
 from vbpfx.records import Block
@@ -30,9 +30,11 @@ class Statistics:
     moments: Mapping[str, tuple[Moments, ...]]
 
     def __or__(self, other: Statistics) -> Statistics:
-        if self.moments.keys() != other.moments.keys():
+        own, others = ({n: [m.mean.shape for m in ms] for n, ms in s.moments.items()} for s in (self, other))
+        if own != others:
+            names = sorted(name for name in own.keys() | others.keys() if own.get(name) != others.get(name))
             raise CalibrationError(
-                f"statistics of different blocks cannot be merged: {sorted(self.moments.keys() ^ other.moments.keys())}"
+                f"statistics of different blocks cannot be merged: block {', block '.join(names)} differ"
             )
         return Statistics(
             {
@@ -49,7 +51,7 @@ class Statistics:
             for index, moments in enumerate(sources):
                 tensors[f"{name}/{index}/mean"] = moments.mean
                 tensors[f"{name}/{index}/m2"] = moments.m2
-        write_safetensors(Path(path), tensors, {"vbpfx.statistics": json.dumps(counts)})
+        write_atomically({Path(path): safetensors_writer(tensors, {"vbpfx.statistics": json.dumps(counts)})})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -86,7 +88,7 @@ def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] |
     chosen = analysis.blocks if blocks is None else tuple(blocks)
     if not chosen:
         raise AnalysisError(no_blocks(analysis))
-    observed = share_tensors(captured.graph_module)
+    observed = share_parameters(captured.graph_module)
     insert_at_sources(observed, chosen, lambda block, i: Observer(block.name, block.sources[i][1]), "observe")
     return observed
 

@@ -49,10 +49,11 @@ class Consumer:
     Attributes:
         node: name of the node that calls the layer.
         source: name of the node whose value it reads as h.
-        axis: the hidden axis of that value, counted from 0.
+        axis: the hidden axis of that value, counted from its end (-1 is the last).
         weight: name of W; ``weight_axis`` is the axis of W that is contracted (1 for ``nn.Linear``).
         bias: name of b; where ``creates_bias`` is true the layer has none and the fold makes one
             under this name.
+        is_layer: whether the call is a layer of ``torch.nn``, whose class adds its bias by itself.
     """
 
     node: str
@@ -62,6 +63,7 @@ class Consumer:
     weight_axis: int
     bias: str
     creates_bias: bool
+    is_layer: bool
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,13 @@ class Plan:
     Attributes:
         blocks: the blocks that are narrowed; blocks of which nothing is removed are left out.
         fingerprint: hash of the structure of the model it was made for.
+        frontend: what traced that model; node names are those of its graphs.
         settings: how it was made (criterion, compensation, budget, floors), for the report.
     """
 
     blocks: tuple[BlockPlan, ...]
     fingerprint: str
+    frontend: str
     settings: Mapping[str, Any]
 
     @property

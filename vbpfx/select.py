@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vbpfx.blocks import Analysis
 from vbpfx.errors import AnalysisError
@@ -50,4 +50,9 @@ def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[Block
 
 
 def _as_list(patterns: Sequence[str] | str) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    listed = (
+        [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    )
+    if not listed or not all(isinstance(pattern, str) for pattern in listed):
+        raise AnalysisError(f"include and exclude take glob patterns, found {patterns!r}")
+    return listed

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from vbpfx.capture import Captured
-from vbpfx.edit import insert_at_sources, share_tensors
+from vbpfx.edit import insert_at_sources, share_parameters
 from vbpfx.errors import VerificationError
 from vbpfx.inputs import Inputs, as_inputs, model_device
 from vbpfx.records import Block, Plan
@@ -33,12 +33,14 @@ class Verification:
         error: largest |pruned - reference| over the outputs, relative to the largest |reference|.
         effect: the same between the dense network and the reference: how much the substitution does at
             all. Where it is below ``error`` the comparison says nothing (zero-initialised branches).
-        tolerance: the bound that ``error`` was held to.
+        capture: the same between the captured dense graph and the model itself in eval mode.
+        tolerance: the bound that ``error`` and ``capture`` were held to.
         dtype: the precision that both ran in.
     """
 
     error: float
     effect: float
+    capture: float
     tolerance: float
     dtype: str
 
@@ -62,7 +64,7 @@ class Substitute(nn.Module):
 
 def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
     """The dense graph with the plan's constants substituted at every consumer's input; shares all parameters."""
-    reference = share_tensors(captured.graph_module)
+    reference = share_parameters(captured.graph_module)
     entries = {entry.block.name: entry for entry in plan.blocks}
 
     def make(block: Block, index: int) -> nn.Module:
@@ -93,14 +95,27 @@ def verify(
     """
     device = model_device(captured.reference)
     inputs = captured.inputs if example_inputs is None else as_inputs(example_inputs, captured.reference).to(device)
-    dense, substituted = _run(captured.graph_module, inputs), _run(reference_graph(captured, plan), inputs)
-    pruned = _run(small, inputs)
+    if not inputs.batch_size:
+        raise VerificationError("the example inputs hold no sample: nothing can be compared")
+    try:
+        dense, model = _run(captured.graph_module, inputs), _run(captured.reference, inputs)
+    except Exception as failure:  # the model's own operators raise whatever they raise
+        raise VerificationError(
+            f"the dense network does not run on these inputs ({inputs.describe()}): {failure}"
+        ) from failure
+    substituted, pruned = _run(reference_graph(captured, plan), inputs), _run(small, inputs)
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
     bound = TOLERANCES.get(dtype, 1e-4) if tolerance is None else tolerance
     if [t.shape for t in pruned] != [t.shape for t in substituted]:
         raise VerificationError(
             f"the pruned network returns shapes {[tuple(t.shape) for t in pruned]}, the dense one "
             f"{[tuple(t.shape) for t in substituted]}"
+        )
+    fidelity = relative_error(dense, model)
+    if not fidelity <= bound:
+        raise VerificationError(
+            f"the captured graph differs from the model by {fidelity:.2e} of the output's size: the model decides "
+            f"something in Python that tracing fixed; try frontend='export', or make the decision part of the input"
         )
     error = relative_error(pruned, substituted)
     if not error <= bound:
@@ -109,18 +124,23 @@ def verify(
             f"{bound:.0e}; the rewrite is wrong for one of the blocks {[e.block.name for e in plan.blocks][:8]}: please "
             f"report the model, and leave blocks out with exclude= to find which"
         )
-    return Verification(error, relative_error(substituted, dense), bound, str(dtype).removeprefix("torch."))
+    return Verification(error, relative_error(substituted, dense), fidelity, bound, str(dtype).removeprefix("torch."))
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """max over the tensors of max|found - expected| / max|expected|, in float64; inf where it is no number."""
+    """max over the tensors of max|found - expected| / max|expected|, in float64.
+
+    Equal entries differ by nothing even where they are infinite (masked logits); any other NaN or
+    infinity makes the result infinite.
+    """
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
-        if b.numel():
-            difference = (a.double() - b.double()).abs().max()
-            worst = max(
-                worst, (difference / b.double().abs().max().clamp_min(1e-300)).nan_to_num(torch.inf, torch.inf).item()
-            )
+        if not b.numel():
+            continue
+        a, b = a.double(), b.double()
+        difference = torch.where(a == b, 0.0, (a - b).abs()).max()
+        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
+        worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
     return worst
 
 
@@ -128,8 +148,10 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
+        own = inputs.map(torch.clone)  # a model may write into its input
         with torch.no_grad():
-            output = network(*inputs.args, **inputs.kwargs)
+            # not network(...): fx's own wrapper prints the generated code when a batch does not fit
+            output = nn.Module.__call__(network, *own.args, **own.kwargs)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -16,7 +16,7 @@ from torch import Tensor
 import vbpfx
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
-from vbpfx.files import write_json
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.inputs import Inputs
 from vbpfx.report import count_parameters
 from vbpfx.timing import interleaved
@@ -83,11 +83,14 @@ def run_demo(out: Path, console: Console) -> Path:
         bar.update(task, description="done")
     console.print(_accuracy_table(points, dense))
     console.print(_chosen_table(pruned, latency, large, small))
-    write_json(
-        out / "demo.json",
-        {"dense_accuracy": dense, "points": [asdict(p) for p in points], "latency_ratio": latency["dense"] / latency["pruned"],
-         "onnx_accuracy": on_runtime, "report": pruned.report.to_json()},
-    )  # fmt: skip
+    figures = {
+        "dense_accuracy": dense,
+        "points": [asdict(p) for p in points],
+        "latency_ratio": latency["dense"] / latency["pruned"],
+        "onnx_accuracy": on_runtime,
+        "report": pruned.report.to_json(),
+    }
+    write_atomically({out / "demo.json": json_writer(figures)})
     hidden = sorted({max(shape) for name, shape in initializer_shapes(small).items() if "fc1.bias" in name})
     console.print(
         f"In ONNX Runtime the pruned file scores {on_runtime:.2%} on the test images; its hidden widths are {hidden}."

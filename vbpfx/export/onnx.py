@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
         ArtifactError: the path cannot be written.
     """
     path = Path(path)
+    # the exporter names keyword inputs by their place in the signature
+    inputs = replace(
+        inputs, kwargs={n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
+    )
     try:
         program = _to_program(network, inputs.resized(2))
     except Exception as error:  # the exporter and the model's operators raise many kinds
@@ -50,12 +55,18 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
         raise ExportError(f"torch.onnx cannot export the network: {type(error).__name__}: {text}") from error
 
     def write(temporary: Path) -> None:
-        program.save(str(temporary), external_data=False)
-        onnx.checker.check_model(str(temporary))
-        _check_shapes(initializer_shapes(temporary), network, plan)
-        _check_outputs(temporary, network, inputs)
+        try:
+            program.save(str(temporary), external_data=False)
+            onnx.checker.check_model(str(temporary))
+            _check_shapes(initializer_shapes(temporary), network, plan)
+            _check_outputs(temporary, network, inputs)
+        except (ExportError, OSError):
+            raise
+        except Exception as error:  # ONNX Runtime and the checker have their own
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"the exported file does not run: {type(error).__name__}: {text}") from error
 
-    write_atomically(path, write)
+    write_atomically({path: write})
     return path
 
 

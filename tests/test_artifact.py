@@ -1,0 +1,584 @@
+"""What is saved comes back bit for bit, and a damaged, foreign or hostile artifact is an ArtifactError."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_unchanged, randomize, state
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import vbpfx
+from vbpfx.artifact import load_plan
+from vbpfx.errors import ArtifactError
+from vbpfx.inputs import as_inputs
+
+FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json"}
+
+
+def mlp(width: int = 16, activation: type[nn.Module] = nn.GELU) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, width), activation(), nn.Linear(width, 4))
+
+
+class Layer(nn.Module):
+    """Attention and an MLP on a residual stream; the second linear layer has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj((torch.softmax(q @ k.transpose(-2, -1), -1) @ v).transpose(1, 2).reshape(b, n, c))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Functional(nn.Module):
+    """Weights that belong to no layer: the fold makes a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.empty(16, 8)), nn.Parameter(torch.empty(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, self.w1)), self.w2)
+
+
+class Buffers(nn.Module):
+    """A persistent buffer, one that is not, and an integer one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.register_buffer("scale", torch.linspace(0.5, 2, 8))
+        self.register_buffer("shift", torch.linspace(-1, 1, 16), persistent=False)
+        self.register_buffer("order", torch.arange(8).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2((self.fc1(x * self.scale) + self.shift).relu())[:, self.order]
+
+
+class Tied(nn.Module):
+    """The output layer is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc1, self.fc2 = nn.Embedding(11, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        return self.head(h + self.fc2(F.gelu(self.fc1(h))))
+
+
+class Nested(nn.Module):
+    """Dictionaries, tuples and lists inside each other come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.body(x)
+        return {"logits": (self.head(y), {"deep": y.relu()}), "list": [y, y * 2]}
+
+
+class Keywords(nn.Module):
+    """Two tensors by keyword only, and an option with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gain = mlp(), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, *, context: Tensor, extra: Tensor | None = None) -> Tensor:
+        y = self.body(x) * self.gain(context).sigmoid()
+        return y if extra is None else y + extra
+
+
+@fx.wrap
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class Wrapped(nn.Module):
+    """A function of the user's that the tracer does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(self.body(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[int], Any]
+    own_class: bool = True
+
+
+def rows(samples: int) -> Tensor:
+    return torch.randn(samples, 8)
+
+
+CASES = [
+    Case("mlp", mlp, rows),
+    Case("transformer", Layer, lambda n: torch.randn(n, 5, 8)),
+    Case("created bias", lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False)), rows),
+    Case("functional", Functional, rows, own_class=False),
+    Case("batch norm", lambda: nn.Sequential(nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 3)), lambda n: torch.randn(n, 3, 5, 5)),
+    Case("buffers", Buffers, rows),
+    Case("tied", Tied, lambda n: torch.randint(11, (n, 5))),
+    Case("nested outputs", Nested, rows),
+    Case("keywords", Keywords, lambda n: {"context": torch.randn(n, 3), "x": torch.randn(n, 8)}),
+]  # fmt: skip
+ALL = [pytest.param(c, f, id=f"{c.name}-{f}") for c in CASES for f in ("symbolic", "export")]
+
+
+def prune(model: nn.Module, batch: Any, **options: Any) -> vbpfx.Pruned:
+    return vbpfx.prune(model, [batch], progress=False, **({"ratio": 0.5} | options))
+
+
+def run(network: nn.Module, batch: Any) -> Any:
+    inputs = as_inputs(batch, network)
+    with torch.no_grad():
+        return network(*inputs.args, **inputs.kwargs)
+
+
+def assert_same_output(found: nn.Module, expected: nn.Module, batch: Any) -> None:
+    """Bit for bit, and of the same structure."""
+    got, wanted = pytree.tree_flatten(run(found, batch)), pytree.tree_flatten(run(expected, batch))
+    assert got[1] == wanted[1]
+    for a, b in zip(got[0], wanted[0], strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A saved MLP of width 16, half of it pruned."""
+    return prune(randomize(mlp()), rows(32)).save(tmp_path / "artifact")
+
+
+def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+# ---- round trips ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "frontend"), ALL)
+def test_the_graph_comes_back_bit_for_bit(case: Case, frontend: str, tmp_path: Path) -> None:
+    pruned = prune(randomize(case.make()), case.batch(32), frontend=frontend)
+    assert pruned.plan.removed > 0
+    vbpfx.save(pruned, tmp_path)
+    loaded = vbpfx.load(tmp_path)
+    assert isinstance(loaded, fx.GraphModule)
+    for samples in (1, 3, 8):
+        assert_same_output(loaded, pruned.graph_module, case.batch(samples))
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(("case", "frontend"), [p for p in ALL if p.values[0].own_class])
+def test_the_own_class_comes_back_bit_for_bit(case: Case, frontend: str, tmp_path: Path) -> None:
+    model = randomize(case.make())
+    pruned = prune(model, case.batch(32), frontend=frontend)
+    pruned.save(tmp_path)
+    fresh = randomize(case.make())
+    before = state(fresh)
+    loaded = vbpfx.load(tmp_path, into=fresh).eval()
+    assert type(loaded) is type(model)
+    for samples in (1, 3, 8):
+        assert_same_output(loaded, pruned.apply_to(model).eval(), case.batch(samples))
+    assert_unchanged(fresh, before)
+
+
+@pytest.mark.parametrize(("case", "frontend"), ALL)
+def test_the_tensors_come_back_under_their_names(case: Case, frontend: str, tmp_path: Path) -> None:
+    pruned = prune(randomize(case.make()), case.batch(32), frontend=frontend)
+    pruned.save(tmp_path)
+    loaded, small = vbpfx.load(tmp_path), pruned.graph_module
+    # without duplicates: a tied weight that came back twice would be counted and trained twice
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    assert sorted(n for n, _ in loaded.named_buffers()) == sorted(n for n, _ in small.named_buffers())
+    assert sorted(loaded.state_dict()) == sorted(small.state_dict()), "a buffer became persistent, or is so no more"
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_frozen_parameters_come_back_frozen(tmp_path: Path) -> None:
+    model = randomize(mlp())
+    model[0].requires_grad_(False)
+    prune(model, rows(32)).save(tmp_path)
+    wanted = {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
+    assert {n: p.requires_grad for n, p in vbpfx.load(tmp_path, into=model).named_parameters()} == wanted
+    assert {n: p.requires_grad for n, p in vbpfx.load(tmp_path).named_parameters()} == wanted
+
+
+def test_tied_weights_come_back_as_one_parameter(tmp_path: Path) -> None:
+    prune(randomize(Tied()), torch.randint(11, (32, 5))).save(tmp_path)
+    graph, own = vbpfx.load(tmp_path), vbpfx.load(tmp_path, into=randomize(Tied()))
+    for loaded in (own, graph):
+        assert loaded.get_parameter("head.weight") is loaded.get_parameter("embed.weight")
+    # by hand: embedding, then two linear layers with 8 of 16 neurons left; the head costs nothing
+    wanted = 11 * 8 + (8 * 8 + 8) + (8 * 8 + 8)
+    assert sum(p.numel() for p in own.parameters()) == wanted
+    assert sum(p.numel() for p in graph.parameters()) == wanted
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_the_call_signature_survives(frontend: str, tmp_path: Path) -> None:
+    batch = {"x": torch.randn(32, 8), "context": torch.randn(32, 3)}
+    pruned = prune(randomize(Keywords()), batch, frontend=frontend)
+    pruned.save(tmp_path)
+    loaded = vbpfx.load(tmp_path)
+    names = ["x", "context", "extra"] if frontend == "symbolic" else ["x", "context"]  # export drops what was not given
+    for network in (pruned.graph_module, loaded):
+        assert list(inspect.signature(network.forward).parameters) == names
+    with torch.no_grad():
+        expected = pruned.graph_module(**batch)
+        assert torch.equal(loaded(context=batch["context"], x=batch["x"]), expected)
+        assert torch.equal(loaded(batch["x"], context=batch["context"]), expected)
+        with pytest.raises(TypeError):
+            nn.Module.__call__(loaded, batch["x"])
+
+
+def test_the_loaded_graph_trains(tmp_path: Path) -> None:
+    pruned = prune(randomize(mlp()), rows(32))
+    pruned.save(tmp_path)
+    loaded, x = vbpfx.load(tmp_path), rows(5)
+    loaded(x).square().sum().backward()
+    pruned.graph_module(x).square().sum().backward()
+    wanted = dict(pruned.graph_module.named_parameters())
+    assert {n: tuple(p.shape) for n, p in wanted.items()} == {
+        "0.weight": (8, 8),
+        "0.bias": (8,),
+        "2.weight": (4, 8),
+        "2.bias": (4,),
+    }
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter.grad, wanted[name].grad)
+
+
+def test_no_pickle_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(Layer())
+    pruned = prune(model, torch.randn(32, 5, 8))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("pickle was used")
+
+    for owner, name in ((torch, "load"), (torch, "save"), *((pickle, n) for n in ("load", "loads", "dump", "dumps"))):
+        monkeypatch.setattr(owner, name, refuse)
+    pruned.save(tmp_path)
+    x = torch.randn(3, 5, 8)
+    assert_same_output(vbpfx.load(tmp_path), pruned.graph_module, x)
+    assert_same_output(vbpfx.load(tmp_path, into=Layer()).eval(), pruned.graph_module, x)
+
+
+@pytest.mark.parametrize(("case", "frontend"), ALL)
+def test_the_plan_comes_back_equal(case: Case, frontend: str, tmp_path: Path) -> None:
+    pruned = prune(randomize(case.make()), case.batch(32), frontend=frontend)
+    pruned.save(tmp_path)
+    plan = load_plan(tmp_path)
+    assert plan.fingerprint == pruned.plan.fingerprint
+    assert plan.settings == pruned.plan.settings
+    assert [entry.block for entry in plan.blocks] == [entry.block for entry in pruned.plan.blocks]
+    for found, expected in zip(plan.blocks, pruned.plan.blocks, strict=True):
+        assert found.kept == expected.kept
+        assert [c.dtype for c in found.constants] == [torch.float64] * len(expected.constants)
+        for a, b in zip(found.constants, expected.constants, strict=True):
+            assert torch.equal(a, b)
+    # the plan that came back does what the plan did
+    assert_same_output(vbpfx.convert(pruned.captured, plan), pruned.graph_module, case.batch(3))
+
+
+def test_the_report_file_holds_the_figures(artifact: Path) -> None:
+    figures = json.loads((artifact / "report.json").read_text())
+    # by hand: 8 -> 16 -> 4 against 8 -> 8 -> 4
+    assert figures["params"] == [8 * 16 + 16 + 16 * 4 + 4, 8 * 8 + 8 + 8 * 4 + 4]
+    assert figures["macs"] == [8 * 16 + 16 * 4, 8 * 8 + 8 * 4]
+    assert figures["neurons"] == [16, 8]
+
+
+def test_a_user_function_is_saved_without_a_graph(tmp_path: Path) -> None:
+    model = randomize(Wrapped())
+    pruned = prune(model, rows(32), frontend="symbolic")
+    pruned.save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"calls \S*doubled.*pass into= a model of the pruned class"):
+        vbpfx.load(tmp_path)
+    assert_same_output(vbpfx.load(tmp_path, into=randomize(Wrapped())).eval(), pruned.graph_module, rows(3))
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("name", sorted(FILES - {"report.json"}))
+def test_a_truncated_file_is_an_artifact_error(artifact: Path, name: str, part: float) -> None:
+    path = artifact / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ArtifactError, match=name):
+        vbpfx.load(artifact, into=mlp())
+    if not name.startswith("plan"):
+        with pytest.raises(ArtifactError, match=name):
+            vbpfx.load(artifact)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"report.json"}))
+@pytest.mark.parametrize("damage", ["missing", "a folder", "other bytes", "last byte"])
+def test_a_damaged_file_is_an_artifact_error(artifact: Path, name: str, damage: str) -> None:
+    path = artifact / name
+    whole = path.read_bytes().rstrip()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage == "other bytes":
+        path.write_bytes(bytes(range(128, 256)) * 4)
+    elif damage == "last byte":
+        path.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match=name):
+        vbpfx.load(artifact, into=mlp())
+
+
+@pytest.mark.parametrize("name", ["plan.json", "graph.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "3", '"x"'])
+def test_json_that_is_something_else_is_an_artifact_error(artifact: Path, name: str, text: str) -> None:
+    (artifact / name).write_text(text)
+    with pytest.raises(ArtifactError, match=name):
+        vbpfx.load(artifact, into=mlp())
+    if name == "graph.json":
+        with pytest.raises(ArtifactError, match=name):
+            vbpfx.load(artifact)
+
+
+def test_a_newer_format_says_to_update(artifact: Path) -> None:
+    edit_json(artifact / "plan.json", lambda data: data.update(format=2))
+    with pytest.raises(ArtifactError, match="has format 2, this vbpfx reads 1; update vbpfx"):
+        vbpfx.load(artifact, into=mlp())
+
+
+@pytest.mark.parametrize("key", ["nodes", "modules", "buffers", "name", "tied"])
+def test_a_graph_without_one_of_its_parts_is_an_artifact_error(artifact: Path, key: str) -> None:
+    edit_json(artifact / "graph.json", lambda data: data.pop(key))
+    with pytest.raises(ArtifactError, match=r"graph\.json"):
+        vbpfx.load(artifact)
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_weights_that_lack_a_tensor_are_an_artifact_error(artifact: Path, into: bool) -> None:
+    tensors = load_file(artifact / "model.safetensors")
+    del tensors["2.weight"]
+    save_file(tensors, artifact / "model.safetensors")
+    # into= must not leave the fresh model's own random weight standing
+    with pytest.raises(ArtifactError, match=r"2\.weight"):
+        vbpfx.load(artifact, into=mlp() if into else None)
+
+
+def test_files_of_two_artifacts_do_not_mix(artifact: Path, tmp_path: Path) -> None:
+    other = prune(randomize(mlp()), rows(32), ratio=0.25).save(tmp_path / "other")
+    (artifact / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        vbpfx.load(artifact, into=mlp())
+    (artifact / "plan.safetensors").write_bytes((other / "plan.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match="block 0->2: 8 removed neurons"):
+        vbpfx.load(artifact, into=mlp())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: mlp(width=20), id="width"),
+        pytest.param(lambda: mlp(activation=nn.ReLU), id="class names"),
+        pytest.param(lambda: nn.Sequential(*mlp(), nn.Linear(4, 4)), id="depth"),
+        pytest.param(lambda: nn.Sequential(mlp()), id="names"),
+    ],
+)
+def test_an_artifact_of_another_model_is_an_artifact_error(artifact: Path, other: Callable[[], nn.Module]) -> None:
+    model = other()
+    before = state(model)
+    with pytest.raises(ArtifactError, match="another structure than this Sequential"):
+        vbpfx.load(artifact, into=model)
+    assert_unchanged(model, before)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", [".", "deeper", "deeper/still"])
+def test_a_folder_that_runs_through_a_file_is_an_artifact_error(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    pruned = prune(randomize(mlp()), rows(32))
+    with pytest.raises(ArtifactError, match=r"cannot write .*file.*choose a folder that can be written"):
+        pruned.save(tmp_path / "file" / below)
+    assert [p.name for p in tmp_path.rglob("*")] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+_FAILURES = [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+
+
+@pytest.mark.parametrize("failure", _FAILURES, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("which", [1, 2], ids=["plan", "model"])
+def test_an_interrupted_write_leaves_the_old_artifact(
+    artifact: Path, which: int, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in artifact.iterdir()}
+    calls = []
+
+    def half(tensors: Any, path: Path, metadata: Any = None) -> None:
+        calls.append(path)
+        save_file(tensors, path, metadata)
+        if len(calls) == which:
+            path.write_bytes(path.read_bytes()[:50])
+            raise failure
+
+    other = prune(randomize(mlp()), rows(32), ratio=0.25)
+    monkeypatch.setattr("vbpfx.files.save_file", half)
+    with pytest.raises(ArtifactError, match=r"cannot write .*safetensors.*No space left"):
+        other.save(artifact)
+    assert len(calls) == which
+    after = {p.name: p.read_bytes() for p in artifact.iterdir()}
+    assert sorted(after) == sorted(before), "a temporary file was left behind"
+    assert [name for name in before if after[name] != before[name]] == [], "the old artifact is half replaced"
+
+
+def test_a_full_disk_is_an_artifact_error(artifact: Path) -> None:
+    resource = pytest.importorskip("resource")  # a limit on the size of a file stands for the disk
+    before = {p.name: p.read_bytes() for p in artifact.iterdir()}
+    other = prune(randomize(mlp()), rows(32), ratio=0.25)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ArtifactError, match=r"cannot write .*plan\.safetensors"):
+            other.save(artifact)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in artifact.iterdir()} == before
+
+
+def test_saving_over_an_artifact_replaces_all_of_it(artifact: Path) -> None:
+    other = prune(randomize(mlp()), rows(32), ratio=0.25)
+    other.save(artifact)
+    assert load_plan(artifact).widths == {"0->2": 12}
+    assert_same_output(vbpfx.load(artifact), other.graph_module, rows(3))
+    assert {p.name for p in artifact.iterdir()} == FILES
+
+
+# ---- hostile graphs -------------------------------------------------------------------------------------------------
+
+
+def call(op: str, target: str, args: list[Any], kwargs: list[Any] | None = None) -> Callable[[Any], None]:
+    """Insert a node in front of the output, which returns it."""
+
+    def edit(data: Any) -> None:
+        node = {"name": "evil", "op": op, "target": target, "args": {"tuple": args}, "kwargs": {"dict": kwargs or []}}
+        data["nodes"].insert(-1, node)
+        data["nodes"][-1]["args"] = {"tuple": [{"node": "evil"}]}
+
+    return edit
+
+
+def on_node(op: str, /, **fields: Any) -> Callable[[Any], None]:
+    return lambda data: next(node for node in data["nodes"] if node["op"] == op).update(fields)
+
+
+def module(**fields: Any) -> Callable[[Any], None]:
+    return lambda data: data["modules"]["0"].update(fields)
+
+
+X = {"node": "input_1"}
+# Writes the file "executed" into the working directory if it is ever evaluated.
+CODE = "__import__('pathlib').Path('executed').touch()"
+
+
+def named_by_code(data: Any) -> None:
+    """fx writes ``getattr(self, "<name>")`` for a module whose name is no identifier."""
+    dotless = CODE.replace(".", "\\x2e")  # a dot would end the name
+    name = f'1"), exec("{dotless}"), getattr(self, "1'
+    data["modules"][name] = data["modules"]["0"]
+    next(node for node in data["nodes"] if node["op"] == "call_module")["target"] = name
+
+
+HOSTILE = {
+    "os.system": call("call_function", "os.system", ["touch executed"]),
+    "builtins.eval": call("call_function", "builtins.eval", [CODE]),
+    "eval": call("call_function", "eval", [CODE]),
+    "torch.load": call("call_function", "torch.load", ["x"]),
+    "torch.save": call("call_function", "torch.save", [X, "executed"]),
+    "torch.from_file": call("call_function", "torch.from_file", ["executed", True, 4]),
+    "torch.hub.load": call("call_function", "torch.hub.load", ["x", "y"]),
+    "operator.methodcaller": call("call_function", "operator.methodcaller", ["load"]),
+    "operator.call": call("call_function", "operator.call", [X]),
+    "call_method __class__": call("call_method", "__class__", [X]),
+    "call_method __reduce__": call("call_method", "__reduce__", [X]),
+    "call_method of no tensor": call("call_method", "system", [X, "touch executed"]),
+    "getattr __globals__": call("call_function", "getattr", [X, "__globals__"]),
+    "getattr __class__": call("call_function", "getattr", [X, "__class__"]),
+    "getattr of a method": call("call_function", "getattr", [X, "register_hook"]),
+    "getattr of a computed name": call("call_function", "getattr", [X, X]),
+    "get_attr __class__": call("get_attr", "__class__", []),
+    "get_attr __globals__": call("get_attr", "forward.__func__.__globals__", []),
+    "call_module of a method": call("call_module", "add_module", ["x", None]),
+    "load_library": call("call_function", "load_library::__self__.load_library", ["executed.so"]),
+    "import_module": call("call_function", "import_module::__self__.import_module", ["math"]),
+    "globals through torch.ops": call("call_function", "load_library::__globals__.get", ["__builtins__"]),
+    "no such operator": call("call_function", "aten::no_such_operator.default", [X]),
+    "no such module": on_node("call_module", target="9"),
+    "no such op": on_node("call_module", op="call_anything"),
+    "module outside torch.nn": module(**{"class": "os._Environ"}),
+    "module of torchvision": module(**{"class": "torchvision.models.AlexNet"}),
+    "module that looks like torch.nn": module(**{"class": "torch.nn.modules.evil.Linear"}),
+    "no module class": module(**{"class": "torch.nn.modules.linear.init"}),
+    "no class": module(**{"class": "torch.nn.modules.linear.math"}),
+    "unknown value kind": on_node("output", args={"tuple": [{"pickle": "gASVAA=="}]}),
+    "two value kinds": on_node("output", args={"tuple": [{"node": "input_1", "float": "1"}]}),
+    "torch value that is no dtype": on_node("output", args={"tuple": [{"torch": "load"}]}),
+    "unknown node": on_node("output", args={"tuple": [{"node": "nobody"}]}),
+    "code in a placeholder": on_node("placeholder", target=f"input={CODE}"),
+    "code in a keyword": call("call_function", "torch.relu", [], [[f"x={CODE}, input", X]]),
+    "code in a module name": named_by_code,
+    "code in the signature": lambda data: data.update(
+        pytree={
+            "arguments": ["self", f"input={CODE}"],
+            "in": pytree.treespec_dumps(pytree.tree_structure(((0,), {}))),
+            "out": pytree.treespec_dumps(pytree.tree_structure(0)),
+        }
+    ),
+    "no tree": lambda data: data.update(pytree={"arguments": ["self", "x"], "in": "[1, {}]", "out": "x"}),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_graph_is_an_artifact_error(
+    artifact: Path, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "working"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    edit_json(artifact / "graph.json", HOSTILE[attack])
+    error: Exception | None = None
+    try:
+        vbpfx.load(artifact)(rows(2))  # what is written into the code may run at the first call only
+    except Exception as raised:
+        error = raised
+    assert list(empty.iterdir()) == [], "the file was executed"
+    assert isinstance(error, ArtifactError), f"load() gave {error!r}"

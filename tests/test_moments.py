@@ -1,0 +1,110 @@
+"""Streaming moments against NumPy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vbpfx
+from vbpfx.errors import ArtifactError, CalibrationError
+from vbpfx.moments import Moments
+from vbpfx.observer import Observer
+
+
+def _reduce(pieces: list[torch.Tensor]) -> Moments:
+    total = Moments.of(pieces[0])
+    for piece in pieces[1:]:
+        total = total | Moments.of(piece)
+    return total
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=50)
+def test_any_split_gives_numpys_moments(sizes: list[int], seed: int) -> None:
+    data = torch.randn(sum(sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3 + 7
+    moments = _reduce(list(torch.split(data, sizes)))
+    assert moments.count == len(data)
+    np.testing.assert_allclose(moments.mean, data.numpy().mean(0), rtol=1e-13)
+    np.testing.assert_allclose(moments.m2, ((data.numpy() - data.numpy().mean(0)) ** 2).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_large_mean_and_small_spread_in_float32() -> None:
+    data = (torch.randn(20000, 3, dtype=torch.float64) * 1e-2 + 1e4).float()
+    moments = _reduce(list(torch.split(data, 777)))
+    exact = data.double().numpy()
+    # E[x^2] - E[x]^2 in float32 would be wrong in its first digit; the float64 of the same numbers is the oracle
+    np.testing.assert_allclose(moments.variance, exact.var(0, ddof=1), rtol=1e-10)
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-14)
+
+
+def test_more_rows_than_are_widened_at_once() -> None:
+    data = torch.randn(3000, 200)
+    np.testing.assert_allclose(Moments.of(data).variance, data.double().numpy().var(0, ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_observer_pools_every_other_axis(axis: int) -> None:
+    observer, data = Observer("block", axis), torch.randn(4, 5, 6)
+    assert observer(data) is data
+    rows = data.movedim(axis, -1).reshape(-1, data.shape[axis]).double().numpy()
+    assert observer.moments is not None
+    assert observer.moments.count == len(rows)
+    np.testing.assert_allclose(observer.moments.variance, rows.var(0, ddof=1), rtol=1e-12)
+
+
+def test_observer_skips_an_empty_batch_and_marks_a_bad_one() -> None:
+    observer = Observer("block", -1)
+    observer(torch.randn(0, 3))
+    observer(torch.ones(2, 3))
+    observer(torch.tensor([[1.0, torch.inf, 0.0]]))
+    assert observer.bad_call == 2
+    assert observer.moments is not None
+    assert observer.moments.count == 2
+    assert not observer.state_dict()
+
+
+@pytest.fixture(scope="module")
+def gathered() -> dict[int, vbpfx.Statistics]:
+    """The same 21 samples through a float64 network in batches of 1, 7 and all at once."""
+    torch.manual_seed(1)
+    layers = [torch.nn.Linear(6, 20), torch.nn.GELU(), torch.nn.Linear(20, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)]
+    model = torch.nn.Sequential(*layers).double()
+    data = torch.randn(21, 4, 6, dtype=torch.float64)
+    captured = vbpfx.capture(model, data[:2])
+    analysis = vbpfx.find_blocks(captured)
+    found = {}
+    for size in (1, 7, 21):
+        observed = vbpfx.prepare(captured, analysis)
+        with torch.no_grad():
+            for batch in torch.split(data, size):
+                observed(batch)
+        found[size] = vbpfx.statistics(observed)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_statistics_do_not_depend_on_the_batch_size(gathered: dict[int, vbpfx.Statistics], size: int) -> None:
+    for name, sources in gathered[21].moments.items():
+        for whole, split in zip(sources, gathered[size].moments[name], strict=True):
+            assert whole.count == split.count == 84
+            torch.testing.assert_close(split.mean, whole.mean, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(split.m2, whole.m2, rtol=1e-12, atol=0)
+
+
+def test_statistics_merge_and_survive_a_file(gathered: dict[int, vbpfx.Statistics], tmp_path) -> None:
+    gathered[1].save(tmp_path / "stats.safetensors")
+    loaded = vbpfx.Statistics.load(tmp_path / "stats.safetensors")
+    both = loaded | gathered[7]
+    for name, (moments,) in both.moments.items():
+        (once,) = gathered[21].moments[name]
+        assert moments.count == 2 * once.count
+        torch.testing.assert_close(moments.mean, once.mean, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(moments.m2, 2 * once.m2, rtol=1e-12, atol=0)
+    (tmp_path / "stats.safetensors").write_bytes(b"nothing of ours")
+    with pytest.raises(ArtifactError, match="holds no statistics"):
+        vbpfx.Statistics.load(tmp_path / "stats.safetensors")
+    with pytest.raises(CalibrationError, match="different blocks"):
+        loaded | vbpfx.Statistics({})

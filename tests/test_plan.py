@@ -1,0 +1,188 @@
+"""VBP's selection and the budgets, against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from oracle import randomize, stages
+from torch import nn
+
+import vbpfx
+from vbpfx.budget import mac_cost, parameter_cost
+from vbpfx.errors import BudgetError
+from vbpfx.report import count_parameters
+
+
+def _network() -> nn.Module:
+    """Hidden widths 24, 40 and 16 behind different activations; the last consumer has no bias."""
+    return randomize(
+        nn.Sequential(
+            nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 8), nn.LayerNorm(8), nn.Linear(8, 40), nn.ReLU(),
+            nn.Linear(40, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5, bias=False),
+        )
+    )  # fmt: skip
+
+
+DATA = torch.randn(50, 6, generator=torch.Generator().manual_seed(3))
+
+
+def _activations(model: nn.Module) -> dict[str, np.ndarray]:
+    x, found = DATA, {}
+    for i, layer in enumerate(model):
+        if i in (2, 6, 10):
+            found[f"{i - 2}->{i}"] = x.detach().double().numpy()
+        x = layer(x)
+    return found
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.37, 0.5, 0.8])
+def test_vbp_is_the_published_selection(ratio: float) -> None:
+    model = _network()
+    plan = stages(model, DATA, ratio=ratio, method="vbp").plan
+    hidden = _activations(model)
+    # one global ranking of the raw sample variances; the lowest fraction goes, but never a block's last neuron
+    variances = [h.var(0, ddof=1) for h in hidden.values()]
+    ranking = sorted(
+        (float(v), block, i) for block, vs in enumerate(variances) for i, v in enumerate(vs) if i != vs.argmax()
+    )
+    gone = {(list(hidden)[block], i) for _, block, i in ranking[: round(ratio * 80)]}
+    for entry in plan.blocks:
+        name = entry.block.name
+        assert set(entry.pruned) == {i for block, i in gone if block == name}
+        mean = hidden[name].mean(0)[list(entry.pruned)]
+        np.testing.assert_allclose(entry.constants[0], mean, rtol=1e-6, atol=1e-12)
+    assert plan.removed == len(gone) == round(ratio * 80)
+
+
+def test_the_fold_is_the_papers_formula() -> None:
+    model = _network()
+    result = stages(model, DATA, ratio=0.5, method="vbp")
+    for entry in result.plan.blocks:
+        kept, pruned = list(entry.kept), list(entry.pruned)
+        first, second = (int(i) for i in entry.block.name.split("->"))
+        w1, w2 = model[first].weight, model[second].weight
+        small1, small2 = result.small.get_submodule(str(first)), result.small.get_submodule(str(second))
+        bias = model[second].bias.double() if model[second].bias is not None else 0.0
+        assert torch.equal(small1.weight, w1[kept])
+        assert torch.equal(small1.bias, model[first].bias[kept])
+        assert torch.equal(small2.weight, w2[:, kept])
+        # b2' = b2 + W2[:, P] mu[P], rounded once to float32
+        expected = bias + w2.double()[:, pruned] @ entry.constants[0]
+        torch.testing.assert_close(small2.bias.double(), expected, rtol=6e-8, atol=1e-9)
+        assert (small1.out_features, small2.in_features) == (len(kept), len(kept))
+
+
+def test_ties_go_by_index() -> None:
+    model = _network()
+    with torch.no_grad():
+        model[0].weight[5] = model[0].weight[3]
+        model[0].bias[5] = model[0].bias[3]
+    result = stages(model, DATA, ratio=0.5)
+    scores = result.statistics.moments["0->2"][0].variance
+    order = scores.argsort(stable=True).tolist()
+    assert scores[3] == scores[5]
+    assert order.index(5) == order.index(3) + 1
+    again = vbpfx.make_plan(result.analysis, result.statistics, ratio=0.5)
+    assert [entry.kept for entry in again.blocks] == [entry.kept for entry in result.plan.blocks]
+
+
+@pytest.mark.parametrize("kept", [0.55, 0.7, 0.93])
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_macs_and_params_are_met_to_the_neuron(kind: str, kept: float) -> None:
+    result = stages(_network(), DATA, **{kind: kept})
+
+    def cost(small: torch.fx.GraphModule) -> int:
+        if kind == "params":
+            return count_parameters(small)
+        return sum(dataclasses.replace(result.captured, graph_module=small).macs.values())
+
+    dense = cost(result.captured.graph_module)
+    assert cost(result.small) <= kept * dense
+    # one neuron fewer removed, of any block, is over the budget: the last one in the ranking is among them
+    wider = []
+    for entry in result.plan.blocks:
+        scores = result.statistics.moments[entry.block.name][0].variance
+        back = max(entry.pruned, key=lambda i: (float(scores[i]), i))
+        wider.append((float(scores[back]), entry, back))
+    _, last, back = max(wider, key=lambda item: item[0])
+    grown = dataclasses.replace(
+        last,
+        kept=tuple(sorted((*last.kept, back))),
+        constants=tuple(a[[p != back for p in last.pruned]] for a in last.constants),
+    )
+    blocks = tuple(grown if entry is last else entry for entry in result.plan.blocks)
+    assert cost(vbpfx.convert(result.captured, dataclasses.replace(result.plan, blocks=blocks))) > kept * dense
+
+
+def test_costs_are_those_of_the_converted_graph() -> None:
+    result = stages(_network(), DATA, ratio=0.6)
+    widths = {b.name: b.width for b in result.analysis.blocks} | result.plan.widths
+    measured = dataclasses.replace(result.captured, graph_module=result.small)
+    assert mac_cost(result.captured, result.analysis.blocks)(widths) == sum(measured.macs.values())
+    blocks = result.analysis.blocks
+    assert parameter_cost(result.captured.reference, blocks)(widths) == count_parameters(result.small)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_rounding(step: int) -> None:
+    result = stages(_network(), DATA, ratio=0.5, round_to=step)
+    widths = {b.name: b.width for b in result.analysis.blocks} | result.plan.widths
+    assert all(width % step == 0 for width in widths.values())
+    assert abs(sum(widths.values()) - 40) <= step / 2
+    macs = stages(_network(), DATA, macs=0.6, round_to=step)
+    after = sum(dataclasses.replace(macs.captured, graph_module=macs.small).macs.values())
+    assert after <= 0.6 * sum(macs.captured.macs.values())
+
+
+def test_floors_hold_and_the_total_is_still_met() -> None:
+    model = _network()
+    with torch.no_grad():
+        model[8].weight.mul_(1e-3)  # every variance of the last block is now the smallest
+        model[8].bias.mul_(1e-3)
+    default = stages(model, DATA, ratio=0.5)
+    assert default.plan.widths["8->10"] == 1
+    assert default.plan.removed == 40
+    assert default.plan.settings["at_floor"] == ["8->10"]
+    wide = stages(model, DATA, ratio=0.5, min_width=7)
+    assert wide.plan.widths["8->10"] == 7
+    assert wide.plan.removed == 40
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.97}, {"macs": 0.01}, {"params": 0.01}])
+def test_the_nearest_possible_budget_is_named_and_possible(options: dict[str, float]) -> None:
+    import re
+
+    ((kind, _),) = options.items()
+    with pytest.raises(BudgetError, match=f"use {kind}=") as caught:
+        stages(_network(), DATA, min_width=3, **options)
+    nearest = float(re.search(rf"use {kind}=([\d.]+)", str(caught.value)).group(1))
+    assert stages(_network(), DATA, min_width=3, **{kind: nearest}).plan.removed > 60
+
+
+def test_include_and_exclude() -> None:
+    model = _network()
+    only = stages(model, DATA, ratio=0.5, include="4")
+    assert list(only.plan.widths) == ["4->6"]
+    assert only.plan.removed == 20
+    rest = stages(model, DATA, ratio=0.5, exclude=["4->6", "8*"])
+    assert list(rest.plan.widths) == ["0->2"]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_other_criteria(criterion: str) -> None:
+    model = _network()
+    result = stages(model, DATA, ratio=0.5, criterion=criterion, compensation="none", min_width=1)
+    assert result.plan.removed == 40
+    assert all(not a.any() for entry in result.plan.blocks for a in entry.constants)
+    again = stages(model, DATA, ratio=0.5, criterion=criterion, compensation="none", min_width=1)
+    assert [e.kept for e in again.plan.blocks] == [e.kept for e in result.plan.blocks]
+    if criterion == "magnitude":
+        norms = []
+        for first, second in ((0, 2), (4, 6), (8, 10)):
+            w1, w2 = model[first].weight.detach().double(), model[second].weight.detach().double()
+            norms += [(float(n), f"{first}->{second}", i) for i, n in enumerate((w1**2).sum(1) + (w2**2).sum(0))]
+        gone = {(name, i) for _, name, i in sorted(norms)[:40]}
+        assert gone == {(e.block.name, i) for e in result.plan.blocks for i in e.pruned}

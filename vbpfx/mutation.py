@@ -1,0 +1,58 @@
+"""Which values are changed in place and read on both sides of the change.
+
+A graph names values, an in-place operator changes memory: a name read before and after the change means two
+different things, and so would its statistics.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vbpfx.ops import is_view
+
+
+def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Every node whose memory is changed by a later in-place call and that is read again behind it.
+
+    Returns:
+        node -> name of the in-place call. Views of the same memory count as one.
+    """
+    position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    root: dict[fx.Node, fx.Node] = {}
+    aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    found: dict[fx.Node, str] = {}
+    for node in graph_module.graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        changes = source is not None and isinstance(node.meta.get("val"), Tensor) and _is_in_place(node, module)
+        root[node] = root[source] if source is not None and (changes or is_view(node, module)) else node
+        if changes:
+            for alias in aliases[root[node]]:
+                if any(position[user] > position[node] for user in alias.users):
+                    found[alias] = node.name
+        aliases[root[node]].append(node)
+    return found
+
+
+def _is_in_place(node: fx.Node, module: Any) -> bool:
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in ("iadd", "isub", "imul", "itruediv", "ipow")
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    try:
+        bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature has no inplace argument either
+        return False
+    return bool(bound.arguments.get("inplace", False))
