@@ -538,7 +538,9 @@ def test_statistics_of_a_model_with_other_consumers() -> None:
 def test_statistics_of_different_models_do_not_merge() -> None:
     model = Net()
     _, _, own = stages(model)
-    with refused(model, CalibrationError, r"different blocks cannot be merged: block 0->2, block first, block second differ"):
+    with refused(
+        model, CalibrationError, r"different blocks cannot be merged: block 0->2, block first, block second differ"
+    ):
         own | stages(mlp())[2]
     narrow, wide = mlp(16), mlp(24)
     with refused(narrow, CalibrationError, "block 0->2"):

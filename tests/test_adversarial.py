@@ -1,0 +1,220 @@
+"""Networks that once broke something: each is refused for a reason or rewritten exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_unchanged, double, randomize, stages, state
+from torch import Tensor, nn
+from zoo import Net, mlp, parameter, tokens
+
+import vbpfx
+from vbpfx.errors import ArtifactError, VerificationError
+
+BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
+
+
+def check(model: nn.Module, batch: Any, frontend: str, *, blocks: int) -> Any:
+    """That many blocks, and the oracle holds for them in float64."""
+    model = double(randomize(model))
+    captured = vbpfx.capture(model, batch.double(), frontend=frontend)
+    found = vbpfx.find_blocks(captured)
+    assert len(found.blocks) == blocks, found
+    if not blocks:
+        return None
+    result = stages(model, batch.double(), frontend=frontend)
+    assert vbpfx.verify(result.captured, result.small, result.plan, tolerance=1e-12).effect > 1e-6
+    return result
+
+
+EXACT: dict[str, Callable[[], nn.Module]] = {
+    "parameter cast on the way": mlp(lambda m, x: m.fc2(m.fc1(x).relu() * m.s.to(x.dtype)), s=parameter(12)),
+    "dtype read off the next weight": mlp(lambda m, x: m.fc2(m.fc1(x).relu().to(m.fc2.weight.dtype))),
+    "a scale used twice": mlp(lambda m, x: m.fc2(m.fc1(x).relu() * m.s + m.s), s=parameter(12)),
+    "dropout of channels": mlp(lambda m, x: m.fc2(m.d(m.fc1(x).atan())), d=nn.Dropout1d(0.5)),
+    "in place, result used": mlp(lambda m, x: m.fc2(m.fc1(x).relu_().mul_(2))),
+    "in place, only read behind": mlp(lambda m, x: m.fc2(F.hardtanh(m.fc1(x), inplace=True))),
+    "masked logits": mlp(lambda m, x: m.fc2(m.fc1(x).relu()).masked_fill(torch.tensor([True] + 7 * [False]), -torch.inf)),
+    "frozen weight as buffer": mlp(lambda m, x: F.linear(m.fc1(x).relu(), m.get_buffer("w"), m.fc2.bias)),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("name", EXACT)
+def test_rewritten_exactly(name: str, frontend: str) -> None:
+    model = EXACT[name]()
+    if name == "frozen weight as buffer":
+        model.register_buffer("w", torch.randn(4, 12))
+        model.fc2 = nn.Linear(12, 4)
+    check(model, tokens(), frontend, blocks=1)
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "flattened and unflattened": mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (12, 1)).squeeze(-1))),
+    "pooled across": mlp(lambda m, x: m.fc2(F.avg_pool2d(m.fc1(x), 3, 1, 1))),
+    "every axis squeezed": mlp(lambda m, x: m.fc2(m.fc1(x).relu().squeeze())),
+    "reduced without an axis": mlp(lambda m, x: m.fc2(m.fc1(x) - m.fc1(x).mean(dim=()))),
+    "spread": mlp(lambda m, x: m.fc2(m.fc1(x) / m.fc1(x).std(False))),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, frontend: str) -> None:
+    check(REFUSED[name](), tokens(), frontend, blocks=0)
+
+
+def test_a_value_read_before_and_after_an_in_place_change_is_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc1(x)
+        a = m.fc2(h)
+        F.relu_(h)
+        return a + m.fc3(h)
+
+    model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4), fc3=nn.Linear(12, 4))
+    check(model, tokens(), "symbolic", blocks=0)
+
+
+def test_a_view_changed_in_place_counts_as_its_base() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc1(x)
+        h.transpose(1, 2).mul_(2)
+        return m.fc2(h)
+
+    check(Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4)), tokens(), "symbolic", blocks=0)
+
+
+@BOTH
+def test_a_size_that_states_another_tensors_shape_is_refused(frontend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc1(x[:, 0])
+        return m.fc2(h.relu()).view(-1, 2, 6).reshape(x.shape[0], h.shape[1])
+
+    model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 12))
+    if frontend == "symbolic":
+        check(model, tokens(), frontend, blocks=0)
+    else:  # in an ATen graph that size is a number, and the output keeps it
+        check(model, tokens(), frontend, blocks=1)
+
+
+@BOTH
+def test_a_created_bias_takes_nobodys_name(frontend: str) -> None:
+    """Layers that add their bias later: the fold must not overwrite it."""
+
+    class SkipBias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.weight, self.bias = nn.Linear(8, 12), parameter(4, 12), parameter(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.fc1(x).relu(), self.weight) + self.bias
+
+    result = check(SkipBias(), tokens(), frontend, blocks=1)
+    assert result.plan.blocks[0].block.consumers[0].bias == "bias_"
+
+
+@BOTH
+def test_a_class_that_ignores_its_bias_is_refused_by_apply_plan(frontend: str) -> None:
+    class NoBias(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight)
+
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), NoBias(12, 4, bias=False))
+    result = check(model, tokens(), frontend, blocks=1)
+    with pytest.raises(ArtifactError, match="adds no bias"):
+        vbpfx.apply_plan(double(model), result.plan)
+
+
+@BOTH
+def test_block_names_are_unique(frontend: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3, self.w4 = parameter(12, 8), parameter(8, 12), parameter(10, 8), parameter(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(F.linear(F.linear(x, self.w1).relu(), self.w2), self.w3).relu(), self.w4)
+
+    result = check(nn.Sequential(Inner()), tokens(), frontend, blocks=3)
+    assert len({block.name for block in result.analysis.blocks}) == 3
+
+
+@BOTH
+def test_buffers_written_in_forward_stay_the_callers_own(frontend: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.steps.add_(1)
+        return m.fc2(F.batch_norm(m.fc1(x).relu().mean(1), m.mean, m.var, training=True))
+
+    model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4))
+    for name, value in {"steps": torch.zeros(()), "mean": torch.zeros(12), "var": torch.ones(12)}.items():
+        model.register_buffer(name, value)
+    before = state(model)
+    vbpfx.prune(model, [tokens(), tokens()], ratio=0.5, frontend=frontend, progress=False)
+    assert_unchanged(model, before)
+
+
+@BOTH
+def test_a_batch_that_forward_writes_into_stays_the_callers_own(frontend: str) -> None:
+    model = mlp(lambda m, x: m.fc2(m.fc1(x.sub_(1.0)).relu()))()
+    batch = tokens()
+    kept = batch.clone()
+    vbpfx.prune(model, [batch], ratio=0.5, frontend=frontend, progress=False)
+    assert torch.equal(batch, kept)
+
+
+def test_hooks_on_the_model_itself_are_not_dropped() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    pruned = vbpfx.prune(model, [tokens()], ratio=0.1, progress=False)
+    assert pruned.captured.frontend == "export"
+    torch.testing.assert_close(pruned.captured.graph_module(batch := tokens()), model(batch))
+
+
+def test_a_decision_that_tracing_fixed_is_noticed() -> None:
+    class Global(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.calls = nn.Linear(8, 12), nn.Linear(12, 8), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc2(self.fc1(x).relu()) * self.calls
+
+    with pytest.raises(VerificationError, match="the captured graph differs from the model"):
+        vbpfx.prune(Global(), [tokens()], ratio=0.5, progress=False)
+
+
+def test_layers_outside_the_traced_path_come_back_too(tmp_path) -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.aux = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc2(self.fc1(x).relu())
+            return self.aux(y) if self.training else y
+
+    model = Auxiliary()
+    vbpfx.prune(model, [tokens()], ratio=0.5, progress=False).save(tmp_path)
+    loaded = vbpfx.load(tmp_path, into=Auxiliary())
+    assert torch.equal(loaded.aux.weight, model.aux.weight)
+
+
+def test_a_plan_of_the_other_front_end_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    plan = stages(model, tokens(), frontend="symbolic").plan
+    with pytest.raises(ArtifactError, match="same front end"):
+        vbpfx.convert(vbpfx.capture(model, tokens(), frontend="export"), plan)
+
+
+def test_old_weight_norm_elsewhere_in_the_model_does_not_stop_apply_plan() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        other = nn.utils.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(other, nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    model(tokens())
+    result = stages(model, tokens())
+    vbpfx.verify(result.captured, vbpfx.apply_plan(model, result.plan), result.plan)
