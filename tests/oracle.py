@@ -1,4 +1,4 @@
-"""What the tests share: real values in every parameter, and the whole way through in few lines."""
+"""What the tests share: the whole way through in few lines, and what must not change on the way."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from exactness import randomize
 from torch import nn
 
 import vbpfx
 from vbpfx.inputs import as_inputs
 
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Give every parameter and running statistic values of natural size, in place.
-
-    Layer scales of 1e-6 and zero-initialised branches would hide any error behind them.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
-            parameter.copy_(torch.randn_like(parameter) / max(1, fan_in) ** 0.5)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-    return model
+__all__ = ["Stages", "assert_unchanged", "double", "randomize", "stages", "state"]
 
 
 @dataclass

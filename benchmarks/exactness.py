@@ -1,0 +1,123 @@
+"""The substitution oracle on real architectures: pruned network against the dense one with channels substituted.
+
+Weights are random but of natural size everywhere: a layer scale of 1e-6 or a zero-initialised branch would hide any
+error behind it. Half of the hidden neurons go. Reported is the largest difference of the outputs over the largest
+output, for the GraphModule and the model's own class in float64 and float32, and for ONNX Runtime in float32.
+
+    python benchmarks/exactness.py [MODEL ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import vbpfx
+from vbpfx.export.onnx import run_session
+from vbpfx.inputs import Inputs
+from vbpfx.verify import reference_graph, relative_error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the size of its images. Depthwise convolutions are slow in float64: those images are small."""
+
+    make: Callable[[], nn.Module]
+    size: int
+
+
+SUBJECTS = {
+    "deit_tiny": Subject(lambda: timm.create_model("deit_tiny_patch16_224"), 224),
+    "swin_tiny": Subject(lambda: timm.create_model("swin_tiny_patch4_window7_224"), 224),
+    "convnext_atto": Subject(lambda: timm.create_model("convnext_atto"), 64),
+    "mixer_s32": Subject(lambda: timm.create_model("mixer_s32_224"), 224),
+    "torchvision vit_b_16": Subject(lambda: torchvision.models.vit_b_16(), 224),
+    "test_vit (torch.export)": Subject(lambda: timm.create_model("test_vit"), 160),
+}
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Relative errors against the substitution reference, and how much the substitution does at all."""
+
+    frontend: str
+    blocks: int
+    graph64: float
+    own64: float
+    graph32: float
+    own32: float
+    onnx32: float
+    effect: float
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Give every parameter and running statistic values of natural size, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn_like(parameter) / max(1, fan_in) ** 0.5)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def measure(subject: Subject) -> Exactness:
+    """Prune half of the hidden neurons and compare every form of the result with the reference."""
+    torch.manual_seed(0)
+    model = randomize(subject.make()).eval()
+    images = torch.randn(2, 3, subject.size, subject.size)
+    single = vbpfx.prune(model, [images], ratio=0.5, progress=False)
+    own32 = vbpfx.verify(single.captured, single.apply_to(model), single.plan, images)
+    graph32 = vbpfx.verify(single.captured, single.graph_module, single.plan, images)
+    with tempfile.TemporaryDirectory() as folder:
+        file = single.to_onnx(Path(folder) / "pruned.onnx")
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            expected = reference_graph(single.captured, single.plan)(images)
+        onnx32 = relative_error(run_session(session, Inputs((images,), {})), [expected])
+    double = model.double()
+    exact = vbpfx.prune(double, [images.double()], ratio=0.5, progress=False)
+    assert exact.verification is not None
+    own64 = vbpfx.verify(exact.captured, vbpfx.apply_plan(double, exact.plan), exact.plan)
+    return Exactness(
+        exact.captured.frontend,
+        len(exact.analysis.blocks),
+        exact.verification.error,
+        own64.error,
+        graph32.error,
+        own32.error,
+        onnx32,
+        exact.verification.effect,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)}; default all")
+    chosen = parser.parse_args().models or list(SUBJECTS)
+    table = Table(title="Relative error against the substitution reference, half of the hidden neurons removed")
+    columns = ("model", "front end", "blocks", "graph f64", "class f64", "graph f32", "class f32", "ONNX f32", "effect")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for name in chosen:
+        found = measure(SUBJECTS[name])
+        errors = (found.graph64, found.own64, found.graph32, found.own32, found.onnx32, found.effect)
+        table.add_row(name, found.frontend, str(found.blocks), *(f"{error:.1e}" for error in errors))
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()

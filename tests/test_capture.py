@@ -1,0 +1,195 @@
+"""Capture: shapes on every node, a dynamic batch, the model's own signature, and errors that name the line."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracle import randomize, stages
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from zoo import FOUND, Attention, tokens
+
+import vbpfx
+from vbpfx.errors import CaptureError
+from vbpfx.inputs import Inputs, as_inputs
+
+BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
+
+
+class Result(NamedTuple):
+    y: Tensor
+    parts: dict[str, tuple[Tensor, Tensor]]
+
+
+class Nested(nn.Module):
+    """A dictionary with a list in, a named tuple with a dictionary out, options that stay at their defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, data: dict[str, Any], scale: Tensor, mask: Tensor | None = None, twice: bool = False) -> Any:
+        y = self.fc2(self.fc1(data["a"]).relu()) + data["b"][0]
+        if mask is not None:
+            y = y * mask
+        return {"y": y * scale, "parts": (y, [y + 1, data["b"][1]])}
+
+
+def nested_batch(samples: int) -> dict[str, Any]:
+    return {
+        "data": {"a": torch.randn(samples, 4), "b": [torch.randn(samples, 4), torch.randn(samples, 2)]},
+        "scale": torch.randn(samples, 1),
+    }
+
+
+@BOTH
+def test_nested_inputs_and_outputs_keep_their_structure(frontend: str) -> None:
+    model = randomize(Nested())
+    pruned = vbpfx.prune(model, [nested_batch(6)], ratio=0.5, frontend=frontend, progress=False)
+    assert pruned.captured.frontend == frontend
+    for samples in (1, 5):
+        batch = nested_batch(samples)
+        expected, found = model(**batch), pruned.captured.graph_module(**batch)
+        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+            torch.testing.assert_close(a, b)
+        assert pytree.tree_structure(pruned.graph_module(**batch)) == pytree.tree_structure(expected)
+
+
+def test_an_option_left_at_its_default_keeps_its_place_and_cannot_change_in_silence() -> None:
+    captured = vbpfx.capture(Nested(), nested_batch(3), frontend="symbolic")
+    parameters = inspect.signature(captured.graph_module.forward).parameters
+    assert list(parameters) == ["data", "scale", "mask", "twice"]
+    captured.graph_module(**nested_batch(2), mask=None)
+    with pytest.raises(AssertionError, match="specialized to have value None"):
+        nn.Module.__call__(captured.graph_module, **nested_batch(2), mask=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in FOUND])
+def test_every_node_knows_its_shape(case: Any) -> None:
+    """The recorded shapes are those of a real run, with the batch in the place of the stand-in."""
+    captured = vbpfx.capture(case.make(), case.batch(), frontend=case.frontends[0])
+    real: dict[str, Any] = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            real[n.name] = value = super().run_node(n)
+            return value
+
+    batch = case.batch()
+    Record(captured.graph_module).run(batch, enable_io_processing=False)
+    for node in captured.graph_module.graph.nodes:
+        value = node.meta["val"]
+        if isinstance(real[node.name], Tensor):
+            assert isinstance(value, FakeTensor)
+            # the batch may have been merged with another axis: 2018 is two heads of 1009 samples
+            shape = [s // captured.batch * len(batch) if s % captured.batch == 0 else s for s in value.shape]
+            assert shape == list(real[node.name].shape), node.name
+            assert value.dtype == real[node.name].dtype
+
+
+def test_the_batch_stand_in_divides_no_size_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(1009, 2 * 1013), nn.ReLU(), nn.Linear(2 * 1013, 4))
+    captured = vbpfx.capture(model, torch.randn(2, 1009))
+    assert captured.batch == 1019
+
+
+def test_a_model_tied_to_its_batch_size_is_captured_at_that_size() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x).relu().view(3, 5, 12)).view(-1, 8)
+
+    result = stages(randomize(Tied()), tokens())
+    assert result.captured.batch is None
+    assert result.plan.widths == {"fc1->fc2": 6}
+    vbpfx.verify(result.captured, result.small, result.plan)
+
+
+def test_export_is_the_fallback_where_symbolic_tracing_stops() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] % 2:
+                x = x[..., :-1]
+            return self.mlp(x)
+
+    result = stages(randomize(Branches()), torch.randn(1, 5, 8))
+    assert result.captured.frontend == "export"
+    assert result.plan.widths == {"mlp": 6}
+    # a batch of one did not tie the graph to it, and the result can change mode and train
+    assert result.small(torch.randn(4, 5, 8)).shape == (4, 5, 8)
+    assert result.small.train().training
+    with pytest.raises(CaptureError, match="symbolic"):
+        vbpfx.capture(Branches(), torch.randn(2, 5, 8), frontend="symbolic")
+
+
+def test_frozen_and_no_grad_models_are_captured() -> None:
+    class NoGrad(Attention):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = randomize(NoGrad()).requires_grad_(False)
+    assert stages(model, tokens()).plan.widths == {"mlp": 6}
+
+
+def test_capture_copies_no_weights_and_leaves_logging_alone() -> None:
+    model = Attention()
+    captured = vbpfx.capture(model, tokens(), frontend="export")
+    own = {id(p) for p in model.parameters()}
+    assert {id(p) for p in captured.graph_module.parameters()} == own
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_macs_are_those_of_the_arithmetic() -> None:
+    """Per sample: qkv 5x8x24, two attention products 2x5x5x8, proj 5x8x8, mlp 2x5x8x12."""
+    captured = vbpfx.capture(Attention(), tokens())
+    assert sum(captured.macs.values()) == 5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8 + 2 * 5 * 8 * 12
+    assert captured.macs["mlp_0"] == 5 * 8 * 12
+
+
+def _model(forward: Any) -> nn.Module:
+    return type("M", (nn.Module,), {"forward": forward})()
+
+
+X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "model", "args", "kwargs"),
+    [
+        (X, _model(lambda self, x: x), (X,), {}),
+        ([X], _model(lambda self, x: x), (X,), {}),
+        ((X, Y), _model(lambda self, x: x), (X,), {}),
+        ((X, Y), _model(lambda self, x, y=None: x), (X,), {}),
+        ((X, X), _model(lambda self, x, y: x), (X, X), {}),
+        ((X, X, Y), _model(lambda self, x, y: x), (X, X), {}),
+        ({"x": X}, _model(lambda self, x: x), (), {"x": X}),
+        ({"a": X}, _model(lambda self, data: data), ({"a": X},), {}),
+        (({"x": X}, Y), _model(lambda self, x: x), (), {"x": X}),
+        (((X,), {"y": X}), _model(lambda self, x, y: x), (X,), {"y": X}),
+    ],
+)
+def test_batches_become_arguments(batch: Any, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    found = as_inputs(batch, model)
+    assert pytree.tree_structure((found.args, found.kwargs)) == pytree.tree_structure((args, kwargs))
+    assert all(a is b for a, b in zip(found.leaves, pytree.tree_leaves((args, kwargs)), strict=True))
+
+
+def test_inputs_are_resized_along_the_batch_alone() -> None:
+    inputs = Inputs((torch.arange(3.0), torch.ones(7)), {})
+    assert inputs.resized(5).args[0].tolist() == [0, 1, 2, 0, 1]
+    assert inputs.resized(5).args[1].shape == (7,)
+    assert inputs.first(2).args[0].tolist() == [0, 1]
