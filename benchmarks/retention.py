@@ -24,6 +24,7 @@ different network.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -53,7 +54,6 @@ from torch.nn import functional as F
 
 import vbpfx
 from vbpfx.calibrate import calibrate
-from vbpfx.files import write_atomically, write_json
 from vbpfx.importance import CRITERIA
 from vbpfx.inputs import Inputs
 from vbpfx.report import count_parameters, make_report
@@ -66,8 +66,8 @@ BEGIN, END = "<!-- retention:begin -->", "<!-- retention:end -->"
 
 INTRO = """# Results
 
-What vbpfx keeps of a trained network, measured. Every figure here is written by a program in `benchmarks/`;
-nothing is copied in by hand. The data is not part of the repository: set `VBPFX_DATA` to the folder that holds it,
+What vbpfx keeps of a trained network, measured. Every table is written by a program in `benchmarks/`; no figure
+in it is copied in by hand. The data is not part of the repository: set `VBPFX_DATA` to the folder that holds it,
 and run the command given with each table.
 
 ## Retention without retraining: ViT-Tiny on ImageNet
@@ -240,7 +240,7 @@ def markdown(figures: dict[str, Any]) -> str:
                "narrowest block"]  # fmt: skip
     rows = [
         [
-            f"{result['ratio']:.0%}",
+            f"{100 * result['ratio']:g}%",
             result["criterion"],
             result["method"],
             f"{c['retention']:.1%} ± {c['standard_error']:.1%}",
@@ -300,12 +300,8 @@ def write_section(page: Path, text: str) -> None:
         old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
     before, _, rest = old.partition(BEGIN)
     after = rest.partition(END)[2]
-    new = f"{before}{BEGIN}\n{text}{END}{after}"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(new, encoding="utf-8")
-
-    write_atomically(page, write)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
 def _ratio(text: str) -> float:
@@ -389,7 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **run(folder, options, Console(stderr=True)),
     }
     text = markdown(figures)
-    write_json(options.out / "retention.json", figures)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "retention.json").write_text(json.dumps(figures, indent=1) + "\n")
     write_section(options.page, text)
     print(text)
     return 0

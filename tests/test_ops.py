@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo import Net
 
 import vbpfx
-from vbpfx import ops
+from vbpfx import ops, rules
 
 # Takes more than one tensor, or none that is a hidden activation.
 _OTHERWISE = {"type_as", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "maximum", "minimum", "to", "type"}
@@ -108,7 +108,7 @@ def test_the_table_has_every_activation_of_torch_nn() -> None:
     ],
 )
 def test_what_a_reshape_keeps_whole(before: tuple[int, ...], after: tuple[int, ...], kept: dict[int, int]) -> None:
-    assert ops._kept_whole(before, after) == kept
+    assert rules._kept_whole(before, after) == kept
     # the oracle: numbering the entries along a kept axis gives the same numbers behind the reshape, and only then
     for dim in range(len(before)):
         index = torch.arange(before[dim]).reshape([-1 if d == dim else 1 for d in range(len(before))]).expand(before)

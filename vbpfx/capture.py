@@ -10,9 +10,7 @@ Two front ends make the same kind of object, a ``torch.fx.GraphModule``:
 Nothing is traced on the caller's model: both work on a copy of its modules that shares every tensor, so
 no mode, hook or attribute of the original changes even for a moment.
 
-Shapes come from one run on fake tensors (no data, no weights copied) in which the batch is a large
-prime that divides no size of the model. A reshape read at such a size cannot confuse the batch with
-another axis, and unlike symbolic shapes it never specialises; it is also four times faster.
+Shapes come from one run on fake tensors (:mod:`vbpfx.fake`).
 """
 
 from __future__ import annotations
@@ -32,16 +30,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from vbpfx.errors import CaptureError
+from vbpfx.fake import propagate_shapes, run_fake
 from vbpfx.inputs import Inputs, argument_names, as_inputs, model_device
 
 Frontend = Literal["auto", "symbolic", "export"]
 
-_SMALLEST_SENTINEL = 1009
 _NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
@@ -92,7 +89,7 @@ class Captured:
                     counts[node.name] = spent // (2 * samples)
                 return value
 
-            _run_fake(self.graph_module, self.inputs, samples, count)
+            run_fake(self.graph_module, self.inputs, samples, count)
         return counts
 
 
@@ -124,7 +121,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         try:
             graph_module = trace(reference, inputs)
             with _quiet_logging():
-                batch = _propagate_shapes(graph_module, inputs)
+                batch = propagate_shapes(graph_module, inputs)
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
             continue
@@ -275,74 +272,6 @@ _FRONTENDS: Mapping[Literal["symbolic", "export"], Callable[[nn.Module, Inputs],
     "symbolic": _trace_symbolic,
     "export": _trace_export,
 }
-
-
-def _propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs) -> int | None:
-    """Write ``meta["val"]`` on every node; returns the size that stands for the batch."""
-
-    def record(node: fx.Node, run: Callable[[], Any]) -> Any:
-        node.meta["val"] = value = run()
-        return value
-
-    sentinel = _sentinel(graph_module, inputs)
-    if inputs.batch_size is not None:
-        try:
-            _run_fake(graph_module, inputs, sentinel, record)
-            return sentinel
-        except Exception:  # a graph that is tied to its batch size still works at that size
-            pass
-    _run_fake(graph_module, inputs, inputs.batch_size, record)
-    return None
-
-
-def _run_fake(
-    graph_module: fx.GraphModule,
-    inputs: Inputs,
-    samples: int | None,
-    around: Callable[[fx.Node, Callable[[], Any]], Any],
-) -> None:
-    """Run the graph on fake tensors with a batch of that many samples."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(tensor: Tensor) -> Tensor:
-        shape = list(tensor.shape)
-        if samples is not None and inputs.is_batched(tensor):
-            shape[0] = samples
-        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-
-    def as_fake(tensor: Tensor) -> Tensor:
-        # a parameter, or what an operator hands on unchanged, is still real
-        return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
-
-    class Runner(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            return around(n, lambda: pytree.tree_map_only(Tensor, as_fake, super(Runner, self).run_node(n)))
-
-    with mode, torch.no_grad():
-        example = inputs.map(fake)
-        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
-
-
-def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
-    """The inputs in the order of the graph's placeholders."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if isinstance(graph_module.graph._codegen, fx.graph._PyTreeCodeGen):
-        return inputs.leaves
-    named = dict(zip((str(node.target) for node in placeholders), inputs.args, strict=False)) | inputs.kwargs
-    return [
-        named[str(node.target)] if str(node.target) in named else node.args[0] if node.args else None
-        for node in placeholders
-    ]
-
-
-def _sentinel(graph_module: fx.GraphModule, inputs: Inputs) -> int:
-    """A prime that divides no size of the model or its inputs."""
-    tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
-    sizes = {size for tensor in tensors for size in tensor.shape if size}
-    candidate = _SMALLEST_SENTINEL
-    while any(size % candidate == 0 for size in sizes) or any(candidate % f == 0 for f in range(2, 100)):
-        candidate += 2
-    return candidate
 
 
 def _explain(error: Exception, model: nn.Module) -> str:

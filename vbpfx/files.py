@@ -49,6 +49,20 @@ def write_atomically(files: Mapping[Path, Write]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be, before any work goes into what it will hold.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -16,7 +16,7 @@ from torch import Tensor
 import vbpfx
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
-from vbpfx.files import json_writer, write_atomically
+from vbpfx.files import json_writer, make_folder, write_atomically
 from vbpfx.inputs import Inputs
 from vbpfx.report import count_parameters
 from vbpfx.timing import interleaved
@@ -46,6 +46,7 @@ def run_demo(out: Path, console: Console) -> Path:
     Returns:
         The pruned ONNX file. Beside it lie the dense one, the artifact, ``accuracy.png`` and ``demo.json``.
     """
+    make_folder(out)
     split, model = load_digits(), load_trained()
     dense = accuracy(model, split.test_images, split.test_labels)
     console.print(
@@ -179,6 +180,5 @@ def _plot(points: list[Point], dense: float, path: Path) -> Path:
     axes.set_title("Digits transformer, no retraining", loc="left", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

@@ -1,0 +1,227 @@
+"""What the rules say of a whole graph: one pass over its nodes, gathered by axis."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from vbpfx.axes import (
+    Axis,
+    ComputedArgumentError,
+    Contracts,
+    Names,
+    Opaque,
+    Produces,
+    Relation,
+    Same,
+    Site,
+    SizeRead,
+    SizeStated,
+    operand_of,
+)
+from vbpfx.capture import Captured, named_tensors
+from vbpfx.mutation import read_after_mutation
+from vbpfx.ops import describe, rule_for, takes_sizes
+from vbpfx.records import Consumer, SizeLiteral
+from vbpfx.sizes import read_sizes
+
+
+@dataclass
+class Evidence:
+    """What the rules said, gathered over the whole graph."""
+
+    names: Names
+    nodes: dict[str, fx.Node]
+    position: dict[str, int]
+    graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
+    opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
+    producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
+    contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
+    literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
+    uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    sizes: dict[Axis, int] = field(default_factory=dict)
+    tied: dict[str, list[str]] = field(default_factory=dict)
+
+    def first_use(self, name: str) -> int:
+        """Position of the first call that uses a parameter."""
+        return self.uses[name][0] if self.uses[name] else -1
+
+
+def gather(captured: Captured) -> Evidence:
+    """Ask every node's rule, and put the answers together."""
+    graph_module, reference = captured.graph_module, captured.reference
+    names, tied = _parameter_names(graph_module, reference)
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    evidence = Evidence(names, nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    for name, tensor in named_tensors(reference).items():
+        evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
+    sizes = read_sizes(graph_module.graph, names)
+    mutated = read_after_mutation(graph_module)
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        own = operand_of(node, names)
+        if own is not None and not own.is_parameter:
+            evidence.graph.add_nodes_from(own.axes)
+            evidence.sizes.update(zip(own.axes, own.shape, strict=True))
+        if node not in sizes:  # asking a parameter for its dtype is no use of it
+            _count_uses(node, module, names, evidence)
+        for axis in own.axes if own is not None and node in mutated else ():
+            evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
+        for relation in _relations(node, module, names, sizes):
+            _note(relation, node, evidence)
+    return evidence
+
+
+def _relations(
+    node: fx.Node, module: nn.Module | None, names: Names, sizes: dict[fx.Node, SizeRead]
+) -> Iterable[Relation]:
+    """What one node says of its axes."""
+    site = Site(node, module, names, sizes)
+    if node.op == "placeholder":
+        return list(site.all_opaque("it is an input of the model"))
+    if node.op == "output":
+        return [*site.all_opaque("it reaches the output of the model"), *_sizes_used(node, sizes)]
+    if node.op == "get_attr":
+        own = operand_of(node, names)
+        return [] if own is None or own.is_parameter else list(site.all_opaque("it is a constant of the trace"))
+    if node in sizes:
+        return []
+    rule = rule_for(node, module)
+    used = _sizes_used(node, sizes)
+    source = node.args[0] if node.args else None
+    name = describe(node, module)
+    if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
+        return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
+    if operand_of(node, names) is None:
+        return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
+    hooked: list[Relation] = []
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
+    if rule is None:
+        why = "is parametrized" if module and parametrize.is_parametrized(module) else "is not in the operator table"
+        return [*used, *site.all_opaque(f"operator {name} {why}")]
+    try:
+        found = list(rule(site))
+        if takes_sizes(rule):
+            followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
+            used = [relation for relation in used if relation.axis not in followed]
+        return [*used, *hooked, *found]
+    except ComputedArgumentError as argument:
+        return [*used, *site.all_opaque(f"operator {name} computes its argument {argument}")]
+
+
+def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
+    return [
+        Opaque(axis, "its size enters a computation")
+        for argument in node.all_input_nodes
+        if argument in sizes
+        for axis in sizes[argument].axes
+    ]
+
+
+def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
+    match relation:
+        case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
+            # broadcasting or a tensor without axes where the rule expects one: nothing is known of either
+            for axis in (a, b):
+                if axis in evidence.sizes:
+                    evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
+                    evidence.graph.add_node(axis)
+        case Same(a, b):
+            evidence.graph.add_edge(a, b)
+        case Opaque(axis, reason):
+            evidence.graph.add_node(axis)
+            evidence.opaque[axis].append((node.name, reason))
+        case Produces(out, weight):
+            evidence.graph.add_edge(out, weight)
+            _own_weight(weight, node, evidence)
+            evidence.produced[weight].append(weight.owner)
+            evidence.producing[out].append(node.name)
+        case Contracts(source, weight, bias):
+            evidence.graph.add_edge(source, weight)
+            _own_weight(weight, node, evidence)
+            if bias is not None and (not bias.is_parameter or bias.shape != _outputs(weight, evidence)):
+                evidence.opaque[source].append((node.name, "the bias of the layer that reads it is not one of its own"))
+            evidence.contracted[source].append(
+                Consumer(
+                    node=node.name,
+                    source=source.owner,
+                    axis=source.dim - evidence.nodes[source.owner].meta["val"].ndim,
+                    weight=weight.owner,
+                    weight_axis=weight.dim,
+                    bias=_bias_name(weight.owner, evidence) if bias is None else bias.owner,
+                    creates_bias=bias is None,
+                    is_layer=_is_layer(node, weight.owner),
+                )
+            )
+        case SizeStated(axis, path):
+            evidence.graph.add_node(axis)
+            evidence.literals[axis].append(SizeLiteral(node.name, path))
+
+
+def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:
+    if not weight.is_parameter:
+        evidence.opaque[weight].append((node.name, "the weight of the layer is a computed value"))
+
+
+def _outputs(weight: Axis, evidence: Evidence) -> tuple[int, ...]:
+    """Shape of the bias that goes with a weight: one entry per output."""
+    return (evidence.sizes[weight._replace(dim=1 - weight.dim)],)
+
+
+def _bias_name(weight: str, evidence: Evidence) -> str:
+    """Name of the bias that a layer without one gets: beside its weight, and nobody else's."""
+    owner, _, attribute = weight.rpartition(".")
+    name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight}_bias"
+    while Axis(name, 0, True) in evidence.sizes:
+        name += "_"
+    return name
+
+
+def _is_layer(node: fx.Node, weight: str) -> bool:
+    """Whether the call is a layer of torch.nn (as a module, or as the module that export traced through)."""
+    if node.op == "call_module":
+        return True
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return False
+    path, layer = stack[-1]
+    name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
+    return name.startswith("torch.nn.modules.") and path.removeprefix("L['self'].") == weight.rpartition(".")[0]
+
+
+def _parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple[Names, dict[str, list[str]]]:
+    """Names of the graph's parameters in the model's state dict, and the tensors that have several."""
+    all_names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in named_tensors(reference).items():
+        all_names[id(tensor)].append(name)
+    of_attribute: dict[str, str] = {}
+    of_module: dict[str, dict[str, str]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            of_module[str(node.target)] = {key: all_names[id(t)][0] for key, t in own if id(t) in all_names}
+        elif node.op == "get_attr":
+            owner, _, attribute = str(node.target).rpartition(".")
+            value = getattr(graph_module.get_submodule(owner), attribute, None)
+            if id(value) in all_names:
+                of_attribute[str(node.target)] = all_names[id(value)][0]
+    return Names(of_attribute, of_module), {names[0]: names for names in all_names.values() if len(names) > 1}
+
+
+def _count_uses(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:
+    position = evidence.position[node.name]
+    if module is not None:
+        own = names.of_module[str(node.target)].values()
+        for name in own:
+            evidence.uses[name].append(position)
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and str(argument.target) in names.of_attribute:
+            evidence.uses[names.of_attribute[str(argument.target)]].append(position)
