@@ -53,9 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vbpfx
-from vbpfx.calibrate import calibrate
 from vbpfx.importance import CRITERIA
-from vbpfx.inputs import Inputs
 from vbpfx.report import count_parameters, make_report
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -171,7 +169,7 @@ def run(folder: Path, options: argparse.Namespace, console: Console) -> dict[str
     analysis = vbpfx.find_blocks(captured)
     observed = vbpfx.prepare(captured, analysis)
     batches = torch.split(calibration, options.batch_size)
-    calibrate(observed, batches, lambda batch: Inputs((batch,), {}), captured.inputs, progress=True)
+    vbpfx.calibrate(observed, batches, progress=True)
     plans = make_plans(analysis, vbpfx.statistics(observed), options.criteria, options.ratios)
 
     def logits(model: nn.Module, title: str) -> Tensor:

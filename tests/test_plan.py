@@ -179,6 +179,11 @@ def test_other_criteria(criterion: str) -> None:
     assert all(not a.any() for entry in result.plan.blocks for a in entry.constants)
     again = stages(model, DATA, ratio=0.5, criterion=criterion, compensation="none", min_width=1)
     assert [e.kept for e in again.plan.blocks] == [e.kept for e in result.plan.blocks]
+    if criterion == "random":
+        from vbpfx.importance import random
+
+        drawn = [random(block, (), model) for block in result.analysis.blocks]
+        assert not torch.equal(drawn[0][:16], drawn[1][:16])
     if criterion == "magnitude":
         norms = []
         for first, second in ((0, 2), (4, 6), (8, 10)):

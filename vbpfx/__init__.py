@@ -6,6 +6,7 @@ into the layer behind. :func:`prune` is the whole way; every stage is a public f
 
 from vbpfx.artifact import load
 from vbpfx.blocks import Analysis, find_blocks
+from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture
 from vbpfx.convert import apply_plan, convert
 from vbpfx.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "apply_plan",
+    "calibrate",
     "capture",
     "convert",
     "find_blocks",

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import fx, nn
 
 from vbpfx.errors import CalibrationError
-from vbpfx.inputs import Inputs, model_device
+from vbpfx.inputs import Inputs, as_inputs, model_device
 from vbpfx.prepare import observers
 
 ReadBatch = Callable[[Any], Inputs]
@@ -21,9 +21,8 @@ ReadBatch = Callable[[Any], Inputs]
 def calibrate(
     observed: fx.GraphModule,
     data: Iterable[Any],
-    read: ReadBatch,
-    example: Inputs,
     *,
+    read: ReadBatch | None = None,
     total: int | None = None,
     progress: bool = False,
 ) -> None:
@@ -32,8 +31,7 @@ def calibrate(
     Args:
         observed: what :func:`vbpfx.prepare` returned.
         data: batches; gone through once.
-        read: from a batch to the arguments of the forward call.
-        example: the inputs that the graph was captured with; a batch that fails is compared with them.
+        read: from a batch to the arguments of the forward call; :func:`vbpfx.inputs.as_inputs` by default.
         total: number of batches, where it is known.
         progress: show a bar on standard error.
 
@@ -42,22 +40,24 @@ def calibrate(
             not finite. The message counts batches from 1 and names the block.
     """
     device = model_device(observed)
+    first: Inputs | None = None
     seen = 0
     with torch.inference_mode(), _bar(total, progress) as advance:
         for seen, batch in enumerate(data, start=1):
-            inputs = read(batch).to(device)
+            inputs = (read(batch) if read is not None else as_inputs(batch, observed)).to(device)
             own = inputs.map(torch.clone)  # a model may write into its input
             try:
                 # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
                 nn.Module.__call__(observed, *own.args, **own.kwargs)
             except Exception as error:  # the model's own operators raise whatever they raise
-                raise CalibrationError(_misfit(seen, inputs, example, observed, error)) from error
+                raise CalibrationError(_misfit(seen, inputs, first, observed, error)) from error
             bad = next((o for o in observers(observed) if o.bad_call is not None), None)
             if bad is not None:
                 raise CalibrationError(
                     f"batch {seen} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
                     + _input_is_finite(inputs)
                 )
+            first = first or inputs
             advance()
     if not seen:
         raise CalibrationError(
@@ -65,14 +65,14 @@ def calibrate(
         )
 
 
-def _misfit(seen: int, inputs: Inputs, example: Inputs, observed: fx.GraphModule, error: Exception) -> str:
+def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
     given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
+    fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
     return (
-        f"batch {seen} (counted from 1) does not fit the model: {text}\n  this batch: {inputs.describe()}"
-        f"\n  the model was captured with: {example.describe()}{cast}"
+        f"batch {seen} (counted from 1) does not fit the model: {text}\n  this batch: {inputs.describe()}{fitted}{cast}"
     )
 
 

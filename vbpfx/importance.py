@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -41,8 +42,9 @@ def magnitude(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> T
 
 def random(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
     """Uniform in [0, 1), the same for the same block name; (d,) float64."""
-    seed = int.from_bytes(block.name.encode(), "big") % (1 << 63)
-    return torch.rand(block.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # a checksum of the whole name: torch's generator uses no more than 32 bits of a seed
+    generator = torch.Generator().manual_seed(zlib.crc32(block.name.encode()))
+    return torch.rand(block.width, dtype=torch.float64, generator=generator)
 
 
 CRITERIA: Mapping[str, Criterion] = {"variance": variance, "magnitude": magnitude, "random": random}

@@ -128,7 +128,7 @@ def prune(
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     observed = prepare(captured, analysis, blocks=blocks)
     total = len(calibration) if isinstance(calibration, Sized) else None
-    calibrate(observed, data, read, captured.inputs, total=total, progress=progress)
+    calibrate(observed, data, read=read, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(analysis, gathered, **options)
     small = convert(captured, plan)

@@ -60,9 +60,8 @@ def run_demo(out: Path, console: Console) -> Path:
         captured = vbpfx.capture(model, split.train_images[:4])
         analysis = vbpfx.find_blocks(captured)
         observed = vbpfx.prepare(captured, analysis)
-        with torch.inference_mode():
-            for batch in torch.split(split.train_images, CALIBRATION_BATCH):
-                observed(batch)
+        calibration = torch.split(split.train_images, CALIBRATION_BATCH)
+        vbpfx.calibrate(observed, calibration)
         gathered = vbpfx.statistics(observed)
         points = []
         for criterion in CRITERIA:
@@ -71,7 +70,6 @@ def run_demo(out: Path, console: Console) -> Path:
                 plan = vbpfx.make_plan(analysis, gathered, ratio=ratio, method="vbp", criterion=criterion)
                 points.append(_measure(captured, plan, split))
         bar.update(task, description="exporting to ONNX, dense and pruned, and checking both in ONNX Runtime")
-        calibration = torch.split(split.train_images, CALIBRATION_BATCH)
         pruned = vbpfx.prune(model, calibration, ratio=CHOSEN, progress=False)
         pruned.save(out)
         small = pruned.to_onnx(out / "digits.onnx")
