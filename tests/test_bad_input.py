@@ -222,7 +222,9 @@ def test_a_wrong_dtype_in_the_second_batch() -> None:
 
 def test_a_missing_argument_in_the_second_batch() -> None:
     model = Net()
-    with refused(model, CalibrationError, "batch 2 .* does not fit the model", r"a batch that did: x: \(4, 8\) float32"):
+    with refused(
+        model, CalibrationError, "batch 2 .* does not fit the model", r"a batch that did: x: \(4, 8\) float32"
+    ):
         prune(model, [{"x": torch.randn(4, 8)}, {"y": torch.randn(4, 8)}])
 
 

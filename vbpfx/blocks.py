@@ -21,7 +21,7 @@ from vbpfx.capture import Captured
 from vbpfx.evidence import Evidence, gather
 from vbpfx.ops import is_sum
 from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
-from vbpfx.tables import table
+from vbpfx.tables import counted, table
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,14 @@ class Analysis:
         blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.name or "(whole model)", r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return table(
-            f"{len(blocks)} blocks, {self.neurons} hidden neurons", ("block", "width", "layers"), blocks
-        ) + table(f"{len(refusals)} axes refused", ("axis of", "width", "layers", "at node", "because"), refusals)
+            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}",
+            ("block", "width", "layers"),
+            blocks,
+        ) + table(
+            f"{counted(len(refusals), 'axis', 'axes')} refused",
+            ("axis of", "width", "layers", "at node", "because"),
+            refusals,
+        )
 
 
 def find_blocks(captured: Captured) -> Analysis:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured
 from vbpfx.records import Plan
-from vbpfx.tables import table
+from vbpfx.tables import counted, table
 from vbpfx.verify import Verification
 
 
@@ -54,13 +54,13 @@ class Report:
         title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
         text += table(
-            f"{len(self.widths)} blocks, {self.refused} axes refused",
+            f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),
             [(name, before, now, f"{now / before:.1%}") for name, (before, now) in self.widths.items()],
         )
         if self.settings["at_floor"]:
             text += (
-                f"{len(self.settings['at_floor'])} blocks stand at their floor (min_width): "
+                f"{counted(len(self.settings['at_floor']), 'block')} at the floor (min_width): "
                 f"{', '.join(self.settings['at_floor'])}\n"
             )
         if self.verification:

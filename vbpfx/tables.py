@@ -12,6 +12,11 @@ from rich.table import Table
 _WIDTH = 110
 
 
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as plain text; numbers are set to the right."""
     rows = [list(row) for row in rows]
