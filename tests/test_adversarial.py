@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import Net, mlp, parameter, tokens
 
 import vbpfx
-from vbpfx.errors import ArtifactError, VerificationError
+from vbpfx.errors import AnalysisError, ArtifactError, VerificationError
 
 BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 
@@ -29,6 +29,18 @@ def check(model: nn.Module, batch: Any, frontend: str, *, blocks: int) -> Any:
     result = stages(model, batch.double(), frontend=frontend)
     assert vbpfx.verify(result.captured, result.small, result.plan, tolerance=1e-12).effect > 1e-6
     return result
+
+
+class ReadsBuffer(nn.Module):
+    """A relative position bias: layers over a buffer, whose name is nested. Its own hidden axis is a block too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, 8))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(self.table)
 
 
 EXACT: dict[str, Callable[[], nn.Module]] = {
@@ -53,11 +65,37 @@ def test_rewritten_exactly(name: str, frontend: str) -> None:
     check(model, tokens(), frontend, blocks=1)
 
 
+EXACT |= {
+    "cast as the input": lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu().type_as(x)), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)),
+    "flattened, normalised, shaped as before": lambda: Net(
+        lambda m, x: m.fc2(m.bn((h := m.fc1(x)).flatten(0, 1)).reshape_as(h).relu()),
+        fc1=nn.Linear(8, 12), bn=nn.BatchNorm1d(12), fc2=nn.Linear(12, 4),
+    ),
+    "pointwise with padding same": lambda: Net(
+        lambda m, x: m.fc2(m.fc1(x.transpose(1, 2)).relu()), fc1=nn.Conv1d(8, 12, 1), fc2=nn.Conv1d(12, 4, 1, padding="same")
+    ),
+    "a layer that reads a buffer": lambda: nn.Sequential(ReadsBuffer(), nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)),
+}  # fmt: skip
+
+
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "flattened and unflattened": mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (12, 1)).squeeze(-1))),
     "pooled across": mlp(lambda m, x: m.fc2(F.avg_pool2d(m.fc1(x), 3, 1, 1))),
     "every axis squeezed": mlp(lambda m, x: m.fc2(m.fc1(x).relu().squeeze())),
     "reduced without an axis": mlp(lambda m, x: m.fc2(m.fc1(x) - m.fc1(x).mean(dim=()))),
+    "a parameter named like a node, read by a layer": lambda: Net(
+        lambda m, x: m.fc2(torch.relu(m.fc1(x)) * m.relu) + m.fc3(m.relu).mean((0, 1)),
+        fc1=nn.Linear(8, 16),
+        fc2=nn.Linear(16, 4),
+        fc3=nn.Linear(16, 4),
+        relu=parameter(1, 16),
+    ),
+    "statistics of the batch": lambda: Net(
+        lambda m, x: m.fc2(m.bn(m.fc1(x))),
+        fc1=nn.Linear(8, 12),
+        bn=nn.BatchNorm1d(5, track_running_stats=False),
+        fc2=nn.Linear(12, 4),
+    ),
     "spread": mlp(lambda m, x: m.fc2(m.fc1(x) / m.fc1(x).std(False))),
 }
 
@@ -77,6 +115,52 @@ def test_a_value_read_before_and_after_an_in_place_change_is_refused() -> None:
 
     model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4), fc3=nn.Linear(12, 4))
     check(model, tokens(), "symbolic", blocks=0)
+
+
+@pytest.mark.parametrize("change", [lambda h: F.dropout(h, 0.1, False).relu_(), lambda h: h.double().relu_()])
+def test_what_an_operator_hands_on_is_its_operands_memory(change: Callable[[Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc1(x)
+        a = m.fc3(h)
+        return m.fc2(change(h)) + a + m.fc3.bias + m.fc4(h)
+
+    model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4), fc3=nn.Linear(12, 4), fc4=nn.Linear(12, 4))
+    check(model, tokens(), "symbolic", blocks=0)
+
+
+def test_an_out_argument_is_refused() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc1(x)
+        a = m.fc2(h)
+        torch.clamp(h, 0, 1, out=h)
+        return a + m.fc3(h)
+
+    with torch.no_grad():
+        model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4), fc3=nn.Linear(12, 4)).requires_grad_(False)
+        check(model, tokens(), "symbolic", blocks=0)
+
+
+def test_movedim_is_read_by_name() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.movedim(m.fc1(x), destination=(1,), source=(2,)).relu()
+        return m.fc2(h.movedim(1, 2))
+
+    check(Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 4)), tokens(), "symbolic", blocks=1)
+
+
+def test_a_class_whose_code_states_the_width_is_a_typed_error() -> None:
+    """An ATen graph cannot tell that the code states the width; running the class can."""
+    model = mlp(lambda m, x: m.fc2(m.fc1(x).relu().reshape(-1, 12)))()
+    pruned = vbpfx.prune(model, [tokens()], ratio=0.5, frontend="export", progress=False)
+    with pytest.raises(VerificationError, match="does not run"):
+        pruned.apply_to(model)
+
+
+def test_an_analysis_of_another_model_is_refused() -> None:
+    first, second = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (12, 16))
+    analysis = vbpfx.find_blocks(vbpfx.capture(first, tokens()))
+    with pytest.raises(AnalysisError, match="another model"):
+        vbpfx.prepare(vbpfx.capture(second, tokens()), analysis)
 
 
 def test_a_view_changed_in_place_counts_as_its_base() -> None:

@@ -402,7 +402,7 @@ def test_nothing_is_left() -> None:
 
 def test_a_model_without_blocks() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Softmax(-1), nn.Linear(16, 4))
-    with refused(model, AnalysisError, "has no block that can be narrowed", "0: 1 mixes the channels along it"):
+    with refused(model, AnalysisError, "has no block that can be narrowed", "0: softmax mixes the channels along it"):
         prune(model)
     one = nn.Linear(8, 4)
     with refused(one, AnalysisError, "has no block that can be narrowed"):

@@ -27,6 +27,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), (0.5, False)
     ),
     "pow": (2,),
+    "full_like": (0.3,),
     "clamp": (-0.5, 0.5),
     "clip": (-0.5, 0.5),
     **dict.fromkeys(("clamp_min", "clamp_max"), (0.1,)),

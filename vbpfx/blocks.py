@@ -14,9 +14,7 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 from torch import fx
 
-from vbpfx.axes import (
-    Axis,
-)
+from vbpfx.axes import Axis
 from vbpfx.capture import Captured
 from vbpfx.evidence import Evidence, gather
 from vbpfx.ops import is_sum

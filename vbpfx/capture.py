@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,7 @@ from vbpfx.errors import CaptureError
 from vbpfx.fake import propagate_shapes, run_fake
 from vbpfx.inputs import Inputs, argument_names, as_inputs, model_device
 
+Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
 
 _NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
@@ -110,7 +111,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
     require_module(model)
     _refuse_half_on_cpu(model)
-    reference = _share_parameters(model)
+    reference = share_parameters(model)
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
     if not inputs.tensors:
         raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
@@ -157,7 +158,7 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
             )
 
 
-def _share_parameters(model: nn.Module) -> nn.Module:
+def share_parameters(model: Model) -> Model:
     """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} | plain_tensors(model)
     try:
@@ -167,7 +168,8 @@ def _share_parameters(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute "
             f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
         ) from error
-    return shared.eval()
+    shared.eval()
+    return shared
 
 
 def plain_tensors(model: nn.Module) -> dict[int, Tensor]:

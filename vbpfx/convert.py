@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vbpfx.capture import Captured, fingerprint, named_tensors, plain_tensors
+from vbpfx.capture import Captured, fingerprint, named_tensors, plain_tensors, require_module
 from vbpfx.compensate import fold
 from vbpfx.edit import finish
 from vbpfx.errors import ArtifactError
@@ -30,7 +30,7 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
             inference, or for models that hardly fit. Buffers are never shared.
 
     Raises:
-        ArtifactError: the plan was made for another model.
+        ArtifactError: the plan was made for another model, or on the graph of another front end.
     """
     if plan.fingerprint != captured.fingerprint:
         raise ArtifactError(_MISMATCH.format(model=type(captured.reference).__name__))
@@ -64,8 +64,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ArtifactError: the plan was made for another model (names, shapes and module classes are
             compared), a layer of the model has no place for the bias that the fold makes, or the model's
-            code states the hidden width.
+            code states the hidden width (which only symbolic tracing can tell).
     """
+    require_module(model)
     if fingerprint(model) != plan.fingerprint:
         raise ArtifactError(_MISMATCH.format(model=type(model).__name__))
     for entry in plan.blocks:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import fx, nn
 
-from vbpfx.capture import plain_tensors
 from vbpfx.errors import ArtifactError
 from vbpfx.records import Block
-
-
-def share_parameters(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph and its modules, in eval mode, that shares every parameter with the original."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in graph_module.parameters()}
-    memo |= plain_tensors(graph_module)
-    copied: fx.GraphModule = copy.deepcopy(graph_module, memo)
-    return copied.eval()
 
 
 def insert_at_sources(

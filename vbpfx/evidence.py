@@ -92,6 +92,8 @@ def _relations(
         return [] if own is None or own.is_parameter else list(site.all_opaque("it is a constant of the trace"))
     if node in sizes:
         return []
+    if "out" in node.kwargs:
+        return list(site.all_opaque("it is written into or beside an out= argument"))
     rule = rule_for(node, module)
     used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
@@ -133,6 +135,9 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                 if axis in evidence.sizes:
                     evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
                     evidence.graph.add_node(axis)
+        case Contracts(source, weight, _) if source.is_parameter:
+            evidence.graph.add_edge(source, weight)
+            evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
         case Same(a, b):
             evidence.graph.add_edge(a, b)
         case Opaque(axis, reason):

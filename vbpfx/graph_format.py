@@ -145,6 +145,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     found |= {f"math.{name}": getattr(math, name) for name in ("sqrt", "floor", "ceil", "prod")}
     for callers in ("attrgetter", "itemgetter", "methodcaller", "call"):
         found.pop(f"operator.{callers}", None)
+    factories = ("arange", "zeros", "ones", "full", "linspace", "empty", "eye")  # they take no tensor
+    found |= {f"torch.{name}": getattr(torch, name) for name in factories}
     found |= {"getattr": getattr, "torch._assert": torch._assert, "assert_is_none": _assert_is_none}
     return {name: function for name, function in found.items() if name.rpartition(".")[2] not in _FORBIDDEN}
 

@@ -37,6 +37,7 @@ from vbpfx.rules import (
     regrouping,
     select,
     spelling,
+    unchanged,
 )
 
 Rule = Callable[[Site], Iterable[Relation]]
@@ -71,7 +72,6 @@ _row(
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.abs,
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
-    "float", "double", "half", "bfloat16", "type", "cpu", "cuda",
 )  # fmt: skip
 _methods_and_functions(
     elementwise,
@@ -83,8 +83,10 @@ _methods_and_functions(
     "acosh", "atanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "logit", "trunc", "frac", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max",
     "maximum", "minimum", "sign", "floor", "ceil", "round", "where", "lerp", "addcmul", "addcdiv", "masked_fill",
     "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isfinite",
-    "to", "type_as", "clone", "detach", "contiguous", "alias", "lift_fresh_copy", "_to_copy", "zeros_like", "ones_like",
+    "clone", "detach", "contiguous", "alias", "lift_fresh_copy", "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
+_row(unchanged, "float", "double", "half", "bfloat16", "type", "cpu", "cuda", aten._to_copy)
+_methods_and_functions(unchanged, "to", "type_as")
 _row(linear, nn.Linear, F.linear, aten.linear)
 _row(addmm, torch.addmm, aten.addmm, "addmm")
 _row(
@@ -106,7 +108,18 @@ _row(
 _methods_and_functions(permutation, "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
 _row(permutation, aten.numpy_T, aten.mT)
 _row(regrouping, nn.Flatten, nn.Unflatten)
-_methods_and_functions(regrouping, "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view")
+_methods_and_functions(
+    regrouping,
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "_unsafe_view",
+)
 _methods_and_functions(expansion, "expand")
 _row(indexing, operator.getitem)
 _row(aten_slice, aten.slice)
@@ -128,17 +141,17 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
     return _TABLE.get(target)
 
 
-_VIEWS = (regrouping, permutation, expansion, indexing, aten_slice, select)
+_VIEWS = (unchanged, regrouping, permutation, expansion, indexing, aten_slice, select)
+# Elementwise operators that may hand on their operand itself: dropout does in eval mode.
+_HAND_ON = ("detach", "contiguous", "alias", "getattr", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+            "feature_dropout", "feature_alpha_dropout")  # fmt: skip
 
 
 def is_view(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the call's value may lie in its operand's memory."""
-    rule = rule_for(node, module)
-    return (
-        rule in _VIEWS
-        or (rule is elementwise and spelling(node) in ("detach", "contiguous", "to", "type_as", "alias", "getattr"))
-        or isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
-    )
+    if module is not None:
+        return isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd))
+    return rule_for(node, module) in _VIEWS or spelling(node) in _HAND_ON
 
 
 def takes_sizes(rule: Rule | None) -> bool:

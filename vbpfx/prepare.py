@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import fx
 
 from vbpfx.blocks import Analysis
-from vbpfx.capture import Captured
-from vbpfx.edit import insert_at_sources, share_parameters
+from vbpfx.capture import Captured, share_parameters
+from vbpfx.edit import insert_at_sources
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.files import safetensors_writer, write_atomically
 from vbpfx.moments import Moments
@@ -83,11 +83,14 @@ def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] |
         blocks: the blocks to observe; all of the analysis by default.
 
     Raises:
-        AnalysisError: there is no block to observe.
+        AnalysisError: there is no block to observe, or the analysis is of another model.
     """
     chosen = analysis.blocks if blocks is None else tuple(blocks)
     if not chosen:
         raise AnalysisError(no_blocks(analysis))
+    theirs = analysis.captured
+    if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
+        raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
     insert_at_sources(observed, chosen, lambda block, i: Observer(block.name, block.sources[i][1]), "observe")
     return observed

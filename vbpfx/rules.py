@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from vbpfx.axes import ComputedArgumentError, Contracts, Opaque, Operand, Produces, Relation, Same, Site, SizeStated
+from vbpfx.axes import Contracts, Opaque, Operand, Produces, Relation, Same, Site, SizeStated
 
 
 def elementwise(site: Site) -> Iterator[Relation]:
@@ -22,6 +22,11 @@ def elementwise(site: Site) -> Iterator[Relation]:
         for back in range(1, min(operand.ndim, out.ndim) + 1):
             if operand.shape[-back] == out.shape[-back]:
                 yield Same(operand.axis(-back), out.axis(-back))
+
+
+def unchanged(site: Site) -> Iterator[Relation]:
+    """Another type, device or layout of the same values; a second tensor only says which."""
+    yield from (Same(a, b) for a, b in zip(site.x.axes, site.out.axes, strict=True))
 
 
 def linear(site: Site) -> Iterator[Relation]:
@@ -65,7 +70,11 @@ def convolution(site: Site) -> Iterator[Relation]:
     spatial = weight.ndim - 2
     channel = x.ndim - spatial - 1
     pointwise = all(size == 1 for size in weight.shape[2:])
-    padded = padding not in (0, "valid") and any(p != 0 for p in _as_tuple(padding, spatial))
+    padded = (
+        padding not in (0, "valid")
+        and not (pointwise and padding == "same")
+        and any(p != 0 for p in _as_tuple(padding, spatial))
+    )
     for dim in range(spatial):
         if pointwise and not padded and x.shape[channel + 1 + dim] == out.shape[channel + 1 + dim]:
             yield Same(x.axis(channel + 1 + dim), out.axis(channel + 1 + dim))
@@ -97,6 +106,13 @@ def batch_norm(site: Site) -> Iterator[Relation]:
     """Per channel (axis 1) scale and shift, with the running statistics as further per-channel parameters."""
     x, out = site.x, site.out
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
+    if site.module is not None:
+        on_batch = site.module.running_mean is None
+    else:
+        on_batch = site.constant(5, "training", False) or site.operand(1, "running_mean") is None
+    for dim, axis in enumerate(x.axes if on_batch else ()):
+        if dim != 1:
+            yield Opaque(axis, "a norm takes its statistics across it")
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         parameter = site.operand(position, name)
         if parameter is not None:
@@ -141,7 +157,7 @@ def along_one_axis(site: Site) -> Iterator[Relation]:
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
     dim = site.constant(1, "dim")
     for mixed in x.axes if not isinstance(dim, int) else (x.axis(dim),):
-        yield Opaque(mixed, f"{spelling(site.node)} mixes the channels along it")
+        yield Opaque(mixed, f"{_name(site)} mixes the channels along it")
 
 
 def reduction(site: Site) -> Iterator[Relation]:
@@ -149,12 +165,12 @@ def reduction(site: Site) -> Iterator[Relation]:
     x, out = site.x, site.out
     given = site.constant(1, "dim")
     if given is None or isinstance(given, bool) or given == () or given == []:
-        yield from site.all_opaque(f"{spelling(site.node)} reduces it")
+        yield from site.all_opaque(f"{_name(site)} reduces it")
         return
     reduced = {dim % x.ndim for dim in _as_tuple(given, 1)}
     kept = [dim for dim in range(x.ndim) if dim not in reduced]
     for dim in reduced:
-        yield Opaque(x.axis(dim), f"{spelling(site.node)} reduces it")
+        yield Opaque(x.axis(dim), f"{_name(site)} reduces it")
     for position, dim in enumerate(kept):
         yield Same(x.axis(dim), out.axis(dim if out.ndim == x.ndim else position))
 
@@ -170,7 +186,7 @@ def pooling(site: Site) -> Iterator[Relation]:
 def permutation(site: Site) -> Iterator[Relation]:
     """permute, transpose, movedim: out axis i is x axis order[i]."""
     x, out = site.x, site.out
-    name = spelling(site.node)
+    name = _name(site)
     if name in ("permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims", "t"):
         order = _order(name, site, x.ndim)
     else:  # x.T reverses all axes, x.mT the last two
@@ -192,15 +208,17 @@ def regrouping(site: Site) -> Iterator[Relation]:
     kept = _kept_whole(x.shape, out.shape)
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
         if dim not in kept and size != 1:
-            yield Opaque(axis, f"{spelling(site.node)} splits or merges it")
+            yield Opaque(axis, f"{_name(site)} splits or merges it")
     whole = set(kept.values())
     for dim, size in enumerate(out.shape):
         if dim not in whole and size != 1:
-            yield Opaque(out.axis(dim), f"{spelling(site.node)} makes it from others")
+            yield Opaque(out.axis(dim), f"{_name(site)} makes it from others")
     for dim, position in kept.items():
         yield Same(x.axis(dim), out.axis(position))
         yield from _stated(site, out, position)
-    name = spelling(site.node) if site.module is None else type(site.module).__name__.lower()
+    name = _name(site)
+    if name in ("reshape_as", "view_as"):
+        yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
     if name == "unflatten":
         yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
     if name == "squeeze" and len(site.node.args) + len(site.node.kwargs) == 1:
@@ -329,7 +347,7 @@ def _first_size(site: Site) -> int:
 
 def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[tuple[str | int, ...] | None, Any]]:
     """Every size that a view, reshape or expand states, with its path; path None for a whole shape."""
-    if spelling(site.node) not in _STATES_SIZES or site.module is not None:
+    if _name(site) not in _STATES_SIZES or site.module is not None:
         return
     args = site.node.args
     keyword = next((k for k in ("shape", "size") if k in site.node.kwargs), None)
@@ -366,27 +384,30 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
 
 
 def _order(name: str, site: Site, ndim: int) -> list[int]:
-    args = [*site.node.args[1:], *site.node.kwargs.values()]
-    if list(site.node.args[:1]) != site.node.all_input_nodes:
-        raise ComputedArgumentError("dims")
-    if name == "permute":
-        dims = list(args[0]) if isinstance(args[0], (tuple, list)) else args
-        return [int(d) % ndim for d in dims]  # type: ignore[arg-type]
+    """order[i] is the input axis that becomes output axis i."""
     order = list(range(ndim))
+    if name == "permute":
+        dims = site.constant(1, "dims")
+        return [int(d) % ndim for d in (dims if isinstance(dims, (tuple, list)) else site.node.args[1:])]  # type: ignore[arg-type]
     if name in ("movedim", "moveaxis"):
-        sources, targets = (_as_tuple(a, 1) for a in args)
+        sources, targets = (_as_tuple(site.constant(i, n), 1) for i, n in ((1, "source"), (2, "destination")))
         pairs = sorted((t % ndim, s % ndim) for s, t in zip(sources, targets, strict=True))
         order = [dim for dim in order if dim not in {s for _, s in pairs}]
         for target, source in pairs:
             order.insert(target, source)
         return order
-    a, b = (0, ndim - 1) if name == "t" else (int(args[0]) % ndim, int(args[1]) % ndim)  # type: ignore[arg-type]
+    first, second = ("axis0", "axis1") if name == "swapaxes" else ("dim0", "dim1")
+    a, b = (0, ndim - 1) if name == "t" else (site.constant(1, first) % ndim, site.constant(2, second) % ndim)
     order[a], order[b] = order[b], order[a]
     return order
 
 
 def _as_tuple(value: Any, repeat: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * repeat
+
+
+def _name(site: Site) -> str:
+    return type(site.module).__name__.lower() if site.module is not None else spelling(site.node)
 
 
 def spelling(node: fx.Node) -> str:

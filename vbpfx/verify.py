@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import Captured
-from vbpfx.edit import insert_at_sources, share_parameters
+from vbpfx.capture import Captured, share_parameters
+from vbpfx.edit import insert_at_sources
 from vbpfx.errors import VerificationError
 from vbpfx.inputs import Inputs, as_inputs, model_device
 from vbpfx.records import Block, Plan
@@ -91,7 +91,8 @@ def verify(
         tolerance: by default what the model's precision allows: 1e-4 in float32, 1e-9 in float64.
 
     Raises:
-        VerificationError: the outputs differ in structure, are not finite, or differ by more than the tolerance.
+        VerificationError: a network does not run on the inputs, or the outputs differ in structure, are not
+            finite, or differ by more than the tolerance.
     """
     device = model_device(captured.reference)
     inputs = captured.inputs if example_inputs is None else as_inputs(example_inputs, captured.reference).to(device)
@@ -103,7 +104,15 @@ def verify(
         raise VerificationError(
             f"the dense network does not run on these inputs ({inputs.describe()}): {failure}"
         ) from failure
-    substituted, pruned = _run(reference_graph(captured, plan), inputs), _run(small, inputs)
+    substituted = _run(reference_graph(captured, plan), inputs)
+    try:
+        pruned = _run(small, inputs)
+    except Exception as failure:  # likewise
+        text = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        raise VerificationError(
+            f"the pruned network does not run: {text}; where it is the model's own class, its code states a hidden "
+            f"width: use the GraphModule"
+        ) from failure
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
     bound = TOLERANCES.get(dtype, 1e-4) if tolerance is None else tolerance
     if [t.shape for t in pruned] != [t.shape for t in substituted]:
