@@ -19,8 +19,9 @@ import onnxruntime
 import timm
 import torch
 import torchvision
+from results_page import PAGE, machine_line, markdown_table, write_section
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from torch import nn
 
 import vbpfx
@@ -104,19 +105,35 @@ def measure(subject: Subject) -> Exactness:
     )
 
 
+COLUMNS = ("model", "front end", "blocks", "graph f64", "class f64", "graph f32", "class f32", "ONNX f32", "effect")
+
+
+def row(name: str) -> list[str]:
+    """One line of the table."""
+    found = measure(SUBJECTS[name])
+    errors = (found.graph64, found.own64, found.graph32, found.own32, found.onnx32, found.effect)
+    return [name, found.frontend, str(found.blocks), *(f"{error:.1e}" for error in errors)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)}; default all")
-    chosen = parser.parse_args().models or list(SUBJECTS)
-    table = Table(title="Relative error against the substitution reference, half of the hidden neurons removed")
-    columns = ("model", "front end", "blocks", "graph f64", "class f64", "graph f32", "class f32", "ONNX f32", "effect")
-    for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right")
-    for name in chosen:
-        found = measure(SUBJECTS[name])
-        errors = (found.graph64, found.own64, found.graph32, found.own32, found.onnx32, found.effect)
-        table.add_row(name, found.frontend, str(found.blocks), *(f"{error:.1e}" for error in errors))
-    Console(width=130).print(table)
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"of {', '.join(SUBJECTS)}; default all, into the page"
+    )
+    asked = parser.parse_args().models
+    names = track(asked or list(SUBJECTS), "comparing", console=Console(stderr=True))
+    table = markdown_table(COLUMNS, [row(name) for name in names])
+    print(table)
+    if not asked:
+        write_section(
+            PAGE,
+            "exactness",
+            "## Exactness: the substitution oracle\n\n`python benchmarks/exactness.py`\n\nLargest difference of the outputs over "
+            "the largest output, between the pruned network and the dense one in which the\nremoved channels are substituted: "
+            "as a GraphModule, in the model's own class, and in ONNX Runtime. Random weights of natural\nsize everywhere, half "
+            "of the hidden neurons removed. *Effect* is what the substitution does to the dense output.\n\n"
+            f"{table}\n\n{machine_line()}\n",
+        )
 
 
 if __name__ == "__main__":

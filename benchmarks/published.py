@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import timm
 import torch
+from results_page import PAGE, machine_line, markdown_table, write_section
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
 import vbpfx
 
@@ -48,28 +49,40 @@ def prune_published(entry: Published) -> vbpfx.Pruned:
     return vbpfx.prune(model, [torch.randn(1, 3, 224, 224)], ratio=entry.ratio, method="vbp", progress=False)
 
 
+COLUMNS = ("model", "p", "neurons", "parameters", "published", "MACs", "published", "difference", "oracle")
+
+
+def row(entry: Published) -> list[str]:
+    """One line of the table: found beside published."""
+    pruned = prune_published(entry)
+    params, macs = pruned.report.params[1] / 1e6, pruned.report.macs[1] / 1e9
+    assert pruned.verification is not None
+    return [
+        entry.model,
+        f"{entry.ratio:.0%}",
+        f"{pruned.report.neurons[0]:,}",
+        f"{params:.2f} M",
+        f"{entry.params:.2f} M" if entry.params else "-",
+        f"{macs:.3f} G",
+        f"{entry.macs:.2f} G" if entry.macs else "-",
+        f"{macs / entry.macs - 1:+.2%}" if entry.macs else "-",
+        f"{pruned.verification.error:.0e}",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    table = Table(title="After VBP, random weights")
-    for column in ("model", "p", "neurons", "params", "published", "MACs", "published", "difference", "oracle"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for entry in PUBLISHED:
-        pruned = prune_published(entry)
-        params, macs = pruned.report.params[1] / 1e6, pruned.report.macs[1] / 1e9
-        assert pruned.verification is not None
-        table.add_row(
-            entry.model,
-            f"{entry.ratio:.0%}",
-            f"{pruned.report.neurons[0]:,}",
-            f"{params:.2f} M",
-            f"{entry.params:.2f} M" if entry.params else "-",
-            f"{macs:.3f} G",
-            f"{entry.macs:.2f} G" if entry.macs else "-",
-            f"{macs / entry.macs - 1:+.2%}" if entry.macs else "-",
-            f"{pruned.verification.error:.0e}",
-        )
-    Console(width=140).print(table)
+    table = markdown_table(COLUMNS, [row(entry) for entry in track(PUBLISHED, "pruning", console=Console(stderr=True))])
+    print(table)
+    write_section(
+        PAGE,
+        "published",
+        "## The published sizes\n\n`python benchmarks/published.py`\n\nParameters and MACs after Variance-Based Pruning at the "
+        "ratios of the paper (ICCV 2025, arXiv 2507.12988), random weights.\nMACs here are those of matrix products and "
+        "convolutions, attention's two products included; the paper's counter\nadds norms. *Oracle* is the largest relative "
+        f"error against the substitution reference in float32.\n\n{table}\n\n{machine_line()}\n",
+    )
 
 
 if __name__ == "__main__":

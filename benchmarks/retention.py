@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -47,6 +46,7 @@ from imagenet import (
     load_network,
     load_validation,
 )
+from results_page import describe_machine, markdown_table, write_section
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -60,17 +60,6 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 METHODS = ("vbp", "auto")
 HIGHEST_RATIO = 15 / 16  # what method="auto" can remove above its floors
 EXAMPLES = 4  # samples to trace with and to run the substitution oracle on
-BEGIN, END = "<!-- retention:begin -->", "<!-- retention:end -->"
-
-INTRO = """# Results
-
-What vbpfx keeps of a trained network, measured. Every table is written by a program in `benchmarks/`; no figure
-in it is copied in by hand. The data is not part of the repository: set `VBPFX_DATA` to the folder that holds it,
-and run the command given with each table.
-
-## Retention without retraining: ViT-Tiny on ImageNet
-
-"""
 
 
 @dataclass(frozen=True)
@@ -216,20 +205,6 @@ def run(folder: Path, options: argparse.Namespace, console: Console) -> dict[str
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures were computed on: the processor and the number of its cores, no names."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "processor": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def markdown(figures: dict[str, Any]) -> str:
     """What stands between the markers: how it was measured, and the table."""
     dense, versions, machine = figures["dense"], figures["versions"], figures["machine"]
@@ -255,14 +230,16 @@ def markdown(figures: dict[str, Any]) -> str:
     if len(criteria) == 1:  # then the text says it
         rows = [row[:1] + row[2:] for row in rows]
         columns.remove("criterion")
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows))
+    table = markdown_table(columns, rows)
     floored = [result for result in figures["results"] if result["method"] == "auto"]
     auto = (
         "it has a row where that makes a different network"
         if floored
         else "at none of these p does that change anything"
     )
-    return f"""`{figures["command"]}`
+    return f"""## Retention without retraining: ViT-Tiny on ImageNet
+
+`{figures["command"]}`
 
 timm's `{figures["network"]}`, trained on ImageNet-1k, with a share p of its {dense["neurons"]:,} hidden neurons removed:
 ranked by {" / ".join(criteria)}, their means folded into the next bias. The statistics come from one forward pass
@@ -286,20 +263,6 @@ fine-tuning.
 torch {versions["torch"]}, timm {versions["timm"]}, vbpfx {versions["vbpfx"]}; {machine["processor"]}, {machine["cores"]} cores.
 All figures, with the width of every block: `benchmarks/results/retention.json`.
 """
-
-
-def write_section(page: Path, text: str) -> None:
-    """Put the text between the markers of the page; the rest of the page stays as it is.
-
-    A page that is missing gets the introduction; one without markers gets the section at its end.
-    """
-    old = page.read_text(encoding="utf-8") if page.exists() else INTRO
-    if BEGIN not in old or END not in old:
-        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
 def _ratio(text: str) -> float:
@@ -385,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = markdown(figures)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "retention.json").write_text(json.dumps(figures, indent=1) + "\n")
-    write_section(options.page, text)
+    write_section(options.page, "retention", text)
     print(text)
     return 0
 

@@ -125,15 +125,15 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
     replaced: dict[str, Tensor] = {}
     created: dict[str, nn.Parameter] = {}
     for name in {**cuts, **shifts}:
-        old = tensors[made.get(name, name)].detach()
-        new = old if name not in made else None
-        if name in shifts:
-            shift = shifts[name]
-            new = (shift if new is None else new.double() + shift).to(old.dtype)
-        assert new is not None
+        like = tensors[made.get(name, name)]
+        if name in made:
+            new = shifts[name].to(like.dtype)
+        elif name in shifts:
+            new = (like.detach().double() + shifts[name]).to(like.dtype)
+        else:
+            new = like.detach()
         for axis, kept in cuts.get(name, ()):
             new = new.index_select(axis, kept.to(new.device))
-        like = tensors[made.get(name, name)]
         if name in made:
             created[name] = nn.Parameter(new, requires_grad=like.requires_grad)
         else:

@@ -1,7 +1,7 @@
 """Runs of a graph on fake tensors: shapes without data, weights or arithmetic.
 
 The batch is a large prime that divides no size of the model. A reshape read at such a size cannot confuse the batch
-with another axis, and unlike symbolic shapes it never specialises (timm's Swin does); it is also several times faster.
+with another axis, and unlike symbolic shapes it never specialises (timm's Swin does); it is also faster.
 """
 
 from __future__ import annotations
