@@ -288,3 +288,20 @@ def test_the_shape_check_refuses_a_dense_file(
     with pytest.raises(ExportError, match=message):
         exporter._check_shapes(RIGHT | weights, pruned.graph_module, pruned.plan)
     exporter._check_shapes(RIGHT | weights, pruned.graph_module, None)  # without a plan there is nothing to compare
+
+
+def test_texts_may_differ_in_number_and_length(tmp_path: Path) -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.fc1, self.fc2 = nn.Embedding(50, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.fc2(torch.nn.functional.gelu(self.fc1(self.embedding(ids)))).mean(1)
+
+    pruned = vbpfx.prune(Text(), [torch.randint(0, 50, (4, 7))], ratio=0.5, progress=False)
+    session = onnxruntime.InferenceSession(pruned.to_onnx(tmp_path / "text.onnx"), providers=["CPUExecutionProvider"])
+    for shape in ((1, 7), (3, 9), (2, 2)):
+        ids = torch.randint(0, 50, shape)
+        (found,) = session.run(None, {"ids": ids.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), pruned.graph_module(ids).detach())

@@ -121,7 +121,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
             continue
         try:
             graph_module = trace(reference, inputs)
-            with _quiet_logging():
+            with quiet_logging():
                 batch = propagate_shapes(graph_module, inputs)
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
@@ -234,7 +234,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         lambda leaf: dynamic(leaf) if isinstance(leaf, Tensor) else None, (example.args, example.kwargs)
     )
     named = dict(zip(argument_names(model, example), shapes[0], strict=False)) | shapes[1]
-    with warnings.catch_warnings(), _unfused_attention(), _quiet_logging():
+    with warnings.catch_warnings(), _unfused_attention(), quiet_logging():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=named, strict=False)
         exported = program.module(check_guards=False)
@@ -260,8 +260,8 @@ def _unfused_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """torch.export logs a failure before it raises it; the error says the same in one line."""
+def quiet_logging() -> Iterator[None]:
+    """The exporters log what they try and give up; the error, if there is one, says it in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

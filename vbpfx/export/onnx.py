@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vbpfx.capture import quiet_logging
 from vbpfx.errors import ExportError
 from vbpfx.files import write_atomically
 from vbpfx.inputs import Inputs, argument_names
@@ -72,11 +73,15 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
 
 def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
     def dynamic(leaf: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and example.is_batched(leaf) else None
+        if not isinstance(leaf, Tensor):
+            return None
+        # texts differ in length too: token ids and masks are dynamic wherever the network lets them
+        lengths = {} if leaf.is_floating_point() else dict.fromkeys(range(1, leaf.ndim), torch.export.Dim.AUTO)
+        return ({0: torch.export.Dim.DYNAMIC} if example.is_batched(leaf) else {}) | lengths
 
     args, kwargs = pytree.tree_map(dynamic, (example.args, example.kwargs))
     shapes = dict(zip(argument_names(network, example), args, strict=False)) | kwargs
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network, example.args, kwargs=example.kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
