@@ -84,8 +84,8 @@ def save_network(
     What the model has and the graph does not use (a layer for training alone) is taken from ``reference``,
     the dense model, so that loading into the model's class restores it too.
 
-    A graph that calls functions which are not torch's is saved without ``graph.json``: such an artifact
-    loads into the model's own class only, and ``graph.json`` says why.
+    A graph that calls functions which are not torch's cannot be written: such an artifact loads into the
+    model's own class only, and its ``graph.json`` says why.
     """
     folder = Path(folder)
     own, dense = named_tensors(graph_module), named_tensors(reference)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import fx, nn
 
-from vbpfx.errors import CalibrationError
+from vbpfx.errors import CalibrationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
 from vbpfx.prepare import observers
 
@@ -39,7 +39,7 @@ def calibrate(
         CalibrationError: there is no batch, one does not fit the model, or one makes activations that are
             not finite. The message counts batches from 1 and names the block.
     """
-    device = model_device(observed)
+    device, watching = model_device(observed), observers(observed)
     first: Inputs | None = None
     seen = 0
     with torch.inference_mode(), _bar(total, progress) as advance:
@@ -51,7 +51,7 @@ def calibrate(
                 nn.Module.__call__(observed, *own.args, **own.kwargs)
             except Exception as error:  # the model's own operators raise whatever they raise
                 raise CalibrationError(_misfit(seen, inputs, first, observed, error)) from error
-            bad = next((o for o in observers(observed) if o.bad_call is not None), None)
+            bad = next((o for o in watching if o.bad_call is not None), None)
             if bad is not None:
                 raise CalibrationError(
                     f"batch {seen} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
@@ -66,14 +66,11 @@ def calibrate(
 
 
 def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
     given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
     fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
-    return (
-        f"batch {seen} (counted from 1) does not fit the model: {text}\n  this batch: {inputs.describe()}{fitted}{cast}"
-    )
+    return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"
 
 
 def _input_is_finite(inputs: Inputs) -> str:

@@ -33,9 +33,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from vbpfx.errors import CaptureError
+from vbpfx.errors import CaptureError, first_line
 from vbpfx.fake import propagate_shapes, run_fake
-from vbpfx.inputs import Inputs, argument_names, as_inputs, model_device
+from vbpfx.inputs import Inputs, argument_names, as_inputs, holds_tensor, model_device
 
 Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
@@ -205,7 +205,7 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         for name, parameter in parameters.items()
         if name not in bound and parameter.default is not inspect.Parameter.empty
     }
-    constants = {name: value for name, value in bound.items() if not _holds_tensor(value)}
+    constants = {name: value for name, value in bound.items() if not holds_tensor(value)}
     tracer = _Tracer()
     graph = tracer.trace(model, concrete_args=absent | constants)
     for node in graph.nodes:
@@ -215,28 +215,14 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-
-
 def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     # A batch of one would be specialised without a word; two samples keep the axis dynamic.
     samples = max(2, inputs.batch_size or 2)
     example = inputs.resized(samples)
-    auto = torch.export.Dim.AUTO
-
-    def dynamic(tensor: Tensor) -> dict[int, Any]:
-        if not tensor.is_floating_point():  # token ids and masks: texts differ in length too
-            return dict.fromkeys(range(tensor.ndim), auto)
-        return {0: auto} if example.is_batched(tensor) else {}
-
-    shapes = pytree.tree_map(
-        lambda leaf: dynamic(leaf) if isinstance(leaf, Tensor) else None, (example.args, example.kwargs)
-    )
-    named = dict(zip(argument_names(model, example), shapes[0], strict=False)) | shapes[1]
+    shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     with warnings.catch_warnings(), _unfused_attention(), quiet_logging():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=named, strict=False)
+        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
@@ -246,6 +232,22 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
             graph.erase_node(node)
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
+
+
+def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, Any]:
+    """What torch.export may leave open, by argument: the batch axis, and every axis of token ids and masks.
+
+    Texts differ in length too; such an axis stays open wherever the model lets it.
+    """
+
+    def dynamic(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        lengths = {} if leaf.is_floating_point() else dict.fromkeys(range(leaf.ndim), torch.export.Dim.AUTO)
+        return lengths | ({0: batch} if example.is_batched(leaf) else {})
+
+    args, kwargs = pytree.tree_map(dynamic, (example.args, example.kwargs))
+    return dict(zip(argument_names(model, example), args, strict=False)) | dict(kwargs)
 
 
 @contextmanager
@@ -278,7 +280,7 @@ _FRONTENDS: Mapping[Literal["symbolic", "export"], Callable[[nn.Module, Inputs],
 
 def _explain(error: Exception, model: nn.Module) -> str:
     """The error's first line and the innermost line of code that is neither torch's nor ours."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if os.path.exists(frame.filename) and not frame.filename.startswith(_NOT_USER_CODE):

@@ -204,8 +204,7 @@ def _pass_bias(small: fx.GraphModule, node: fx.Node, consumer: Consumer) -> None
         return
     with small.graph.inserting_before(node):
         bias = small.graph.get_attr(consumer.bias)
-    parameter = small.get_parameter(consumer.bias)
-    bias.meta["val"] = parameter
+    bias.meta["val"] = node.meta["val"].fake_mode.from_tensor(small.get_parameter(consumer.bias), static_shapes=True)
     if len(node.args) > 2:
         node.update_arg(2, bias)
     else:

@@ -35,3 +35,8 @@ class ArtifactError(VbpfxError):
 
 class ExportError(VbpfxError):
     """An exported file does not run, or does not compute what the pruned network computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none: other people's errors run on."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

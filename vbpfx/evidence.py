@@ -35,7 +35,6 @@ from vbpfx.sizes import read_sizes
 class Evidence:
     """What the rules said, gathered over the whole graph."""
 
-    names: Names
     nodes: dict[str, fx.Node]
     position: dict[str, int]
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
@@ -58,7 +57,7 @@ def gather(captured: Captured) -> Evidence:
     graph_module, reference = captured.graph_module, captured.reference
     names, tied = _parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    evidence = Evidence(names, nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
     for name, tensor in named_tensors(reference).items():
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
     sizes = read_sizes(graph_module.graph, names)

@@ -79,6 +79,11 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def holds_tensor(value: Any) -> bool:
+    """Whether the value is a tensor, or a nested structure with one in it."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def argument_names(model: nn.Module, inputs: Inputs) -> list[str]:
     """The parameter names of ``model.forward`` that the inputs fill, in order."""
     return list(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vbpfx.ops import is_view
+from vbpfx.rules import spelling
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -42,9 +43,7 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 def _is_in_place(node: fx.Node, module: Any) -> bool:
     if module is not None:
         return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target.overloadpacket.__name__
+    name = spelling(node)
     if name.endswith("_") and not name.endswith("__"):
         return True
     if getattr(node.target, "__module__", "") == "_operator":

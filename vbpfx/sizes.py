@@ -10,9 +10,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from vbpfx.axes import Axis, Names, SizeRead, operand_of
+from vbpfx.inputs import holds_tensor
 
 _SAYS_NOTHING_OF_SIZES = frozenset({"device", "dtype", "ndim", "dim", "ndimension", "layout", "requires_grad",
                                     "is_floating_point", "is_cuda", "get_device", "element_size"})  # fmt: skip
@@ -23,7 +24,7 @@ def read_sizes(graph: fx.Graph, names: Names) -> dict[fx.Node, SizeRead]:
     sizes: dict[fx.Node, SizeRead] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op not in ("call_function", "call_method") or isinstance(value, Tensor) or _holds_tensor(value):
+        if node.op not in ("call_function", "call_method") or holds_tensor(value):
             continue
         read = _read(node, sizes, names)
         if read is not None:
@@ -59,11 +60,3 @@ def _entry(read: SizeRead, index: Any) -> SizeRead:
     if isinstance(index, slice) and not any(isinstance(e, fx.Node) for e in (index.start, index.stop, index.step)):
         return SizeRead(read.axes[index], plain=True)
     return SizeRead(read.axes, plain=False)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(entry) for entry in value)
-    if isinstance(value, dict):
-        return any(_holds_tensor(entry) for entry in value.values())
-    return isinstance(value, Tensor)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from vbpfx.capture import Captured, share_parameters
 from vbpfx.edit import insert_at_sources
-from vbpfx.errors import VerificationError
+from vbpfx.errors import VerificationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
 from vbpfx.records import Block, Plan
 
@@ -108,9 +108,8 @@ def verify(
     try:
         pruned = _run(small, inputs)
     except Exception as failure:  # likewise
-        text = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         raise VerificationError(
-            f"the pruned network does not run: {text}; where it is the model's own class, its code states a hidden "
+            f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
             f"width: use the GraphModule"
         ) from failure
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)

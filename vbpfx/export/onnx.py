@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import quiet_logging
-from vbpfx.errors import ExportError
+from vbpfx.capture import dynamic_shapes, quiet_logging
+from vbpfx.errors import ExportError, first_line
 from vbpfx.files import write_atomically
 from vbpfx.inputs import Inputs, argument_names
 from vbpfx.records import Plan
@@ -52,8 +52,9 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
     try:
         program = _to_program(network, inputs.resized(2))
     except Exception as error:  # the exporter and the model's operators raise many kinds
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.onnx cannot export the network: {type(error).__name__}: {text}") from error
+        raise ExportError(
+            f"torch.onnx cannot export the network: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
     def write(temporary: Path) -> None:
         try:
@@ -64,23 +65,14 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
         except (ExportError, OSError):
             raise
         except Exception as error:  # ONNX Runtime and the checker have their own
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"the exported file does not run: {type(error).__name__}: {text}") from error
+            raise ExportError(f"the exported file does not run: {type(error).__name__}: {first_line(error)}") from error
 
     write_atomically({path: write})
     return path
 
 
 def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
-    def dynamic(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        # texts differ in length too: token ids and masks are dynamic wherever the network lets them
-        lengths = {} if leaf.is_floating_point() else dict.fromkeys(range(1, leaf.ndim), torch.export.Dim.AUTO)
-        return ({0: torch.export.Dim.DYNAMIC} if example.is_batched(leaf) else {}) | lengths
-
-    args, kwargs = pytree.tree_map(dynamic, (example.args, example.kwargs))
-    shapes = dict(zip(argument_names(network, example), args, strict=False)) | kwargs
+    shapes = dynamic_shapes(network, example, batch=torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
