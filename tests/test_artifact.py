@@ -370,9 +370,10 @@ def test_json_that_is_something_else_is_an_artifact_error(artifact: Path, name: 
             vbpfx.load(artifact)
 
 
-def test_a_newer_format_says_to_update(artifact: Path) -> None:
-    edit_json(artifact / "plan.json", lambda data: data.update(format=2))
-    with pytest.raises(ArtifactError, match="has format 2, this vbpfx reads 1; update vbpfx"):
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_named(artifact: Path, version: int) -> None:
+    edit_json(artifact / "plan.json", lambda data: data.update(format=version))
+    with pytest.raises(ArtifactError, match=f"has format {version}, this vbpfx reads 2: prune again"):
         vbpfx.load(artifact, into=mlp())
 
 

@@ -40,9 +40,8 @@ def test_blocks_are_found_and_the_oracle_holds(case: Case, frontend: str) -> Non
 def test_own_class_computes_the_same(case: Case) -> None:
     model = double(randomize(case.make()))
     result = stages(model, case.batch().double(), frontend=case.frontends[0])
-    # the code of these two states the hidden width (a groups=, a view), which no rewrite of tensors can change
-    if case.name in ("functional", "reshaped"):
-        with pytest.raises(vbpfx.ArtifactError, match="states the hidden width 12 as a number"):
+    if case.own:
+        with pytest.raises(vbpfx.ArtifactError, match=case.own):
             vbpfx.apply_plan(model, result.plan)
         return
     small = vbpfx.apply_plan(model, result.plan)

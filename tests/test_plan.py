@@ -20,8 +20,8 @@ def _network() -> nn.Module:
     """Hidden widths 24, 40 and 16 behind different activations; the last consumer has no bias."""
     return randomize(
         nn.Sequential(
-            nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 8), nn.LayerNorm(8), nn.Linear(8, 40), nn.ReLU(),
-            nn.Linear(40, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5, bias=False),
+            nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 8), nn.Softmax(-1), nn.Linear(8, 40), nn.ReLU(),
+            nn.Linear(40, 8), nn.Softmax(-1), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5, bias=False),
         )
     )  # fmt: skip
 

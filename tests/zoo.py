@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 class Case:
     """A network, an example batch, and what the analysis must find.
 
-    ``blocks`` is name -> width. ``refused`` is a part of the reason for which the axis of a layer is refused.
+    ``blocks`` is name -> width. ``own`` is why the model's own class cannot hold the result. ``refused`` is a part of the reason for which the axis of a layer is refused.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Case:
     blocks: dict[str, int]
     refused: dict[str, str] | None = None
     frontends: tuple[str, ...] = ("symbolic", "export")
+    own: str = ""
 
 
 class Net(nn.Module):
@@ -55,6 +56,11 @@ def images() -> Tensor:
 def mlp(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Module]:
     """fc1 8 -> 12 and fc2 12 -> 8, beside what else the case wants."""
     return lambda: Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8), **layers)
+
+
+def packed(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Module]:
+    """fc1 8 -> 24, of which two halves gate each other, and fc2 12 -> 8 without a bias."""
+    return lambda: Net(forward, fc1=nn.Linear(8, 24), fc2=nn.Linear(12, 8, bias=False), **layers)
 
 
 class ResidualBlock(nn.Module):
@@ -179,6 +185,81 @@ class Attention(nn.Module):
         return x + self.mlp(x)
 
 
+class SpatialGate(nn.Module):
+    """gMLP: one half is normed, mixed over the tokens, and gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm, self.mix = nn.Linear(8, 24), nn.Linear(12, 8), nn.LayerNorm(12), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = F.gelu(self.fc1(x)).chunk(2, dim=-1)
+        v = self.mix(self.norm(v).transpose(-1, -2)).transpose(-1, -2)
+        return x + self.fc2(u * v)
+
+
+class Parallel(nn.Module):
+    """One layer makes the hidden axes of two branches and a part that must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.out1, self.out2 = nn.Linear(8, 27), nn.Linear(12, 8), nn.Linear(7, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.packed(x).split([8, 12, 7], dim=-1)
+        return x * a + self.out1(F.gelu(b)) + self.out2(c.tanh())
+
+
+class FusedOutput(nn.Module):
+    """Packed at both ends, and cut at one end in another order than joined at the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.out = nn.Linear(8, 17), nn.Linear(17, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.packed(x)
+        return self.out(torch.cat([h[..., 10:].tanh(), h[..., :10].relu()], -1))
+
+
+class Dense(nn.Module):
+    """DenseNet: every layer reads what all layers before it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.second, self.out = nn.Conv2d(5, 6, 1, bias=False), nn.Conv2d(11, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        b = self.second(F.relu(self.bn(a)))
+        return self.out(F.gelu(torch.cat([a, b], 1)))
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.weight, self.bias = nn.Linear(4, 12), nn.Linear(12, 4), parameter(12), parameter(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x.permute(0, 2, 3, 1)))
+        length = h.norm(p=2, dim=(1, 2), keepdim=True)
+        h = h + torch.addcmul(
+            self.bias.view(1, 1, 1, -1),
+            self.weight.view(1, 1, 1, -1),
+            h * (length / (length.mean(-1, keepdim=True) + 1e-6)),
+        )
+        return x + self.fc2(h).permute(0, 3, 1, 2)
+
+
+def two_paths() -> nn.Module:
+    net = Net(lambda m, x: m.second(m.first(x)), first=nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
+    net.second = net.first
+    return net
+
+
 class HiddenStream(nn.Module):
     """h = h + act(fc(h)): the width of a network, not of a block."""
 
@@ -216,8 +297,8 @@ FOUND = [
     Case("two consumers", TwoConsumers, tokens, {"fc1->b": 12}),
     Case("gated", Gated, tokens, {"gate->down": 12}),
     Case("inverted bottleneck", InvertedBottleneck, images, {"expand->project": 12, "reduce->grow": 3}),
-    Case("functional", Functional, images, {"w1->w2": 12}),
-    Case("reshaped", Reshaped, images, {"conv1->conv2": 12}),
+    Case("functional", Functional, images, {"w1->w2": 12}, own="states the hidden width 12 as a number"),
+    Case("reshaped", Reshaped, images, {"conv1->conv2": 12}, own="states the hidden width 12 as a number"),
     Case("attention", Attention, tokens, {"mlp": 12}),
     Case("encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), tokens, {"linear1->linear2": 12}, frontends=("export",)),
     Case("scale and shift", mlp(lambda m, x: m.fc2(m.fc1(x).relu() * m.g + m.s), g=parameter(12), s=parameter(1, 1, 12)), tokens, {"fc1->fc2": 12}),
@@ -234,12 +315,53 @@ FOUND = [
     Case("attention over tokens", mlp(lambda m, x: m.fc2(torch.softmax(x @ x.transpose(1, 2), -1) @ m.fc1(x).relu())), tokens, {"fc1->fc2": 12}),
 ]  # fmt: skip
 
+PACKED = [
+    Case("chunk", packed(lambda m, x: m.fc2(F.silu((g := m.fc1(x).chunk(2, dim=-1))[0]) * g[1])), tokens, {"fc1->fc2": 12}),
+    Case("split", packed(lambda m, x: m.fc2((g := F.gelu(m.fc1(x)).split(12, -1))[0] * g[1])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("split by sizes", packed(lambda m, x: m.fc2((g := m.fc1(x).split([12, 12], dim=2))[0].relu() * g[1])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("slices", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., :12].sigmoid() * h[:, :, -12:])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("narrow", packed(lambda m, x: m.fc2((h := m.fc1(x)).narrow(-1, 0, 12).tanh() * h.narrow(2, 12, 12))), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("glu", packed(lambda m, x: m.fc2(F.glu(m.fc1(x)))), tokens, {"fc1->fc2": 12}),
+    Case("glu module along channels", lambda: nn.Sequential(nn.Conv2d(4, 24, 1), nn.GLU(1), nn.Conv2d(12, 3, 1)), images, {"0->2": 12}),
+    Case("unbind of a view", packed(lambda m, x: m.fc2((p := m.fc1(x).view(x.shape[0], 5, 2, 12).unbind(2))[0].relu() * p[1])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("entries of a view", packed(lambda m, x: m.fc2((p := m.fc1(x).view(-1, 5, 2, 12))[:, :, 0].relu() * p[..., 1, :])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
+    Case("packed, with a norm", packed(lambda m, x: m.fc2(m.norm(F.silu((g := m.fc1(x).chunk(2, -1))[0]) * g[1])), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("gMLP", SpatialGate, tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("parallel branches", Parallel, tokens, {"packed->out1": 12, "packed->out2": 7}, own="states the hidden width"),
+    Case("fused output", FusedOutput, tokens, {"packed->out[0:10]": 10, "packed->out[10:17]": 7}, own="states the hidden width"),
+    Case("concatenated", lambda: Net(lambda m, x: m.out(torch.cat([m.a(x).relu(), m.b(x).tanh()], -1)), a=nn.Linear(8, 5), b=nn.Linear(8, 7), out=nn.Linear(12, 4, bias=False)), tokens, {"a->out": 5, "b->out": 7}),
+    Case("both signs", lambda: Net(lambda m, x: m.out(torch.cat([(h := m.a(x)), -h], -1).relu()), a=nn.Linear(8, 6), out=nn.Linear(12, 4)), tokens, {"a->out": 6}),
+    Case("part taken", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x)[..., :8]), tokens, {"fc1->fc2": 4}),
+    Case("dense connections", Dense, images, {"first->out": 5, "second->out": 6}),
+]  # fmt: skip
+
+NORMS = [
+    Case("inner norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("inner norm without parameters", mlp(lambda m, x: m.fc2(F.layer_norm(m.fc1(x).relu(), (12,)))), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("inner rms norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.RMSNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("rms norm by hand", mlp(lambda m, x: m.fc2((h := m.fc1(x).relu()) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * m.g), g=parameter(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("sum over channels", mlp(lambda m, x: m.fc2((h := m.fc1(x).exp()) / h.sum(-1, True))), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("global response norm", ResponseNorm, images, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("norm over a concatenation", lambda: Net(lambda m, x: m.out(m.norm(torch.cat([m.a(x).relu(), m.b(x).tanh()], -1))), a=nn.Linear(8, 5), b=nn.Linear(8, 7), norm=nn.LayerNorm(12), out=nn.Linear(12, 4)), tokens, {"a->out": 5, "b->out": 7}, own="a statistic over the hidden axis"),
+]  # fmt: skip
+
+SHARED = [
+    Case("called twice", mlp(lambda m, x: m.fc2(m.fc1(x).relu()) + m.fc2(m.fc1(-x).relu())), tokens, {"fc1->fc2": 12}),
+    Case("called twice without a bias", lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu()) + m.fc2(m.fc1(-x).tanh()), fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8, bias=False)), tokens, {"fc1->fc2": 12}),
+    Case("one layer behind two", lambda: Net(lambda m, x: m.out(m.a(x).relu()) + m.out(F.gelu(m.b(x))), a=nn.Linear(8, 12), b=nn.Linear(8, 12), out=nn.Linear(12, 4)), tokens, {"a->out": 12}),
+    Case("a module on two paths", two_paths, tokens, {"first": 12}),
+    Case("weights without layers", lambda: Net(lambda m, x: (x @ m.w1).relu() @ m.w2, w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}, own="adds no bias"),
+    Case("weights in front", lambda: Net(lambda m, x: m.w2 @ (m.w1 @ x).relu(), w1=parameter(12, 5), w2=parameter(4, 12)), tokens, {"w1->w2": 12}, own="adds no bias"),
+    Case("addmm", lambda: Net(lambda m, x: torch.addmm(m.b2, torch.addmm(m.b1, x.flatten(0, 1), m.w1).relu(), m.w2), b1=parameter(12), b2=parameter(4), w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}),
+]  # fmt: skip
+
+FOUND += PACKED + NORMS + SHARED
+
 REFUSED = [
     Case("output", mlp(lambda m, x: (m.fc2(h := m.fc1(x).relu()), h)), tokens, {}, {"fc1": "reaches the output"}),
     Case("residual from hidden", HiddenStream, tokens, {}, {"": "residual stream"}),
     Case("softmax", mlp(lambda m, x: m.fc2(m.fc1(x).softmax(-1))), tokens, {}, {"fc1": "softmax mixes"}),
     Case("cumulative", mlp(lambda m, x: m.fc2(m.fc1(x).cumsum(dim=-1))), tokens, {}, {"fc1": "cumsum mixes"}),
-    Case("inner norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x))), norm=nn.LayerNorm(12)), tokens, {}, {"fc1": "norm takes its statistics"}),
     Case("sorted", mlp(lambda m, x: m.fc2(m.fc1(x).sort(-1).values)), tokens, {}, {"fc1": "sort"}),
     Case("flipped", mlp(lambda m, x: m.fc2(m.fc1(x).flip(-1))), tokens, {}, {"fc1": "is not in the operator table"}),
     Case("heads", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (3, 4)).relu().flatten(2))), tokens, {}, {"fc1": "splits or merges"}),
@@ -248,11 +370,9 @@ REFUSED = [
     Case("padded convolution", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)), images, {}, {"0": "padded convolution"}),
     Case("grouped convolution", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU(), nn.Conv2d(12, 6, 1, groups=2)), images, {}, {"0": "in groups"}),
     Case("tied", tied, tokens, {}, {"fc1": "tied to"}),
-    Case("called twice", lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu()) + m.fc2(m.fc1(-x).relu()), fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8)), tokens, {}, {"fc1": "shared by 2 calls"}),
     Case("computed weight", mlp(lambda m, x: m.fc2(F.linear(x, m.fc1.weight * 2).relu())), tokens, {}, {}),
     Case("weight norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 12)), nn.ReLU(), nn.Linear(12, 8)), tokens, {}, {}),
     Case("product with an input", lambda: Net(lambda m, x: m.fc2(m.fc1(x) * x), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)), tokens, {}, {"fc1": "input of the model"}),
-    Case("part taken", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x)[..., :8]), tokens, {}, {}),
     Case("recurrent", Recurrent, tokens, {}, {}),
     Case("constant of the trace", mlp(lambda m, x: m.fc2(m.fc1(x) * torch.arange(12.0).to(x))), tokens, {}, {"fc1": "constant"}, ("symbolic",)),
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.records import BlockPlan, Plan, block_from_json, block_to_json
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
@@ -55,14 +55,16 @@ def load_plan(folder: str | Path) -> Plan:
     """Read what :func:`save_plan` wrote.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or of a newer format.
+        ArtifactError: a file is missing or damaged, or of another format.
     """
     folder = Path(folder)
     data = read_json(folder / "plan.json")
     constants = _read_tensors(folder / "plan.safetensors")
     try:
         if data["format"] != _FORMAT:
-            raise ArtifactError(f"{folder} has format {data['format']}, this vbpfx reads {_FORMAT}; update vbpfx")
+            raise ArtifactError(
+                f"{folder} has format {data['format']}, this vbpfx reads {_FORMAT}: prune again, or use the vbpfx that wrote it"
+            )
         entries = tuple(
             BlockPlan(
                 block := block_from_json(entry["block"]),

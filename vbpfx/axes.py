@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -54,6 +54,15 @@ class Same:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Channel c of ``part`` is channel ``start`` + c of ``whole``: a slice, a chunk, one of several joined."""
+
+    whole: Axis
+    part: Axis
+    start: int
+
+
+@dataclass(frozen=True)
 class Opaque:
     """The axis cannot be narrowed through this call."""
 
@@ -82,14 +91,31 @@ class Contracts:
 
 
 @dataclass(frozen=True)
+class Reduces:
+    """The call takes a statistic over ``source``; what a constant channel adds to it can be carried along.
+
+    ``kind`` is ``"sum"`` or ``"mean"``, where the axis ends, or ``"layer_norm"`` or ``"rms_norm"``, where it goes on.
+    """
+
+    source: Axis
+    kind: Literal["sum", "mean", "layer_norm", "rms_norm"]
+
+
+@dataclass(frozen=True)
 class SizeStated:
-    """An integer among the call's arguments states the size of the axis."""
+    """An integer among the call's arguments counts the channels ``start`` to ``stop`` of the axis (default: all).
+
+    ``by_code`` is false where the call works the number out by itself (``chunk``) and only a rewrite states it.
+    """
 
     axis: Axis
     path: tuple[str | int, ...]
+    start: int = 0
+    stop: int | None = None
+    by_code: bool = True
 
 
-Relation = Same | Opaque | Produces | Contracts | SizeStated
+Relation = Same | Part | Opaque | Produces | Contracts | Reduces | SizeStated
 
 
 class SizeRead(NamedTuple):
@@ -186,6 +212,14 @@ class Site:
         """Every tensor among the arguments, nested ones included, in order."""
         found = (operand_of(node, self._names) for node in self.node.all_input_nodes)
         return [operand for operand in found if operand is not None]
+
+    def parts(self, position: int, name: str) -> list[Operand] | None:
+        """The entries of an argument that is a list of tensors, repeated ones included; None where it is none."""
+        value = self.argument(position, name)
+        if not isinstance(value, (list, tuple)):
+            return None
+        found = [operand_of(entry, self._names) if isinstance(entry, fx.Node) else None for entry in value]
+        return [operand for operand in found if operand is not None] if None not in found else None
 
     def size_read(self, value: Any) -> SizeRead | None:
         """What is known of an argument that was computed from sizes; None for anything else."""

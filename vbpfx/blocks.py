@@ -16,6 +16,7 @@ from torch import fx
 
 from vbpfx.axes import Axis
 from vbpfx.capture import Captured
+from vbpfx.components import Component, components
 from vbpfx.evidence import Evidence, gather
 from vbpfx.ops import is_sum
 from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
@@ -62,93 +63,107 @@ def find_blocks(captured: Captured) -> Analysis:
     one by one, and ends at weights that sum over it.
     """
     evidence = gather(captured)
-    blocks: list[Block] = []
-    refusals: list[Refusal] = []
-    for component in nx.connected_components(evidence.graph):
-        produced = [p for axis in component for p in evidence.produced.get(axis, ())]
-        if not produced:
-            continue
-        found = _judge(component, evidence)
-        if isinstance(found, Block):
-            blocks.append(found)
-        else:
-            refusals.append(found)
+    linked = _with_parts(evidence)
+    found = [_judge(component, linked, evidence) for component in components(evidence)]
+    blocks = [entry for entry in found if isinstance(entry, Block)]
+    refusals = [entry for entry in found if isinstance(entry, Refusal)]
     order = evidence.position
-    blocks.sort(key=lambda block: order[block.carriers[0][0]])
+    blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
-    return Analysis(_with_unique_names(blocks), tuple(refusals), captured)
+    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured)
 
 
-def _judge(component: set[Axis], evidence: Evidence) -> Block | Refusal:
-    """A component that weights produce: a block, or a refusal."""
-    produced = sorted({p for axis in component for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
-    consumers = [c for axis in component for c in evidence.contracted.get(axis, ())]
-    consumers.sort(key=lambda consumer: evidence.position[consumer.node])
+def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
+    """All axes with everything that links them, for distances."""
+    graph = evidence.graph.copy()
+    graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
+    return graph
+
+
+def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> Block | Refusal | None:
+    """A component that weights produce: a block, or a refusal. None where no weight produces it."""
+    axes = component.axes
+    produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
+    if not produced:
+        return None
+    consumers = [
+        replace(consumer, source=consumer.source._replace(start=start))
+        for axis, start in component.spans
+        for consumer in evidence.contracted.get(axis, ())
+    ]
+    consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
+    reductions = [
+        replace(reduction, source=reduction.source._replace(start=start))
+        for axis, start in component.spans
+        for reduction in evidence.reduced.get(axis, ())
+    ]
+    reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
     parameters = sorted(
-        (ParameterAxis(axis.owner, axis.dim) for axis in component if axis.is_parameter),
-        key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis),
+        (ParameterAxis(axis.owner, axis.dim, start) for axis, start in component.spans if axis.is_parameter),
+        key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
     )
-    values = [axis for axis in component if not axis.is_parameter]
-    widths = {evidence.sizes[axis] for axis in values}
     name = _enclosing(produced)
-    width = min(widths)
-    node, reason = _obstacle(component, consumers, parameters, widths, evidence)
+    node, reason = _obstacle(component, consumers, parameters, linked, evidence)
     if reason:
-        return Refusal(name, width, tuple(produced), node, reason)
+        return Refusal(name, component.width, tuple(produced), node, reason)
+    literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
+    values = [(axis.owner, axis.dim, start) for axis, start in component.spans if not axis.is_parameter]
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
-        width=width,
+        width=component.width,
         producers=tuple(produced),
-        consumers=tuple(consumers),
+        consumers=tuple(dict.fromkeys(consumers)),
+        reductions=tuple(dict.fromkeys(reductions)),
         parameters=tuple(parameters),
-        literals=tuple(sorted((entry for axis in component for entry in evidence.literals.get(axis, ())), key=str)),
-        carriers=tuple(sorted(((axis.owner, axis.dim) for axis in values), key=lambda c: evidence.position[c[0]])),
+        literals=tuple(sorted(literals, key=str)),
+        carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier[0]], *carrier[1:]))),
     )
 
 
 def _obstacle(
-    component: set[Axis],
+    component: Component,
     consumers: list[Consumer],
     parameters: list[ParameterAxis],
-    widths: set[int],
+    linked: nx.Graph[Axis],
     evidence: Evidence,
 ) -> tuple[str, str]:
     """The node and the reason that a component is no block; empty strings where it is one."""
-    opaque = [axis for axis in component if axis in evidence.opaque]
+    axes = component.axes
+    opaque = [axis for axis in axes if axis in evidence.opaque]
     if opaque:
-        producers = [axis for axis in component if axis in evidence.produced]
-        near = nx.multi_source_dijkstra_path_length(evidence.graph, set(producers), weight=None)
-        first = min(opaque, key=lambda axis: (near[axis], evidence.position.get(axis.owner, -1)))
+        producers = {axis for axis in axes if axis in evidence.produced}
+        near = nx.multi_source_dijkstra_path_length(linked.subgraph(axes), producers, weight=None)
+        first = min(opaque, key=lambda axis: (near.get(axis, len(axes)), evidence.position.get(axis.owner, -1)))
         return evidence.opaque[first][0]
     if not consumers:
         return "", "no layer reads it"
-    if len(widths) > 1:
-        return "", f"it has several widths: {sorted(widths)}"
-    if (stream := _residual_sum(component, evidence)) is not None:
+    if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
-    sliced = [entry.name for entry in parameters]
-    for name in sliced:
-        if sliced.count(name) > 1:
-            return "", f"{name} both makes and reads it"
-    weights = {name for axis in component for name in evidence.produced.get(axis, ())}
-    weights |= {consumer.weight for consumer in consumers}
-    biases = {consumer.bias for consumer in consumers if not consumer.creates_bias}
-    for name in (*sliced, *sorted(biases)):
+    both = [
+        entry.name for entry in parameters if any(p.name == entry.name and p.axis != entry.axis for p in parameters)
+    ]
+    if both:
+        return "", f"{both[0]} both makes and reads it"
+    for name in dict.fromkeys(
+        [*(entry.name for entry in parameters), *(c.bias for c in consumers if not c.creates_bias)]
+    ):
         if name in evidence.tied:
             return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
-        if name in weights | biases and len(evidence.uses[name]) > 1:
-            return "", f"{name} is shared by {len(evidence.uses[name])} calls"
+    for consumer in consumers:
+        calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
+        if not consumer.creates_bias and not calls.issuperset(evidence.uses[consumer.bias]):
+            return "", f"{consumer.bias}, which takes the fold, is shared by {len(evidence.uses[consumer.bias])} calls"
     return "", ""
 
 
-def _residual_sum(component: set[Axis], evidence: Evidence) -> str | None:
+def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     """The node where the axis takes in, by a sum, what a layer behind it made of it; None without one.
 
     Such an axis could be narrowed exactly, but it is the width of the network, no block's hidden width.
     A product with what was made of it is no such thing: squeeze-and-excite is a gate.
     """
-    carriers = {evidence.nodes[axis.owner] for axis in component if not axis.is_parameter}
-    makers = [evidence.nodes[name] for axis in component for name in evidence.producing.get(axis, ())]
+    carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
+    makers = [evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())]
     if len(makers) < 2:
         return None
     start = min(evidence.position[n.name] for n in carriers)
@@ -188,12 +203,13 @@ def _enclosing(weights: list[str]) -> str:
 
 
 def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
-    """A block alone in its module goes by the module; others add their layers, then their weights."""
+    """A block alone in its module goes by the module; others add their layers, their weights, their rows."""
     choices = [
         (
             block.name,
             f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}",
             "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers),
+            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}[{_range(block)}]",
         )
         for block in blocks
     ]
@@ -203,6 +219,12 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
         free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
         named.append(replace(block, name=next(free, names[-1])))
     return tuple(named)
+
+
+def _range(block: Block) -> str:
+    """Where the block stands among the rows of its first producer."""
+    start = next(entry.start for entry in block.parameters if entry.name == block.producers[0])
+    return f"{start}:{start + block.width}"
 
 
 def _layer(weight: str) -> str:

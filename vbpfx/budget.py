@@ -8,6 +8,7 @@ how far down it goes. Every block keeps at least its floor. ``ratio`` is met to 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -173,51 +174,76 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     Every product is linear in each hidden axis that its node carries or contracts, so a node's count
     scales with w / d of each.
     """
-    touching: dict[str, list[Block]] = {}
+    values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
+    touching = _Axes()
     for block in blocks:
-        for node in (*(name for name, _ in block.carriers), *(consumer.node for consumer in block.consumers)):
-            touching.setdefault(node, []).append(block)
+        for node, axis, _ in block.carriers:
+            touching.stand_on((node, axis), block)
+            touching.of[node][node, axis] = values[node].shape[axis]
+        for consumer in block.consumers:
+            source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim
+            touching.of[consumer.node][source, axis] = values[source].shape[axis]
     return _multilinear(captured.macs, touching)
 
 
 def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
     """Parameters of the model at given widths, the biases that the fold makes included."""
-    touching: dict[str, list[Block]] = {}
     tensors = named_tensors(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    owner = {(entry.name, entry.axis): block for block in blocks for entry in block.parameters}
+    touching = _Axes()
     for block in blocks:
         for entry in block.parameters:
-            if entry.name in sizes:
-                touching.setdefault(entry.name, []).append(block)
-    created: list[tuple[Block, Block | None, int]] = []
-    for block in blocks:
-        for consumer in block.consumers:
-            if consumer.creates_bias:
-                axis = 1 - consumer.weight_axis
-                created.append((block, owner.get((consumer.weight, axis)), tensors[consumer.weight].shape[axis]))
+            touching.stand_on((entry.name, entry.axis), block)
+            touching.of[entry.name][entry.name, entry.axis] = tensors[entry.name].shape[entry.axis]
+    created = {
+        consumer.bias: (consumer.weight, 1 - consumer.weight_axis)
+        for block in blocks
+        for consumer in block.consumers
+        if consumer.creates_bias
+    }
+    makers = {bias: [block for block in blocks if any(c.bias == bias for c in block.consumers)] for bias in created}
     count = _multilinear(sizes, touching)
 
     def cost(widths: Mapping[str, int]) -> int:
         biases = sum(
-            size if across is None else widths[across.name]
-            for block, across, size in created
-            if widths[block.name] < block.width
+            touching.kept((weight, axis), tensors[weight].shape[axis], widths)
+            for bias, (weight, axis) in created.items()
+            if any(widths[block.name] < block.width for block in makers[bias])
         )
         return count(widths) + biases
 
     return cost
 
 
-def _multilinear(counts: Mapping[str, int], touching: Mapping[str, list[Block]]) -> Cost:
-    fixed = sum(count for name, count in counts.items() if name not in touching)
-    moving = [(counts[name], blocks) for name, blocks in touching.items() if counts.get(name)]
+class _Axes:
+    """The narrowed axes that counts are proportional to.
+
+    Attributes:
+        of: node or parameter -> its narrowed axes, with their sizes.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, dict[tuple[str, int], int]] = defaultdict(dict)
+        self._blocks: dict[tuple[str, int], list[Block]] = defaultdict(list)
+
+    def stand_on(self, axis: tuple[str, int], block: Block) -> None:
+        """The block is a part of the axis; said once for every part that it is."""
+        self._blocks[axis].append(block)
+
+    def kept(self, axis: tuple[str, int], size: int, widths: Mapping[str, int]) -> int:
+        """Size of an axis afterwards."""
+        return size - sum(block.width - widths[block.name] for block in self._blocks.get(axis, ()))
+
+
+def _multilinear(counts: Mapping[str, int], touching: _Axes) -> Cost:
+    fixed = sum(count for name, count in counts.items() if name not in touching.of)
+    moving = [(counts[name], axes) for name, axes in touching.of.items() if counts.get(name)]
 
     def cost(widths: Mapping[str, int]) -> int:
         total = fixed
-        for count, blocks in moving:
-            for block in blocks:
-                count = count * widths[block.name] // block.width
+        for count, axes in moving:
+            for axis, size in axes.items():
+                count = count * touching.kept(axis, size, widths) // size
             total += count
         return total
 

@@ -24,11 +24,12 @@ def insert_at_sources(
         the source reads the source as before.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    latest: dict[tuple[str, int], fx.Node] = {}  # several blocks may stand on one axis: their modules follow each other
     inserted = []
     for number, block in enumerate(blocks):
-        for index, (source, axis) in enumerate(block.sources):
-            readers = [c.node for c in block.consumers if (c.source, c.axis) == (source, axis)]
-            missing = [name for name in (source, *readers) if name not in nodes]
+        for index, source in enumerate(block.sources):
+            readers = list(dict.fromkeys(reader.node for reader in block.readers if reader.source == source))
+            missing = [name for name in (source.node, *readers) if name not in nodes]
             if missing:
                 raise ArtifactError(
                     f"block {block.name}: the graph has no node {missing[0]}; it is another model's block"
@@ -36,10 +37,12 @@ def insert_at_sources(
             path = f"{label}_{number}_{index}"
             module = make(block, index)
             graph_module.add_submodule(path, module)
+            before = latest.get((source.node, source.axis), nodes[source.node])
             with graph_module.graph.inserting_before(min(nodes[name] for name in readers)):
-                call = graph_module.graph.call_module(path, (nodes[source],))
+                call = graph_module.graph.call_module(path, (before,))
             for name in readers:
-                nodes[name].replace_input_with(nodes[source], call)
+                nodes[name].replace_input_with(before, call)
+            latest[source.node, source.axis] = call
             inserted.append((block, index, module))
     finish(graph_module)
     return inserted

@@ -16,7 +16,9 @@ from vbpfx.axes import (
     Contracts,
     Names,
     Opaque,
+    Part,
     Produces,
+    Reduces,
     Relation,
     Same,
     Site,
@@ -26,8 +28,8 @@ from vbpfx.axes import (
 )
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.mutation import read_after_mutation
-from vbpfx.ops import describe, rule_for, takes_sizes
-from vbpfx.records import Consumer, SizeLiteral
+from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
+from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.sizes import read_sizes
 
 
@@ -38,10 +40,12 @@ class Evidence:
     nodes: dict[str, fx.Node]
     position: dict[str, int]
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
+    parts: list[Part] = field(default_factory=list)
     opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
+    reduced: dict[Axis, list[Reduction]] = field(default_factory=lambda: defaultdict(list))
     literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
     uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     sizes: dict[Axis, int] = field(default_factory=dict)
@@ -62,12 +66,13 @@ def gather(captured: Captured) -> Evidence:
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
     sizes = read_sizes(graph_module.graph, names)
     mutated = read_after_mutation(graph_module)
-    for node in graph_module.graph.nodes:
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        own = operand_of(node, names)
+    values = {node: operand_of(node, names) for node in graph_module.graph.nodes}
+    for own in values.values():
         if own is not None and not own.is_parameter:
             evidence.graph.add_nodes_from(own.axes)
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
+    for node, own in values.items():
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if node not in sizes:  # asking a parameter for its dtype is no use of it
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
@@ -91,15 +96,17 @@ def _relations(
         return [] if own is None or own.is_parameter else list(site.all_opaque("it is a constant of the trace"))
     if node in sizes:
         return []
-    if "out" in node.kwargs:
+    if node.kwargs.get("out") is not None:
         return list(site.all_opaque("it is written into or beside an out= argument"))
     rule = rule_for(node, module)
     used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
     name = describe(node, module)
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
+        if takes_apart(source):  # the call that took it apart has said what its parts are
+            return used
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
-    if operand_of(node, names) is None:
+    if operand_of(node, names) is None and not takes_apart(node):
         return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
     hooked: list[Relation] = []
     if module is not None and (module._forward_hooks or module._forward_pre_hooks):
@@ -139,6 +146,14 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
         case Same(a, b):
             evidence.graph.add_edge(a, b)
+        case Part(whole, part, _):
+            evidence.graph.add_nodes_from((whole, part))
+            evidence.parts.append(relation)
+        case Reduces(source, _) if source.is_parameter:
+            evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
+        case Reduces(source, kind):
+            evidence.graph.add_node(source)
+            evidence.reduced[source].append(Reduction(node.name, _source(source, evidence), kind))
         case Opaque(axis, reason):
             evidence.graph.add_node(axis)
             evidence.opaque[axis].append((node.name, reason))
@@ -155,8 +170,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.contracted[source].append(
                 Consumer(
                     node=node.name,
-                    source=source.owner,
-                    axis=source.dim - evidence.nodes[source.owner].meta["val"].ndim,
+                    source=_source(source, evidence),
                     weight=weight.owner,
                     weight_axis=weight.dim,
                     bias=_bias_name(weight.owner, evidence) if bias is None else bias.owner,
@@ -164,9 +178,14 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                     is_layer=_is_layer(node, weight.owner),
                 )
             )
-        case SizeStated(axis, path):
+        case SizeStated(axis, path, start, stop, by_code):
             evidence.graph.add_node(axis)
-            evidence.literals[axis].append(SizeLiteral(node.name, path))
+            end = evidence.sizes[axis] if stop is None else stop
+            evidence.literals[axis].append(SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code))
+
+
+def _source(axis: Axis, evidence: Evidence) -> Source:
+    return Source(axis.owner, axis.dim - evidence.nodes[axis.owner].meta["val"].ndim, 0)
 
 
 def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:
@@ -217,7 +236,15 @@ def _parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tupl
             value = getattr(graph_module.get_submodule(owner), attribute, None)
             if id(value) in all_names:
                 of_attribute[str(node.target)] = all_names[id(value)][0]
-    return Names(of_attribute, of_module), {names[0]: names for names in all_names.values() if len(names) > 1}
+    return Names(of_attribute, of_module), {
+        names[0]: names for names in all_names.values() if len({_place(reference, name) for name in names}) > 1
+    }
+
+
+def _place(model: nn.Module, name: str) -> tuple[int, str]:
+    """Module and attribute: a module that is reached on several paths is no tie."""
+    owner, _, attribute = name.rpartition(".")
+    return id(model.get_submodule(owner)), attribute
 
 
 def _count_uses(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:

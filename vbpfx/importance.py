@@ -24,8 +24,8 @@ Criterion = Callable[[Block, tuple[Moments, ...], nn.Module], Tensor]
 
 
 def variance(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
-    """Sum over the consumer inputs of M2 / (n - 1); (d,) float64."""
-    return torch.stack([m.variance.cpu() for m in moments]).sum(0)
+    """Sum over the consumer inputs of M2 / (n - 1), several calls of one layer counting once; (d,) float64."""
+    return torch.stack([moments[pool[0]].variance.cpu() for pool in block.pools]).sum(0)
 
 
 def magnitude(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> Tensor:
@@ -36,7 +36,8 @@ def magnitude(block: Block, moments: tuple[Moments, ...], model: nn.Module) -> T
     for entry in block.parameters:
         if entry.name in weights:
             weight = tensors[entry.name].detach().double().cpu()
-            total += weight.movedim(entry.axis, 0).flatten(1).square().sum(1)
+            own = weight.narrow(entry.axis, entry.start, block.width)
+            total += own.movedim(entry.axis, 0).flatten(1).square().sum(1)
     return total
 
 

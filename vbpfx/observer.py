@@ -17,6 +17,7 @@ class Observer(nn.Module):
     Args:
         name: what it observes, for messages.
         axis: the channel axis of the tensor it will see.
+        start: the first channel on that axis that is observed; ``width`` is how many are.
 
     Attributes:
         moments: what was gathered; None before the first sample.
@@ -25,10 +26,10 @@ class Observer(nn.Module):
             batch and all after it are not gathered.
     """
 
-    def __init__(self, name: str, axis: int) -> None:
+    def __init__(self, name: str, axis: int, start: int, width: int) -> None:
         super().__init__()
         self.name = name
-        self.axis = axis
+        self.axis, self.start, self.width = axis, start, width
         self.moments: Moments | None = None
         self.calls = 0
         self.bad_call: int | None = None
@@ -36,7 +37,8 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Gather, and return x itself."""
-        rows = x.detach().movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else x.detach().unsqueeze(0)
+        seen = x.detach().narrow(self.axis, self.start, self.width)
+        rows = seen.movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else seen.unsqueeze(0)
         if rows.shape[0] and self.bad_call is None:
             batch = Moments.of(rows)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.

@@ -25,10 +25,12 @@ from vbpfx.rules import (
     convolution,
     elementwise,
     expansion,
+    glu,
     group_norm,
     indexing,
     linear,
     matrix_product,
+    narrowing,
     norm_over_last,
     permutation,
     pooling,
@@ -37,6 +39,8 @@ from vbpfx.rules import (
     regrouping,
     select,
     spelling,
+    splitting,
+    stack,
     unchanged,
 )
 
@@ -99,7 +103,8 @@ _row(norm_over_last, nn.LayerNorm, nn.RMSNorm, F.layer_norm, F.rms_norm, aten.la
 _row(group_norm, nn.GroupNorm, F.group_norm, aten.group_norm)
 _row(along_one_axis, nn.Softmax, nn.LogSoftmax)
 _methods_and_functions(along_one_axis, "softmax", "log_softmax", "cumsum", "cumprod")
-_methods_and_functions(reduction, "mean", "sum", "amax", "amin", "std", "var", "logsumexp")
+_methods_and_functions(reduction, "mean", "sum", "amax", "amin", "std", "var", "logsumexp", "norm")
+_row(reduction, torch.linalg.vector_norm, aten.linalg_vector_norm)
 _row(
     pooling,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.avg_pool2d,
@@ -123,8 +128,13 @@ _methods_and_functions(
 _methods_and_functions(expansion, "expand")
 _row(indexing, operator.getitem)
 _row(aten_slice, aten.slice)
+_methods_and_functions(narrowing, "narrow")
+_methods_and_functions(splitting, "chunk", "split", "unbind")
+_row(splitting, aten.split_with_sizes)
+_row(glu, nn.GLU, F.glu, aten.glu)
 _row(select, aten.select, "select", torch.select)
 _methods_and_functions(concatenation, "cat", "concat")
+_methods_and_functions(stack, "stack")
 _row(matrix_product, operator.matmul)
 _methods_and_functions(matrix_product, "matmul", "bmm")
 
@@ -141,7 +151,7 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
     return _TABLE.get(target)
 
 
-_VIEWS = (unchanged, regrouping, permutation, expansion, indexing, aten_slice, select)
+_VIEWS = (unchanged, regrouping, permutation, expansion, indexing, aten_slice, narrowing, splitting, select)
 # Elementwise operators that may hand on their operand itself: dropout does in eval mode.
 _HAND_ON = ("detach", "contiguous", "alias", "getattr", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
             "feature_dropout", "feature_alpha_dropout")  # fmt: skip
@@ -157,6 +167,16 @@ def is_view(node: fx.Node, module: nn.Module | None) -> bool:
 def takes_sizes(rule: Rule | None) -> bool:
     """Whether a rule reads size arguments itself."""
     return rule in (regrouping, expansion)
+
+
+def takes_apart(node: fx.Node) -> bool:
+    """Whether the call makes a tuple of consecutive parts of one tensor."""
+    return node.op in ("call_function", "call_method") and rule_for(node, None) is splitting
+
+
+def is_matrix_product(node: fx.Node) -> bool:
+    """Whether the call is a bare product of matrices, which takes no bias."""
+    return rule_for(node, None) is matrix_product
 
 
 def is_sum(node: fx.Node) -> bool:

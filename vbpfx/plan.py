@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from vbpfx.capture import Captured
 from vbpfx.compensate import COMPENSATIONS
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.importance import CRITERIA
+from vbpfx.moments import Moments
 from vbpfx.prepare import Statistics
 from vbpfx.records import Block, BlockPlan, Plan
 from vbpfx.select import select_blocks
@@ -125,12 +128,13 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     _require_statistics(blocks, statistics)
     captured, score, constants = analysis.captured, CRITERIA[chosen.criterion], COMPENSATIONS[chosen.compensation]
-    scores = {b.name: score(b, statistics.moments[b.name], captured.reference) for b in blocks}
+    moments = {block.name: _pooled(block, statistics.moments[block.name]) for block in blocks}
+    scores = {b.name: score(b, moments[b.name], captured.reference) for b in blocks}
     floor = floors(blocks, chosen.min_width)
     cost = _cost(chosen.budget, captured, blocks)
     widths = choose_widths(blocks, scores, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
     entries = [
-        _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), statistics, constants)
+        _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], constants)
         for block in blocks
         if widths[block.name] < block.width
     ]
@@ -167,9 +171,19 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block]) -> Cost |
     return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
 
 
-def _block_plan(block: Block, kept: tuple[int, ...], statistics: Statistics, constants: Any) -> BlockPlan:
+def _pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    """Moments per source, those of several calls of one layer merged: their neurons share what stands for them."""
+    merged = list(moments)
+    for pool in block.pools:
+        together = functools.reduce(operator.or_, (moments[index] for index in pool))
+        for index in pool:
+            merged[index] = together
+    return tuple(merged)
+
+
+def _block_plan(block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...], constants: Any) -> BlockPlan:
     pruned = torch.tensor(sorted(set(range(block.width)) - set(kept)))
-    return BlockPlan(block, kept, tuple(constants(m, pruned) for m in statistics.moments[block.name]))
+    return BlockPlan(block, kept, tuple(constants(m, pruned) for m in moments))
 
 
 def _known(name: str, value: str, table: Mapping[str, Any]) -> str:

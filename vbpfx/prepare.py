@@ -22,7 +22,7 @@ from vbpfx.records import Block
 
 @dataclass(frozen=True)
 class Statistics:
-    """Activation moments per block, at each of its consumers' inputs (``block.sources``).
+    """Activation moments per block, at everything that its consumers and statistics read (``block.sources``).
 
     ``a | b`` is the statistics of both data sets together; order and batching do not matter.
     """
@@ -92,8 +92,13 @@ def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] |
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
-    insert_at_sources(observed, chosen, lambda block, i: Observer(block.name, block.sources[i][1]), "observe")
+    insert_at_sources(observed, chosen, _observer, "observe")
     return observed
+
+
+def _observer(block: Block, index: int) -> Observer:
+    source = block.sources[index]
+    return Observer(block.name, source.axis, source.start, block.width)
 
 
 def observers(observed: fx.GraphModule) -> list[Observer]:

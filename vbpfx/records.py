@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import networkx as nx
 import torch
 
 from vbpfx.errors import ArtifactError
@@ -22,24 +23,47 @@ class ParameterAxis:
 
     Attributes:
         name: the parameter's name in the model's ``state_dict``.
-        axis: the axis of that tensor that is the hidden axis.
+        axis: the axis of that tensor that holds the hidden axis.
+        start: where on it the block's channel 0 stands. Packed gates have one entry per part.
     """
 
     name: str
     axis: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
 class SizeLiteral:
-    """An integer among a node's arguments that states the hidden width (a ``view``, a ``groups=``).
+    """An integer among a node's arguments that counts channels of an axis (a ``view``, a ``groups=``, a slice's end).
 
     Attributes:
         node: name of the node.
         path: where the integer stands: ``("args", 1, 2)`` is ``node.args[1][2]``.
+        owner: the node whose value has the axis, and ``axis`` which one; ``start`` to ``stop`` are counted.
+        by_code: whether the model's own code states the number; ``chunk`` works it out.
     """
 
     node: str
     path: tuple[str | int, ...]
+    owner: str
+    axis: int
+    start: int
+    stop: int
+    by_code: bool = True
+
+
+class Source(NamedTuple):
+    """A value that a layer or a statistic reads the hidden axis from.
+
+    Attributes:
+        node: name of the node.
+        axis: the axis of its value, counted from its end (-1 is the last).
+        start: where on that axis the block's channel 0 stands.
+    """
+
+    node: str
+    axis: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +72,7 @@ class Consumer:
 
     Attributes:
         node: name of the node that calls the layer.
-        source: name of the node whose value it reads as h.
-        axis: the hidden axis of that value, counted from its end (-1 is the last).
+        source: what it reads as h.
         weight: name of W; ``weight_axis`` is the axis of W that is contracted (1 for ``nn.Linear``).
         bias: name of b; where ``creates_bias`` is true the layer has none and the fold makes one
             under this name.
@@ -57,13 +80,29 @@ class Consumer:
     """
 
     node: str
-    source: str
-    axis: int
+    source: Source
     weight: str
     weight_axis: int
     bias: str
     creates_bias: bool
     is_layer: bool
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A statistic over the hidden axis: a sum, a mean, or a norm between the layers.
+
+    The removed channels, constant by the plan, go on counting in it.
+
+    Attributes:
+        node: name of the node that takes it.
+        source: what it is taken of.
+        kind: ``"sum"``, ``"mean"``, ``"layer_norm"`` or ``"rms_norm"``.
+    """
+
+    node: str
+    source: Source
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -75,23 +114,43 @@ class Block:
         width: the hidden width d.
         producers: names of the weights whose rows make the axis.
         consumers: the layers that contract it.
+        reductions: the statistics that are taken over it.
         parameters: every parameter and buffer axis that is sliced with it.
-        literals: every integer in the graph that states its width.
-        carriers: ``(node, axis)`` of every value that carries the hidden axis, in graph order.
+        literals: every integer in the graph that depends on its width.
+        carriers: ``(node, axis, start)`` of every value that carries the hidden axis, in graph order.
     """
 
     name: str
     width: int
     producers: tuple[str, ...]
     consumers: tuple[Consumer, ...]
+    reductions: tuple[Reduction, ...]
     parameters: tuple[ParameterAxis, ...]
     literals: tuple[SizeLiteral, ...]
-    carriers: tuple[tuple[str, int], ...]
+    carriers: tuple[tuple[str, int, int], ...]
 
     @property
-    def sources(self) -> tuple[tuple[str, int], ...]:
-        """The distinct ``(node, axis)`` that the consumers read; statistics are gathered at each."""
-        return tuple(dict.fromkeys((c.source, c.axis) for c in self.consumers))
+    def readers(self) -> tuple[Consumer | Reduction, ...]:
+        """Everything that reads across the hidden axis: consumers, then reductions."""
+        return (*self.consumers, *self.reductions)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The distinct values that the readers read; statistics are gathered at each."""
+        return tuple(dict.fromkeys(reader.source for reader in self.readers))
+
+    @property
+    def pools(self) -> tuple[tuple[int, ...], ...]:
+        """The consumers' inputs, as indices into :attr:`sources`, grouped where one bias takes the fold of several.
+
+        A layer that is called several times has one bias: what stands for a removed neuron must be the same at
+        every call.
+        """
+        joined = nx.Graph()
+        for consumer in self.consumers:
+            joined.add_edge(("bias", consumer.bias, consumer.source.start), self.sources.index(consumer.source))
+        pools = (sorted(i for i in found if isinstance(i, int)) for found in nx.connected_components(joined))
+        return tuple(sorted(tuple(pool) for pool in pools))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -193,8 +252,11 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         name=data["name"],
         width=data["width"],
         producers=tuple(data["producers"]),
-        consumers=tuple(Consumer(**consumer) for consumer in data["consumers"]),
+        consumers=tuple(
+            Consumer(**consumer | {"source": Source(*consumer["source"])}) for consumer in data["consumers"]
+        ),
+        reductions=tuple(Reduction(r["node"], Source(*r["source"]), r["kind"]) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
-        literals=tuple(SizeLiteral(entry["node"], tuple(entry["path"])) for entry in data["literals"]),
-        carriers=tuple((node, axis) for node, axis in data["carriers"]),
+        literals=tuple(SizeLiteral(**entry | {"path": tuple(entry["path"])}) for entry in data["literals"]),
+        carriers=tuple((node, axis, start) for node, axis, start in data["carriers"]),
     )

@@ -6,13 +6,16 @@ which axes run channel by channel into which, which a weight makes or sums over,
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from vbpfx.axes import Contracts, Opaque, Operand, Produces, Relation, Same, Site, SizeStated
+from vbpfx.axes import Axis, Contracts, Opaque, Operand, Part, Produces, Reduces, Relation, Same, Site, SizeStated
 
 
 def elementwise(site: Site) -> Iterator[Relation]:
@@ -128,13 +131,21 @@ def prelu(site: Site) -> Iterator[Relation]:
 
 
 def norm_over_last(site: Site) -> Iterator[Relation]:
-    """LayerNorm, RMSNorm: statistics over the last axes, then scale and shift along them."""
+    """LayerNorm, RMSNorm: statistics over the last axes, then scale and shift along them.
+
+    Over one axis the statistics are sums, in which channels that became constant go on counting.
+    """
     x, out = site.x, site.out
     normalized = len(_as_tuple(site.constant(1, "normalized_shape"), 1))
     yield from _leading(x, out, but=normalized)
     scale_and_shift = (site.operand(2, "weight"), site.operand(3, "bias"))
+    if normalized == 1:
+        yield Reduces(x.axis(-1), "rms_norm" if "rms" in _name(site) else "layer_norm")
+        if site.module is None:
+            yield SizeStated(x.axis(-1), (*_argument_path(site, 1, "normalized_shape"), 0))
     for back in range(1, normalized + 1):
-        yield Opaque(x.axis(-back), "a norm takes its statistics across it")
+        if normalized > 1:
+            yield Opaque(x.axis(-back), "a norm takes its statistics across it")
         yield Same(x.axis(-back), out.axis(-back))
         yield from (Same(x.axis(-back), p.axis(-back)) for p in scale_and_shift if p is not None)
 
@@ -161,16 +172,21 @@ def along_one_axis(site: Site) -> Iterator[Relation]:
 
 
 def reduction(site: Site) -> Iterator[Relation]:
-    """mean, sum, extrema over ``dim``; every other axis is kept."""
+    """mean, sum, extrema, length over ``dim``; every other axis is kept."""
     x, out = site.x, site.out
-    given = site.constant(1, "dim")
+    given = site.constant(2 if _name(site) in ("norm", "linalg_vector_norm", "vector_norm") else 1, "dim")
     if given is None or isinstance(given, bool) or given == () or given == []:
         yield from site.all_opaque(f"{_name(site)} reduces it")
         return
     reduced = {dim % x.ndim for dim in _as_tuple(given, 1)}
     kept = [dim for dim in range(x.ndim) if dim not in reduced]
     for dim in reduced:
-        yield Opaque(x.axis(dim), f"{_name(site)} reduces it")
+        if len(reduced) == 1 and _name(site) == "mean":
+            yield Reduces(x.axis(dim), "mean")
+        elif len(reduced) == 1 and _name(site) == "sum":
+            yield Reduces(x.axis(dim), "sum")
+        else:
+            yield Opaque(x.axis(dim), f"{_name(site)} reduces it")
     for position, dim in enumerate(kept):
         yield Same(x.axis(dim), out.axis(dim if out.ndim == x.ndim else position))
 
@@ -206,10 +222,18 @@ def regrouping(site: Site) -> Iterator[Relation]:
     """
     x, out = site.x, site.out
     kept = _kept_whole(x.shape, out.shape)
+    stacked = _stacked_parts(site, x, out)
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
-        if dim not in kept and size != 1:
+        if dim not in kept and dim not in stacked and size != 1:
             yield Opaque(axis, f"{_name(site)} splits or merges it")
     whole = set(kept.values())
+    for dim, position in stacked.items():
+        whole |= {position, position + 1}
+        yield Opaque(out.axis(position), "its entries are taken one by one")
+        width = out.shape[position + 1]
+        for part in range(out.shape[position]):
+            yield Part(x.axis(dim), out.axis(position + 1), part * width)
+        yield from _stated(site, out, position + 1)
     for dim, size in enumerate(out.shape):
         if dim not in whole and size != 1:
             yield Opaque(out.axis(dim), f"{_name(site)} makes it from others")
@@ -240,20 +264,20 @@ def indexing(site: Site) -> Iterator[Relation]:
     """x[...] with integers, slices, None and Ellipsis: an axis taken whole is kept, one taken in part is not."""
     x, out = site.x, site.out
     index = site.node.args[1]
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(e, (fx.Node, list, bool)) for e in entries):
+    given = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(e, (fx.Node, list, bool)) for e in given):
         yield from site.all_opaque("it is indexed by a computed value")
         return
-    taken = sum(e is not None and e is not Ellipsis for e in entries)
-    rest = [slice(None)] * (x.ndim - taken)
-    at = next((i for i, e in enumerate(entries) if e is Ellipsis), None)
-    entries = entries + rest if at is None else [*entries[:at], *rest, *entries[at + 1 :]]
+    entries = [(e, ("args", 1, i) if isinstance(index, tuple) else ("args", 1)) for i, e in enumerate(given)]
+    rest = [(slice(None), ("args", 1))] * (x.ndim - sum(e is not None and e is not Ellipsis for e in given))
+    at = next((i for i, e in enumerate(given) if e is Ellipsis), len(given))
+    entries[at : at + 1] = rest
     source = target = 0
-    for entry in entries:
+    for entry, path in entries:
         if entry is None:
             target += 1
         elif isinstance(entry, slice):
-            yield from _sliced(x, out, source, target, entry == slice(None))
+            yield from _sliced(site, x.axis(source), out.axis(target), entry, ((*path, "start"), (*path, "stop")))
             source, target = source + 1, target + 1
         else:
             yield Opaque(x.axis(source), "one entry of it is taken")
@@ -264,8 +288,62 @@ def aten_slice(site: Site) -> Iterator[Relation]:
     """x[..., start:end:step, ...] along one axis."""
     x, out = site.x, site.out
     sliced = site.constant(1, "dim", 0) % x.ndim
+    taken = slice(*(site.constant(at, name) for at, name in ((2, "start"), (3, "end"), (4, "step"))))
+    paths = (_argument_path(site, 2, "start"), _argument_path(site, 3, "end"))
     for dim in range(x.ndim):
-        yield from _sliced(x, out, dim, dim, dim != sliced or x.shape[dim] == out.shape[dim])
+        yield from _sliced(site, x.axis(dim), out.axis(dim), taken if dim == sliced else slice(None), paths)
+
+
+def narrowing(site: Site) -> Iterator[Relation]:
+    """narrow: x[..., start : start + length, ...] along one axis."""
+    x, out = site.x, site.out
+    narrowed, start = site.constant(1, "dim") % x.ndim, site.constant(2, "start")
+    for dim in range(x.ndim):
+        if dim != narrowed:
+            yield Same(x.axis(dim), out.axis(dim))
+    start = start % x.shape[narrowed] if x.shape[narrowed] else 0
+    yield Part(x.axis(narrowed), out.axis(narrowed), start)
+    yield SizeStated(x.axis(narrowed), _argument_path(site, 2, "start"), 0, start)
+    yield SizeStated(x.axis(narrowed), _argument_path(site, 3, "length"), start, start + out.shape[narrowed])
+
+
+def splitting(site: Site) -> Iterator[Relation]:
+    """chunk, split, unbind: consecutive parts along one axis, or its entries one by one.
+
+    The call's value is a tuple; what is said here is of the parts that are taken out of it.
+    """
+    x, name = site.x, _name(site)
+    dim = site.constant(1 if name == "unbind" else 2, "dim", 0) % x.ndim
+    parts = site.node.meta["val"]
+    if any(user.target is not operator.getitem or not isinstance(user.args[1], int) for user in site.node.users):
+        yield from site.all_opaque(f"{name} hands its parts on together")
+        return
+    starts = [0, *itertools.accumulate(part.shape[dim] for part in parts)] if name != "unbind" else []
+    for user in site.node.users:
+        index: Any = user.args[1]
+        taken = Operand(user.name, tuple(user.meta["val"].shape))
+        kept = [d for d in range(x.ndim) if d != dim]
+        if name == "unbind":
+            yield from (Same(x.axis(d), taken.axis(at)) for at, d in enumerate(kept))
+        else:
+            yield from (Same(x.axis(d), taken.axis(d)) for d in kept)
+            yield Part(x.axis(dim), taken.axis(dim), starts[index % len(parts)])
+    if name == "unbind":
+        yield Opaque(x.axis(dim), "unbind takes its entries one by one")
+        return
+    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, by_code=name != "chunk")
+
+
+def glu(site: Site) -> Iterator[Relation]:
+    """out[c] = x[c] sigmoid(x[d + c]) with d half the size of ``dim``: a packed gate in one call."""
+    x, out = site.x, site.out
+    dim = site.constant(1, "dim", -1) % x.ndim
+    for other in range(x.ndim):
+        if other != dim:
+            yield Same(x.axis(other), out.axis(other))
+    yield Part(x.axis(dim), out.axis(dim), 0)
+    yield Part(x.axis(dim), out.axis(dim), out.shape[dim])
 
 
 def select(site: Site) -> Iterator[Relation]:
@@ -278,25 +356,53 @@ def select(site: Site) -> Iterator[Relation]:
 
 
 def concatenation(site: Site) -> Iterator[Relation]:
-    """cat: every axis but ``dim`` is common to all parts."""
+    """cat: consecutive parts along ``dim``; every other axis is common to all of them."""
     out = site.out
     joined = site.constant(1, "dim", 0) % out.ndim
+    parts = site.parts(0, "tensors")
+    if parts is None or any(part.ndim != out.ndim for part in parts):
+        yield from site.all_opaque(f"{_name(site)} joins what is no list of tensors of one shape")
+        return
+    start = 0
+    for part in parts:
+        yield from (Same(part.axis(dim), out.axis(dim)) for dim in range(out.ndim) if dim != joined)
+        yield Part(out.axis(joined), part.axis(joined), start)
+        start += part.shape[joined]
+
+
+def stack(site: Site) -> Iterator[Relation]:
+    """stack: a new axis along which the operands stand; their own axes are common to all."""
+    out = site.out
+    new = site.constant(1, "dim", 0) % out.ndim
+    kept = [dim for dim in range(out.ndim) if dim != new]
+    yield Opaque(out.axis(new), "tensors are stacked along it")
     for operand in site.operands:
-        for dim in range(min(operand.ndim, out.ndim)):
-            if dim == joined:
-                yield Opaque(operand.axis(dim), "it is concatenated with others")
-            else:
-                yield Same(operand.axis(dim), out.axis(dim))
-    yield Opaque(out.axis(joined), "it is concatenated from others")
+        yield from (Same(operand.axis(at), out.axis(dim)) for at, dim in enumerate(kept))
 
 
 def matrix_product(site: Site) -> Iterator[Relation]:
-    """y[..., n, o] = sum_i a[..., n, i] b[..., i, o] of two computed values: what is summed over is opaque."""
+    """y[..., n, o] = sum_i a[..., n, i] b[..., i, o].
+
+    With a matrix of parameters on one side it is a layer without a bias; of two computed values what is summed over
+    is opaque.
+    """
     operands, out = site.operands, site.out
-    if len(operands) != 2 or min(o.ndim for o in operands) < 2 or any(o.is_parameter for o in operands):
-        yield from site.all_opaque("a matrix product with a bare parameter, a vector or itself")
+    bare = [o for o in operands if o.is_parameter]
+    if len(operands) != 2 or min(o.ndim for o in operands) < 2 or len(bare) > 1 or any(o.ndim != 2 for o in bare):
+        yield from site.all_opaque("a matrix product with a vector, with itself or with a stack of matrices")
         return
     a, b = operands
+    if b.is_parameter:
+        yield from _leading(a, out, but=1)
+        yield Contracts(a.axis(-1), b.axis(0), None)
+        yield Produces(out.axis(-1), b.axis(1))
+        return
+    if a.is_parameter:
+        yield from _leading(b, out, but=2)
+        yield Same(b.axis(-1), out.axis(-1))
+        yield Contracts(b.axis(-2), a.axis(1), None)
+        yield Produces(out.axis(-2), a.axis(0))
+        return
     for axis in (a.axis(-1), b.axis(-2)):
         yield Opaque(axis, "a product of two activations sums over it")
     yield Same(a.axis(-2), out.axis(-2))
@@ -312,12 +418,31 @@ def _leading(x: Operand, out: Operand, but: int) -> Iterator[Relation]:
         yield Same(x.axis(dim), out.axis(dim))
 
 
-def _sliced(x: Operand, out: Operand, source: int, target: int, whole: bool) -> Iterator[Relation]:
-    if whole:
-        yield Same(x.axis(source), out.axis(target))
+def _sliced(
+    site: Site, x: Axis, out: Axis, taken: slice, paths: tuple[tuple[str | int, ...], tuple[str | int, ...]]
+) -> Iterator[Relation]:
+    """One axis under a slice; ``paths`` say where the call states the slice's two ends."""
+    if any(isinstance(entry, fx.Node) for entry in (taken.start, taken.stop, taken.step)):
+        yield Opaque(x, "a part of computed size is taken")
+        yield Opaque(out, "it is a part of computed size")
+        return
+    size = next(o.shape[x.dim] for o in site.operands if o.owner == x.owner)
+    start, stop, step = taken.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        yield Same(x, out)
+    elif step != 1 or stop <= start:
+        yield Opaque(x, "every so many entries of it are taken")
+        yield Opaque(out, "it is every so many entries of another axis")
     else:
-        yield Opaque(x.axis(source), "a part of it is taken")
-        yield Opaque(out.axis(target), "it is a part of another axis")
+        yield Part(x, out, start)
+        for end, value, path in ((start, taken.start, paths[0]), (stop, taken.stop, paths[1])):
+            if value is not None and 0 < end < size:
+                yield SizeStated(x, path, *((0, end) if value >= 0 else (end, size)))
+
+
+def _argument_path(site: Site, position: int, name: str) -> tuple[str | int, ...]:
+    """Where a call holds an argument."""
+    return ("kwargs", name) if name in site.node.kwargs else ("args", position)
 
 
 def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
@@ -381,6 +506,38 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
             kept[dim] = starts[ahead][0]
         ahead *= size
     return kept
+
+
+def _stacked_parts(site: Site, x: Operand, out: Operand) -> dict[int, int]:
+    """Input axis of k d channels -> output axis k, where it becomes (k, d) and every reader takes one of the k.
+
+    That is a packed gate. Attention's heads look alike but go on side by side: no single entry is read.
+    """
+    found = {}
+    for dim, size in enumerate(x.shape):
+        for position in range(out.ndim - 1):
+            count, width = out.shape[position : position + 2]
+            splits = math.prod(x.shape[:dim]) == math.prod(out.shape[:position]) and 1 < count < size == count * width
+            users = site.node.users
+            if splits and users and all(_takes_one(user, position, out.ndim) for user in users):
+                found[dim] = position
+    return found
+
+
+def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
+    """Whether a call reads single entries along an axis, never the whole of it."""
+    name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
+    if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
+        return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
+    if name in ("unbind", "select"):
+        return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
+    if name != "getitem" or not given:
+        return False
+    index = given[0] if isinstance(given[0], tuple) else (given[0],)
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (ndim - len(index) + 1), *index[at + 1 :])
+    return None not in index and len(index) > dim and isinstance(index[dim], int)
 
 
 def _order(name: str, site: Site, ndim: int) -> list[int]:

@@ -19,7 +19,7 @@ from vbpfx.capture import Captured, share_parameters
 from vbpfx.edit import insert_at_sources
 from vbpfx.errors import VerificationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
-from vbpfx.records import Block, Plan
+from vbpfx.records import Block, Plan, Source
 
 # Largest relative error of the output that rounding alone makes, by the precision the model computes in.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -46,11 +46,11 @@ class Verification:
 
 
 class Substitute(nn.Module):
-    """h_P replaced by constants along one axis, out of place."""
+    """h_P replaced by constants at a source, out of place."""
 
-    def __init__(self, axis: int, pruned: tuple[int, ...], constants: Tensor) -> None:
+    def __init__(self, source: Source, pruned: tuple[int, ...], constants: Tensor) -> None:
         super().__init__()
-        self.axis, self.pruned, self.constants = axis, torch.tensor(pruned), constants
+        self.axis, self.pruned, self.constants = source.axis, torch.tensor(pruned) + source.start, constants
 
     def forward(self, h: Tensor) -> Tensor:
         """A copy of h with the channels P replaced."""
@@ -69,7 +69,7 @@ def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
 
     def make(block: Block, index: int) -> nn.Module:
         entry = entries[block.name]
-        return Substitute(block.sources[index][1], entry.pruned, entry.constants[index])
+        return Substitute(block.sources[index], entry.pruned, entry.constants[index])
 
     insert_at_sources(reference, [entry.block for entry in plan.blocks], make, "substitute")
     return reference
