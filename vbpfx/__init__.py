@@ -19,6 +19,7 @@ from vbpfx.errors import (
     VbpfxError,
     VerificationError,
 )
+from vbpfx.ops import register_operator
 from vbpfx.pipeline import Pruned, prune, save
 from vbpfx.plan import make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
@@ -55,6 +56,7 @@ __all__ = [
     "make_plan",
     "prepare",
     "prune",
+    "register_operator",
     "save",
     "statistics",
     "verify",

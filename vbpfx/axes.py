@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -150,6 +151,10 @@ class ComputedArgumentError(Exception):
 _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims"}
 
 
+# Of a matrix each of these is the transpose.
+_TRANSPOSES = ("t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims")
+
+
 class Site:
     """One call in the graph, as an operator's rule sees it.
 
@@ -167,6 +172,15 @@ class Site:
         self.module = module
         self._names = names
         self._sizes = sizes
+
+    @property
+    def name(self) -> str:
+        """The operator's bare name: of the module's class in lower case, or however the function is spelled."""
+        return type(self.module).__name__.lower() if self.module is not None else spelling(self.node)
+
+    def path(self, position: int, name: str) -> tuple[str | int, ...]:
+        """Where the call holds an argument, for :class:`SizeStated`."""
+        return ("kwargs", name) if name in self.node.kwargs else ("args", position)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position (the tensor itself is 0) or keyword, or the module's attribute."""
@@ -194,6 +208,17 @@ class Site:
                 return None
         value = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
         return operand_of(value, self._names) if isinstance(value, fx.Node) else None
+
+    def weight(self, position: int) -> tuple[Operand | None, bool]:
+        """A parameter among the arguments, reached directly or transposed; and whether it is transposed."""
+        node = self.node.args[position] if position < len(self.node.args) else None
+        if not isinstance(node, fx.Node):
+            return None, False
+        called = node.op in ("call_function", "call_method")
+        transposed = called and (node.args[1] if node.target is getattr else spelling(node)) in _TRANSPOSES
+        source = node.args[0] if transposed else node
+        found = operand_of(source, self._names) if isinstance(source, fx.Node) else None
+        return (found if found is not None and found.is_parameter else None), transposed
 
     @property
     def x(self) -> Operand:
@@ -242,3 +267,21 @@ def operand_of(node: fx.Node, names: Names) -> Operand | None:
     if node.op == "get_attr" and str(node.target) in names.of_attribute:
         return Operand(names.of_attribute[str(node.target)], shape, is_parameter=True)
     return Operand(node.name, shape)
+
+
+def spelling(node: fx.Node) -> str:
+    """The operator's bare name, however it is spelled."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return node.target.split(".")[-1] if isinstance(node.target, str) else str(node.target.__name__)
+
+
+def as_tuple(value: Any, repeat: int) -> tuple[Any, ...]:
+    """A tuple as it is; one value as often as said."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * repeat
+
+
+def leading(x: Operand, out: Operand, but: int) -> Iterator[Relation]:
+    """All axes but the last ``but`` are common to both."""
+    for dim in range(x.ndim - but):
+        yield Same(x.axis(dim), out.axis(dim))

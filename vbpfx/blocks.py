@@ -139,11 +139,6 @@ def _obstacle(
         return "", "no layer reads it"
     if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
-    both = [
-        entry.name for entry in parameters if any(p.name == entry.name and p.axis != entry.axis for p in parameters)
-    ]
-    if both:
-        return "", f"{both[0]} both makes and reads it"
     for name in dict.fromkeys(
         [*(entry.name for entry in parameters), *(c.bias for c in consumers if not c.creates_bias)]
     ):

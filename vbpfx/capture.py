@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.fake import propagate_shapes, run_fake
 from vbpfx.inputs import Inputs, argument_names, as_inputs, holds_tensor, model_device
+from vbpfx.ops import is_registered
 
 Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
@@ -192,7 +193,7 @@ class _Tracer(fx.Tracer):
             m,
             (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder),
         )
-        return not composite and super().is_leaf_module(m, module_qualified_name)
+        return is_registered(m) or (not composite and super().is_leaf_module(m, module_qualified_name))
 
 
 def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -220,7 +221,8 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     samples = max(2, inputs.batch_size or 2)
     example = inputs.resized(samples)
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
-    with warnings.catch_warnings(), _unfused_attention(), quiet_logging():
+    # without gradients: a no_grad region within the model would become a subgraph of its own
+    with warnings.catch_warnings(), _unfused_attention(), quiet_logging(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)

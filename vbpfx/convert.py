@@ -187,13 +187,16 @@ def _state_widths(layer: nn.Module) -> None:
             layer.out_channels = layer.weight.shape[0]
             layer.groups = layer.weight.shape[0] if depthwise else layer.groups
             layer.in_channels = layer.weight.shape[1] * layer.groups
-        case nn.modules.batchnorm._BatchNorm():
+        case nn.modules.batchnorm._NormBase():
             kept = layer.weight if layer.weight is not None else layer.running_mean
             layer.num_features = len(kept) if kept is not None else layer.num_features
         case nn.PReLU():
             layer.num_parameters = layer.weight.numel()
         case nn.LayerNorm() | nn.RMSNorm():
             layer.normalized_shape = tuple(layer.weight.shape)
+        case _ if type(layer).__module__ == "transformers.pytorch_utils":  # Conv1D, GPT-2's linear layer
+            sizes: Any = layer.weight
+            layer.nx, layer.nf = sizes.shape
 
 
 Removed = Mapping[tuple[str, int], frozenset[int]]
@@ -291,17 +294,17 @@ def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -
         mode = node.meta["val"].fake_mode
         bias.meta["val"] = mode.from_tensor(small.get_parameter(consumer.bias), static_shapes=True)
         if is_matrix_product(node):
-            _add_behind(small, node, bias, consumer)
+            _add_behind(small, node, bias, nodes[consumer.source.node])
         elif len(node.args) > 2:
             node.update_arg(2, bias)
         else:
             node.update_kwarg("bias", bias)
 
 
-def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, consumer: Consumer) -> None:
+def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, source: fx.Node) -> None:
     """x @ W + b, or W @ x + b[:, None] where the weight stands in front."""
     with small.graph.inserting_after(bias):
-        if consumer.weight_axis == 1:
+        if node.args[0] is not source:
             column = small.graph.call_function(torch.unsqueeze, (bias, -1))
             column.meta["val"] = bias.meta["val"].unsqueeze(-1)
             bias = column

@@ -32,6 +32,8 @@ from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
 from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.sizes import read_sizes
 
+_ADVICE = "see docs/adding_an_operator.md"
+
 
 @dataclass
 class Evidence:
@@ -112,7 +114,8 @@ def _relations(
     if module is not None and (module._forward_hooks or module._forward_pre_hooks):
         hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
     if rule is None:
-        why = "is parametrized" if module and parametrize.is_parametrized(module) else "is not in the operator table"
+        parametrized = module is not None and parametrize.is_parametrized(module)
+        why = "is parametrized" if parametrized else f"is not in the operator table ({_ADVICE})"
         return [*used, *site.all_opaque(f"operator {name} {why}")]
     try:
         found = list(rule(site))

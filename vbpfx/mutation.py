@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vbpfx.axes import spelling
 from vbpfx.ops import is_view
-from vbpfx.rules import spelling
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:

@@ -15,34 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vbpfx.axes import Relation, Site
-from vbpfx.rules import (
+from vbpfx.axes import Relation, Site, spelling
+from vbpfx.errors import AnalysisError
+from vbpfx.rules.layers import (
     addmm,
-    along_one_axis,
-    aten_slice,
-    batch_norm,
-    concatenation,
+    attention,
     convolution,
-    elementwise,
-    expansion,
-    glu,
-    group_norm,
-    indexing,
+    einsum,
+    embedding,
     linear,
     matrix_product,
-    narrowing,
-    norm_over_last,
-    permutation,
-    pooling,
-    prelu,
-    reduction,
-    regrouping,
-    select,
-    spelling,
-    splitting,
-    stack,
-    unchanged,
+    transposed_convolution,
 )
+from vbpfx.rules.norms import (
+    along_one_axis,
+    batch_norm,
+    group_norm,
+    instance_norm,
+    norm_over_last,
+    padding,
+    pooling,
+    reduction,
+    rolling,
+)
+from vbpfx.rules.parts import aten_slice, concatenation, glu, indexing, narrowing, select, splitting, stack
+from vbpfx.rules.pointwise import elementwise, prelu, unchanged
+from vbpfx.rules.shapes import expansion, permutation, regrouping, repetition, repetition_of_entries
 
 Rule = Callable[[Site], Iterable[Relation]]
 aten = torch.ops.aten
@@ -75,7 +73,7 @@ _row(
     nn.AlphaDropout, nn.FeatureAlphaDropout,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.abs,
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
-    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.invert, operator.floordiv, aten.__and__, aten.__or__,
 )  # fmt: skip
 _methods_and_functions(
     elementwise,
@@ -86,6 +84,7 @@ _methods_and_functions(
     "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
     "acosh", "atanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "logit", "trunc", "frac", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max",
     "maximum", "minimum", "sign", "floor", "ceil", "round", "where", "lerp", "addcmul", "addcdiv", "masked_fill",
+    "bitwise_and", "bitwise_or", "bitwise_not", "floor_divide", "remainder", "fmod",
     "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isfinite",
     "clone", "detach", "contiguous", "alias", "lift_fresh_copy", "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
@@ -97,19 +96,40 @@ _row(
     convolution,
     nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, aten.conv1d, aten.conv2d, aten.conv3d,
 )  # fmt: skip
+_row(
+    transposed_convolution,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
+)  # fmt: skip
+_row(embedding, nn.Embedding, F.embedding, aten.embedding)
+_row(attention, F.scaled_dot_product_attention, aten.scaled_dot_product_attention)
+_row(einsum, torch.einsum, aten.einsum)
 _row(batch_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, F.batch_norm, aten.batch_norm)
 _row(prelu, nn.PReLU, F.prelu, aten.prelu)
 _row(norm_over_last, nn.LayerNorm, nn.RMSNorm, F.layer_norm, F.rms_norm, aten.layer_norm, aten.rms_norm)
+_row(instance_norm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm, aten.instance_norm)
 _row(group_norm, nn.GroupNorm, F.group_norm, aten.group_norm)
 _row(along_one_axis, nn.Softmax, nn.LogSoftmax)
 _methods_and_functions(along_one_axis, "softmax", "log_softmax", "cumsum", "cumprod")
 _methods_and_functions(reduction, "mean", "sum", "amax", "amin", "std", "var", "logsumexp", "norm")
 _row(reduction, torch.linalg.vector_norm, aten.linalg_vector_norm)
+_methods_and_functions(along_one_axis, "normalize")
 _row(
     pooling,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.avg_pool2d,
-    F.adaptive_avg_pool2d, aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate,
+    F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
 )  # fmt: skip
+_methods_and_functions(
+    pooling,
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+)  # fmt: skip
+_methods_and_functions(rolling, "roll", "flip")
+_methods_and_functions(padding, "pad")
 _methods_and_functions(permutation, "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
 _row(permutation, aten.numpy_T, aten.mT)
 _row(regrouping, nn.Flatten, nn.Unflatten)
@@ -125,7 +145,9 @@ _methods_and_functions(
     "unsqueeze",
     "_unsafe_view",
 )
-_methods_and_functions(expansion, "expand")
+_methods_and_functions(expansion, "expand", "expand_as")
+_methods_and_functions(repetition, "repeat", "tile")
+_methods_and_functions(repetition_of_entries, "repeat_interleave")
 _row(indexing, operator.getitem)
 _row(aten_slice, aten.slice)
 _methods_and_functions(narrowing, "narrow")
@@ -137,6 +159,37 @@ _methods_and_functions(concatenation, "cat", "concat")
 _methods_and_functions(stack, "stack")
 _row(matrix_product, operator.matmul)
 _methods_and_functions(matrix_product, "matmul", "bmm")
+
+
+def register_operator(rule: Rule, *spellings: Any) -> None:
+    """Enter a rule for operators that the table lacks: your own, or a library's.
+
+    A module class becomes a leaf of symbolic tracing, so that its rule speaks for the whole module. See
+    ``docs/adding_an_operator.md``.
+
+    Args:
+        rule: a generator of relations over one call; one of :mod:`vbpfx.rules`, or your own.
+        spellings: what the graph may call: module classes, functions, names of Tensor methods,
+            ``torch.ops`` packets (``torch.ops.mylib.myop``).
+
+    Raises:
+        AnalysisError: nothing is given, one is no operator, or stands in the table with another rule.
+    """
+    if not callable(rule) or not spellings:
+        raise AnalysisError("register_operator takes a rule and at least one operator that follows it")
+    for spelled in spellings:
+        if isinstance(spelled, torch._ops.OpOverload):
+            raise AnalysisError(f"{spelled} is one overload; register its packet, {spelled.overloadpacket}")
+        if not callable(spelled) and not isinstance(spelled, str):
+            raise AnalysisError(f"{spelled!r} is neither a module class nor a function nor the name of a method")
+        if _TABLE.get(spelled, rule) is not rule:
+            raise AnalysisError(f"{spelled} stands in the table already, with the rule {_TABLE[spelled].__name__}")
+    _TABLE.update(dict.fromkeys(spellings, rule))
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Whether a module's class stands in the table."""
+    return type(module) in _TABLE
 
 
 def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:

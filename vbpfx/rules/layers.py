@@ -1,0 +1,191 @@
+"""Layers: what weights make, and what they sum over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from vbpfx.axes import Contracts, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
+
+
+def linear(site: Site) -> Iterator[Relation]:
+    """y[..., o] = sum_i W[o, i] x[..., i] + b[o]"""
+    x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
+    if weight is None or weight.ndim != 2:
+        yield from site.all_opaque("the layer's weight is not a matrix of its own")
+        return
+    yield from leading(x, out, but=1)
+    yield Contracts(x.axis(-1), weight.axis(1), bias)
+    yield Produces(out.axis(-1), weight.axis(0))
+    if bias is not None:
+        yield Same(out.axis(-1), bias.axis(0))
+
+
+def addmm(site: Site) -> Iterator[Relation]:
+    """y[n, o] = b[o] + sum_i x[n, i] W[i, o]: a linear layer with a transposed weight."""
+    bias, x, weight = site.operand(0, "input"), site.operand(1, "mat1"), site.operand(2, "mat2")
+    scaled = site.argument(3, "beta", 1) != 1 or site.argument(4, "alpha", 1) != 1
+    if bias is None or x is None or weight is None or bias.ndim != 1 or not weight.is_parameter or scaled:
+        yield from site.all_opaque("the matrix product is not a layer with a weight and a bias of its own")
+        return
+    out = site.out
+    yield from leading(x, out, but=1)
+    yield Contracts(x.axis(-1), weight.axis(0), bias)
+    yield Produces(out.axis(-1), weight.axis(1))
+    yield Same(out.axis(-1), bias.axis(0))
+
+
+def convolution(site: Site) -> Iterator[Relation]:
+    """y[o] = sum_i W[o, i] * x[i] + b[o] over windows.
+
+    Any ungrouped convolution produces its output channels. One contracts its input channels if it does
+    not pad: beside a border a constant channel is no constant. A depthwise one treats channels one by one.
+    """
+    x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
+    padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
+    if weight is None or (site.module is not None and site.module.padding_mode != "zeros"):
+        yield from site.all_opaque("the convolution has no weight of its own, or a padding mode of its own")
+        return
+    spatial = weight.ndim - 2
+    channel = x.ndim - spatial - 1
+    pointwise = all(size == 1 for size in weight.shape[2:])
+    padded = (
+        padding not in (0, "valid")
+        and not (pointwise and padding == "same")
+        and any(p != 0 for p in as_tuple(padding, spatial))
+    )
+    for dim in range(spatial):
+        if pointwise and not padded and x.shape[channel + 1 + dim] == out.shape[channel + 1 + dim]:
+            yield Same(x.axis(channel + 1 + dim), out.axis(channel + 1 + dim))
+        else:
+            yield Opaque(x.axis(channel + 1 + dim), "a convolution mixes the positions along it")
+            yield Opaque(out.axis(channel + 1 + dim), "a convolution mixes the positions along it")
+    if channel:
+        yield Same(x.axis(0), out.axis(0))
+    if groups == 1:
+        yield Contracts(x.axis(channel), weight.axis(1), bias)
+        yield Produces(out.axis(channel), weight.axis(0))
+        if padded:
+            yield Opaque(
+                x.axis(channel), "a padded convolution reads it: beside the border a removed channel is no constant"
+            )
+    elif groups == x.shape[channel] == out.shape[channel]:
+        yield Same(x.axis(channel), weight.axis(0))
+        yield Same(x.axis(channel), out.axis(channel))
+        if site.module is None:
+            yield SizeStated(x.axis(channel), site.path(6, "groups"))
+    else:
+        yield Opaque(x.axis(channel), "a grouped convolution reads it in groups")
+        yield Opaque(out.axis(channel), "a grouped convolution makes it in groups")
+    if bias is not None:
+        yield Same(out.axis(channel), bias.axis(0))
+
+
+def transposed_convolution(site: Site) -> Iterator[Relation]:
+    """y[o] = sum_i W[i, o] * x[i] + b[o], every x spread over a window: it produces; what it reads must stay.
+
+    A constant channel spreads unevenly where windows do not tile the output.
+    """
+    x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
+    if weight is None or site.constant(6, "groups", 1) != 1:
+        yield from site.all_opaque("the transposed convolution has no weight of its own, or groups")
+        return
+    channel = x.ndim - (weight.ndim - 2) - 1
+    for operand in (x, out):
+        for dim in range(channel + 1, operand.ndim):
+            yield Opaque(operand.axis(dim), "a convolution mixes the positions along it")
+    if channel:
+        yield Same(x.axis(0), out.axis(0))
+    yield Opaque(x.axis(channel), "a transposed convolution reads it: a removed channel is no constant behind it")
+    yield Produces(out.axis(channel), weight.axis(1))
+    if bias is not None:
+        yield Same(out.axis(channel), bias.axis(0))
+
+
+def embedding(site: Site) -> Iterator[Relation]:
+    """y[..., c] = W[x[...], c]"""
+    ids, weight = site.operand(0, "input"), site.operand(1, "weight")
+    if isinstance(site.node.target, torch._ops.OpOverload):
+        ids, weight = weight, ids
+    out = site.out
+    if ids is None or weight is None or weight.ndim != 2:
+        yield from site.all_opaque("an embedding without a matrix of its own")
+        return
+    yield from leading(out, ids, but=1)
+    yield Same(out.axis(-1), weight.axis(1))
+    yield Opaque(weight.axis(0), "its rows are looked up")
+
+
+def attention(site: Site) -> Iterator[Relation]:
+    """y[..., n, c] = sum_m softmax_m(q[..., n, :] . k[..., m, :] + mask[..., n, m]) v[..., m, c]"""
+    out, (query, key, value) = site.out, site.operands[:3]
+    same = [site.argument(i, n) for i, n in enumerate(("query", "key", "value"))]
+    if len(set(same)) < 3:
+        yield from site.all_opaque("attention of a value with itself sums over it")
+        return
+    yield from (Same(query.axis(dim), out.axis(dim)) for dim in range(query.ndim - 1))
+    yield Same(value.axis(-1), out.axis(-1))
+    for axis in (query.axis(-1), key.axis(-1), key.axis(-2), value.axis(-2)):
+        yield Opaque(axis, "attention sums over it")
+    yield Same(key.axis(-2), value.axis(-2))
+    for operand in (key, value):
+        for back in range(3, min(operand.ndim, out.ndim) + 1):
+            if operand.shape[-back] == out.shape[-back]:
+                yield Same(operand.axis(-back), out.axis(-back))
+    for mask in site.operands[3:]:
+        yield from (Opaque(axis, "it masks attention") for axis in mask.axes)
+
+
+def einsum(site: Site) -> Iterator[Relation]:
+    """Letters name axes: one that reaches the output is the same axis wherever it stands; others are summed over."""
+    out, operands = site.out, site.parts(1, "operands")
+    if operands is None:
+        given = site.node.args[1:]
+        operands = site.operands if len(given) == len(site.operands) else None
+    equation = site.argument(0, "equation")
+    if operands is None or not isinstance(equation, str) or "." in equation or "->" not in equation:
+        yield from site.all_opaque("an einsum whose equation does not name every axis")
+        return
+    left, _, right = equation.replace(" ", "").partition("->")
+    for letters, operand in zip(left.split(","), operands, strict=True):
+        for dim, letter in enumerate(letters):
+            if letter in right and letters.count(letter) == 1:
+                if operand.shape[dim] == out.shape[right.index(letter)]:
+                    yield Same(operand.axis(dim), out.axis(right.index(letter)))
+            else:
+                yield Opaque(operand.axis(dim), "einsum sums over it")
+
+
+def matrix_product(site: Site) -> Iterator[Relation]:
+    """y[..., n, o] = sum_i a[..., n, i] b[..., i, o].
+
+    With a matrix of parameters on one side it is a layer without a bias; of two computed values what is summed over
+    is opaque.
+    """
+    operands, out = site.operands, site.out
+    (first, columns), (second, rows) = site.weight(0), site.weight(1)
+    bare = [weight for weight in (first, second) if weight is not None]
+    if len(operands) != 2 or min(o.ndim for o in operands) < 2 or len(bare) > 1 or any(o.ndim != 2 for o in bare):
+        yield from site.all_opaque("a matrix product with a vector, with itself or with a stack of matrices")
+        return
+    a, b = operands
+    if second is not None:
+        yield from leading(a, out, but=1)
+        yield Contracts(a.axis(-1), second.axis(1 if rows else 0), None)
+        yield Produces(out.axis(-1), second.axis(0 if rows else 1))
+        return
+    if first is not None:
+        yield from leading(b, out, but=2)
+        yield Same(b.axis(-1), out.axis(-1))
+        yield Contracts(b.axis(-2), first.axis(0 if columns else 1), None)
+        yield Produces(out.axis(-2), first.axis(1 if columns else 0))
+        return
+    for axis in (a.axis(-1), b.axis(-2)):
+        yield Opaque(axis, "a product of two activations sums over it")
+    yield Same(a.axis(-2), out.axis(-2))
+    yield Same(b.axis(-1), out.axis(-1))
+    for operand in operands:
+        for back in range(3, operand.ndim + 1):
+            if operand.shape[-back] == out.shape[-back]:
+                yield Same(operand.axis(-back), out.axis(-back))

@@ -1,0 +1,134 @@
+"""Norms, reductions and pooling: operators that look along some axes and leave the others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vbpfx.axes import Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
+
+
+def batch_norm(site: Site) -> Iterator[Relation]:
+    """Per channel (axis 1) scale and shift, with the running statistics as further per-channel parameters."""
+    x, out = site.x, site.out
+    yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
+    if site.module is not None:
+        on_batch = site.module.running_mean is None
+    else:
+        on_batch = site.constant(5, "training", False) or site.operand(1, "running_mean") is None
+    for dim, axis in enumerate(x.axes if on_batch else ()):
+        if dim != 1:
+            yield Opaque(axis, "a norm takes its statistics across it")
+    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
+        parameter = site.operand(position, name)
+        if parameter is not None:
+            yield Same(x.axis(1), parameter.axis(0))
+
+
+def norm_over_last(site: Site) -> Iterator[Relation]:
+    """LayerNorm, RMSNorm: statistics over the last axes, then scale and shift along them.
+
+    Over one axis the statistics are sums, in which channels that became constant go on counting.
+    """
+    x, out = site.x, site.out
+    normalized = len(as_tuple(site.constant(1, "normalized_shape"), 1))
+    yield from leading(x, out, but=normalized)
+    scale_and_shift = (site.operand(2, "weight"), site.operand(3, "bias"))
+    if normalized == 1:
+        yield Reduces(x.axis(-1), "rms_norm" if "rms" in site.name else "layer_norm")
+        if site.module is None:
+            yield SizeStated(x.axis(-1), (*site.path(1, "normalized_shape"), 0))
+    for back in range(1, normalized + 1):
+        if normalized > 1:
+            yield Opaque(x.axis(-back), "a norm takes its statistics across it")
+        yield Same(x.axis(-back), out.axis(-back))
+        yield from (Same(x.axis(-back), p.axis(-back)) for p in scale_and_shift if p is not None)
+
+
+def group_norm(site: Site) -> Iterator[Relation]:
+    """Statistics over groups of channels and all positions."""
+    x, out = site.x, site.out
+    yield Same(x.axis(0), out.axis(0))
+    for a, b in zip(x.axes[1:], out.axes[1:], strict=True):
+        yield Same(a, b)
+        yield Opaque(a, "a norm takes its statistics across it")
+    for parameter in (site.operand(2, "weight"), site.operand(3, "bias")):
+        if parameter is not None:
+            yield Same(x.axis(1), parameter.axis(0))
+
+
+def along_one_axis(site: Site) -> Iterator[Relation]:
+    """Shape kept; values mixed along ``dim`` (softmax, cumulative sums, normalisation)."""
+    x, out = site.x, site.out
+    yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
+    dim = site.constant(2, "dim", 1) if site.name == "normalize" else site.constant(1, "dim")
+    for mixed in x.axes if not isinstance(dim, int) else (x.axis(dim),):
+        yield Opaque(mixed, f"{site.name} mixes the channels along it")
+
+
+def reduction(site: Site) -> Iterator[Relation]:
+    """mean, sum, extrema, length over ``dim``; every other axis is kept."""
+    x, out = site.x, site.out
+    given = site.constant(2 if site.name in ("norm", "linalg_vector_norm", "vector_norm") else 1, "dim")
+    if given is None or isinstance(given, bool) or given == () or given == []:
+        yield from site.all_opaque(f"{site.name} reduces it")
+        return
+    reduced = {dim % x.ndim for dim in as_tuple(given, 1)}
+    kept = [dim for dim in range(x.ndim) if dim not in reduced]
+    for dim in reduced:
+        if len(reduced) == 1 and site.name == "mean":
+            yield Reduces(x.axis(dim), "mean")
+        elif len(reduced) == 1 and site.name == "sum":
+            yield Reduces(x.axis(dim), "sum")
+        else:
+            yield Opaque(x.axis(dim), f"{site.name} reduces it")
+    for position, dim in enumerate(kept):
+        yield Same(x.axis(dim), out.axis(dim if out.ndim == x.ndim else position))
+
+
+def pooling(site: Site) -> Iterator[Relation]:
+    """Windows over the last one to three axes, with or without a batch axis in front; channels are kept apart."""
+    x, out = site.x, site.out
+    digits = [int(letter) for letter in site.name if letter in "123"]
+    positions = digits[-1] if digits else x.ndim - 2  # interpolation: every axis behind batch and channel
+    yield from leading(x, out, but=positions)
+    for dim in range(x.ndim - positions, x.ndim):
+        yield Opaque(x.axis(dim), f"{site.name} mixes the positions along it")
+        yield Opaque(out.axis(dim), f"{site.name} mixes the positions along it")
+
+
+def instance_norm(site: Site) -> Iterator[Relation]:
+    """Per sample and channel (axis 1) statistics over all positions, then scale and shift per channel."""
+    x, out = site.x, site.out
+    for dim, (a, b) in enumerate(zip(x.axes, out.axes, strict=True)):
+        yield Same(a, b)
+        if dim > 1:
+            yield Opaque(a, "a norm takes its statistics across it")
+    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
+        parameter = site.operand(position, name)
+        if parameter is not None:
+            yield Same(x.axis(1), parameter.axis(0))
+
+
+def rolling(site: Site) -> Iterator[Relation]:
+    """roll, flip: entries along ``dims`` change places; every other axis is kept."""
+    x, out = site.x, site.out
+    given = site.constant(2 if site.name == "roll" else 1, "dims")
+    if site.name == "flip" and len(site.node.args) > 2:
+        given = site.node.args[1:]
+    moved = set(range(x.ndim)) if given in (None, (), []) else {dim % x.ndim for dim in as_tuple(given, 1)}
+    for dim in range(x.ndim):
+        yield Same(x.axis(dim), out.axis(dim))
+        if dim in moved:
+            yield Opaque(x.axis(dim), f"{site.name} moves the channels along it")
+
+
+def padding(site: Site) -> Iterator[Relation]:
+    """pad: (before, after) for the last axis, then the one before it...; an axis without padding is kept."""
+    x, out = site.x, site.out
+    for dim in range(x.ndim):
+        amounts = site.constant(1, "pad")[2 * (x.ndim - 1 - dim) :][:2]
+        if all(amount == 0 for amount in amounts):
+            yield Same(x.axis(dim), out.axis(dim))
+        else:
+            yield Opaque(x.axis(dim), "it is padded")
+            yield Opaque(out.axis(dim), "it is padded")

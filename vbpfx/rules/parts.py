@@ -1,0 +1,154 @@
+"""Parts of axes: slices, chunks, packed gates, and what is joined from parts."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from vbpfx.axes import Axis, Opaque, Operand, Part, Relation, Same, Site, SizeStated
+
+
+def indexing(site: Site) -> Iterator[Relation]:
+    """x[...] with integers, slices, None and Ellipsis: an axis taken whole is kept, one taken in part is not."""
+    x, out = site.x, site.out
+    index = site.node.args[1]
+    given = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(e, (fx.Node, list, bool)) for e in given):
+        yield from site.all_opaque("it is indexed by a computed value")
+        return
+    entries = [(e, ("args", 1, i) if isinstance(index, tuple) else ("args", 1)) for i, e in enumerate(given)]
+    rest = [(slice(None), ("args", 1))] * (x.ndim - sum(e is not None and e is not Ellipsis for e in given))
+    at = next((i for i, e in enumerate(given) if e is Ellipsis), len(given))
+    entries[at : at + 1] = rest
+    source = target = 0
+    for entry, path in entries:
+        if entry is None:
+            target += 1
+        elif isinstance(entry, slice):
+            yield from _sliced(site, x.axis(source), out.axis(target), entry, ((*path, "start"), (*path, "stop")))
+            source, target = source + 1, target + 1
+        else:
+            yield Opaque(x.axis(source), "one entry of it is taken")
+            source += 1
+
+
+def aten_slice(site: Site) -> Iterator[Relation]:
+    """x[..., start:end:step, ...] along one axis."""
+    x, out = site.x, site.out
+    sliced = site.constant(1, "dim", 0) % x.ndim
+    taken = slice(*(site.constant(at, name) for at, name in ((2, "start"), (3, "end"), (4, "step"))))
+    paths = (site.path(2, "start"), site.path(3, "end"))
+    for dim in range(x.ndim):
+        yield from _sliced(site, x.axis(dim), out.axis(dim), taken if dim == sliced else slice(None), paths)
+
+
+def narrowing(site: Site) -> Iterator[Relation]:
+    """narrow: x[..., start : start + length, ...] along one axis."""
+    x, out = site.x, site.out
+    narrowed, start = site.constant(1, "dim") % x.ndim, site.constant(2, "start")
+    for dim in range(x.ndim):
+        if dim != narrowed:
+            yield Same(x.axis(dim), out.axis(dim))
+    start = start % x.shape[narrowed] if x.shape[narrowed] else 0
+    yield Part(x.axis(narrowed), out.axis(narrowed), start)
+    yield SizeStated(x.axis(narrowed), site.path(2, "start"), 0, start)
+    yield SizeStated(x.axis(narrowed), site.path(3, "length"), start, start + out.shape[narrowed])
+
+
+def select(site: Site) -> Iterator[Relation]:
+    """x[..., i, ...] along one axis, which disappears."""
+    x, out = site.x, site.out
+    taken = site.constant(1, "dim", 0) % x.ndim
+    yield Opaque(x.axis(taken), "one entry of it is taken")
+    for position, dim in enumerate(d for d in range(x.ndim) if d != taken):
+        yield Same(x.axis(dim), out.axis(position))
+
+
+def splitting(site: Site) -> Iterator[Relation]:
+    """chunk, split, unbind: consecutive parts along one axis, or its entries one by one.
+
+    The call's value is a tuple; what is said here is of the parts that are taken out of it.
+    """
+    x, name = site.x, site.name
+    dim = site.constant(1 if name == "unbind" else 2, "dim", 0) % x.ndim
+    parts = site.node.meta["val"]
+    if any(user.target is not operator.getitem or not isinstance(user.args[1], int) for user in site.node.users):
+        yield from site.all_opaque(f"{name} hands its parts on together")
+        return
+    starts = [0, *itertools.accumulate(part.shape[dim] for part in parts)] if name != "unbind" else []
+    for user in site.node.users:
+        index: Any = user.args[1]
+        taken = Operand(user.name, tuple(user.meta["val"].shape))
+        kept = [d for d in range(x.ndim) if d != dim]
+        if name == "unbind":
+            yield from (Same(x.axis(d), taken.axis(at)) for at, d in enumerate(kept))
+        else:
+            yield from (Same(x.axis(d), taken.axis(d)) for d in kept)
+            yield Part(x.axis(dim), taken.axis(dim), starts[index % len(parts)])
+    if name == "unbind":
+        yield Opaque(x.axis(dim), "unbind takes its entries one by one")
+        return
+    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, by_code=name != "chunk")
+
+
+def glu(site: Site) -> Iterator[Relation]:
+    """out[c] = x[c] sigmoid(x[d + c]) with d half the size of ``dim``: a packed gate in one call."""
+    x, out = site.x, site.out
+    dim = site.constant(1, "dim", -1) % x.ndim
+    for other in range(x.ndim):
+        if other != dim:
+            yield Same(x.axis(other), out.axis(other))
+    yield Part(x.axis(dim), out.axis(dim), 0)
+    yield Part(x.axis(dim), out.axis(dim), out.shape[dim])
+
+
+def concatenation(site: Site) -> Iterator[Relation]:
+    """cat: consecutive parts along ``dim``; every other axis is common to all of them."""
+    out = site.out
+    joined = site.constant(1, "dim", 0) % out.ndim
+    parts = site.parts(0, "tensors")
+    if parts is None or any(part.ndim != out.ndim for part in parts):
+        yield from site.all_opaque(f"{site.name} joins what is no list of tensors of one shape")
+        return
+    start = 0
+    for part in parts:
+        yield from (Same(part.axis(dim), out.axis(dim)) for dim in range(out.ndim) if dim != joined)
+        yield Part(out.axis(joined), part.axis(joined), start)
+        start += part.shape[joined]
+
+
+def stack(site: Site) -> Iterator[Relation]:
+    """stack: a new axis along which the operands stand; their own axes are common to all."""
+    out = site.out
+    new = site.constant(1, "dim", 0) % out.ndim
+    kept = [dim for dim in range(out.ndim) if dim != new]
+    yield Opaque(out.axis(new), "tensors are stacked along it")
+    for operand in site.operands:
+        yield from (Same(operand.axis(at), out.axis(dim)) for at, dim in enumerate(kept))
+
+
+def _sliced(
+    site: Site, x: Axis, out: Axis, taken: slice, paths: tuple[tuple[str | int, ...], tuple[str | int, ...]]
+) -> Iterator[Relation]:
+    """One axis under a slice; ``paths`` say where the call states the slice's two ends."""
+    if any(isinstance(entry, fx.Node) for entry in (taken.start, taken.stop, taken.step)):
+        yield Opaque(x, "a part of computed size is taken")
+        yield Opaque(out, "it is a part of computed size")
+        return
+    size = next(o.shape[x.dim] for o in site.operands if o.owner == x.owner)
+    start, stop, step = taken.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        yield Same(x, out)
+    elif step != 1 or stop <= start:
+        yield Opaque(x, "every so many entries of it are taken")
+        yield Opaque(out, "it is every so many entries of another axis")
+    else:
+        yield Part(x, out, start)
+        for end, value, path in ((start, taken.start, paths[0]), (stop, taken.stop, paths[1])):
+            if value is not None and 0 < end < size:
+                yield SizeStated(x, path, *((0, end) if value >= 0 else (end, size)))

@@ -1,0 +1,215 @@
+"""Other shapes for the same elements: permutations, views, expansions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from vbpfx.axes import Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
+
+
+def permutation(site: Site) -> Iterator[Relation]:
+    """permute, transpose, movedim: out axis i is x axis order[i]."""
+    x, out = site.x, site.out
+    name = site.name
+    if name in ("permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims", "t"):
+        order = _order(name, site, x.ndim)
+    else:  # x.T reverses all axes, x.mT the last two
+        order = list(range(x.ndim))
+        last = 0 if "T" in (name.removeprefix("numpy_"), site.argument(1, "name")) else -2
+        order[last:] = order[last:][::-1]
+    for position, dim in enumerate(order):
+        yield Same(x.axis(dim), out.axis(position))
+
+
+def regrouping(site: Site) -> Iterator[Relation]:
+    """view, reshape, flatten, squeeze...: the same elements in the same order under another shape.
+
+    Input axis i is output axis j exactly if they have the same length and the axes before them hold the
+    same number of elements. What the call states of the output's size must follow the axis: an integer
+    is rewritten, a size read elsewhere must be the size of the same axis.
+    """
+    x, out = site.x, site.out
+    kept = _kept_whole(x.shape, out.shape)
+    stacked = _stacked_parts(site, x, out)
+    for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
+        if dim not in kept and dim not in stacked and size != 1:
+            yield Opaque(axis, f"{site.name} splits or merges it")
+    whole = set(kept.values())
+    for dim, position in stacked.items():
+        whole |= {position, position + 1}
+        yield Opaque(out.axis(position), "its entries are taken one by one")
+        width = out.shape[position + 1]
+        for part in range(out.shape[position]):
+            yield Part(x.axis(dim), out.axis(position + 1), part * width)
+        yield from _stated(site, out, position + 1)
+    for dim, size in enumerate(out.shape):
+        if dim not in whole and size != 1:
+            yield Opaque(out.axis(dim), f"{site.name} makes it from others")
+    for dim, position in kept.items():
+        yield Same(x.axis(dim), out.axis(position))
+        yield from _stated(site, out, position)
+    name = site.name
+    if name in ("reshape_as", "view_as"):
+        yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
+    if name == "unflatten":
+        yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
+    if name == "squeeze" and len(site.node.args) + len(site.node.kwargs) == 1:
+        for axis in x.axes:
+            yield Opaque(axis, "a squeeze of every axis would drop it at a width of one")
+
+
+def expansion(site: Site) -> Iterator[Relation]:
+    """expand: axes pair up from the right; an axis of length 1 is repeated."""
+    x, out = site.x, site.out
+    for back in range(1, x.ndim + 1):
+        if x.shape[-back] == out.shape[-back]:
+            yield Same(x.axis(-back), out.axis(-back))
+    for dim in range(out.ndim):
+        yield from _stated(site, out, dim)
+    if site.name == "expand_as":
+        yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
+
+
+def repetition(site: Site) -> Iterator[Relation]:
+    """repeat, tile: axes pair up from the right; one that is repeated once is kept."""
+    x, out = site.x, site.out
+    for back in range(1, out.ndim + 1):
+        if back <= x.ndim and x.shape[-back] == out.shape[-back] != 1:
+            yield Same(x.axis(-back), out.axis(-back))
+            continue
+        yield Opaque(out.axis(-back), f"{site.name} makes it of copies")
+        if back <= x.ndim and x.shape[-back] != 1:
+            yield Opaque(x.axis(-back), f"{site.name} repeats it")
+
+
+def repetition_of_entries(site: Site) -> Iterator[Relation]:
+    """repeat_interleave: every entry along ``dim`` several times; other axes are kept."""
+    x, out = site.x, site.out
+    dim = site.constant(2, "dim")
+    if dim is None or len(site.operands) > 1:
+        yield from site.all_opaque("repeat_interleave repeats its entries")
+        return
+    for other in range(x.ndim):
+        if other == dim % x.ndim:
+            yield Opaque(x.axis(other), "repeat_interleave repeats its entries")
+            yield Opaque(out.axis(other), "repeat_interleave repeats its entries")
+        else:
+            yield Same(x.axis(other), out.axis(other))
+
+
+def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
+    """What the call's size arguments say of one output axis."""
+    axis = out.axis(dim)
+    for path, value in _size_arguments(site, out.ndim):
+        read = site.size_read(value)
+        if path is None:  # the whole shape comes from one value
+            if read is not None and read.plain and len(read.axes) == out.ndim:
+                yield Same(axis, read.axes[dim])
+            else:
+                yield Opaque(axis, "its size is stated by a computed shape")
+        elif path[-1] == dim + _first_size(site):
+            if isinstance(value, fx.Node):
+                if read is not None and read.plain and len(read.axes) == 1:
+                    yield Same(axis, read.axes[0])
+                else:
+                    yield Opaque(axis, "its size is stated by a computed number")
+            elif value != -1:
+                yield SizeStated(axis, path)
+
+
+def _first_size(site: Site) -> int:
+    """Offset of the first size in its argument list: view(x, 2, 3) against view(x, [2, 3])."""
+    return 1 if len(site.node.args) > 1 and not isinstance(site.node.args[1], (tuple, list)) else 0
+
+
+def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[tuple[str | int, ...] | None, Any]]:
+    """Every size that a view, reshape or expand states, with its path; path None for a whole shape."""
+    if site.name not in _STATES_SIZES or site.module is not None:
+        return
+    args = site.node.args
+    keyword = next((k for k in ("shape", "size") if k in site.node.kwargs), None)
+    given = site.node.kwargs[keyword] if keyword else args[1] if len(args) == 2 else args[1:]
+    prefix: tuple[str | int, ...] = ("kwargs", keyword) if keyword else ("args", 1) if len(args) == 2 else ("args",)
+    if isinstance(given, (tuple, list)):
+        offset = _first_size(site)
+        for i, value in enumerate(given):
+            yield (*prefix, i + offset), value
+    elif ndim == 1 and isinstance(given, int):
+        yield ("args", 1), given
+    else:
+        yield None, given
+
+
+_STATES_SIZES = frozenset({"view", "reshape", "expand", "_unsafe_view"})
+
+
+def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
+    """Input axis -> output axis, for the axes a reshape leaves whole."""
+    starts = {}
+    ahead = 1
+    for dim, size in enumerate(after):
+        if size != 1:
+            starts[ahead] = (dim, size)
+        ahead *= size
+    kept = {}
+    ahead = 1
+    for dim, size in enumerate(before):
+        if size != 1 and ahead in starts and starts[ahead][1] == size:
+            kept[dim] = starts[ahead][0]
+        ahead *= size
+    return kept
+
+
+def _stacked_parts(site: Site, x: Operand, out: Operand) -> dict[int, int]:
+    """Input axis of k d channels -> output axis k, where it becomes (k, d) and every reader takes one of the k.
+
+    That is a packed gate. Attention's heads look alike but go on side by side: no single entry is read.
+    """
+    found = {}
+    for dim, size in enumerate(x.shape):
+        for position in range(out.ndim - 1):
+            count, width = out.shape[position : position + 2]
+            splits = math.prod(x.shape[:dim]) == math.prod(out.shape[:position]) and 1 < count < size == count * width
+            users = site.node.users
+            if splits and users and all(_takes_one(user, position, out.ndim) for user in users):
+                found[dim] = position
+    return found
+
+
+def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
+    """Whether a call reads single entries along an axis, never the whole of it."""
+    name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
+    if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
+        return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
+    if name in ("unbind", "select"):
+        return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
+    if name != "getitem" or not given:
+        return False
+    index = given[0] if isinstance(given[0], tuple) else (given[0],)
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (ndim - len(index) + 1), *index[at + 1 :])
+    return None not in index and len(index) > dim and isinstance(index[dim], int)
+
+
+def _order(name: str, site: Site, ndim: int) -> list[int]:
+    """order[i] is the input axis that becomes output axis i."""
+    order = list(range(ndim))
+    if name == "permute":
+        dims = site.constant(1, "dims")
+        return [int(d) % ndim for d in (dims if isinstance(dims, (tuple, list)) else site.node.args[1:])]  # type: ignore[arg-type]
+    if name in ("movedim", "moveaxis"):
+        sources, targets = (as_tuple(site.constant(i, n), 1) for i, n in ((1, "source"), (2, "destination")))
+        pairs = sorted((t % ndim, s % ndim) for s, t in zip(sources, targets, strict=True))
+        order = [dim for dim in order if dim not in {s for _, s in pairs}]
+        for target, source in pairs:
+            order.insert(target, source)
+        return order
+    first, second = ("axis0", "axis1") if name == "swapaxes" else ("dim0", "dim1")
+    a, b = (0, ndim - 1) if name == "t" else (site.constant(1, first) % ndim, site.constant(2, second) % ndim)
+    order[a], order[b] = order[b], order[a]
+    return order
