@@ -13,10 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import dynamic_shapes, quiet_logging
+from vbpfx.capture import dynamic_shapes, quiet_logging, share_parameters
+from vbpfx.edit import finish
 from vbpfx.errors import ExportError, first_line
 from vbpfx.files import write_atomically
 from vbpfx.inputs import Inputs, argument_names
@@ -71,12 +73,43 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
     return path
 
 
+def _exportable(network: nn.Module) -> nn.Module:
+    """A graph with its fused attention in a form that the exporter takes; other networks as they are.
+
+    The exporter takes attention apart. It knows four axes alone, and its result lies otherwise in memory than the fused
+    kernel's, which a view that was traced behind the kernel does not allow for.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return network
+    network = share_parameters(network)
+    graph = network.graph
+    for target in (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            users = list(node.users)
+            tracer = fx.proxy.GraphAppendingTracer(graph)
+            with graph.inserting_before(node.next):
+                result: Any = fx.Proxy(node, tracer)
+                ahead = node.meta["val"].ndim - 3
+                if ahead > 1 and len(node.all_input_nodes) == 3 == len(node.args):
+                    query, key, value = (fx.Proxy(n, tracer) for n in node.all_input_nodes)
+                    flat: Any = [x.flatten(0, ahead - 1) for x in (query, key, value)]
+                    result = F.scaled_dot_product_attention(*flat, **node.kwargs)
+                    result = result.unflatten(0, [query.size(dim) for dim in range(ahead)])
+                result = torch.clone(result, memory_format=torch.contiguous_format)
+            for user in users:
+                user.replace_input_with(node, result.node)
+            if not node.users:
+                graph.erase_node(node)
+    finish(network)
+    return network
+
+
 def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
     shapes = dynamic_shapes(network, example, batch=torch.export.Dim.DYNAMIC)
     with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            network, example.args, kwargs=example.kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
+            _exportable(network), example.args, kwargs=example.kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
         )
     assert program is not None
     return program

@@ -1,0 +1,293 @@
+"""One model of the coverage run: pruned by half, in every form, and held against the substitution oracle.
+
+The stages stand in :func:`measure`, in order; after each one the record is told, so that a model that takes too long
+or too much memory leaves what was found before. The errors are relative: the largest difference of the outputs over
+the largest output. All comparisons are made without a bound and judged afterwards, so that a wrong network leaves its
+figure, too.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from coverage_models import Subject
+from exactness import randomize
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import vbpfx
+from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
+from vbpfx.export.onnx import run_session
+from vbpfx.inputs import Inputs, argument_names, as_inputs
+from vbpfx.verify import TOLERANCES, reference_graph, relative_error
+
+EXAMPLES = 3  # named axes per reason
+# Rounding can grow on the way through a network; float32 is right if it is off by no more than this many times what
+# the dense network itself loses between float64 and float32. Float64 is held to its tolerance whatever happens.
+ROUNDING = 30
+# An effect below this many times the error says nothing: there the comparison is blind.
+VISIBLE = 1e3
+
+# Some random networks hardly look at their images, so that means stand for everything: there the constants are shaken.
+FAINT = 1e-6
+
+Told = Callable[["Record"], None]
+
+
+@dataclass
+class Record:
+    """What is known of one model; None is what was not reached.
+
+    Attributes:
+        status: ``ok`` (blocks pruned, proven in float64 and float32), ``no blocks``, ``refused`` (another error of
+            vbpfx's own), ``wrong`` (the pruned network is not the substituted one), ``blind`` (the substitution
+            changes the output too little to prove anything), ``untyped`` (an exception that is none of vbpfx's),
+            ``broken`` (the model itself does not run here), ``timeout``, ``killed``.
+        stage: where it ended.
+        reason: why, unless it is ok.
+        size: pixels a side; None for other inputs.
+        parameters: number of them.
+        blocks, neurons: number of blocks and of hidden neurons in them.
+        refused: number of refused axes; ``refusals`` has them by reason, with their number and some examples.
+        macs: of the dense network per sample, at this size.
+        prunable: share of the MACs in products that make, carry or contract the hidden axis of a block.
+        error64, error32: the GraphModule against the reference; ``effect`` is what the substitution does at all
+            (where that is below ``FAINT``, what it does with shaken constants, which the error then holds for, too).
+        capture64, capture32: the captured graph against the model.
+        rounding32: the dense network in float32 against itself in float64.
+        own: the model's own class against the reference, in float64, or why there is none.
+        onnx: ONNX Runtime against the reference, in float32, or why there is none; None where it was not tried.
+        seconds: of processor time per stage: what the run takes where nothing else does.
+    """
+
+    library: str
+    name: str
+    family: str
+    status: str = "started"
+    stage: str = "build"
+    reason: str = ""
+    size: int | None = None
+    parameters: int | None = None
+    frontend: str | None = None
+    blocks: int | None = None
+    neurons: int | None = None
+    refused: int | None = None
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    macs: int | None = None
+    prunable: float | None = None
+    error64: float | None = None
+    effect: float | None = None
+    capture64: float | None = None
+    error32: float | None = None
+    capture32: float | None = None
+    rounding32: float | None = None
+    own: float | str | None = None
+    onnx: float | str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON-ready dictionaries; infinity, which JSON lacks, as text."""
+        plain = asdict(self)
+        return {k: str(v) if isinstance(v, float) and v in (torch.inf, -torch.inf) else v for k, v in plain.items()}
+
+
+def measure(subject: Subject, tell: Told) -> Record:
+    """Measure one model; every exception ends up in the record."""
+    record = Record(subject.library, subject.name, subject.family)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        record.stage = name
+        tell(record)
+        start = time.process_time()
+        try:
+            yield
+        finally:
+            record.seconds[name] = round(time.process_time() - start, 2)
+
+    try:
+        _stages(subject, record, stage)
+    except Exception as error:  # whatever it is, it is a result
+        record.status, record.reason = _judge_exception(error, record.stage), explain(error)
+    else:
+        record.status, record.reason = judge(record)
+    tell(record)
+    return record
+
+
+def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> None:
+    torch.manual_seed(0)
+    with stage("build"):
+        model, batch, record.size = subject.make()
+        randomize(model).eval()
+        record.parameters = sum(p.numel() for p in model.parameters())
+    with stage("run"):
+        dense = outputs(model, batch)
+        if not all(t.isfinite().all() for t in dense):
+            raise ArithmeticError("the output is not finite with random weights")
+    with stage("prune"):
+        try:
+            single = vbpfx.prune(model, [batch], ratio=0.5, progress=False, verify=False)
+        except AnalysisError:
+            captured = vbpfx.capture(model, batch)
+            describe(captured, vbpfx.find_blocks(captured), record)
+            raise
+        describe(single.captured, single.analysis, record)
+    with stage("oracle, float32"):
+        checked = vbpfx.verify(single.captured, single.graph_module, single.plan, tolerance=torch.inf)
+        record.error32, record.capture32, record.effect = checked.error, checked.capture, checked.effect
+        reference = reference_graph(single.captured, single.plan)
+        expected = outputs(reference, batch)
+        network, inputs, plan = single.graph_module, single.captured.inputs, single.plan
+    del single, reference  # they share the parameters that are about to change
+    exact, precise = model.double(), as_inputs(batch, model).map(to_double)
+    with stage("run, float64"):
+        record.rounding32 = relative_error(dense, outputs(exact, precise))
+    with stage("prune, float64"):
+        double = vbpfx.prune(
+            exact, [(precise.args, precise.kwargs)], inputs=lambda b: b, ratio=0.5, progress=False, verify=False
+        )
+    with stage("oracle, float64"):
+        captured, plan64, small = double.captured, double.plan, double.graph_module
+        del double
+        checked = vbpfx.verify(captured, small, plan64, tolerance=torch.inf)
+        record.error64, record.capture64, record.effect = checked.error, checked.capture, checked.effect
+        if checked.effect < FAINT:
+            plan64 = shaken(plan64)
+            small = vbpfx.convert(captured, plan64)
+            checked = vbpfx.verify(captured, small, plan64, tolerance=torch.inf)
+            record.error64, record.effect = max(record.error64, checked.error), checked.effect
+        del small
+    with stage("own class"):
+        try:
+            record.own = vbpfx.verify(captured, vbpfx.apply_plan(exact, plan64), plan64).error
+        except VbpfxError as error:
+            record.own = explain(error)
+    del captured, exact, model
+    if not subject.onnx:
+        return
+    with stage("ONNX"), tempfile.TemporaryDirectory() as folder:
+        try:
+            file = vbpfx.export.onnx.export_onnx(network, inputs, Path(folder) / "pruned.onnx", plan=plan)
+            session = onnxruntime.InferenceSession(file, _one_thread(), providers=["CPUExecutionProvider"])
+            ordered = {n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
+            record.onnx = relative_error(run_session(session, replace(inputs, kwargs=ordered)), expected)
+        except VbpfxError as error:
+            record.onnx = explain(error)
+
+
+def shaken(plan: vbpfx.Plan) -> vbpfx.Plan:
+    """The plan with other constants, by a standard normal each; the oracle holds for any."""
+    entries = (
+        replace(entry, constants=tuple(a + torch.randn_like(a) for a in entry.constants)) for entry in plan.blocks
+    )
+    return replace(plan, blocks=tuple(entries))
+
+
+def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record) -> None:
+    """What the analysis found, into the record."""
+    record.frontend = captured.frontend
+    record.blocks, record.neurons = len(analysis.blocks), analysis.neurons
+    record.refused = len(analysis.refusals)
+    reasons: dict[str, list[vbpfx.Refusal]] = {}
+    for refusal in analysis.refusals:
+        reasons.setdefault(refusal.reason, []).append(refusal)
+    record.refusals = [
+        {
+            "reason": reason,
+            "count": len(refusals),
+            "examples": [{"axis": r.name, "width": r.width, "node": r.node} for r in refusals[:EXAMPLES]],
+        }
+        for reason, refusals in sorted(reasons.items(), key=lambda entry: -len(entry[1]))
+    ]
+    macs = captured.macs
+    record.macs = sum(macs.values())
+    # as vbpfx.budget counts them: a product is linear in each axis that its node carries or contracts
+    touched = {node for block in analysis.blocks for node, *_ in block.carriers}
+    touched |= {consumer.node for block in analysis.blocks for consumer in block.consumers}
+    record.prunable = sum(count for node, count in macs.items() if node in touched) / max(1, record.macs)
+
+
+def judge(record: Record) -> tuple[str, str]:
+    """Status and reason of a model that went all the way."""
+    assert isinstance(record.error64, float)
+    assert isinstance(record.effect, float)
+    assert isinstance(record.rounding32, float)
+    exact = TOLERANCES[torch.float64]
+    single = max(TOLERANCES[torch.float32], ROUNDING * record.rounding32)
+    measured = {
+        "the GraphModule in float64": (record.error64, exact),
+        "the captured graph in float64": (record.capture64, exact),
+        "the GraphModule in float32": (record.error32, single),
+        "the captured graph in float32": (record.capture32, single),
+        "ONNX": (record.onnx, single),
+    }
+    for what, (error, bound) in measured.items():
+        if isinstance(error, float) and not error <= bound:
+            return "wrong", f"{what} is off by {error:.1e} of the output (allowed {bound:.0e})"
+    if record.effect < VISIBLE * record.error64:
+        return "blind", f"the substitution changes the output by {record.effect:.1e} alone"
+    return "ok", ""
+
+
+def _judge_exception(error: Exception, stage: str) -> str:
+    if stage in ("build", "run", "run, float64"):
+        return "broken"
+    if isinstance(error, AnalysisError):
+        return "no blocks"
+    if isinstance(error, VerificationError):
+        return "wrong"
+    return "refused" if isinstance(error, VbpfxError) else "untyped"
+
+
+def explain(error: Exception) -> str:
+    """The message without what depends on the machine; of a capture error the front ends' own, too."""
+    lines = str(error).strip().splitlines() or [""]
+    text = first_line(error)
+    if isinstance(error, vbpfx.CaptureError):
+        text = (
+            " | ".join(line.strip() for line in lines if line.startswith(("  symbolic:", "  export:", "    at ")))
+            or text
+        )
+    if isinstance(error, ExportError):
+        text += f" <- {first_line(_root(error))}"
+    if not isinstance(error, VbpfxError):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {text} (at {where.filename}:{where.lineno})"
+    text = re.sub(r"\x1b?\[\d+m", "", text)  # the exporter writes in colours
+    return re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/|/\S*/(?=vbpfx/|benchmarks/)", "", text)[:600]
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The tensors that the model returns; its inputs are copies, for it may write into them."""
+    inputs = (batch if isinstance(batch, Inputs) else as_inputs(batch, model)).map(torch.clone)
+    with torch.no_grad():
+        found = model(*inputs.args, **inputs.kwargs)
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """In float64 where it is a floating-point tensor: token numbers stay what they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _one_thread() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
