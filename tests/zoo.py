@@ -332,8 +332,8 @@ PACKED = [
     Case("glu module along channels", lambda: nn.Sequential(nn.Conv2d(4, 24, 1), nn.GLU(1), nn.Conv2d(12, 3, 1)), images, {"0->2": 12}),
     Case("unbind of a view", packed(lambda m, x: m.fc2((p := m.fc1(x).view(x.shape[0], 5, 2, 12).unbind(2))[0].relu() * p[1])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
     Case("entries of a view", packed(lambda m, x: m.fc2((p := m.fc1(x).view(-1, 5, 2, 12))[:, :, 0].relu() * p[..., 1, :])), tokens, {"fc1->fc2": 12}, own="states the hidden width 12 as a number"),
-    Case("packed, with a norm", packed(lambda m, x: m.fc2(m.norm(F.silu((g := m.fc1(x).chunk(2, -1))[0]) * g[1])), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
-    Case("gMLP", SpatialGate, tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("packed, with a norm", packed(lambda m, x: m.fc2(m.norm(F.silu((g := m.fc1(x).chunk(2, -1))[0]) * g[1])), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}),
+    Case("gMLP", SpatialGate, tokens, {"fc1->fc2": 12}),
     Case("parallel branches", Parallel, tokens, {"packed->out1": 12, "packed->out2": 7}, own="states the hidden width"),
     Case("fused output", FusedOutput, tokens, {"packed->out[0:10]": 10, "packed->out[10:17]": 7}, own="states the hidden width"),
     Case("concatenated", lambda: Net(lambda m, x: m.out(torch.cat([m.a(x).relu(), m.b(x).tanh()], -1)), a=nn.Linear(8, 5), b=nn.Linear(8, 7), out=nn.Linear(12, 4, bias=False)), tokens, {"a->out": 5, "b->out": 7}),
@@ -343,13 +343,13 @@ PACKED = [
 ]  # fmt: skip
 
 NORMS = [
-    Case("inner norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("inner norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.LayerNorm(12)), tokens, {"fc1->fc2": 12}),
     Case("inner norm without parameters", mlp(lambda m, x: m.fc2(F.layer_norm(m.fc1(x).relu(), (12,)))), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
-    Case("inner rms norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.RMSNorm(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
+    Case("inner rms norm", mlp(lambda m, x: m.fc2(m.norm(m.fc1(x).relu())), norm=nn.RMSNorm(12)), tokens, {"fc1->fc2": 12}),
     Case("rms norm by hand", mlp(lambda m, x: m.fc2((h := m.fc1(x).relu()) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * m.g), g=parameter(12)), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
     Case("sum over channels", mlp(lambda m, x: m.fc2((h := m.fc1(x).exp()) / h.sum(-1, True))), tokens, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
     Case("global response norm", ResponseNorm, images, {"fc1->fc2": 12}, own="a statistic over the hidden axis"),
-    Case("norm over a concatenation", lambda: Net(lambda m, x: m.out(m.norm(torch.cat([m.a(x).relu(), m.b(x).tanh()], -1))), a=nn.Linear(8, 5), b=nn.Linear(8, 7), norm=nn.LayerNorm(12), out=nn.Linear(12, 4)), tokens, {"a->out": 5, "b->out": 7}, own="a statistic over the hidden axis"),
+    Case("norm over a concatenation", lambda: Net(lambda m, x: m.out(m.norm(torch.cat([m.a(x).relu(), m.b(x).tanh()], -1))), a=nn.Linear(8, 5), b=nn.Linear(8, 7), norm=nn.LayerNorm(12), out=nn.Linear(12, 4)), tokens, {"a->out": 5, "b->out": 7}),
 ]  # fmt: skip
 
 SHARED = [

@@ -8,7 +8,7 @@ from vbpfx.artifact import load
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture
-from vbpfx.convert import apply_plan, convert
+from vbpfx.convert import convert
 from vbpfx.errors import (
     AnalysisError,
     ArtifactError,
@@ -20,6 +20,7 @@ from vbpfx.errors import (
     VerificationError,
 )
 from vbpfx.ops import register_operator
+from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
 from vbpfx.plan import make_plan
 from vbpfx.prepare import Statistics, prepare, statistics

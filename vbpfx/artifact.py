@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from vbpfx.capture import named_tensors
-from vbpfx.convert import apply_plan
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
+from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Plan, block_from_json, block_to_json
 
 _FORMAT = 2

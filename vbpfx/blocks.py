@@ -18,7 +18,7 @@ from vbpfx.axes import Axis
 from vbpfx.capture import Captured
 from vbpfx.components import Component, components
 from vbpfx.evidence import Evidence, gather
-from vbpfx.ops import is_sum
+from vbpfx.ops import is_sum, takes_apart
 from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
 from vbpfx.tables import counted, table
 
@@ -158,18 +158,21 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     A product with what was made of it is no such thing: squeeze-and-excite is a gate.
     """
     carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
-    makers = [evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())]
+    makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
     if len(makers) < 2:
         return None
     start = min(evidence.position[n.name] for n in carriers)
-    late = [maker for maker in makers if _depends(maker, carriers, start, evidence.position)]
-    seen: set[fx.Node] = set()
-    while late:
-        node = late.pop()
-        if is_sum(node) and sum(a in carriers for a in node.all_input_nodes) > 1:
+    made_of_it: dict[fx.Node, bool] = {}
+    for node in sorted(carriers, key=lambda n: evidence.position[n.name]):
+        if node in makers:
+            made_of_it[node] = _depends(node, carriers, start, evidence.position)
+            continue
+        sources = (a.all_input_nodes[0] if takes_apart(a) else a for a in node.all_input_nodes)
+        operands = {made_of_it[source] for source in sources if source in made_of_it}
+        if operands == {True, False} and is_sum(node):
             return node.name
-        seen.add(node)
-        late += [user for user in node.users if user in carriers and user not in seen]
+        if operands:
+            made_of_it[node] = operands == {True}
     return None
 
 
@@ -210,9 +213,9 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
     ]
     common = [Counter(names) for names in zip(*choices, strict=True)]
     named = []
-    for block, names in zip(blocks, choices, strict=True):
+    for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):
         free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
-        named.append(replace(block, name=next(free, names[-1])))
+        named.append(replace(block, name=next(free, f"{names[-1]}#{number}")))
     return tuple(named)
 
 

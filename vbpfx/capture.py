@@ -218,6 +218,8 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
 def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     # A batch of one would be specialised without a word; two samples keep the axis dynamic.
+    if inputs.batch_size == 0:
+        raise CaptureError("the example batch is empty, and torch.export runs the model: pass at least one sample")
     samples = max(2, inputs.batch_size or 2)
     example = inputs.resized(samples)
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)

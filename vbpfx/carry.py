@@ -72,6 +72,38 @@ def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carri
         graph.erase_node(node)
 
 
+class CarriedNorm(nn.Module):
+    """A norm over the last axis in which channels that are no longer there go on counting.
+
+    It stands for an ``nn.LayerNorm`` or ``nn.RMSNorm`` in a narrowed model of its own class, with the same parameters under
+    the same names.
+
+    Args:
+        norm: the narrowed norm.
+        kind: ``"layer_norm"`` or ``"rms_norm"``.
+        carried: what the removed channels add.
+    """
+
+    def __init__(self, norm: Any, kind: str, carried: Carried) -> None:
+        super().__init__()
+        self.kind, self.carried, self.eps = kind, carried, norm.eps
+        self.weight: nn.Parameter | None
+        self.bias: nn.Parameter | None
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(norm, name, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x, (..., K)."""
+        h = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        y: Tensor = _NORMALISE[self.kind](h, self.carried, _eps(self.kind, self.eps, x.dtype)).to(x.dtype)
+        y = y if self.weight is None else y * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.kind}, {self.carried.size - len(self.carried.constants)} of {self.carried.size} channels"
+
+
 class _Call:
     """A norm or a reduction, its arguments as proxies."""
 
@@ -119,23 +151,36 @@ def _mean(call: _Call, carried: Carried) -> Any:
 
 
 def _layer_norm(call: _Call, carried: Carried) -> Any:
-    h, size, removed = call.widened(), carried.size, len(carried.constants)
-    mean = (h.sum(-1, keepdim=True) + carried.sum) / size
-    centred = h - mean
-    squares = (centred * centred).sum(-1, keepdim=True) + carried.spread
-    offset = mean - carried.mean
-    variance = (squares + offset * offset * removed) / size
-    eps = call.argument(4, "eps")
-    y = call.narrowed(centred * torch.rsqrt(variance + (1e-5 if eps is None else eps)))
-    return call.scaled(y, (2, "weight"), (3, "bias"))
+    eps = _eps("layer_norm", call.argument(4, "eps"), call.dtype)
+    return call.scaled(call.narrowed(_centred(call.widened(), carried, eps)), (2, "weight"), (3, "bias"))
 
 
 def _rms_norm(call: _Call, carried: Carried) -> Any:
-    h = call.widened()
-    mean_square = ((h * h).sum(-1, keepdim=True) + carried.square_sum) / carried.size
-    eps = call.argument(3, "eps")
-    smallest = torch.finfo(call.dtype).eps if eps is None else eps
-    return call.scaled(call.narrowed(h * torch.rsqrt(mean_square + smallest)), (2, "weight"), None)
+    eps = _eps("rms_norm", call.argument(3, "eps"), call.dtype)
+    return call.scaled(call.narrowed(_scaled_to_one(call.widened(), carried, eps)), (2, "weight"), None)
+
+
+def _centred(h: Any, carried: Carried, eps: float) -> Any:
+    """(h - m) / sqrt(var + eps) over the last axis, tensors or proxies."""
+    mean = (h.sum(-1, keepdim=True) + carried.sum) / carried.size
+    centred = h - mean
+    offset = mean - carried.mean
+    squares = (centred * centred).sum(-1, keepdim=True) + offset * offset * len(carried.constants) + carried.spread
+    return centred * torch.rsqrt(squares / carried.size + eps)
+
+
+def _scaled_to_one(h: Any, carried: Carried, eps: float) -> Any:
+    """h / sqrt(mean square + eps) over the last axis, tensors or proxies."""
+    squares = (h * h).sum(-1, keepdim=True) + carried.square_sum
+    return h * torch.rsqrt(squares / carried.size + eps)
+
+
+_NORMALISE: Mapping[str, Callable[[Any, Carried, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
+
+
+def _eps(kind: str, stated: float | None, dtype: torch.dtype) -> float:
+    """What torch adds where nothing is stated."""
+    return stated if stated is not None else 1e-5 if kind == "layer_norm" else torch.finfo(dtype).eps
 
 
 _FORMULAS: Mapping[str, Callable[[_Call, Carried], Any]] = {

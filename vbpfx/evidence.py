@@ -156,7 +156,11 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
             evidence.graph.add_node(source)
-            evidence.reduced[source].append(Reduction(node.name, _source(source, evidence), kind))
+            evidence.reduced[source].append(
+                Reduction(
+                    node.name, _source(source, evidence), kind, evidence.sizes[source], _enclosing_module(node)[0]
+                )
+            )
         case Opaque(axis, reason):
             evidence.graph.add_node(axis)
             evidence.opaque[axis].append((node.name, reason))
@@ -214,12 +218,20 @@ def _is_layer(node: fx.Node, weight: str) -> bool:
     """Whether the call is a layer of torch.nn (as a module, or as the module that export traced through)."""
     if node.op == "call_module":
         return True
+    path, layer = _enclosing_module(node)
+    return layer.startswith("torch.nn.modules.") and path == weight.rpartition(".")[0]
+
+
+def _enclosing_module(node: fx.Node) -> tuple[str, str]:
+    """Path and class of the innermost module whose code made the call; empty strings where none is known."""
+    if node.op == "call_module":
+        return str(node.target), ""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if not stack:
-        return False
+        return "", ""
     path, layer = stack[-1]
     name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
-    return name.startswith("torch.nn.modules.") and path.removeprefix("L['self'].") == weight.rpartition(".")[0]
+    return path.removeprefix("L['self'].").removeprefix("L['self']"), name
 
 
 def _parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple[Names, dict[str, list[str]]]:

@@ -232,9 +232,12 @@ def is_matrix_product(node: fx.Node) -> bool:
     return rule_for(node, None) is matrix_product
 
 
+_SUMS = ("add", "iadd", "sub", "isub", "addcmul", "addcdiv", "lerp")
+
+
 def is_sum(node: fx.Node) -> bool:
     """Whether the call adds its operands: where a residual stream takes in what a branch made of it."""
-    return node.op in ("call_function", "call_method") and spelling(node).strip("_") in ("add", "iadd", "sub", "isub")
+    return node.op in ("call_function", "call_method") and spelling(node).strip("_") in _SUMS
 
 
 def describe(node: fx.Node, module: nn.Module | None) -> str:

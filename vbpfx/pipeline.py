@@ -15,10 +15,11 @@ from vbpfx.artifact import save_network
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, Frontend, capture, require_module
-from vbpfx.convert import apply_plan, convert
+from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
 from vbpfx.inputs import Inputs, as_inputs
+from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
 from vbpfx.records import Plan

@@ -98,11 +98,15 @@ class Reduction:
         node: name of the node that takes it.
         source: what it is taken of.
         kind: ``"sum"``, ``"mean"``, ``"layer_norm"`` or ``"rms_norm"``.
+        size: of the whole axis it is taken over, in the dense network.
+        module: path of the module whose code takes it; ``""`` where none is known.
     """
 
     node: str
     source: Source
     kind: str
+    size: int
+    module: str
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         consumers=tuple(
             Consumer(**consumer | {"source": Source(*consumer["source"])}) for consumer in data["consumers"]
         ),
-        reductions=tuple(Reduction(r["node"], Source(*r["source"]), r["kind"]) for r in data["reductions"]),
+        reductions=tuple(Reduction(**r | {"source": Source(*r["source"])}) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
         literals=tuple(SizeLiteral(**entry | {"path": tuple(entry["path"])}) for entry in data["literals"]),
         carriers=tuple((node, axis, start) for node, axis, start in data["carriers"]),

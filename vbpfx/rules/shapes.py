@@ -55,7 +55,7 @@ def regrouping(site: Site) -> Iterator[Relation]:
     name = site.name
     if name in ("reshape_as", "view_as"):
         yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
-    if name == "unflatten":
+    if name == "unflatten" and site.module is not None:
         yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
     if name == "squeeze" and len(site.node.args) + len(site.node.kwargs) == 1:
         for axis in x.axes:
@@ -104,14 +104,14 @@ def repetition_of_entries(site: Site) -> Iterator[Relation]:
 def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
     """What the call's size arguments say of one output axis."""
     axis = out.axis(dim)
-    for path, value in _size_arguments(site, out.ndim):
+    for at, path, value in _size_arguments(site, out.ndim):
         read = site.size_read(value)
-        if path is None:  # the whole shape comes from one value
+        if at is None:  # the whole shape comes from one value
             if read is not None and read.plain and len(read.axes) == out.ndim:
                 yield Same(axis, read.axes[dim])
             else:
                 yield Opaque(axis, "its size is stated by a computed shape")
-        elif path[-1] == dim + _first_size(site):
+        elif at == dim:
             if isinstance(value, fx.Node):
                 if read is not None and read.plain and len(read.axes) == 1:
                     yield Same(axis, read.axes[0])
@@ -121,30 +121,27 @@ def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
                 yield SizeStated(axis, path)
 
 
-def _first_size(site: Site) -> int:
-    """Offset of the first size in its argument list: view(x, 2, 3) against view(x, [2, 3])."""
-    return 1 if len(site.node.args) > 1 and not isinstance(site.node.args[1], (tuple, list)) else 0
-
-
-def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[tuple[str | int, ...] | None, Any]]:
-    """Every size that a view, reshape or expand states, with its path; path None for a whole shape."""
-    if site.name not in _STATES_SIZES or site.module is not None:
+def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[int | None, tuple[str | int, ...], Any]]:
+    """Every size that a call states: of which output axis (None: all of them in one value), where, and what."""
+    args, name = site.node.args, site.name
+    if site.module is not None or name not in _STATES_SIZES:
         return
-    args = site.node.args
-    keyword = next((k for k in ("shape", "size") if k in site.node.kwargs), None)
-    given = site.node.kwargs[keyword] if keyword else args[1] if len(args) == 2 else args[1:]
-    prefix: tuple[str | int, ...] = ("kwargs", keyword) if keyword else ("args", 1) if len(args) == 2 else ("args",)
-    if isinstance(given, (tuple, list)):
-        offset = _first_size(site)
-        for i, value in enumerate(given):
-            yield (*prefix, i + offset), value
-    elif ndim == 1 and isinstance(given, int):
-        yield ("args", 1), given
-    else:
-        yield None, given
+    # view(x, 2, 3) against view(x, [2, 3])
+    first, keywords = (2, ("sizes",)) if name == "unflatten" else (1, ("shape", "size"))
+    keyword = next((k for k in keywords if k in site.node.kwargs), None)
+    given = site.node.kwargs[keyword] if keyword else args[first] if len(args) == first + 1 else args[first:]
+    if not isinstance(given, (tuple, list)):
+        whole = None if ndim != 1 or not isinstance(given, int) else 0
+        yield whole, site.path(first, keyword or ""), given
+        return
+    listed = keyword is not None or len(args) == first + 1
+    begin = site.constant(1, "dim") % site.x.ndim if name == "unflatten" else 0
+    for index, value in enumerate(given):
+        path = (*site.path(first, keyword or ""), index) if listed else ("args", first + index)
+        yield begin + index, path, value
 
 
-_STATES_SIZES = frozenset({"view", "reshape", "expand", "_unsafe_view"})
+_STATES_SIZES = frozenset({"view", "reshape", "expand", "_unsafe_view", "unflatten"})
 
 
 def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:

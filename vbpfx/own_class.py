@@ -1,0 +1,115 @@
+"""A plan on the model's own class: the one to train."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vbpfx.capture import fingerprint, require_module
+from vbpfx.carry import CarriedNorm
+from vbpfx.errors import ArtifactError
+from vbpfx.narrow import Removed, carried, gone, narrowed, removed_channels
+from vbpfx.records import Consumer, Plan, Reduction, SizeLiteral
+
+MISMATCH = (
+    "the plan was made for a model of another structure than this {model}: parameter names, shapes or module "
+    "classes differ; build the model as it was when it was pruned"
+)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """A narrowed copy of the model in its own class; the model itself stays as it was.
+
+    This is the one to train: unlike a graph captured in eval mode it has its dropout, stochastic depth
+    and BatchNorm behaviour. Code that computes with a width it remembers (``self.hidden ** -0.5``) is
+    beyond any rewrite of tensors: check the result with :func:`vbpfx.verify`, as ``Pruned.apply_to`` does.
+
+    Raises:
+        ArtifactError: the plan was made for another model (names, shapes and module classes are
+            compared), a layer of the model has no place for the bias that the fold makes, or the model's
+            code states the hidden width (which only symbolic tracing can tell).
+    """
+    require_module(model)
+    if fingerprint(model) != plan.fingerprint:
+        raise ArtifactError(MISMATCH.format(model=type(model).__name__))
+    removed = removed_channels(plan)
+    for entry in plan.blocks:
+        for reduction in entry.block.reductions:
+            if not _is_norm(model, reduction, plan):
+                raise ArtifactError(
+                    f"block {entry.block.name}: a statistic over the hidden axis (node {reduction.node}) must go on counting "
+                    f"the removed channels, for which the class has no place; use the GraphModule"
+                )
+        for literal in entry.block.literals:
+            # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
+            if literal.by_code and plan.frontend == "symbolic" and gone(literal, removed):
+                raise ArtifactError(
+                    f"block {entry.block.name}: the model's code states the hidden width {entry.block.width} as a number "
+                    f"(node {literal.node}), which no rewrite of tensors can change; use the GraphModule"
+                )
+        if (node := _unequal_chunks(entry.block.literals, removed)) is not None:
+            raise ArtifactError(
+                f"block {entry.block.name}: the model's code takes parts of equal size (node {node}), and narrowed they are "
+                f"unequal; use the GraphModule"
+            )
+        for consumer in entry.block.consumers:
+            if consumer.creates_bias and not _has_place_for_bias(model, consumer):
+                raise ArtifactError(
+                    f"block {entry.block.name}: the code around {consumer.weight} adds no bias, so the class cannot "
+                    f"hold the fold; use the GraphModule, or give the layer a zero bias"
+                )
+    small = narrowed(model, plan, share=False)
+    for reduction, constants in carried(plan).values():
+        owner, _, attribute = reduction.module.rpartition(".")
+        norm = small.get_submodule(reduction.module)
+        setattr(small.get_submodule(owner), attribute, CarriedNorm(norm, reduction.kind, constants))
+    return small
+
+
+def _is_norm(model: nn.Module, reduction: Reduction, plan: Plan) -> bool:
+    """Whether a statistic is all that one module computes: its norm over the last axis, tried on a few numbers."""
+    calls = {r.node for entry in plan.blocks for r in entry.block.reductions if r.module == reduction.module}
+    if not reduction.module or reduction.kind not in ("layer_norm", "rms_norm") or len(calls) > 1:
+        return False
+    norm: Any = model.get_submodule(reduction.module)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not hasattr(norm, "eps") or set(dict(norm.named_parameters())) - {"weight", "bias"}:
+        return False
+    like = weight if isinstance(weight, torch.Tensor) else torch.empty(0)
+    x = torch.linspace(-2, 3, 6 * reduction.size, dtype=like.dtype, device=like.device).reshape(2, 3, -1)
+    try:
+        with torch.no_grad():
+            found = norm(x)
+            expected = (
+                F.layer_norm(x, (reduction.size,), weight, bias, norm.eps)
+                if reduction.kind == "layer_norm"
+                else F.rms_norm(x, (reduction.size,), weight, norm.eps)
+            )
+    except Exception:  # a module of another kind raises whatever it raises
+        return False
+    return bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-5))
+
+
+def _has_place_for_bias(model: nn.Module, consumer: Consumer) -> bool:
+    owner, _, attribute = consumer.bias.rpartition(".")
+    layer = model.get_submodule(owner)
+    # a subclass may compute without the bias it inherits
+    own = type(layer).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return consumer.is_layer and own and attribute == "bias" and layer.bias is None
+
+
+def _unequal_chunks(literals: tuple[SizeLiteral, ...], removed: Removed) -> str | None:
+    """A call that cuts an axis into parts by itself and would now cut it elsewhere; None without one."""
+    sizes: dict[str, dict[Any, int]] = defaultdict(dict)
+    for literal in literals:
+        if not literal.by_code:
+            sizes[literal.node][literal.path[-1]] = literal.stop - literal.start - gone(literal, removed)
+    for node, parts in sizes.items():
+        wanted = [parts[index] for index in sorted(parts)]
+        if wanted != [len(part) for part in torch.empty(sum(wanted)).chunk(len(wanted))]:
+            return node
+    return None
