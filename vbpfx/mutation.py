@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vbpfx.axes import spelling
-from vbpfx.ops import is_view
+from vbpfx.ops import is_view, takes_apart
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -25,19 +25,34 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """
     position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     root: dict[fx.Node, fx.Node] = {}
+    part: dict[fx.Node, tuple[fx.Node, Any]] = {}  # what was taken out of a chunk, a split, an unbind
     aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     found: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         changes = source is not None and isinstance(node.meta.get("val"), Tensor) and _is_in_place(node, module)
-        root[node] = root[source] if source is not None and (changes or is_view(node, module)) else node
+        root[node] = node
+        if source is not None and (changes or is_view(node, module)):
+            root[node] = root[source]
+            if source in part:
+                part[node] = part[source]
+            elif takes_apart(source):
+                index: Any = node.args[1]
+                part[node] = (source, index % len(source.meta["val"]))
         if changes:
             for alias in aliases[root[node]]:
-                if any(position[user] > position[node] for user in alias.users):
+                if not _apart(part.get(alias), part.get(node)) and any(
+                    position[u] > position[node] for u in alias.users
+                ):
                     found[alias] = node.name
         aliases[root[node]].append(node)
     return found
+
+
+def _apart(a: tuple[fx.Node, Any] | None, b: tuple[fx.Node, Any] | None) -> bool:
+    """Whether two views are different parts of one call that takes a tensor apart: they share no memory."""
+    return a is not None and b is not None and a[0] is b[0] and a[1] != b[1]
 
 
 def _is_in_place(node: fx.Node, module: Any) -> bool:

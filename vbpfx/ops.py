@@ -219,7 +219,7 @@ def is_view(node: fx.Node, module: nn.Module | None) -> bool:
 
 def takes_sizes(rule: Rule | None) -> bool:
     """Whether a rule reads size arguments itself."""
-    return rule in (regrouping, expansion)
+    return rule in (regrouping, expansion, norm_over_last)
 
 
 def takes_apart(node: fx.Node) -> bool:

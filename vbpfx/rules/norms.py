@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from vbpfx.axes import Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.axes import Axis, Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
 
 
 def batch_norm(site: Site) -> Iterator[Relation]:
@@ -30,18 +31,34 @@ def norm_over_last(site: Site) -> Iterator[Relation]:
     Over one axis the statistics are sums, in which channels that became constant go on counting.
     """
     x, out = site.x, site.out
-    normalized = len(as_tuple(site.constant(1, "normalized_shape"), 1))
+    given = site.argument(1, "normalized_shape")
+    whole = site.size_read(given)
+    sizes = whole.axes if whole is not None and whole.plain else as_tuple(given, 1)
+    normalized = len(sizes)
     yield from leading(x, out, but=normalized)
     scale_and_shift = (site.operand(2, "weight"), site.operand(3, "bias"))
     if normalized == 1:
         yield Reduces(x.axis(-1), "rms_norm" if "rms" in site.name else "layer_norm")
         if site.module is None:
-            yield SizeStated(x.axis(-1), (*site.path(1, "normalized_shape"), 0))
+            yield _normalized_size(site, x.axis(-1), sizes[0])
     for back in range(1, normalized + 1):
         if normalized > 1:
             yield Opaque(x.axis(-back), "a norm takes its statistics across it")
         yield Same(x.axis(-back), out.axis(-back))
         yield from (Same(x.axis(-back), p.axis(-back)) for p in scale_and_shift if p is not None)
+
+
+def _normalized_size(site: Site, axis: Axis, size: Any) -> Relation:
+    """What a functional norm states of the size of its axis: a number, or a size read from a tensor."""
+    if isinstance(size, Axis):
+        return Same(axis, size)
+    read = site.size_read(size)
+    if read is not None and read.plain and len(read.axes) == 1:
+        return Same(axis, read.axes[0])
+    if not isinstance(size, int):
+        return Opaque(axis, "its size is stated by a computed number")
+    path = site.path(1, "normalized_shape")
+    return SizeStated(axis, path if isinstance(site.argument(1, "normalized_shape"), int) else (*path, 0))
 
 
 def group_norm(site: Site) -> Iterator[Relation]:
