@@ -158,6 +158,8 @@ def _planted(block: nn.Module) -> list[Planted]:
 
 def must_be_found(step: Step) -> bool:
     """Whether every part of a step is expected to be rewritten."""
+    if step.template == "packed slices" and any(MIDDLES[name].in_place for name in (*step.middle, *step.other)):
+        return False  # that two slices share no memory is not looked at
     return step.calls == 1 and {step.template, *step.middle, *step.other, *step.spelled} <= EXPECTED
 
 

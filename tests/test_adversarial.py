@@ -79,7 +79,6 @@ EXACT |= {
 
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
-    "flattened and unflattened": mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (12, 1)).squeeze(-1))),
     "pooled across": mlp(lambda m, x: m.fc2(F.avg_pool2d(m.fc1(x), 3, 1, 1))),
     "every axis squeezed": mlp(lambda m, x: m.fc2(m.fc1(x).relu().squeeze())),
     "reduced without an axis": mlp(lambda m, x: m.fc2(m.fc1(x) - m.fc1(x).mean(dim=()))),

@@ -317,6 +317,7 @@ FOUND = [
     Case("padded, rolled, repeated", lambda: Net(lambda m, x: m.out(F.interpolate(F.pad(m.first(x), (1, 2)).roll(1, -1), scale_factor=2).repeat(1, 1, 1, 2)), first=nn.Conv2d(4, 12, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
     Case("instance norm", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.InstanceNorm2d(12, affine=True), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(12, 3, 1)), images, {"0->4": 12}),
     Case("transposed convolution makes it", lambda: nn.Sequential(nn.ConvTranspose2d(4, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 3, 1)), images, {"0->2": 12}),
+    Case("unflattened by one", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (12, 1)).tanh().squeeze(-1))), tokens, {"fc1->fc2": 12}, own="states the hidden width 12"),
     Case("stacked", mlp(lambda m, x: m.fc2(torch.stack([m.fc1(x).relu(), m.fc1(-x)], 1).mean(1))), tokens, {"fc1->fc2": 12}),
     Case("embedding", lambda: Net(lambda m, x: m.fc2(m.fc1(m.words(x.abs().ceil().clamp(max=6).long()[..., 0])).relu()), words=nn.Embedding(7, 8), fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8)), tokens, {"fc1->fc2": 12}),
     Case("attention over tokens", mlp(lambda m, x: m.fc2(torch.softmax(x @ x.transpose(1, 2), -1) @ m.fc1(x).relu())), tokens, {"fc1->fc2": 12}),

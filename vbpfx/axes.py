@@ -64,6 +64,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """The axis holds every entry of two axes, those of the second for the first entry of the first, and so on."""
+
+    out: Axis
+    first: Axis
+    second: Axis
+
+
+@dataclass(frozen=True)
 class Opaque:
     """The axis cannot be narrowed through this call."""
 
@@ -116,7 +125,7 @@ class SizeStated:
     by_code: bool = True
 
 
-Relation = Same | Part | Opaque | Produces | Contracts | Reduces | SizeStated
+Relation = Same | Part | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
 
 
 class SizeRead(NamedTuple):

@@ -67,6 +67,12 @@ def find_blocks(captured: Captured) -> Analysis:
     found = [_judge(component, linked, evidence) for component in components(evidence)]
     blocks = [entry for entry in found if isinstance(entry, Block)]
     refusals = [entry for entry in found if isinstance(entry, Refusal)]
+    known = {name for names in evidence.produced.values() for name in names}
+    refusals += [
+        Refusal(_layer(name), evidence.sizes[Axis(name, 0, True)], (name,), *why)
+        for name, why in evidence.unread.items()
+        if name not in known
+    ]
     order = evidence.position
     blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
@@ -171,7 +177,7 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
         operands = {made_of_it[source] for source in sources if source in made_of_it}
         if operands == {True, False} and is_sum(node):
             return node.name
-        if operands:
+        if operands or node in evidence.computed:  # an embedding's value begins an axis, too
             made_of_it[node] = operands == {True}
     return None
 

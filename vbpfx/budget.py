@@ -63,7 +63,7 @@ def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
 
 
 def choose_widths(
-    blocks: Sequence[Block],
+    groups: Sequence[Sequence[Block]],
     scores: Mapping[str, Tensor],
     budget: Budget,
     *,
@@ -74,6 +74,7 @@ def choose_widths(
     """The width of every block under the budget.
 
     Args:
+        groups: the blocks; those of one group are of one width and stay so.
         scores: one per neuron, (d,).
         floor: smallest width per block.
         round_to: widths are multiples of it, or the block's own width. Under ``ratio`` the total is the
@@ -83,53 +84,79 @@ def choose_widths(
     Raises:
         BudgetError: the budget cannot be met above the floors; the nearest that can is named.
     """
-    full = {block.name: block.width for block in blocks}
+    heads = [group[0] for group in groups]
+    full = {head.name: head.width for head in heads}
     lowest = {name: _rounded_up(floor[name], round_to, full[name]) for name in full}
-    order = _removal_order(blocks, scores, lowest)
+    # the k-th neuron to leave a group is every block's k-th: its score is what they cost on the mean
+    ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
+    order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
     if not len(order):
         raise BudgetError("no budget can be met: min_width and round_to leave no neuron that may go; use smaller ones")
 
     def after(removed: int) -> dict[str, int]:
-        gone = torch.bincount(order[:removed], minlength=len(blocks)).tolist()
-        return {block.name: block.width - count for block, count in zip(blocks, gone, strict=True)}
+        gone = torch.bincount(order[:removed], minlength=len(heads)).tolist()
+        return {head.name: head.width - count for head, count in zip(heads, gone, strict=True)}
+
+    def everywhere(widths: Mapping[str, int]) -> dict[str, int]:
+        return {block.name: widths[group[0].name] for group in groups for block in group}
+
+    def neurons(widths: Mapping[str, int]) -> int:
+        return sum(widths[group[0].name] * len(group) for group in groups)
 
     if cost is None:
-        total = sum(full.values())
-        wanted = round(budget.value * total)
+        total = neurons(full)
+        wanted, most = round(budget.value * total), total - neurons(after(len(order)))
         if not wanted:
             raise BudgetError(f"ratio={budget.value:g} removes none of {total} neurons; use {1 / total:.1g} or more")
-        if wanted > len(order):
+        if wanted > most:
             raise BudgetError(
                 f"ratio={budget.value:g} removes {wanted} of {total} neurons, but the floors leave at most "
-                f"{len(order)}; use ratio={math.floor(1e4 * len(order) / total) / 1e4:g} or less, or a smaller min_width"
+                f"{most}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less, or a smaller min_width"
             )
-        exact = after(wanted)
+        enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
+        exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
         # half a step of excess: the total ends on whichever side is nearer
         kept = total - wanted + round_to / 2
-        return _round_widths(exact, full, lowest, round_to, lambda widths: sum(widths.values()) - kept)
-    dense, target = cost(full), budget.value * cost(full)
-    least = cost(after(len(order)))
+        return everywhere(_round_widths(exact, full, lowest, round_to, lambda widths: neurons(widths) - kept))
+
+    def spent(widths: Mapping[str, int]) -> int:
+        return cost(everywhere(widths))
+
+    dense, target = spent(full), budget.value * spent(full)
+    least = spent(after(len(order)))
     if least > target:
         raise BudgetError(
             f"{budget.kind}={budget.value:g} cannot be met: with every block at its floor {least / dense:.4f} of the "
             f"dense model's {budget.kind} remain; use {budget.kind}={math.ceil(1e4 * least / dense) / 1e4:g} or more, "
             f"or a smaller min_width"
         )
-    few, enough = 0, len(order)
-    while few < enough:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if cost(after(middle)) <= target else (middle + 1, enough)
-    return _round_widths(after(enough), full, lowest, round_to, lambda widths: cost(widths) - target)
+    enough = _fewest(len(order), lambda removed: spent(after(removed)) <= target)
+    return everywhere(_round_widths(after(enough), full, lowest, round_to, lambda widths: spent(widths) - target))
 
 
-def _removal_order(blocks: Sequence[Block], scores: Mapping[str, Tensor], lowest: Mapping[str, int]) -> Tensor:
-    """Block number of every neuron that may go, lowest score first."""
-    values, owners = [], []
-    for number, block in enumerate(blocks):
-        # What the floor protects are the block's own best neurons.
-        removable = scores[block.name].sort(stable=True).values[: block.width - lowest[block.name]]
-        values.append(removable)
-        owners.append(torch.full((len(removable),), number))
+def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
+    """The blocks in groups whose layers have the same shapes: what one number in a configuration describes."""
+    tensors = named_tensors(model)
+    groups: dict[Any, list[Block]] = defaultdict(list)
+    for block in blocks:
+        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start) for p in block.parameters)
+        groups[block.width, tuple(shapes)].append(block)
+    return list(groups.values())
+
+
+def _fewest(most: int, enough: Callable[[int], bool]) -> int:
+    """The smallest number up to ``most`` that is enough."""
+    few = 0
+    while few < most:
+        middle = (few + most) // 2
+        few, most = (few, middle) if enough(middle) else (middle + 1, most)
+    return most
+
+
+def _removal_order(ranked: Sequence[Tensor], removable: Sequence[int]) -> Tensor:
+    """Group number of every neuron that may go, lowest score first; the floor protects a group's own best."""
+    values = [scores[:count] for scores, count in zip(ranked, removable, strict=True)]
+    owners = [torch.full((len(part),), number) for number, part in enumerate(values)]
     return torch.cat(owners)[torch.cat(values).argsort(stable=True)]
 
 

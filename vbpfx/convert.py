@@ -12,7 +12,7 @@ from vbpfx.capture import Captured, named_tensors
 from vbpfx.carry import carry
 from vbpfx.edit import finish
 from vbpfx.errors import ArtifactError
-from vbpfx.narrow import Removed, carried, gone, narrowed, removed_channels
+from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels
 from vbpfx.ops import is_matrix_product, takes_apart
 from vbpfx.own_class import MISMATCH
 from vbpfx.records import Plan
@@ -106,7 +106,7 @@ def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
 
 def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:
     """Functional layers take a new bias as an argument, matrix products as a sum; a module finds its own."""
-    consumers = {c.node: c for entry in plan.blocks for c in entry.block.consumers if c.creates_bias}
+    consumers = {c.node: c for entry in plan.blocks for c in entry.block.consumers if needs_bias(entry, c)}
     for name, consumer in consumers.items():
         node = nodes[name]
         if node.op == "call_module":

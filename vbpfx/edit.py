@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import fx, nn
 
 from vbpfx.errors import ArtifactError
-from vbpfx.records import Block
+from vbpfx.records import Block, Source
 
 
 def insert_at_sources(
-    graph_module: fx.GraphModule, blocks: Iterable[Block], make: Callable[[Block, int], nn.Module], label: str
+    graph_module: fx.GraphModule,
+    blocks: Iterable[Block],
+    make: Callable[[Block, int], nn.Module],
+    label: str,
+    beside: Mapping[Source, str] | None = None,
 ) -> list[tuple[Block, int, nn.Module]]:
-    """Insert a module of one tensor in front of every block's consumers, in place.
+    """Insert a module in front of everything that reads a block's axis, in place.
 
     Args:
         make: called with the block and the index of the source among ``block.sources``.
         label: what the new submodules are called in the graph.
+        beside: source -> name of a node whose value the module gets, too.
 
     Returns:
         What was inserted where. Only the consumers read the new module's value; whoever else reads
@@ -39,7 +44,8 @@ def insert_at_sources(
             graph_module.add_submodule(path, module)
             before = latest.get((source.node, source.axis), nodes[source.node])
             with graph_module.graph.inserting_before(min(nodes[name] for name in readers)):
-                call = graph_module.graph.call_module(path, (before,))
+                further = (nodes[beside[source]],) if beside and source in beside else ()
+                call = graph_module.graph.call_module(path, (before, *further))
             for name in readers:
                 nodes[name].replace_input_with(before, call)
             latest[source.node, source.axis] = call

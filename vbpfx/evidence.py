@@ -14,6 +14,7 @@ from vbpfx.axes import (
     Axis,
     ComputedArgumentError,
     Contracts,
+    Merged,
     Names,
     Opaque,
     Part,
@@ -32,17 +33,24 @@ from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
 from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.sizes import read_sizes
 
-_ADVICE = "see docs/adding_an_operator.md"
+_UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
 @dataclass
 class Evidence:
-    """What the rules said, gathered over the whole graph."""
+    """What the rules said, gathered over the whole graph.
+
+    ``computed`` are the nodes whose values come from the model's inputs, not from parameters and sizes alone.
+    """
 
     nodes: dict[str, fx.Node]
     position: dict[str, int]
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
     parts: list[Part] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
+    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    computed: set[fx.Node] = field(default_factory=set)
+    biases: dict[str, Axis] = field(default_factory=dict)
     opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -75,12 +83,16 @@ def gather(captured: Captured) -> Evidence:
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
     for node, own in values.items():
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op == "placeholder" or (node not in sizes and not evidence.computed.isdisjoint(node.all_input_nodes)):
+            evidence.computed.add(node)
         if node not in sizes:  # asking a parameter for its dtype is no use of it
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
         for relation in _relations(node, module, names, sizes):
             _note(relation, node, evidence)
+        if own is not None and rule_for(node, module) is None:
+            _note_unread(node, module, names, evidence)
     return evidence
 
 
@@ -115,7 +127,7 @@ def _relations(
         hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
     if rule is None:
         parametrized = module is not None and parametrize.is_parametrized(module)
-        why = "is parametrized" if parametrized else f"is not in the operator table ({_ADVICE})"
+        why = "is parametrized" if parametrized else _UNLISTED
         return [*used, *site.all_opaque(f"operator {name} {why}")]
     try:
         found = list(rule(site))
@@ -152,6 +164,8 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Part(whole, part, _):
             evidence.graph.add_nodes_from((whole, part))
             evidence.parts.append(relation)
+        case Merged():
+            evidence.merged.append(relation)
         case Reduces(source, _) if source.is_parameter:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
@@ -174,13 +188,16 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             _own_weight(weight, node, evidence)
             if bias is not None and (not bias.is_parameter or bias.shape != _outputs(weight, evidence)):
                 evidence.opaque[source].append((node.name, "the bias of the layer that reads it is not one of its own"))
+            name = _new_bias(weight, evidence) if bias is None else bias.owner
+            if evidence.biases.setdefault(name, weight) != weight:
+                evidence.opaque[source].append((node.name, f"{name} is the bias of another layer, too"))
             evidence.contracted[source].append(
                 Consumer(
                     node=node.name,
                     source=_source(source, evidence),
                     weight=weight.owner,
                     weight_axis=weight.dim,
-                    bias=_bias_name(weight.owner, evidence) if bias is None else bias.owner,
+                    bias=name,
                     creates_bias=bias is None,
                     is_layer=_is_layer(node, weight.owner),
                 )
@@ -189,6 +206,23 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.graph.add_node(axis)
             end = evidence.sizes[axis] if stop is None else stop
             evidence.literals[axis].append(SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code))
+
+
+def _note_unread(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:
+    """Matrices that an operator without a rule reads beside a computed value: layers that stay unknown."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return
+    values = [n.meta.get("val") for n in node.all_input_nodes if n in evidence.computed]
+    if not any(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        return
+    read = [operand_of(n, names) for n in node.all_input_nodes]
+    weights = [o.owner for o in read if o is not None and o.is_parameter and o.ndim > 1]
+    if module is not None:
+        weights += [
+            name for name in names.of_module[str(node.target)].values() if Axis(name, 1, True) in evidence.sizes
+        ]
+    for name in weights:
+        evidence.unread.setdefault(name, (node.name, f"operator {describe(node, module)} reads it, and {_UNLISTED}"))
 
 
 def _source(axis: Axis, evidence: Evidence) -> Source:
@@ -205,10 +239,10 @@ def _outputs(weight: Axis, evidence: Evidence) -> tuple[int, ...]:
     return (evidence.sizes[weight._replace(dim=1 - weight.dim)],)
 
 
-def _bias_name(weight: str, evidence: Evidence) -> str:
+def _new_bias(weight: Axis, evidence: Evidence) -> str:
     """Name of the bias that a layer without one gets: beside its weight, and nobody else's."""
-    owner, _, attribute = weight.rpartition(".")
-    name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight}_bias"
+    owner, _, attribute = weight.owner.rpartition(".")
+    name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight.owner}_bias"
     while Axis(name, 0, True) in evidence.sizes:
         name += "_"
     return name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vbpfx.capture import named_tensors, plain_tensors
 from vbpfx.carry import Carried
 from vbpfx.compensate import fold
-from vbpfx.records import Plan, Reduction, SizeLiteral
+from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
 Removed = Mapping[tuple[str, int], frozenset[int]]
 
@@ -58,8 +58,10 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
             pruned = torch.tensor(entry.pruned) + consumer.source.start
             constants = entry.constants[entry.block.sources.index(consumer.source)]
             shift = fold(tensors[consumer.weight], consumer.weight_axis, pruned, constants)
+            if consumer.creates_bias and not needs_bias(entry, consumer):
+                continue
             shifts[consumer.bias] = shifts[consumer.bias] + shift if consumer.bias in shifts else shift
-            if consumer.creates_bias:
+            if needs_bias(entry, consumer):
                 made[consumer.bias] = consumer.weight
                 removed[consumer.bias, 0] = removed.get((consumer.weight, 1 - consumer.weight_axis), [])
     cuts: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
@@ -83,6 +85,11 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
         else:
             replaced[name] = nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
     return replaced, created
+
+
+def needs_bias(entry: BlockPlan, consumer: Consumer) -> bool:
+    """Whether a layer must get a bias: it has none, and what stands for the removed neurons is not zero."""
+    return consumer.creates_bias and bool(entry.constants[entry.block.sources.index(consumer.source)].any())
 
 
 def _others(positions: list[int], size: int) -> Tensor:

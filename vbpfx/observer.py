@@ -18,6 +18,8 @@ class Observer(nn.Module):
         name: what it observes, for messages.
         axis: the channel axis of the tensor it will see.
         start: the first channel on that axis that is observed; ``width`` is how many are.
+        masked: the axes of the tensor that a mask's samples and tokens are, if it is called with one: counted from the
+            end, one axis where they are merged.
 
     Attributes:
         moments: what was gathered; None before the first sample.
@@ -26,19 +28,23 @@ class Observer(nn.Module):
             batch and all after it are not gathered.
     """
 
-    def __init__(self, name: str, axis: int, start: int, width: int) -> None:
+    def __init__(self, name: str, axis: int, start: int, width: int, masked: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.masked = name, masked
         self.axis, self.start, self.width = axis, start, width
         self.moments: Moments | None = None
         self.calls = 0
         self.bad_call: int | None = None
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Gather, and return x itself."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
         seen = x.detach().narrow(self.axis, self.start, self.width)
-        rows = seen.movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else seen.unsqueeze(0)
+        if mask is not None:
+            seen = seen.movedim((*self.masked, self.axis), (*range(len(self.masked)), -1))
+            rows = seen[mask.bool() if len(self.masked) == 2 else mask.bool().flatten()].flatten(0, -2)
+        else:
+            rows = seen.movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else seen.unsqueeze(0)
         if rows.shape[0] and self.bad_call is None:
             batch = Moments.of(rows)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.

@@ -12,7 +12,8 @@ from torch import nn
 from vbpfx.capture import fingerprint, require_module
 from vbpfx.carry import CarriedNorm
 from vbpfx.errors import ArtifactError
-from vbpfx.narrow import Removed, carried, gone, narrowed, removed_channels
+from vbpfx.model_config import describe_widths, has_config
+from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels
 from vbpfx.records import Consumer, Plan, Reduction, SizeLiteral
 
 MISMATCH = (
@@ -27,6 +28,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     This is the one to train: unlike a graph captured in eval mode it has its dropout, stochastic depth
     and BatchNorm behaviour. Code that computes with a width it remembers (``self.hidden ** -0.5``) is
     beyond any rewrite of tensors: check the result with :func:`vbpfx.verify`, as ``Pruned.apply_to`` does.
+
+    The ``config`` of a Hugging Face model is made to describe the result, where it can: with ``uniform=True`` it
+    must, so that ``save_pretrained`` writes what ``from_pretrained`` reads.
 
     Raises:
         ArtifactError: the plan was made for another model (names, shapes and module classes are
@@ -57,7 +61,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
                 f"unequal; use the GraphModule"
             )
         for consumer in entry.block.consumers:
-            if consumer.creates_bias and not _has_place_for_bias(model, consumer):
+            if needs_bias(entry, consumer) and not _has_place_for_bias(model, consumer):
                 raise ArtifactError(
                     f"block {entry.block.name}: the code around {consumer.weight} adds no bias, so the class cannot "
                     f"hold the fold; use the GraphModule, or give the layer a zero bias"
@@ -67,6 +71,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         owner, _, attribute = reduction.module.rpartition(".")
         norm = small.get_submodule(reduction.module)
         setattr(small.get_submodule(owner), attribute, CarriedNorm(norm, reduction.kind, constants))
+    if has_config(small) and (wrong := describe_widths(small, plan)) and plan.settings.get("uniform"):
+        raise ArtifactError(
+            f"the configuration of {type(model).__name__} cannot describe the narrowed {', '.join(wrong[:4])}, so save_pretrained "
+            f"would write what from_pretrained cannot read; leave these blocks out with exclude=, or use "
+            f"compensation='none' where a bias came into being"
+        )
     return small
 
 

@@ -82,6 +82,7 @@ def prune(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
+    mask: str | None = None,
     progress: bool = True,
     verify: bool = True,
     **options: Unpack[PlanArguments],
@@ -101,6 +102,7 @@ def prune(
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
         example_inputs: one batch to trace with; the first of ``calibration`` by default.
         frontend: see :func:`vbpfx.capture`.
+        mask: the argument that is the padding mask; ``attention_mask`` is found by itself (see :func:`vbpfx.prepare`).
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
@@ -127,7 +129,7 @@ def prune(
     captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-    observed = prepare(captured, analysis, blocks=blocks)
+    observed = prepare(captured, analysis, blocks=blocks, mask=mask)
     total = len(calibration) if isinstance(calibration, Sized) else None
     calibrate(observed, data, read=read, total=total, progress=progress)
     gathered = statistics(observed)

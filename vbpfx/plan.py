@@ -12,7 +12,17 @@ import torch
 from typing_extensions import TypedDict, Unpack
 
 from vbpfx.blocks import Analysis
-from vbpfx.budget import Budget, Cost, choose_widths, floors, kept_neurons, mac_cost, parameter_cost, require_positive
+from vbpfx.budget import (
+    Budget,
+    Cost,
+    choose_widths,
+    floors,
+    kept_neurons,
+    mac_cost,
+    parameter_cost,
+    require_positive,
+    same_shape,
+)
 from vbpfx.capture import Captured
 from vbpfx.compensate import COMPENSATIONS
 from vbpfx.errors import BudgetError, CalibrationError
@@ -51,6 +61,7 @@ class PlanArguments(TypedDict, total=False):
     compensation: str | None
     round_to: int
     min_width: int | None
+    uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
 
@@ -65,6 +76,7 @@ class PlanOptions:
     compensation: str
     round_to: int
     min_width: int | None
+    uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
 
@@ -80,6 +92,7 @@ class PlanOptions:
         compensation: str | None = None,
         round_to: int = 1,
         min_width: int | None = None,
+        uniform: bool = False,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
     ) -> PlanOptions:
@@ -97,6 +110,7 @@ class PlanOptions:
             _known("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
             require_positive("round_to", round_to),
             recipe.min_width if min_width is None else require_positive("min_width", min_width),
+            bool(uniform),
             include,
             exclude,
         )
@@ -117,6 +131,8 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
         compensation: ``"mean"`` or ``"none"``, in place of the method's.
         round_to: make widths multiples of it (default 1).
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
+        uniform: the same width in every block of the same shape, so that one number in a configuration
+            (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
 
     Raises:
@@ -132,7 +148,8 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
     scores = {b.name: score(b, moments[b.name], captured.reference) for b in blocks}
     floor = floors(blocks, chosen.min_width)
     cost = _cost(chosen.budget, captured, blocks)
-    widths = choose_widths(blocks, scores, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
+    groups = same_shape(blocks, captured.reference) if chosen.uniform else [[block] for block in blocks]
+    widths = choose_widths(groups, scores, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
     entries = [
         _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], constants)
         for block in blocks
@@ -144,6 +161,7 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
         "compensation": chosen.compensation,
         "budget": {chosen.budget.kind: chosen.budget.value},
         "round_to": chosen.round_to,
+        "uniform": chosen.uniform,
         "neurons": sum(block.width for block in blocks),
         "at_floor": [block.name for block in blocks if widths[block.name] == floor[block.name] < block.width],
         "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),

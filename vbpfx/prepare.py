@@ -15,6 +15,7 @@ from vbpfx.capture import Captured, share_parameters
 from vbpfx.edit import insert_at_sources
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.files import safetensors_writer, write_atomically
+from vbpfx.masks import find_masks
 from vbpfx.moments import Moments
 from vbpfx.observer import Observer
 from vbpfx.records import Block
@@ -72,7 +73,9 @@ class Statistics:
             raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
 
 
-def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] | None = None) -> fx.GraphModule:
+def prepare(
+    captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] | None = None, mask: str | None = None
+) -> fx.GraphModule:
     """An instrumented copy of the captured graph, in eval mode: run your own data through it.
 
     An :class:`~vbpfx.observer.Observer` stands at the input of every consumer, so that the statistics are
@@ -81,6 +84,8 @@ def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] |
 
     Args:
         blocks: the blocks to observe; all of the analysis by default.
+        mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
+            by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
 
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
@@ -92,13 +97,15 @@ def prepare(captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] |
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
-    insert_at_sources(observed, chosen, _observer, "observe")
+    masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
+
+    def observer(block: Block, index: int) -> Observer:
+        source = block.sources[index]
+        masked = masks[source].axes if source in masks else ()
+        return Observer(block.name, source.axis, source.start, block.width, masked)
+
+    insert_at_sources(observed, chosen, observer, "observe", {source: m.node for source, m in masks.items()})
     return observed
-
-
-def _observer(block: Block, index: int) -> Observer:
-    source = block.sources[index]
-    return Observer(block.name, source.axis, source.start, block.width)
 
 
 def observers(observed: fx.GraphModule) -> list[Observer]:

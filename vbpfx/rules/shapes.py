@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.axes import Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
+from vbpfx.axes import Merged, Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
 
 
 def permutation(site: Site) -> Iterator[Relation]:
@@ -52,6 +52,9 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for dim, position in kept.items():
         yield Same(x.axis(dim), out.axis(position))
         yield from _stated(site, out, position)
+    for rows, apart in ((out, x), (x, out)):  # samples and tokens as rows, and back
+        if rows.ndim > 1 and apart.ndim > 2 and rows.shape[0] == apart.shape[0] * apart.shape[1]:
+            yield Merged(rows.axis(0), apart.axis(0), apart.axis(1))
     name = site.name
     if name in ("reshape_as", "view_as"):
         yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))

@@ -1,0 +1,97 @@
+"""Which masks cover which values: padding must not enter the statistics.
+
+A mask has one entry per sample and token, (B, T). It covers a value if the value's token axis *is* the mask's, which the
+dependency graph knows: both run from the same tokens. Equal lengths say nothing: an image tower may have as many
+patches as the text has words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import Tensor
+
+from vbpfx.axes import Axis
+from vbpfx.capture import Captured
+from vbpfx.errors import AnalysisError
+from vbpfx.evidence import Evidence, gather
+from vbpfx.records import Source
+
+# What Hugging Face models call the masks of their two inputs.
+FOUND_BY_THEMSELVES = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask over a value.
+
+    Attributes:
+        node: name of the mask's node.
+        axes: the axes of the value that stand for its samples and tokens, counted from the value's end; one axis where
+            they are merged, sample after sample.
+    """
+
+    node: str
+    axes: tuple[int, ...]
+
+
+def find_masks(captured: Captured, sources: Iterable[Source], name: str | None = None) -> dict[Source, Mask]:
+    """The mask of every source that has one.
+
+    Args:
+        name: the model's argument that is the mask; by default ``attention_mask`` and
+            ``decoder_attention_mask``, where the model was captured with them.
+
+    Raises:
+        AnalysisError: the named argument is none of the graph's inputs, or has no axes for samples and tokens.
+    """
+    inputs = {str(n.target): n for n in captured.graph_module.graph.nodes if n.op == "placeholder"}
+    chosen = [n for n in FOUND_BY_THEMSELVES if n in inputs] if name is None else [name]
+    for mask in chosen:
+        value = inputs[mask].meta["val"] if mask in inputs else None
+        if name is not None and not (isinstance(value, Tensor) and value.ndim == 2):
+            raise AnalysisError(
+                f"mask={name!r} is no input of the captured graph with an entry per sample and token; its inputs are "
+                f"{', '.join(inputs)}"
+            )
+    masks = [inputs[n] for n in chosen if isinstance(inputs[n].meta["val"], Tensor) and inputs[n].meta["val"].ndim == 2]
+    if not masks:
+        return {}
+    evidence = gather(captured)
+    found = {}
+    for node in masks:
+        tokens, rows = _tokens(Axis(node.name, 1), evidence)
+        for source in sources:
+            axes = _covered(source, tokens, rows, evidence)
+            if axes is not None:
+                found[source] = Mask(node.name, axes)
+    return found
+
+
+def _tokens(axis: Axis, evidence: Evidence) -> tuple[set[Axis], set[Axis]]:
+    """Every axis that is the mask's token axis, and every one that holds samples and tokens merged into rows."""
+    tokens, rows = set(nx.node_connected_component(evidence.graph, axis)), set[Axis]()
+    samples, length = evidence.sizes[axis._replace(dim=0)], evidence.sizes[axis]
+    waiting = [m for m in evidence.merged if (evidence.sizes[m.first], evidence.sizes[m.second]) == (samples, length)]
+    while waiting:
+        joined = [m for m in waiting if m.second in tokens or m.out in rows]
+        if not joined:
+            break
+        for merged in joined:
+            rows |= nx.node_connected_component(evidence.graph, merged.out)
+            tokens |= nx.node_connected_component(evidence.graph, merged.second)
+        waiting = [m for m in waiting if m not in joined]
+    return tokens, rows
+
+
+def _covered(source: Source, tokens: set[Axis], rows: set[Axis], evidence: Evidence) -> tuple[int, ...] | None:
+    """The source's axes for samples and tokens; None where its tokens are not these."""
+    ndim = evidence.nodes[source.node].meta["val"].ndim
+    for dim in range(ndim):
+        if Axis(source.node, dim) in rows:
+            return (dim - ndim,)
+        if dim > 0 and Axis(source.node, dim) in tokens:
+            return (-ndim, dim - ndim)
+    return None
