@@ -17,6 +17,7 @@ from vbpfx.axes import (
     Merged,
     Names,
     Opaque,
+    Operand,
     Part,
     Produces,
     Reduces,
@@ -215,14 +216,22 @@ def _note_unread(node: fx.Node, module: nn.Module | None, names: Names, evidence
     values = [n.meta.get("val") for n in node.all_input_nodes if n in evidence.computed]
     if not any(isinstance(value, Tensor) and value.is_floating_point() for value in values):
         return
-    read = [operand_of(n, names) for n in node.all_input_nodes]
-    weights = [o.owner for o in read if o is not None and o.is_parameter and o.ndim > 1]
+    read = [_parameter_behind(n, names, evidence) for n in node.all_input_nodes]
+    weights = [o.owner for o in read if o is not None and o.ndim > 1]
     if module is not None:
         weights += [
             name for name in names.of_module[str(node.target)].values() if Axis(name, 1, True) in evidence.sizes
         ]
     for name in weights:
         evidence.unread.setdefault(name, (node.name, f"operator {describe(node, module)} reads it, and {_UNLISTED}"))
+
+
+def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operand | None:
+    """The parameter that a value is, or is a view or a function of alone."""
+    while node.op != "get_attr" and node not in evidence.computed and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    operand = operand_of(node, names)
+    return operand if operand is not None and operand.is_parameter else None
 
 
 def _source(axis: Axis, evidence: Evidence) -> Source:
