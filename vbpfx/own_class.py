@@ -14,7 +14,7 @@ from vbpfx.carry import CarriedNorm
 from vbpfx.errors import ArtifactError
 from vbpfx.model_config import describe_widths, has_config
 from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels
-from vbpfx.records import Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
 MISMATCH = (
     "the plan was made for a model of another structure than this {model}: parameter names, shapes or module "
@@ -41,31 +41,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     if fingerprint(model) != plan.fingerprint:
         raise ArtifactError(MISMATCH.format(model=type(model).__name__))
     removed = removed_channels(plan)
-    for entry in plan.blocks:
-        for reduction in entry.block.reductions:
-            if not _is_norm(model, reduction, plan):
-                raise ArtifactError(
-                    f"block {entry.block.name}: a statistic over the hidden axis (node {reduction.node}) must go on counting "
-                    f"the removed channels, for which the class has no place; use the GraphModule"
-                )
-        for literal in entry.block.literals:
-            # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
-            if literal.by_code and plan.frontend == "symbolic" and gone(literal, removed):
-                raise ArtifactError(
-                    f"block {entry.block.name}: the model's code states the hidden width {entry.block.width} as a number "
-                    f"(node {literal.node}), which no rewrite of tensors can change; use the GraphModule"
-                )
-        if (node := _unequal_chunks(entry.block.literals, removed)) is not None:
-            raise ArtifactError(
-                f"block {entry.block.name}: the model's code takes parts of equal size (node {node}), and narrowed they are "
-                f"unequal; use the GraphModule"
-            )
-        for consumer in entry.block.consumers:
-            if needs_bias(entry, consumer) and not _has_place_for_bias(model, consumer):
-                raise ArtifactError(
-                    f"block {entry.block.name}: the code around {consumer.weight} adds no bias, so the class cannot "
-                    f"hold the fold; use the GraphModule, or give the layer a zero bias"
-                )
+    obstacles = {entry.block.name: why for entry in plan.blocks if (why := _obstacle(model, entry, plan, removed))}
+    if obstacles:
+        name, why = next(iter(obstacles.items()))
+        raise ArtifactError(
+            f"block {name}: {why}; use the GraphModule, or leave out what the class cannot hold: exclude={list(obstacles)}"
+        )
     small = narrowed(model, plan, share=False)
     for reduction, constants in carried(plan).values():
         owner, _, attribute = reduction.module.rpartition(".")
@@ -78,6 +59,30 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             f"compensation='none' where a bias came into being"
         )
     return small
+
+
+def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) -> str:
+    """Why the class cannot hold a block's narrowing; an empty string where it can."""
+    block = entry.block
+    for reduction in block.reductions:
+        if not _is_norm(model, reduction, plan):
+            return (
+                f"a statistic over the hidden axis (node {reduction.node}) must go on counting the removed channels, for which "
+                f"the class has no place"
+            )
+    for literal in block.literals:
+        # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
+        if literal.by_code and plan.frontend == "symbolic" and gone(literal, removed):
+            return (
+                f"the model's code states the hidden width {block.width} as a number (node {literal.node}), which no rewrite "
+                f"of tensors can change"
+            )
+    if (node := _unequal_chunks(block.literals, removed)) is not None:
+        return f"the model's code takes parts of equal size (node {node}), and narrowed they are unequal"
+    for consumer in block.consumers:
+        if needs_bias(entry, consumer) and not _has_place_for_bias(model, consumer):
+            return f"the code around {consumer.weight} adds no bias, so the class cannot hold the fold"
+    return ""
 
 
 def _is_norm(model: nn.Module, reduction: Reduction, plan: Plan) -> bool:

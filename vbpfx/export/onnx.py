@@ -89,12 +89,14 @@ def _exportable(network: nn.Module) -> nn.Module:
             tracer = fx.proxy.GraphAppendingTracer(graph)
             with graph.inserting_before(node.next):
                 result: Any = fx.Proxy(node, tracer)
-                ahead = node.meta["val"].ndim - 3
-                if ahead > 1 and len(node.all_input_nodes) == 3 == len(node.args):
-                    query, key, value = (fx.Proxy(n, tracer) for n in node.all_input_nodes)
-                    flat: Any = [x.flatten(0, ahead - 1) for x in (query, key, value)]
-                    result = F.scaled_dot_product_attention(*flat, **node.kwargs)
-                    result = result.unflatten(0, [query.size(dim) for dim in range(ahead)])
+                ndim = node.meta["val"].ndim
+                tensors = [n for n in node.all_input_nodes if n.meta["val"].ndim == ndim]
+                if ndim != 4 and tensors == node.all_input_nodes and 2 < len(tensors) == len(node.args):
+                    operands: Any = [fx.Proxy(n, tracer) for n in tensors]
+                    ahead = [operands[0].size(dim) for dim in range(ndim - 3)]
+                    four = [x.flatten(0, ndim - 4) if ndim > 4 else x.unsqueeze(0) for x in operands]
+                    result = F.scaled_dot_product_attention(*four, **node.kwargs)
+                    result = result.unflatten(0, ahead) if ndim > 4 else result.squeeze(0)
                 result = torch.clone(result, memory_format=torch.contiguous_format)
             for user in users:
                 user.replace_input_with(node, result.node)
@@ -128,15 +130,31 @@ def _check_shapes(stored: dict[str, tuple[int, ...]], network: nn.Module, plan: 
     for entry in plan.blocks if plan else ():
         for parameter in entry.block.parameters:
             if parameter.name in dense:
-                dense[parameter.name][parameter.axis] = entry.block.width
+                dense[parameter.name][parameter.axis] += entry.block.width - len(entry.kept)
     expected = {_layout_free(shape) for shape in own.values()}
+    constant = _constant_parameters(network)
     for name, shape in own.items():
         if tuple(dense[name]) == shape or len(shape) < 2:
             continue
-        if _layout_free(shape) not in found:
+        if _layout_free(shape) not in found and name not in constant:
             raise ExportError(f"the ONNX file holds no tensor of shape {shape}, which {name} has after pruning")
         if _layout_free(dense[name]) in found - expected:
             raise ExportError(f"the ONNX file holds a tensor of shape {tuple(dense[name])}, the dense {name}")
+
+
+def _constant_parameters(network: nn.Module) -> set[str]:
+    """Parameters that meet no input: what is made of them is a constant, which the exporter may store instead."""
+    if not isinstance(network, fx.GraphModule):
+        return set()
+    computed: set[fx.Node] = set()
+    meeting: set[str] = set()
+    for node in network.graph.nodes:
+        if node.op == "placeholder" or not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+            if node.op == "call_module":
+                meeting |= {f"{node.target}.{n}" for n, _ in network.get_submodule(str(node.target)).named_parameters()}
+            meeting |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+    return {name for name, _ in network.named_parameters()} - meeting
 
 
 def _layout_free(shape: Any) -> tuple[int, ...]:
