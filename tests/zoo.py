@@ -362,6 +362,7 @@ SHARED = [
     Case("weights transposed", lambda: Net(lambda m, x: (x @ m.w1.T).relu() @ m.w2.t(), w1=parameter(12, 8), w2=parameter(4, 12)), tokens, {"w1->w2": 12}, own="adds no bias"),
     Case("a module on two paths", two_paths, tokens, {"first": 12}),
     Case("weights without layers", lambda: Net(lambda m, x: (x @ m.w1).relu() @ m.w2, w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}, own="adds no bias"),
+    Case("weights without layers, nested", lambda: Net(lambda m, x: x @ m.w1 @ m.w2 @ m.w3, w1=parameter(8, 12), w2=parameter(12, 10), w3=parameter(10, 4)), tokens, {"w1->w2": 12, "w2->w3": 10}, own="adds no bias"),
     Case("weights in front", lambda: Net(lambda m, x: m.w2 @ (m.w1 @ x).relu(), w1=parameter(12, 5), w2=parameter(4, 12)), tokens, {"w1->w2": 12}, own="adds no bias"),
     Case("addmm", lambda: Net(lambda m, x: torch.addmm(m.b2, torch.addmm(m.b1, x.flatten(0, 1), m.w1).relu(), m.w2), b1=parameter(12), b2=parameter(4), w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}),
 ]  # fmt: skip

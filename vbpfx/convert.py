@@ -107,6 +107,7 @@ def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
 def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:
     """Functional layers take a new bias as an argument, matrix products as a sum; a module finds its own."""
     consumers = {c.node: c for entry in plan.blocks for c in entry.block.consumers if needs_bias(entry, c)}
+    in_front = {name for name, c in consumers.items() if nodes[name].args[0] is not nodes[c.source.node]}
     for name, consumer in consumers.items():
         node = nodes[name]
         if node.op == "call_module":
@@ -116,20 +117,20 @@ def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -
         mode = node.meta["val"].fake_mode
         bias.meta["val"] = mode.from_tensor(small.get_parameter(consumer.bias), static_shapes=True)
         if is_matrix_product(node):
-            _add_behind(small, node, bias, nodes[consumer.source.node])
+            _add_behind(small, node, bias, column=name in in_front)
         elif len(node.args) > 2:
             node.update_arg(2, bias)
         else:
             node.update_kwarg("bias", bias)
 
 
-def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, source: fx.Node) -> None:
+def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, *, column: bool) -> None:
     """x @ W + b, or W @ x + b[:, None] where the weight stands in front."""
     with small.graph.inserting_after(bias):
-        if node.args[0] is not source:
-            column = small.graph.call_function(torch.unsqueeze, (bias, -1))
-            column.meta["val"] = bias.meta["val"].unsqueeze(-1)
-            bias = column
+        if column:
+            upright = small.graph.call_function(torch.unsqueeze, (bias, -1))
+            upright.meta["val"] = bias.meta["val"].unsqueeze(-1)
+            bias = upright
     with small.graph.inserting_after(node):
         total = small.graph.call_function(torch.add, (node, bias))
     total.meta["val"] = node.meta["val"]
