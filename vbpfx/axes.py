@@ -156,10 +156,6 @@ class ComputedArgumentError(Exception):
     """A rule asked for a constant and the call computes it; the engine turns this into a refusal."""
 
 
-# The names that torch accepts beside its own, after NumPy.
-_NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims"}
-
-
 # Of a matrix each of these is the transpose.
 _TRANSPOSES = ("t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims")
 
@@ -197,8 +193,7 @@ class Site:
             return getattr(self.module, name, default)
         if position < len(self.node.args):
             return self.node.args[position]
-        kwargs = self.node.kwargs
-        return kwargs.get(name, kwargs.get(_NUMPY_NAMES.get(name, name), default))
+        return self.node.kwargs.get(name, default)
 
     def constant(self, position: int, name: str, default: Any = None) -> Any:
         """An argument that must be known while analysing: an integer, a tuple of them, None, a flag."""
@@ -226,8 +221,16 @@ class Site:
         called = node.op in ("call_function", "call_method")
         transposed = called and (node.args[1] if node.target is getattr else spelling(node)) in _TRANSPOSES
         source = node.args[0] if transposed else node
+        if transposed and len(node.args) > 2 and _first_dim(node.args[1:]) == 0:
+            transposed = False  # permute(0, 1), transpose(0, 0)
         found = operand_of(source, self._names) if isinstance(source, fx.Node) else None
         return (found if found is not None and found.is_parameter else None), transposed
+
+    @property
+    def of_floats(self) -> bool:
+        """Whether the call makes floating-point numbers of floating-point numbers."""
+        values = [node.meta.get("val") for node in (self.node, *self.node.all_input_nodes)]
+        return all(value.is_floating_point() for value in values if isinstance(value, Tensor))
 
     @property
     def x(self) -> Operand:
@@ -265,6 +268,12 @@ class Site:
         for operand in (*self.operands, *([out] if out is not None else [])):
             for axis in operand.axes:
                 yield Opaque(axis, reason)
+
+
+def _first_dim(dims: tuple[Any, ...]) -> Any:
+    """Which axis of a matrix stands first after permute(*dims) or transpose(*dims)."""
+    listed = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return listed[0] % 2 if listed[0] % 2 == 0 or listed[0] == listed[1] else 1
 
 
 def operand_of(node: fx.Node, names: Names) -> Operand | None:

@@ -165,8 +165,6 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     """
     carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
     makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
-    if len(makers) < 2:
-        return None
     start = min(evidence.position[n.name] for n in carriers)
     made_of_it: dict[fx.Node, bool] = {}
     for node in sorted(carriers, key=lambda n: evidence.position[n.name]):

@@ -161,7 +161,9 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
 
 def share_parameters(model: Model) -> Model:
     """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} | plain_tensors(model)
+    # an embedding with max_norm writes to its weight in forward
+    written = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in written} | plain_tensors(model)
     try:
         shared = copy.deepcopy(model, memo)
     except Exception as error:
@@ -209,11 +211,30 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     constants = {name: value for name, value in bound.items() if not holds_tensor(value)}
     tracer = _Tracer()
     graph = tracer.trace(model, concrete_args=absent | constants)
+    _order_arguments(graph)
     for node in graph.nodes:
         # fx renames an argument that it specialises (mask -> mask_1); callers keep the model's own name.
         if node.op == "placeholder":
             node.target = next((n for n in absent | constants if node.target in (n, f"{n}_1")), node.target)
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+# Where tensors stand among a call's arguments, by the names that torch gives them, and NumPy's names for torch's own.
+_PLACES = {"input": 0, "tensors": 0, "query": 0, "other": 1, "mat2": 1, "key": 1, "value": 2}
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def _order_arguments(graph: fx.Graph) -> None:
+    """The same calls with their tensors as positional arguments, so that nobody behind this has to look in two places."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        args, kwargs = list(node.args), dict(node.kwargs)
+        while (name := next((n for n in kwargs if _PLACES.get(n) == len(args)), None)) is not None:
+            args.append(kwargs.pop(name))
+        if node.op == "call_method" or str(getattr(node.target, "__module__", "")).startswith(("torch", "None")):
+            kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
+        node.args, node.kwargs = tuple(args), kwargs
 
 
 def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:

@@ -64,8 +64,7 @@ def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> Non
 
 def _state_parts(node: fx.Node) -> None:
     """chunk, or split by one size, as a split by the sizes of its parts."""
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    assert isinstance(dim, int)
+    dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     if isinstance(node.target, torch._ops.OpOverload):
         node.target = torch.ops.aten.split_with_sizes.default
     else:
@@ -88,7 +87,9 @@ def _replaced(value: Any, path: list[str | int], count: int) -> Any:
 
 def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
     nodes = {node.name: node for node in small.graph.nodes}
-    for (name, axis), positions in removed.items():
+    for (name, axis, of_parameter), positions in removed.items():
+        if of_parameter:
+            continue
         value = nodes[name].meta["val"]
         shape = list(value.shape)
         shape[axis] -= len(positions)

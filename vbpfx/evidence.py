@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -32,6 +33,7 @@ from vbpfx.capture import Captured, named_tensors
 from vbpfx.mutation import read_after_mutation
 from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
 from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
+from vbpfx.rules.pointwise import elementwise
 from vbpfx.sizes import read_sizes
 
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
@@ -41,7 +43,7 @@ _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 class Evidence:
     """What the rules said, gathered over the whole graph.
 
-    ``computed`` are the nodes whose values come from the model's inputs, not from parameters and sizes alone.
+    ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone.
     """
 
     nodes: dict[str, fx.Node]
@@ -50,6 +52,7 @@ class Evidence:
     parts: list[Part] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
     biases: dict[str, Axis] = field(default_factory=dict)
     opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
@@ -73,6 +76,7 @@ def gather(captured: Captured) -> Evidence:
     names, tied = _parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    evidence.calls.update((_enclosing_module(node)[0], node.target) for node in nodes.values())
     for name, tensor in named_tensors(reference).items():
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
     sizes = read_sizes(graph_module.graph, names)
@@ -84,16 +88,17 @@ def gather(captured: Captured) -> Evidence:
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
     for node, own in values.items():
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if node.op == "placeholder" or (node not in sizes and not evidence.computed.isdisjoint(node.all_input_nodes)):
+        if node.op == "placeholder" or not evidence.computed.isdisjoint(node.all_input_nodes):
             evidence.computed.add(node)
         if node not in sizes:  # asking a parameter for its dtype is no use of it
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
-        for relation in _relations(node, module, names, sizes):
+        said = list(_relations(node, module, names, sizes))
+        for relation in said:
             _note(relation, node, evidence)
-        if own is not None and rule_for(node, module) is None:
-            _note_unread(node, module, names, evidence)
+        if own is not None:
+            _note_unread(node, module, names, said, evidence)
     return evidence
 
 
@@ -130,6 +135,8 @@ def _relations(
         parametrized = module is not None and parametrize.is_parametrized(module)
         why = "is parametrized" if parametrized else _UNLISTED
         return [*used, *site.all_opaque(f"operator {name} {why}")]
+    if rule is not elementwise and site.operands and not site.x.ndim:
+        return [*used, *site.all_opaque(f"operator {name} takes a single number")]
     try:
         found = list(rule(site))
         if takes_sizes(rule):
@@ -151,6 +158,8 @@ def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
 
 def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
+        case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
+            return  # of a single number, which has no axis
         case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting or a tensor without axes where the rule expects one: nothing is known of either
             for axis in (a, b):
@@ -171,10 +180,10 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
             evidence.graph.add_node(source)
+            path = _enclosing_module(node)[0]
+            calls = evidence.calls[path, node.target]
             evidence.reduced[source].append(
-                Reduction(
-                    node.name, _source(source, evidence), kind, evidence.sizes[source], _enclosing_module(node)[0]
-                )
+                Reduction(node.name, _source(source, evidence), kind, evidence.sizes[source], path, calls)
             )
         case Opaque(axis, reason):
             evidence.graph.add_node(axis)
@@ -206,24 +215,32 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case SizeStated(axis, path, start, stop, by_code):
             evidence.graph.add_node(axis)
             end = evidence.sizes[axis] if stop is None else stop
-            evidence.literals[axis].append(SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code))
+            evidence.literals[axis].append(
+                SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
+            )
 
 
-def _note_unread(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:
-    """Matrices that an operator without a rule reads beside a computed value: layers that stay unknown."""
+def _note_unread(
+    node: fx.Node, module: nn.Module | None, names: Names, said: list[Relation], evidence: Evidence
+) -> None:
+    """Matrices that an operator reads beside a computed value without a word of what it makes of them."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return
     values = [n.meta.get("val") for n in node.all_input_nodes if n in evidence.computed]
     if not any(isinstance(value, Tensor) and value.is_floating_point() for value in values):
         return
-    read = [_parameter_behind(n, names, evidence) for n in node.all_input_nodes]
-    weights = [o.owner for o in read if o is not None and o.ndim > 1]
-    if module is not None:
-        weights += [
-            name for name in names.of_module[str(node.target)].values() if Axis(name, 1, True) in evidence.sizes
-        ]
-    for name in weights:
-        evidence.unread.setdefault(name, (node.name, f"operator {describe(node, module)} reads it, and {_UNLISTED}"))
+    opaque = {relation.axis.owner: relation.reason for relation in said if isinstance(relation, Opaque)}
+    weights: list[tuple[str, str]] = []
+    for argument in node.all_input_nodes:
+        own, weight = operand_of(argument, names), _parameter_behind(argument, names, evidence)
+        if own is not None and weight is not None and weight.ndim > 1 and own.owner in opaque:
+            weights.append((weight.owner, opaque[own.owner]))
+    if module is not None and rule_for(node, module) is None:
+        own_names = names.of_module[str(node.target)].values()
+        why = f"operator {describe(node, module)} {_UNLISTED}"
+        weights += [(name, why) for name in own_names if Axis(name, 1, True) in evidence.sizes]
+    for name, reason in weights:
+        evidence.unread.setdefault(name, (node.name, reason))
 
 
 def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operand | None:

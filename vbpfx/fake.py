@@ -54,7 +54,8 @@ def run_fake(
 
     def as_fake(tensor: Tensor) -> Tensor:
         # a parameter, or what an operator hands on unchanged, is still real
-        return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+        found = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+        return found.detach() if found.requires_grad else found  # the flop counter hooks what asks for gradients
 
     class Runner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

@@ -7,11 +7,12 @@ patches as the text has words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
-from torch import Tensor
+from torch import Tensor, fx
 
 from vbpfx.axes import Axis
 from vbpfx.capture import Captured
@@ -45,7 +46,8 @@ def find_masks(captured: Captured, sources: Iterable[Source], name: str | None =
             ``decoder_attention_mask``, where the model was captured with them.
 
     Raises:
-        AnalysisError: the named argument is none of the graph's inputs, or has no axes for samples and tokens.
+        AnalysisError: the named argument is none of the graph's inputs, has no axes for samples and tokens, or covers none
+            of the sources. A mask that was found by itself and covers none is a warning.
     """
     inputs = {str(n.target): n for n in captured.graph_module.graph.nodes if n.op == "placeholder"}
     chosen = [n for n in FOUND_BY_THEMSELVES if n in inputs] if name is None else [name]
@@ -62,18 +64,32 @@ def find_masks(captured: Captured, sources: Iterable[Source], name: str | None =
     evidence = gather(captured)
     found = {}
     for node in masks:
-        tokens, rows = _tokens(Axis(node.name, 1), evidence)
+        tokens, rows = _tokens(_beginnings(node, inputs), evidence)
         for source in sources:
-            axes = _covered(source, tokens, rows, evidence)
+            axes = _covered(source, tokens, rows, evidence.sizes[Axis(node.name, 0)], evidence)
             if axes is not None:
                 found[source] = Mask(node.name, axes)
+    if not found:
+        message = f"the mask {', '.join(chosen)} covers none of the values that are observed"
+        if name is not None:
+            raise AnalysisError(f"{message}: none of them has the mask's token axis; leave mask= out")
+        warnings.warn(f"{message}; if the batches are padded, padding enters the statistics", stacklevel=3)
     return found
 
 
-def _tokens(axis: Axis, evidence: Evidence) -> tuple[set[Axis], set[Axis]]:
+def _beginnings(mask: fx.Node, inputs: Mapping[str, fx.Node]) -> list[Axis]:
+    """The token axes of a mask and of the token ids beside it, which masks made by indexing have no other link to."""
+    ids = inputs.get(str(mask.target).replace("attention_mask", "input_ids"))
+    both = [mask] if ids is None or ids is mask else [mask, ids]
+    return [Axis(node.name, 1) for node in both if node.meta["val"].shape[:2] == mask.meta["val"].shape]
+
+
+def _tokens(beginnings: list[Axis], evidence: Evidence) -> tuple[set[Axis], set[Axis]]:
     """Every axis that is the mask's token axis, and every one that holds samples and tokens merged into rows."""
-    tokens, rows = set(nx.node_connected_component(evidence.graph, axis)), set[Axis]()
-    samples, length = evidence.sizes[axis._replace(dim=0)], evidence.sizes[axis]
+    tokens, rows = set[Axis](), set[Axis]()
+    for axis in beginnings:
+        tokens |= nx.node_connected_component(evidence.graph, axis)
+    samples, length = evidence.sizes[beginnings[0]._replace(dim=0)], evidence.sizes[beginnings[0]]
     waiting = [m for m in evidence.merged if (evidence.sizes[m.first], evidence.sizes[m.second]) == (samples, length)]
     while waiting:
         joined = [m for m in waiting if m.second in tokens or m.out in rows]
@@ -86,12 +102,15 @@ def _tokens(axis: Axis, evidence: Evidence) -> tuple[set[Axis], set[Axis]]:
     return tokens, rows
 
 
-def _covered(source: Source, tokens: set[Axis], rows: set[Axis], evidence: Evidence) -> tuple[int, ...] | None:
+def _covered(
+    source: Source, tokens: set[Axis], rows: set[Axis], samples: int, evidence: Evidence
+) -> tuple[int, ...] | None:
     """The source's axes for samples and tokens; None where its tokens are not these."""
-    ndim = evidence.nodes[source.node].meta["val"].ndim
-    for dim in range(ndim):
-        if Axis(source.node, dim) in rows:
-            return (dim - ndim,)
-        if dim > 0 and Axis(source.node, dim) in tokens:
-            return (-ndim, dim - ndim)
-    return None
+    shape = evidence.nodes[source.node].meta["val"].shape
+    others = [dim for dim in range(len(shape)) if dim != source.axis % len(shape)]
+    merged = [dim for dim in others if Axis(source.node, dim) in rows]
+    batch = [dim for dim in others if shape[dim] == samples]
+    along = [dim for dim in others if Axis(source.node, dim) in tokens and dim not in batch[:1]]
+    if merged:
+        return (merged[0] - len(shape),)
+    return (batch[0] - len(shape), along[0] - len(shape)) if batch and along else None

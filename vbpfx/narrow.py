@@ -19,21 +19,26 @@ from vbpfx.carry import Carried
 from vbpfx.compensate import fold
 from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
-Removed = Mapping[tuple[str, int], frozenset[int]]
+# (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
+Removed = Mapping[tuple[str, int, bool], frozenset[int]]
 
 
-def narrowed(root: nn.Module, plan: Plan, share: bool) -> nn.Module:
+def narrowed(
+    root: nn.Module, plan: Plan, share: bool, instead: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
     """A copy of a module, narrowed: for every consumer W' = W[:, K] and b' = b + W[:, P] a.
 
     Args:
         root: the model, or its graph.
         share: share the parameters that are not narrowed with it. Buffers are never shared.
+        instead: modules of it -> those that take their place, with the same parameters.
     """
     tensors = named_tensors(root)
     replaced, created = _replacements(tensors, plan)
     memo: dict[int, Any] = {id(tensors[name]): new for name, new in replaced.items()} | plain_tensors(root)
     if share:
         memo |= {id(p): p for p in root.parameters() if id(p) not in memo}
+    memo |= {id(module): copy.deepcopy(other, memo) for module, other in (instead or {}).items()}
     small: nn.Module = copy.deepcopy(root, memo)
     for name, bias in created.items():
         owner, _, attribute = name.rpartition(".")
@@ -104,6 +109,8 @@ def _state_widths(layer: nn.Module) -> None:
     match layer:
         case nn.Linear():
             layer.out_features, layer.in_features = layer.weight.shape
+        case nn.modules.conv._ConvTransposeNd():
+            layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         case nn.modules.conv._ConvNd():
             depthwise = layer.groups == layer.in_channels > 1
             layer.out_channels = layer.weight.shape[0]
@@ -122,17 +129,20 @@ def _state_widths(layer: nn.Module) -> None:
 
 
 def removed_channels(plan: Plan) -> Removed:
-    """(node, axis) -> the channels of its value that are gone."""
-    removed: dict[tuple[str, int], set[int]] = defaultdict(set)
+    """Every channel that is gone, of every axis that a block of the plan stands on."""
+    removed: dict[tuple[str, int, bool], set[int]] = defaultdict(set)
     for entry in plan.blocks:
         for node, axis, start in entry.block.carriers:
-            removed[node, axis].update(start + p for p in entry.pruned)
+            removed[node, axis, False].update(start + p for p in entry.pruned)
+        for parameter in entry.block.parameters:
+            removed[parameter.name, parameter.axis, True].update(parameter.start + p for p in entry.pruned)
     return {key: frozenset(positions) for key, positions in removed.items()}
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:
     """How many of the channels that a number counts are gone."""
-    return sum(literal.start <= p < literal.stop for p in removed.get((literal.owner, literal.axis), ()))
+    positions = removed.get((literal.owner, literal.axis, literal.of_parameter), ())
+    return sum(literal.start <= p < literal.stop for p in positions)
 
 
 def carried(plan: Plan) -> dict[str, tuple[Reduction, Carried]]:

@@ -232,7 +232,7 @@ def is_matrix_product(node: fx.Node) -> bool:
     return rule_for(node, None) is matrix_product
 
 
-_SUMS = ("add", "iadd", "sub", "isub", "addcmul", "addcdiv", "lerp")
+_SUMS = ("add", "iadd", "sub", "isub", "rsub", "addcmul", "addcdiv", "lerp", "where", "stack")
 
 
 def is_sum(node: fx.Node) -> bool:

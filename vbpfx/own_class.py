@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from typing import Any
 
@@ -47,11 +48,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         raise ArtifactError(
             f"block {name}: {why}; use the GraphModule, or leave out what the class cannot hold: exclude={list(obstacles)}"
         )
-    small = narrowed(model, plan, share=False)
-    for reduction, constants in carried(plan).values():
-        owner, _, attribute = reduction.module.rpartition(".")
-        norm = small.get_submodule(reduction.module)
-        setattr(small.get_submodule(owner), attribute, CarriedNorm(norm, reduction.kind, constants))
+    norms = {model.get_submodule(r.module): CarriedNorm(model.get_submodule(r.module), r.kind, constants)
+             for r, constants in carried(plan).values()}  # fmt: skip
+    small = narrowed(model, plan, share=False, instead=norms)
     if has_config(small) and (wrong := describe_widths(small, plan)) and plan.settings.get("uniform"):
         raise ArtifactError(
             f"the configuration of {type(model).__name__} cannot describe the narrowed {', '.join(wrong[:4])}, so save_pretrained "
@@ -65,12 +64,15 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
     """Why the class cannot hold a block's narrowing; an empty string where it can."""
     block = entry.block
     for reduction in block.reductions:
-        if not _is_norm(model, reduction, plan):
+        if not _is_norm(model, reduction):
             return (
                 f"a statistic over the hidden axis (node {reduction.node}) must go on counting the removed channels, for which "
                 f"the class has no place"
             )
+    carried_nodes = {reduction.node for reduction in block.reductions}
     for literal in block.literals:
+        if literal.node in carried_nodes:  # its module is replaced
+            continue
         # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
         if literal.by_code and plan.frontend == "symbolic" and gone(literal, removed):
             return (
@@ -85,12 +87,13 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
     return ""
 
 
-def _is_norm(model: nn.Module, reduction: Reduction, plan: Plan) -> bool:
+def _is_norm(model: nn.Module, reduction: Reduction) -> bool:
     """Whether a statistic is all that one module computes: its norm over the last axis, tried on a few numbers."""
-    calls = {r.node for entry in plan.blocks for r in entry.block.reductions if r.module == reduction.module}
-    if not reduction.module or reduction.kind not in ("layer_norm", "rms_norm") or len(calls) > 1:
+    if not reduction.module or reduction.kind not in ("layer_norm", "rms_norm") or reduction.calls > 1:
         return False
     norm: Any = model.get_submodule(reduction.module)
+    if len(inspect.signature(norm.forward).parameters) != 1:
+        return False
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if not hasattr(norm, "eps") or set(dict(norm.named_parameters())) - {"weight", "bias"}:
         return False

@@ -39,7 +39,8 @@ class SizeLiteral:
     Attributes:
         node: name of the node.
         path: where the integer stands: ``("args", 1, 2)`` is ``node.args[1][2]``.
-        owner: the node whose value has the axis, and ``axis`` which one; ``start`` to ``stop`` are counted.
+        owner: the node (or parameter, if ``of_parameter``) that has the axis, and ``axis`` which one; ``start`` to ``stop``
+            are counted.
         by_code: whether the model's own code states the number; ``chunk`` works it out.
     """
 
@@ -50,6 +51,7 @@ class SizeLiteral:
     start: int
     stop: int
     by_code: bool = True
+    of_parameter: bool = False
 
 
 class Source(NamedTuple):
@@ -100,6 +102,7 @@ class Reduction:
         kind: ``"sum"``, ``"mean"``, ``"layer_norm"`` or ``"rms_norm"``.
         size: of the whole axis it is taken over, in the dense network.
         module: path of the module whose code takes it; ``""`` where none is known.
+        calls: how often the graph calls that module.
     """
 
     node: str
@@ -107,6 +110,7 @@ class Reduction:
     kind: str
     size: int
     module: str
+    calls: int
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,15 @@ def linear(site: Site) -> Iterator[Relation]:
 
 def addmm(site: Site) -> Iterator[Relation]:
     """y[n, o] = b[o] + sum_i x[n, i] W[i, o]: a linear layer with a transposed weight."""
-    bias, x, weight = site.operand(0, "input"), site.operand(1, "mat1"), site.operand(2, "mat2")
+    bias, x, (weight, rows) = site.operand(0, "input"), site.operand(1, "mat1"), site.weight(2)
     scaled = site.argument(3, "beta", 1) != 1 or site.argument(4, "alpha", 1) != 1
     if bias is None or x is None or weight is None or bias.ndim != 1 or not weight.is_parameter or scaled:
         yield from site.all_opaque("the matrix product is not a layer with a weight and a bias of its own")
         return
     out = site.out
     yield from leading(x, out, but=1)
-    yield Contracts(x.axis(-1), weight.axis(0), bias)
-    yield Produces(out.axis(-1), weight.axis(1))
+    yield Contracts(x.axis(-1), weight.axis(1 if rows else 0), bias)
+    yield Produces(out.axis(-1), weight.axis(0 if rows else 1))
     yield Same(out.axis(-1), bias.axis(0))
 
 
@@ -114,17 +114,25 @@ def embedding(site: Site) -> Iterator[Relation]:
         return
     yield from leading(out, ids, but=1)
     yield Same(out.axis(-1), weight.axis(1))
+    if (
+        site.name == "embedding"
+        and site.argument(3, "max_norm") is not None
+        and site.argument(3, "max_norm") is not False
+    ):
+        yield Opaque(out.axis(-1), "the embedding is renormalised across it")
     yield Opaque(weight.axis(0), "its rows are looked up")
 
 
 def attention(site: Site) -> Iterator[Relation]:
     """y[..., n, c] = sum_m softmax_m(q[..., n, :] . k[..., m, :] + mask[..., n, m]) v[..., m, c]"""
-    out, (query, key, value) = site.out, site.operands[:3]
-    same = [site.argument(i, n) for i, n in enumerate(("query", "key", "value"))]
-    if len(set(same)) < 3:
+    out = site.out
+    query, key, value = (site.operand(i, n) for i, n in enumerate(("query", "key", "value")))
+    if query is None or key is None or value is None or len({query, key, value}) < 3:
         yield from site.all_opaque("attention of a value with itself sums over it")
         return
     yield from (Same(query.axis(dim), out.axis(dim)) for dim in range(query.ndim - 1))
+    if site.constant(5, "is_causal", False):
+        yield Opaque(out.axis(-2), "causal attention counts along it")
     yield Same(value.axis(-1), out.axis(-1))
     for axis in (query.axis(-1), key.axis(-1), key.axis(-2), value.axis(-2)):
         yield Opaque(axis, "attention sums over it")
@@ -133,8 +141,13 @@ def attention(site: Site) -> Iterator[Relation]:
         for back in range(3, min(operand.ndim, out.ndim) + 1):
             if operand.shape[-back] == out.shape[-back]:
                 yield Same(operand.axis(-back), out.axis(-back))
-    for mask in site.operands[3:]:
-        yield from (Opaque(axis, "it masks attention") for axis in mask.axes)
+    mask = site.operand(3, "attn_mask")
+    for axis in mask.axes if mask is not None else ():
+        yield Opaque(axis, "it masks attention")
+    if mask is not None and mask.ndim > 1:
+        for side, along in ((mask.axis(-1), key.axis(-2)), (mask.axis(-2), out.axis(-2))):
+            if mask.shape[side.dim] > 1:
+                yield Same(side, along)
 
 
 def einsum(site: Site) -> Iterator[Relation]:
@@ -155,6 +168,8 @@ def einsum(site: Site) -> Iterator[Relation]:
                     yield Same(operand.axis(dim), out.axis(right.index(letter)))
             else:
                 yield Opaque(operand.axis(dim), "einsum sums over it")
+                if letter in right:
+                    yield Opaque(out.axis(right.index(letter)), "einsum takes it from a diagonal")
 
 
 def matrix_product(site: Site) -> Iterator[Relation]:

@@ -92,10 +92,8 @@ def reduction(site: Site) -> Iterator[Relation]:
     reduced = {dim % x.ndim for dim in as_tuple(given, 1)}
     kept = [dim for dim in range(x.ndim) if dim not in reduced]
     for dim in reduced:
-        if len(reduced) == 1 and site.name == "mean":
-            yield Reduces(x.axis(dim), "mean")
-        elif len(reduced) == 1 and site.name == "sum":
-            yield Reduces(x.axis(dim), "sum")
+        if len(reduced) == 1 and site.name in ("mean", "sum") and site.of_floats:
+            yield Reduces(x.axis(dim), "mean" if site.name == "mean" else "sum")
         else:
             yield Opaque(x.axis(dim), f"{site.name} reduces it")
     for position, dim in enumerate(kept):
@@ -114,16 +112,18 @@ def pooling(site: Site) -> Iterator[Relation]:
 
 
 def instance_norm(site: Site) -> Iterator[Relation]:
-    """Per sample and channel (axis 1) statistics over all positions, then scale and shift per channel."""
+    """Per sample and channel statistics over all positions, then scale and shift per channel."""
     x, out = site.x, site.out
+    digits = [int(letter) for letter in site.name if letter in "123"]
+    channel = x.ndim - digits[-1] - 1 if digits else 1  # a module may be called without a batch axis
     for dim, (a, b) in enumerate(zip(x.axes, out.axes, strict=True)):
         yield Same(a, b)
-        if dim > 1:
+        if dim > channel:
             yield Opaque(a, "a norm takes its statistics across it")
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         parameter = site.operand(position, name)
         if parameter is not None:
-            yield Same(x.axis(1), parameter.axis(0))
+            yield Same(x.axis(channel), parameter.axis(0))
 
 
 def rolling(site: Site) -> Iterator[Relation]:

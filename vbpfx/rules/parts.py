@@ -55,7 +55,8 @@ def narrowing(site: Site) -> Iterator[Relation]:
             yield Same(x.axis(dim), out.axis(dim))
     start = start % x.shape[narrowed] if x.shape[narrowed] else 0
     yield Part(x.axis(narrowed), out.axis(narrowed), start)
-    yield SizeStated(x.axis(narrowed), site.path(2, "start"), 0, start)
+    counted = (0, start) if site.constant(2, "start") >= 0 else (start, x.shape[narrowed])
+    yield SizeStated(x.axis(narrowed), site.path(2, "start"), *counted)
     yield SizeStated(x.axis(narrowed), site.path(3, "length"), start, start + out.shape[narrowed])
 
 

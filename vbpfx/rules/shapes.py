@@ -60,9 +60,11 @@ def regrouping(site: Site) -> Iterator[Relation]:
         yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
     if name == "unflatten" and site.module is not None:
         yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
-    if name == "squeeze" and len(site.node.args) + len(site.node.kwargs) == 1:
-        for axis in x.axes:
-            yield Opaque(axis, "a squeeze of every axis would drop it at a width of one")
+    if name == "squeeze":
+        given = site.constant(1, "dim")
+        for dim in range(x.ndim) if given is None else as_tuple(given, 1):
+            if x.shape[dim] != 1:
+                yield Opaque(x.axis(dim), "a squeeze would drop it at a width of one")
 
 
 def expansion(site: Site) -> Iterator[Relation]:

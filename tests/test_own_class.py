@@ -1,0 +1,84 @@
+"""A pruned model of its own class is its class, a plan and a ``state_dict``: put together they are the model again.
+
+No table of families decides whether that works, so families of many kinds are tried.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from exactness import randomize
+from torch import nn
+
+import vbpfx
+from vbpfx.artifact import load_plan, save_plan
+from vbpfx.carry import CarriedNorm
+
+_SMALL = {"img_size": 64, "depth": 2}
+
+# family: timm's model, and the arguments that make it small
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("vit_tiny_patch16_224", {**_SMALL, "embed_dim": 48}),
+    "DeiT": ("deit_tiny_distilled_patch16_224", _SMALL),
+    "BEiT": ("beit_base_patch16_224", {**_SMALL, "embed_dim": 48, "num_heads": 3}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)},
+    ),
+    "ConvNeXt": ("test_convnext", {}),
+    "Mixer": ("mixer_s32_224", {"img_size": 64}),
+    "ResMLP": ("resmlp_12_224", {"img_size": 64}),
+    "MobileNetV3": ("mobilenetv3_small_050", {}),
+    "EfficientNet": ("test_efficientnet", {}),
+    "TNT": ("tnt_s_legacy_patch16_224", _SMALL),
+    "PVTv2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
+    "StarNet": ("starnet_s050", {}),
+    "EVA-02": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}),
+    "InceptionNeXt": ("inception_next_atto", {}),
+    "RegNet": ("regnetx_002", {}),
+    "XCiT": ("xcit_nano_12_p16_224", _SMALL),
+    "CaiT": ("cait_xxs24_224", _SMALL),
+    "ResNet": ("test_resnet", {}),
+    "DaViT": ("davit_tiny", {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 4)}),
+    "ByoBNet": ("test_byobnet", {}),
+}
+
+
+def _make(family: str) -> nn.Module:
+    name, arguments = MODELS[family]
+    return timm.create_model(name, num_classes=7, **arguments)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_class_plan_and_state_dict_are_the_pruned_model(family: str, tmp_path: Path) -> None:
+    # layer scales of 1e-6 would hide every block
+    model = randomize(_make(family)).eval()
+    side = MODELS[family][1].get("img_size", 64)
+    images = torch.randn(2, 3, side, side)
+    plan = vbpfx.prune(model, [images], ratio=0.5, verify=False, progress=False).plan
+    small = vbpfx.apply_plan(model, plan)
+    save_plan(plan, tmp_path)
+    fresh = _make(family).eval()
+    again = vbpfx.apply_plan(fresh, load_plan(tmp_path))
+    assert type(again) is type(model)
+    with torch.no_grad():
+        expected = small(images)
+        # the constructor gave other weights: what agrees below came out of the state_dict
+        assert not torch.equal(fresh(images), model(images))
+        assert not torch.equal(again(images), expected)
+        again.load_state_dict(small.state_dict(), strict=True)
+        # the same kernels on the same numbers
+        assert torch.equal(again(images), expected)
+        assert not torch.equal(model(images), expected)
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_the_list_has_a_norm_that_carries_constants() -> None:
+    """Those constants are in the plan alone, so one family must need them."""
+    model = _make("InceptionNeXt").eval()
+    small = vbpfx.prune(model, [torch.randn(2, 3, 64, 64)], ratio=0.5, progress=False).apply_to(model)
+    assert any(isinstance(module, CarriedNorm) for module in small.modules())

@@ -1,0 +1,144 @@
+"""Hugging Face models: their MLPs are found, and what is pruned uniformly goes through their own files unchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import vbpfx
+from vbpfx.errors import ArtifactError
+
+pytest.importorskip("transformers")
+from transformer_models import TRANSFORMERS
+
+# Hidden widths of the MLPs -> how many there are, by the layers and towers of the configurations in
+# benchmarks/transformer_models.py.
+MLPS: dict[str, dict[int, int]] = {
+    **{
+        name: {72: 2}
+        for name in (
+            "ViT", "DeiT", "BEiT", "DINOv3", "BERT", "RoBERTa", "DistilBERT", "ELECTRA", "DeBERTa-v2", "GPT-2", "OPT",
+            "Falcon", "GPT-NeoX", "Llama", "Mistral", "Qwen3", "Gemma", "Phi-3", "Wav2Vec2",
+        )
+    },
+    "DINOv2": {96: 2},  # three times 32
+    "DINOv2 SwiGLU": {64: 2},  # two thirds of 96
+    "Swin": {48: 1, 96: 2},
+    "Swinv2": {48: 1, 96: 2, 512: 3},  # 512: the position biases are made by MLPs, too
+    "ConvNeXt": {64: 1, 96: 2},
+    "ConvNeXtV2": {64: 1, 96: 2},
+    "SegFormer": {48: 1, 72: 2},
+    "PVTv2": {48: 1, 72: 2},
+    "Hiera": {48: 1, 96: 2},
+    "MobileViT": {60: 4, 72: 3},  # three times the width of every transformer
+    "CLIP": {72: 2, 80: 2},
+    "SigLIP": {72: 2, 80: 3},  # the vision tower's head has one
+    "ALBERT": {72: 1},  # one layer, called twice
+    "ModernBERT": {72: 3},
+    "T5 gated": {72: 4},
+    "BART": {72: 2, 80: 2},
+    "BLOOM": {128: 2},
+    "Mixtral": {},  # experts are refused
+    "Qwen3-MoE": {},
+    "Whisper": {72: 2, 80: 2},
+}  # fmt: skip
+
+# What else is between two layers: width -> number.
+OTHERS: dict[str, dict[int, int]] = {
+    "BERT": {32: 1}, "RoBERTa": {32: 1}, "DistilBERT": {32: 1}, "ELECTRA": {32: 1}, "ALBERT": {32: 1},
+    "DeBERTa-v2": {32: 1},  # the pooler, read by the classifier
+    "Wav2Vec2": {24: 2},  # the convolutions in front
+    "SegFormer": {16: 1, 20: 3},  # the reduction of keys and values; the decoder
+}  # fmt: skip
+
+
+def _assert_blocks(name: str, analysis: vbpfx.Analysis, model: nn.Module) -> None:
+    found = Counter(block.width for block in analysis.blocks)
+    for width, count in MLPS[name].items():
+        assert found[width] == count, f"{count} MLPs of width {width}"
+    # every layer of the model that reads an MLP's width is the second of one
+    second = {c.weight.rpartition(".")[0] for b in analysis.blocks if b.width in MLPS[name] for c in b.consumers}
+    assert second == {n for n, module in model.named_modules() if _reads(module) in MLPS[name]}
+    if name != "MobileViT":  # a convolutional network between its transformers
+        assert found - Counter(MLPS[name]) == Counter(OTHERS.get(name, {}))
+
+
+def _reads(module: nn.Module) -> int:
+    """Number of channels that a layer reads."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
+        return 0
+    return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
+
+
+# What the configuration can describe: compensation, and what to leave out.
+ROUND_TRIPS: dict[str, dict[str, Any]] = {
+    **{n: {} for n in ("ViT", "DeiT", "BEiT", "CLIP", "SigLIP", "GPT-2", "OPT", "Llama", "GPT-NeoX", "Whisper")},
+    "BERT": {"exclude": "*pooler*"},
+    "DistilBERT": {"exclude": "pre_classifier*"},
+    "ModernBERT": {},
+    # no entry for biases
+    **{n: {"compensation": "none"} for n in ("Mistral", "Qwen3", "Gemma", "T5 gated", "Phi-3")},
+}
+
+
+def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(**batch).to_tuple())
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMERS.keys() - ROUND_TRIPS.keys()))
+def test_the_mlps_are_found(name: str) -> None:
+    model, batch = TRANSFORMERS[name]()
+    _assert_blocks(name, vbpfx.find_blocks(vbpfx.capture(model, batch)), model)
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_saved_and_loaded_by_hugging_face(name: str, tmp_path: Path) -> None:
+    model, batch = TRANSFORMERS[name]()
+    config, dense = copy.deepcopy(model.config.to_dict()), _outputs(model, batch)
+    pruned = vbpfx.prune(model, [batch], ratio=0.5, uniform=True, progress=False, **ROUND_TRIPS[name])
+    _assert_blocks(name, pruned.analysis, model)
+    assert set(MLPS[name]) <= {entry.block.width for entry in pruned.plan.blocks}
+    small = pruned.apply_to(model)
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    expected, found = _outputs(small, batch), _outputs(loaded, batch)
+    # the same kernels on the same numbers
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    # and that is another function than the dense one, which stayed as it was
+    assert any(not torch.equal(a, b) for a, b in zip(expected, dense, strict=True))
+    assert model.config.to_dict() == config
+    assert small.config.to_dict() != config
+    assert all(torch.equal(a, b) for a, b in zip(_outputs(model, batch), dense, strict=True))
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("ConvNeXt", "convnext.encoder.stages.0.layers.0.pwconv1.bias"),
+        ("BLOOM", "transformer.h.0.mlp.dense_4h_to_h.weight"),
+    ],
+)
+def test_widths_that_no_configuration_describes_are_refused(name: str, parameter: str) -> None:
+    """Both multiply the width by four in their code."""
+    model, batch = TRANSFORMERS[name]()
+    pruned = vbpfx.prune(model, [batch], ratio=0.5, uniform=True, progress=False)
+    with pytest.raises(ArtifactError, match=f"the configuration of {type(model).__name__} cannot .*{parameter}"):
+        pruned.apply_to(model)
+    # the graph needs no configuration
+    assert pruned.verification is not None
+    assert pruned.plan.removed > 0
+
+
+def test_every_model_is_in_the_table() -> None:
+    assert TRANSFORMERS.keys() == MLPS.keys()
