@@ -29,6 +29,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -220,7 +221,8 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
 
 # Where tensors stand among a call's arguments, by the names that torch gives them, and NumPy's names for torch's own.
-_PLACES = {"input": 0, "tensors": 0, "query": 0, "other": 1, "mat2": 1, "key": 1, "value": 2}
+_PLACES = {"input": 0, "tensors": 0, "other": 1, "mat2": 1}
+_OF_ATTENTION = {"query": 0, "key": 1, "value": 2}
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
@@ -230,7 +232,8 @@ def _order_arguments(graph: fx.Graph) -> None:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
         args, kwargs = list(node.args), dict(node.kwargs)
-        while (name := next((n for n in kwargs if _PLACES.get(n) == len(args)), None)) is not None:
+        places = _OF_ATTENTION if node.target is F.scaled_dot_product_attention else _PLACES
+        while (name := next((n for n in kwargs if places.get(n) == len(args)), None)) is not None:
             args.append(kwargs.pop(name))
         if node.op == "call_method" or str(getattr(node.target, "__module__", "")).startswith(("torch", "None")):
             kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}

@@ -142,9 +142,10 @@ def rolling(site: Site) -> Iterator[Relation]:
 def padding(site: Site) -> Iterator[Relation]:
     """pad: (before, after) for the last axis, then the one before it...; an axis without padding is kept."""
     x, out = site.x, site.out
+    listed = site.argument(1, "pad")
+    amounts = listed if isinstance(listed, (tuple, list)) else site.constant(1, "pad")
     for dim in range(x.ndim):
-        amounts = site.constant(1, "pad")[2 * (x.ndim - 1 - dim) :][:2]
-        if all(amount == 0 for amount in amounts):
+        if all(isinstance(amount, int) and amount == 0 for amount in amounts[2 * (x.ndim - 1 - dim) :][:2]):
             yield Same(x.axis(dim), out.axis(dim))
         else:
             yield Opaque(x.axis(dim), "it is padded")
