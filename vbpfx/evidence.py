@@ -31,6 +31,7 @@ from vbpfx.axes import (
 )
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.mutation import read_after_mutation
+from vbpfx.names import enclosing_module, is_layer, parameter_names
 from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
 from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.rules.pointwise import elementwise
@@ -73,10 +74,10 @@ class Evidence:
 def gather(captured: Captured) -> Evidence:
     """Ask every node's rule, and put the answers together."""
     graph_module, reference = captured.graph_module, captured.reference
-    names, tied = _parameter_names(graph_module, reference)
+    names, tied = parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
-    evidence.calls.update((_enclosing_module(node)[0], node.target) for node in nodes.values())
+    evidence.calls.update((enclosing_module(node)[0], node.target) for node in nodes.values())
     for name, tensor in named_tensors(reference).items():
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
     sizes = read_sizes(graph_module.graph, names)
@@ -180,7 +181,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
             evidence.graph.add_node(source)
-            path = _enclosing_module(node)[0]
+            path = enclosing_module(node)[0]
             calls = evidence.calls[path, node.target]
             evidence.reduced[source].append(
                 Reduction(node.name, _source(source, evidence), kind, evidence.sizes[source], path, calls)
@@ -209,7 +210,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                     weight_axis=weight.dim,
                     bias=name,
                     creates_bias=bias is None,
-                    is_layer=_is_layer(node, weight.owner),
+                    is_layer=is_layer(node, weight.owner),
                 )
             )
         case SizeStated(axis, path, start, stop, by_code):
@@ -272,54 +273,6 @@ def _new_bias(weight: Axis, evidence: Evidence) -> str:
     while Axis(name, 0, True) in evidence.sizes:
         name += "_"
     return name
-
-
-def _is_layer(node: fx.Node, weight: str) -> bool:
-    """Whether the call is a layer of torch.nn (as a module, or as the module that export traced through)."""
-    if node.op == "call_module":
-        return True
-    path, layer = _enclosing_module(node)
-    return layer.startswith("torch.nn.modules.") and path == weight.rpartition(".")[0]
-
-
-def _enclosing_module(node: fx.Node) -> tuple[str, str]:
-    """Path and class of the innermost module whose code made the call; empty strings where none is known."""
-    if node.op == "call_module":
-        return str(node.target), ""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return "", ""
-    path, layer = stack[-1]
-    name = layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
-    return path.removeprefix("L['self'].").removeprefix("L['self']"), name
-
-
-def _parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple[Names, dict[str, list[str]]]:
-    """Names of the graph's parameters in the model's state dict, and the tensors that have several."""
-    all_names: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in named_tensors(reference).items():
-        all_names[id(tensor)].append(name)
-    of_attribute: dict[str, str] = {}
-    of_module: dict[str, dict[str, str]] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            of_module[str(node.target)] = {key: all_names[id(t)][0] for key, t in own if id(t) in all_names}
-        elif node.op == "get_attr":
-            owner, _, attribute = str(node.target).rpartition(".")
-            value = getattr(graph_module.get_submodule(owner), attribute, None)
-            if id(value) in all_names:
-                of_attribute[str(node.target)] = all_names[id(value)][0]
-    return Names(of_attribute, of_module), {
-        names[0]: names for names in all_names.values() if len({_place(reference, name) for name in names}) > 1
-    }
-
-
-def _place(model: nn.Module, name: str) -> tuple[int, str]:
-    """Module and attribute: a module that is reached on several paths is no tie."""
-    owner, _, attribute = name.rpartition(".")
-    return id(model.get_submodule(owner)), attribute
 
 
 def _count_uses(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:
