@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.vbpfx-installed
 
-.PHONY: demo test lint retention weights wheel clean
+.PHONY: demo test lint retention coverage fuzz weights wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/vbpfx demo --out demo-output
@@ -21,6 +21,12 @@ lint: $(INSTALLED)
 
 retention: $(INSTALLED)
 	$(BIN)/python benchmarks/retention.py
+
+coverage: $(INSTALLED)
+	$(BIN)/python benchmarks/coverage.py
+
+fuzz: $(INSTALLED)
+	$(BIN)/python benchmarks/fuzz.py --examples 20000 --seed 0 -j 2
 
 weights: $(INSTALLED)
 	$(BIN)/python -m vbpfx.demo.train_digits
