@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
+import torch
 from exactness import SUBJECTS, measure
 from published import PUBLISHED, Published, prune_published
+
+import vbpfx
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -25,3 +29,12 @@ def test_published_sizes(entry: Published) -> None:
     if entry.params is not None and entry.macs is not None:
         assert round(pruned.report.params[1] / 1e6, 2) == entry.params
         assert abs(pruned.report.macs[1] / 1e9 / entry.macs - 1) < 0.005
+
+
+def test_the_largest_models_are_analysed_without_their_weights() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_giant_patch14_224")
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.empty(2, 3, 224, 224, device="meta")))
+    assert {block.width for block in analysis.blocks} == {6144}
+    assert len(analysis.blocks) == 40
+    assert all(parameter.is_meta for parameter in analysis.captured.graph_module.parameters())
