@@ -25,7 +25,8 @@ _OTHERWISE |= {"bitwise_and", "bitwise_or", "bitwise_not"}
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("threshold", "_threshold"), (0.1, 0.0)),
     **dict.fromkeys(
-        ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"), (0.5, False)
+        ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+        (0.5, False),
     ),
     "pow": (2,),
     "full_like": (0.3,),

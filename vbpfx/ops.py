@@ -79,7 +79,7 @@ _methods_and_functions(
     elementwise,
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "tanh",
     "tanhshrink", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softshrink", "softsign",
-    "threshold", "rrelu", "log_sigmoid", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "native_dropout",
+    "threshold", "rrelu", "log_sigmoid", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout",
     "add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "exp", "expm1", "log", "log1p", "log2",
     "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
     "acosh", "atanh", "sinc", "erf", "erfc", "erfinv", "lgamma", "logit", "trunc", "frac", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max",
