@@ -46,7 +46,6 @@ EXACT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mean by keyword": (lambda: Net(lambda m, x: m.o(torch.relu(h := m.a(x))) + torch.mean(input=h, dim=-1, keepdim=True), a=L(8, H), o=L(H, 8)), tokens),
     "product by keyword": (lambda: Net(lambda m, x: torch.matmul(torch.relu(torch.matmul(x, other=m.w1)), other=m.w2), w1=parameter(8, H), w2=parameter(H, 8)), tokens),
     "attention by keyword": (lambda: Net(lambda m, x: m.o(F.scaled_dot_product_attention(key=m.k(x), value=m.v(x), query=m.q(x))), q=L(8, H), k=L(8, H), v=L(8, H), o=L(H, 8)), tokens),
-    "feature alpha dropout": (lambda: nn.Sequential(L(8, H), nn.FeatureAlphaDropout(0.1), L(H, 8)), tokens),
     "addmm with a transpose": (lambda: Net(lambda m, x: torch.addmm(m.b2, torch.relu(torch.addmm(m.b1, x[:, 0], m.w1.t())), m.w2.t()), w1=parameter(H, 8), b1=parameter(H), w2=parameter(8, H), b2=parameter(8)), tokens),
     "a norm on two paths": (lambda: OnTwoPaths(), tokens),
     "a norm in a list": (lambda: norm_in_a_list(), tokens),
