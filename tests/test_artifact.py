@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from oracle import assert_unchanged, randomize, state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -583,3 +584,14 @@ def test_a_hostile_graph_is_an_artifact_error(
         error = raised
     assert list(empty.iterdir()) == [], "the file was executed"
     assert isinstance(error, ArtifactError), f"load() gave {error!r}"
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*zoo.PACKED, *zoo.NORMS, *zoo.SHARED)])
+def test_every_kind_of_rewrite_loads_without_the_class(case: zoo.Case, tmp_path: Path) -> None:
+    """Splits by sizes, norms in plain operators, biases behind products: all of it is data in graph.json."""
+    model, batch = randomize(case.make()).eval(), case.batch()
+    pruned = vbpfx.prune(model, [batch], ratio=0.5, progress=False)
+    pruned.save(tmp_path)
+    loaded = vbpfx.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), pruned.graph_module(batch))
