@@ -31,7 +31,7 @@ from vbpfx.export.onnx import run_session
 from vbpfx.inputs import Inputs, argument_names, as_inputs
 from vbpfx.verify import TOLERANCES, reference_graph, relative_error
 
-EXAMPLES = 3  # named axes per reason
+EXAMPLES = 1  # named axes per reason
 # Rounding can grow on the way through a network; float32 is right if it is off by no more than this many times what
 # the dense network itself loses between float64 and float32. Float64 is held to its tolerance whatever happens.
 ROUNDING = 30
