@@ -79,7 +79,7 @@ class CarriedNorm(nn.Module):
     the same names.
 
     Args:
-        norm: the narrowed norm.
+        norm: what it stands for; their parameters are the same.
         kind: ``"layer_norm"`` or ``"rms_norm"``.
         carried: what the removed channels add.
     """

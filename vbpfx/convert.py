@@ -12,9 +12,8 @@ from vbpfx.capture import Captured, named_tensors
 from vbpfx.carry import carry
 from vbpfx.edit import finish
 from vbpfx.errors import ArtifactError
-from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels
+from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels, require_same_structure
 from vbpfx.ops import is_matrix_product, takes_apart
-from vbpfx.own_class import MISMATCH
 from vbpfx.records import Plan
 
 
@@ -30,8 +29,7 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     Raises:
         ArtifactError: the plan was made for another model, or on the graph of another front end.
     """
-    if plan.fingerprint != captured.fingerprint:
-        raise ArtifactError(MISMATCH.format(model=type(captured.reference).__name__))
+    require_same_structure(captured.fingerprint, plan, captured.reference)
     if plan.frontend != captured.frontend:
         raise ArtifactError(
             f"the plan was made on a graph of frontend={plan.frontend!r}, this one is of {captured.frontend!r}: capture "

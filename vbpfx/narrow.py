@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from vbpfx.capture import named_tensors, plain_tensors
 from vbpfx.carry import Carried
 from vbpfx.compensate import fold
+from vbpfx.errors import ArtifactError
 from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
 # (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
 Removed = Mapping[tuple[str, int, bool], frozenset[int]]
+
+
+def require_same_structure(found: str, plan: Plan, model: nn.Module) -> None:
+    """Raise an ArtifactError where a model's fingerprint is not the one that the plan was made for."""
+    if found != plan.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for a model of another structure than this {type(model).__name__}: parameter names, "
+            f"shapes or module classes differ; build the model as it was when it was pruned"
+        )
 
 
 def narrowed(
@@ -50,29 +60,26 @@ def narrowed(
 
 def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
     """Every tensor that changes, and the biases that come into being, by name."""
-    removed: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for entry in plan.blocks:
-        for parameter in entry.block.parameters:
-            removed[parameter.name, parameter.axis] += [parameter.start + p for p in entry.pruned]
+    cuts: dict[str, list[tuple[int, frozenset[int]]]] = defaultdict(list)
+    for (owner, axis, of_parameter), positions in removed_channels(plan).items():
+        if of_parameter:
+            cuts[owner].append((axis, positions))
     shifts: dict[str, Tensor] = {}
     made: dict[str, str] = {}
     for entry in plan.blocks:
         # several calls of one layer fold the same constants into the same bias: once
         folds = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
         for consumer in folds.values():
-            pruned = torch.tensor(entry.pruned) + consumer.source.start
-            constants = entry.constants[entry.block.sources.index(consumer.source)]
-            shift = fold(tensors[consumer.weight], consumer.weight_axis, pruned, constants)
             if consumer.creates_bias and not needs_bias(entry, consumer):
                 continue
+            pruned = torch.tensor(entry.pruned) + consumer.source.start
+            constants = entry.constants_at(consumer.source)
+            shift = fold(tensors[consumer.weight], consumer.weight_axis, pruned, constants)
             shifts[consumer.bias] = shifts[consumer.bias] + shift if consumer.bias in shifts else shift
-            if needs_bias(entry, consumer):
+            if consumer.creates_bias:
                 made[consumer.bias] = consumer.weight
-                removed[consumer.bias, 0] = removed.get((consumer.weight, 1 - consumer.weight_axis), [])
-    cuts: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
-    for (name, axis), positions in removed.items():
-        if positions:
-            cuts[name].append((axis, positions))
+                out = 1 - consumer.weight_axis
+                cuts[consumer.bias] = [(0, gone) for axis, gone in cuts.get(consumer.weight, ()) if axis == out]
     replaced: dict[str, Tensor] = {}
     created: dict[str, nn.Parameter] = {}
     for name in {**cuts, **shifts}:
@@ -94,13 +101,13 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
 
 def needs_bias(entry: BlockPlan, consumer: Consumer) -> bool:
     """Whether a layer must get a bias: it has none, and what stands for the removed neurons is not zero."""
-    return consumer.creates_bias and bool(entry.constants[entry.block.sources.index(consumer.source)].any())
+    return consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
 
 
-def _others(positions: list[int], size: int) -> Tensor:
+def _others(positions: frozenset[int], size: int) -> Tensor:
     """The indices 0 .. size - 1 without the given ones."""
     kept = torch.ones(size, dtype=torch.bool)
-    kept[positions] = False
+    kept[list(positions)] = False
     return kept.nonzero().flatten()
 
 
@@ -152,5 +159,5 @@ def carried(plan: Plan) -> dict[str, tuple[Reduction, Carried]]:
     for entry in plan.blocks:
         for reduction in entry.block.reductions:
             found[reduction.node] = reduction
-            constants[reduction.node].append(entry.constants[entry.block.sources.index(reduction.source)])
+            constants[reduction.node].append(entry.constants_at(reduction.source))
     return {name: (r, Carried(r.size, torch.cat(constants[name]))) for name, r in found.items()}

@@ -14,13 +14,8 @@ from vbpfx.capture import fingerprint, require_module
 from vbpfx.carry import CarriedNorm
 from vbpfx.errors import ArtifactError
 from vbpfx.model_config import describe_widths, has_config
-from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels
+from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels, require_same_structure
 from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
-
-MISMATCH = (
-    "the plan was made for a model of another structure than this {model}: parameter names, shapes or module "
-    "classes differ; build the model as it was when it was pruned"
-)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -39,8 +34,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             code states the hidden width (which only symbolic tracing can tell).
     """
     require_module(model)
-    if fingerprint(model) != plan.fingerprint:
-        raise ArtifactError(MISMATCH.format(model=type(model).__name__))
+    require_same_structure(fingerprint(model), plan, model)
     removed = removed_channels(plan)
     obstacles = {entry.block.name: why for entry in plan.blocks if (why := _obstacle(model, entry, plan, removed))}
     if obstacles:

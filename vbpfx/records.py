@@ -215,6 +215,10 @@ class BlockPlan:
                 f"consumer inputs need one value each, found shapes {shapes}"
             )
 
+    def constants_at(self, source: Source) -> torch.Tensor:
+        """What stands for the removed neurons at one of the block's sources."""
+        return self.constants[self.block.sources.index(source)]
+
     @property
     def pruned(self) -> tuple[int, ...]:
         """Indices of the removed neurons, ascending."""
