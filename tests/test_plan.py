@@ -92,7 +92,7 @@ def test_ties_go_by_index() -> None:
 @pytest.mark.parametrize("kept", [0.55, 0.7, 0.93])
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_macs_and_params_are_met_to_the_neuron(kind: str, kept: float) -> None:
-    result = stages(_network(), DATA, **{kind: kept})
+    result = stages(_network(), DATA, method="vbp", **{kind: kept})
 
     def cost(small: torch.fx.GraphModule) -> int:
         if kind == "params":
@@ -142,11 +142,11 @@ def test_floors_hold_and_the_total_is_still_met() -> None:
     with torch.no_grad():
         model[8].weight.mul_(1e-3)  # every variance of the last block is now the smallest
         model[8].bias.mul_(1e-3)
-    default = stages(model, DATA, ratio=0.5)
+    default = stages(model, DATA, ratio=0.5, criterion="variance", allocation="global")
     assert default.plan.widths["8->10"] == 1
     assert default.plan.removed == 40
     assert default.plan.settings["at_floor"] == ["8->10"]
-    wide = stages(model, DATA, ratio=0.5, min_width=7)
+    wide = stages(model, DATA, ratio=0.5, criterion="variance", allocation="global", min_width=7)
     assert wide.plan.widths["8->10"] == 7
     assert wide.plan.removed == 40
 
@@ -174,15 +174,16 @@ def test_include_and_exclude() -> None:
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
 def test_other_criteria(criterion: str) -> None:
     model = _network()
-    result = stages(model, DATA, ratio=0.5, criterion=criterion, compensation="none", min_width=1)
+    options = {"ratio": 0.5, "method": "vbp", "criterion": criterion, "compensation": "none"}
+    result = stages(model, DATA, **options)
     assert result.plan.removed == 40
     assert all(not a.any() for entry in result.plan.blocks for a in entry.constants)
-    again = stages(model, DATA, ratio=0.5, criterion=criterion, compensation="none", min_width=1)
+    again = stages(model, DATA, **options)
     assert [e.kept for e in again.plan.blocks] == [e.kept for e in result.plan.blocks]
     if criterion == "random":
-        from vbpfx.importance import random
+        from vbpfx.importance import Scoring, random
 
-        drawn = [random(block, (), model) for block in result.analysis.blocks]
+        drawn = [random(Scoring(block, (), model, 0.5, 50)) for block in result.analysis.blocks]
         assert not torch.equal(drawn[0][:16], drawn[1][:16])
     if criterion == "magnitude":
         norms = []

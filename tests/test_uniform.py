@@ -43,10 +43,11 @@ def _per_group(result: Stages) -> dict[int, set[int]]:
 @pytest.mark.parametrize(
     "options",
     [{"ratio": 0.3}, {"ratio": 0.5}, {"macs": 0.6}, {"params": 0.7}, {"ratio": 0.5, "round_to": 8},
-     {"macs": 0.6, "round_to": 4}, {"ratio": 0.5, "criterion": "magnitude"}, {"ratio": 0.8, "method": "vbp"}],
+     {"macs": 0.6, "round_to": 4}, {"ratio": 0.5, "criterion": "magnitude"}, {"ratio": 0.8, "allocation": "normalised"}],
     ids=str,
 )  # fmt: skip
 def test_blocks_of_one_shape_have_one_width(options: dict[str, Any]) -> None:
+    options = {"method": "vbp"} | options
     result = stages(_network(), DATA, uniform=True, **options)
     assert len(result.analysis.blocks) == len(WIDTHS)
     groups = _per_group(result)

@@ -2,7 +2,7 @@
 
     plan.json           which neurons stayed, of which blocks, of a model of which structure
     model.safetensors   the pruned network's tensors under the model's own names
-    plan.safetensors    the constants that stand for the removed neurons
+    plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class
     report.json         the figures
 
@@ -11,6 +11,7 @@ Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
-from vbpfx.records import BlockPlan, Plan, block_from_json, block_to_json
+from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
@@ -36,19 +37,23 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
 
 
 def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
-    constants = {
-        f"{number}.{index}": values
-        for number, entry in enumerate(plan.blocks)
-        for index, values in enumerate(entry.constants)
-    }
+    tensors: dict[str, Tensor] = {}
+    for number, entry in enumerate(plan.blocks):
+        for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
+            tensors[f"{number}.{index}"] = constants
+            if prediction is not None:
+                tensors[f"{number}.{index}.prediction"] = prediction
+    for number, correction in enumerate(plan.corrections):
+        tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
     data = {
         "format": _FORMAT,
         "fingerprint": plan.fingerprint,
         "frontend": plan.frontend,
         "settings": dict(plan.settings),
         "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
+        "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
     }
-    return {folder / "plan.safetensors": safetensors_writer(constants), folder / "plan.json": json_writer(data)}
+    return {folder / "plan.safetensors": safetensors_writer(tensors), folder / "plan.json": json_writer(data)}
 
 
 def load_plan(folder: str | Path) -> Plan:
@@ -59,7 +64,7 @@ def load_plan(folder: str | Path) -> Plan:
     """
     folder = Path(folder)
     data = read_json(folder / "plan.json")
-    constants = _read_tensors(folder / "plan.safetensors")
+    tensors = _read_tensors(folder / "plan.safetensors")
     try:
         if data["format"] != _FORMAT:
             raise ArtifactError(
@@ -69,11 +74,16 @@ def load_plan(folder: str | Path) -> Plan:
             BlockPlan(
                 block := block_from_json(entry["block"]),
                 tuple(entry["kept"]),
-                tuple(constants[f"{number}.{index}"] for index in range(len(block.sources))),
+                tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
+                tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
             )
             for number, entry in enumerate(data["blocks"])
         )
-        return Plan(entries, data["fingerprint"], data["frontend"], data["settings"])
+        corrections = tuple(
+            Correction(consumer_from_json(layer), *(tensors[f"correction.{n}.{part}"] for part in ("weight", "bias")))
+            for n, layer in enumerate(data["corrections"])
+        )
+        return Plan(entries, data["fingerprint"], data["frontend"], data["settings"], corrections)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 

@@ -12,7 +12,7 @@ from vbpfx.capture import Captured, named_tensors
 from vbpfx.carry import carry
 from vbpfx.edit import finish
 from vbpfx.errors import ArtifactError
-from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels, require_same_structure
+from vbpfx.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
 from vbpfx.ops import is_matrix_product, takes_apart
 from vbpfx.records import Plan
 
@@ -20,7 +20,8 @@ from vbpfx.records import Plan
 def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphModule:
     """A new, smaller GraphModule: rows and columns of the removed neurons gone, their constants folded.
 
-    For every consumer, W' = W[:, K] and b' = b + W[:, P] a (created where the layer had no bias).
+    For every consumer, W' = W[:, K] + W[:, P] B and b' = b + W[:, P] a (created where the layer had no bias), plus what
+    the plan corrects.
 
     Args:
         share: share the parameters that are not narrowed with the model instead of copying them; for
@@ -105,7 +106,7 @@ def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
 
 def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:
     """Functional layers take a new bias as an argument, matrix products as a sum; a module finds its own."""
-    consumers = {c.node: c for entry in plan.blocks for c in entry.block.consumers if needs_bias(entry, c)}
+    consumers = new_biases(plan)
     in_front = {name for name, c in consumers.items() if nodes[name].args[0] is not nodes[c.source.node]}
     for name, consumer in consumers.items():
         node = nodes[name]

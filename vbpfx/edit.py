@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import fx, nn
 
 from vbpfx.errors import ArtifactError
-from vbpfx.records import Block, Source
+from vbpfx.records import Block, Consumer, Source
 
 
 def insert_at_sources(
@@ -50,6 +50,29 @@ def insert_at_sources(
                 nodes[name].replace_input_with(before, call)
             latest[source.node, source.axis] = call
             inserted.append((block, index, module))
+    finish(graph_module)
+    return inserted
+
+
+def insert_behind(
+    graph_module: fx.GraphModule, layers: Iterable[Consumer], make: Callable[[Consumer], nn.Module], label: str
+) -> list[nn.Module]:
+    """Insert a module behind each layer, in place: it gets the layer's value and its input, all users get its value."""
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    inserted = []
+    for number, layer in enumerate(layers):
+        missing = [name for name in (layer.node, layer.source.node) if name not in nodes]
+        if missing:
+            raise ArtifactError(
+                f"layer {layer.weight}: the graph has no node {missing[0]}; it is another model's layer"
+            )
+        path, module = f"{label}_{number}", make(layer)
+        graph_module.add_submodule(path, module)
+        node = nodes[layer.node]
+        with graph_module.graph.inserting_after(node):
+            call = graph_module.graph.call_module(path, (node, nodes[layer.source.node]))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+        inserted.append(module)
     finish(graph_module)
     return inserted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -100,7 +100,18 @@ def gather(captured: Captured) -> Evidence:
             _note(relation, node, evidence)
         if own is not None:
             _note_unread(node, module, names, said, evidence)
+    _mark_alone(evidence)
     return evidence
+
+
+def _mark_alone(evidence: Evidence) -> None:
+    """Say of every layer whether its call is the only thing that uses its weight."""
+    readings = Counter(consumer.weight for found in evidence.contracted.values() for consumer in found)
+    for axis, found in evidence.contracted.items():
+        evidence.contracted[axis] = [
+            replace(c, alone=readings[c.weight] == len(evidence.uses[c.weight]) == 1 and c.weight not in evidence.tied)
+            for c in found
+        ]
 
 
 def _relations(

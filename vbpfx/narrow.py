@@ -1,6 +1,6 @@
 """Narrowed tensors: what a plan makes of parameters and buffers, and what becomes of the rest.
 
-The narrowed tensors are made first; then the module is deep-copied with them in place of the old ones. So nothing is
+For every consumer W' = W_K + W_P B and b' = b + W_P a; what the plan corrects is added. The narrowed tensors are made first; then the module is deep-copied with them in place of the old ones. So nothing is
 ever copied twice, and the original is never touched.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vbpfx.capture import named_tensors, plain_tensors
 from vbpfx.carry import Carried
-from vbpfx.compensate import fold
+from vbpfx.compensate import fold, fold_columns
 from vbpfx.errors import ArtifactError
-from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.records import Consumer, Plan, Reduction, SizeLiteral
 
 # (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
 Removed = Mapping[tuple[str, int, bool], frozenset[int]]
@@ -36,7 +36,7 @@ def require_same_structure(found: str, plan: Plan, model: nn.Module) -> None:
 def narrowed(
     root: nn.Module, plan: Plan, share: bool, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """A copy of a module, narrowed: for every consumer W' = W[:, K] and b' = b + W[:, P] a.
+    """A copy of a module, narrowed, with everything folded and corrected.
 
     Args:
         root: the model, or its graph.
@@ -64,44 +64,63 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
     for (owner, axis, of_parameter), positions in removed_channels(plan).items():
         if of_parameter:
             cuts[owner].append((axis, positions))
-    shifts: dict[str, Tensor] = {}
-    made: dict[str, str] = {}
-    for entry in plan.blocks:
-        # several calls of one layer fold the same constants into the same bias: once
-        folds = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
-        for consumer in folds.values():
-            if consumer.creates_bias and not needs_bias(entry, consumer):
-                continue
-            pruned = torch.tensor(entry.pruned) + consumer.source.start
-            constants = entry.constants_at(consumer.source)
-            shift = fold(tensors[consumer.weight], consumer.weight_axis, pruned, constants)
-            shifts[consumer.bias] = shifts[consumer.bias] + shift if consumer.bias in shifts else shift
-            if consumer.creates_bias:
-                made[consumer.bias] = consumer.weight
-                out = 1 - consumer.weight_axis
-                cuts[consumer.bias] = [(0, gone) for axis, gone in cuts.get(consumer.weight, ()) if axis == out]
+    made = {consumer.bias: consumer for consumer in new_biases(plan).values()}
+    for name, consumer in made.items():
+        cuts[name] = [(0, positions) for axis, positions in cuts[consumer.weight] if axis == 1 - consumer.weight_axis]
+    folds = _folds(tensors, plan, made)
+    corrections = {c.layer.weight: c.weight for c in plan.corrections}
+    corrections |= {c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in made or not c.layer.creates_bias}
     replaced: dict[str, Tensor] = {}
     created: dict[str, nn.Parameter] = {}
-    for name in {**cuts, **shifts}:
-        like = tensors[made.get(name, name)]
+    for name in {**cuts, **folds, **corrections}:
         if name in made:
-            new = shifts[name].to(like.dtype)
-        elif name in shifts:
-            new = (like.detach().double() + shifts[name]).to(like.dtype)
+            weight = tensors[made[name].weight]
+            like = weight.new_zeros(weight.shape[1 - made[name].weight_axis])
         else:
-            new = like.detach()
-        for axis, positions in cuts[name]:
+            like = tensors[name]
+        new = like.detach()
+        if name in folds:
+            new = new.double() + folds[name]
+        for axis, positions in cuts.get(name, ()):
             new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
+        if name in corrections:
+            new = new.double() + corrections[name].to(new.device, torch.float64).view_as(new)
+        new = new.to(like.dtype)
         if name in made:
-            created[name] = nn.Parameter(new, requires_grad=like.requires_grad)
+            created[name] = nn.Parameter(new, requires_grad=weight.requires_grad)
         else:
             replaced[name] = nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
     return replaced, created
 
 
-def needs_bias(entry: BlockPlan, consumer: Consumer) -> bool:
-    """Whether a layer must get a bias: it has none, and what stands for the removed neurons is not zero."""
-    return consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
+def _folds(tensors: dict[str, Tensor], plan: Plan, made: Mapping[str, Consumer]) -> dict[str, Tensor]:
+    """What weights and biases gain for the neurons that are removed, float64, in their dense shapes."""
+    folds: dict[str, Tensor] = {}
+    for entry in plan.blocks:
+        # several calls of one layer fold the same constants into the same bias: once
+        consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
+        for consumer in consumers.values():
+            weight, axis, start = tensors[consumer.weight], consumer.weight_axis, consumer.source.start
+            kept, pruned = torch.tensor(entry.kept) + start, torch.tensor(entry.pruned) + start
+            gains = {}
+            if not consumer.creates_bias or consumer.bias in made:
+                gains[consumer.bias] = fold(weight, axis, pruned, entry.constants_at(consumer.source))
+            if (prediction := entry.prediction_at(consumer.source)) is not None:
+                gains[consumer.weight] = fold_columns(weight, axis, kept, pruned, prediction)
+            for name, gain in gains.items():
+                folds[name] = folds[name] + gain if name in folds else gain
+    return folds
+
+
+def new_biases(plan: Plan) -> dict[str, Consumer]:
+    """Node -> the layer, of those that must get a bias they lack: what they fold or correct is not zero."""
+    found = {
+        consumer.node: consumer
+        for entry in plan.blocks
+        for consumer in entry.block.consumers
+        if consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
+    }
+    return found | {c.layer.node: c.layer for c in plan.corrections if c.layer.creates_bias and bool(c.bias.any())}
 
 
 def _others(positions: frozenset[int], size: int) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from vbpfx.moments import Moments
+from vbpfx.moments import CoMoments, Moments
+
+# Of so many samples one is held out: its co-moments choose between fits that have not seen it.
+_HELD_OUT_EVERY = 5
 
 
 class Observer(nn.Module):
@@ -21,6 +26,10 @@ class Observer(nn.Module):
         masked: the axes of the tensor that a mask's samples and tokens are, if it is called with one: counted from the
             end, one axis where they are merged.
 
+        every: of so many rows one enters the co-moments; 0 for none. Which ones does not depend on how the data is split
+            into batches.
+        rows_a_sample: how many rows a sample has.
+
     Attributes:
         moments: what was gathered; None before the first sample.
         calls: number of batches seen.
@@ -28,9 +37,19 @@ class Observer(nn.Module):
             batch and all after it are not gathered.
     """
 
-    def __init__(self, name: str, axis: int, start: int, width: int, masked: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        axis: int,
+        start: int,
+        width: int,
+        masked: tuple[int, ...] = (),
+        every: int = 0,
+        rows_a_sample: int = 1,
+    ) -> None:
         super().__init__()
-        self.name, self.masked = name, masked
+        self.name, self.masked, self.every, self.rows_a_sample = name, masked, every, rows_a_sample
+        self.rows = 0
         self.axis, self.start, self.width = axis, start, width
         self.moments: Moments | None = None
         self.calls = 0
@@ -49,8 +68,18 @@ class Observer(nn.Module):
             batch = Moments.of(rows)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
             if bool(batch.m2.isfinite().all()):
+                batch = self._with_co_moments(batch, rows) if self.every else batch
                 self.moments = batch if self.moments is None else self.moments | batch
             else:
                 self.bad_call = self.calls
         self.calls += 1
+        self.rows += rows.shape[0]
         return x
+
+    def _with_co_moments(self, batch: Moments, rows: Tensor) -> Moments:
+        """The batch's moments with the co-moments of every so-manieth row, those of every fifth sample apart."""
+        index = torch.arange(-self.rows % self.every, rows.shape[0], self.every, device=rows.device)
+        held = (index + self.rows) // self.rows_a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        parts = (rows[index[~held]], rows[index[held]])
+        co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
+        return replace(batch, co=co, held=held_out)

@@ -14,7 +14,7 @@ from vbpfx.capture import fingerprint, require_module
 from vbpfx.carry import CarriedNorm
 from vbpfx.errors import ArtifactError
 from vbpfx.model_config import describe_widths, has_config
-from vbpfx.narrow import Removed, carried, gone, narrowed, needs_bias, removed_channels, require_same_structure
+from vbpfx.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
 from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
 
@@ -75,8 +75,9 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
             )
     if (node := _unequal_chunks(block.literals, removed)) is not None:
         return f"the model's code takes parts of equal size (node {node}), and narrowed they are unequal"
+    made = new_biases(plan)
     for consumer in block.consumers:
-        if needs_bias(entry, consumer) and not _has_place_for_bias(model, consumer):
+        if consumer.node in made and not _has_place_for_bias(model, consumer):
             return f"the code around {consumer.weight} adds no bias, so the class cannot hold the fold"
     return ""
 

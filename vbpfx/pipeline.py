@@ -129,7 +129,7 @@ def prune(
     captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-    observed = prepare(captured, analysis, blocks=blocks, mask=mask)
+    observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=chosen.needs_covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
     calibrate(observed, data, read=read, total=total, progress=progress)
     gathered = statistics(observed)

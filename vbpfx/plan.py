@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict, Unpack
 
+from vbpfx.allocation import ALLOCATIONS
 from vbpfx.blocks import Analysis
 from vbpfx.budget import (
     Budget,
@@ -24,29 +25,29 @@ from vbpfx.budget import (
     same_shape,
 )
 from vbpfx.capture import Captured
-from vbpfx.compensate import COMPENSATIONS
+from vbpfx.compensate import COMPENSATIONS, Compensation
 from vbpfx.errors import BudgetError, CalibrationError
-from vbpfx.importance import CRITERIA
+from vbpfx.importance import CRITERIA, NEED_COVARIANCE, Criterion, Scoring, score
 from vbpfx.moments import Moments
-from vbpfx.prepare import Statistics
+from vbpfx.prepare import Statistics, rows_a_sample
 from vbpfx.records import Block, BlockPlan, Plan
 from vbpfx.select import select_blocks
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named combination of criterion and compensation, and the floor it comes with."""
+    """A named combination of the parts, and the floor it comes with."""
 
     criterion: str
+    allocation: str
     compensation: str
     min_width: int | None
 
 
 METHODS = {
     # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor.
-    "vbp": Method("variance", "mean", min_width=1),
-    # The same ranking, but every block keeps a sixteenth of its width. Nothing measured beats it yet.
-    "auto": Method("variance", "mean", min_width=None),
+    "vbp": Method("variance", "global", "mean", min_width=1),
+    "auto": Method("greedy_obs", "equal", "ridge", min_width=None),
 }
 
 
@@ -57,7 +58,8 @@ class PlanArguments(TypedDict, total=False):
     macs: float | None
     params: float | None
     method: str
-    criterion: str | None
+    criterion: str | Criterion | None
+    allocation: str | None
     compensation: str | None
     round_to: int
     min_width: int | None
@@ -72,7 +74,8 @@ class PlanOptions:
 
     budget: Budget
     method: str
-    criterion: str
+    criterion: str | Criterion
+    allocation: str
     compensation: str
     round_to: int
     min_width: int | None
@@ -88,7 +91,8 @@ class PlanOptions:
         macs: float | None = None,
         params: float | None = None,
         method: str = "auto",
-        criterion: str | None = None,
+        criterion: str | Criterion | None = None,
+        allocation: str | None = None,
         compensation: str | None = None,
         round_to: int = 1,
         min_width: int | None = None,
@@ -106,7 +110,8 @@ class PlanOptions:
         return cls(
             budget,
             method,
-            _known("criterion", recipe.criterion if criterion is None else criterion, CRITERIA),
+            criterion if callable(criterion) else _known("criterion", criterion or recipe.criterion, CRITERIA),
+            _known("allocation", recipe.allocation if allocation is None else allocation, ALLOCATIONS),
             _known("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
             require_positive("round_to", round_to),
             recipe.min_width if min_width is None else require_positive("min_width", min_width),
@@ -115,20 +120,30 @@ class PlanOptions:
             exclude,
         )
 
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether variances alone do not do."""
+        own = callable(self.criterion)
+        return own or self.criterion in NEED_COVARIANCE or self.compensation == "ridge"
+
 
 def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[PlanArguments]) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
 
     With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025):
-    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P.
+    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` takes the same
+    share of every block, by greedy OBS, and predicts what goes from what stays (:mod:`vbpfx.importance`,
+    :mod:`vbpfx.allocation`, :mod:`vbpfx.compensate`).
 
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
         ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
         macs, params: fraction of the dense model's MACs / parameters to keep; exactly one of the three.
-        method: ``"vbp"``, or ``"auto"`` (default), the same ranking with a floor.
-        criterion: ``"variance"``, ``"magnitude"`` or ``"random"``, in place of the method's.
-        compensation: ``"mean"`` or ``"none"``, in place of the method's.
+        method: ``"vbp"``, or ``"auto"`` (default).
+        criterion: in place of the method's: a name of :data:`vbpfx.importance.CRITERIA`, or a function from
+            :class:`vbpfx.importance.Scoring` to one score per neuron (the lowest go).
+        allocation: in place of the method's: ``"global"``, ``"normalised"`` or ``"equal"``.
+        compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it (default 1).
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
         uniform: the same width in every block of the same shape, so that one number in a configuration
@@ -143,21 +158,28 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
     chosen = PlanOptions.of(**options)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     _require_statistics(blocks, statistics)
-    captured, score, constants = analysis.captured, CRITERIA[chosen.criterion], COMPENSATIONS[chosen.compensation]
+    captured, compensation = analysis.captured, COMPENSATIONS[chosen.compensation]
     moments = {block.name: _pooled(block, statistics.moments[block.name]) for block in blocks}
-    scores = {b.name: score(b, moments[b.name], captured.reference) for b in blocks}
-    floor = floors(blocks, chosen.min_width)
+    samples = _samples(captured, blocks, statistics)
     cost = _cost(chosen.budget, captured, blocks)
+    share = chosen.budget.value if chosen.budget.kind == "ratio" else _neurons_that_cost(chosen.budget, blocks, cost)
+    scores = {
+        b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
+    }
+    prices = _prices(blocks, cost)
+    compared = {b.name: ALLOCATIONS[chosen.allocation](scores[b.name], prices[b.name]) for b in blocks}
+    floor = floors(blocks, chosen.min_width)
     groups = same_shape(blocks, captured.reference) if chosen.uniform else [[block] for block in blocks]
-    widths = choose_widths(groups, scores, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
+    widths = choose_widths(groups, compared, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
     entries = [
-        _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], constants)
+        _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], compensation)
         for block in blocks
         if widths[block.name] < block.width
     ]
     settings = {
         "method": chosen.method,
-        "criterion": chosen.criterion,
+        "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
+        "allocation": chosen.allocation,
         "compensation": chosen.compensation,
         "budget": {chosen.budget.kind: chosen.budget.value},
         "round_to": chosen.round_to,
@@ -199,9 +221,42 @@ def _pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
     return tuple(merged)
 
 
-def _block_plan(block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...], constants: Any) -> BlockPlan:
-    pruned = torch.tensor(sorted(set(range(block.width)) - set(kept)))
-    return BlockPlan(block, kept, tuple(constants(m, pruned) for m in moments))
+def _samples(captured: Captured, blocks: Sequence[Block], statistics: Statistics) -> int:
+    """Number of samples that the statistics are of."""
+    block = blocks[0]
+    return max(1, statistics.moments[block.name][0].count // rows_a_sample(captured, block.sources[0]))
+
+
+def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
+    """Block -> what one of its neurons costs under the budget; 1 where the budget is neurons."""
+    if cost is None:
+        return {block.name: 1.0 for block in blocks}
+    full = {block.name: block.width for block in blocks}
+    without = {block.name: full | {block.name: block.width // 2} for block in blocks}
+    return {b.name: max(1.0, (cost(full) - cost(without[b.name])) / (b.width - b.width // 2)) for b in blocks}
+
+
+def _neurons_that_cost(budget: Budget, blocks: Sequence[Block], cost: Cost | None) -> float:
+    """About which share of the neurons has to go for a budget of MACs or parameters, each block giving the same share."""
+    assert cost is not None
+    full, half = ({b.name: max(1, int(b.width * share)) for b in blocks} for share in (1.0, 0.5))
+    return min(1.0, 0.5 * (1 - budget.value) * cost(full) / max(1, cost(full) - cost(half)))
+
+
+def _block_plan(
+    block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...], compensation: Compensation
+) -> BlockPlan:
+    stays = torch.tensor(kept)
+    goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
+    found = [
+        compensation(m, stays, goes, block.takes_prediction(source))
+        for m, source in zip(moments, block.sources, strict=True)
+    ]
+    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found))
+
+
+def _name(criterion: Criterion) -> str:
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def _known(name: str, value: str, table: Mapping[str, Any]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
-from torch import fx
+from torch import Tensor, fx
 
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured, share_parameters
@@ -16,9 +18,12 @@ from vbpfx.edit import insert_at_sources
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.files import safetensors_writer, write_atomically
 from vbpfx.masks import find_masks
-from vbpfx.moments import Moments
+from vbpfx.moments import CoMoments, Moments
 from vbpfx.observer import Observer
-from vbpfx.records import Block
+from vbpfx.records import Block, Source
+
+# Covariances are taken of as many rows as keep their products below this share of the network's own.
+_COVARIANCE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write to a ``.safetensors`` file, atomically."""
-        tensors, counts = {}, {}
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, list[dict[str, int]]] = {}
         for name, sources in self.moments.items():
-            counts[name] = [moments.count for moments in sources]
+            counts[name] = []
             for index, moments in enumerate(sources):
-                tensors[f"{name}/{index}/mean"] = moments.mean
-                tensors[f"{name}/{index}/m2"] = moments.m2
+                parts = {"all": moments, "co": moments.co, "held": moments.held}
+                counts[name].append({key: part.count for key, part in parts.items() if part})
+                for key, part in parts.items():
+                    if part:
+                        tensors |= {f"{name}/{index}/{key}/mean": part.mean, f"{name}/{index}/{key}/m2": part.m2}
         write_atomically({Path(path): safetensors_writer(tensors, {"vbpfx.statistics": json.dumps(counts)})})
 
     @classmethod
@@ -60,21 +69,31 @@ class Statistics:
         try:
             with safe_open(path, "pt") as file:
                 counts = json.loads(file.metadata()["vbpfx.statistics"])
-                return cls(
-                    {
-                        name: tuple(
-                            Moments(n, *(file.get_tensor(f"{name}/{i}/{part}") for part in ("mean", "m2")))
-                            for i, n in enumerate(sources)
+
+                def read(kind: Any, prefix: str, count: int) -> Any:
+                    return kind(count, *(file.get_tensor(f"{prefix}/{part}") for part in ("mean", "m2")))
+
+                moments: dict[str, tuple[Moments, ...]] = {}
+                for name, sources in counts.items():
+                    moments[name] = tuple(
+                        replace(
+                            read(Moments, f"{name}/{i}/all", parts["all"]),
+                            **{k: read(CoMoments, f"{name}/{i}/{k}", parts[k]) for k in ("co", "held") if k in parts},
                         )
-                        for name, sources in counts.items()
-                    }
-                )
+                        for i, parts in enumerate(sources)
+                    )
+                return cls(moments)
         except Exception as error:  # safetensors raises its own error type, json and keys theirs
             raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
 
 
 def prepare(
-    captured: Captured, analysis: Analysis, *, blocks: Iterable[Block] | None = None, mask: str | None = None
+    captured: Captured,
+    analysis: Analysis,
+    *,
+    blocks: Iterable[Block] | None = None,
+    mask: str | None = None,
+    covariance: bool = True,
 ) -> fx.GraphModule:
     """An instrumented copy of the captured graph, in eval mode: run your own data through it.
 
@@ -86,6 +105,8 @@ def prepare(
         blocks: the blocks to observe; all of the analysis by default.
         mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
             by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
+        covariance: gather covariances beside the variances, of every so-manieth position: of as many as keep their cost
+            below half of the network's own products. They are what regressions need; ``method="vbp"`` does without.
 
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
@@ -97,15 +118,46 @@ def prepare(
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
+    every = _rows_between(captured, chosen) if covariance else {}
     masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
 
     def observer(block: Block, index: int) -> Observer:
         source = block.sources[index]
         masked = masks[source].axes if source in masks else ()
-        return Observer(block.name, source.axis, source.start, block.width, masked)
+        return Observer(
+            block.name,
+            source.axis,
+            source.start,
+            block.width,
+            masked,
+            every=every.get(source, 0),
+            rows_a_sample=rows_a_sample(captured, source),
+        )
 
     insert_at_sources(observed, chosen, observer, "observe", {source: m.node for source, m in masks.items()})
     return observed
+
+
+def rows_a_sample(captured: Captured, source: Source) -> int:
+    """At how many positions one sample has a value there: tokens, pixels, windows."""
+    value: Tensor = next(node for node in captured.graph_module.graph.nodes if node.name == source.node).meta["val"]
+    return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
+
+
+def _rows_between(captured: Captured, blocks: Sequence[Block]) -> dict[Source, int]:
+    """Source -> of how many rows one enters the covariances.
+
+    The step has no divisor in common with the rows of a sample, so that all positions take their turn.
+    """
+    sources = {source: block.width for block in blocks for source in block.sources}
+    rows = {source: rows_a_sample(captured, source) for source in sources}
+    spent = sum(rows[source] * width**2 for source, width in sources.items())
+    step = math.ceil(spent / max(1.0, _COVARIANCE_SHARE * sum(captured.macs.values())))
+    every = {}
+    for source, count in rows.items():
+        own = min(step, count)
+        every[source] = next((k for k in range(own, 2 * own + 2) if math.gcd(k, count) == 1), own)
+    return every
 
 
 def observers(observed: fx.GraphModule) -> list[Observer]:

@@ -79,6 +79,7 @@ class Consumer:
         bias: name of b; where ``creates_bias`` is true the layer has none and the fold makes one
             under this name.
         is_layer: whether the call is a layer of ``torch.nn``, whose class adds its bias by itself.
+        alone: whether no other call uses the weight, so that its columns may change.
     """
 
     node: str
@@ -88,6 +89,7 @@ class Consumer:
     bias: str
     creates_bias: bool
     is_layer: bool
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,15 @@ class Block:
         """The distinct values that the readers read; statistics are gathered at each."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
 
+    def takes_prediction(self, source: Source) -> bool:
+        """Whether what is removed there may be predicted from what stays.
+
+        Every weight that reads it must be its own, and no statistic may be taken of it: those count constants.
+        """
+        return not any(r.source == source for r in self.reductions) and all(
+            consumer.alone for consumer in self.consumers if consumer.source == source
+        )
+
     @property
     def pools(self) -> tuple[tuple[int, ...], ...]:
         """The consumers' inputs, as indices into :attr:`sources`, grouped where one bias takes the fold of several.
@@ -194,12 +205,14 @@ class BlockPlan:
         block: the block as it was found.
         kept: indices of the kept neurons, ascending.
         constants: per entry of ``block.sources`` the values a that stand for the removed neurons,
-            float64, in the order of :attr:`pruned`; h_P is replaced by a.
+            float64, in the order of :attr:`pruned`.
+        predictions: per entry the matrix B (P, K), or None for B = 0; h_P is replaced by a + B h_K. Left out, all are None.
     """
 
     block: Block
     kept: tuple[int, ...]
     constants: tuple[torch.Tensor, ...]
+    predictions: tuple[torch.Tensor | None, ...] = ()
 
     def __post_init__(self) -> None:
         kept, width = self.kept, self.block.width
@@ -214,10 +227,30 @@ class BlockPlan:
                 f"block {self.block.name}: {width - len(kept)} removed neurons at {len(self.block.sources)} "
                 f"consumer inputs need one value each, found shapes {shapes}"
             )
+        if not self.predictions:
+            object.__setattr__(self, "predictions", (None,) * len(self.constants))
+        wrong = [
+            tuple(b.shape) for b in self.predictions if b is not None and b.shape != (width - len(kept), len(kept))
+        ]
+        if wrong or len(self.predictions) != len(self.constants):
+            raise ArtifactError(
+                f"block {self.block.name}: a prediction of {width - len(kept)} removed neurons from {len(kept)} kept ones "
+                f"for each of {len(self.constants)} inputs is needed, found {len(self.predictions)}, shapes {wrong}"
+            )
+        for source, prediction in zip(self.block.sources, self.predictions, strict=True):
+            if prediction is not None and not self.block.takes_prediction(source):
+                raise ArtifactError(
+                    f"block {self.block.name}: what is removed at {source.node} can only be replaced by constants, the plan "
+                    f"predicts it"
+                )
 
     def constants_at(self, source: Source) -> torch.Tensor:
         """What stands for the removed neurons at one of the block's sources."""
         return self.constants[self.block.sources.index(source)]
+
+    def prediction_at(self, source: Source) -> torch.Tensor | None:
+        """B at one of the block's sources; None for zero."""
+        return self.predictions[self.block.sources.index(source)]
 
     @property
     def pruned(self) -> tuple[int, ...]:
@@ -227,11 +260,27 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A layer y = W x + b whose weights are fitted anew: W + dW, b + db, after everything removed is folded.
+
+    Attributes:
+        layer: the layer; ``source`` is all of its input axis.
+        weight: dW, in the shape of the narrowed weight.
+        bias: db, in the shape of the narrowed bias.
+    """
+
+    layer: Consumer
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which neurons go, and what stands for them. Pure data: no graph, no module.
 
     Attributes:
         blocks: the blocks that are narrowed; blocks of which nothing is removed are left out.
+        corrections: layers that are fitted anew, in graph order: consumers of the blocks, and others where asked for.
         fingerprint: hash of the structure of the model it was made for.
         frontend: what traced that model; node names are those of its graphs.
         settings: how it was made (criterion, compensation, budget, floors), for the report.
@@ -241,6 +290,7 @@ class Plan:
     fingerprint: str
     frontend: str
     settings: Mapping[str, Any]
+    corrections: tuple[Correction, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -248,9 +298,20 @@ class Plan:
         return sum(entry.block.width - len(entry.kept) for entry in self.blocks)
 
     @property
+    def refitted(self) -> tuple[str, ...]:
+        """Weights of layers beside the blocks that are fitted anew."""
+        consumers = {consumer.weight for entry in self.blocks for consumer in entry.block.consumers}
+        return tuple(c.layer.weight for c in self.corrections if c.layer.weight not in consumers)
+
+    @property
     def widths(self) -> dict[str, int]:
         """Block name -> width afterwards."""
         return {entry.block.name: len(entry.kept) for entry in self.blocks}
+
+
+def consumer_from_json(data: Mapping[str, Any]) -> Consumer:
+    """The inverse of ``dataclasses.asdict``, after JSON."""
+    return Consumer(**dict(data) | {"source": Source(*data["source"])})
 
 
 def block_to_json(block: Block) -> dict[str, Any]:
@@ -264,9 +325,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         name=data["name"],
         width=data["width"],
         producers=tuple(data["producers"]),
-        consumers=tuple(
-            Consumer(**consumer | {"source": Source(*consumer["source"])}) for consumer in data["consumers"]
-        ),
+        consumers=tuple(consumer_from_json(consumer) for consumer in data["consumers"]),
         reductions=tuple(Reduction(**r | {"source": Source(*r["source"])}) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
         literals=tuple(SizeLiteral(**entry | {"path": tuple(entry["path"])}) for entry in data["literals"]),

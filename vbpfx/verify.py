@@ -1,9 +1,10 @@
 """Verify: the substitution oracle.
 
-The *reference* is the dense graph in which, at every consumer's input, the removed channels h_P are
-replaced by the plan's constants a. The pruned network must equal it to rounding. This needs no trained
+The *reference* (:mod:`vbpfx.substitute`) is the dense graph in which, at every consumer's input, the removed channels h_P
+are replaced by the plan's a + B h_K. The pruned network must equal it to rounding. This needs no trained
 weights, holds for every architecture, and shares no code with the rewrite: no weight is sliced and no
-bias is folded in the reference.
+bias is folded in the reference. Layers that the plan corrects compute W x + b + (dW x + db) there; a second check holds
+every such weight of the pruned network against what the plan says of it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import Captured, share_parameters
-from vbpfx.edit import insert_at_sources
+from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import VerificationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
-from vbpfx.records import Block, Plan, Source
+from vbpfx.records import Consumer, Plan
+from vbpfx.substitute import in_dense_shape, reference_graph
 
 # Largest relative error of the output that rounding alone makes, by the precision the model computes in.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -36,6 +37,7 @@ class Verification:
         capture: the same between the captured dense graph and the model itself in eval mode.
         tolerance: the bound that ``error`` and ``capture`` were held to.
         dtype: the precision that both ran in.
+        refits: largest relative difference between a corrected weight or bias and what the plan says of it.
     """
 
     error: float
@@ -43,36 +45,7 @@ class Verification:
     capture: float
     tolerance: float
     dtype: str
-
-
-class Substitute(nn.Module):
-    """h_P replaced by constants at a source, out of place."""
-
-    def __init__(self, source: Source, pruned: tuple[int, ...], constants: Tensor) -> None:
-        super().__init__()
-        self.axis, self.pruned, self.constants = source.axis, torch.tensor(pruned) + source.start, constants
-
-    def forward(self, h: Tensor) -> Tensor:
-        """A copy of h with the channels P replaced."""
-        shape = [1] * h.ndim
-        shape[self.axis] = -1
-        values = self.constants.to(h).reshape(shape)
-        index = self.pruned.to(h.device)
-        sizes = [len(self.pruned) if dim == self.axis % h.ndim else size for dim, size in enumerate(h.shape)]
-        return h.index_copy(self.axis, index, values.expand(sizes))
-
-
-def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
-    """The dense graph with the plan's constants substituted at every consumer's input; shares all parameters."""
-    reference = share_parameters(captured.graph_module)
-    entries = {entry.block.name: entry for entry in plan.blocks}
-
-    def make(block: Block, index: int) -> nn.Module:
-        entry = entries[block.name]
-        return Substitute(block.sources[index], entry.pruned, entry.constants[index])
-
-    insert_at_sources(reference, [entry.block for entry in plan.blocks], make, "substitute")
-    return reference
+    refits: float = 0.0
 
 
 def verify(
@@ -132,7 +105,47 @@ def verify(
             f"{bound:.0e}; the rewrite is wrong for one of the blocks {[e.block.name for e in plan.blocks][:8]}: please "
             f"report the model, and leave blocks out with exclude= to find which"
         )
-    return Verification(error, relative_error(substituted, dense), fidelity, bound, str(dtype).removeprefix("torch."))
+    refits = _refit_error(captured, small, plan)
+    if not refits <= bound:
+        raise VerificationError(
+            f"a corrected weight of the pruned network differs by {refits:.2e} from what the plan says of it; the rewrite is "
+            f"wrong: please report the model"
+        )
+    effect = relative_error(substituted, dense)
+    return Verification(error, effect, fidelity, bound, str(dtype).removeprefix("torch."), refits)
+
+
+def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
+    """How far corrected weights are from W + dW over the channels that stay, with what the consumers' folds add to W."""
+    dense, narrow = named_tensors(captured.reference), named_tensors(small)
+    worst = 0.0
+    for correction in plan.corrections:
+        layer = correction.layer
+        whole, _ = in_dense_shape(correction, plan)
+        expected = whole.double() + _as_matrix(dense[layer.weight], layer)
+        found = _as_matrix(narrow[layer.weight], layer)
+        rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
+        for entry in plan.blocks:
+            pruned, kept = torch.tensor(entry.pruned), torch.tensor(entry.kept)
+            for consumer in entry.block.consumers:
+                prediction = entry.prediction_at(consumer.source)
+                if consumer.weight == layer.weight and prediction is not None:
+                    start = consumer.source.start
+                    original = _as_matrix(dense[layer.weight], layer)[:, pruned + start]
+                    expected[:, kept + start] += original @ prediction.double()
+            for parameter in entry.block.parameters:
+                if parameter.name == layer.weight:
+                    (columns if parameter.axis == layer.weight_axis else rows)[pruned + parameter.start] = False
+        worst = max(worst, relative_error([found], [expected[rows][:, columns]]))
+    return worst
+
+
+def _as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
+    """(out, in), float64, on the CPU."""
+    matrix = (
+        weight.detach().double().cpu().flatten(2).squeeze(-1) if weight.ndim > 2 else weight.detach().double().cpu()
+    )
+    return matrix.T if layer.weight_axis == 0 else matrix
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
