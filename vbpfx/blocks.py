@@ -31,11 +31,14 @@ class Analysis:
         blocks: every axis that can be narrowed exactly, in graph order.
         refusals: every axis that a weight produces and that cannot, with the reason.
         captured: the graph that was analysed.
+        layers: every layer y = W x + b that works position by position and alone uses its weight, in graph order: what a
+            regression can fit anew. Their sources begin at 0.
     """
 
     blocks: tuple[Block, ...]
     refusals: tuple[Refusal, ...]
     captured: Captured = field(repr=False)
+    layers: tuple[Consumer, ...] = field(repr=False, default=())
 
     @property
     def neurons(self) -> int:
@@ -76,7 +79,26 @@ def find_blocks(captured: Captured) -> Analysis:
     order = evidence.position
     blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
-    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured)
+    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(evidence))
+
+
+def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
+    """The layers that a regression can fit anew."""
+    found = []
+    for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
+        shape = [
+            size for axis, size in sorted(evidence.sizes.items()) if axis[0] == consumer.weight and axis.is_parameter
+        ]
+        x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
+        channel = consumer.source.axis % len(x)
+        pointwise = all(size == 1 for size in shape[2:])
+        same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
+        own_bias = consumer.creates_bias or (
+            len(evidence.uses[consumer.bias]) == 1 and consumer.bias not in evidence.tied
+        )
+        if consumer.alone and pointwise and same_positions and own_bias:
+            found.append(consumer)
+    return tuple(sorted(found, key=lambda layer: evidence.position[layer.node]))
 
 
 def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:

@@ -42,7 +42,7 @@ def calibrate(
     device, watching = model_device(observed), observers(observed)
     first: Inputs | None = None
     seen = 0
-    with torch.inference_mode(), _bar(total, progress) as advance:
+    with torch.inference_mode(), progress_bar("calibrating", total, progress) as advance:
         for seen, batch in enumerate(data, start=1):
             inputs = (read(batch) if read is not None else as_inputs(batch, observed)).to(device)
             own = inputs.map(torch.clone)  # a model may write into its input
@@ -81,7 +81,8 @@ def _input_is_finite(inputs: Inputs) -> str:
 
 
 @contextmanager
-def _bar(total: int | None, progress: bool) -> Iterator[Callable[[], None]]:
+def progress_bar(title: str, total: int | None, progress: bool) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if asked for; what is yielded moves it on by one."""
     if not progress:
         yield lambda: None
         return
@@ -93,5 +94,5 @@ def _bar(total: int | None, progress: bool) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("calibrating", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)

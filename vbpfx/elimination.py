@@ -31,35 +31,41 @@ def ridge_inverse(covariance: Tensor, penalty: float = PENALTY) -> Tensor:
 
 
 def elimination_costs(
-    inputs: Sequence[tuple[Tensor, Tensor]], keep: int = 1, penalty: float = PENALTY, block: int = _BLOCK
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    remove: int | None = None,
+    among: Tensor | None = None,
+    penalty: float = PENALTY,
+    block: int = _BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """The order in which neurons go, each time the one whose going costs least, and what each costs.
 
     Args:
         inputs: per consumer input the covariance C (d, d) and the weight W (out, d) that reads it.
-        keep: how many to leave; they are last in the order, by index, with the cost of the last that went.
+        remove: how many go; all but one by default.
+        among: indices of those that may go; all by default.
         penalty: lambda, relative to the mean variance.
         block: after how many neurons the factors are applied. Any number gives the same result.
 
     Returns:
-        The order, (d,) int64, and the costs in that order, (d,) float64.
+        The indices of those that go, in order, int64, and the costs in that order, float64.
     """
     eliminations = [_Elimination(covariance, weight, penalty, block) for covariance, weight in inputs]
     width = len(inputs[0][0])
-    left = torch.ones(width, dtype=torch.bool)
-    order, costs = [], []
-    for _ in range(width - keep):
+    barred = torch.zeros(width, dtype=torch.bool) if among is None else torch.ones(width, dtype=torch.bool)
+    if among is not None:
+        barred[among] = False
+    order: list[int] = []
+    costs: list[float] = []
+    for _ in range(width - 1 if remove is None else remove):
         cost = torch.stack([elimination.costs() for elimination in eliminations]).sum(0)
-        cost[~left] = torch.inf
+        cost[barred] = torch.inf
         chosen = int(cost.argmin())
         order.append(chosen)
-        costs.append(float(cost[chosen].clamp_min(0)))
-        left[chosen] = False
+        costs.append(max(0.0, float(cost[chosen])))
+        barred[chosen] = True
         for elimination in eliminations:
             elimination.remove(chosen)
-    rest = left.nonzero().flatten().tolist()
-    last = costs[-1] if costs else 0.0
-    return torch.tensor(order + rest), torch.tensor(costs + [last] * len(rest), dtype=torch.float64)
+    return torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
 
 
 class _Elimination:

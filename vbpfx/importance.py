@@ -112,10 +112,10 @@ def obs(about: Scoring) -> Tensor:
 def greedy_obs(about: Scoring) -> Tensor:
     """The error of the consumer's output when the neuron goes in its turn; rises in the order of removal; (d,) float64."""
     order, costs = elimination_costs([(m.all_co.covariance.cpu(), weight) for m, weight in about.inputs])
-    scores = torch.empty(about.block.width, dtype=torch.float64)
+    scores = torch.full((about.block.width,), torch.inf, dtype=torch.float64)
     # in its turn a neuron may cost less than one before it: what counts is the order
     scores[order] = costs.cummax(0).values
-    return scores
+    return scores.clamp_max(2 * float(costs.max()) if len(costs) else 1.0)  # the last one left, whatever it costs
 
 
 def magnitude(about: Scoring) -> Tensor:

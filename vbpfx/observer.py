@@ -58,12 +58,7 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
-        seen = x.detach().narrow(self.axis, self.start, self.width)
-        if mask is not None:
-            seen = seen.movedim((*self.masked, self.axis), (*range(len(self.masked)), -1))
-            rows = seen[mask.bool() if len(self.masked) == 2 else mask.bool().flatten()].flatten(0, -2)
-        else:
-            rows = seen.movedim(self.axis, -1).flatten(0, -2) if x.ndim > 1 else seen.unsqueeze(0)
+        rows = as_rows(x.detach().narrow(self.axis, self.start, self.width), self.axis, mask, self.masked)
         if rows.shape[0] and self.bad_call is None:
             batch = Moments.of(rows)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
@@ -83,3 +78,17 @@ class Observer(nn.Module):
         parts = (rows[index[~held]], rows[index[held]])
         co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
         return replace(batch, co=co, held=held_out)
+
+
+def as_rows(x: Tensor, axis: int, mask: Tensor | None = None, masked: tuple[int, ...] = ()) -> Tensor:
+    """A value as rows of channels (n, d), sample after sample; padding left out.
+
+    Args:
+        axis: the channel axis.
+        mask: (B, T), zero for padding; ``masked`` are the axes of the value that its axes are, counted from the end, one
+            where they are merged.
+    """
+    if mask is not None:
+        seen = x.movedim((*masked, axis), (*range(len(masked)), -1))
+        return seen[mask.bool() if len(masked) == 2 else mask.bool().flatten()].flatten(0, -2)
+    return x.movedim(axis, -1).flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def prepare(
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
-    every = _rows_between(captured, chosen) if covariance else {}
+    widths = {source: block.width for block in chosen for source in block.sources}
+    every = rows_between(captured, widths) if covariance else {}
     masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
 
     def observer(block: Block, index: int) -> Observer:
@@ -144,12 +145,11 @@ def rows_a_sample(captured: Captured, source: Source) -> int:
     return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
 
 
-def _rows_between(captured: Captured, blocks: Sequence[Block]) -> dict[Source, int]:
-    """Source -> of how many rows one enters the covariances.
+def rows_between(captured: Captured, sources: Mapping[Source, int]) -> dict[Source, int]:
+    """Source -> of how many rows one enters the covariances, for sources of given widths.
 
     The step has no divisor in common with the rows of a sample, so that all positions take their turn.
     """
-    sources = {source: block.width for block in blocks for source in block.sources}
     rows = {source: rows_a_sample(captured, source) for source in sources}
     spent = sum(rows[source] * width**2 for source, width in sources.items())
     step = math.ceil(spent / max(1.0, _COVARIANCE_SHARE * sum(captured.macs.values())))

@@ -28,7 +28,8 @@ class Substitute(nn.Module):
         self.entry = entry
         self.pruned = torch.tensor(entry.pruned) + self.source.start
         self.kept = torch.tensor(entry.kept) + self.source.start
-        self.constants, self.prediction = entry.constants_at(self.source), entry.prediction_at(self.source)
+        index = entry.block.sources.index(self.source)
+        self.constants, self.prediction = entry.constants[index], entry.predictions[index]
 
     def forward(self, h: Tensor) -> Tensor:
         """A copy of h with the channels P replaced."""
@@ -107,6 +108,19 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
     weight[kept_rows[:, None], kept_columns] = narrow
     bias[kept_rows] = correction.bias
     return weight, bias
+
+
+def in_narrow_shape(layer: Consumer, weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
+    """The correction of a layer, from dW (out, in) and db (out,) in the shapes of the dense layer.
+
+    Args:
+        like: the dense weight, for its layout.
+    """
+    rows, columns = (_removed(plan, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis))
+    kept = _others(rows, weight.shape[0])
+    narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
+    narrow = narrow.T if layer.weight_axis == 0 else narrow
+    return Correction(layer, narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous(), bias[kept].float())
 
 
 def _removed(plan: Plan, name: str, axis: int) -> list[int]:
