@@ -26,6 +26,7 @@ from vbpfx.records import Consumer
 
 TEMPER = 0.5
 CAP = 100.0
+POWER = 0.5  # of E g g^T in the metric
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def influences(
     for node, total in squares.items():
         positions = None if node in uneven else _tempered(total.cpu(), temper)
         values, vectors = torch.linalg.eigh(products[node].cpu())
-        metric = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        metric = (vectors * values.clamp_min(0) ** POWER) @ vectors.T
         found[node] = Influence(positions, metric / metric.diagonal().mean().clamp_min(1e-300))
     return found
 

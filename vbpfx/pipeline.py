@@ -22,9 +22,11 @@ from vbpfx.inputs import Inputs, as_inputs
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
+from vbpfx.reconstruct import chosen_on_the_way, layers_beside
+from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
-from vbpfx.select import select_blocks
+from vbpfx.select import select_blocks, select_layers
 from vbpfx.verify import Verification
 from vbpfx.verify import verify as check
 
@@ -83,6 +85,9 @@ def prune(
     example_inputs: Any = None,
     frontend: Frontend = "auto",
     mask: str | None = None,
+    reconstruct: bool | None = None,
+    refit: bool | None = None,
+    samples: int = 1024,
     progress: bool = True,
     verify: bool = True,
     **options: Unpack[PlanArguments],
@@ -103,6 +108,11 @@ def prune(
         example_inputs: one batch to trace with; the first of ``calibration`` by default.
         frontend: see :func:`vbpfx.capture`.
         mask: the argument that is the padding mask; ``attention_mask`` is found by itself (see :func:`vbpfx.prepare`).
+        reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruct`); by default where ``method="auto"`` is taken
+            with its own compensation.
+        refit: fit layers beside the blocks, too, that write to the residual stream (attention's output projection);
+            their shapes stay. By default as ``reconstruct``. The plan and the report name them.
+        samples: how many calibration samples the reconstruction holds at most, of those that come first.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
@@ -129,15 +139,41 @@ def prune(
     captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-    observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=chosen.needs_covariance)
+    fitting = chosen.reconstructs if reconstruct is None else reconstruct
+    beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refit or refit is None else ()
+    choosing = fitting and chosen.chooses_on_the_way
+    if choosing and all(chosen_on_the_way(analysis, block) for block in blocks):
+        options |= {"criterion": "variance", "compensation": "mean"}  # widths alone are taken from this plan
+    covariance = PlanOptions.of(**options).needs_covariance
+    observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
-    calibrate(observed, data, read=read, total=total, progress=progress)
+    kept = _Kept(read, samples if fitting else 0)
+    calibrate(observed, data, read=kept, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(analysis, gathered, **options)
+    if fitting:
+        plan = reconstruct_plan(
+            analysis, plan, kept.batches, beside=beside, choose=choosing, mask=mask, progress=progress
+        )
     small = convert(captured, plan)
     verification = check(captured, small, plan) if verify else None
     report = make_report(captured, small, analysis, plan, verification)
     return Pruned(small, plan, gathered, analysis, report, verification, captured)
+
+
+class _Kept:
+    """Reads batches, and keeps the first samples of them on the model's device."""
+
+    def __init__(self, read: Callable[[Any], Inputs], samples: int) -> None:
+        self.read, self.left = read, samples
+        self.batches: list[Inputs] = []
+
+    def __call__(self, batch: Any) -> Inputs:
+        inputs = self.read(batch)
+        if self.left > 0:
+            self.batches.append(inputs.first(self.left))
+            self.left -= inputs.batch_size or 1
+        return inputs
 
 
 def save(pruned: Pruned, folder: str | Path) -> Path:

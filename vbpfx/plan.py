@@ -82,6 +82,8 @@ class PlanOptions:
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
+    own_criterion: bool
+    own_compensation: bool
 
     @classmethod
     def of(
@@ -118,7 +120,19 @@ class PlanOptions:
             bool(uniform),
             include,
             exclude,
+            criterion is None,
+            compensation is None,
         )
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether layers are fitted block after block, where nothing else is asked for."""
+        return self.method == "auto" and self.own_compensation
+
+    @property
+    def chooses_on_the_way(self) -> bool:
+        """Whether reconstruction chooses the neurons, rather than a criterion that was asked for."""
+        return self.own_criterion
 
     @property
     def needs_covariance(self) -> bool:

@@ -153,11 +153,12 @@ def rows_between(captured: Captured, sources: Mapping[Source, int]) -> dict[Sour
     rows = {source: rows_a_sample(captured, source) for source in sources}
     spent = sum(rows[source] * width**2 for source, width in sources.items())
     step = math.ceil(spent / max(1.0, _COVARIANCE_SHARE * sum(captured.macs.values())))
-    every = {}
-    for source, count in rows.items():
-        own = min(step, count)
-        every[source] = next((k for k in range(own, 2 * own + 2) if math.gcd(k, count) == 1), own)
-    return every
+    return {source: coprime(min(step, count), count) for source, count in rows.items()}
+
+
+def coprime(step: int, count: int) -> int:
+    """The step, or a little more, so that it has no divisor in common with a count."""
+    return next((k for k in range(step, 2 * step + 2) if math.gcd(k, count) == 1), step)
 
 
 def observers(observed: fx.GraphModule) -> list[Observer]:

@@ -3,10 +3,10 @@
 Two streams of calibration data go through the network side by side (:mod:`vbpfx.stream`): the dense one, and one that is
 narrowed so far (:mod:`vbpfx.substitute`). At each layer the target is
 
-    t = y_dense + m (s_dense - s_narrowed),
+    t = y + m ((y_dense + s_dense) - (y + s_narrowed)),    y = W x + b,
 
-what the dense layer makes of the dense stream, and a share m of what the residual stream that it is added to has lost on
-the way (:mod:`vbpfx.residual`). The layer is fitted to it on the narrowed stream's own input x, by ridge regression toward
+what the dense weights make of the narrowed stream's x, and a share m of what separates the residual stream behind the
+layer (:mod:`vbpfx.residual`) from the dense one. The layer is fitted to it on x, by ridge regression toward
 its old weights (:mod:`vbpfx.regression`). Where it reads a block, the neurons that stay are chosen on the way, by greedy
 elimination from the fit on all of them (:mod:`vbpfx.elimination`). m = 1 would ask every layer to make good everything
 that is lost; but what cannot be predicted is then answered by shrinking the signal.
@@ -22,25 +22,28 @@ from torch import Tensor, fx, nn
 
 from vbpfx.blocks import Analysis
 from vbpfx.calibrate import progress_bar
-from vbpfx.capture import named_tensors
+from vbpfx.capture import Captured, named_tensors, share_parameters
+from vbpfx.edit import finish
 from vbpfx.elimination import PENALTY, elimination_costs
 from vbpfx.fake import graph_arguments
-from vbpfx.influence import Influence
-from vbpfx.inputs import Inputs
+from vbpfx.influence import Influence, influences
+from vbpfx.inputs import Inputs, model_device
 from vbpfx.masks import Mask, find_masks
 from vbpfx.observer import as_rows
-from vbpfx.prepare import rows_a_sample, rows_between
-from vbpfx.records import BlockPlan, Consumer, Plan
+from vbpfx.prepare import coprime, rows_a_sample
+from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.regression import Normal, Sums, best_penalty, fit
 from vbpfx.residual import find_residual_sum, pull_back
 from vbpfx.stream import Stream
-from vbpfx.substitute import Correct, in_narrow_shape, prepared_reference
+from vbpfx.substitute import in_narrow_shape, substitute
 
 # m for layers that read a block, and for the others.
 SHARE = 0.4
 # Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
-PENALTIES = (1e-2, 1e-1, 1.0)
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT_EVERY = 5
+_INFLUENCE_SAMPLES = 64
+_ROWS_PER_COLUMN = 64
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def reconstruct(
     batches: Sequence[Inputs],
     *,
     beside: Sequence[Consumer] = (),
-    influence: Mapping[str, Influence] | None = None,
+    choose: bool = True,
     share: float = SHARE,
     mask: str | None = None,
     progress: bool = False,
@@ -75,7 +78,7 @@ def reconstruct(
             sources, layers called several times) stay as they are in it.
         batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory.
         beside: layers beside the blocks that are fitted, too, without changing shape.
-        influence: per node of a layer, how much its positions and outputs count (:mod:`vbpfx.influence`).
+        choose: choose the neurons of a block on the way; otherwise those of the plan stay.
         share: m.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
@@ -83,8 +86,12 @@ def reconstruct(
     Raises:
         CalibrationError: a fit is not finite.
     """
-    steps = _steps(analysis, plan, beside)
-    run = _Reconstruction(analysis, plan, batches, steps, influence or {}, share, mask)
+    steps = _steps(analysis, plan, beside, choose)
+    if not steps:
+        return plan
+    few = _few_samples(batches)
+    influence = influences(analysis.captured, [step.layer for step in steps], few)
+    run = _Reconstruction(analysis, plan, batches, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress) as advance:
         for number, step in enumerate(steps):
             run.take(number, step)
@@ -92,18 +99,48 @@ def reconstruct(
     return run.result()
 
 
-def _steps(analysis: Analysis, plan: Plan, beside: Sequence[Consumer]) -> list[Step]:
+def chosen_on_the_way(analysis: Analysis, block: Block) -> bool:
+    """Whether reconstruction chooses a block's neurons itself: layers of their own read one value, and nothing else does."""
+    fittable = {layer.node for layer in analysis.layers}
+    return len(block.sources) == 1 and not block.reductions and fittable >= {c.node for c in block.consumers}
+
+
+def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
+    """The layers that write to a residual stream and read no block: attention's output projections, for one."""
+    reading = {consumer.node for block in analysis.blocks for consumer in block.consumers}
+    others = (layer for layer in analysis.layers if layer.node not in reading)
+    return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
+
+
+def _steps(analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
     """The layers to fit, in graph order."""
     layers = {layer.node: layer for layer in analysis.layers}
-    choosing: dict[str, BlockPlan] = {}
-    reading: set[str] = set()
-    for entry in plan.blocks:
-        nodes = [consumer.node for consumer in entry.block.consumers]
-        reading |= layers.keys() & set(nodes)
-        if len(entry.block.sources) == 1 and not entry.block.reductions and layers.keys() >= set(nodes):
-            choosing[nodes[0]] = entry
+    reading = {consumer.node for entry in plan.blocks for consumer in entry.block.consumers}
+    first = {entry.block.consumers[0].node: entry for entry in plan.blocks}
+    choosing = {node: e for node, e in first.items() if choose and chosen_on_the_way(analysis, e.block)}
     chosen = reading | {layer.node for layer in beside}
     return [Step(layer, choosing.get(node)) for node, layer in layers.items() if node in chosen]
+
+
+class Fitted(nn.Module):
+    """A layer in the narrowed stream, V x + c; it is given V and c when the stream has come to it."""
+
+    def __init__(self, layer: Consumer) -> None:
+        super().__init__()
+        self.axis = layer.source.axis
+        self.weight: Tensor | None = None
+
+    def set(self, weight: Tensor, bias: Tensor, columns: Tensor) -> None:
+        """V (out, in), c (out,), and the columns where V is not zero."""
+        self.weight, self.bias, self.columns = weight[:, columns], bias, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """V x + c."""
+        assert self.weight is not None
+        if x.shape[self.axis] > len(self.columns):
+            x = x.index_select(self.axis, self.columns.to(x.device))
+        y = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(x), self.bias.to(x))
+        return y.movedim(-1, self.axis)
 
 
 class _Reconstruction:
@@ -119,77 +156,79 @@ class _Reconstruction:
         share: float,
         mask: str | None,
     ) -> None:
-        self.captured, self.plan, self.batches, self.share, self.influence = (
-            analysis.captured, plan, batches, share, influence,
-        )  # fmt: skip
+        self.captured, self.plan, self.share, self.influence = analysis.captured, plan, share, influence
         self.tensors = named_tensors(self.captured.reference)
-        self.entries = {entry.block.name: entry for entry in plan.blocks}
-        narrowed, self.substitutes, corrects = prepared_reference(
-            self.captured, [entry.block for entry in plan.blocks], [step.layer for step in steps]
-        )
-        self.corrects: list[Correct] = corrects
+        self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
-        for name, places in self.substitutes.items():
-            for place in places if name not in pending else ():
-                place.set(self.entries[name])
-        self.dense = Stream(self.captured.graph_module, batches)
-        self.narrow = Stream(narrowed, batches)
-        self.places = _places(narrowed)
+        self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
+        device = model_device(self.captured.reference)
+        self.batches = [batch.to(device) for batch in batches]
+        narrowed, self.places = _with_places(self.captured, [step.layer for step in steps])
+        substitute(narrowed, list(self.decided.values()))
+        self.dense = Stream(self.captured.graph_module, self.batches)
+        self.narrow = Stream(narrowed, self.batches)
         sources = {step.layer.source: self._width(step.layer) for step in steps}
         self.masks = find_masks(self.captured, sources, mask)
-        self.every = rows_between(self.captured, sources)
+        self.every = {source: self._step(source, width) for source, width in sources.items()}
         self.fits: list[tuple[Consumer, Tensor, Tensor]] = []
 
     def take(self, number: int, step: Step) -> None:
         """Bring both streams to a layer, fit it, and put the fit in its place."""
-        layer, entry = step.layer, step.chooses
-        first = self.places[self.substitutes[entry.block.name][0]] if entry else layer.node
-        self.narrow.run_before(first)
+        layer = step.layer
+        self.narrow.run_before(layer.node)
         self.dense.run_through(layer.node)
-        sums = self._gather(layer)
         weight, bias = self._matrix(layer), self._bias(layer)
-        if entry is not None:
-            entry = self._choose(entry, layer, sums, weight)
-            self.entries[entry.block.name] = entry
-            for place in self.substitutes[entry.block.name]:
-                place.set(entry)
+        sums = self._gather(layer, weight, bias)
+        if step.chooses is not None:
+            entry = self._choose(step.chooses, layer, sums, weight)
+            self.decided[entry.block.name] = entry
         folded, shifted, gone = self._folded(layer, weight, bias)
         columns = torch.tensor([c for c in range(weight.shape[1]) if c not in gone])
-        toward = folded
-        if gone and entry is not None:
-            toward = _on_what_stays(sums.all, weight, columns)
+        toward = _on_what_stays(sums.all, weight, columns) if step.chooses is not None else folded
         free = None if self._takes_bias(layer) else bias
         penalty = best_penalty(sums, toward, PENALTIES, columns)
         fitted, intercept = fit(sums.all, toward, penalty, columns, free)
         self.fits.append((layer, fitted - folded, intercept - shifted))
-        self.corrects[number].set((fitted - folded).float(), (intercept - shifted).float())
+        self.places[number].set(fitted, intercept, columns)
 
     def result(self) -> Plan:
         """The plan with everything that was chosen and fitted."""
-        blocks = tuple(self.entries[entry.block.name] for entry in self.plan.blocks)
+        blocks = tuple(self.decided[entry.block.name] for entry in self.plan.blocks)
         plan = replace(self.plan, blocks=blocks)
         corrections = tuple(
             in_narrow_shape(layer, weight, bias, self.tensors[layer.weight], plan) for layer, weight, bias in self.fits
         )
-        return replace(plan, corrections=corrections)
+        done = replace(plan, corrections=corrections)
+        how = {
+            "criterion": "greedy_obs, block after block" if self.chosen else plan.settings["criterion"],
+            "compensation": "reconstruction",
+            "reconstruction": {
+                "share": self.share,
+                "samples": sum(batch.batch_size or 1 for batch in self.batches),
+                "refitted": list(done.refitted),
+            },
+        }
+        return replace(done, settings={**plan.settings, **how})
 
-    def _gather(self, layer: Consumer) -> Sums:
+    def _gather(self, layer: Consumer, weight: Tensor, bias: Tensor) -> Sums:
         """The sums of a layer's regression over all batches."""
         source, sums = layer.source, Sums()
+        operand = self.narrow.nodes[layer.node].all_input_nodes[0].name  # what is removed is substituted in it
         residual = find_residual_sum(self.captured, layer.node)
         if residual is not None and not (self.dense.holds(residual.stream) and self.narrow.holds(residual.stream)):
             residual = None
         mask, about = self.masks.get(source), self.influence.get(layer.node)
         a_sample, seen = rows_a_sample(self.captured, source), 0
         for number in range(len(self.batches)):
-            x, y = self.narrow.value(number, source.node), self.dense.value(number, layer.node)
-            target = y
-            if residual is not None and self.share:
+            x, y = self.narrow.value(number, operand), self.dense.value(number, layer.node)
+            if residual is not None:
                 lost = self.dense.value(number, residual.stream) - self.narrow.value(number, residual.stream)
                 wish = pull_back(self.dense, number, layer.node, residual, y, lost)
-                target = y if wish is None else y + self.share * wish
+                y = y if wish is None else y + wish
             padding = self._mask(number, mask)
-            xs, ts = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, target))
+            xs, ys = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, y))
+            own = torch.nn.functional.linear(xs, weight.to(xs), bias.to(xs))
+            ts = own + self.share * (ys - own)
             rows, weights = _sample(len(xs), seen, self.every[source], about.positions if about else None)
             held = (rows + seen) // a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
             for part, is_held in ((~held, False), (held, True)):
@@ -200,9 +239,8 @@ class _Reconstruction:
 
     def _choose(self, entry: BlockPlan, layer: Consumer, sums: Sums, weight: Tensor) -> BlockPlan:
         """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
-        block, start, normal = entry.block, layer.source.start, sums.all
-        consumer = block.consumers[0]
-        start = consumer.source.start
+        block, normal = entry.block, sums.all
+        start = block.consumers[0].source.start
         everything, _ = fit(normal, weight, PENALTY)
         about = self.influence.get(layer.node)
         if about is not None and about.metric is not None:
@@ -219,10 +257,17 @@ class _Reconstruction:
         means = normal.mean_x[[start + c for c in sorted(pruned)]]
         return BlockPlan(block, kept, (means,), (None,))
 
+    def _step(self, source: Source, width: int) -> int:
+        """Of how many rows one is taken: as many as there are beyond what a fit of that width needs."""
+        a_sample = rows_a_sample(self.captured, source)
+        rows = a_sample * sum(batch.batch_size or 1 for batch in self.batches)
+        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
+        return coprime(step, a_sample)
+
     def _folded(self, layer: Consumer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, set[int]]:
         """W and b with everything that is removed before the layer folded in, and the columns that are gone."""
         folded, shifted = weight.clone(), bias.clone()
-        for entry in self._decided():
+        for entry in self.decided.values():
             for consumer in entry.block.consumers:
                 if consumer.node == layer.node:
                     start = consumer.source.start
@@ -239,15 +284,11 @@ class _Reconstruction:
         """The columns of a layer whose input channels are removed, as far as that is decided."""
         return {
             parameter.start + p
-            for entry in self._decided()
+            for entry in self.decided.values()
             for parameter in entry.block.parameters
             if (parameter.name, parameter.axis) == (layer.weight, layer.weight_axis)
             for p in entry.pruned
         }
-
-    def _decided(self) -> list[BlockPlan]:
-        """Every entry that stands in its place already."""
-        return [self.entries[name] for name, places in self.substitutes.items() if all(p.entry for p in places)]
 
     def _matrix(self, layer: Consumer) -> Tensor:
         """W (out, in), float64, on the CPU."""
@@ -280,10 +321,30 @@ class _Reconstruction:
         return found
 
 
-def _places(graph_module: fx.GraphModule) -> dict[nn.Module, str]:
-    """Module -> name of the node that calls it."""
-    modules = dict(graph_module.named_modules())
-    return {modules[str(n.target)]: n.name for n in graph_module.graph.nodes if n.op == "call_module"}
+def _few_samples(batches: Sequence[Inputs]) -> list[Inputs]:
+    """About 64 samples from all over the data, in small batches."""
+    share = max(1, -(-_INFLUENCE_SAMPLES // len(batches)))
+    wanted = -(-_INFLUENCE_SAMPLES // min(share, 8))
+    return [batch.first(min(share, 8)) for batch in batches[:: max(1, len(batches) // wanted)]]
+
+
+def _with_places(captured: Captured, layers: Sequence[Consumer]) -> tuple[fx.GraphModule, list[Fitted]]:
+    """A copy of the graph in which the layers are :class:`Fitted`, under their own nodes' names."""
+    graph_module = share_parameters(captured.graph_module)
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    places = []
+    for number, layer in enumerate(layers):
+        places.append(Fitted(layer))
+        graph_module.add_submodule(f"fitted_{number}", places[-1])
+        node = nodes[layer.node]
+        node.op, node.target, node.args, node.kwargs = (
+            "call_module",
+            f"fitted_{number}",
+            (nodes[layer.source.node],),
+            {},
+        )
+    finish(graph_module)
+    return graph_module, places
 
 
 def _sample(count: int, seen: int, every: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:

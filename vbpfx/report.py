@@ -63,9 +63,13 @@ class Report:
                 f"{counted(len(self.settings['at_floor']), 'block')} at the floor (min_width): "
                 f"{', '.join(self.settings['at_floor'])}\n"
             )
+        if refitted := self.settings.get("reconstruction", {}).get("refitted"):
+            text += f"refitted beside the blocks: {counted(len(refitted), 'layer')} ({', '.join(refitted)})\n"
         if self.verification:
             v = self.verification
             text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
+            if v.refits:
+                text += f"fitted weights against the plan: {v.refits:.1e}\n"
         return text
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from vbpfx.blocks import Analysis
 from vbpfx.errors import AnalysisError
 from vbpfx.prepare import no_blocks
-from vbpfx.records import Block
+from vbpfx.records import Block, Consumer
 
 
 def select_blocks(
@@ -33,6 +33,21 @@ def select_blocks(
     if not chosen:
         raise AnalysisError(f"include={include!r} and exclude={exclude!r} leave none of {len(analysis.blocks)} blocks")
     return chosen
+
+
+def select_layers(
+    layers: Iterable[Consumer], include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
+) -> tuple[Consumer, ...]:
+    """The layers beside the blocks whose module path the patterns leave in, by the same rule as blocks."""
+
+    def matches(layer: Consumer, patterns: Sequence[str] | str) -> bool:
+        return any(fnmatch.fnmatchcase(layer.weight.rpartition(".")[0], pattern) for pattern in _as_list(patterns))
+
+    return tuple(
+        layer
+        for layer in layers
+        if (include is None or matches(layer, include)) and (exclude is None or not matches(layer, exclude))
+    )
 
 
 def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[Block]:
