@@ -30,6 +30,7 @@ fuzz: $(INSTALLED)
 
 weights: $(INSTALLED)
 	$(BIN)/python -m vbpfx.demo.train_digits
+	$(BIN)/python benchmarks/small_networks.py --train
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel

@@ -71,9 +71,9 @@ def seed_everything(seed: int) -> None:
     torch.set_num_threads(1)
 
 
-def train(images: Tensor, labels: Tensor, epochs: int, console: Console) -> nn.Module:
-    """Train a fresh model on ``images`` and return it in eval mode."""
-    model = build_model().train()
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, console: Console) -> nn.Module:
+    """Train ``model`` on ``images`` in place and return it in eval mode."""
+    model.train()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     undecayed = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seed_everything(args.seed)
     kept = len(split.train_images) - args.holdout
-    model = train(split.train_images[:kept], split.train_labels[:kept], args.epochs, console)
+    model = train(build_model(), split.train_images[:kept], split.train_labels[:kept], args.epochs, console)
     if args.holdout:
         score = accuracy(model, split.train_images[kept:], split.train_labels[kept:])
         console.print(f"holdout accuracy {score:.4f} ({args.holdout} images)")

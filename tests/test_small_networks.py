@@ -1,0 +1,35 @@
+"""The shipped small networks: their weights fit, they are trained, and they have blocks to prune."""
+
+from __future__ import annotations
+
+import pytest
+from small_networks import NAMES, WEIGHTS, load
+
+import vbpfx
+from vbpfx.demo.digits import Split, accuracy, load_digits
+
+# Measured test accuracy, blocks and hidden neurons; half a percent is three of the 597 test images.
+MEASURED = {
+    "convnext": (0.9966, 7, 384),
+    "mixer": (0.9883, 12, 720),
+    "swin": (0.9799, 4, 192),
+    "swiglu": (0.9816, 4, 96),
+}
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return load_digits()
+
+
+def test_every_weight_file_has_its_network() -> None:
+    assert {path.stem for path in WEIGHTS.iterdir()} == set(NAMES) == set(MEASURED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_network_is_trained_and_prunable(name: str, split: Split) -> None:
+    expected, blocks, neurons = MEASURED[name]
+    model = load(name)
+    assert accuracy(model, split.test_images, split.test_labels) >= expected - 0.005
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, split.train_images[:4]))
+    assert (len(analysis.blocks), analysis.neurons) == (blocks, neurons)
