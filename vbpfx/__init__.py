@@ -16,9 +16,11 @@ from vbpfx.errors import (
     CalibrationError,
     CaptureError,
     ExportError,
+    FinetuneError,
     VbpfxError,
     VerificationError,
 )
+from vbpfx.finetune import FineTuned, finetune
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
@@ -40,6 +42,8 @@ __all__ = [
     "CaptureError",
     "Captured",
     "ExportError",
+    "FineTuned",
+    "FinetuneError",
     "Plan",
     "Pruned",
     "Refusal",
@@ -53,6 +57,7 @@ __all__ = [
     "capture",
     "convert",
     "find_blocks",
+    "finetune",
     "load",
     "make_plan",
     "prepare",

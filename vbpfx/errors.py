@@ -29,6 +29,10 @@ class VerificationError(VbpfxError):
     """The rewritten network does not compute what the plan says."""
 
 
+class FinetuneError(VbpfxError):
+    """Fine-tuning cannot start (its data, networks or settings do not fit) or has diverged."""
+
+
 class ArtifactError(VbpfxError):
     """A saved plan or network cannot be written, read, or applied to the model given."""
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vbpfx.errors import CalibrationError
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -130,3 +132,23 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
             return as_inputs(entries[0], model)
         return Inputs(entries, {})
     return Inputs((batch,), {})
+
+
+def reader(
+    model: nn.Module, inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None
+) -> Callable[[Any], Inputs]:
+    """From a batch to its arguments: by the caller's function where there is one, else by :func:`as_inputs`.
+
+    The function that is returned raises CalibrationError where the caller's returns something else than (args, kwargs).
+    """
+
+    def read(batch: Any) -> Inputs:
+        if inputs is None:
+            return as_inputs(batch, model)
+        match inputs(batch):
+            case (tuple() | list() as args, dict() as kwargs):
+                return Inputs(tuple(args), kwargs)
+            case other:
+                raise CalibrationError(f"inputs= must return (args, kwargs), it returned a {type(other).__name__}")
+
+    return read

@@ -18,7 +18,7 @@ from vbpfx.capture import Captured, Frontend, capture, require_module
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import Inputs, as_inputs
+from vbpfx.inputs import as_inputs, reader
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
@@ -125,16 +125,7 @@ def prune(
     require_module(model)
     chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
     first, data = _peek(calibration)
-
-    def read(batch: Any) -> Inputs:
-        if inputs is None:
-            return as_inputs(batch, model)
-        match inputs(batch):
-            case (tuple() | list() as args, dict() as kwargs):
-                return Inputs(tuple(args), kwargs)
-            case other:
-                raise CalibrationError(f"inputs= must return (args, kwargs), it returned a {type(other).__name__}")
-
+    read = reader(model, inputs)
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
     captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
     analysis = find_blocks(captured)

@@ -1,0 +1,144 @@
+"""Processes: what a training run asks of ``accelerate``.
+
+Gradients are summed by hand once a step. A wrapper of the network (DistributedDataParallel) would average gradients over
+processes, where sums over samples are wanted, and stop at a parameter that the loss does not reach.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vbpfx.errors import FinetuneError, first_line
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+class Processes:
+    """The processes of a run, and the device of this one.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: how many there are.
+        device: where this one computes.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.count: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and shows things."""
+        return self.rank == 0
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the gradients in float16; None elsewhere."""
+        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        return scaler
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The region of mixed precision."""
+        region: AbstractContextManager[None] = self._accelerator.autocast()
+        return region
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer, which unscales gradients before it steps."""
+        prepared: torch.optim.Optimizer = self._accelerator.prepare(optimizer)
+        return prepared
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self._accelerator.backward(loss)
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
+        """Cut the gradient to a norm."""
+        self._accelerator.clip_grad_norm_(parameters, max_norm)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes."""
+        if self.count == 1:
+            return list(values)
+        summed: Tensor = self._accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.device), reduction="sum"
+        )
+        return summed.tolist()
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over the processes; a parameter that has none in any process gets none."""
+        if self.count == 1:
+            return
+        reached = self.sums([float(parameter.grad is not None) for parameter in parameters])
+        kinds: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for parameter, seen in zip(parameters, reached, strict=True):
+            if seen:
+                kinds[parameter.dtype].append(parameter)
+        for group in kinds.values():
+            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in group])
+            flat = self._accelerator.reduce(flat, reduction="sum")
+            for parameter, summed in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                parameter.grad = summed.view_as(parameter)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite float tensors by the first process's."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data.copy_(broadcast(tensor.detach().contiguous()))
+
+
+@contextmanager
+def processes(mixed_precision: Precision) -> Iterator[Processes]:
+    """The processes that this one is among: those of ``torchrun``, or itself alone.
+
+    Raises:
+        FinetuneError: accelerate is missing, or cannot compute in that precision here.
+    """
+    try:
+        import accelerate
+        from accelerate.state import AcceleratorState, is_initialized
+    except ImportError as error:
+        raise FinetuneError(f'fine-tuning needs accelerate ({error}): pip install "vbpfx[finetune]"') from error
+    callers = is_initialized()
+    try:
+        try:
+            accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
+        except (ValueError, TypeError) as error:
+            raise FinetuneError(f"mixed_precision={mixed_precision!r} does not go here: {first_line(error)}") from error
+        yield Processes(accelerator)
+    finally:
+        if not callers:
+            # accelerate keeps one precision for all the process's life; the next run may want another
+            AcceleratorState._reset_state()
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the state of every random number generator back that :func:`seed_everything` sets."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed)
