@@ -1,0 +1,697 @@
+"""Fine-tuning: losses computed by hand, nothing changed that is not the result, and runs that are broken off and go on.
+
+Small networks with dropout and BatchNorm stand for all; the digits transformer, pruned hard, is trained once. Equalities
+"to rounding" are in float64, where 1e-9 leaves room for AdamW, which divides by the root of small squares.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_unchanged, state
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, WeightedRandomSampler
+
+import vbpfx
+import vbpfx.distillation as distillation
+from vbpfx.demo.digits import accuracy, load_digits, load_trained
+from vbpfx.distillation import Distillation, Signals, choose_features, label_loss
+from vbpfx.errors import CalibrationError, CaptureError, FinetuneError
+from vbpfx.inputs import Inputs
+from vbpfx.recipes import RECIPES, Recipe, make_recipe
+
+ROUNDING = 1e-9
+FEATURES, CLASSES = 6, 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 16), nn.Linear(16, FEATURES)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.drop(torch.nn.functional.gelu(self.fc1(self.norm(x)))))
+
+
+class Net(nn.Module):
+    """Two residual blocks and a classifier; notes which rows it saw in which mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+class Plain(nn.Module):
+    """Without dropout or BatchNorm: a step does not depend on how its samples are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(FEATURES, 16), nn.Linear(16, CLASSES)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+def _pair(kind: type[nn.Module] = Net) -> tuple[nn.Module, nn.Module]:
+    """A student and its teacher, both in float64, the student a disturbed copy."""
+    torch.manual_seed(1)
+    teacher = kind().double().eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return student, teacher
+
+
+def _batches(count: int = 8, size: int = 6) -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(size, FEATURES, dtype=torch.float64) for _ in range(count)]
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _difference(one: nn.Module, other: nn.Module) -> float:
+    theirs = other.state_dict()
+    return max((tensor - theirs[name]).abs().max().item() for name, tensor in one.state_dict().items())
+
+
+def _finetune(*args: Any, **options: Any) -> vbpfx.FineTuned:
+    return vbpfx.finetune(*args, **({"epochs": 2, "learning_rate": 1e-2, "progress": False} | options))
+
+
+# the losses
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def test_kl_is_the_sum_written_out() -> None:
+    student, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    found = Distillation("kl", 2.5).output_loss(Inputs((), {}), Signals(student, {}), Signals(teacher, {}))
+    p, q = _softmax(teacher.numpy() / 2.5), _softmax(student.numpy() / 2.5)
+    expected = 2.5**2 * sum(p[b, c] * (math.log(p[b, c]) - math.log(q[b, c])) for b in range(3) for c in range(5)) / 3
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_padding_counts_in_no_loss() -> None:
+    """A sample's mean over its own positions, then over samples: written out with loops."""
+    lengths, mask = (4, 1), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    student, teacher = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    inputs = Inputs((), {"attention_mask": mask})
+    found = Distillation("kl", 1.0).output_loss(inputs, Signals(student, {}), Signals(teacher, {}))
+    p, q = _softmax(teacher.numpy()), _softmax(student.numpy())
+    positions = (p * (np.log(p) - np.log(q))).sum(-1)
+    assert found.item() == pytest.approx(np.mean([positions[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-12)
+
+    measure = Distillation("mse", 1.0)
+    measure.measure_scales([(inputs, Signals(teacher, {}))])
+    rows = np.concatenate([teacher[b, :n].numpy() for b, n in enumerate(lengths)])
+    scale = rows.var(0, ddof=1).mean()
+    found = measure.output_loss(inputs, Signals(student, {}), Signals(teacher, {}))
+    squares = (student - teacher).square().numpy()
+    expected = np.mean([squares[b, :n].mean() for b, n in enumerate(lengths)]) / scale
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_features_are_relative_to_the_teachers_variance_over_all_batches() -> None:
+    one, two = torch.randn(3, 7, 5, dtype=torch.float64), 4 + torch.randn(2, 7, 5, dtype=torch.float64)
+    measure = Distillation("kl", 1.0, ("a", "b"))
+    runs = [(Inputs((), {}), Signals(torch.zeros(1, 1), {"a": [t], "b": [3 * t, t]})) for t in (one, two)]
+    measure.measure_scales(runs)
+    rows = np.concatenate([one.reshape(-1, 5), two.reshape(-1, 5)])
+    scale_a, scale_b = rows.var(0, ddof=1).mean(), np.concatenate([3 * rows, rows]).var(0, ddof=1).mean()
+    ours = {"a": [one + 1], "b": [3 * one + 2, one]}
+    found = measure.feature_loss(Inputs((), {}), Signals(one, ours), runs[0][1])
+    assert found.item() == pytest.approx((1 / scale_a + 4 / scale_b + 0) / 3, rel=1e-12)
+
+
+def test_label_loss_is_the_cross_entropy_over_labels_that_count() -> None:
+    logits, labels = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[1, 4, 0], [2, -100, -100]])
+    logs = np.log(_softmax(logits.numpy()))
+    expected = -np.mean([np.mean([logs[0, 0, 1], logs[0, 1, 4], logs[0, 2, 0]]), logs[1, 0, 2]])
+    assert label_loss(logits, labels).item() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(FinetuneError, match="do not go with logits of shape"):
+        label_loss(logits, labels[:, 0])
+
+
+def test_recorded_losses_are_those_of_the_networks() -> None:
+    """Start and end on held-out data, by two forward passes and NumPy; the first step's loss likewise."""
+    student, teacher = _pair(Plain)
+    data, validation = _batches(1), _batches(3, size=5)
+    done = _finetune(student, teacher, data, validation=validation, temperature=2.0, feature_weight=0.0, epochs=1)
+
+    def kl(network: nn.Module, batches: list[Tensor]) -> float:
+        with torch.no_grad():
+            p, q = (_softmax(torch.cat([n(b) for b in batches]).numpy() / 2) for n in (teacher, network))
+        return 4 * float((p * np.log(p / q)).sum(-1).mean())
+
+    assert done.history[0].held_out_loss == pytest.approx(kl(student, validation), rel=1e-12)
+    assert done.history[1].held_out_loss == pytest.approx(kl(done.model, validation), rel=1e-12)
+    assert done.history[1].train_loss == pytest.approx(kl(student, data), rel=1e-12)
+
+
+# recipes
+
+
+def test_the_papers_recipe() -> None:
+    paper = RECIPES["paper"]
+    assert (paper.epochs, paper.learning_rate, paper.weight_decay) == (10, 1.5e-5, 0.01)
+    assert (paper.temperature, paper.feature_weight, paper.max_norm, paper.patience) == (1.0, 0.0, None, None)
+    assert [paper.rate(step, 100) for step in (0, 50)] == [1.5e-5, pytest.approx(0.75e-5)]
+    assert 0 < paper.rate(99, 100) < 1e-8
+
+
+def test_warm_up_rises_then_the_cosine_falls() -> None:
+    recipe = make_recipe("paper", learning_rate=8.0)
+    recipe = Recipe(**{**vars(recipe), "warmup": 0.4})
+    assert [recipe.rate(step, 10) for step in range(5)] == [2.0, 4.0, 6.0, 8.0, 8.0]
+    assert recipe.rate(7, 10) == pytest.approx(4.0)
+
+
+def test_the_paper_is_adamw_on_the_kl() -> None:
+    """Three steps written out with torch.optim.AdamW on the divergence of the logits, in the order of the data."""
+    student, teacher = _pair(Plain)
+    (batch,) = _batches(1)
+    done = vbpfx.finetune(
+        student, teacher, [batch], recipe="paper", epochs=3, learning_rate=0.01, held_out=0, progress=False
+    )
+    expected = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.01)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 3))
+        p = teacher(batch).detach().softmax(-1)
+        loss = (p * (p.log() - expected(batch).log_softmax(-1))).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert _difference(done.model, expected) < ROUNDING
+    assert done.stopped == "epochs"
+    assert done.best is done.history[3]
+
+
+# what stays as it was, and what comes back
+
+
+def test_teacher_student_and_generators_stay_as_they_were() -> None:
+    student, teacher = _pair()
+    student.head.weight.requires_grad_(False)
+    teacher.train()
+    teacher.blocks[0].eval()
+    data, before = _batches(), (state(student), state(teacher))
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy()
+    done = _finetune(student, teacher, data)
+    assert_unchanged(student, before[0])
+    assert_unchanged(teacher, before[1])
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.array_equal(np.random.get_state()[1], generators[1])
+    assert not done.model.training
+    assert not any(m._forward_hooks for m in done.model.modules())
+    assert all(p.grad is None for p in done.model.parameters())
+    assert not done.model.head.weight.requires_grad
+    assert done.model.head.bias.requires_grad
+    assert not _same(done.model, student)
+    assert torch.equal(done.model.head.weight, student.head.weight)
+
+
+def test_the_best_epoch_is_returned() -> None:
+    """A rate that overshoots at first: the epochs' losses rise and fall, and the lowest one's weights come back."""
+    student, teacher = _pair()
+    validation = _batches(2)
+    done = _finetune(
+        student, teacher, _batches(), validation=validation, epochs=8, learning_rate=0.3, patience=8, feature_weight=0.0
+    )
+    losses = [epoch.held_out_loss for epoch in done.history]
+    assert done.best.held_out_loss == min(losses)
+    assert done.best is not done.history[-1]
+    measured = Distillation("kl", RECIPES["default"].temperature)
+    with torch.no_grad():
+        found = [
+            measured.output_loss(Inputs((), {}), Signals(done.model(b), {}), Signals(teacher(b), {}))
+            for b in validation
+        ]
+    assert np.mean(found) == pytest.approx(done.best.held_out_loss, rel=1e-12)
+    assert "best" in str(done)
+
+
+def test_training_that_only_hurts_returns_the_start() -> None:
+    student, teacher = _pair()
+    done = _finetune(student, teacher, _batches(), learning_rate=100.0, epochs=10, patience=2)
+    assert _same(done.model, student)
+    assert done.best is done.history[0]
+    assert done.stopped == "patience"
+    assert len(done.history) == 3
+
+
+def test_trainable_chooses_parameters() -> None:
+    student, teacher = _pair(Plain)
+    done = _finetune(student, teacher, _batches(), trainable="fc1.*")
+    assert torch.equal(done.model.fc2.weight, student.fc2.weight)
+    assert not torch.equal(done.model.fc1.weight, student.fc1.weight)
+    assert done.model.fc2.weight.requires_grad
+
+
+def test_a_graph_module_trains() -> None:
+    model = _pair(Plain)[1]
+    pruned = vbpfx.prune(model, _batches(), ratio=0.5, progress=False)
+    with torch.no_grad():
+        pruned.graph_module.fc2.weight *= 2
+    done = _finetune(pruned.graph_module, model, _batches(), feature_weight=0.0)
+    assert done.best.held_out_loss < done.history[0].held_out_loss
+    assert isinstance(done.model, torch.fx.GraphModule)
+
+
+# held-out data
+
+
+class Rows(Dataset[tuple[Tensor, int]]):
+    """Samples that carry their number in every feature; notes which were read."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.read = count, set[int]()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read.add(index)
+        return torch.full((FEATURES,), float(index), dtype=torch.float64), index % CLASSES
+
+
+class Stream:
+    """Batches without a length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class Noting(nn.Module):
+    """Notes the numbers of the samples that it was trained on, and those it was measured on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(FEATURES, CLASSES).double()
+        self.notes: dict[bool, list[list[int]]] = {True: [], False: []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Noting:
+        twin = Noting()
+        twin.load_state_dict(self.state_dict())
+        twin.notes = self.notes
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.notes[self.training].append([int(number) for number in x[:, 0]])
+        return self.fc(x / 40)
+
+
+def _numbered(count: int, size: int) -> list[Tensor]:
+    numbers = torch.arange(count, dtype=torch.float64)[:, None].expand(-1, FEATURES)
+    return list(torch.split(numbers, size))
+
+
+@pytest.mark.parametrize("kind", ["list", "stream", "loader", "shuffled", "weighted"])
+def test_held_out_samples_are_never_trained_on(kind: str) -> None:
+    rows = Rows(40)
+    data: Any = {
+        "list": _numbered(40, 4),
+        "stream": Stream(_numbered(40, 4)),
+        "loader": DataLoader(rows, batch_size=4),
+        "shuffled": DataLoader(rows, batch_size=4, shuffle=True),
+        "weighted": DataLoader(rows, batch_size=4, sampler=list(range(40))),
+    }[kind]
+    student = Noting()
+    _finetune(student, Plain().double(), data, epochs=3, held_out=0.2, feature_weight=0.0)
+    trained, measured = (sorted({n for batch in student.notes[mode] for n in batch}) for mode in (True, False))
+    assert len(measured) == 8
+    assert len(trained) == 32
+    assert set(trained) | set(measured) == set(range(40))
+    epochs = [sum(student.notes[True][i : i + 8], []) for i in (0, 8, 16)]
+    assert all(sorted(epoch) == trained for epoch in epochs)
+    assert (epochs[0] != epochs[1]) == (kind in ("list", "shuffled"))  # the caller's order stays where it is one
+
+
+def test_a_stream_that_changes_is_refused() -> None:
+    data = DataLoader(Rows(40), batch_size=4, sampler=WeightedRandomSampler(torch.ones(40), 40))
+    with pytest.raises(FinetuneError, match=r"would be trained on\. Pass validation="):
+        _finetune(Plain().double(), Plain().double(), data)
+    _finetune(Plain().double(), Plain().double(), data, validation=_numbered(8, 4))
+
+
+def test_the_split_and_the_order_are_the_seeds() -> None:
+    def trained(seed: int) -> list[list[int]]:
+        student = Noting()
+        _finetune(student, Plain().double(), _numbered(40, 4), seed=seed, epochs=1, feature_weight=0.0)
+        return student.notes[True]
+
+    assert trained(0) == trained(0)
+    assert trained(0) != trained(1)
+
+
+# labels
+
+
+def test_labels_count_only_if_asked() -> None:
+    student, teacher = _pair(Plain)
+    rows = _batches(4)
+    one, two = ([(b, torch.full((6,), label)) for b in rows] for label in (0, 3))
+    without = [_finetune(student, teacher, data).model for data in (one, two, rows)]
+    assert _same(without[0], without[1])
+    assert _same(without[0], without[2])
+    told = [_finetune(student, teacher, data, labels=True, held_out=0, epochs=20).model for data in (one, two)]
+    with torch.no_grad():
+        means = [model(torch.cat(rows)).softmax(-1).mean(0) for model in told]
+    assert means[0][0] > means[1][0] + 0.2
+    assert means[1][3] > means[0][3] + 0.2
+    with pytest.raises(FinetuneError, match="has none"):
+        _finetune(student, teacher, rows, labels=True)
+
+
+# steps
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_two_half_batches_are_one_step_of_the_whole(kind: Any) -> None:
+    """Of unequal halves, too: samples are counted, not batches."""
+    student, teacher = _pair(Plain)
+    whole = _batches(2, size=9)
+    halves = [half for batch in whole for half in (batch[:5], batch[5:])]
+    options: dict[str, Any] = {"loss": kind, "validation": _batches(2), "features": "fc2", "epochs": 3}
+    # one batch an epoch, so that the shuffled order of batches pairs the halves of one whole
+    for batch, pair in zip(whole, (halves[:2], halves[2:]), strict=True):
+        one = _finetune(student, teacher, [batch], **options)
+        two = _finetune(student, teacher, pair, accumulate=2, **options)
+        assert one.best.step == two.best.step == 3
+        assert _difference(one.model, two.model) < ROUNDING
+        assert _difference(one.model, student) > 1e-3
+
+
+def test_augmentation_reaches_training_alone_and_repeats() -> None:
+    seen: list[int] = []
+
+    def augment(inputs: Inputs) -> Inputs:
+        seen.append(int(inputs.tensors[0][0, 0]))
+        return inputs.map(lambda t: t + torch.randn_like(t))
+
+    student, teacher = Noting(), Plain().double()
+    runs = [_finetune(student, teacher, _numbered(20, 4), augment=augment, feature_weight=0.0) for _ in range(2)]
+    assert _same(runs[0].model, runs[1].model)
+    assert len(seen) == 2 * 2 * 4
+    held_out = {batch[0] for batch in student.notes[False]}
+    assert not held_out & set(seen)
+
+
+# breaks
+
+
+def test_a_run_that_is_broken_off_at_every_step_ends_like_one_that_is_not(tmp_path: Path) -> None:
+    """Bit for bit, with dropout, BatchNorm, features, augmentation and a group that is not full at every epoch's end."""
+    student, teacher = _pair()
+    options: dict[str, Any] = {
+        "epochs": 3,
+        "accumulate": 2,
+        "held_out": 0.3,
+        "augment": lambda inputs: inputs.map(lambda t: t + 0.1 * torch.randn_like(t)),
+    }
+    whole = _finetune(student, teacher, _batches(), **options)
+    runs = []
+    while not runs or runs[-1].stopped == "time":
+        torch.manual_seed(len(runs))  # the caller's generator has no say
+        runs.append(_finetune(student, teacher, _batches(), checkpoint=tmp_path, max_seconds=0, **options))
+    assert len(runs) == 9
+    assert [run.history[-1].step for run in runs] == list(range(1, 10))
+    assert runs[-1].history == whole.history
+    assert _same(runs[-1].model, whole.model)
+    assert not _same(whole.model, student)
+    assert runs[-1].stopped == whole.stopped == "epochs"
+    again = _finetune(student, teacher, _batches(), checkpoint=tmp_path, **options)
+    assert _same(again.model, whole.model)
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    data, whole = _batches(), _finetune(*_pair(), _batches(), epochs=3)
+    calls = 0
+
+    def break_off(inputs: Inputs) -> Inputs:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # of 7 steps an epoch
+            raise KeyboardInterrupt
+        return inputs
+
+    with pytest.raises(KeyboardInterrupt):
+        _finetune(student, teacher, data, epochs=3, checkpoint=tmp_path, checkpoint_every=2, augment=break_off)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["vbpfx.finetune"])["data"]["position"]["step"] == 10
+    done = _finetune(student, teacher, data, epochs=3, checkpoint=tmp_path, checkpoint_every=2)
+    assert done.history == whole.history
+    assert _same(done.model, whole.model)
+    assert load_file(file)["network.head.weight"].shape == (CLASSES, FEATURES)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    _finetune(student, teacher, _batches(), checkpoint=tmp_path)
+    with pytest.raises(FinetuneError, match=r"seed is 0 there, 1 here.*resume=False"):
+        _finetune(student, teacher, _batches(), checkpoint=tmp_path, seed=1)
+    with pytest.raises(FinetuneError, match="student is"):
+        _finetune(teacher, teacher, _batches(), checkpoint=tmp_path)
+    fresh = _finetune(student, teacher, _batches(), checkpoint=tmp_path, seed=1, resume=False)
+    assert fresh.history[-1].epoch == 2
+    (tmp_path / "finetune.safetensors").write_bytes(b"damaged")
+    with pytest.raises(FinetuneError, match="no checkpoint of finetune, or damaged"):
+        _finetune(student, teacher, _batches(), checkpoint=tmp_path)
+
+
+# many processes
+
+_SCRIPT = """
+import sys, torch, vbpfx
+from pathlib import Path
+from safetensors.torch import save_file
+sys.path.insert(0, {tests!r})
+from test_finetune import Plain, _batches, _pair
+torch.set_num_threads(1)
+student, teacher = _pair(Plain)
+done = vbpfx.finetune(student, teacher, _batches(9, 5), epochs=2, learning_rate=1e-2, features="fc2", progress=False,
+                      checkpoint={folder!r})
+rank = int(__import__("os").environ["RANK"])
+save_file(done.model.state_dict(), {folder!r} + f"/{{rank}}.safetensors")
+"""
+
+
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> None:
+    """Nine batches, one held out: the order of the rest is the same, and two of them are a step in both runs."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    paths = [str(benchmarks), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    student, teacher = _pair(Plain)
+    one = _finetune(student, teacher, _batches(9, 5), features="fc2", accumulate=2)
+    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
+    found = Plain().double()
+    found.load_state_dict(ranks[0])
+    assert _difference(found, one.model) < ROUNDING
+    assert _difference(found, student) > 1e-3
+    assert (tmp_path / "finetune.safetensors").exists()
+
+
+# precision
+
+
+def test_half_precision_computes_in_half_and_keeps_whole_weights() -> None:
+    student, teacher = (network.float() for network in _pair())
+    data = [batch.float() for batch in _batches()]
+    done = _finetune(student, teacher, data, mixed_precision="bf16")
+    plain = _finetune(student, teacher, data)
+    assert all(p.dtype == torch.float32 for p in done.model.parameters())
+    assert done.best.held_out_loss < done.history[0].held_out_loss
+    assert done.history[0].held_out_loss != plain.history[0].held_out_loss
+    assert done.history[0].held_out_loss == pytest.approx(plain.history[0].held_out_loss, rel=0.1)
+    with pytest.raises(FinetuneError, match="too coarse for small steps"):
+        _finetune(student.bfloat16(), teacher, data)
+
+
+# embeddings and features
+
+
+class Encoder(nn.Module):
+    """Returns what a Hugging Face encoder returns, and would return a loss if it were given labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(3))
+
+    def forward(self, x: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return {"last_hidden_state": x} if labels is None else {"loss": x.mean(), "last_hidden_state": x}
+
+
+def test_embeddings_of_padded_text() -> None:
+    """What stands at padded places changes nothing."""
+    student, teacher = _pair(Encoder)
+    mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).long()
+    torch.manual_seed(0)
+    rows = [torch.randn(3, 5, FEATURES, dtype=torch.float64) for _ in range(4)]
+    clean, dirty = (
+        [{"x": x + noise * 100 * (1 - mask[..., None]), "attention_mask": mask, "labels": mask} for x in rows]
+        for noise in (0, 1)
+    )
+    runs = [_finetune(student, teacher, data, loss="mse", epochs=8) for data in (clean, dirty)]
+    assert runs[0].features == ("layers.0", "layers.1", "layers.2")
+    assert _difference(runs[0].model, runs[1].model) < ROUNDING
+    assert runs[0].best.held_out_loss < 0.8 * runs[0].history[0].held_out_loss
+    with pytest.raises(FinetuneError, match="with last_hidden_state, holds no logits"):
+        _finetune(student, teacher, clean)
+
+
+def test_features_pull_inner_values_to_the_teachers() -> None:
+    student, teacher = _pair()
+    runs = [_finetune(student, teacher, _batches(), feature_weight=weight, epochs=4) for weight in (1e-9, 10.0)]
+    rows = torch.cat(_batches())
+    assert runs[0].features == ("blocks.0", "blocks.1")
+    with torch.no_grad():
+        errors = [(run.model.blocks[0](rows) - teacher.blocks[0](rows)).square().mean().item() for run in runs]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_features_that_cannot_be_compared_are_refused() -> None:
+    model = _pair(Plain)[1]
+    pruned = vbpfx.prune(model, _batches(), ratio=0.5, progress=False)
+    example = Inputs((_batches()[0],), {})
+    assert choose_features(pruned.graph_module, model, example, "fc2", "kl") == ("fc2",)
+    with pytest.raises(FinetuneError, match=r"fc1 cannot be compared: shapes \[\(6, 8\)\] in the student"):
+        _finetune(pruned.graph_module, model, _batches(), features="fc*")
+    with pytest.raises(FinetuneError, match=r"features pattern 'fc3' matches none .* near it are fc"):
+        _finetune(pruned.graph_module, model, _batches(), features="fc3")
+    assert distillation._repeated_blocks(nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 2))) == []
+
+
+# errors
+
+
+def _loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(10, FEATURES).double()), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "papers"}, "there is no recipe 'papers'; choose 'paper' or 'default'"),
+        ({"epochs": 0}, "epochs must be at least 1, found 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"loss": "l1"}, "loss must be 'kl' or 'mse'"),
+        ({"loss": "mse", "labels": True}, "loss must be 'kl' or 'mse', and 'kl' with labels"),
+        ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
+        ({"trainable": "fc7.*"}, "trainable pattern 'fc7.*' matches none"),
+        ({"validation": []}, "validation is empty"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' does not go here"),
+        ({"data": []}, "data is empty"),
+        ({"data": torch.randn(3, FEATURES)}, "data is one Tensor"),
+        ({"data": iter([torch.randn(3, FEATURES)])}, "cannot be gone through once an epoch"),
+        ({"data": [torch.randn(3, FEATURES)]}, "held_out=0.1 of 1 batch leaves nothing to train on"),
+        (
+            {"data": [torch.randn(3, 2).double()] * 2},
+            r"does not run through Plain: .*\n  the batch: 0: \(3, 2\) float64",
+        ),
+        ({"data": _loader(sampler=DistributedSampler(range(10), 2, 0))}, "pass the loader without it"),
+        ({"data": _loader(batch_size=16, drop_last=True)}, "pass drop_last=False"),
+        ({"teacher": nn.Linear(FEATURES, 3).double()}, r"shape \(6, 4\) in the student and \(6, 3\) in the teacher"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else next(iter(value)),
+)
+def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
+    student, teacher = _pair(Plain)
+    given = {"student": student, "teacher": teacher, "data": _batches(), "feature_weight": 0.0} | options
+    with pytest.raises(FinetuneError, match=message):
+        _finetune(**given)
+
+
+def test_other_errors_are_those_of_the_stages() -> None:
+    student, teacher = _pair(Plain)
+    with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module"):
+        _finetune(student, lambda x: x, _batches())
+    with pytest.raises(CalibrationError, match=r"must return \(args, kwargs\)"):
+        _finetune(student, teacher, _batches(), inputs=lambda batch: batch)
+    frozen = student.requires_grad_(False)
+    with pytest.raises(FinetuneError, match="no parameter of the student requires gradients"):
+        _finetune(frozen, teacher, _batches())
+
+
+def test_a_loss_that_is_not_finite_names_the_step() -> None:
+    student, teacher = _pair(Plain)
+    data = _batches()
+    with pytest.raises(FinetuneError, match=r"step 3 \(epoch 1, learning rate 0\.0\d+\): lower learning_rate"):
+        calls = iter(range(100))
+        _finetune(
+            student,
+            teacher,
+            data,
+            augment=lambda i: i.map(lambda t: t * (math.nan if next(calls) == 2 else 1)),
+            epochs=2,
+        )
+    with pytest.raises(FinetuneError, match="held-out data is nan before any step"):
+        _finetune(student, teacher, data, validation=[data[0] * math.nan])
+
+
+def test_accelerate_is_imported_only_when_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, vbpfx; sys.exit('accelerate' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(FinetuneError, match=r'pip install "vbpfx\[finetune\]"'):
+        _finetune(*_pair(Plain), _batches())
+
+
+def test_the_bar_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    _finetune(*_pair(Plain), _batches(), progress=True)
+    assert capfd.readouterr().out == ""
+
+
+# the real thing
+
+
+def test_a_transformer_pruned_hard_recovers_without_labels() -> None:
+    """97 % of the hidden neurons removed by the paper's method: most of what was lost comes back in four epochs."""
+    split, dense = load_digits(), load_trained()
+    batches = list(torch.split(split.train_images, 50))
+    pruned = vbpfx.prune(dense, batches[:12], ratio=0.97, method="vbp", progress=False, verify=False)
+    student = pruned.apply_to(dense)
+    done = vbpfx.finetune(student, dense, batches, epochs=4, progress=False)
+    scores = [accuracy(model, split.test_images, split.test_labels) for model in (dense, student, done.model)]
+    assert scores[1] < scores[0] - 0.03
+    assert scores[2] > scores[0] - 0.012
+    assert done.best.held_out_loss < 0.2 * done.history[0].held_out_loss
