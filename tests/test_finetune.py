@@ -22,6 +22,8 @@ import torch
 from oracle import assert_unchanged, state
 from safetensors import safe_open
 from safetensors.torch import load_file
+from students import CLASSES, FEATURES, Plain, pair
+from students import batches as make_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, WeightedRandomSampler
 
@@ -34,57 +36,6 @@ from vbpfx.inputs import Inputs
 from vbpfx.recipes import RECIPES, Recipe, make_recipe
 
 ROUNDING = 1e-9
-FEATURES, CLASSES = 6, 4
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 16), nn.Linear(16, FEATURES)
-        self.drop = nn.Dropout(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(self.drop(torch.nn.functional.gelu(self.fc1(self.norm(x)))))
-
-
-class Net(nn.Module):
-    """Two residual blocks and a classifier; notes which rows it saw in which mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(FEATURES, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(x))
-
-
-class Plain(nn.Module):
-    """Without dropout or BatchNorm: a step does not depend on how its samples are split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(FEATURES, 16), nn.Linear(16, CLASSES)
-        self.unused = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x).relu())
-
-
-def _pair(kind: type[nn.Module] = Net) -> tuple[nn.Module, nn.Module]:
-    """A student and its teacher, both in float64, the student a disturbed copy."""
-    torch.manual_seed(1)
-    teacher = kind().double().eval()
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return student, teacher
-
-
-def _batches(count: int = 8, size: int = 6) -> list[Tensor]:
-    torch.manual_seed(2)
-    return [torch.randn(size, FEATURES, dtype=torch.float64) for _ in range(count)]
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
@@ -137,7 +88,7 @@ def test_padding_counts_in_no_loss() -> None:
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_features_are_relative_to_the_teachers_variance_over_all_batches() -> None:
+def test_features_are_relative_to_the_teachers_variance_over_allmake_batches() -> None:
     one, two = torch.randn(3, 7, 5, dtype=torch.float64), 4 + torch.randn(2, 7, 5, dtype=torch.float64)
     measure = Distillation("kl", 1.0, ("a", "b"))
     runs = [(Inputs((), {}), Signals(torch.zeros(1, 1), {"a": [t], "b": [3 * t, t]})) for t in (one, two)]
@@ -160,8 +111,8 @@ def test_label_loss_is_the_cross_entropy_over_labels_that_count() -> None:
 
 def test_recorded_losses_are_those_of_the_networks() -> None:
     """Start and end on held-out data, by two forward passes and NumPy; the first step's loss likewise."""
-    student, teacher = _pair(Plain)
-    data, validation = _batches(1), _batches(3, size=5)
+    student, teacher = pair(Plain)
+    data, validation = make_batches(1), make_batches(3, size=5)
     done = _finetune(student, teacher, data, validation=validation, temperature=2.0, feature_weight=0.0, epochs=1)
 
     def kl(network: nn.Module, batches: list[Tensor]) -> float:
@@ -194,8 +145,8 @@ def test_warm_up_rises_then_the_cosine_falls() -> None:
 
 def test_the_paper_is_adamw_on_the_kl() -> None:
     """Three steps written out with torch.optim.AdamW on the divergence of the logits, in the order of the data."""
-    student, teacher = _pair(Plain)
-    (batch,) = _batches(1)
+    student, teacher = pair(Plain)
+    (batch,) = make_batches(1)
     done = vbpfx.finetune(
         student, teacher, [batch], recipe="paper", epochs=3, learning_rate=0.01, held_out=0, progress=False
     )
@@ -217,11 +168,11 @@ def test_the_paper_is_adamw_on_the_kl() -> None:
 
 
 def test_teacher_student_and_generators_stay_as_they_were() -> None:
-    student, teacher = _pair()
+    student, teacher = pair()
     student.head.weight.requires_grad_(False)
     teacher.train()
     teacher.blocks[0].eval()
-    data, before = _batches(), (state(student), state(teacher))
+    data, before = make_batches(), (state(student), state(teacher))
     generators = torch.get_rng_state(), np.random.get_state()[1].copy()
     done = _finetune(student, teacher, data)
     assert_unchanged(student, before[0])
@@ -239,10 +190,17 @@ def test_teacher_student_and_generators_stay_as_they_were() -> None:
 
 def test_the_best_epoch_is_returned() -> None:
     """A rate that overshoots at first: the epochs' losses rise and fall, and the lowest one's weights come back."""
-    student, teacher = _pair()
-    validation = _batches(2)
+    student, teacher = pair()
+    validation = make_batches(2)
     done = _finetune(
-        student, teacher, _batches(), validation=validation, epochs=8, learning_rate=0.3, patience=8, feature_weight=0.0
+        student,
+        teacher,
+        make_batches(),
+        validation=validation,
+        epochs=8,
+        learning_rate=0.3,
+        patience=8,
+        feature_weight=0.0,
     )
     losses = [epoch.held_out_loss for epoch in done.history]
     assert done.best.held_out_loss == min(losses)
@@ -258,8 +216,8 @@ def test_the_best_epoch_is_returned() -> None:
 
 
 def test_training_that_only_hurts_returns_the_start() -> None:
-    student, teacher = _pair()
-    done = _finetune(student, teacher, _batches(), learning_rate=100.0, epochs=10, patience=2)
+    student, teacher = pair()
+    done = _finetune(student, teacher, make_batches(), learning_rate=100.0, epochs=10, patience=2)
     assert _same(done.model, student)
     assert done.best is done.history[0]
     assert done.stopped == "patience"
@@ -267,19 +225,36 @@ def test_training_that_only_hurts_returns_the_start() -> None:
 
 
 def test_trainable_chooses_parameters() -> None:
-    student, teacher = _pair(Plain)
-    done = _finetune(student, teacher, _batches(), trainable="fc1.*")
+    student, teacher = pair(Plain)
+    done = _finetune(student, teacher, make_batches(), trainable="fc1.*")
     assert torch.equal(done.model.fc2.weight, student.fc2.weight)
     assert not torch.equal(done.model.fc1.weight, student.fc1.weight)
     assert done.model.fc2.weight.requires_grad
 
 
+class Writing(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mul_(2))
+
+
+def test_a_model_that_writes_into_its_input_changes_no_data() -> None:
+    data = make_batches()
+    _finetune(*pair(Writing), data)
+    assert all(map(torch.equal, data, make_batches()))
+
+
 def test_a_graph_module_trains() -> None:
-    model = _pair(Plain)[1]
-    pruned = vbpfx.prune(model, _batches(), ratio=0.5, progress=False)
+    model = pair(Plain)[1]
+    pruned = vbpfx.prune(model, make_batches(), ratio=0.5, progress=False)
     with torch.no_grad():
         pruned.graph_module.fc2.weight *= 2
-    done = _finetune(pruned.graph_module, model, _batches(), feature_weight=0.0)
+    done = _finetune(pruned.graph_module, model, make_batches(), feature_weight=0.0)
     assert done.best.held_out_loss < done.history[0].held_out_loss
     assert isinstance(done.model, torch.fx.GraphModule)
 
@@ -351,7 +326,7 @@ def test_held_out_samples_are_never_trained_on(kind: str) -> None:
     assert len(measured) == 8
     assert len(trained) == 32
     assert set(trained) | set(measured) == set(range(40))
-    epochs = [sum(student.notes[True][i : i + 8], []) for i in (0, 8, 16)]
+    epochs = [[n for batch in student.notes[True][i : i + 8] for n in batch] for i in (0, 8, 16)]
     assert all(sorted(epoch) == trained for epoch in epochs)
     assert (epochs[0] != epochs[1]) == (kind in ("list", "shuffled"))  # the caller's order stays where it is one
 
@@ -364,21 +339,23 @@ def test_a_stream_that_changes_is_refused() -> None:
 
 
 def test_the_split_and_the_order_are_the_seeds() -> None:
-    def trained(seed: int) -> list[list[int]]:
+    def notes(seed: int) -> dict[bool, list[list[int]]]:
         student = Noting()
         _finetune(student, Plain().double(), _numbered(40, 4), seed=seed, epochs=1, feature_weight=0.0)
-        return student.notes[True]
+        return student.notes
 
-    assert trained(0) == trained(0)
-    assert trained(0) != trained(1)
+    first, again, other = notes(0), notes(0), notes(1)
+    assert first == again
+    assert first[True] != other[True]
+    assert first[False] != other[False]
 
 
 # labels
 
 
 def test_labels_count_only_if_asked() -> None:
-    student, teacher = _pair(Plain)
-    rows = _batches(4)
+    student, teacher = pair(Plain)
+    rows = make_batches(4)
     one, two = ([(b, torch.full((6,), label)) for b in rows] for label in (0, 3))
     without = [_finetune(student, teacher, data).model for data in (one, two, rows)]
     assert _same(without[0], without[1])
@@ -398,14 +375,14 @@ def test_labels_count_only_if_asked() -> None:
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_two_half_batches_are_one_step_of_the_whole(kind: Any) -> None:
     """Of unequal halves, too: samples are counted, not batches."""
-    student, teacher = _pair(Plain)
-    whole = _batches(2, size=9)
+    student, teacher = pair(Plain)
+    whole = make_batches(2, size=9)
     halves = [half for batch in whole for half in (batch[:5], batch[5:])]
-    options: dict[str, Any] = {"loss": kind, "validation": _batches(2), "features": "fc2", "epochs": 3}
+    options: dict[str, Any] = {"loss": kind, "validation": make_batches(2), "features": "fc2", "epochs": 3}
     # one batch an epoch, so that the shuffled order of batches pairs the halves of one whole
-    for batch, pair in zip(whole, (halves[:2], halves[2:]), strict=True):
+    for batch, parts in zip(whole, (halves[:2], halves[2:]), strict=True):
         one = _finetune(student, teacher, [batch], **options)
-        two = _finetune(student, teacher, pair, accumulate=2, **options)
+        two = _finetune(student, teacher, parts, accumulate=2, **options)
         assert one.best.step == two.best.step == 3
         assert _difference(one.model, two.model) < ROUNDING
         assert _difference(one.model, student) > 1e-3
@@ -431,31 +408,31 @@ def test_augmentation_reaches_training_alone_and_repeats() -> None:
 
 def test_a_run_that_is_broken_off_at_every_step_ends_like_one_that_is_not(tmp_path: Path) -> None:
     """Bit for bit, with dropout, BatchNorm, features, augmentation and a group that is not full at every epoch's end."""
-    student, teacher = _pair()
+    student, teacher = pair()
     options: dict[str, Any] = {
         "epochs": 3,
         "accumulate": 2,
         "held_out": 0.3,
         "augment": lambda inputs: inputs.map(lambda t: t + 0.1 * torch.randn_like(t)),
     }
-    whole = _finetune(student, teacher, _batches(), **options)
+    whole = _finetune(student, teacher, make_batches(), **options)
     runs = []
-    while not runs or runs[-1].stopped == "time":
+    while not runs or (runs[-1].stopped == "time" and len(runs) < 12):
         torch.manual_seed(len(runs))  # the caller's generator has no say
-        runs.append(_finetune(student, teacher, _batches(), checkpoint=tmp_path, max_seconds=0, **options))
+        runs.append(_finetune(student, teacher, make_batches(), checkpoint=tmp_path, max_seconds=0, **options))
     assert len(runs) == 9
     assert [run.history[-1].step for run in runs] == list(range(1, 10))
     assert runs[-1].history == whole.history
     assert _same(runs[-1].model, whole.model)
     assert not _same(whole.model, student)
     assert runs[-1].stopped == whole.stopped == "epochs"
-    again = _finetune(student, teacher, _batches(), checkpoint=tmp_path, **options)
+    again = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, **options)
     assert _same(again.model, whole.model)
 
 
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    student, teacher = _pair()
-    data, whole = _batches(), _finetune(*_pair(), _batches(), epochs=3)
+    student, teacher = pair()
+    data, whole = make_batches(), _finetune(*pair(), make_batches(), epochs=3)
     calls = 0
 
     def break_off(inputs: Inputs) -> Inputs:
@@ -477,17 +454,17 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    student, teacher = _pair()
-    _finetune(student, teacher, _batches(), checkpoint=tmp_path)
+    student, teacher = pair()
+    _finetune(student, teacher, make_batches(), checkpoint=tmp_path)
     with pytest.raises(FinetuneError, match=r"seed is 0 there, 1 here.*resume=False"):
-        _finetune(student, teacher, _batches(), checkpoint=tmp_path, seed=1)
+        _finetune(student, teacher, make_batches(), checkpoint=tmp_path, seed=1)
     with pytest.raises(FinetuneError, match="student is"):
-        _finetune(teacher, teacher, _batches(), checkpoint=tmp_path)
-    fresh = _finetune(student, teacher, _batches(), checkpoint=tmp_path, seed=1, resume=False)
+        _finetune(teacher, teacher, make_batches(), checkpoint=tmp_path)
+    fresh = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, seed=1, resume=False)
     assert fresh.history[-1].epoch == 2
     (tmp_path / "finetune.safetensors").write_bytes(b"damaged")
     with pytest.raises(FinetuneError, match="no checkpoint of finetune, or damaged"):
-        _finetune(student, teacher, _batches(), checkpoint=tmp_path)
+        _finetune(student, teacher, make_batches(), checkpoint=tmp_path)
 
 
 # many processes
@@ -497,10 +474,10 @@ import sys, torch, vbpfx
 from pathlib import Path
 from safetensors.torch import save_file
 sys.path.insert(0, {tests!r})
-from test_finetune import Plain, _batches, _pair
+from students import Plain, batches, pair
 torch.set_num_threads(1)
-student, teacher = _pair(Plain)
-done = vbpfx.finetune(student, teacher, _batches(9, 5), epochs=2, learning_rate=1e-2, features="fc2", progress=False,
+student, teacher = pair(Plain)
+done = vbpfx.finetune(student, teacher, batches(9, 5), epochs=2, learning_rate=1e-2, features="fc2", progress=False,
                       checkpoint={folder!r})
 rank = int(__import__("os").environ["RANK"])
 save_file(done.model.state_dict(), {folder!r} + f"/{{rank}}.safetensors")
@@ -511,14 +488,12 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> No
     """Nine batches, one held out: the order of the rest is the same, and two of them are a step in both runs."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
-    paths = [str(benchmarks), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    student, teacher = _pair(Plain)
-    one = _finetune(student, teacher, _batches(9, 5), features="fc2", accumulate=2)
+    student, teacher = pair(Plain)
+    one = _finetune(student, teacher, make_batches(9, 5), features="fc2", accumulate=2)
     ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
     found = Plain().double()
@@ -532,8 +507,8 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> No
 
 
 def test_half_precision_computes_in_half_and_keeps_whole_weights() -> None:
-    student, teacher = (network.float() for network in _pair())
-    data = [batch.float() for batch in _batches()]
+    student, teacher = (network.float() for network in pair())
+    data = [batch.float() for batch in make_batches()]
     done = _finetune(student, teacher, data, mixed_precision="bf16")
     plain = _finetune(student, teacher, data)
     assert all(p.dtype == torch.float32 for p in done.model.parameters())
@@ -562,7 +537,7 @@ class Encoder(nn.Module):
 
 def test_embeddings_of_padded_text() -> None:
     """What stands at padded places changes nothing."""
-    student, teacher = _pair(Encoder)
+    student, teacher = pair(Encoder)
     mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).long()
     torch.manual_seed(0)
     rows = [torch.randn(3, 5, FEATURES, dtype=torch.float64) for _ in range(4)]
@@ -579,9 +554,9 @@ def test_embeddings_of_padded_text() -> None:
 
 
 def test_features_pull_inner_values_to_the_teachers() -> None:
-    student, teacher = _pair()
-    runs = [_finetune(student, teacher, _batches(), feature_weight=weight, epochs=4) for weight in (1e-9, 10.0)]
-    rows = torch.cat(_batches())
+    student, teacher = pair()
+    runs = [_finetune(student, teacher, make_batches(), feature_weight=weight, epochs=4) for weight in (1e-9, 10.0)]
+    rows = torch.cat(make_batches())
     assert runs[0].features == ("blocks.0", "blocks.1")
     with torch.no_grad():
         errors = [(run.model.blocks[0](rows) - teacher.blocks[0](rows)).square().mean().item() for run in runs]
@@ -589,14 +564,14 @@ def test_features_pull_inner_values_to_the_teachers() -> None:
 
 
 def test_features_that_cannot_be_compared_are_refused() -> None:
-    model = _pair(Plain)[1]
-    pruned = vbpfx.prune(model, _batches(), ratio=0.5, progress=False)
-    example = Inputs((_batches()[0],), {})
+    model = pair(Plain)[1]
+    pruned = vbpfx.prune(model, make_batches(), ratio=0.5, progress=False)
+    example = Inputs((make_batches()[0],), {})
     assert choose_features(pruned.graph_module, model, example, "fc2", "kl") == ("fc2",)
     with pytest.raises(FinetuneError, match=r"fc1 cannot be compared: shapes \[\(6, 8\)\] in the student"):
-        _finetune(pruned.graph_module, model, _batches(), features="fc*")
+        _finetune(pruned.graph_module, model, make_batches(), features="fc*")
     with pytest.raises(FinetuneError, match=r"features pattern 'fc3' matches none .* near it are fc"):
-        _finetune(pruned.graph_module, model, _batches(), features="fc3")
+        _finetune(pruned.graph_module, model, make_batches(), features="fc3")
     assert distillation._repeated_blocks(nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 2))) == []
 
 
@@ -635,35 +610,33 @@ def _loader(**options: Any) -> DataLoader[Any]:
     ids=lambda value: value[:30] if isinstance(value, str) else next(iter(value)),
 )
 def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
-    student, teacher = _pair(Plain)
-    given = {"student": student, "teacher": teacher, "data": _batches(), "feature_weight": 0.0} | options
+    student, teacher = pair(Plain)
+    given = {"student": student, "teacher": teacher, "data": make_batches(), "feature_weight": 0.0} | options
     with pytest.raises(FinetuneError, match=message):
         _finetune(**given)
 
 
 def test_other_errors_are_those_of_the_stages() -> None:
-    student, teacher = _pair(Plain)
+    student, teacher = pair(Plain)
     with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module"):
-        _finetune(student, lambda x: x, _batches())
+        _finetune(student, lambda x: x, make_batches())
     with pytest.raises(CalibrationError, match=r"must return \(args, kwargs\)"):
-        _finetune(student, teacher, _batches(), inputs=lambda batch: batch)
+        _finetune(student, teacher, make_batches(), inputs=lambda batch: batch)
     frozen = student.requires_grad_(False)
     with pytest.raises(FinetuneError, match="no parameter of the student requires gradients"):
-        _finetune(frozen, teacher, _batches())
+        _finetune(frozen, teacher, make_batches())
 
 
 def test_a_loss_that_is_not_finite_names_the_step() -> None:
-    student, teacher = _pair(Plain)
-    data = _batches()
+    student, teacher = pair(Plain)
+    data = make_batches()
+    calls = iter(range(100))
+
+    def break_third(inputs: Inputs) -> Inputs:
+        return inputs.map(lambda t: t * (math.nan if next(calls) == 2 else 1))
+
     with pytest.raises(FinetuneError, match=r"step 3 \(epoch 1, learning rate 0\.0\d+\): lower learning_rate"):
-        calls = iter(range(100))
-        _finetune(
-            student,
-            teacher,
-            data,
-            augment=lambda i: i.map(lambda t: t * (math.nan if next(calls) == 2 else 1)),
-            epochs=2,
-        )
+        _finetune(student, teacher, data, augment=break_third)
     with pytest.raises(FinetuneError, match="held-out data is nan before any step"):
         _finetune(student, teacher, data, validation=[data[0] * math.nan])
 
@@ -673,11 +646,11 @@ def test_accelerate_is_imported_only_when_it_is_wanted(monkeypatch: pytest.Monke
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(FinetuneError, match=r'pip install "vbpfx\[finetune\]"'):
-        _finetune(*_pair(Plain), _batches())
+        _finetune(*pair(Plain), make_batches())
 
 
 def test_the_bar_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    _finetune(*_pair(Plain), _batches(), progress=True)
+    _finetune(*pair(Plain), make_batches(), progress=True)
     assert capfd.readouterr().out == ""
 
 

@@ -92,7 +92,8 @@ def finetune(
     whole of ``data`` and reads its share.
 
     Args:
-        student: ``Pruned.apply_to(model)``, which has its dropout and its blocks, or a GraphModule. It stays as it was.
+        student: ``Pruned.apply_to(model)``, which has its dropout and its blocks, or a GraphModule. It stays as it was; the
+            copy is trained in train mode.
         teacher: the dense network; it stays as it was, and runs in eval mode without gradients.
         data: batches that can be gone through once an epoch, as :func:`vbpfx.prune` takes them; the batch size is theirs. A
             ``DataLoader`` with PyTorch's own samplers is split by samples, anything else by batches
@@ -101,7 +102,8 @@ def finetune(
             The paper holds nothing out: ``held_out=0`` trains on everything and returns the last weights.
         loss: ``"kl"`` for models that return logits over their last axis, the default; ``"mse"`` for embeddings. A tensor
             does not tell which it is: a network without a classifier needs ``"mse"``.
-        labels: add the cross-entropy of the labels, a batch's second entry or its ``labels``. Without it they are left out.
+        labels: add the cross-entropy of the labels, a batch's second entry or its ``labels``, position by position (a
+            language model's must be shifted already). Without it they are left out.
         epochs, learning_rate, weight_decay, temperature, feature_weight, patience: see :class:`vbpfx.recipes.Recipe`.
         features: glob patterns over names of modules whose outputs are to agree; by default repeated blocks. They count
             where ``feature_weight`` is above 0.
@@ -111,8 +113,8 @@ def finetune(
         augment: changes the arguments of a training batch, for student and teacher alike.
         mixed_precision: ``"bf16"`` or ``"fp16"`` for autocast; weights stay as they are.
         accumulate: batches a step, in each process.
-        checkpoint: a folder; ``finetune.safetensors`` is written there after every epoch, every ``checkpoint_every`` steps,
-            and when the time is over.
+        checkpoint: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
+            ``checkpoint_every`` steps, and when the time is over.
         resume: go on from the checkpoint if there is one. The result is bit for bit that of a run without a break, as far
             as the device computes the same twice; random transforms in a loader's worker processes repeat only from
             the start of an epoch.
