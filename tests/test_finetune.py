@@ -88,7 +88,7 @@ def test_padding_counts_in_no_loss() -> None:
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_features_are_relative_to_the_teachers_variance_over_allmake_batches() -> None:
+def test_features_are_relative_to_the_teachers_variance_over_all_batches() -> None:
     one, two = torch.randn(3, 7, 5, dtype=torch.float64), 4 + torch.randn(2, 7, 5, dtype=torch.float64)
     measure = Distillation("kl", 1.0, ("a", "b"))
     runs = [(Inputs((), {}), Signals(torch.zeros(1, 1), {"a": [t], "b": [3 * t, t]})) for t in (one, two)]
