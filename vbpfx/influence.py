@@ -1,13 +1,13 @@
 """Influence: how much an error at a layer's value moves the network's output, by position and by channel.
 
 With r a random direction of the output and g = d(r . output) / d y the gradient at the layer's value y, an error e moves
-the output along r by g . e. Averaged over samples and directions, without labels,
+the output along r by g . e. No label is needed:
 
-- positions (tokens, pixels) weigh w_t = (E |g_t|^2)^tau, divided by their median: in a classifier that reads a class token,
-  that token counts for more, and nothing here knows that there is one;
-- outputs weigh by M = (E g g^T)^(1/2), so that |M e| is the error that matters.
+- every row (a token, a pixel of one sample) weighs w = |g|^(2 tau) over the mean of that. In a classifier that reads a class
+  token, that token comes to count for more, as do the patches that it looks at, and nothing here knows that there is one;
+- outputs weigh by M = (E g g^T)^rho: |M e| is nearer to the error that matters than |e|.
 
-Raw weights are too extreme to be fitted with on little data: tau < 1 tempers them.
+Raw weights (tau = 1, rho = 1/2) are too extreme for as little data as there is; the exponents temper them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from vbpfx.fake import graph_arguments
 from vbpfx.inputs import Inputs
 from vbpfx.records import Consumer
 
+# tau and rho
 TEMPER = 0.5
-CAP = 100.0
-POWER = 0.5  # of E g g^T in the metric
+METRIC_POWER = 0.25
+# The activations of so many samples are held for the backward pass.
+_SAMPLES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -34,53 +36,64 @@ class Influence:
     """How much the places of one layer's value count.
 
     Attributes:
-        positions: one weight per position of a sample (T,), median 1; None where samples differ in length.
+        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean is 1.
         metric: M (out, out), float64.
     """
 
-    positions: Tensor | None
-    metric: Tensor | None
+    weights: tuple[Tensor, ...]
+    metric: Tensor
 
 
 def influences(
-    captured: Captured, layers: Sequence[Consumer], batches: Sequence[Inputs], *, temper: float = TEMPER, seed: int = 0
+    captured: Captured,
+    layers: Sequence[Consumer],
+    batches: Sequence[Inputs],
+    *,
+    temper: float = TEMPER,
+    power: float = METRIC_POWER,
+    seed: int = 0,
 ) -> dict[str, Influence]:
     """Influence per layer's node, from one forward and one backward pass over the batches.
 
+    A layer that the output does not depend on by a gradient has none.
+
     Args:
-        batches: a few samples, split small: the activations of a whole batch are held for the backward pass.
         temper: tau.
+        power: rho.
         seed: of the random directions.
     """
     generator = torch.Generator().manual_seed(seed)
-    squares: dict[str, Tensor] = {}
+    squares: dict[str, list[Tensor]] = {layer.node: [] for layer in layers}
     products: dict[str, Tensor] = {}
-    uneven: set[str] = set()
     for batch in batches:
-        for layer, gradient in _gradients(captured, layers, batch, generator):
-            rows = gradient.movedim(layer.source.axis, -1).double()
-            samples = batch.batch_size or 1
-            by_position = rows.square().sum(-1).reshape(samples, -1).sum(0)
-            flat = rows.flatten(0, -2)
-            product = flat.T @ flat
-            if layer.node in squares and squares[layer.node].shape != by_position.shape:
-                uneven.add(layer.node)
-                continue
-            squares[layer.node] = squares.get(layer.node, 0) + by_position
-            products[layer.node] = products.get(layer.node, 0) + product
-    found = {}
-    for node, total in squares.items():
-        positions = None if node in uneven else _tempered(total.cpu(), temper)
-        values, vectors = torch.linalg.eigh(products[node].cpu())
-        metric = (vectors * values.clamp_min(0) ** POWER) @ vectors.T
-        found[node] = Influence(positions, metric / metric.diagonal().mean().clamp_min(1e-300))
-    return found
+        parts: dict[str, list[Tensor]] = {layer.node: [] for layer in layers}
+        for chunk in _chunks(captured, batch):
+            for layer, gradient in _gradients(captured, layers, chunk, generator):
+                rows = gradient.movedim(layer.source.axis, -1).flatten(0, -2)
+                product = (rows.T @ rows).double()
+                products[layer.node] = products[layer.node] + product if layer.node in products else product
+                parts[layer.node].append(gradient.square().sum(layer.source.axis, keepdim=True).float())
+        for node, found in parts.items():
+            if found:
+                squares[node].append(torch.cat(found))
+    complete = [node for node, found in squares.items() if len(found) == len(batches)]
+    return {node: _influence(squares[node], products[node], temper, power) for node in complete}
 
 
-def _tempered(squares: Tensor, temper: float) -> Tensor:
-    """(g^2)^tau over its median, capped."""
-    weights = squares.clamp_min(squares.max() * 1e-12 + 1e-300) ** temper
-    return (weights / weights.median()).clamp_max(CAP).float()
+def _influence(squares: list[Tensor], product: Tensor, temper: float, power: float) -> Influence:
+    weights = [square**temper for square in squares]
+    mean = torch.cat([weight.flatten() for weight in weights]).double().mean().clamp_min(1e-300)
+    values, vectors = torch.linalg.eigh(product.cpu() / product.diagonal().mean().clamp_min(1e-300).cpu())
+    metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
+    return Influence(tuple((weight / mean).float() for weight in weights), metric)
+
+
+def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:
+    """The batch in pieces of a few samples, where the graph takes any number."""
+    samples = batch.batch_size
+    if captured.batch is None or samples is None:
+        return [batch]
+    return [batch.samples(start, start + _SAMPLES_AT_ONCE) for start in range(0, samples, _SAMPLES_AT_ONCE)]
 
 
 def _gradients(
@@ -94,7 +107,6 @@ def _gradients(
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
             if n.name in watched and isinstance(value, Tensor):
-                # a leaf's gradient would stop nothing before it: parameters ask for none here
                 value = value if value.requires_grad else value.requires_grad_()
                 seen[n.name] = value
             return value
@@ -107,6 +119,5 @@ def _gradients(
         if not leaves:
             return []
         directions = [torch.randn(t.shape, generator=generator).to(t) / (t.detach().std() + 1e-12) for t in leaves]
-        names = list(seen)
-        gradients = torch.autograd.grad(leaves, [seen[n] for n in names], directions, allow_unused=True)
-    return [(watched[n], g.detach()) for n, g in zip(names, gradients, strict=True) if g is not None]
+        gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
+    return [(watched[n], g.detach()) for n, g in zip(seen, gradients, strict=True) if g is not None]

@@ -47,7 +47,11 @@ class Inputs:
 
     def first(self, samples: int) -> Inputs:
         """At most that many samples of the batch."""
-        return self.map(lambda t: t[:samples] if self.is_batched(t) else t)
+        return self.samples(0, samples)
+
+    def samples(self, start: int, stop: int) -> Inputs:
+        """Those samples of the batch."""
+        return self.map(lambda t: t[start:stop] if self.is_batched(t) else t)
 
     def resized(self, samples: int) -> Inputs:
         """The batch repeated or cut to exactly that many samples."""

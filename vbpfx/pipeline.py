@@ -18,7 +18,7 @@ from vbpfx.capture import Captured, Frontend, capture, require_module
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import as_inputs, reader
+from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics

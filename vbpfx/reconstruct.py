@@ -37,12 +37,13 @@ from vbpfx.residual import find_residual_sum, pull_back
 from vbpfx.stream import Stream
 from vbpfx.substitute import in_narrow_shape, substitute
 
-# m for layers that read a block, and for the others.
-SHARE = 0.4
+# m where there is data without end.
+SHARE = 0.8
+# m falls to half of that where the weight of all rows together is that of so many rows per entry of the input.
+_ROWS_TO_LEARN_FROM = 30
 # Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT_EVERY = 5
-_INFLUENCE_SAMPLES = 64
 _ROWS_PER_COLUMN = 64
 
 
@@ -89,8 +90,9 @@ def reconstruct(
     steps = _steps(analysis, plan, beside, choose)
     if not steps:
         return plan
-    few = _few_samples(batches)
-    influence = influences(analysis.captured, [step.layer for step in steps], few)
+    device = model_device(analysis.captured.reference)
+    batches = [batch.to(device) for batch in batches]
+    influence = influences(analysis.captured, [step.layer for step in steps], batches)
     run = _Reconstruction(analysis, plan, batches, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress) as advance:
         for number, step in enumerate(steps):
@@ -161,8 +163,7 @@ class _Reconstruction:
         self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
-        device = model_device(self.captured.reference)
-        self.batches = [batch.to(device) for batch in batches]
+        self.batches = batches
         narrowed, self.places = _with_places(self.captured, [step.layer for step in steps])
         substitute(narrowed, list(self.decided.values()))
         self.dense = Stream(self.captured.graph_module, self.batches)
@@ -218,6 +219,7 @@ class _Reconstruction:
         if residual is not None and not (self.dense.holds(residual.stream) and self.narrow.holds(residual.stream)):
             residual = None
         mask, about = self.masks.get(source), self.influence.get(layer.node)
+        share = self._share(layer, about)
         a_sample, seen = rows_a_sample(self.captured, source), 0
         for number in range(len(self.batches)):
             x, y = self.narrow.value(number, operand), self.dense.value(number, layer.node)
@@ -227,9 +229,10 @@ class _Reconstruction:
                 y = y if wish is None else y + wish
             padding = self._mask(number, mask)
             xs, ys = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, y))
-            own = torch.nn.functional.linear(xs, weight.to(xs), bias.to(xs))
-            ts = own + self.share * (ys - own)
-            rows, weights = _sample(len(xs), seen, self.every[source], about.positions if about else None)
+            own = nn.functional.linear(xs, weight.to(xs), bias.to(xs))
+            ts = own + share * (ys - own)
+            counts = as_rows(about.weights[number], source.axis, padding, mask.axes if mask else ()) if about else None
+            rows, weights = _sample(len(xs), seen, self.every[source], counts)
             held = (rows + seen) // a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
             for part, is_held in ((~held, False), (held, True)):
                 if bool(part.any()):
@@ -243,7 +246,7 @@ class _Reconstruction:
         start = block.consumers[0].source.start
         everything, _ = fit(normal, weight, PENALTY)
         about = self.influence.get(layer.node)
-        if about is not None and about.metric is not None:
+        if about is not None:
             everything = about.metric @ everything
         others = [self._matrix(other) for other in block.consumers[1:]]
         among = torch.arange(start, start + block.width)
@@ -263,6 +266,24 @@ class _Reconstruction:
         rows = a_sample * sum(batch.batch_size or 1 for batch in self.batches)
         step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
         return coprime(step, a_sample)
+
+    def _share(self, layer: Consumer, about: Influence | None) -> float:
+        """m for a layer: the fewer rows carry the weight, the less of what is lost can be learnt from them."""
+        if about is None:
+            return self.share
+        weights = torch.cat([w.flatten() for w in about.weights]).double()
+        effective = float(weights.sum() ** 2 / weights.square().sum().clamp_min(1e-300))
+        return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(layer))
+
+    def _kept_width(self, layer: Consumer) -> int:
+        """How many entries of a layer's input will be left."""
+        going = sum(
+            len(entry.pruned)
+            for entry in self.plan.blocks
+            for parameter in entry.block.parameters
+            if (parameter.name, parameter.axis) == (layer.weight, layer.weight_axis)
+        )
+        return self._width(layer) - going
 
     def _folded(self, layer: Consumer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, set[int]]:
         """W and b with everything that is removed before the layer folded in, and the columns that are gone."""
@@ -321,13 +342,6 @@ class _Reconstruction:
         return found
 
 
-def _few_samples(batches: Sequence[Inputs]) -> list[Inputs]:
-    """About 64 samples from all over the data, in small batches."""
-    share = max(1, -(-_INFLUENCE_SAMPLES // len(batches)))
-    wanted = -(-_INFLUENCE_SAMPLES // min(share, 8))
-    return [batch.first(min(share, 8)) for batch in batches[:: max(1, len(batches) // wanted)]]
-
-
 def _with_places(captured: Captured, layers: Sequence[Consumer]) -> tuple[fx.GraphModule, list[Fitted]]:
     """A copy of the graph in which the layers are :class:`Fitted`, under their own nodes' names."""
     graph_module = share_parameters(captured.graph_module)
@@ -347,17 +361,17 @@ def _with_places(captured: Captured, layers: Sequence[Consumer]) -> tuple[fx.Gra
     return graph_module, places
 
 
-def _sample(count: int, seen: int, every: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sample(count: int, seen: int, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which of a batch's rows enter a regression, and with what weight.
 
-    One of so many rows, whichever batch it is in; positions that count for more than so many are taken in every sample.
+    One of so many rows, whichever batch it is in; those that count for more than so many are all taken.
     """
     index = torch.arange(count)
     turn = (index + seen) % every == 0
-    if positions is None:
+    if counts is None:
         return index[turn], torch.ones(int(turn.sum()))
-    weights = positions.repeat(-(-count // len(positions)))[:count]
-    always = weights >= every * positions.median()
+    weights = counts.flatten().cpu()
+    always = weights >= every
     chosen = turn | always
     return index[chosen], torch.where(always, weights, weights * every)[chosen]
 

@@ -54,7 +54,7 @@ def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[Block
     found: set[Block] = set()
     for pattern in patterns:
         matches = {b for b in analysis.blocks if any(fnmatch.fnmatchcase(n, pattern) for n in (b.name, *b.layers))}
-        if not matches:
+        if not matches and not select_layers(analysis.layers, include=pattern):
             names = list(dict.fromkeys(name for block in analysis.blocks for name in (block.name, *block.layers)))
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise AnalysisError(

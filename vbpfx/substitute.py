@@ -57,13 +57,13 @@ def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
     """The dense graph that computes what the plan says; it shares all parameters."""
     reference = share_parameters(captured.graph_module)
     corrections = {correction.layer: correction for correction in plan.corrections}
+    substitute(reference, plan.blocks)
     insert_behind(
         reference,
         corrections,
         lambda layer: Correct(layer, *in_dense_shape(corrections[layer], plan)),
         "correct",
     )
-    substitute(reference, plan.blocks)
     return reference
 
 

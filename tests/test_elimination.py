@@ -1,0 +1,69 @@
+"""Greedy elimination against brute force in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vbpfx.elimination import elimination_costs, ridge_inverse
+
+PENALTY = 1e-2
+
+
+def _problem(width: int, out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    covariance = mix @ mix.T / width + 0.05 * torch.eye(width, dtype=torch.float64)
+    return covariance, torch.randn(out, width, generator=generator, dtype=torch.float64)
+
+
+def _error(a: np.ndarray, w: np.ndarray, kept: list[int]) -> float:
+    """Least error of W h when only the kept entries of h may be used, h of covariance A: solved anew each time."""
+    gone = [i for i in range(len(a)) if i not in kept]
+    prediction = a[np.ix_(gone, kept)] @ np.linalg.inv(a[np.ix_(kept, kept)])
+    left = a[np.ix_(gone, gone)] - prediction @ a[np.ix_(kept, gone)]
+    return float(np.trace(w[:, gone] @ left @ w[:, gone].T))
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_is_the_brute_force_greedy_one(seed: int, inputs: int) -> None:
+    problems = [_problem(9, 4, 10 * seed + i) for i in range(inputs)]
+    order, costs = elimination_costs(problems, penalty=PENALTY)
+    regular = [c.numpy() + PENALTY * float(c.diagonal().mean()) * np.eye(9) for c, _ in problems]
+    kept, before = list(range(9)), 0.0
+    for chosen, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        errors = {
+            j: sum(_error(a, w.numpy(), [i for i in kept if i != j]) for a, (_, w) in zip(regular, problems, strict=True))
+            for j in kept
+        }
+        best = min(errors, key=lambda j: errors[j])
+        assert chosen == best
+        np.testing.assert_allclose(cost, errors[best] - before, rtol=1e-8, atol=1e-10)
+        kept.remove(best)
+        before = errors[best]
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 64, 1000])
+def test_blocks_of_any_size_give_the_plain_result(block: int) -> None:
+    problem = _problem(100, 7, 0)
+    plain_order, plain_costs = elimination_costs([problem], block=1)
+    order, costs = elimination_costs([problem], block=block)
+    assert torch.equal(order, plain_order)
+    torch.testing.assert_close(costs, plain_costs, rtol=1e-7, atol=1e-12)
+
+
+def test_only_those_among_which_it_may_choose_go() -> None:
+    among = torch.tensor([1, 4, 5, 8, 11])
+    order, _ = elimination_costs([_problem(12, 3, 1)], remove=3, among=among)
+    assert len(order) == 3
+    assert set(order.tolist()) < set(among.tolist())
+
+
+def test_the_inverse() -> None:
+    covariance, _ = _problem(6, 2, 3)
+    scale = float(covariance.diagonal().mean())
+    expected = np.linalg.inv(covariance.numpy() + 0.5 * scale * np.eye(6))
+    np.testing.assert_allclose(ridge_inverse(covariance, 0.5), expected, rtol=1e-10)

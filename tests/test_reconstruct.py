@@ -1,0 +1,184 @@
+"""Reconstruction: the plan it makes is exact on every kind of block, and its regressions are NumPy's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_unchanged, double, randomize, state
+from torch import nn
+from torch.utils import _pytree as pytree
+from zoo import FOUND, Case, Net
+
+import vbpfx
+from vbpfx.inputs import Inputs
+from vbpfx.reconstruct import layers_beside
+from vbpfx.regression import Sums, fit
+from vbpfx.residual import find_residual_sum
+from vbpfx.stream import Stream
+
+
+def _batches(case: Case, count: int = 6) -> list[object]:
+    torch.manual_seed(7)
+    made = [case.batch() for _ in range(count)]
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, made)
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: case.name)
+def test_the_oracle_holds_on_every_kind_of_block(case: Case) -> None:
+    torch.manual_seed(0)
+    model = double(randomize(case.make()))
+    before = state(model)
+    pruned = vbpfx.prune(model, _batches(case), ratio=0.5, frontend=case.frontends[0], verify=False, progress=False)
+    found = vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, tolerance=1e-9)
+    assert found.effect > 100 * found.error
+    if not case.own:
+        vbpfx.verify(pruned.captured, pruned.apply_to(model), pruned.plan, tolerance=1e-9)
+    assert_unchanged(model, before)
+
+
+class Residual(nn.Module):
+    """Two attention-like layers and two blocks on one stream, with layer scale; tokens (B, T, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(24, 8) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+        self.gamma = nn.Parameter(torch.rand(8) + 0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            mixed = self.mix[i](torch.tanh(self.norms[2 * i](x)).mean(1, keepdim=True) + x)
+            x = x + mixed
+            x = x + self.gamma * self.down[i](nn.functional.gelu(self.up[i](self.norms[2 * i + 1](x))))
+        return self.head(x[:, 0])
+
+
+def _residual() -> tuple[nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    return randomize(Residual()).eval(), [torch.randn(50, 6, 8) for _ in range(8)]
+
+
+def test_layers_beside_the_blocks_are_found_by_what_they_are_added_to() -> None:
+    model, data = _residual()
+    captured = vbpfx.capture(model, data[0][:4])
+    analysis = vbpfx.find_blocks(captured)
+    assert [layer.weight for layer in layers_beside(analysis)] == ["mix.0.weight", "mix.1.weight"]
+    for layer in analysis.layers:
+        found = find_residual_sum(captured, layer.node)
+        assert (found is not None) == layer.weight.startswith(("mix", "down")), layer.weight
+        if layer.weight.startswith("down"):
+            assert found is not None
+            assert len(found.way) == 1
+
+
+def test_refits_are_named_switched_off_and_kept_out_by_patterns() -> None:
+    model, data = _residual()
+    both = vbpfx.prune(model, data, ratio=0.5, progress=False)
+    assert both.plan.refitted == ("mix.0.weight", "mix.1.weight")
+    assert both.plan.settings["reconstruction"]["refitted"] == ["mix.0.weight", "mix.1.weight"]
+    assert "refitted beside the blocks: 2 layers (mix.0.weight, mix.1.weight)" in str(both)
+    assert vbpfx.prune(model, data, ratio=0.5, refit=False, progress=False).plan.refitted == ()
+    kept_out = vbpfx.prune(model, data, ratio=0.5, exclude="mix.0", progress=False)
+    assert kept_out.plan.refitted == ("mix.1.weight",)
+    assert torch.equal(kept_out.graph_module.get_parameter("mix.0.weight"), model.mix[0].weight)
+
+
+def test_everything_else_stays_bit_for_bit() -> None:
+    model, data = _residual()
+    pruned = vbpfx.prune(model, data, ratio=0.5, refit=False, progress=False)
+    changed = {axis.name for e in pruned.plan.blocks for axis in e.block.parameters}
+    changed |= {c.layer.bias for c in pruned.plan.corrections}
+    same = [n for n, p in model.named_parameters() if n not in changed]
+    assert len(same) > 10
+    assert all(torch.equal(pruned.graph_module.get_parameter(n), model.get_parameter(n)) for n in same)
+
+
+def test_a_plan_with_corrections_comes_back_from_a_folder(tmp_path: Path) -> None:
+    model, data = _residual()
+    pruned = vbpfx.prune(model, data, ratio=0.5, progress=False)
+    pruned.save(tmp_path)
+    loaded, own = vbpfx.load(tmp_path), vbpfx.load(tmp_path, into=Residual())
+    expected = pruned.graph_module(data[0])
+    assert torch.equal(loaded(data[0]), expected)
+    torch.testing.assert_close(own.eval()(data[0]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_wrong_correction_is_noticed() -> None:
+    model, data = _residual()
+    pruned = vbpfx.prune(model, data, ratio=0.5, progress=False)
+    first = pruned.plan.corrections[0]
+    other = dataclasses.replace(first, weight=first.weight + 0.1 * torch.randn_like(first.weight))
+    plan = dataclasses.replace(pruned.plan, corrections=(other, *pruned.plan.corrections[1:]))
+    with pytest.raises(vbpfx.VerificationError, match="differs from the substitution reference"):
+        vbpfx.verify(pruned.captured, pruned.graph_module, plan)
+
+
+def test_the_regression_is_numpys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(300, n, generator=generator, dtype=torch.float64) + 3 for n in (7, 4))
+    t = t + x[:, :4]
+    weights = torch.rand(300, generator=generator, dtype=torch.float64) + 0.1
+    toward = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    columns, penalty = torch.tensor([0, 1, 3, 4, 6]), 0.2
+    sums = Sums()
+    for part in torch.arange(300).split(41):
+        sums.add(x[part], t[part], weights[part], held=bool(part[0] % 2))
+    found, bias = fit(sums.all, toward, penalty, columns)
+    w = weights.numpy() / float(weights.sum())
+    xc, tc = x.numpy() - w @ x.numpy(), t.numpy() - w @ t.numpy()
+    xk, start = xc[:, columns], toward.numpy()[:, columns]
+    scale = np.trace(xk.T @ (w[:, None] * xk)) / len(columns)
+    root = np.sqrt(w)[:, None]
+    rows = np.vstack([root * xk, np.sqrt(penalty * scale) * np.eye(len(columns))])
+    wanted = np.vstack([root * (tc - xk @ start.T), np.zeros((len(columns), 4))])
+    expected = start + np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    np.testing.assert_allclose(found[:, columns], expected, rtol=1e-8, atol=1e-10)
+    assert not found[:, [2, 5]].any()
+    np.testing.assert_allclose(bias, w @ t.numpy() - found.numpy() @ (w @ x.numpy()), rtol=1e-9)
+
+
+def test_a_stream_computes_what_the_graph_computes() -> None:
+    model, data = _residual()
+    captured = vbpfx.capture(model, data[0][:4])
+    stream = Stream(captured.graph_module, [Inputs((batch,), {}) for batch in data])
+    for name in list(stream.nodes)[:-1]:
+        stream.run_before(name)
+        stream.run_through(name)
+    last = next(node for node in captured.graph_module.graph.nodes if node.op == "output").args[0].name
+    for number, batch in enumerate(data):
+        assert torch.equal(stream.value(number, last), captured.graph_module(batch))
+    # nothing is held that nobody will read
+    assert all(len(run.env) == 1 for run in stream.runs)
+
+
+def test_reconstruction_errs_less_than_the_mean_fold_on_other_data() -> None:
+    model, data = _residual()
+    torch.manual_seed(11)
+    fresh = torch.randn(400, 6, 8)
+    with torch.no_grad():
+        dense = model(fresh)
+        errors = {
+            method: float((vbpfx.prune(model, data, ratio=0.5, method=method, progress=False).graph_module(fresh) - dense).square().mean())
+            for method in ("vbp", "auto")
+        }
+    assert errors["auto"] < 0.5 * errors["vbp"]
+
+
+def test_a_layer_without_a_bias_stays_without_one() -> None:
+    torch.manual_seed(5)
+    net = Net(
+        lambda s, x: (y := x + s.mix(torch.tanh(x))) + s.down(nn.functional.relu(s.up(y))),
+        mix=nn.Linear(8, 8, bias=False), up=nn.Linear(8, 16), down=nn.Linear(16, 8),
+    )  # fmt: skip
+    model = randomize(net)
+    pruned = vbpfx.prune(model, [torch.randn(40, 8) for _ in range(5)], ratio=0.5, progress=False)
+    assert pruned.plan.refitted == ("mix.weight",)
+    assert "mix.bias" not in dict(pruned.graph_module.named_parameters())
+    assert pruned.apply_to(model).mix.bias is None
