@@ -367,7 +367,7 @@ def test_a_width_that_is_no_positive_integer(option: str, value: Any) -> None:
     ("option", "kind", "known"),
     [
         ("method", BudgetError, "auto, vbp"),
-        ("criterion", BudgetError, "magnitude, random, variance"),
+        ("criterion", BudgetError, "magnitude, obs, output_variance"),
         ("compensation", BudgetError, "mean, none"),
         ("frontend", CaptureError, "'auto', 'symbolic' or 'export'"),
     ],
