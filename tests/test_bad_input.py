@@ -369,6 +369,7 @@ def test_a_width_that_is_no_positive_integer(option: str, value: Any) -> None:
         ("method", BudgetError, "auto, vbp"),
         ("criterion", BudgetError, "magnitude, obs, output_variance"),
         ("compensation", BudgetError, "mean, none"),
+        ("allocation", BudgetError, "equal, global, normalised"),
         ("frontend", CaptureError, "'auto', 'symbolic' or 'export'"),
     ],
 )

@@ -22,7 +22,7 @@ from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
-from vbpfx.reconstruct import chosen_on_the_way, layers_beside
+from vbpfx.reconstruct import chosen_on_the_way, layers_beside, samples_that_fit
 from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
@@ -87,7 +87,8 @@ def prune(
     mask: str | None = None,
     reconstruct: bool | None = None,
     refit: bool | None = None,
-    samples: int = 1024,
+    samples: int | None = None,
+    memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
     **options: Unpack[PlanArguments],
@@ -112,7 +113,9 @@ def prune(
             with its own compensation.
         refit: fit layers beside the blocks, too, that write to the residual stream (attention's output projection);
             their shapes stay. By default as ``reconstruct``. The plan and the report name them.
-        samples: how many calibration samples the reconstruction holds at most, of those that come first.
+        samples: how many calibration samples the reconstruction takes, the first ones; by default as many as its two streams
+            can hold in ``memory``.
+        memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
@@ -138,7 +141,7 @@ def prune(
     covariance = PlanOptions.of(**options).needs_covariance
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
-    kept = _Kept(read, samples if fitting else 0)
+    kept = _Kept(read, (samples or samples_that_fit(analysis, memory)) if fitting else 0)
     calibrate(observed, data, read=kept, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(analysis, gathered, **options)

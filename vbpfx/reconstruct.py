@@ -34,7 +34,7 @@ from vbpfx.prepare import coprime, rows_a_sample
 from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.regression import Normal, Sums, best_penalty, fit
 from vbpfx.residual import find_residual_sum, pull_back
-from vbpfx.stream import Stream
+from vbpfx.stream import Stream, held_bytes
 from vbpfx.substitute import in_narrow_shape, substitute
 
 # m where there is data without end.
@@ -44,6 +44,7 @@ _ROWS_TO_LEARN_FROM = 30
 # Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT_EVERY = 5
+_FEWEST_SAMPLES = 64
 _ROWS_PER_COLUMN = 64
 
 
@@ -105,6 +106,12 @@ def chosen_on_the_way(analysis: Analysis, block: Block) -> bool:
     """Whether reconstruction chooses a block's neurons itself: layers of their own read one value, and nothing else does."""
     fittable = {layer.node for layer in analysis.layers}
     return len(block.sources) == 1 and not block.reductions and fittable >= {c.node for c in block.consumers}
+
+
+def samples_that_fit(analysis: Analysis, memory: float) -> int:
+    """How many samples the two streams may hold in so many GiB."""
+    a_sample = 2 * held_bytes(analysis.captured, (layer.node for layer in analysis.layers))
+    return max(_FEWEST_SAMPLES, int(memory * 2**30 / max(1, a_sample)))
 
 
 def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:

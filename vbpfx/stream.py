@@ -7,14 +7,35 @@ runs every node once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from vbpfx.capture import Captured
 from vbpfx.fake import graph_arguments
 from vbpfx.inputs import Inputs
+
+
+def held_bytes(captured: Captured, names: Iterable[str]) -> int:
+    """The most bytes per sample that a stream holds when it stands at any of the nodes."""
+    nodes = list(captured.graph_module.graph.nodes)
+    order = {node: number for number, node in enumerate(nodes)}
+    last = {node: max((order[user] for user in node.users), default=-1) for node in nodes}
+    wanted, live, most = set(names), 0, 0
+    dropped: dict[int, int] = defaultdict(int)
+    for number, node in enumerate(nodes):
+        tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+        size = 0 if node.op == "get_attr" else sum(t.numel() * t.element_size() for t in tensors)
+        live += size
+        if node.name in wanted:
+            most = max(most, live)
+        dropped[max(last[node], number)] += size
+        live -= dropped[number]
+    return most // (captured.batch or captured.inputs.batch_size or 1)
 
 
 class Stream:
