@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vbpfx.elimination import elimination_costs, ridge_inverse
+from vbpfx.ridge import ridge_factor
 
 PENALTY = 1e-2
 
@@ -67,3 +68,13 @@ def test_the_inverse() -> None:
     scale = float(covariance.diagonal().mean())
     expected = np.linalg.inv(covariance.numpy() + 0.5 * scale * np.eye(6))
     np.testing.assert_allclose(ridge_inverse(covariance, 0.5), expected, rtol=1e-10)
+
+
+def test_where_nothing_varies_there_is_still_a_factor() -> None:
+    noise = -1e-20 * torch.ones(4, 4, dtype=torch.float64)
+    assert torch.equal(ridge_factor(noise, 1e-3), torch.eye(4, dtype=torch.float64))
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.01], dtype=torch.float64))
+    factor = ridge_factor(indefinite, 1e-3)
+    added = (factor @ factor.T - indefinite).diagonal()
+    scale = float(indefinite.diagonal().mean())
+    torch.testing.assert_close(added, torch.full_like(added, 0.1 * scale))  # 1e-3 and 1e-2 are not enough

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vbpfx.moments import CoMoments, Moments
+from vbpfx.ridge import ridge_factor
 
 # The relative lambdas that are tried; infinity is the mean fold.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
@@ -64,10 +65,7 @@ def predict(co: CoMoments, kept: Tensor, pruned: Tensor, penalty: float) -> Tens
         return torch.zeros(len(pruned), len(kept), dtype=torch.float64)
     c = co.covariance.cpu()
     within, across = c[kept][:, kept], c[kept][:, pruned]
-    scale = within.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    regular = within + torch.eye(len(kept), dtype=within.dtype) * (penalty * scale)
-    factor = torch.linalg.cholesky(regular)
-    return torch.cholesky_solve(across, factor).T.contiguous()
+    return torch.cholesky_solve(across, ridge_factor(within, penalty)).T.contiguous()
 
 
 def _held_out_error(moments: Moments, kept: Tensor, pruned: Tensor, penalty: float) -> float:

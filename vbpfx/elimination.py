@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vbpfx.ridge import ridge_factor
+
 # lambda, relative to the mean variance
 PENALTY = 1e-3
 _BLOCK = 64
@@ -25,9 +27,7 @@ _BLOCK = 64
 
 def ridge_inverse(covariance: Tensor, penalty: float = PENALTY) -> Tensor:
     """(C + lambda s I)^-1, (d, d) float64, with s the mean of the diagonal of C."""
-    scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    regular = covariance.double() + torch.eye(len(covariance), dtype=torch.float64) * (penalty * scale)
-    return torch.cholesky_inverse(torch.linalg.cholesky(regular))
+    return torch.cholesky_inverse(ridge_factor(covariance, penalty))
 
 
 def elimination_costs(

@@ -27,6 +27,7 @@ from vbpfx.records import Consumer
 # tau and rho
 TEMPER = 0.5
 METRIC_POWER = 0.25
+_LEAST = 1e-3  # of a row that the output does not depend on: a fit needs rows
 # The activations of so many samples are held for the backward pass.
 _SAMPLES_AT_ONCE = 8
 
@@ -36,7 +37,7 @@ class Influence:
     """How much the places of one layer's value count.
 
     Attributes:
-        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean is 1.
+        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean is about 1.
         metric: M (out, out), float64.
     """
 
@@ -82,10 +83,13 @@ def influences(
 
 def _influence(squares: list[Tensor], product: Tensor, temper: float, power: float) -> Influence:
     weights = [square**temper for square in squares]
-    mean = torch.cat([weight.flatten() for weight in weights]).double().mean().clamp_min(1e-300)
+    mean = torch.cat([weight.flatten() for weight in weights]).double().mean()
+    if not mean > 0:  # no gradient comes through, though a path does
+        return Influence(tuple(torch.ones_like(weight) for weight in weights), torch.eye(len(product)).double())
+    weights = [(weight / mean).float() + _LEAST for weight in weights]
     values, vectors = torch.linalg.eigh(product.cpu() / product.diagonal().mean().clamp_min(1e-300).cpu())
     metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
-    return Influence(tuple((weight / mean).float() for weight in weights), metric)
+    return Influence(tuple(weights), metric)
 
 
 def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vbpfx.ridge import ridge_factor
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -83,7 +85,7 @@ def fit(
 
     Args:
         toward: V0, (out, d).
-        penalty: lambda, relative to the mean of S_xx's diagonal.
+        penalty: lambda, relative to the mean of the diagonal of S_xx (of x's second moments, where the bias is fixed).
         columns: indices of the entries of x that may be used; all by default.
         bias: c, where it is not free.
     """
@@ -96,9 +98,7 @@ def fit(
             within = within + torch.outer(normal.mean_x[columns], normal.mean_x)
             across = across + torch.outer(normal.mean_x[columns], normal.mean_t - bias)
         within, residual = within[:, columns], across - within @ fitted.T
-        scale = normal.xx.diagonal()[columns].mean().clamp_min(torch.finfo(torch.float64).tiny)
-        regular = within + torch.eye(len(columns), dtype=torch.float64) * (penalty * scale)
-        fitted[:, columns] += torch.cholesky_solve(residual, torch.linalg.cholesky(regular)).T
+        fitted[:, columns] += torch.cholesky_solve(residual, ridge_factor(within, penalty)).T
     return fitted, normal.mean_t - fitted @ normal.mean_x if bias is None else bias
 
 
