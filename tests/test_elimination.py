@@ -36,7 +36,9 @@ def test_the_order_is_the_brute_force_greedy_one(seed: int, inputs: int) -> None
     kept, before = list(range(9)), 0.0
     for chosen, cost in zip(order.tolist(), costs.tolist(), strict=True):
         errors = {
-            j: sum(_error(a, w.numpy(), [i for i in kept if i != j]) for a, (_, w) in zip(regular, problems, strict=True))
+            j: sum(
+                _error(a, w.numpy(), [i for i in kept if i != j]) for a, (_, w) in zip(regular, problems, strict=True)
+            )
             for j in kept
         }
         best = min(errors, key=lambda j: errors[j])

@@ -165,7 +165,11 @@ def test_reconstruction_errs_less_than_the_mean_fold_on_other_data() -> None:
     with torch.no_grad():
         dense = model(fresh)
         errors = {
-            method: float((vbpfx.prune(model, data, ratio=0.5, method=method, progress=False).graph_module(fresh) - dense).square().mean())
+            method: float(
+                (vbpfx.prune(model, data, ratio=0.5, method=method, progress=False).graph_module(fresh) - dense)
+                .square()
+                .mean()
+            )
             for method in ("vbp", "auto")
         }
     assert errors["auto"] < 0.5 * errors["vbp"]
