@@ -21,7 +21,7 @@ from typing import Any
 import onnxruntime
 import torch
 from coverage_models import Subject
-from exactness import randomize
+from exactness import randomize, shaken
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -184,14 +184,6 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
             record.onnx = relative_error(run_session(session, replace(inputs, kwargs=ordered)), expected)
         except VbpfxError as error:
             record.onnx = explain(error)
-
-
-def shaken(plan: vbpfx.Plan) -> vbpfx.Plan:
-    """The plan with other constants, by a standard normal each; the oracle holds for any."""
-    entries = (
-        replace(entry, constants=tuple(a + torch.randn_like(a) for a in entry.constants)) for entry in plan.blocks
-    )
-    return replace(plan, blocks=tuple(entries))
 
 
 def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record) -> None:

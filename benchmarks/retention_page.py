@@ -47,7 +47,7 @@ def write_page(records: dict[str, Record], folder: Path) -> None:
 
 
 def _introduction() -> str:
-    samples = inspect.signature(vbpfx.prune).parameters["samples"].default
+    memory = inspect.signature(vbpfx.prune).parameters["memory"].default
     methods = "\n".join(f"- **{name}**: {method.about}." for name, method in METHODS.items())
     return f"""## Retention without retraining
 
@@ -57,7 +57,7 @@ same p, on the same calibration data. **Labels are used for measuring only.**
 {methods}
 
 Those with one global ranking may narrow a block to a single neuron; the others keep a sixteenth of every block.
-One-shot methods share the statistics of one pass; `auto` fits layers on at most {samples:,} of the calibration samples. Equal p is
+One-shot methods share the statistics of one pass; `auto` fits layers on as many of the calibration samples as it can hold in {memory:g} GiB. Equal p is
 not equal cost where layers differ in size: *MACs* says what is left. *Kept* is the pruned figure over the dense one on the same
 test samples, with its standard error (SE, paired, over test samples). *Agreement* is the share of samples on which both choose
 the same class, *KL* the mean KL(dense ‖ pruned) of their outputs in nats; these two tell methods apart sooner than accuracy
