@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, Case, Net
 
 import vbpfx
+from vbpfx.influence import influences
 from vbpfx.inputs import Inputs
 from vbpfx.reconstruct import layers_beside
 from vbpfx.regression import Sums, fit
@@ -186,3 +187,44 @@ def test_a_layer_without_a_bias_stays_without_one() -> None:
     assert pruned.plan.refitted == ("mix.weight",)
     assert "mix.bias" not in dict(pruned.graph_module.named_parameters())
     assert pruned.apply_to(model).mix.bias is None
+
+
+class Undifferentiable(nn.Module):
+    """A residual block behind a root, whose derivative at zero is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.inner(x)
+        return torch.sqrt(nn.functional.relu(x + self.down(nn.functional.relu(self.up(x)))))
+
+
+def test_a_model_without_finite_derivatives_is_fitted_all_the_same() -> None:
+    model = randomize(Undifferentiable())
+    model.requires_grad_(False)
+    pruned = vbpfx.prune(model, [torch.randn(30, 8) for _ in range(5)], ratio=0.5, progress=False)
+    assert all(bool(p.isfinite().all()) for p in pruned.graph_module.parameters())
+    assert pruned.plan.refitted == ("inner.weight",)
+
+
+def test_influence_is_the_gradient() -> None:
+    """y = v . act(W x): the gradient of r y at h = act(W x) is r v, the same in every row."""
+    torch.manual_seed(0)
+    model = randomize(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 1)))
+    batch = torch.randn(300, 5)
+    captured = vbpfx.capture(model, batch[:4])
+    layer = next(la for la in vbpfx.find_blocks(captured).layers if la.weight == "2.weight")
+    found = influences(captured, [layer], [Inputs((batch,), {})], temper=1.0, power=1.0)[layer.node]
+    with torch.no_grad():
+        h = model[:3](batch).double()
+        gradient = model[4].weight.double() * (1 - torch.tanh(h) ** 2)
+    # up to the square of one normal number a row: those of mean one are pulled out by comparing with that ratio
+    squares = gradient.square().sum(1)
+    ratio = (found.weights[0].flatten().double() - 1e-3) / squares
+    assert 0.8 < float(ratio.mean() * squares.mean()) < 1.6
+    # of the metric only the directions are compared: rows are weighted by those same squares
+    expected = gradient.T @ gradient
+    cosine = float((found.metric * expected).sum() / found.metric.norm() / expected.norm())
+    assert cosine > 0.97

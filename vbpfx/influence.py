@@ -56,7 +56,8 @@ def influences(
 ) -> dict[str, Influence]:
     """Influence per layer's node, from one forward and one backward pass over the batches.
 
-    A layer that the output does not depend on by a gradient has none.
+    A layer that the output does not depend on by a gradient has none, and no layer has any where the model cannot be
+    differentiated (it changes values in place, or uses operators without a derivative).
 
     Args:
         temper: tau.
@@ -115,13 +116,19 @@ def _gradients(
                 seen[n.name] = value
             return value
 
-    with torch.enable_grad():
-        output = Watching(captured.graph_module).run(
-            *graph_arguments(captured.graph_module, batch.map(torch.clone)), enable_io_processing=False
-        )
-        leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        if not leaves:
-            return []
-        directions = [torch.randn(t.shape, generator=generator).to(t) / (t.detach().std() + 1e-12) for t in leaves]
-        gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
-    return [(watched[n], g.detach()) for n, g in zip(seen, gradients, strict=True) if g is not None]
+    arguments = graph_arguments(captured.graph_module, batch.map(torch.clone))
+    try:
+        with torch.enable_grad():
+            output = Watching(captured.graph_module).run(*arguments, enable_io_processing=False)
+            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            if not leaves:
+                return []
+            directions = [torch.randn(t.shape, generator=generator).to(t) / (t.detach().std() + 1e-12) for t in leaves]
+            gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return []
+    # a root at zero, for one, has no finite derivative
+    finite = [None if g is None else g.detach().nan_to_num(0.0, 0.0, 0.0) for g in gradients]
+    return [(watched[n], g) for n, g in zip(seen, finite, strict=True) if g is not None]

@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from vbpfx.blocks import Analysis
 from vbpfx.calibrate import progress_bar
-from vbpfx.capture import Captured, named_tensors, share_parameters
-from vbpfx.edit import finish
+from vbpfx.capture import named_tensors
 from vbpfx.elimination import PENALTY, elimination_costs
 from vbpfx.fake import graph_arguments
+from vbpfx.fitted import with_fitted
 from vbpfx.influence import Influence, influences
 from vbpfx.inputs import Inputs, model_device
 from vbpfx.masks import Mask, find_masks
@@ -81,12 +81,9 @@ def reconstruct(
         batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory.
         beside: layers beside the blocks that are fitted, too, without changing shape.
         choose: choose the neurons of a block on the way; otherwise those of the plan stay.
-        share: m.
+        share: m where there is data without end; less is taken where few rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
-
-    Raises:
-        CalibrationError: a fit is not finite.
     """
     steps = _steps(analysis, plan, beside, choose)
     if not steps:
@@ -131,27 +128,6 @@ def _steps(analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: b
     return [Step(layer, choosing.get(node)) for node, layer in layers.items() if node in chosen]
 
 
-class Fitted(nn.Module):
-    """A layer in the narrowed stream, V x + c; it is given V and c when the stream has come to it."""
-
-    def __init__(self, layer: Consumer) -> None:
-        super().__init__()
-        self.axis = layer.source.axis
-        self.weight: Tensor | None = None
-
-    def set(self, weight: Tensor, bias: Tensor, columns: Tensor) -> None:
-        """V (out, in), c (out,), and the columns where V is not zero."""
-        self.weight, self.bias, self.columns = weight[:, columns], bias, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        """V x + c."""
-        assert self.weight is not None
-        if x.shape[self.axis] > len(self.columns):
-            x = x.index_select(self.axis, self.columns.to(x.device))
-        y = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(x), self.bias.to(x))
-        return y.movedim(-1, self.axis)
-
-
 class _Reconstruction:
     """The two streams, and what has been decided so far."""
 
@@ -171,7 +147,7 @@ class _Reconstruction:
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
         self.batches = batches
-        narrowed, self.places = _with_places(self.captured, [step.layer for step in steps])
+        narrowed, self.places = with_fitted(self.captured, [step.layer for step in steps])
         substitute(narrowed, list(self.decided.values()))
         self.dense = Stream(self.captured.graph_module, self.batches)
         self.narrow = Stream(narrowed, self.batches)
@@ -347,25 +323,6 @@ class _Reconstruction:
         found = graph_arguments(self.captured.graph_module, self.batches[batch])[names.index(mask.node)]
         assert isinstance(found, Tensor)
         return found
-
-
-def _with_places(captured: Captured, layers: Sequence[Consumer]) -> tuple[fx.GraphModule, list[Fitted]]:
-    """A copy of the graph in which the layers are :class:`Fitted`, under their own nodes' names."""
-    graph_module = share_parameters(captured.graph_module)
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    places = []
-    for number, layer in enumerate(layers):
-        places.append(Fitted(layer))
-        graph_module.add_submodule(f"fitted_{number}", places[-1])
-        node = nodes[layer.node]
-        node.op, node.target, node.args, node.kwargs = (
-            "call_module",
-            f"fitted_{number}",
-            (nodes[layer.source.node],),
-            {},
-        )
-    finish(graph_module)
-    return graph_module, places
 
 
 def _sample(count: int, seen: int, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
