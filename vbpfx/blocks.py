@@ -86,12 +86,9 @@ def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
     """The layers that a regression can fit anew."""
     found = []
     for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
-        shape = [
-            size for axis, size in sorted(evidence.sizes.items()) if axis[0] == consumer.weight and axis.is_parameter
-        ]
         x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
         channel = consumer.source.axis % len(x)
-        pointwise = all(size == 1 for size in shape[2:])
+        pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
         same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
         own_bias = consumer.creates_bias or (
             len(evidence.uses[consumer.bias]) == 1 and consumer.bias not in evidence.tied

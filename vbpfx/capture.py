@@ -68,6 +68,11 @@ class Captured:
     fingerprint: str
 
     @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The graph's nodes by name, in order."""
+        return {node.name: node for node in self.graph_module.graph.nodes}
+
+    @cached_property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates per node and sample, nodes that have none left out.
 

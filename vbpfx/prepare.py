@@ -141,7 +141,7 @@ def prepare(
 
 def rows_a_sample(captured: Captured, source: Source) -> int:
     """At how many positions one sample has a value there: tokens, pixels, windows."""
-    value: Tensor = next(node for node in captured.graph_module.graph.nodes if node.name == source.node).meta["val"]
+    value: Tensor = captured.nodes[source.node].meta["val"]
     return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
 
 

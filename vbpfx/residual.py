@@ -43,8 +43,7 @@ def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
     Args:
         layer: name of the node that calls the layer.
     """
-    nodes = {node.name: (number, node) for number, node in enumerate(captured.graph_module.graph.nodes)}
-    start, node = nodes[layer]
+    start = node = captured.nodes[layer]
     way: list[str] = []
     while True:
         users = [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]
@@ -52,9 +51,9 @@ def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
             return None
         user = users[0]
         if (stream := _other_operand(user, node)) is not None:
-            while nodes[stream.name][0] > start and _hands_on(captured, stream):
+            while stream > start and _hands_on(captured, stream):
                 stream = stream.all_input_nodes[0]
-            return ResidualSum(stream.name, tuple(way)) if nodes[stream.name][0] < start else None
+            return ResidualSum(stream.name, tuple(way)) if stream < start else None
         if not _is_affine(captured, user, node):
             return None
         way.append(user.name)
