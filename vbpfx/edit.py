@@ -56,29 +56,26 @@ def insert_at_sources(
 
 def insert_behind(
     graph_module: fx.GraphModule, layers: Iterable[Consumer], make: Callable[[Consumer], nn.Module], label: str
-) -> list[nn.Module]:
+) -> None:
     """Insert a module behind each layer, in place: it gets the layer's value and its input, all users get its value.
 
     What was inserted before is part of the input: substitutions come first, then layers in graph order.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes if "val" in node.meta}
-    inserted = []
     for number, layer in enumerate(layers):
         missing = [name for name in (layer.node, layer.source.node) if name not in nodes]
         if missing:
             raise ArtifactError(
                 f"layer {layer.weight}: the graph has no node {missing[0]}; it is another model's layer"
             )
-        path, module = f"{label}_{number}", make(layer)
-        graph_module.add_submodule(path, module)
+        path = f"{label}_{number}"
+        graph_module.add_submodule(path, make(layer))
         node = nodes[layer.node]
         operand = next(n for n in node.all_input_nodes if _behind_insertions(n, nodes) is nodes[layer.source.node])
         with graph_module.graph.inserting_after(node):
             call = graph_module.graph.call_module(path, (node, operand))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
-        inserted.append(module)
     finish(graph_module)
-    return inserted
 
 
 def _behind_insertions(node: fx.Node, nodes: Mapping[str, fx.Node]) -> fx.Node:

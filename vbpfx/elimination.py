@@ -1,11 +1,10 @@
 """Backward elimination of regressors: the optimal brain surgeon on a linear layer.
 
-The layer computes y = W h, (out,). With the neurons S gone and the rest fitted again, the error of y is
-E_S = min_V E |W h - V h_rest|^2 + lambda |V - W|^2 terms; removing one more neuron j adds
+The layer computes y = W h, (out,). With some neurons gone and the others, K, fitted again, removing one more neuron j adds
 
     |v_j|^2 / [A^-1]_jj,    A = C_KK + lambda I,
 
-with v_j the column of the present fit, and moves the fit by V -= v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork 1993,
+to the squared error of y, with v_j the column of the present fit, and moves the fit by V -= v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork 1993,
 applied to a layer's regression). Both A^-1 and V change by a matrix of rank one. Applying those one by one moves d^2
 numbers through memory for each neuron; here they are kept as factors and applied in blocks by one matrix product, which
 gives the same numbers.

@@ -35,7 +35,7 @@ from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.regression import Normal, Sums, best_penalty, fit
 from vbpfx.residual import find_residual_sum, pull_back
 from vbpfx.stream import Stream, held_bytes
-from vbpfx.substitute import in_narrow_shape, substitute
+from vbpfx.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
 # m where there is data without end.
 SHARE = 0.8
@@ -260,13 +260,7 @@ class _Reconstruction:
 
     def _kept_width(self, layer: Consumer) -> int:
         """How many entries of a layer's input will be left."""
-        going = sum(
-            len(entry.pruned)
-            for entry in self.plan.blocks
-            for parameter in entry.block.parameters
-            if (parameter.name, parameter.axis) == (layer.weight, layer.weight_axis)
-        )
-        return self._width(layer) - going
+        return self._width(layer) - len(removed_along(self.plan.blocks, layer.weight, layer.weight_axis))
 
     def _folded(self, layer: Consumer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, set[int]]:
         """W and b with everything that is removed before the layer folded in, and the columns that are gone."""
@@ -286,19 +280,11 @@ class _Reconstruction:
 
     def _gone(self, layer: Consumer) -> set[int]:
         """The columns of a layer whose input channels are removed, as far as that is decided."""
-        return {
-            parameter.start + p
-            for entry in self.decided.values()
-            for parameter in entry.block.parameters
-            if (parameter.name, parameter.axis) == (layer.weight, layer.weight_axis)
-            for p in entry.pruned
-        }
+        return set(removed_along(self.decided.values(), layer.weight, layer.weight_axis))
 
     def _matrix(self, layer: Consumer) -> Tensor:
         """W (out, in), float64, on the CPU."""
-        weight = self.tensors[layer.weight].detach().double().cpu()
-        weight = weight.flatten(1) if weight.ndim > 2 else weight
-        return weight.T if layer.weight_axis == 0 else weight
+        return as_matrix(self.tensors[layer.weight], layer)
 
     def _width(self, layer: Consumer) -> int:
         return self.tensors[layer.weight].shape[layer.weight_axis]

@@ -7,7 +7,7 @@ is held against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -81,9 +81,11 @@ def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> No
 def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
     """dW (out, in) and db (out,) of a layer, zero at what is removed, in the shapes of the dense layer."""
     layer = correction.layer
-    narrow = correction.weight.flatten(2).squeeze(-1) if correction.weight.ndim > 2 else correction.weight
+    narrow = correction.weight.reshape(correction.weight.shape[:2])
     narrow = narrow.T if layer.weight_axis == 0 else narrow
-    rows, columns = (_removed(plan, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis))
+    rows, columns = (
+        removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
+    )
     weight = narrow.new_zeros(narrow.shape[0] + len(rows), narrow.shape[1] + len(columns))
     bias = correction.bias.new_zeros(len(weight))
     kept_rows, kept_columns = _others(rows, weight.shape[0]), _others(columns, weight.shape[1])
@@ -98,18 +100,27 @@ def in_narrow_shape(layer: Consumer, weight: Tensor, bias: Tensor, like: Tensor,
     Args:
         like: the dense weight, for its layout.
     """
-    rows, columns = (_removed(plan, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis))
+    rows, columns = (
+        removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
+    )
     kept = _others(rows, weight.shape[0])
     narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
     narrow = narrow.T if layer.weight_axis == 0 else narrow
     return Correction(layer, narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous(), bias[kept].float())
 
 
-def _removed(plan: Plan, name: str, axis: int) -> list[int]:
+def as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
+    """A layer's weight as (out, in), float64, on the CPU."""
+    matrix = weight.detach().double().cpu().reshape(weight.shape[:2])
+    return matrix.T if layer.weight_axis == 0 else matrix
+
+
+def removed_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[int]:
+    """The indices of one axis of a parameter that are gone, ascending."""
     return sorted(
         {
             parameter.start + p
-            for entry in plan.blocks
+            for entry in entries
             for parameter in entry.block.parameters
             if (parameter.name, parameter.axis) == (name, axis)
             for p in entry.pruned

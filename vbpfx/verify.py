@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import VerificationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
-from vbpfx.records import Consumer, Plan
-from vbpfx.substitute import in_dense_shape, reference_graph
+from vbpfx.records import Plan
+from vbpfx.substitute import as_matrix, in_dense_shape, reference_graph
 
 # Largest relative error of the output that rounding alone makes, by the precision the model computes in.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -122,8 +122,8 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
     for correction in plan.corrections:
         layer = correction.layer
         whole, _ = in_dense_shape(correction, plan)
-        expected = whole.double() + _as_matrix(dense[layer.weight], layer)
-        found = _as_matrix(narrow[layer.weight], layer)
+        expected = whole.double() + as_matrix(dense[layer.weight], layer)
+        found = as_matrix(narrow[layer.weight], layer)
         rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
         for entry in plan.blocks:
             pruned, kept = torch.tensor(entry.pruned), torch.tensor(entry.kept)
@@ -131,21 +131,13 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
                 prediction = entry.prediction_at(consumer.source)
                 if consumer.weight == layer.weight and prediction is not None:
                     start = consumer.source.start
-                    original = _as_matrix(dense[layer.weight], layer)[:, pruned + start]
+                    original = as_matrix(dense[layer.weight], layer)[:, pruned + start]
                     expected[:, kept + start] += original @ prediction.double()
             for parameter in entry.block.parameters:
                 if parameter.name == layer.weight:
                     (columns if parameter.axis == layer.weight_axis else rows)[pruned + parameter.start] = False
         worst = max(worst, relative_error([found], [expected[rows][:, columns]]))
     return worst
-
-
-def _as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
-    """(out, in), float64, on the CPU."""
-    matrix = (
-        weight.detach().double().cpu().flatten(2).squeeze(-1) if weight.ndim > 2 else weight.detach().double().cpu()
-    )
-    return matrix.T if layer.weight_axis == 0 else matrix
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
