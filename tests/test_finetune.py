@@ -224,6 +224,34 @@ def test_training_that_only_hurts_returns_the_start() -> None:
     assert len(done.history) == 3
 
 
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_mixing_goes_a_part_of_the_way(alpha: float) -> None:
+    """Half of the way is half of the way, though training itself goes on from the trained weights."""
+    student, teacher = pair()
+    options = {"held_out": 0, "epochs": 3}
+    whole = _finetune(student, teacher, make_batches(), **options).model.state_dict()
+    part = _finetune(student, teacher, make_batches(), mixing=alpha, **options).model.state_dict()
+    for name, start in student.state_dict().items():
+        if start.is_floating_point():
+            expected = start + alpha * (whole[name] - start)
+            torch.testing.assert_close(part[name], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_held_out_is_measured_on_the_mixture(tmp_path: Path) -> None:
+    student, teacher = pair()
+    validation = make_batches(2)
+    options = {"validation": validation, "epochs": 4, "mixing": 0.3, "feature_weight": 0.0}
+    done = _finetune(student, teacher, make_batches(), **options)
+    again = _finetune(done.model, teacher, make_batches(), **(options | {"epochs": 1, "learning_rate": 1e-9}))
+    assert done.best is not done.history[0]
+    assert again.history[0].held_out_loss == pytest.approx(done.best.held_out_loss, rel=1e-12)
+    # broken off after an epoch and taken up again, it still mixes with the first start
+    first = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, max_seconds=0.0, **options)
+    assert first.stopped == "time"
+    resumed = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, **options)
+    assert _same(resumed.model, done.model)
+
+
 def test_trainable_chooses_parameters() -> None:
     student, teacher = pair(Plain)
     done = _finetune(student, teacher, make_batches(), trainable="fc1.*")
@@ -585,7 +613,7 @@ def _loader(**options: Any) -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "papers"}, "there is no recipe 'papers'; choose 'paper' or 'default'"),
+        ({"recipe": "papers"}, "there is no recipe 'papers'; choose one of 'paper', 'default', 'few'"),
         ({"epochs": 0}, "epochs must be at least 1, found 0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),

@@ -28,6 +28,7 @@ from vbpfx.plan import make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
 from vbpfx.records import Block, Plan, Refusal
 from vbpfx.report import Report
+from vbpfx.sensitivity import sensitivities
 from vbpfx.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "prune",
     "register_operator",
     "save",
+    "sensitivities",
     "statistics",
     "verify",
 ]

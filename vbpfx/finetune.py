@@ -71,6 +71,7 @@ def finetune(
     feature_weight: float | None = None,
     features: Sequence[str] | str | None = None,
     patience: int | None = None,
+    mixing: float | None = None,
     held_out: float = 0.1,
     validation: Iterable[Any] | None = None,
     trainable: Sequence[str] | str | None = None,
@@ -98,13 +99,13 @@ def finetune(
         data: batches that can be gone through once an epoch, as :func:`vbpfx.prune` takes them; the batch size is theirs. A
             ``DataLoader`` with PyTorch's own samplers is split by samples, anything else by batches
             (:mod:`vbpfx.training_data`).
-        recipe: ``"default"`` (little data), ``"paper"``, or a :class:`vbpfx.recipes.Recipe`; the numbers below change it.
+        recipe: ``"default"`` (little data), ``"few"`` (no more than pruning saw), ``"paper"``, or a :class:`vbpfx.recipes.Recipe`; the numbers below change it.
             The paper holds nothing out: ``held_out=0`` trains on everything and returns the last weights.
         loss: ``"kl"`` for models that return logits over their last axis, the default; ``"mse"`` for embeddings. A tensor
             does not tell which it is: a network without a classifier needs ``"mse"``.
         labels: add the cross-entropy of the labels, a batch's second entry or its ``labels``, position by position (a
             language model's must be shifted already). Without it they are left out.
-        epochs, learning_rate, weight_decay, temperature, feature_weight, patience: see :class:`vbpfx.recipes.Recipe`.
+        epochs, learning_rate, weight_decay, temperature, feature_weight, patience, mixing: see :class:`vbpfx.recipes.Recipe`.
         features: glob patterns over names of modules whose outputs are to agree; by default repeated blocks. They count
             where ``feature_weight`` is above 0.
         held_out: the share of the data that is never trained on, and decides.
@@ -136,7 +137,7 @@ def finetune(
     require_module(student)
     require_module(teacher)
     chosen = make_recipe(recipe, epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
-                         temperature=temperature, feature_weight=feature_weight, patience=patience)  # fmt: skip
+                         temperature=temperature, feature_weight=feature_weight, patience=patience, mixing=mixing)  # fmt: skip
     if loss not in ("kl", "mse") or (labels and loss != "kl"):
         raise FinetuneError(f"loss must be 'kl' or 'mse', and 'kl' with labels=True, found {loss!r}")
     for name, value in (("accumulate", accumulate), ("checkpoint_every", checkpoint_every)):

@@ -232,6 +232,11 @@ def is_matrix_product(node: fx.Node) -> bool:
     return rule_for(node, None) is matrix_product
 
 
+def is_linear(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the call is a linear layer over the last axis."""
+    return rule_for(node, module) is linear
+
+
 _SUMS = ("add", "iadd", "sub", "isub", "rsub", "addcmul", "addcdiv", "lerp", "where", "stack")
 
 

@@ -27,11 +27,14 @@ from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
 from vbpfx.select import select_blocks, select_layers
+from vbpfx.sensitivity import MOST_SAMPLES, sensitivities
 from vbpfx.verify import Verification
 from vbpfx.verify import verify as check
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
 _EXAMPLE_SAMPLES = 4
+# What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
+_WIDTHS_COVARIANCE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,25 @@ def prune(
     fitting = chosen.reconstructs if reconstruct is None else reconstruct
     beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refit or refit is None else ()
     choosing = fitting and chosen.chooses_on_the_way
-    if choosing and all(chosen_on_the_way(analysis, block) for block in blocks):
-        options |= {"criterion": "variance", "compensation": "mean"}  # widths alone are taken from this plan
-    covariance = PlanOptions.of(**options).needs_covariance
+    measuring = chosen.allocation == "sensitivity"
+    covariance: bool | float = chosen.needs_covariance
+    if choosing and all(
+        chosen_on_the_way(analysis, block) for block in blocks
+    ):  # widths alone are taken from this plan
+        covariance = _WIDTHS_COVARIANCE_SHARE
+        if not measuring:
+            options, covariance = options | {"criterion": "variance", "compensation": "mean"}, False
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
-    kept = _Kept(read, (samples or samples_that_fit(analysis, memory)) if fitting else 0)
+    wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
+    kept = _Kept(read, wanted)
     calibrate(observed, data, read=kept, total=total, progress=progress)
     gathered = statistics(observed)
-    plan = make_plan(analysis, gathered, **options)
+    sensitivity = None
+    if measuring:
+        alike = make_plan(analysis, gathered, **(options | {"allocation": "equal"}))
+        sensitivity = sensitivities(analysis, alike, kept.batches)
+    plan = make_plan(analysis, gathered, sensitivity=sensitivity, **options)
     if fitting:
         plan = reconstruct_plan(
             analysis, plan, kept.batches, beside=beside, choose=choosing, mask=mask, progress=progress

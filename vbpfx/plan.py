@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict, Unpack
 
-from vbpfx.allocation import ALLOCATIONS
+from vbpfx.allocation import ALLOCATIONS, Standing
 from vbpfx.blocks import Analysis
 from vbpfx.budget import (
     Budget,
@@ -47,7 +47,7 @@ class Method:
 METHODS = {
     # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor.
     "vbp": Method("variance", "global", "mean", min_width=1),
-    "auto": Method("greedy_obs", "equal", "ridge", min_width=None),
+    "auto": Method("greedy_obs", "sensitivity", "ridge", min_width=None),
 }
 
 
@@ -83,6 +83,7 @@ class PlanOptions:
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
     own_criterion: bool
+    own_allocation: bool
     own_compensation: bool
 
     @classmethod
@@ -121,6 +122,7 @@ class PlanOptions:
             include,
             exclude,
             criterion is None,
+            allocation is None,
             compensation is None,
         )
 
@@ -141,13 +143,20 @@ class PlanOptions:
         return own or self.criterion in NEED_COVARIANCE or self.compensation == "ridge"
 
 
-def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[PlanArguments]) -> Plan:
+def make_plan(
+    analysis: Analysis,
+    statistics: Statistics,
+    *,
+    sensitivity: Mapping[str, float] | None = None,
+    **options: Unpack[PlanArguments],
+) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
 
     With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025):
-    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` takes the same
-    share of every block, by greedy OBS, and predicts what goes from what stays (:mod:`vbpfx.importance`,
-    :mod:`vbpfx.allocation`, :mod:`vbpfx.compensate`).
+    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` goes by
+    greedy OBS and predicts what goes from what stays; it takes more of blocks whose loss the output hardly feels, where
+    ``sensitivity`` says which, otherwise the same share of every block (:mod:`vbpfx.importance`, :mod:`vbpfx.allocation`,
+    :mod:`vbpfx.compensate`).
 
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
@@ -156,7 +165,9 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
         method: ``"vbp"``, or ``"auto"`` (default).
         criterion: in place of the method's: a name of :data:`vbpfx.importance.CRITERIA`, or a function from
             :class:`vbpfx.importance.Scoring` to one score per neuron (the lowest go).
-        allocation: in place of the method's: ``"global"``, ``"normalised"`` or ``"equal"``.
+        allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
+        sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
+            ``allocation="sensitivity"`` compares blocks by.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it (default 1).
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
@@ -181,7 +192,10 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
         b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
     }
     prices = _prices(blocks, cost)
-    compared = {b.name: ALLOCATIONS[chosen.allocation](scores[b.name], prices[b.name]) for b in blocks}
+    allocation = _allocation(chosen, blocks, sensitivity)
+    known = sensitivity or {}
+    standing = {b.name: Standing(prices[b.name], share, known.get(b.name)) for b in blocks}
+    compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
     floor = floors(blocks, chosen.min_width)
     groups = same_shape(blocks, captured.reference) if chosen.uniform else [[block] for block in blocks]
     widths = choose_widths(groups, compared, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
@@ -193,7 +207,7 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
     settings = {
         "method": chosen.method,
         "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
-        "allocation": chosen.allocation,
+        "allocation": allocation,
         "compensation": chosen.compensation,
         "budget": {chosen.budget.kind: chosen.budget.value},
         "round_to": chosen.round_to,
@@ -203,6 +217,19 @@ def make_plan(analysis: Analysis, statistics: Statistics, **options: Unpack[Plan
         "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),
     }
     return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
+
+
+def _allocation(chosen: PlanOptions, blocks: Sequence[Block], sensitivity: Mapping[str, float] | None) -> str:
+    """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
+    lacking = [block.name for block in blocks if block.name not in (sensitivity or {})]
+    if chosen.allocation != "sensitivity" or not lacking:
+        return chosen.allocation
+    if chosen.own_allocation and sensitivity is None:
+        return "equal"
+    raise BudgetError(
+        f"allocation='sensitivity' lacks that of block {lacking[0]}: pass sensitivity=vbpfx.sensitivities(analysis, plan, "
+        f"batches), with a plan of equal shares"
+    )
 
 
 def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None:

@@ -23,7 +23,7 @@ from vbpfx.observer import Observer
 from vbpfx.records import Block, Source
 
 # Covariances are taken of as many rows as keep their products below this share of the network's own.
-_COVARIANCE_SHARE = 0.5
+COVARIANCE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prepare(
     *,
     blocks: Iterable[Block] | None = None,
     mask: str | None = None,
-    covariance: bool = True,
+    covariance: bool | float = True,
 ) -> fx.GraphModule:
     """An instrumented copy of the captured graph, in eval mode: run your own data through it.
 
@@ -106,7 +106,8 @@ def prepare(
         mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
             by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
         covariance: gather covariances beside the variances, of every so-manieth position: of as many as keep their cost
-            below half of the network's own products. They are what regressions need; ``method="vbp"`` does without.
+            below half of the network's own products, or below the share that is given. They are what regressions need;
+            ``method="vbp"`` does without.
 
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
@@ -119,7 +120,7 @@ def prepare(
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
     widths = {source: block.width for block in chosen for source in block.sources}
-    every = rows_between(captured, widths) if covariance else {}
+    every = rows_between(captured, widths, COVARIANCE_SHARE if covariance is True else covariance) if covariance else {}
     masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
 
     def observer(block: Block, index: int) -> Observer:
@@ -145,14 +146,14 @@ def rows_a_sample(captured: Captured, source: Source) -> int:
     return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
 
 
-def rows_between(captured: Captured, sources: Mapping[Source, int]) -> dict[Source, int]:
-    """Source -> of how many rows one enters the covariances, for sources of given widths.
+def rows_between(captured: Captured, sources: Mapping[Source, int], share: float) -> dict[Source, int]:
+    """Source -> of how many rows one enters the covariances, for sources of given widths, at a share of the network's products.
 
     The step has no divisor in common with the rows of a sample, so that all positions take their turn.
     """
     rows = {source: rows_a_sample(captured, source) for source in sources}
     spent = sum(rows[source] * width**2 for source, width in sources.items())
-    step = math.ceil(spent / max(1.0, _COVARIANCE_SHARE * sum(captured.macs.values())))
+    step = math.ceil(spent / max(1.0, share * sum(captured.macs.values())))
     return {source: coprime(min(step, count), count) for source, count in rows.items()}
 
 

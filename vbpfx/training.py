@@ -82,12 +82,12 @@ class Training:
         self.optimizer = processes.prepare(
             torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         )
+        processes.broadcast([*network.parameters(), *network.buffers()])
         self.state = TrainingState(network, self.optimizer)
         self.deadline = math.inf
         self.path: Path | None = None
         self.every: int | None = None
         self._identity: dict[str, Any] = {}
-        processes.broadcast(self.state.tensors.values())
 
     def choose_features(self, patterns: Sequence[str] | str | None) -> None:
         """Settle which modules' outputs are compared, and measure how much the teacher's vary."""
@@ -237,7 +237,8 @@ class Training:
     def _record(self, train_loss: float | None) -> None:
         # BatchNorm's running statistics are each process's own
         self.processes.broadcast(self.network.buffers())
-        self.state.record(train_loss, self._held_out_loss())
+        with self.state.mixed(self.recipe.mixing):
+            self.state.record(train_loss, self._held_out_loss())
 
     def _impatient(self) -> bool:
         patience = self.recipe.patience

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class TrainingState:
         self.position = Position()
         self.history: list[Epoch] = []
         self._best: dict[str, Tensor] = {}
+        self._start = self._copied()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -71,7 +73,20 @@ class TrainingState:
         best = self.history[at.best].held_out_loss
         if len(self.history) == 1 or held_out_loss is None or best is None or held_out_loss < best:
             at.best = len(self.history) - 1
-            self._best = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+            self._best = self._copied()
+
+    @contextmanager
+    def mixed(self, alpha: float) -> Iterator[None]:
+        """Within it the network is start + alpha (trained - start), and as it was afterwards."""
+        if alpha == 1:
+            yield
+            return
+        trained = self._copied()
+        self._write({n: self._start[n].lerp(t, alpha) if t.is_floating_point() else t for n, t in trained.items()})
+        try:
+            yield
+        finally:
+            self._write(trained)
 
     def restore_best(self) -> None:
         """Give the network the best weights."""
@@ -100,6 +115,9 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.position = Position(**data["position"])
         self.history = [Epoch(**epoch) for epoch in data["history"]]
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -1,0 +1,104 @@
+"""Sensitivity: what the network's output loses when one block alone gives up its share.
+
+Measured, not derived: each block in turn is narrowed as a plan says, with what the plan puts in place of what goes, while the
+others stay whole, and a few samples run through. No gradient and no label is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from vbpfx.blocks import Analysis
+from vbpfx.capture import Captured
+from vbpfx.convert import convert
+from vbpfx.inputs import Inputs
+from vbpfx.ops import is_linear, is_view
+from vbpfx.records import Plan
+
+MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
+
+
+def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> dict[str, float]:
+    """Block -> D, how far the output moves when the plan narrows that block alone.
+
+    Over samples and positions, and summed over the outputs, D is the mean of
+
+        sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats,
+
+    where a linear layer makes the output: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
+    is the mean of |y - y_b|^2 / 2, to which the former comes down where values are small.
+
+    Args:
+        plan: of the shares to compare at; blocks that it leaves whole have none.
+        batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take one pass
+            over them.
+    """
+    captured = analysis.captured
+    batches = _few(batches, len(plan.blocks))
+    logits = _are_logits(captured)
+    dense = [_outputs(captured.graph_module, batch) for batch in batches]
+    found = {}
+    for entry in plan.blocks:
+        small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
+        moved = [
+            [
+                _distance(a, b, is_logits)
+                for a, b, is_logits in zip(_outputs(small, batch), expected, logits, strict=True)
+            ]
+            for batch, expected in zip(batches, dense, strict=True)
+        ]
+        found[entry.block.name] = sum(float(torch.cat(parts).mean()) for parts in zip(*moved, strict=True))
+    return found
+
+
+def _distance(ours: Tensor, dense: Tensor, logits: bool) -> Tensor:
+    """How far every row of a value, along its last axis, is from the dense one."""
+    y, t = ours.double().flatten(0, -2), dense.double().flatten(0, -2)
+    if not logits:
+        return (y - t).square().sum(1) / 2
+    q, r = t.log_softmax(1), y.log_softmax(1)
+    return (q.exp() * (q - r)).sum(1)
+
+
+def _are_logits(captured: Captured) -> list[bool]:
+    """Of every floating-point output, in order, whether a linear layer makes it."""
+    graph_module = captured.graph_module
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
+    made = [(n, n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
+
+    def module(node: fx.Node) -> nn.Module | None:
+        return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def origin(node: fx.Node) -> fx.Node:
+        while node.all_input_nodes and is_view(node, module(node)):
+            node = node.all_input_nodes[0]
+        return node
+
+    return [is_linear(o, module(o)) for o in (origin(n) for n, value in made if value.is_floating_point())]
+
+
+def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
+    """What the network returns that is floating-point, with a row axis at least."""
+    own = batch.map(torch.clone)  # a model may write into its input
+    with torch.no_grad():
+        output = nn.Module.__call__(network, *own.args, **own.kwargs)
+    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.reshape(-1, 1) if t.ndim < 2 else t for t in found]
+
+
+def _few(batches: Sequence[Inputs], blocks: int) -> list[Inputs]:
+    """The first samples, as many as each block is measured on."""
+    total = sum(batch.batch_size or 1 for batch in batches)
+    left = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, total // max(1, blocks)))
+    few: list[Inputs] = []
+    for batch in batches:
+        if left > 0:
+            few.append(batch.first(left))
+            left -= batch.batch_size or 1
+    return few
