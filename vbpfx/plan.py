@@ -109,13 +109,13 @@ class PlanOptions:
             BudgetError: one of them is out of range or unknown.
         """
         budget = Budget.of(ratio=ratio, macs=macs, params=params)
-        recipe = METHODS[_known("method", method, METHODS)]
+        recipe = METHODS[_listed("method", method, METHODS)]
         return cls(
             budget,
             method,
-            criterion if callable(criterion) else _known("criterion", criterion or recipe.criterion, CRITERIA),
-            _known("allocation", recipe.allocation if allocation is None else allocation, ALLOCATIONS),
-            _known("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
+            criterion if callable(criterion) else _listed("criterion", criterion or recipe.criterion, CRITERIA),
+            _listed("allocation", recipe.allocation if allocation is None else allocation, ALLOCATIONS),
+            _listed("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
             require_positive("round_to", round_to),
             recipe.min_width if min_width is None else require_positive("min_width", min_width),
             bool(uniform),
@@ -192,8 +192,8 @@ def make_plan(
         b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
     }
     prices = _prices(blocks, cost)
-    allocation = _allocation(chosen, blocks, sensitivity)
-    known = sensitivity or {}
+    known = _known(blocks, sensitivity)
+    allocation = _allocation(chosen, known)
     standing = {b.name: Standing(prices[b.name], share, known.get(b.name)) for b in blocks}
     compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
     floor = floors(blocks, chosen.min_width)
@@ -219,17 +219,23 @@ def make_plan(
     return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
 
 
-def _allocation(chosen: PlanOptions, blocks: Sequence[Block], sensitivity: Mapping[str, float] | None) -> str:
+def _allocation(chosen: PlanOptions, known: Mapping[str, float]) -> str:
     """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
-    lacking = [block.name for block in blocks if block.name not in (sensitivity or {})]
-    if chosen.allocation != "sensitivity" or not lacking:
+    if chosen.allocation != "sensitivity" or known:
         return chosen.allocation
-    if chosen.own_allocation and sensitivity is None:
+    if chosen.own_allocation:
         return "equal"
     raise BudgetError(
-        f"allocation='sensitivity' lacks that of block {lacking[0]}: pass sensitivity=vbpfx.sensitivities(analysis, plan, "
-        f"batches), with a plan of equal shares"
+        "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
+        "with a plan of equal shares"
     )
+
+
+def _known(blocks: Sequence[Block], sensitivity: Mapping[str, float] | None) -> dict[str, float]:
+    """Block -> sensitivity; their mean for blocks that a plan of equal shares left whole."""
+    given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity} if sensitivity else {}
+    mean = sum(given.values()) / max(1, len(given))
+    return {b.name: given.get(b.name, mean) for b in blocks} if given else {}
 
 
 def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None:
@@ -300,7 +306,7 @@ def _name(criterion: Criterion) -> str:
     return getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def _known(name: str, value: str, table: Mapping[str, Any]) -> str:
+def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:
     if not isinstance(value, str) or value not in table:
         raise BudgetError(f"{name}={value!r} is unknown; choose one of {', '.join(sorted(table))}")
     return value

@@ -37,6 +37,9 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> 
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take one pass
             over them.
+
+    Raises:
+        ArtifactError: the plan is of another model.
     """
     captured = analysis.captured
     batches = _few(batches, len(plan.blocks))
@@ -60,9 +63,9 @@ def _distance(ours: Tensor, dense: Tensor, logits: bool) -> Tensor:
     """How far every row of a value, along its last axis, is from the dense one."""
     y, t = ours.double().flatten(0, -2), dense.double().flatten(0, -2)
     if not logits:
-        return (y - t).square().sum(1) / 2
+        return torch.where(y == t, 0.0, y - t).square().sum(1) / 2
     q, r = t.log_softmax(1), y.log_softmax(1)
-    return (q.exp() * (q - r)).sum(1)
+    return torch.where(q == r, 0.0, q.exp() * (q - r)).sum(1)  # masked logits are infinite in both
 
 
 def _are_logits(captured: Captured) -> list[bool]:
