@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.errors import BudgetError
 from vbpfx.inputs import Inputs
+from vbpfx.sensitivity import _drawn_together as _drawn
 
 SHARE = 0.5
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -59,11 +60,22 @@ def _masked(model: nn.Module, which: str, pruned: list[int], x: Tensor) -> np.nd
         return model.head(x + 0.1 * block("second", torch.cat([x, x, x], -1))).numpy()
 
 
-def _by_hand(dense: np.ndarray, narrowed: np.ndarray, logits: bool) -> float:
+def _by_hand(dense: np.ndarray, narrowed: np.ndarray, logits: bool) -> np.ndarray:
+    """d of every sample."""
     if not logits:
-        return float(((narrowed - dense) ** 2).sum(1).mean() / 2)
+        return ((narrowed - dense) ** 2).sum(1) / 2
     q, r = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (dense, narrowed))
-    return float((q * np.log(q / r)).sum(1).mean())
+    return (q * np.log(q / r)).sum(1)
+
+
+def _drawn_together(found: list[np.ndarray]) -> list[float]:
+    logs = [np.log(d.mean()) for d in found]
+    chance = [d.var(ddof=1) / len(d) / d.mean() ** 2 for d in found]
+    beyond = max(0.0, np.var(logs) - np.mean(chance))
+    return [
+        float(np.exp(np.mean(logs) + beyond / (beyond + e) * (v - np.mean(logs))))
+        for v, e in zip(logs, chance, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("head", "logits"), [(nn.Linear(6, 5), True), (nn.Tanh(), False)], ids=["logits", "values"])
@@ -73,11 +85,21 @@ def test_each_block_is_measured_alone(head: nn.Module, logits: bool) -> None:
     plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
     found = vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})])
     dense = _masked(model, "", [], DATA)
-    few = min(64, len(DATA) // 2)
-    for entry in plan.blocks:
-        narrowed = _masked(model, entry.block.name, list(entry.pruned), DATA)
-        expected = _by_hand(dense[:few], narrowed[:few], logits)
-        assert found[entry.block.name] == pytest.approx(expected, rel=1e-9)
+    few = len(DATA) // 4  # two blocks, half a pass
+    narrowed = [_masked(model, entry.block.name, list(entry.pruned), DATA) for entry in plan.blocks]
+    expected = _drawn_together([_by_hand(dense[:few], n[:few], logits) for n in narrowed])
+    assert list(found) == [entry.block.name for entry in plan.blocks]
+    assert list(found.values()) == pytest.approx(expected, rel=1e-9)
+    assert expected[0] > 3 * expected[1]
+
+
+def test_blocks_that_chance_tells_apart_count_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loud = [torch.rand(8, generator=generator, dtype=torch.float64) ** 3 for _ in range(6)]
+    apart, drawn = np.ptp(np.log([d.mean().item() for d in loud])), np.ptp(np.log(_drawn(loud)))
+    assert 0 < drawn < 0.5 * apart
+    clear = [scale * (1 + 0.01 * d) for scale, d in zip((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), loud, strict=True)]
+    assert _drawn(clear) == pytest.approx([d.mean().item() for d in clear], rel=1e-4)
 
 
 def test_views_of_logits_are_logits() -> None:

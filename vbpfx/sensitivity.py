@@ -26,17 +26,21 @@ MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
 def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> dict[str, float]:
     """Block -> D, how far the output moves when the plan narrows that block alone.
 
-    Over samples and positions, and summed over the outputs, D is the mean of
+    For a sample, averaged over its positions and summed over the outputs, d is
 
         sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats,
 
     where a linear layer makes the output: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
-    is the mean of |y - y_b|^2 / 2, to which the former comes down where values are small.
+    is |y - y_b|^2 / 2, to which the former comes down where values are small. The mean over few samples is uncertain, so
+    that log D is drawn toward the blocks' mean by as much as chance may have moved it: with e^2 = Var[d] / (n mean(d)^2) the
+    variance of ln mean(d) and v what the blocks' own vary by beyond that,
+
+        ln D = m + v / (v + e^2) (ln mean(d) - m).
 
     Args:
         plan: of the shares to compare at; blocks that it leaves whole have none.
-        batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take one pass
-            over them.
+        batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
+            pass over them.
 
     Raises:
         ArtifactError: the plan is of another model.
@@ -45,27 +49,40 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> 
     batches = _few(batches, len(plan.blocks))
     logits = _are_logits(captured)
     dense = [_outputs(captured.graph_module, batch) for batch in batches]
-    found = {}
+    found = []
     for entry in plan.blocks:
         small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
-        moved = [
-            [
-                _distance(a, b, is_logits)
-                for a, b, is_logits in zip(_outputs(small, batch), expected, logits, strict=True)
-            ]
+        parts = [
+            sum(_distance(a, b, c) for a, b, c in zip(_outputs(small, batch), expected, logits, strict=True))
             for batch, expected in zip(batches, dense, strict=True)
         ]
-        found[entry.block.name] = sum(float(torch.cat(parts).mean()) for parts in zip(*moved, strict=True))
-    return found
+        found.append(torch.cat([part for part in parts if isinstance(part, Tensor)]))
+    names = [entry.block.name for entry in plan.blocks]
+    return dict(zip(names, _drawn_together(found), strict=True)) if found else {}
+
+
+def _drawn_together(found: Sequence[Tensor]) -> list[float]:
+    """D of every block, from what every sample says of it."""
+    n = len(found[0])
+    mean = torch.stack([d.mean() for d in found]).clamp_min(torch.finfo(torch.float64).tiny)
+    if n < 2:
+        return mean.tolist()
+    uncertain = torch.stack([d.var() for d in found]) / (n * mean.square())
+    logs = mean.log()
+    spread = (logs.var(correction=0) - uncertain.mean()).clamp_min(0.0)
+    part = spread / (spread + uncertain).clamp_min(torch.finfo(torch.float64).tiny)
+    return (logs.mean() + part * (logs - logs.mean())).exp().tolist()
 
 
 def _distance(ours: Tensor, dense: Tensor, logits: bool) -> Tensor:
-    """How far every row of a value, along its last axis, is from the dense one."""
-    y, t = ours.double().flatten(0, -2), dense.double().flatten(0, -2)
-    if not logits:
-        return torch.where(y == t, 0.0, y - t).square().sum(1) / 2
-    q, r = t.log_softmax(1), y.log_softmax(1)
-    return torch.where(q == r, 0.0, q.exp() * (q - r)).sum(1)  # masked logits are infinite in both
+    """d of one output for every sample of the batch."""
+    y, t = ours.double(), dense.double()
+    if logits:
+        q, r = t.log_softmax(-1), y.log_softmax(-1)
+        rows = torch.where(q == r, 0.0, q.exp() * (q - r)).sum(-1)  # masked logits are infinite in both
+    else:
+        rows = torch.where(y == t, 0.0, y - t).square().sum(-1) / 2
+    return rows.reshape(len(rows), -1).mean(1)
 
 
 def _are_logits(captured: Captured) -> list[bool]:
@@ -98,7 +115,7 @@ def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
 def _few(batches: Sequence[Inputs], blocks: int) -> list[Inputs]:
     """The first samples, as many as each block is measured on."""
     total = sum(batch.batch_size or 1 for batch in batches)
-    left = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, total // max(1, blocks)))
+    left = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, total // (2 * max(1, blocks))))
     few: list[Inputs] = []
     for batch in batches:
         if left > 0:
