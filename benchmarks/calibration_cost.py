@@ -1,0 +1,140 @@
+"""What calibration costs, against plain forward passes over the same data, in one run.
+
+``python benchmarks/calibration_cost.py`` measures :func:`vbpfx.calibrate` with variances alone and with covariances, and all of
+``vbpfx.prune`` with ``method="auto"``: tracing, analysis, statistics, widths, reconstruction, the new graph and its verification.
+Processor time, with forward passes over a fifth of the data before and behind each, and the most memory of the whole process; every
+line has a process of its own. Random weights and images of noise: what is computed does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from results_page import PAGE, machine_line, markdown_table, write_section
+from torch import Tensor, nn
+
+import vbpfx
+
+RESULTS = Path(__file__).resolve().parent / "results" / "calibration_cost.json"
+WAYS = {"variances": "calibrate, variances", "covariances": "calibrate, covariances", "auto": "prune, `auto`"}
+
+
+def _job(way: str, model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], object]:
+    """What is timed."""
+    if way == "auto":
+        return lambda: vbpfx.prune(model, batches, ratio=0.5, progress=False)
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, batches[0][:4]))
+    observed = vbpfx.prepare(analysis.captured, analysis, covariance=way == "covariances")
+    return lambda: vbpfx.calibrate(observed, batches)
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def _measure(name: str, way: str, images: int, at_once: int, threads: int, rounds: int) -> dict[str, Any]:
+    """The median ratio and the peak memory; to be called in a process of its own."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    batches = torch.randn(images, 3, 224, 224).split(at_once)
+    few = batches[: max(1, len(batches) // 5)]
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for batch in few:
+                model(batch)
+
+    forward()
+    ratios = []
+    for _ in range(rounds):
+        job = _job(way, model, batches)
+        before, own, behind = _seconds(forward), _seconds(job), _seconds(forward)
+        ratios.append(own / ((before + behind) / 2 * images / sum(map(len, few))))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"ratio": statistics.median(ratios), "ratios": ratios, "gib": peak, "images": images}
+
+
+def write_page(results: dict[str, Any], page: Path) -> None:
+    """Write the section of the page."""
+    rows = [
+        [
+            name,
+            WAYS[way],
+            f"{found['images']:,}",
+            str(len(found["ratios"])),
+            f"{found['ratio']:.2f}x",
+            f"{found['gib']:.1f} GiB",
+        ]
+        for name, ways in results.items()
+        for way, found in ways.items()
+    ]
+    columns = ("network", "what", "images", "rounds", "cost", "peak memory")
+    text = f"""## What calibration costs
+
+`python benchmarks/calibration_cost.py`
+
+Processor time over that of plain forward passes on the same images, measured in the same run, before and behind; the median over
+rounds. *Peak memory* is all of the process: weights, images, and what calibration holds.
+
+{markdown_table(columns, rows)}
+
+{machine_line()}
+"""
+    write_section(page, "calibration-cost", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/calibration_cost.py", description="What calibration costs, in forward passes."
+    )
+    add = parser.add_argument
+    add(
+        "networks",
+        nargs="*",
+        metavar="NETWORK",
+        default=["deit_small_patch16_224"],
+        help="of timm; default %(default)s",
+    )
+    add("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; default all")
+    add("--images", type=int, default=1000, help="default %(default)s")
+    add("--batch", type=int, default=50, help="images at once; default %(default)s")
+    add("--rounds", type=int, default=1, help="default %(default)s")
+    add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's choice")
+    add("--page", action="store_true", help="measure nothing; write the page")
+    add("--docs", type=Path, default=PAGE.parent, help="folder of results.md; default docs")
+    options = parser.parse_args(argv)
+    ways = options.ways.split(",")
+    if not set(ways) <= set(WAYS):
+        parser.error(f"--ways {options.ways}: choose from {', '.join(WAYS)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in () if options.page else options.networks:
+        for way in ways:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                given = (name, way, options.images, options.batch, options.threads, options.rounds)
+                found = pool.submit(_measure, *given).result()
+            results.setdefault(name, {})[way] = found
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{name}, {way}: {found['ratio']:.2f}x, {found['gib']:.1f} GiB", flush=True)
+    write_page(results, options.docs / PAGE.name)
+    print(f"written: the section on calibration cost in {options.docs / PAGE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
