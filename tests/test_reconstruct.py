@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, Case, Net
 
 import vbpfx
-from vbpfx.influence import influences
+from vbpfx.influence import Gradients
 from vbpfx.inputs import Inputs
 from vbpfx.reconstruct import layers_beside
 from vbpfx.regression import Sums, fit
@@ -216,7 +216,9 @@ def test_influence_is_the_gradient() -> None:
     batch = torch.randn(300, 5)
     captured = vbpfx.capture(model, batch[:4])
     layer = next(la for la in vbpfx.find_blocks(captured).layers if la.weight == "2.weight")
-    found = influences(captured, [layer], [Inputs((batch,), {})], temper=1.0, power=1.0)[layer.node]
+    gradients = Gradients(captured, [layer])
+    gradients.add(Inputs((batch,), {}))
+    found = gradients.influences(temper=1.0, power=1.0)[layer.node]
     with torch.no_grad():
         h = model[:3](batch).double()
         gradient = model[4].weight.double() * (1 - torch.tanh(h) ** 2)
@@ -228,3 +230,39 @@ def test_influence_is_the_gradient() -> None:
     expected = gradient.T @ gradient
     cosine = float((found.metric * expected).sum() / found.metric.norm() / expected.norm())
     assert cosine > 0.97
+
+
+@pytest.mark.parametrize("samples", [None, 25, 1000])
+def test_statistics_are_gathered_on_the_way_of_the_gradients(samples: int | None) -> None:
+    """One pass does for both: nothing is missed and nothing is counted twice, also where few samples are kept."""
+    torch.manual_seed(0)
+    model = double(randomize(Residual()))
+    batches = [torch.randn(10, 6, 8, dtype=torch.float64) for _ in range(8)]
+    pruned = vbpfx.prune(model, batches, ratio=0.5, samples=samples, progress=False)
+    assert pruned.plan.settings["reconstruction"]["samples"] == min(80, samples or 80)
+    observed = vbpfx.prepare(pruned.captured, pruned.analysis)
+    vbpfx.calibrate(observed, batches)
+    plain = vbpfx.statistics(observed)
+    for name, moments in plain.moments.items():
+        for own, expected in zip(pruned.statistics.moments[name], moments, strict=True):
+            assert own.count == expected.count == 480
+            torch.testing.assert_close(own.mean, expected.mean, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(own.m2, expected.m2, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_do_not_depend_on_who_else_looks() -> None:
+    """A prepared graph computes the same values, so that gradients on it are those on the captured one."""
+    torch.manual_seed(0)
+    model = double(randomize(Residual()))
+    batches = [Inputs((torch.randn(20, 6, 8, dtype=torch.float64),), {}) for _ in range(2)]
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, batches[0].args[0][:4]))
+    found = []
+    for graph_module in (None, vbpfx.prepare(analysis.captured, analysis)):
+        gradients = Gradients(analysis.captured, analysis.layers, graph_module)
+        for batch in batches:
+            gradients.add(batch)
+        found.append(gradients.influences())
+    assert list(found[0]) == list(found[1]) != []
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        assert torch.equal(torch.cat(one.weights), torch.cat(other.weights))
+        assert torch.equal(one.metric, other.metric)

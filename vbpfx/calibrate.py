@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ def calibrate(
     data: Iterable[Any],
     *,
     read: ReadBatch | None = None,
+    run: Callable[[Inputs], None] | None = None,
     total: int | None = None,
     progress: bool = False,
 ) -> None:
@@ -32,6 +34,7 @@ def calibrate(
         observed: what :func:`vbpfx.prepare` returned.
         data: batches; gone through once.
         read: from a batch to the arguments of the forward call; :func:`vbpfx.inputs.as_inputs` by default.
+        run: runs a batch instead, where more is wanted than the statistics; it leaves the batch as it is.
         total: number of batches, where it is known.
         progress: show a bar on standard error.
 
@@ -42,13 +45,12 @@ def calibrate(
     device, watching = model_device(observed), observers(observed)
     first: Inputs | None = None
     seen = 0
-    with torch.inference_mode(), progress_bar("calibrating", total, progress) as advance:
+    run = run or functools.partial(run_forward, observed)
+    with torch.no_grad(), progress_bar("calibrating", total, progress) as advance:
         for seen, batch in enumerate(data, start=1):
             inputs = (read(batch) if read is not None else as_inputs(batch, observed)).to(device)
-            own = inputs.map(torch.clone)  # a model may write into its input
             try:
-                # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
-                nn.Module.__call__(observed, *own.args, **own.kwargs)
+                run(inputs)
             except Exception as error:  # the model's own operators raise whatever they raise
                 raise CalibrationError(_misfit(seen, inputs, first, observed, error)) from error
             bad = next((o for o in watching if o.bad_call is not None), None)
@@ -63,6 +65,14 @@ def calibrate(
         raise CalibrationError(
             "the calibration data is empty: pass at least one batch (an iterator that was used up yields nothing)"
         )
+
+
+def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
+    """One batch through the graph, without gradients."""
+    own = inputs.map(torch.clone)  # a model may write into its input
+    with torch.inference_mode():
+        # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
+        nn.Module.__call__(observed, *own.args, **own.kwargs)
 
 
 def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:

@@ -29,7 +29,7 @@ TEMPER = 0.5
 METRIC_POWER = 0.25
 _LEAST = 1e-3  # of a row that the output does not depend on: a fit needs rows
 # The activations of so many samples are held for the backward pass.
-_SAMPLES_AT_ONCE = 8
+_SAMPLES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -45,41 +45,107 @@ class Influence:
     metric: Tensor
 
 
-def influences(
-    captured: Captured,
-    layers: Sequence[Consumer],
-    batches: Sequence[Inputs],
-    *,
-    temper: float = TEMPER,
-    power: float = METRIC_POWER,
-    seed: int = 0,
-) -> dict[str, Influence]:
-    """Influence per layer's node, from one forward and one backward pass over the batches.
-
-    A layer that the output does not depend on by a gradient has none, and no layer has any where the model cannot be
-    differentiated (it changes values in place, or uses operators without a derivative).
+class Gradients:
+    """Forward and backward passes, batch after batch, and what they add up to.
 
     Args:
-        temper: tau.
-        power: rho.
+        captured: the graph.
+        layers: at whose values gradients are taken.
+        graph_module: the graph to run, with the captured one's nodes; a prepared one gathers its statistics on the way.
         seed: of the random directions.
     """
-    generator = torch.Generator().manual_seed(seed)
-    squares: dict[str, list[Tensor]] = {layer.node: [] for layer in layers}
-    products: dict[str, Tensor] = {}
-    for batch in batches:
-        parts: dict[str, list[Tensor]] = {layer.node: [] for layer in layers}
-        for chunk in _chunks(captured, batch):
-            for layer, gradient in _gradients(captured, layers, chunk, generator):
-                rows = gradient.movedim(layer.source.axis, -1).flatten(0, -2)
+
+    def __init__(
+        self,
+        captured: Captured,
+        layers: Sequence[Consumer],
+        graph_module: fx.GraphModule | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.captured, self.layers = captured, {layer.node: layer for layer in layers}
+        self.graph_module = captured.graph_module if graph_module is None else graph_module
+        self.generator = torch.Generator().manual_seed(seed)
+        self.squares: dict[str, list[Tensor]] = {node: [] for node in self.layers}
+        self.products: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def add(self, batch: Inputs) -> None:
+        """Run a batch, a few samples at a time.
+
+        Raises:
+            RuntimeError: whatever the graph's operators, and their derivatives, raise.
+        """
+        parts: dict[str, list[Tensor]] = {node: [] for node in self.layers}
+        for chunk in _chunks(self.captured, batch):
+            for node, gradient in self._gradients(chunk):
+                axis = self.layers[node].source.axis
+                rows = gradient.movedim(axis, -1).flatten(0, -2)
                 product = (rows.T @ rows).double()
-                products[layer.node] = products[layer.node] + product if layer.node in products else product
-                parts[layer.node].append(gradient.square().sum(layer.source.axis, keepdim=True).float())
+                self.products[node] = self.products[node] + product if node in self.products else product
+                parts[node].append(gradient.square().sum(axis, keepdim=True).float())
         for node, found in parts.items():
             if found:
-                squares[node].append(torch.cat(found))
-    complete = [node for node, found in squares.items() if len(found) == len(batches)]
-    return {node: _influence(squares[node], products[node], temper, power) for node in complete}
+                self.squares[node].append(torch.cat(found))
+        self.batches += 1
+
+    def influences(self, temper: float = TEMPER, power: float = METRIC_POWER) -> dict[str, Influence]:
+        """Influence per layer's node; a layer that the output does not depend on by a gradient has none.
+
+        Args:
+            temper: tau.
+            power: rho.
+        """
+        complete = [node for node, found in self.squares.items() if found and len(found) == self.batches]
+        return {node: _influence(self.squares[node], self.products[node], temper, power) for node in complete}
+
+    def _gradients(self, batch: Inputs) -> list[tuple[str, Tensor]]:
+        """The gradient of a random direction of the output at every layer's value."""
+        seen: dict[str, Tensor] = {}
+        layers = self.layers
+
+        class Watching(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> object:
+                value = super().run_node(n)
+                if n.name in layers and isinstance(value, Tensor):
+                    value = value if value.requires_grad else value.requires_grad_()
+                    seen[n.name] = value
+                return value
+
+        arguments = graph_arguments(self.graph_module, batch.map(torch.clone))
+        with torch.enable_grad():
+            output = Watching(self.graph_module).run(*arguments, enable_io_processing=False)
+            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            if not leaves:
+                return []
+            directions = [
+                torch.randn(t.shape, generator=self.generator).to(t) / (t.detach().std() + 1e-12) for t in leaves
+            ]
+            gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
+        # a root at zero, for one, has no finite derivative
+        return [
+            (n, g.detach().nan_to_num(0.0, 0.0, 0.0)) for n, g in zip(seen, gradients, strict=True) if g is not None
+        ]
+
+
+def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
+    """Whether gradients can be taken at the layers' values: no value is changed in place, every operator has a derivative."""
+    try:
+        Gradients(captured, layers).add(captured.inputs)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return True
+
+
+def influences(captured: Captured, layers: Sequence[Consumer], batches: Sequence[Inputs]) -> dict[str, Influence]:
+    """Influence per layer's node, from one forward and one backward pass over the batches; none without derivatives."""
+    if not is_differentiable(captured, layers):
+        return {}
+    gradients = Gradients(captured, layers)
+    for batch in batches:
+        gradients.add(batch)
+    return gradients.influences()
 
 
 def _influence(squares: list[Tensor], product: Tensor, temper: float, power: float) -> Influence:
@@ -99,36 +165,3 @@ def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:
     if captured.batch is None or samples is None:
         return [batch]
     return [batch.samples(start, start + _SAMPLES_AT_ONCE) for start in range(0, samples, _SAMPLES_AT_ONCE)]
-
-
-def _gradients(
-    captured: Captured, layers: Sequence[Consumer], batch: Inputs, generator: torch.Generator
-) -> list[tuple[Consumer, Tensor]]:
-    """The gradient of a random direction of the output at every layer's value."""
-    watched = {layer.node: layer for layer in layers}
-    seen: dict[str, Tensor] = {}
-
-    class Watching(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            value = super().run_node(n)
-            if n.name in watched and isinstance(value, Tensor):
-                value = value if value.requires_grad else value.requires_grad_()
-                seen[n.name] = value
-            return value
-
-    arguments = graph_arguments(captured.graph_module, batch.map(torch.clone))
-    try:
-        with torch.enable_grad():
-            output = Watching(captured.graph_module).run(*arguments, enable_io_processing=False)
-            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-            if not leaves:
-                return []
-            directions = [torch.randn(t.shape, generator=generator).to(t) / (t.detach().std() + 1e-12) for t in leaves]
-            gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return []
-    # a root at zero, for one, has no finite derivative
-    finite = [None if g is None else g.detach().nan_to_num(0.0, 0.0, 0.0) for g in gradients]
-    return [(watched[n], g) for n, g in zip(seen, finite, strict=True) if g is not None]

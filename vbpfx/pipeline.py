@@ -13,16 +13,17 @@ from typing_extensions import Unpack
 
 from vbpfx.artifact import save_network
 from vbpfx.blocks import Analysis, find_blocks
-from vbpfx.calibrate import calibrate
+from vbpfx.calibrate import calibrate, run_forward
 from vbpfx.capture import Captured, Frontend, capture, require_module
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
+from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
-from vbpfx.reconstruct import chosen_on_the_way, layers_beside, samples_that_fit
+from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
@@ -150,8 +151,10 @@ def prune(
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
-    kept = _Kept(read, wanted)
-    calibrate(observed, data, read=kept, total=total, progress=progress)
+    layers = layers_to_fit(analysis, blocks, beside) if fitting else []
+    gradients = Gradients(captured, layers, observed) if layers and is_differentiable(captured, layers) else None
+    kept = _Kept(observed, wanted, gradients)
+    calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)
     sensitivity = None
     if measuring:
@@ -159,9 +162,11 @@ def prune(
         sensitivity = sensitivities(analysis, alike, kept.batches)
     plan = make_plan(analysis, gathered, sensitivity=sensitivity, **options)
     if fitting:
+        influence = gradients.influences() if gradients else {}
         plan = reconstruct_plan(
-            analysis, plan, kept.batches, beside=beside, choose=choosing, mask=mask, progress=progress
-        )
+            analysis, plan, kept.batches,
+            beside=beside, choose=choosing, influence=influence, mask=mask, progress=progress,
+        )  # fmt: skip
     small = convert(captured, plan)
     verification = check(captured, small, plan) if verify else None
     report = make_report(captured, small, analysis, plan, verification)
@@ -169,18 +174,25 @@ def prune(
 
 
 class _Kept:
-    """Reads batches, and keeps the first samples of them on the model's device."""
+    """Runs batches through the prepared graph; keeps their first samples, and takes gradients on these."""
 
-    def __init__(self, read: Callable[[Any], Inputs], samples: int) -> None:
-        self.read, self.left = read, samples
+    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None) -> None:
+        self.observed, self.left, self.gradients = observed, samples, gradients
         self.batches: list[Inputs] = []
 
-    def __call__(self, batch: Any) -> Inputs:
-        inputs = self.read(batch)
+    def run(self, batch: Inputs) -> None:
+        """The whole batch, for the statistics."""
+        count = batch.batch_size or 1
+        own = batch.first(self.left)
         if self.left > 0:
-            self.batches.append(inputs.first(self.left))
-            self.left -= inputs.batch_size or 1
-        return inputs
+            self.batches.append(own)
+            if self.gradients is not None:
+                self.gradients.add(own)
+        if self.left <= 0 or self.gradients is None:
+            run_forward(self.observed, batch)
+        elif count > self.left:
+            run_forward(self.observed, batch.samples(self.left, count))
+        self.left -= count
 
 
 def save(pruned: Pruned, folder: str | Path) -> Path:

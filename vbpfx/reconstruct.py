@@ -68,6 +68,7 @@ def reconstruct(
     *,
     beside: Sequence[Consumer] = (),
     choose: bool = True,
+    influence: Mapping[str, Influence] | None = None,
     share: float = SHARE,
     mask: str | None = None,
     progress: bool = False,
@@ -81,6 +82,7 @@ def reconstruct(
         batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory.
         beside: layers beside the blocks that are fitted, too, without changing shape.
         choose: choose the neurons of a block on the way; otherwise those of the plan stay.
+        influence: of the layers, on these batches; it is measured where it is not given.
         share: m where there is data without end; less is taken where few rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
@@ -90,7 +92,8 @@ def reconstruct(
         return plan
     device = model_device(analysis.captured.reference)
     batches = [batch.to(device) for batch in batches]
-    influence = influences(analysis.captured, [step.layer for step in steps], batches)
+    if influence is None:
+        influence = influences(analysis.captured, [step.layer for step in steps], batches)
     run = _Reconstruction(analysis, plan, batches, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress) as advance:
         for number, step in enumerate(steps):
@@ -118,14 +121,18 @@ def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
     return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
 
 
+def layers_to_fit(analysis: Analysis, blocks: Sequence[Block], beside: Sequence[Consumer]) -> list[Consumer]:
+    """The layers that reconstruction may fit when it narrows these blocks, in graph order."""
+    chosen = {c.node for block in blocks for c in block.consumers} | {layer.node for layer in beside}
+    return [layer for layer in analysis.layers if layer.node in chosen]
+
+
 def _steps(analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
     """The layers to fit, in graph order."""
-    layers = {layer.node: layer for layer in analysis.layers}
-    reading = {consumer.node for entry in plan.blocks for consumer in entry.block.consumers}
     first = {entry.block.consumers[0].node: entry for entry in plan.blocks}
     choosing = {node: e for node, e in first.items() if choose and chosen_on_the_way(analysis, e.block)}
-    chosen = reading | {layer.node for layer in beside}
-    return [Step(layer, choosing.get(node)) for node, layer in layers.items() if node in chosen]
+    layers = layers_to_fit(analysis, [entry.block for entry in plan.blocks], beside)
+    return [Step(layer, choosing.get(layer.node)) for layer in layers]
 
 
 class _Reconstruction:
