@@ -51,7 +51,7 @@ def _measure(name: str, way: str, images: int, at_once: int, threads: int, round
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    batches = torch.randn(images, 3, 224, 224).split(at_once)
+    batches = torch.randn(images, *model.pretrained_cfg["input_size"]).split(at_once)
     few = batches[: max(1, len(batches) // 5)]
 
     def forward() -> None:
@@ -117,19 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=1, help="default %(default)s")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's choice")
     add("--page", action="store_true", help="measure nothing; write the page")
+    add("--out", type=Path, default=RESULTS, help="the JSON file; default benchmarks/results/calibration_cost.json")
     add("--docs", type=Path, default=PAGE.parent, help="folder of results.md; default docs")
     options = parser.parse_args(argv)
     ways = options.ways.split(",")
     if not set(ways) <= set(WAYS):
         parser.error(f"--ways {options.ways}: choose from {', '.join(WAYS)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in () if options.page else options.networks:
         for way in ways:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 given = (name, way, options.images, options.batch, options.threads, options.rounds)
                 found = pool.submit(_measure, *given).result()
             results.setdefault(name, {})[way] = found
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{name}, {way}: {found['ratio']:.2f}x, {found['gib']:.1f} GiB", flush=True)
     write_page(results, options.docs / PAGE.name)
     print(f"written: the section on calibration cost in {options.docs / PAGE.name}")
