@@ -141,13 +141,12 @@ def prune(
     beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refit or refit is None else ()
     choosing = fitting and chosen.chooses_on_the_way
     measuring = chosen.allocation == "sensitivity"
-    covariance: bool | float = chosen.needs_covariance
-    if choosing and all(
+    widths_alone = choosing and all(
         chosen_on_the_way(analysis, block) for block in blocks
-    ):  # widths alone are taken from this plan
-        covariance = _WIDTHS_COVARIANCE_SHARE
-        if not measuring:
-            options, covariance = options | {"criterion": "variance", "compensation": "mean"}, False
+    )  # is what is taken from the plan
+    if widths_alone and not measuring:
+        options |= {"criterion": "variance", "compensation": "mean"}
+    covariance = PlanOptions.of(**options).needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True)
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
