@@ -219,14 +219,14 @@ class _Reconstruction:
                 y = y if wish is None else y + wish
             padding = self._mask(number, mask)
             xs, ys = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, y))
-            own = nn.functional.linear(xs, weight.to(xs), bias.to(xs))
-            ts = own + share * (ys - own)
             counts = as_rows(about.weights[number], source.axis, padding, mask.axes if mask else ()) if about else None
             rows, weights = _sample(len(xs), seen, self.every[source], counts)
             held = (rows + seen) // a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
             for part, is_held in ((~held, False), (held, True)):
                 if bool(part.any()):
-                    sums.add(xs[rows[part]], ts[rows[part]], weights[part], is_held)
+                    x, y = xs[rows[part]], ys[rows[part]]
+                    own = nn.functional.linear(x, weight.to(x), bias.to(x))
+                    sums.add(x, own + share * (y - own), weights[part], is_held)
             seen += len(xs)
         return sums
 
