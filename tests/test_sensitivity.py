@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,32 @@ def test_masked_logits_do_not_count() -> None:
     analysis, statistics = _stages(_two(Masking()))
     plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
     assert all(np.isfinite(v) and v > 0 for v in vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})]).values())
+
+
+def test_every_output_counts_once() -> None:
+    """A number a sample is no logit, an output that is not one of every sample counts for all, and integers do not."""
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"number": self.number(x), "mean": x.mean(0), "flat": x.sum(1), "class": x.argmax(1)}
+
+    model = _two(Many())
+    analysis, statistics = _stages(model)
+    plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
+    batch = Inputs((DATA[:15],), {})
+    found = vbpfx.sensitivities(analysis, plan, [batch])
+    small = [vbpfx.convert(analysis.captured, dataclasses.replace(plan, blocks=(entry,))) for entry in plan.blocks]
+    with torch.no_grad():
+        dense = model(DATA[:8])
+        moved = []
+        for network in small:
+            by = {name: (value - dense[name]).numpy() for name, value in network(DATA[:8]).items()}
+            moved.append((by["number"][:, 0] ** 2 + (by["mean"] ** 2).mean() + by["flat"] ** 2) / 2)
+    assert list(found.values()) == pytest.approx(_drawn_together(moved), rel=1e-9)
 
 
 @pytest.mark.parametrize("given", [{"first": 30.0, "second": 0.05}, {"first": 1.0, "second": 1.0}])

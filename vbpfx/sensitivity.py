@@ -29,11 +29,11 @@ _BLIND = 0.25
 def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> dict[str, float]:
     """Block -> D, how far the output moves when the plan narrows that block alone.
 
-    For a sample, averaged over its positions and summed over the outputs, d is
+    For a sample, averaged over its positions and summed over the floating-point outputs, d is
 
         sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats,
 
-    where a linear layer makes the output: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
+    where a linear layer of several outputs makes it: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
     is |y - y_b|^2 / 2, to which the former comes down where values are small. What few samples say of a block alone is
     uncertain, so that ln D is drawn toward the blocks' mean (empirical Bayes): with e^2 = Var[d] / (n mean(d)^2) the variance of
     ln mean(d) by chance, v what the blocks vary by beyond that, and 1/4 for what a block alone cannot tell (that later ones
@@ -56,11 +56,11 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> 
     found = []
     for entry in plan.blocks:
         small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
-        parts = [
-            sum(_distance(a, b, c) for a, b, c in zip(_outputs(small, batch), expected, logits, strict=True))
+        moved = [
+            _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
             for batch, expected in zip(batches, dense, strict=True)
         ]
-        found.append(torch.cat([part for part in parts if isinstance(part, Tensor)]))
+        found.append(torch.cat(moved))
     names = [entry.block.name for entry in plan.blocks]
     return dict(zip(names, _drawn_together(found), strict=True)) if found else {}
 
@@ -78,23 +78,30 @@ def _drawn_together(found: Sequence[Tensor]) -> list[float]:
     return (logs.mean() + part * (logs - logs.mean())).exp().tolist()
 
 
-def _distance(ours: Tensor, dense: Tensor, logits: bool) -> Tensor:
-    """d of one output for every sample of the batch."""
-    y, t = ours.double(), dense.double()
+def _moved(ours: Sequence[Tensor], dense: Sequence[Tensor], logits: Sequence[bool], samples: int) -> Tensor:
+    """d for every sample of a batch, (samples,); an output that is not one of every sample counts for all."""
+    total = torch.zeros(samples, dtype=torch.float64)
+    for y, t, is_logits in zip(ours, dense, logits, strict=True):
+        if t.numel():
+            rows = _distances(y.double(), t.double(), is_logits).cpu()
+            total += rows.reshape(samples, -1).mean(1) if t.ndim and len(t) == samples else rows.mean()
+    return total
+
+
+def _distances(y: Tensor, t: Tensor, logits: bool) -> Tensor:
+    """d at every position."""
     if logits:
         q, r = t.log_softmax(-1), y.log_softmax(-1)
-        rows = torch.where(q == r, 0.0, q.exp() * (q - r)).sum(-1)  # masked logits are infinite in both
-    else:
-        rows = torch.where(y == t, 0.0, y - t).square().sum(-1) / 2
-    return rows.reshape(len(rows), -1).mean(1)
+        return torch.where(q == r, 0.0, q.exp() * (q - r)).sum(-1)  # masked logits are infinite in both
+    squares = torch.where(y == t, 0.0, y - t).square() / 2
+    return squares.sum(-1) if t.ndim > 1 else squares
 
 
 def _are_logits(captured: Captured) -> list[bool]:
-    """Of every floating-point output, in order, whether a linear layer makes it."""
+    """Of every floating-point output, in order, whether a linear layer of several outputs makes it."""
     graph_module = captured.graph_module
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
     nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
-    made = [(n, n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
 
     def module(node: fx.Node) -> nn.Module | None:
         return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -104,16 +111,18 @@ def _are_logits(captured: Captured) -> list[bool]:
             node = node.all_input_nodes[0]
         return node
 
-    return [is_linear(o, module(o)) for o in (origin(n) for n, value in made if value.is_floating_point())]
+    def makes_logits(node: fx.Node, value: Tensor) -> bool:
+        return is_linear(node, module(node)) and value.ndim > 1 and value.shape[-1] > 1
+
+    values = [(origin(n), n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
+    return [makes_logits(node, value) for node, value in values if value.is_floating_point()]
 
 
 def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
-    """What the network returns that is floating-point, with a row axis at least."""
     own = batch.map(torch.clone)  # a model may write into its input
     with torch.no_grad():
         output = nn.Module.__call__(network, *own.args, **own.kwargs)
-    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return [t.reshape(-1, 1) if t.ndim < 2 else t for t in found]
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _few(batches: Sequence[Inputs], blocks: int) -> list[Inputs]:
