@@ -155,11 +155,9 @@ def prune(
     kept = _Kept(observed, wanted, gradients)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)
-    sensitivity = None
-    if measuring:
-        alike = make_plan(analysis, gathered, **(options | {"allocation": "equal"}))
-        sensitivity = sensitivities(analysis, alike, kept.batches)
-    plan = make_plan(analysis, gathered, sensitivity=sensitivity, **options)
+    plan = make_plan(
+        analysis, gathered, sensitivity=lambda alike: sensitivities(analysis, alike, kept.batches), **options
+    )
     if fitting:
         influence = gradients.influences() if gradients else {}
         plan = reconstruct_plan(

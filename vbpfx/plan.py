@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ from vbpfx.moments import Moments
 from vbpfx.prepare import Statistics, rows_a_sample
 from vbpfx.records import Block, BlockPlan, Plan
 from vbpfx.select import select_blocks
+
+# Block -> what the output loses when it alone gives up its share.
+Sensitivity = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def make_plan(
     analysis: Analysis,
     statistics: Statistics,
     *,
-    sensitivity: Mapping[str, float] | None = None,
+    sensitivity: Sensitivity | Callable[[Plan], Sensitivity] | None = None,
     **options: Unpack[PlanArguments],
 ) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
@@ -167,7 +170,7 @@ def make_plan(
             :class:`vbpfx.importance.Scoring` to one score per neuron (the lowest go).
         allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
         sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
-            ``allocation="sensitivity"`` compares blocks by.
+            ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan of equal shares.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it (default 1).
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
@@ -192,34 +195,39 @@ def make_plan(
         b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
     }
     prices = _prices(blocks, cost)
-    known = _known(blocks, sensitivity)
-    allocation = _allocation(chosen, known)
-    standing = {b.name: Standing(prices[b.name], share, known.get(b.name)) for b in blocks}
-    compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
     floor = floors(blocks, chosen.min_width)
     groups = same_shape(blocks, captured.reference) if chosen.uniform else [[block] for block in blocks]
-    widths = choose_widths(groups, compared, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
-    entries = [
-        _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], compensation)
-        for block in blocks
-        if widths[block.name] < block.width
-    ]
-    settings = {
-        "method": chosen.method,
-        "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
-        "allocation": allocation,
-        "compensation": chosen.compensation,
-        "budget": {chosen.budget.kind: chosen.budget.value},
-        "round_to": chosen.round_to,
-        "uniform": chosen.uniform,
-        "neurons": sum(block.width for block in blocks),
-        "at_floor": [block.name for block in blocks if widths[block.name] == floor[block.name] < block.width],
-        "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),
-    }
-    return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
+
+    def plan(allocation: str, known: Sensitivity) -> Plan:
+        standing = {b.name: Standing(prices[b.name], share, known.get(b.name)) for b in blocks}
+        compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
+        widths = choose_widths(groups, compared, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
+        entries = [
+            _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], compensation)
+            for block in blocks
+            if widths[block.name] < block.width
+        ]
+        settings = {
+            "method": chosen.method,
+            "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
+            "allocation": allocation,
+            "compensation": chosen.compensation,
+            "budget": {chosen.budget.kind: chosen.budget.value},
+            "round_to": chosen.round_to,
+            "uniform": chosen.uniform,
+            "neurons": sum(block.width for block in blocks),
+            "at_floor": [block.name for block in blocks if widths[block.name] == floor[block.name] < block.width],
+            "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),
+        }
+        return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
+
+    if chosen.allocation == "sensitivity" and callable(sensitivity):
+        sensitivity = sensitivity(plan("equal", {}))
+    known = _known(blocks, None if callable(sensitivity) else sensitivity)
+    return plan(_allocation(chosen, known), known)
 
 
-def _allocation(chosen: PlanOptions, known: Mapping[str, float]) -> str:
+def _allocation(chosen: PlanOptions, known: Sensitivity) -> str:
     """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
     if chosen.allocation != "sensitivity" or known:
         return chosen.allocation
@@ -231,7 +239,7 @@ def _allocation(chosen: PlanOptions, known: Mapping[str, float]) -> str:
     )
 
 
-def _known(blocks: Sequence[Block], sensitivity: Mapping[str, float] | None) -> dict[str, float]:
+def _known(blocks: Sequence[Block], sensitivity: Sensitivity | None) -> dict[str, float]:
     """Block -> sensitivity; their mean for blocks that a plan of equal shares left whole."""
     given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity} if sensitivity else {}
     mean = sum(given.values()) / max(1, len(given))
