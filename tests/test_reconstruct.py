@@ -121,6 +121,18 @@ def test_a_wrong_correction_is_noticed() -> None:
         vbpfx.verify(pruned.captured, pruned.graph_module, plan)
 
 
+def test_sums_of_wide_inputs_are_numpys() -> None:
+    """Wider than the panels that symmetric products are made of."""
+    torch.manual_seed(0)
+    x, t, weights = torch.randn(50, 600).double(), torch.randn(50, 3).double(), torch.rand(50).double()
+    sums = Sums()
+    sums.add(x[:20], t[:20], weights[:20])
+    sums.add(x[20:], t[20:], weights[20:], held=True)
+    expected = np.cov(torch.cat([x, t], 1).numpy(), rowvar=False, ddof=0, aweights=weights.numpy())
+    np.testing.assert_allclose(sums.all.xx, expected[:600, :600], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(sums.all.xt, expected[:600, 600:], rtol=0, atol=1e-13)
+
+
 def test_the_regression_is_numpys() -> None:
     generator = torch.Generator().manual_seed(0)
     x, t = (torch.randn(300, n, generator=generator, dtype=torch.float64) + 3 for n in (7, 4))

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from vbpfx.ridge import ridge_factor
 
+_PANEL = 256
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -50,7 +52,7 @@ class Sums:
         x, t = x - self._centres[0], t - self._centres[1]
         w = weights.to(x)
         wx = x * w[:, None]
-        parts = tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, wx.T @ x, wx.T @ t))
+        parts = tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
         if held in self._sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
         self._sums[held] = parts
@@ -76,6 +78,17 @@ class Sums:
         x, t = x / w, t / w
         centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
         return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
+
+
+def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b where that is symmetric: panels right of the diagonal, and their mirror; little more than half of the products."""
+    width = a.shape[1]
+    product = a.new_empty(width, width)
+    for start in range(0, width, _PANEL):
+        stop = min(start + _PANEL, width)
+        product[start:stop, start:] = a[:, start:stop].T @ b[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
 
 
 def fit(
