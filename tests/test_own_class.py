@@ -80,5 +80,6 @@ def test_class_plan_and_state_dict_are_the_pruned_model(family: str, tmp_path: P
 def test_the_list_has_a_norm_that_carries_constants() -> None:
     """Those constants are in the plan alone, so one family must need them."""
     model = _make("InceptionNeXt").eval()
-    small = vbpfx.prune(model, [torch.randn(2, 3, 64, 64)], ratio=0.5, progress=False).apply_to(model)
+    pruned = vbpfx.prune(model, [torch.randn(2, 3, 64, 64)], ratio=0.5, allocation="equal", progress=False)
+    small = pruned.apply_to(model)
     assert any(isinstance(module, CarriedNorm) for module in small.modules())
