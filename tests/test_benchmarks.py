@@ -19,7 +19,9 @@ def test_fine_tuning_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     threads = torch.get_num_threads()
     where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
     assert finetuning.main(["swiglu", *where]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())["swiglu"]
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert list(results) == ["swiglu/vbp", "swiglu/auto"]
+    found = results["swiglu/vbp"]
     split = load_digits()
     dense = accuracy(small_networks.load("swiglu"), split.test_images, split.test_labels)
     assert found["dense"] == pytest.approx(dense, abs=1e-12)
@@ -32,7 +34,7 @@ def test_fine_tuning_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert finetuning.main(["--page", *where]) == 0
     assert (tmp_path / "results.md").read_text() == page
     assert torch.get_num_threads() == threads
-    assert "swiglu: kept" in capsys.readouterr().out
+    assert "swiglu/vbp: kept" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         finetuning.main(["resnet", *where])
 

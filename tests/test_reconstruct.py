@@ -240,6 +240,7 @@ def test_influence_is_the_gradient() -> None:
     assert 0.8 < float(ratio.mean() * squares.mean()) < 1.6
     # of the metric only the directions are compared: rows are weighted by those same squares
     expected = gradient.T @ gradient
+    assert found.metric is not None
     cosine = float((found.metric * expected).sum() / found.metric.norm() / expected.norm())
     assert cosine > 0.97
 
@@ -277,4 +278,6 @@ def test_gradients_do_not_depend_on_who_else_looks() -> None:
     assert list(found[0]) == list(found[1]) != []
     for one, other in zip(found[0].values(), found[1].values(), strict=True):
         assert torch.equal(torch.cat(one.weights), torch.cat(other.weights))
+        assert one.metric is not None
+        assert other.metric is not None
         assert torch.equal(one.metric, other.metric)

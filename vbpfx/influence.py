@@ -12,7 +12,7 @@ Raw weights (tau = 1, rho = 1/2) are too extreme for as little data as there is;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,11 @@ class Influence:
 
     Attributes:
         weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean is about 1.
-        metric: M (out, out), float64.
+        metric: M (out, out), float64; None for a layer that was to have none.
     """
 
     weights: tuple[Tensor, ...]
-    metric: Tensor
+    metric: Tensor | None
 
 
 class Gradients:
@@ -51,6 +51,7 @@ class Gradients:
     Args:
         captured: the graph.
         layers: at whose values gradients are taken.
+        metrics: the nodes of those layers that are to have a metric; all by default.
         graph_module: the graph to run, with the captured one's nodes; a prepared one gathers its statistics on the way.
         seed: of the random directions.
     """
@@ -60,9 +61,12 @@ class Gradients:
         captured: Captured,
         layers: Sequence[Consumer],
         graph_module: fx.GraphModule | None = None,
+        *,
+        metrics: Collection[str] | None = None,
         seed: int = 0,
     ) -> None:
         self.captured, self.layers = captured, {layer.node: layer for layer in layers}
+        self.metrics = self.layers.keys() if metrics is None else metrics
         self.graph_module = captured.graph_module if graph_module is None else graph_module
         self.generator = torch.Generator().manual_seed(seed)
         self.squares: dict[str, list[Tensor]] = {node: [] for node in self.layers}
@@ -79,9 +83,10 @@ class Gradients:
         for chunk in _chunks(self.captured, batch):
             for node, gradient in self._gradients(chunk):
                 axis = self.layers[node].source.axis
-                rows = gradient.movedim(axis, -1).flatten(0, -2)
-                product = (rows.T @ rows).double()
-                self.products[node] = self.products[node] + product if node in self.products else product
+                if node in self.metrics:
+                    rows = gradient.movedim(axis, -1).flatten(0, -2)
+                    product = (rows.T @ rows).double()
+                    self.products[node] = self.products[node] + product if node in self.products else product
                 parts[node].append(gradient.square().sum(axis, keepdim=True).float())
         for node, found in parts.items():
             if found:
@@ -96,7 +101,7 @@ class Gradients:
             power: rho.
         """
         complete = [node for node, found in self.squares.items() if found and len(found) == self.batches]
-        return {node: _influence(self.squares[node], self.products[node], temper, power) for node in complete}
+        return {node: _influence(self.squares[node], self.products.get(node), temper, power) for node in complete}
 
     def _gradients(self, batch: Inputs) -> list[tuple[str, Tensor]]:
         """The gradient of a random direction of the output at every layer's value."""
@@ -148,12 +153,14 @@ def influences(captured: Captured, layers: Sequence[Consumer], batches: Sequence
     return gradients.influences()
 
 
-def _influence(squares: list[Tensor], product: Tensor, temper: float, power: float) -> Influence:
+def _influence(squares: list[Tensor], product: Tensor | None, temper: float, power: float) -> Influence:
     weights = [square**temper for square in squares]
     mean = torch.cat([weight.flatten() for weight in weights]).double().mean()
     if not mean > 0:  # no gradient comes through, though a path does
-        return Influence(tuple(torch.ones_like(weight) for weight in weights), torch.eye(len(product)).double())
+        return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
     weights = [(weight / mean).float() + _LEAST for weight in weights]
+    if product is None:
+        return Influence(tuple(weights), None)
     values, vectors = torch.linalg.eigh(product.cpu() / product.diagonal().mean().clamp_min(1e-300).cpu())
     metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
     return Influence(tuple(weights), metric)

@@ -151,7 +151,10 @@ def prune(
     total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
     layers = layers_to_fit(analysis, blocks, beside) if fitting else []
-    gradients = Gradients(captured, layers, observed) if layers and is_differentiable(captured, layers) else None
+    reading = {consumer.node for block in blocks for consumer in block.consumers}  # where neurons are chosen
+    gradients = None
+    if layers and is_differentiable(captured, layers):
+        gradients = Gradients(captured, layers, observed, metrics=reading)
     kept = _Kept(observed, wanted, gradients)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)

@@ -236,7 +236,7 @@ class _Reconstruction:
         start = block.consumers[0].source.start
         everything, _ = fit(normal, weight, PENALTY)
         about = self.influence.get(layer.node)
-        if about is not None:
+        if about is not None and about.metric is not None:
             everything = about.metric @ everything
         others = [self._matrix(other) for other in block.consumers[1:]]
         among = torch.arange(start, start + block.width)

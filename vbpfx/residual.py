@@ -30,7 +30,7 @@ class ResidualSum:
 
     Attributes:
         stream: name of the node that it is added to.
-        way: names of the nodes between the layer and the sum, in order.
+        way: names of the nodes between the layer and the sum, in order; none where they all hand the value on as it is.
     """
 
     stream: str
@@ -53,7 +53,8 @@ def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
         if (stream := _other_operand(user, node)) is not None:
             while stream > start and _hands_on(captured, stream):
                 stream = stream.all_input_nodes[0]
-            return ResidualSum(stream.name, tuple(way)) if stream < start else None
+            hands_on = all(_hands_on(captured, captured.nodes[name]) for name in way)
+            return ResidualSum(stream.name, () if hands_on else tuple(way)) if stream < start else None
         if not _is_affine(captured, user, node):
             return None
         way.append(user.name)
