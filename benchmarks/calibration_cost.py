@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -69,6 +70,14 @@ def _measure(name: str, way: str, images: int, at_once: int, threads: int, round
     return {"ratio": statistics.median(ratios), "ratios": ratios, "gib": peak, "images": images}
 
 
+def _command(name: str, way: str, options: argparse.Namespace) -> str:
+    """The command that measures the same."""
+    words = ["python", "benchmarks/calibration_cost.py", name, "--ways", way]
+    for option in ("images", "batch", "rounds", "threads"):
+        words += [f"--{option}", str(getattr(options, option))]
+    return shlex.join(words)
+
+
 def write_page(results: dict[str, Any], page: Path) -> None:
     """Write the section of the page."""
     rows = [
@@ -84,9 +93,10 @@ def write_page(results: dict[str, Any], page: Path) -> None:
         for way, found in ways.items()
     ]
     columns = ("network", "what", "images", "rounds", "cost", "peak memory")
+    commands = "  \n".join(f"`{found['command']}`" for ways in results.values() for found in ways.values())
     text = f"""## What calibration costs
 
-`python benchmarks/calibration_cost.py`
+{commands}
 
 Processor time over that of plain forward passes on the same images, measured in the same run, before and behind; the median over
 rounds. *Peak memory* is all of the process: weights, images, and what calibration holds.
@@ -129,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 given = (name, way, options.images, options.batch, options.threads, options.rounds)
                 found = pool.submit(_measure, *given).result()
-            results.setdefault(name, {})[way] = found
+            results.setdefault(name, {})[way] = found | {"command": _command(name, way, options)}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{name}, {way}: {found['ratio']:.2f}x, {found['gib']:.1f} GiB", flush=True)

@@ -152,14 +152,14 @@ def write_page(results: dict[str, Any], page: Path) -> None:
 
 `python benchmarks/finetuning.py`
 
-Half of the hidden neurons removed, then :func:`vbpfx.finetune` on the same samples that pruning was calibrated on, for at most {MINUTES}
+Half of the hidden neurons removed, then `vbpfx.finetune` on the same samples that pruning was calibrated on, for at most {MINUTES}
 minutes; all figures on other images. *Kept* is top-1 over the dense network's on the same images, with its paired standard error.
 
 {markdown_table(columns, rows)}
 
 {chr(10).join(machines)}
 """
-    write_section(page, "finetuning", text.replace(":func:`vbpfx.finetune`", "`vbpfx.finetune`"))
+    write_section(page, "finetuning", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

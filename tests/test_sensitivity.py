@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.errors import BudgetError
+from vbpfx.importance import Scoring, score
 from vbpfx.inputs import Inputs
 from vbpfx.sensitivity import _drawn_together as _drawn
 
@@ -188,8 +189,6 @@ def test_alike_blocks_give_alike_shares() -> None:
     """Where one more neuron costs the output the same in every block, shares are equal."""
     analysis, statistics = _stages(_two(nn.Linear(6, 5)))
     equal = vbpfx.make_plan(analysis, statistics, ratio=SHARE, allocation="equal")
-    from vbpfx.importance import Scoring, score  # the scores that the plan ranks
-
     given = {}
     for block in analysis.blocks:
         s = score("greedy_obs", Scoring(block, statistics.moments[block.name], analysis.captured.reference, SHARE, 60))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import fx, nn
+from torch import fx
 
 from vbpfx.errors import CalibrationError, first_line
 from vbpfx.inputs import Inputs, as_inputs, model_device
@@ -69,10 +69,8 @@ def calibrate(
 
 def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
     """One batch through the graph, without gradients."""
-    own = inputs.map(torch.clone)  # a model may write into its input
     with torch.inference_mode():
-        # not observed(...): fx's own wrapper prints the generated code when a batch does not fit
-        nn.Module.__call__(observed, *own.args, **own.kwargs)
+        inputs.run(observed)
 
 
 def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from vbpfx.ops import called_module
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -109,7 +111,7 @@ class _Call:
 
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node, tracer: fx.proxy.GraphAppendingTracer) -> None:
         self.graph_module, self.node, self.tracer = graph_module, node, tracer
-        self.module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        self.module = called_module(graph_module, node)
         self.out: Any = fx.Proxy(node, tracer)
         source = node.args[0]
         assert isinstance(source, fx.Node)

@@ -77,10 +77,8 @@ class Watched:
             FinetuneError: the batch does not fit, or the output holds nothing to compare.
         """
         self._seen = {}
-        own = inputs.map(lambda t: t.clone())  # a model may write into its input
         try:
-            # not network(...): fx's own wrapper prints the generated code when a batch does not fit
-            output = nn.Module.__call__(self.network, *own.args, **own.kwargs)
+            output = inputs.run(self.network)
         except Exception as error:  # the model's own operators raise whatever they raise
             raise FinetuneError(
                 f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"

@@ -32,7 +32,7 @@ from vbpfx.axes import (
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.mutation import read_after_mutation
 from vbpfx.names import enclosing_module, is_layer, parameter_names
-from vbpfx.ops import describe, rule_for, takes_apart, takes_sizes
+from vbpfx.ops import called_module, describe, rule_for, takes_apart, takes_sizes
 from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.rules.pointwise import elementwise
 from vbpfx.sizes import read_sizes
@@ -88,7 +88,7 @@ def gather(captured: Captured) -> Evidence:
             evidence.graph.add_nodes_from(own.axes)
             evidence.sizes.update(zip(own.axes, own.shape, strict=True))
     for node, own in values.items():
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = called_module(graph_module, node)
         if node.op == "placeholder" or not evidence.computed.isdisjoint(node.all_input_nodes):
             evidence.computed.add(node)
         if node not in sizes:  # asking a parameter for its dtype is no use of it

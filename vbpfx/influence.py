@@ -143,16 +143,6 @@ def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
     return True
 
 
-def influences(captured: Captured, layers: Sequence[Consumer], batches: Sequence[Inputs]) -> dict[str, Influence]:
-    """Influence per layer's node, from one forward and one backward pass over the batches; none without derivatives."""
-    if not is_differentiable(captured, layers):
-        return {}
-    gradients = Gradients(captured, layers)
-    for batch in batches:
-        gradients.add(batch)
-    return gradients.influences()
-
-
 def _influence(squares: list[Tensor], product: Tensor | None, temper: float, power: float) -> Influence:
     weights = [square**temper for square in squares]
     mean = torch.cat([weight.flatten() for weight in weights]).double().mean()

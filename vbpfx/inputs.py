@@ -68,6 +68,12 @@ class Inputs:
         """The same arguments with every tensor on the device."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    def run(self, network: nn.Module) -> Any:
+        """What the network makes of the batch; of copies, since a model may write into its input."""
+        own = self.map(torch.clone)
+        # not network(...): fx's own wrapper prints the generated code when a batch does not fit
+        return nn.Module.__call__(network, *own.args, **own.kwargs)
+
     def describe(self) -> str:
         """Shapes and dtypes, for messages."""
         named = [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vbpfx.axes import spelling
-from vbpfx.ops import is_view, takes_apart
+from vbpfx.ops import called_module, is_view, takes_apart
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -30,7 +30,7 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = called_module(graph_module, node)
         changes = source is not None and isinstance(node.meta.get("val"), Tensor) and _is_in_place(node, module)
         root[node] = node
         if source is not None and (changes or is_view(node, module)):

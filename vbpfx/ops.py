@@ -210,6 +210,11 @@ _HAND_ON = ("detach", "contiguous", "alias", "getattr", "dropout", "dropout1d", 
             "feature_dropout", "feature_alpha_dropout")  # fmt: skip
 
 
+def called_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; None where it calls none."""
+    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
 def is_view(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the call's value may lie in its operand's memory."""
     if module is not None:

@@ -164,8 +164,7 @@ def prune(
     if fitting:
         influence = gradients.influences() if gradients else {}
         plan = reconstruct_plan(
-            analysis, plan, kept.batches,
-            beside=beside, choose=choosing, influence=influence, mask=mask, progress=progress,
+            analysis, plan, kept.batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
         )  # fmt: skip
     small = convert(captured, plan)
     verification = check(captured, small, plan) if verify else None
@@ -183,8 +182,8 @@ class _Kept:
     def run(self, batch: Inputs) -> None:
         """The whole batch, for the statistics."""
         count = batch.batch_size or 1
-        own = batch.first(self.left)
         if self.left > 0:
+            own = batch.first(self.left)
             self.batches.append(own)
             if self.gradients is not None:
                 self.gradients.add(own)

@@ -26,7 +26,7 @@ from vbpfx.capture import named_tensors
 from vbpfx.elimination import PENALTY, elimination_costs
 from vbpfx.fake import graph_arguments
 from vbpfx.fitted import with_fitted
-from vbpfx.influence import Influence, influences
+from vbpfx.influence import Influence
 from vbpfx.inputs import Inputs, model_device
 from vbpfx.masks import Mask, find_masks
 from vbpfx.observer import as_rows
@@ -65,10 +65,10 @@ def reconstruct(
     analysis: Analysis,
     plan: Plan,
     batches: Sequence[Inputs],
+    influence: Mapping[str, Influence],
     *,
     beside: Sequence[Consumer] = (),
     choose: bool = True,
-    influence: Mapping[str, Influence] | None = None,
     share: float = SHARE,
     mask: str | None = None,
     progress: bool = False,
@@ -80,9 +80,9 @@ def reconstruct(
         plan: whose widths are kept. Blocks that cannot be chosen anew on the way (norms over the hidden axis, several
             sources, layers called several times) stay as they are in it.
         batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory.
+        influence: per layer's node, on these batches; rows and outputs of layers that have none count alike.
         beside: layers beside the blocks that are fitted, too, without changing shape.
         choose: choose the neurons of a block on the way; otherwise those of the plan stay.
-        influence: of the layers, on these batches; it is measured where it is not given.
         share: m where there is data without end; less is taken where few rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
@@ -92,8 +92,6 @@ def reconstruct(
         return plan
     device = model_device(analysis.captured.reference)
     batches = [batch.to(device) for batch in batches]
-    if influence is None:
-        influence = influences(analysis.captured, [step.layer for step in steps], batches)
     run = _Reconstruction(analysis, plan, batches, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress) as advance:
         for number, step in enumerate(steps):

@@ -8,14 +8,13 @@ about the layer: to change z by w, change y by P^T (w / s).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from vbpfx.axes import spelling
 from vbpfx.capture import Captured
-from vbpfx.ops import is_view
+from vbpfx.ops import called_module, is_view
 from vbpfx.stream import Stream
 
 _SCALES = ("mul", "imul", "div", "truediv", "true_divide")
@@ -132,7 +131,7 @@ def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
 
 def _is_affine(captured: Captured, user: fx.Node, node: fx.Node) -> bool:
     """Whether a call takes every entry of a node's value to one entry of its own, by a scale and a shift."""
-    module: Any = captured.graph_module.get_submodule(str(user.target)) if user.op == "call_module" else None
+    module = called_module(captured.graph_module, user)
     if module is not None:
         return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, *_AFFINE_MODULES))
     if user.op not in ("call_function", "call_method"):

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured
 from vbpfx.convert import convert
 from vbpfx.inputs import Inputs
-from vbpfx.ops import is_linear, is_view
+from vbpfx.ops import called_module, is_linear, is_view
 from vbpfx.records import Plan
 
 MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
@@ -103,25 +103,21 @@ def _are_logits(captured: Captured) -> list[bool]:
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
     nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
 
-    def module(node: fx.Node) -> nn.Module | None:
-        return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
     def origin(node: fx.Node) -> fx.Node:
-        while node.all_input_nodes and is_view(node, module(node)):
+        while node.all_input_nodes and is_view(node, called_module(graph_module, node)):
             node = node.all_input_nodes[0]
         return node
 
     def makes_logits(node: fx.Node, value: Tensor) -> bool:
-        return is_linear(node, module(node)) and value.ndim > 1 and value.shape[-1] > 1
+        return is_linear(node, called_module(graph_module, node)) and value.ndim > 1 and value.shape[-1] > 1
 
     values = [(origin(n), n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
     return [makes_logits(node, value) for node, value in values if value.is_floating_point()]
 
 
 def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
-    own = batch.map(torch.clone)  # a model may write into its input
     with torch.no_grad():
-        output = nn.Module.__call__(network, *own.args, **own.kwargs)
+        output = batch.run(network)
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 

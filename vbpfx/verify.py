@@ -161,10 +161,8 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
-        own = inputs.map(torch.clone)  # a model may write into its input
         with torch.no_grad():
-            # not network(...): fx's own wrapper prints the generated code when a batch does not fit
-            output = nn.Module.__call__(network, *own.args, **own.kwargs)
+            output = inputs.run(network)
     finally:
         for module, training in modes.items():
             module.training = training
