@@ -7,8 +7,10 @@ M2 = sum((x - mu)^2), per channel. Two sets merge pairwise (Chan, Golub and LeVe
     mu    = mu_a + delta n_b / n
     M2    = M2_a + M2_b + delta^2 n_a n_b / n
 
-which never subtracts two large sums as E[x^2] - E[x]^2 does. Totals are float64. :class:`CoMoments` are the same with the
-full matrix sum((x - mu)(x - mu)^T) in place of M2.
+which never subtracts two large sums as E[x^2] - E[x]^2 does. Totals are float64. A batch is read once, in pieces that stay
+in the cache and in the activations' own precision: a piece less one of its batch's samples loses no digits to a large mean
+(Chan, Golub and LeVeque 1983, shifted data), and what rounding is left is of that precision relative to the variance.
+:class:`CoMoments` are the same with the full matrix sum((x - mu)(x - mu)^T) in place of M2.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from vbpfx.errors import CalibrationError
 
-# Rows are widened to float64 a piece at a time: 2 MiB stay in the cache, and no copy of the activation is made.
-_ELEMENTS_AT_ONCE = 1 << 18
+_HALF = (torch.float16, torch.bfloat16)
+# A piece of 2 MiB stays in the cache, and is long enough that calling the operators costs nothing beside it. Rows are added
+# up one after another: a piece of few channels ends before its roundings add up.
+_ELEMENTS_AT_ONCE, _ROWS_AT_ONCE = 1 << 19, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class CoMoments:
     @classmethod
     def of(cls, rows: Tensor) -> CoMoments:
         """Co-moments of ``rows`` (n, d), n >= 1."""
-        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        wide = rows.float() if rows.dtype in _HALF else rows
         mean = wide.mean(0, dtype=torch.float64)
         centred = wide - mean.to(wide.dtype)
         left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
@@ -78,17 +82,27 @@ class Moments:
     held: CoMoments | None = None
 
     @classmethod
-    def of(cls, rows: Tensor) -> Moments:
-        """Moments of ``rows`` (n, d), any float dtype, n >= 1."""
-        step = max(1, _ELEMENTS_AT_ONCE // max(1, rows.shape[1]))
-        total: Moments | None = None
-        for piece in torch.split(rows, step):
-            wide = piece.double()
-            mean = wide.mean(0)
-            part = cls(wide.shape[0], mean, (wide - mean).square().sum(0))
-            total = part if total is None else total | part
-        assert total is not None
-        return total
+    def of(cls, values: Tensor, axis: int = -1) -> Moments:
+        """Moments of every channel of ``axis`` over all other axes; any float dtype, at least one value a channel."""
+        values = _samples_of_channels(values, axis)
+        shift = values[:1] if values.ndim == 2 else values[:1, :, :1]
+        shift = shift.float() if shift.dtype in _HALF else shift
+        step = min(_ROWS_AT_ONCE, max(1, _ELEMENTS_AT_ONCE // values[0].numel()))
+        piece = torch.empty_like(values[:step], dtype=shift.dtype, memory_format=torch.contiguous_format)
+        counts, means, variances = [], [], []
+        for part in torch.split(values, step):
+            shifted = torch.sub(part, shift, out=piece[: len(part)])
+            variance, mean = _var_mean(shifted)
+            counts.append(shifted[:, 0].numel())
+            means.append(mean)
+            variances.append(variance)
+        n = torch.tensor(counts, dtype=torch.float64, device=values.device)[:, None]
+        local, count = torch.stack(means).double(), sum(counts)
+        mean = (local * n).sum(0) / count
+        m2 = (torch.stack(variances).double() * n).sum(0) + ((local - mean).square() * n).sum(0)
+        if values.dtype != torch.float64 and not bool(m2.isfinite().all()):
+            return cls.of(values.double(), 1)  # squares of what is finite may leave float32
+        return cls(count, mean + shift.double().flatten(), m2)
 
     def __or__(self, other: Moments) -> Moments:
         """The moments of both sets together."""
@@ -120,3 +134,20 @@ class Moments:
                 "prepare(..., covariance=True)"
             )
         return self.co | self.held if self.co and self.held else (self.co or self.held)  # type: ignore[return-value]
+
+
+def _samples_of_channels(values: Tensor, axis: int) -> Tensor:
+    """The same values as (n, d) or (n, d, l), a view wherever the memory's order admits one."""
+    axis %= values.ndim
+    channels_last = values.movedim(axis, -1)
+    if axis == values.ndim - 1 or channels_last.is_contiguous():
+        return channels_last.flatten(0, -2) if values.ndim > 1 else values[None]
+    return (values.flatten(0, axis - 1) if axis else values[None]).flatten(2)
+
+
+def _var_mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance (divided by n) and mean of every channel of (n, d) or (n, d, l)."""
+    if values.device.type == "cpu":  # where the reduction over rows that torch.var_mean runs is ten times slower
+        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+        return variance, mean
+    return torch.var_mean(values, [i for i in range(values.ndim) if i != 1], correction=0)

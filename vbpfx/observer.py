@@ -58,17 +58,19 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
-        rows = as_rows(x.detach().narrow(self.axis, self.start, self.width), self.axis, mask, self.masked)
-        if rows.shape[0] and self.bad_call is None:
-            batch = Moments.of(rows)
+        seen, axis = x.detach().narrow(self.axis, self.start, self.width), self.axis
+        if self.every or mask is not None:
+            seen, axis = as_rows(seen, axis, mask, self.masked), -1
+        if seen.numel() and self.bad_call is None:
+            batch = Moments.of(seen, axis)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
             if bool(batch.m2.isfinite().all()):
-                batch = self._with_co_moments(batch, rows) if self.every else batch
+                batch = self._with_co_moments(batch, seen) if self.every else batch
                 self.moments = batch if self.moments is None else self.moments | batch
             else:
                 self.bad_call = self.calls
         self.calls += 1
-        self.rows += rows.shape[0]
+        self.rows += seen.numel() // self.width
         return x
 
     def _with_co_moments(self, batch: Moments, rows: Tensor) -> Moments:
