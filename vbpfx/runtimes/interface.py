@@ -1,0 +1,43 @@
+"""What a runtime is to vbpfx: something that compiles a network for given inputs, and runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vbpfx.inputs import Inputs
+
+
+class Compiled(ABC):
+    """A network compiled for inputs of one shape.
+
+    Attributes:
+        size: bytes of what would be shipped; None where nothing is written.
+    """
+
+    size: int | None = None
+
+    @abstractmethod
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """The network's output tensors in order, on the CPU; inputs of the shapes that it was compiled for."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime, by the name that users know.
+
+    Attributes:
+        name: what ``vbpfx bench --runtime`` and ``latency_runtime=`` call it.
+        package: the package that has to be installed.
+        extra: the extra of vbpfx that installs it; empty where vbpfx itself needs it.
+        compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
+            runtime's own choice).
+    """
+
+    name: str
+    package: str
+    extra: str
+    compile: Callable[[nn.Module, Inputs, int | None], Compiled]

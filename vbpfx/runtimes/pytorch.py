@@ -1,0 +1,30 @@
+"""PyTorch itself, without a compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vbpfx.inputs import Inputs
+from vbpfx.runtimes.interface import Compiled
+
+
+class _Eager(Compiled):
+    def __init__(self, network: nn.Module, threads: int | None) -> None:
+        self.network, self.threads = network, threads
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            with torch.inference_mode():
+                output = inputs.run(self.network)
+        finally:
+            torch.set_num_threads(before)
+        return [leaf.cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """The network as it is."""
+    return _Eager(network, threads)
