@@ -21,6 +21,8 @@ from vbpfx.errors import (
     VerificationError,
 )
 from vbpfx.finetune import FineTuned, finetune
+from vbpfx.latency import measure_latencies
+from vbpfx.latency_table import Latencies
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
@@ -45,6 +47,7 @@ __all__ = [
     "ExportError",
     "FineTuned",
     "FinetuneError",
+    "Latencies",
     "Plan",
     "Pruned",
     "Refusal",
@@ -61,6 +64,7 @@ __all__ = [
     "finetune",
     "load",
     "make_plan",
+    "measure_latencies",
     "prepare",
     "prune",
     "register_operator",

@@ -1,8 +1,8 @@
 """Budget: how wide every block stays.
 
 One ranking over the neurons of all blocks, lowest score first, ties by block and index; the budget says
-how far down it goes. Every block keeps at least its floor. ``ratio`` is met to the neuron; ``macs`` and
-``params`` by the smallest number of neurons whose removal is enough.
+how far down it goes. Every block keeps at least its floor. ``ratio`` is met to the neuron; ``macs``,
+``params`` and ``latency`` by the smallest number of neurons whose removal is enough.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ _KINDS = {
     "ratio": "fraction of the hidden neurons to remove",
     "macs": "fraction of the dense MACs to keep",
     "params": "fraction of the dense parameters to keep",
+    "latency": "fraction of the dense latency to keep",
 }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove: one of ``ratio``, ``macs``, ``params``, and its value in (0, 1)."""
+    """How much to remove: one of ``ratio``, ``macs``, ``params``, ``latency``, and its value in (0, 1)."""
 
     kind: str
     value: float
@@ -78,8 +79,8 @@ def choose_widths(
         scores: one per neuron, (d,).
         floor: smallest width per block.
         round_to: widths are multiples of it, or the block's own width. Under ``ratio`` the total is the
-            nearest one possible; ``macs`` and ``params`` are never exceeded.
-        cost: MACs or parameters of the whole model at given widths; None under ``ratio``.
+            nearest one possible; the others are never exceeded.
+        cost: MACs, parameters or latency of the whole model at given widths; None under ``ratio``.
 
     Raises:
         BudgetError: the budget cannot be met above the floors; the nearest that can is named.

@@ -20,6 +20,7 @@ from vbpfx.errors import CalibrationError
 from vbpfx.export.onnx import export_onnx
 from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
+from vbpfx.latency import measure_latencies, measure_result
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
@@ -95,6 +96,9 @@ def prune(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
+    runtime: str = "onnxruntime",
+    runtime_batch: int = 1,
+    runtime_threads: int | None = None,
     **options: Unpack[PlanArguments],
 ) -> Pruned:
     """Make a trained network smaller: narrower hidden layers, the removed neurons folded into the next bias.
@@ -122,8 +126,10 @@ def prune(
         memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
+        runtime: with ``latency=``: where it is measured, a name of :data:`vbpfx.runtimes.table.NAMES`.
+        runtime_batch, runtime_threads: with ``latency=``: samples at once there, and threads; by default the runtime's choice.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
-            (fraction of the hidden neurons to remove), ``macs``, ``params`` (fraction to keep), and
+            (fraction of the hidden neurons to remove), ``macs``, ``params``, ``latency`` (fraction to keep), and
             ``method``, ``criterion``, ``compensation``, ``round_to``, ``min_width``, ``include``, ``exclude``.
 
     Raises:
@@ -148,6 +154,17 @@ def prune(
         options |= {"criterion": "variance", "compensation": "mean"}
     covariance = PlanOptions.of(**options).needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True)
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
+    latencies = None
+    if chosen.budget.kind == "latency":
+        latencies = measure_latencies(
+            analysis,
+            chosen.budget.value,
+            blocks=blocks,
+            runtime=runtime,
+            batch=runtime_batch,
+            threads=runtime_threads,
+            round_to=chosen.round_to,
+        )
     total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
     layers = layers_to_fit(analysis, blocks, beside) if fitting else []
@@ -159,7 +176,11 @@ def prune(
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(
-        analysis, gathered, sensitivity=lambda alike: sensitivities(analysis, alike, kept.batches), **options
+        analysis,
+        gathered,
+        sensitivity=lambda alike: sensitivities(analysis, alike, kept.batches),
+        latencies=latencies,
+        **options,
     )
     if fitting:
         influence = gradients.influences() if gradients else {}
@@ -168,7 +189,8 @@ def prune(
         )  # fmt: skip
     small = convert(captured, plan)
     verification = check(captured, small, plan) if verify else None
-    report = make_report(captured, small, analysis, plan, verification)
+    latency = measure_result(small, captured, plan, latencies) if latencies else None
+    report = make_report(captured, small, analysis, plan, verification, latency)
     return Pruned(small, plan, gathered, analysis, report, verification, captured)
 
 

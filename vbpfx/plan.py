@@ -28,6 +28,7 @@ from vbpfx.capture import Captured
 from vbpfx.compensate import COMPENSATIONS, Compensation
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.importance import CRITERIA, NEED_COVARIANCE, Criterion, Scoring, score
+from vbpfx.latency_table import Latencies
 from vbpfx.moments import Moments
 from vbpfx.prepare import Statistics, rows_a_sample
 from vbpfx.records import Block, BlockPlan, Plan
@@ -60,6 +61,7 @@ class PlanArguments(TypedDict, total=False):
     ratio: float | None
     macs: float | None
     params: float | None
+    latency: float | None
     method: str
     criterion: str | Criterion | None
     allocation: str | None
@@ -96,6 +98,7 @@ class PlanOptions:
         ratio: float | None = None,
         macs: float | None = None,
         params: float | None = None,
+        latency: float | None = None,
         method: str = "auto",
         criterion: str | Criterion | None = None,
         allocation: str | None = None,
@@ -111,7 +114,7 @@ class PlanOptions:
         Raises:
             BudgetError: one of them is out of range or unknown.
         """
-        budget = Budget.of(ratio=ratio, macs=macs, params=params)
+        budget = Budget.of(ratio=ratio, macs=macs, params=params, latency=latency)
         recipe = METHODS[_listed("method", method, METHODS)]
         return cls(
             budget,
@@ -151,6 +154,7 @@ def make_plan(
     statistics: Statistics,
     *,
     sensitivity: Sensitivity | Callable[[Plan], Sensitivity] | None = None,
+    latencies: Latencies | None = None,
     **options: Unpack[PlanArguments],
 ) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
@@ -164,13 +168,14 @@ def make_plan(
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
         ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
-        macs, params: fraction of the dense model's MACs / parameters to keep; exactly one of the three.
+        macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep; exactly one of the four.
         method: ``"vbp"``, or ``"auto"`` (default).
         criterion: in place of the method's: a name of :data:`vbpfx.importance.CRITERIA`, or a function from
             :class:`vbpfx.importance.Scoring` to one score per neuron (the lowest go).
         allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
         sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
             ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan of equal shares.
+        latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it (default 1).
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
@@ -189,7 +194,7 @@ def make_plan(
     captured, compensation = analysis.captured, COMPENSATIONS[chosen.compensation]
     moments = {block.name: _pooled(block, statistics.moments[block.name]) for block in blocks}
     samples = _samples(captured, blocks, statistics)
-    cost = _cost(chosen.budget, captured, blocks)
+    cost = _cost(chosen.budget, captured, blocks, latencies)
     share = chosen.budget.value if chosen.budget.kind == "ratio" else _neurons_that_cost(chosen.budget, blocks, cost)
     scores = {
         b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
@@ -260,7 +265,14 @@ def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None
             )
 
 
-def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block]) -> Cost | None:
+def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies: Latencies | None) -> Cost | None:
+    if budget.kind == "latency":
+        if latencies is None:
+            raise BudgetError(
+                "latency= needs what the blocks cost in a runtime: pass latencies=vbpfx.measure_latencies(analysis, target)"
+            )
+        latencies.require(blocks)
+        return latencies.cost
     if budget.kind == "macs":
         return mac_cost(captured, blocks)
     return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None

@@ -27,6 +27,8 @@ class Report:
         refused: number of axes that could not be narrowed.
         settings: how the plan was made.
         verification: what the substitution oracle measured; None where it was switched off.
+        latency: under a latency budget: the runtime, and the latency over the dense network's as it was asked for, predicted
+            and measured on the result.
     """
 
     params: tuple[int, int]
@@ -36,6 +38,7 @@ class Report:
     refused: int
     settings: Mapping[str, Any]
     verification: Verification | None
+    latency: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""
@@ -65,6 +68,12 @@ class Report:
             )
         if refitted := self.settings.get("reconstruction", {}).get("refitted"):
             text += f"refitted beside the blocks: {counted(len(refitted), 'layer')} ({', '.join(refitted)})\n"
+        if self.latency:
+            found = self.latency
+            text += (
+                f"latency in {found['runtime']}, batch {found['batch']}: {found['measured']:.1%} of the dense network's (asked "
+                f"{found['asked']:.1%}, predicted {found['predicted']:.1%})\n"
+            )
         if self.verification:
             v = self.verification
             text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
@@ -74,7 +83,12 @@ class Report:
 
 
 def make_report(
-    captured: Captured, small: fx.GraphModule, analysis: Analysis, plan: Plan, verification: Verification | None
+    captured: Captured,
+    small: fx.GraphModule,
+    analysis: Analysis,
+    plan: Plan,
+    verification: Verification | None,
+    latency: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
     narrowed = dataclasses.replace(captured, graph_module=small)
@@ -87,6 +101,7 @@ def make_report(
         refused=len(analysis.refusals),
         settings=plan.settings,
         verification=verification,
+        latency=latency,
     )
 
 

@@ -1,0 +1,62 @@
+"""What every block costs in a runtime at every width: measured points, and the latency that they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vbpfx.errors import BudgetError
+from vbpfx.records import Block
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """The measured latencies of one network in one runtime.
+
+    With t_b(w) the latency of block b alone at width w, linear between the points that were measured, the network's is
+
+        T(w) = T_dense - k sum_b (t_b(d_b) - t_b(w_b)).
+
+    Attributes:
+        runtime: name of the runtime.
+        batch: samples at once.
+        threads: the runtime's threads; None for its own choice.
+        dense: T_dense, seconds.
+        points: block -> (width, seconds) in ascending order of widths, the last one the block's own width.
+        correction: k, by which what blocks save alone becomes what the network saves, from a measurement of it.
+    """
+
+    runtime: str
+    batch: int
+    threads: int | None
+    dense: float
+    points: Mapping[str, tuple[tuple[int, float], ...]]
+    correction: float = 1.0
+
+    def ratio(self, widths: Mapping[str, int]) -> float:
+        """Predicted latency at these widths over the dense network's.
+
+        Raises:
+            BudgetError: a block was not measured.
+        """
+        return 1 - self.correction * sum(self._saved(name, width) for name, width in widths.items()) / self.dense
+
+    def cost(self, widths: Mapping[str, int]) -> int:
+        """Predicted latency at these widths, in billionths of the dense network's."""
+        return round(1e9 * self.ratio(widths))
+
+    def require(self, blocks: Iterable[Block]) -> None:
+        """Raise a BudgetError unless these blocks were measured."""
+        for block in blocks:
+            if block.name not in self.points or self.points[block.name][-1][0] != block.width:
+                raise BudgetError(
+                    f"block {block.name} (width {block.width}) was not measured: measure the blocks of this model with "
+                    f"vbpfx.measure_latencies"
+                )
+
+    def _saved(self, name: str, width: int) -> float:
+        widths, seconds = zip(*self.points[name], strict=True)
+        rising = np.maximum.accumulate(seconds)  # noise must not make a narrower block dearer
+        return float(rising[-1] - np.interp(width, widths, rising))
