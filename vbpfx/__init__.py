@@ -5,6 +5,7 @@ into the layer behind. :func:`prune` is the whole way; every stage is a public f
 """
 
 from vbpfx.artifact import load
+from vbpfx.bench import BenchResult, bench
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture
@@ -17,6 +18,7 @@ from vbpfx.errors import (
     CaptureError,
     ExportError,
     FinetuneError,
+    ModelError,
     VbpfxError,
     VerificationError,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "Analysis",
     "AnalysisError",
     "ArtifactError",
+    "BenchResult",
     "Block",
     "BudgetError",
     "CalibrationError",
@@ -45,6 +48,7 @@ __all__ = [
     "ExportError",
     "FineTuned",
     "FinetuneError",
+    "ModelError",
     "Plan",
     "Pruned",
     "Refusal",
@@ -54,6 +58,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "apply_plan",
+    "bench",
     "calibrate",
     "capture",
     "convert",
