@@ -5,6 +5,7 @@ into the layer behind. :func:`prune` is the whole way; every stage is a public f
 """
 
 from vbpfx.artifact import load
+from vbpfx.bench import BenchResult, bench
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture
@@ -17,6 +18,7 @@ from vbpfx.errors import (
     CaptureError,
     ExportError,
     FinetuneError,
+    ModelError,
     VbpfxError,
     VerificationError,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "Analysis",
     "AnalysisError",
     "ArtifactError",
+    "BenchResult",
     "Block",
     "BudgetError",
     "CalibrationError",
@@ -48,6 +51,7 @@ __all__ = [
     "FineTuned",
     "FinetuneError",
     "Latencies",
+    "ModelError",
     "Plan",
     "Pruned",
     "Refusal",
@@ -57,6 +61,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "apply_plan",
+    "bench",
     "calibrate",
     "capture",
     "convert",

@@ -9,6 +9,10 @@ class VbpfxError(Exception):
     """Anything vbpfx raises on purpose. The caller's model and files are as they were."""
 
 
+class ModelError(VbpfxError):
+    """A model cannot be made from its name, or weights do not fit it."""
+
+
 class CaptureError(VbpfxError):
     """The model could not be turned into a graph."""
 

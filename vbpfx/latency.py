@@ -8,6 +8,8 @@ about what is wanted.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +30,7 @@ from vbpfx.latency_table import Latencies
 from vbpfx.records import Block, BlockPlan, Plan
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.table import runtime as find_runtime
-from vbpfx.timing import interleaved, paired_ratio
+from vbpfx.timing import Clock, alternating
 
 # Shares of a block's width at which it is measured, its own width beside them.
 _SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -70,20 +72,32 @@ def measure_latencies(
         found = _block_points(captured, group[0], engine, inputs, threads, round_to)
         points |= {block.name: found for block in group}
     dense = engine.compile(captured.graph_module, inputs, threads)
-    seconds = interleaved({"dense": lambda: dense.run(inputs)})["dense"]
+    seconds = _medians({"dense": partial(dense.run, inputs)}, threads)["dense"]
     latencies = Latencies(runtime, batch, threads, seconds, points)
     for _ in range(_CORRECTIONS):
         widths = _everywhere_alike(latencies, chosen, target, round_to)
         small = convert(captured, _any_neurons(captured, chosen, widths), share=True)
-        measured = _ratio(engine.compile(small, inputs, threads), dense, inputs)
+        measured = _ratio(engine.compile(small, inputs, threads), dense, inputs, threads)
         alone = replace(latencies, correction=1.0)
         latencies = replace(alone, correction=max(0.0, 1 - measured) / (1 - alone.ratio(widths)))
     return latencies
 
 
-def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs) -> float:
-    """Latency of one over that of the other."""
-    return paired_ratio(lambda: narrowed.run(inputs), lambda: dense.run(inputs), rounds=_ROUNDS)
+def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs, threads: int | None) -> float:
+    """Latency of one over that of the other: the median over rounds, in which they run side by side."""
+    runs = {"narrowed": partial(narrowed.run, inputs), "dense": partial(dense.run, inputs)}
+    seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
+    return statistics.median(a / b for a, b in zip(seconds["narrowed"], seconds["dense"], strict=True))
+
+
+def _medians(runs: Mapping[str, Callable[[], object]], threads: int | None) -> dict[str, float]:
+    seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _clock(threads: int | None) -> Clock:
+    """Processor time where one thread does the work: it does not count what others do beside it."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latencies: Latencies) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latenc
         "threads": latencies.threads,
         "asked": plan.settings["budget"]["latency"],
         "predicted": latencies.ratio(plan.widths),
-        "measured": _ratio(narrowed, dense, inputs),
+        "measured": _ratio(narrowed, dense, inputs, latencies.threads),
     }
 
 
@@ -146,7 +160,7 @@ def _block_points(
             network = convert(captured, _any_neurons(captured, [block], {block.name: width}), share=True)
         alone, own = block_network(network, block, _values(network, inputs))
         runs[str(width)] = partial(engine.compile(alone, own, threads).run, own)
-    seconds = interleaved(runs, rounds=_ROUNDS)
+    seconds = _medians(runs, threads)
     return tuple((width, seconds[str(width)]) for width in widths)
 
 

@@ -17,8 +17,8 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as plain text; numbers are set to the right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
+    """A table as plain text, at most so wide; numbers are set to the right."""
     rows = [list(row) for row in rows]
     drawn = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
@@ -27,5 +27,5 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for row in rows:
         drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
     out = io.StringIO()
-    Console(file=out, width=_WIDTH).print(drawn)
+    Console(file=out, width=width).print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from vbpfx.capture import dynamic_shapes, quiet_logging, share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import ExportError, first_line
+from vbpfx.fake import propagate_shapes
 from vbpfx.files import write_atomically
 from vbpfx.inputs import Inputs, argument_names
 from vbpfx.records import Plan
@@ -73,7 +74,7 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
     return path
 
 
-def _exportable(network: nn.Module) -> nn.Module:
+def _exportable(network: nn.Module, example: Inputs) -> nn.Module:
     """A graph with its fused attention in a form that the exporter takes; other networks as they are.
 
     The exporter takes attention apart. It knows four axes alone, and its result lies otherwise in memory than the fused
@@ -83,6 +84,8 @@ def _exportable(network: nn.Module) -> nn.Module:
         return network
     network = share_parameters(network)
     graph = network.graph
+    if not all("val" in node.meta for node in graph.nodes if node.op != "output"):  # as vbpfx.load returns it
+        propagate_shapes(network, example)
     for target in (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default):
         for node in graph.find_nodes(op="call_function", target=target):
             users = list(node.users)
@@ -111,7 +114,12 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
     with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _exportable(network), example.args, kwargs=example.kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
+            _exportable(network, example),
+            example.args,
+            kwargs=example.kwargs,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
         )
     assert program is not None
     return program

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -34,10 +35,12 @@ class Runtime:
         package: the package that has to be installed.
         extra: the extra of vbpfx that installs it; empty where vbpfx itself needs it.
         compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
-            runtime's own choice).
+            runtime's own choice). Raises ExportError where the runtime cannot take the network.
+        open: the same from an ONNX file; None where the runtime takes none.
     """
 
     name: str
     package: str
     extra: str
     compile: Callable[[nn.Module, Inputs, int | None], Compiled]
+    open: Callable[[Path, Inputs, int | None], Compiled] | None = None

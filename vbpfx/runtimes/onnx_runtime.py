@@ -28,8 +28,12 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         ExportError: the network cannot be exported, or the file disagrees with it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(network, inputs, Path(folder) / "model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return _Session(session, path.stat().st_size)
+        return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
+
+
+def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """A session on an ONNX file."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return _Session(session, path.stat().st_size)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -10,18 +13,24 @@ from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """That many threads of PyTorch's for a while; as many as there are where it is None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Eager(Compiled):
     def __init__(self, network: nn.Module, threads: int | None) -> None:
         self.network, self.threads = network, threads
 
     def run(self, inputs: Inputs) -> list[Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            with torch.inference_mode():
-                output = inputs.run(self.network)
-        finally:
-            torch.set_num_threads(before)
+        with torch_threads(self.threads), torch.inference_mode():
+            output = inputs.run(self.network)
         return [leaf.cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

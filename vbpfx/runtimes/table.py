@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
-from vbpfx.errors import ExportError
-from vbpfx.runtimes.interface import Runtime
+from vbpfx.errors import ExportError, VbpfxError, first_line
+from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.quiet import silenced
 
 # name -> adapter, package, extra
 _ADAPTERS = {
     "pytorch": ("pytorch", "torch", ""),
     "onnxruntime": ("onnx_runtime", "onnxruntime", ""),
+    "openvino": ("openvino", "openvino", "openvino"),
+    "torch_compile": ("torch_compile", "torch", ""),
+    "aotinductor": ("aotinductor", "torch", ""),
+    "executorch": ("executorch", "executorch", "executorch"),
+    "tvm": ("tvm", "apache-tvm", "tvm"),
 }
 
 NAMES = tuple(_ADAPTERS)
@@ -26,8 +35,29 @@ def runtime(name: str) -> Runtime:
         raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
     file, package, extra = _ADAPTERS[name]
     try:
-        adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
+        with silenced():
+            adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
     except ImportError as error:
         install = f"vbpfx[{extra}]" if extra else package
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install '{install}'") from error
-    return Runtime(name, package, extra, adapter.compile_network)
+    from_file = getattr(adapter, "compile_file", None)
+    return Runtime(
+        name, package, extra, _named(name, adapter.compile_network), _named(name, from_file) if from_file else None
+    )
+
+
+def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
+    """The same with the runtime's name in its errors; a compiler's own become an ExportError."""
+
+    @functools.wraps(compile)
+    def compile_or_say(*args: Any) -> Compiled:
+        try:
+            return compile(*args)
+        except VbpfxError as error:
+            raise type(error)(f"{name}: {error}") from error
+        except Exception as error:  # every compiler has its own kinds
+            raise ExportError(
+                f"{name} cannot compile the network: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    return compile_or_say

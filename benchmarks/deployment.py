@@ -1,0 +1,191 @@
+"""Dense against pruned in the runtimes that networks are deployed in: latency, parity and efficiency.
+
+``python benchmarks/deployment.py`` measures every network in every runtime at p = 0.5, in a process of its own each, and writes
+what it found to ``results/deployment.json`` as it goes; what is there is not measured again without ``--again``. Neurons are
+removed by variance in equal shares on a few random inputs: which neurons go has no part in how long the rest takes. Seconds
+are those of the processor, on one thread, so that what else the machine does is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from deployment_networks import NETWORKS
+from results_page import PAGE, machine_line, markdown_table, write_section
+
+import vbpfx
+from vbpfx.runtimes.table import NAMES
+
+RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
+INTRO = """# Deployment
+
+Pruned networks in the runtimes that they are deployed in. Every table is written by the program named with it.
+"""
+
+
+def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int, rounds: int) -> dict[str, Any]:
+    """One row; to be called in a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, inputs = NETWORKS[network]()
+    pruned = vbpfx.prune(
+        model,
+        [(inputs.args, inputs.kwargs)],
+        ratio=ratio,
+        method="vbp",
+        allocation="equal",
+        round_to=round_to,
+        progress=False,
+    )
+    result = vbpfx.bench(
+        model,
+        pruned.graph_module,
+        (inputs.args, inputs.kwargs),
+        runtimes=[runtime],
+        batches=[batch],
+        rounds=rounds,
+        clock=time.process_time,
+    )
+    found = result.to_json()
+    return {
+        "network": network,
+        "ratio": ratio,
+        "round_to": round_to,
+        "macs": found["macs"],
+        "rounds": rounds,
+        "versions": found["versions"] | {"torch": torch.__version__},
+        "machine": machine_line(),
+        **found["rows"][0],
+    }
+
+
+def _measured(*given: Any) -> dict[str, Any]:
+    """The row, or what ended the process."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_measure, *given).result()
+    except BrokenProcessPool:
+        crash = "the process died without a message"
+    except vbpfx.VbpfxError as error:
+        crash = f"{type(error).__name__}: {error}"
+    return dict(zip(("network", "runtime", "ratio", "round_to", "batch", "rounds"), given, strict=True)) | {
+        "crash": crash
+    }
+
+
+def _command(row: dict[str, Any]) -> str:
+    """The command that measures the same row."""
+    words = ["python", "benchmarks/deployment.py", row["network"], "--runtime", row["runtime"]]
+    for option in ("ratio", "round-to", "batch", "rounds"):
+        words += [f"--{option}", str(row[option.replace("-", "_")])]
+    return shlex.join([*words, "--again"])
+
+
+def _spread(value: dict[str, float] | None, digits: int = 2) -> str:
+    if value is None:
+        return "failed"
+    return f"{value['median']:.{digits}f} ({value['lower']:.{digits}f}-{value['upper']:.{digits}f})"
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    start = [row["network"], row["runtime"], f"{row['ratio']:.0%}"]
+    if row.get("speedup") is None:
+        return [*start, *["failed"] * 4, "-"]
+    dense, pruned = row["dense"], row["pruned"]
+    sizes = [side["size"] for side in (dense, pruned)]
+    return [
+        *start,
+        f"{dense['seconds']['median'] * 1e3:.1f} -> {pruned['seconds']['median'] * 1e3:.1f}",
+        _spread(row["speedup"]),
+        f"{row['efficiency']:.2f}",
+        f"{dense['parity']:.0e}, {pruned['parity']:.0e}",
+        "-" if None in sizes else f"{sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f}",
+    ]
+
+
+def _failures(rows: Sequence[dict[str, Any]]) -> str:
+    """What failed, dense beside pruned: a failure that both share is the runtime's own."""
+    lines = []
+    for row in rows:
+        if row.get("speedup") is not None:
+            continue
+        said = {"both": row["crash"]} if "crash" in row else {
+            side: row[side]["failure"] or "runs" for side in ("dense", "pruned")
+        }  # fmt: skip
+        lines.append(f"- {row['network']} in {row['runtime']}: " + "; ".join(f"*{k}*: `{v}`" for k, v in said.items()))
+    return "\n".join(["", "What failed:", "", *lines, ""]) if lines else ""
+
+
+def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
+    """Write the section of the page."""
+    order = {name: place for place, name in enumerate(NETWORKS)}
+    rows = sorted(results.values(), key=lambda r: (order.get(r["network"], 0), NAMES.index(r["runtime"]), r["ratio"]))
+    columns = ("network", "runtime", "p", "ms", "speed-up", "efficiency", "parity", "MB")
+    machines = sorted({row["machine"] for row in rows if "machine" in row})
+    versions = sorted({f"{name} {version}" for row in rows for name, version in row.get("versions", {}).items()})
+    text = f"""## Speed-up and parity per runtime
+
+`python benchmarks/deployment.py`; each row's own command is in `benchmarks/results/deployment.json`.
+
+Processor time per call on one thread at a batch of one, dense and pruned in turn: medians, and quartiles of the speed-up.
+*Efficiency* is the speed-up over the ratio of MACs. *Parity* is the largest difference from PyTorch over the largest output, of the
+dense network and of the pruned one. Random weights everywhere but in MiniLM: speed does not depend on them.
+
+{markdown_table(columns, [_line(row) for row in rows])}
+{_failures(rows)}
+{"  ".join(machines)} {", ".join(versions)}.
+"""
+    if not page.exists():
+        page.write_text(INTRO, encoding="utf-8")
+    write_section(page, "deployment", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/deployment.py", description="Dense against pruned in the runtimes."
+    )
+    add = parser.add_argument
+    add("networks", nargs="*", metavar="NETWORK", default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}; default all")
+    add("--runtime", action="append", choices=NAMES, help="once for each; default all")
+    add("--ratio", action="append", type=float, help="share of the hidden neurons to remove; default 0.5")
+    add("--round-to", type=int, default=1, help="multiples that widths are rounded to; default %(default)s")
+    add("--batch", type=int, default=1, help="default %(default)s")
+    add("--rounds", type=int, default=21, help="default %(default)s")
+    add("--again", action="store_true", help="measure what is there, too")
+    add("--page", action="store_true", help="measure nothing; write the page")
+    add("--out", type=Path, default=RESULTS, help="the JSON file; default benchmarks/results/deployment.json")
+    add("--docs", type=Path, default=PAGE.parent, help="folder of deployment.md; default docs")
+    options = parser.parse_args(argv)
+    if unknown := set(options.networks) - set(NETWORKS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for runtime in () if options.page else options.runtime or NAMES:
+        for network in options.networks:
+            for ratio in options.ratio or [0.5]:
+                key = f"{network}/{runtime}/{ratio:g}/{options.round_to}/{options.batch}"
+                if key in results and not options.again:
+                    continue
+                row = _measured(network, runtime, ratio, options.round_to, options.batch, options.rounds)
+                results[key] = row | {"command": _command(row)}
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+                print(", ".join(_line(row)), flush=True)
+    write_page(results, options.docs / "deployment.md")
+    print(f"written: {options.docs / 'deployment.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

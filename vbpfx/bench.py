@@ -1,0 +1,326 @@
+"""Bench: dense against pruned in one run, per runtime.
+
+Both networks are compiled for the same inputs and run in turn. Speed-up is the median over rounds of dense seconds over
+pruned seconds of the same round; *efficiency* is the speed-up over the ratio of MACs: 1 where the runtime turns every saved
+product into saved time. *Parity* is the largest difference of a runtime's outputs from PyTorch's over the largest output.
+
+Memory is not in it: what a process holds cannot be told apart into the networks and the compilers that made them.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from torch import Tensor, nn
+
+from vbpfx.capture import capture, share_parameters
+from vbpfx.errors import CaptureError, ExportError, first_line
+from vbpfx.export.onnx import PARITY, export_onnx, run_session
+from vbpfx.inputs import Inputs, as_inputs
+from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.table import runtime
+from vbpfx.tables import table
+from vbpfx.timing import Clock, Spread, alternating
+from vbpfx.verify import relative_error
+
+_WIDTH = 140  # of the printed table
+
+
+@dataclass(frozen=True)
+class Side:
+    """One network in one runtime.
+
+    Attributes:
+        seconds: per call; None where the runtime failed.
+        parity: largest relative difference from the reference.
+        size: bytes of what would be shipped; None where nothing is written.
+        failure: the runtime's message.
+    """
+
+    seconds: Spread | None = None
+    parity: float | None = None
+    size: int | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Dense and pruned in one runtime, at one batch size and number of threads; see :mod:`vbpfx.bench`."""
+
+    runtime: str
+    batch: int
+    threads: int
+    dense: Side
+    pruned: Side
+    speedup: Spread | None
+    efficiency: float | None
+
+    @property
+    def samples_per_second(self) -> tuple[float, float] | None:
+        """Dense and pruned, by median seconds."""
+        if self.dense.seconds is None or self.pruned.seconds is None:
+            return None
+        return self.batch / self.dense.seconds.median, self.batch / self.pruned.seconds.median
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What :func:`bench` measured. Printing it shows a table.
+
+    Attributes:
+        rows: one per runtime, number of threads and batch size.
+        macs: MACs per sample ``(dense, pruned)``; None where they cannot be counted (ONNX files, networks that cannot be
+            traced).
+        rounds: how often each was timed.
+        versions: package -> version of the runtimes.
+    """
+
+    rows: tuple[Row, ...]
+    macs: tuple[int, int] | None
+    rounds: int
+    versions: dict[str, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Runtimes that failed, and outputs that differ by more than 1e-4."""
+        found = []
+        for row in self.rows:
+            for name, side in (("dense", row.dense), ("pruned", row.pruned)):
+                where = f"{row.runtime}, {name}, batch {row.batch}"
+                if side.failure:
+                    found.append(f"{where}: {side.failure}")
+                elif side.parity is not None and not side.parity <= PARITY:
+                    found.append(f"{where}: differs by {side.parity:.1e} of the output's size, allowed {PARITY:.0e}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready dictionaries."""
+        return {
+            "macs": self.macs,
+            "rounds": self.rounds,
+            "versions": self.versions,
+            "rows": [asdict(row) | {"samples_per_second": row.samples_per_second} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        title = f"dense against pruned, medians of {self.rounds} interleaved rounds"
+        if self.macs:
+            title += f"; MACs {self.macs[0]:,} -> {self.macs[1]:,} ({self.macs[0] / self.macs[1]:.2f}x less)"
+        columns = ("runtime", "threads", "batch", "ms", "samples/s", "speed-up", "efficiency", "parity", "MB")
+        text = table(title, columns, [_cells(row) for row in self.rows], width=_WIDTH)
+        return text + "".join(f"{problem}\n" for problem in self.problems)
+
+
+def _cells(row: Row) -> list[Any]:
+    cells: list[Any] = [row.runtime, row.threads, row.batch]
+    if row.speedup is None or row.dense.seconds is None or row.pruned.seconds is None or row.samples_per_second is None:
+        return [*cells, *["failed"] * 3, "-", "-", "-"]
+    dense, pruned = row.dense.seconds, row.pruned.seconds
+    rate, now = row.samples_per_second
+    return [
+        *cells,
+        f"{_ms(dense)} -> {_ms(pruned)}",
+        f"{rate:.1f} -> {now:.1f}",
+        f"{row.speedup.median:.2f} ({row.speedup.lower:.2f}-{row.speedup.upper:.2f})",
+        "-" if row.efficiency is None else f"{row.efficiency:.2f}",
+        f"{row.dense.parity:.0e}, {row.pruned.parity:.0e}",
+        "-" if row.dense.size is None or row.pruned.size is None
+        else f"{row.dense.size / 1e6:.1f} -> {row.pruned.size / 1e6:.1f}",
+    ]  # fmt: skip
+
+
+def _ms(seconds: Spread) -> str:
+    return f"{seconds.median * 1e3:.{1 if seconds.median > 0.01 else 3}f}"
+
+
+def bench(
+    dense: nn.Module,
+    pruned: nn.Module,
+    inputs: Any,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    rounds: int = 15,
+    clock: Clock = time.perf_counter,
+) -> BenchResult:
+    """Measure dense against pruned in the same run, interleaved.
+
+    Args:
+        dense, pruned: networks of the same arguments and outputs; they are left as they are.
+        inputs: one batch, which is repeated or cut to the batch sizes.
+        runtimes: of :data:`vbpfx.runtimes.table.NAMES`.
+        batches: batch sizes.
+        threads: numbers of threads.
+        rounds: how often each is timed.
+        clock: seconds; ``time.process_time`` counts what this process computes and not what it waits for, which on a busy
+            machine says more of a single thread.
+
+    Returns:
+        One row each; a runtime that cannot take a network has its message there instead of figures.
+
+    Raises:
+        ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not belong
+            together.
+    """
+    example = as_inputs(inputs, dense)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
+                 _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip
+        return _bench(sides, example, _macs(dense, pruned, example), runtimes, batches, threads, rounds, clock)
+
+
+def bench_files(
+    dense: str | Path,
+    pruned: str | Path,
+    inputs: Inputs,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    rounds: int = 15,
+    clock: Clock = time.perf_counter,
+) -> BenchResult:
+    """The same for two ONNX files. The reference for parity is ONNX Runtime without its optimisations.
+
+    Raises:
+        ExportError: as :func:`bench`, or a runtime does not take ONNX files.
+    """
+    return _bench((_File(Path(dense)), _File(Path(pruned))), inputs, None, runtimes, batches, threads, rounds, clock)
+
+
+class _Subject(ABC):
+    """A network to compile, and what its outputs should be."""
+
+    @abstractmethod
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled: ...
+
+    @abstractmethod
+    def outputs(self, inputs: Inputs) -> list[Tensor]: ...
+
+
+class _Network(_Subject):
+    """A module; runtimes that take ONNX files share one."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs, path: Path) -> None:
+        self.network, self.inputs, self.path = share_parameters(network), inputs, path
+
+    @functools.cached_property
+    def file(self) -> Path:
+        return export_onnx(self.network, self.inputs, self.path)
+
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if runtime.open is not None:
+            return runtime.open(self.file, inputs, threads)
+        return runtime.compile(self.network, inputs, threads)
+
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
+
+
+class _File(_Subject):
+    """An ONNX file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if runtime.open is None:
+            raise ExportError(f"runtime {runtime.name} takes no ONNX file; bench the networks themselves")
+        return runtime.open(self.path, inputs, threads)
+
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return run_session(session, inputs)
+        except Exception as error:  # ONNX Runtime has its own kinds
+            raise ExportError(f"{self.path} does not run in ONNX Runtime: {first_line(error)}") from error
+
+
+def _macs(dense: nn.Module, pruned: nn.Module, inputs: Inputs) -> tuple[int, int] | None:
+    try:
+        before, after = (sum(capture(network, inputs).macs.values()) for network in (dense, pruned))
+    except CaptureError:
+        return None
+    return (before, after) if after else None
+
+
+def _bench(
+    sides: tuple[_Subject, _Subject],
+    example: Inputs,
+    macs: tuple[int, int] | None,
+    names: Sequence[str],
+    batches: Sequence[int],
+    threads: Sequence[int],
+    rounds: int,
+    clock: Clock,
+) -> BenchResult:
+    if min((*batches, *threads, rounds)) < 1:
+        raise ExportError("batch sizes, threads and rounds must be positive")
+    chosen = [runtime(name) for name in names]  # all of them, before any is measured
+    batch_inputs = {size: example.resized(size) for size in batches}
+    expected = {size: tuple(side.outputs(inputs) for side in sides) for size, inputs in batch_inputs.items()}
+    for dense, pruned in expected.values():
+        if [t.shape for t in dense] != [t.shape for t in pruned]:
+            raise ExportError(
+                f"dense returns shapes {[tuple(t.shape) for t in dense]}, pruned {[tuple(t.shape) for t in pruned]}: they are "
+                f"not dense and pruned of one model"
+            )
+    ratio = macs[0] / macs[1] if macs else None
+    rows = [
+        _measure(taken, sides, batch_inputs[size], expected[size], count, rounds, clock, ratio)
+        for taken in chosen for count in threads for size in batches
+    ]  # fmt: skip
+    return BenchResult(tuple(rows), macs, rounds, {taken.package: _version(taken.package) for taken in chosen})
+
+
+def _measure(
+    taken: Runtime,
+    sides: tuple[_Subject, _Subject],
+    inputs: Inputs,
+    expected: tuple[list[Tensor], ...],
+    threads: int,
+    rounds: int,
+    clock: Clock,
+    ratio: float | None,
+) -> Row:
+    found: list[Side] = []
+    compiled: list[Compiled] = []
+    for side, reference in zip(sides, expected, strict=True):
+        try:
+            made = side.compile(taken, inputs, threads)
+            found.append(Side(parity=relative_error(made.run(inputs), reference), size=made.size))
+            compiled.append(made)
+        except ExportError as error:
+            found.append(Side(failure=str(error)))
+        except Exception as error:  # a runtime that compiles may still fail to run
+            found.append(Side(failure=f"{taken.name} does not run the network: {first_line(error)}"))
+    batch = inputs.batch_size or 1
+    if len(compiled) < len(sides):
+        return Row(taken.name, batch, threads, found[0], found[1], None, None)
+    runs = {name: functools.partial(made.run, inputs) for name, made in zip(("dense", "pruned"), compiled, strict=True)}
+    seconds = alternating(runs, rounds=rounds, clock=clock)
+    speedup = Spread.of([a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)])
+    dense, pruned = (
+        Side(Spread.of(seconds[name]), side.parity, side.size)
+        for name, side in zip(("dense", "pruned"), found, strict=True)
+    )
+    return Row(taken.name, batch, threads, dense, pruned, speedup, speedup.median / ratio if ratio else None)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

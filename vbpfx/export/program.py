@@ -1,0 +1,40 @@
+"""torch.export's program for inputs of one shape, from tensors to tensors: what compilers other than ONNX's take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vbpfx.capture import share_parameters
+from vbpfx.inputs import Inputs
+
+
+class _Flat(nn.Module):
+    """The network as a function from tensors to tensors; nested and constant arguments are put in their places here."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        leaves, self.structure = pytree.tree_flatten((inputs.args, inputs.kwargs))
+        self.leaves: list[Any] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The network's output tensors in order."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        output = self.network(*args, **kwargs)
+        return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def export_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """The program of the network in eval mode, on the CPU; it takes ``inputs.tensors`` in order, of these shapes."""
+    flat = share_parameters(_Flat(network, inputs)).cpu()
+    example = tuple(tensor.cpu() for tensor in inputs.tensors)
+    with torch.no_grad():
+        return torch.export.export(flat, example, strict=False)

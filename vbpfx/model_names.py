@@ -1,0 +1,219 @@
+"""Models by the strings that the command line takes, weights from files, and inputs of the shapes that they expect.
+
+timm:NAME  torchvision:NAME  hf:NAME-or-folder  module:callable
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vbpfx.errors import ModelError, first_line
+from vbpfx.inputs import Inputs
+
+FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
+_WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under
+_TOKENS = 128
+
+
+def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
+    """The model of that name, in eval mode, on the CPU.
+
+    Args:
+        name: ``timm:NAME`` and ``torchvision:NAME`` have random weights; ``hf:`` takes a folder, or a name that transformers
+            finds, with the weights that are there; ``module:callable`` calls what it names without arguments, and looks for
+            the module in the working directory, too.
+        weights: a state dict, as safetensors or as ``torch.save`` wrote it; read without running code from it.
+
+    Raises:
+        ModelError: the model is unknown or cannot be made, its package is not installed, or the weights cannot be read or
+            do not fit.
+    """
+    kind, colon, rest = name.partition(":")
+    if not colon or not kind or not rest:
+        raise ModelError(f"model {name!r}: expected {FORMS}")
+    model = _MAKERS.get(kind, _of_module)(name, rest)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {name!r} gives a {type(model).__name__}, expected a torch.nn.Module")
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into the model; it stays as it was if the file does not fit.
+
+    Raises:
+        ModelError: the file cannot be read, or its names or shapes are not the model's.
+    """
+    own, found = model.state_dict(), _read_weights(path)
+    wrong = [f"it lacks {name}" for name in own if name not in found]
+    wrong += [f"it holds {name}, which the model has not" for name in found if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}"
+        for name, tensor in found.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
+        raise ModelError(f"{path} does not fit {type(model).__name__}: {wrong[0]}{more}")
+    model.load_state_dict(found)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb"):
+            pass
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read weights from {path}: {first_line(error)}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"{path} is no file of weights alone ({first_line(error)}); save model.state_dict() as safetensors or by torch.save"
+        ) from error
+    for key in _WRAPPINGS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelError(f"{path} holds no state dict; save model.state_dict()")
+    return dict(found)
+
+
+def _package(name: str, package: str, install: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install '{install}'") from error
+
+
+def _of_timm(name: str, rest: str) -> nn.Module:
+    timm = _package(name, "timm", "vbpfx[timm]")
+    if not timm.is_model(rest):
+        near = timm.list_models(f"*{rest.split('_')[0]}*")[:5]
+        raise ModelError(f"timm knows no model {rest!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    model: nn.Module = timm.create_model(rest)
+    return model
+
+
+def _of_torchvision(name: str, rest: str) -> nn.Module:
+    models = _package(name, "torchvision.models", "torchvision")
+    if rest not in models.list_models():
+        near = models.list_models(include=f"*{rest.split('_')[0]}*")[:5]
+        raise ModelError(f"torchvision knows no model {rest!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    # no downloads: detection and segmentation models would fetch a backbone
+    signature = inspect.signature(models.get_model_builder(rest))
+    extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}
+    model: nn.Module = models.get_model(rest, weights=None, **extra)
+    return model
+
+
+def _of_transformers(name: str, rest: str) -> nn.Module:
+    transformers = _package(name, "transformers", "transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(rest)
+        config.use_cache = False  # no part of one forward pass
+        known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+        model: nn.Module = next(filter(None, known), transformers.AutoModel).from_pretrained(rest, config=config)
+    except Exception as error:  # the hub, the configuration and the model class raise what they raise
+        raise ModelError(
+            f"transformers cannot load {rest!r} ({type(error).__name__}: {first_line(error)}); pass the name of a model, or a "
+            f"folder with config.json and the weights"
+        ) from error
+    return model
+
+
+def _of_module(name: str, rest: str) -> Any:
+    module, _, function = name.rpartition(":")
+    sys.path.insert(0, "")
+    try:
+        make = importlib.import_module(module)
+        for part in function.split("."):
+            make = getattr(make, part)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"model {name!r}: {first_line(error)}; expected {FORMS}") from error
+    finally:
+        sys.path.remove("")
+    if isinstance(make, nn.Module):
+        return make
+    try:
+        return make()  # type: ignore[operator]
+    except Exception as error:  # the user's own code
+        raise ModelError(f"model {name!r}: calling it raised {type(error).__name__}: {first_line(error)}") from error
+
+
+_MAKERS: dict[str, Callable[[str, str], Any]] = {
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+    "hf": _of_transformers,
+}
+
+
+def typical_inputs(model: nn.Module, shape: tuple[int, ...] | None = None, batch: int = 2) -> Inputs:
+    """Random inputs of the shape that the model expects, as far as it says so itself (timm, torchvision, transformers).
+
+    Args:
+        shape: of one sample of the one input, in place of what the model says.
+
+    Raises:
+        ModelError: the model does not say.
+    """
+    if shape is not None:
+        return Inputs((torch.randn(batch, *shape),), {})
+    if isinstance(found := getattr(model, "pretrained_cfg", None), Mapping) and found.get("input_size"):
+        return Inputs((torch.randn(batch, *found["input_size"]),), {})
+    if type(model).__module__.startswith("torchvision."):
+        return Inputs((torch.randn(batch, 3, 224, 224),), {})
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if main == "input_ids" and config is not None:
+        tokens = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
+        ids = torch.randint(config.vocab_size, (batch, tokens))
+        return Inputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
+        return Inputs((), {"pixel_values": torch.randn(batch, getattr(config, "num_channels", 3), size, size)})
+    raise ModelError(f"{type(model).__name__} does not say what its input looks like; pass --shape, such as 3x224x224")
+
+
+_ONNX_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+def file_inputs(path: Path, length: int = _TOKENS, batch: int = 2) -> Inputs:
+    """Inputs of the shapes that an ONNX file states: random numbers, and ones where it takes integers.
+
+    Args:
+        length: of open axes behind the first, which is the batch.
+
+    Raises:
+        ModelError: it cannot be read, or takes inputs of another type.
+    """
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has its own kinds
+        raise ModelError(f"cannot read {path} as ONNX: {first_line(error)}") from error
+    tensors = []
+    for entry in session.get_inputs():
+        if entry.type not in _ONNX_TYPES:
+            raise ModelError(f"{path}: input {entry.name} is a {entry.type}, expected one of {', '.join(_ONNX_TYPES)}")
+        dtype = _ONNX_TYPES[entry.type]
+        first, *others = entry.shape or [1]
+        shape = [batch if not isinstance(first, int) else first]
+        shape += [size if isinstance(size, int) else length for size in others]
+        made = torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+        tensors.append(made if entry.shape else made[0])
+    return Inputs(tuple(tensors), {})

@@ -1,0 +1,58 @@
+"""ExecuTorch with XNNPACK, by its Python runtime."""
+
+from __future__ import annotations
+
+import weakref
+
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import to_edge_transform_and_lower
+from executorch.extension.pybindings import portable_lib
+from executorch.runtime import Runtime
+from torch import Tensor, nn
+
+from vbpfx.errors import ExportError
+from vbpfx.export.program import export_program
+from vbpfx.inputs import Inputs
+from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.quiet import silenced
+
+
+class _Method(Compiled):
+    def __init__(self, program: bytes) -> None:
+        self.program = Runtime.get().load_program(program)  # its methods do not keep it
+        self.method = self.program.load_method("forward")
+        self.size = len(program)
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        return list(self.method.execute([tensor.detach().cpu().contiguous() for tensor in inputs.tensors]))
+
+
+_loaded: weakref.WeakSet[_Method] = weakref.WeakSet()
+
+
+def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """The program, loaded.
+
+    Raises:
+        ExportError: another number of threads is asked for while a program is loaded.
+    """
+    with silenced():
+        edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
+        program = bytes(edge.to_executorch().buffer)
+        _set_threads(threads)
+        method = _Method(program)
+    _loaded.add(method)
+    return method
+
+
+def _set_threads(threads: int | None) -> None:
+    """There is one pool, and XNNPACK's programs hold on to the one that they were loaded with."""
+    found = portable_lib._threadpool_get_thread_count()
+    if threads in (None, found):
+        return
+    if _loaded:
+        raise ExportError(
+            f"ExecuTorch has one pool of threads, and a program is loaded that runs on {found}; let go of it before "
+            f"compiling for {threads}"
+        )
+    portable_lib._unsafe_reset_threadpool(threads)

@@ -1,0 +1,46 @@
+"""OpenVINO, on the CPU, from the exported ONNX file, in float32."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import openvino
+import torch
+from torch import Tensor, nn
+
+from vbpfx.export.onnx import export_onnx
+from vbpfx.inputs import Inputs
+from vbpfx.runtimes.interface import Compiled
+
+
+class _Model(Compiled):
+    def __init__(self, model: Any, size: int) -> None:
+        self.request, self.size = model.create_infer_request(), size
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        found = self.request.infer([tensor.detach().cpu().numpy() for tensor in inputs.tensors])
+        return [torch.from_numpy(value) for value in found.to_tuple()]  # copies: infer shares nothing by default
+
+
+def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """The exported file, compiled.
+
+    Raises:
+        ExportError: the network cannot be exported, or the file disagrees with it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
+
+
+def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """An ONNX file, compiled for the inputs' shapes."""
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape({port: list(t.shape) for port, t in zip(model.inputs, inputs.tensors, strict=True)})
+    # float32 as everywhere else: where the processor has bfloat16, that is what OpenVINO takes by itself
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return _Model(core.compile_model(model, "CPU", options), path.stat().st_size)

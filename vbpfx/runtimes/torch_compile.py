@@ -1,0 +1,39 @@
+"""torch.compile, with Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.export.program import export_program
+from vbpfx.inputs import Inputs
+from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.pytorch import torch_threads
+from vbpfx.runtimes.quiet import silenced
+
+
+class Inductor(Compiled):
+    """What Inductor made of a program; the number of threads is part of its code."""
+
+    def __init__(self, forward: Callable[..., Any], threads: int | None, size: int | None = None) -> None:
+        self.forward, self.threads, self.size = forward, threads, size
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """The network's output tensors."""
+        with torch_threads(self.threads), torch.no_grad():
+            return list(self.forward(*(tensor.cpu() for tensor in inputs.tensors)))
+
+
+def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """The exported program, compiled.
+
+    Exported first, since Dynamo gives up on code that it has compiled for many networks, and every program is new code.
+    """
+    with silenced(), torch_threads(threads), torch.no_grad():
+        program = export_program(network, inputs).module(check_guards=False)
+        compiled = Inductor(torch.compile(program, fullgraph=True, dynamic=False), threads)
+        compiled.run(inputs)  # this is when it compiles
+    return compiled
