@@ -20,6 +20,7 @@ from vbpfx.errors import (
     VbpfxError,
     VerificationError,
 )
+from vbpfx.exported import prune_exported
 from vbpfx.finetune import FineTuned, finetune
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
@@ -63,6 +64,7 @@ __all__ = [
     "make_plan",
     "prepare",
     "prune",
+    "prune_exported",
     "register_operator",
     "save",
     "sensitivities",

@@ -6,11 +6,12 @@ with another axis, and unlike symbolic shapes it never specialises (timm's Swin 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -19,15 +20,19 @@ from vbpfx.inputs import Inputs
 _SMALLEST_SENTINEL = 1009
 
 
-def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs) -> int | None:
-    """Write ``meta["val"]`` on every node; returns the size that stands for the batch."""
+def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: bool = False) -> int | None:
+    """Write ``meta["val"]`` on every node; returns the size that stands for the batch, None where it is the inputs' own.
+
+    Args:
+        fixed: the graph is for the inputs' own batch size alone.
+    """
 
     def record(node: fx.Node, run: Callable[[], Any]) -> Any:
         node.meta["val"] = value = run()
         return value
 
     sentinel = _sentinel(graph_module, inputs)
-    if inputs.batch_size is not None:
+    if inputs.batch_size is not None and not fixed:
         try:
             run_fake(graph_module, inputs, sentinel, record)
             return sentinel
@@ -69,13 +74,42 @@ def run_fake(
 def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """The inputs in the order of the graph's placeholders."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if isinstance(graph_module.graph._codegen, fx.graph._PyTreeCodeGen):
-        return inputs.leaves
+    codegen = graph_module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        return _flattened(graph_module, codegen.pytree_info.in_spec, inputs)
     named = dict(zip((str(node.target) for node in placeholders), inputs.args, strict=False)) | inputs.kwargs
     return [
         named[str(node.target)] if str(node.target) in named else node.args[0] if node.args else None
         for node in placeholders
     ]
+
+
+def _flattened(graph_module: fx.GraphModule, spec: pytree.TreeSpec, inputs: Inputs) -> list[Any]:
+    """The leaves in the order that the graph was exported with, however the arguments are passed."""
+    given = inspect.signature(graph_module.forward).bind(*inputs.args, **inputs.kwargs)
+    given.apply_defaults()
+    values: Any = list(given.arguments.values())
+    match pytree.tree_unflatten(range(spec.num_leaves), spec):
+        case (tuple() as args, dict() as kwargs):
+            values = (values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True)))
+    return list(fx._pytree.tree_flatten_spec(values, spec))
+
+
+def has_fixed_batch(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model is a graph that came with shapes, and they say that it was made for just the inputs' batch size."""
+    if not isinstance(model, fx.GraphModule):
+        return False
+    try:
+        given = graph_arguments(model, inputs)
+    except (TypeError, KeyError):  # the inputs are of another graph
+        return False
+    values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
+    sizes = [v.shape[0] for v, t in zip(values, given, strict=True) if isinstance(v, Tensor) and _has_axes(v, t)]
+    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] == inputs.batch_size
+
+
+def _has_axes(value: Tensor, given: Any) -> bool:
+    return value.ndim > 0 and isinstance(given, Tensor) and given.ndim > 0
 
 
 def _sentinel(graph_module: fx.GraphModule, inputs: Inputs) -> int:
