@@ -22,6 +22,7 @@ from vbpfx.errors import (
 )
 from vbpfx.exported import prune_exported
 from vbpfx.finetune import FineTuned, finetune
+from vbpfx.fx_pass import VarianceBasedPruning
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
@@ -51,6 +52,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Statistics",
+    "VarianceBasedPruning",
     "VbpfxError",
     "Verification",
     "VerificationError",

@@ -231,7 +231,7 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
 def _is_flat(model: fx.GraphModule, tracer: fx.Tracer) -> bool:
     """Whether the graph calls leaves alone, so that nothing in it is left to trace."""
-    called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - {_GUARDS}
+    called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - {INPUT_GUARDS}
     return all(tracer.is_leaf_module(model.get_submodule(name), name) for name in called)
 
 
@@ -246,14 +246,14 @@ def _own_graph(model: fx.GraphModule) -> fx.GraphModule:
     return own
 
 
-# What torch.export calls the module that holds the guards on its inputs.
-_GUARDS = "_guards_fn"
+# What torch.export calls the module that holds the guards on inputs.
+INPUT_GUARDS = "_guards_fn"
 
 
 def _drop_input_checks(graph: fx.Graph) -> None:
     """Erase what torch.export inserts to check inputs: it has no effect on the result and binds the graph to a precision."""
     for node in list(graph.nodes):
-        if node.target in (torch.ops.aten._assert_tensor_metadata.default, _GUARDS) and not node.users:
+        if node.target in (torch.ops.aten._assert_tensor_metadata.default, INPUT_GUARDS) and not node.users:
             graph.erase_node(node)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from vbpfx.inputs import Inputs
@@ -42,6 +44,40 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
     return None
 
 
+def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
+    """Write ``meta["val"]`` on every node of a narrowed graph from the shapes that the graph's own arguments had.
+
+    Where the graph had none there will be none, nor where its shapes cannot be followed: nothing states a dense width.
+    """
+    values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode(values)
+    complete = mode is not None
+    if mode is not None:
+        try:
+            _Renewal(small, mode).run(*values, enable_io_processing=False)
+        except Exception:  # shapes that another program read off its own arguments, for one
+            complete = False
+    for node in small.graph.nodes:
+        known = node.meta.pop("tensor_meta", None)
+        if not complete:
+            node.meta.pop("val", None)
+        elif known is not None and isinstance(node.meta["val"], Tensor):
+            node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
+
+
+class _Renewal(fx.Interpreter):
+    """A run in the fake mode that a graph's shapes are of."""
+
+    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(graph_module)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        with self.mode, torch.no_grad():
+            value = n.meta["val"] = _as_fake_tree(self.mode, super().run_node(n))
+        return value
+
+
 def run_fake(
     graph_module: fx.GraphModule,
     inputs: Inputs,
@@ -57,18 +93,24 @@ def run_fake(
             shape[0] = samples
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
+    class Runner(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            return around(n, lambda: _as_fake_tree(mode, super(Runner, self).run_node(n)))
+
+    with mode, torch.no_grad():
+        example = inputs.map(fake)
+        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
+
+
+def _as_fake_tree(mode: FakeTensorMode, value: Any) -> Any:
+    """A node's value with fake tensors alone."""
+
     def as_fake(tensor: Tensor) -> Tensor:
         # a parameter, or what an operator hands on unchanged, is still real
         found = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
         return found.detach() if found.requires_grad else found  # the flop counter hooks what asks for gradients
 
-    class Runner(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            return around(n, lambda: pytree.tree_map_only(Tensor, as_fake, super(Runner, self).run_node(n)))
-
-    with mode, torch.no_grad():
-        example = inputs.map(fake)
-        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
+    return pytree.tree_map_only(Tensor, as_fake, value)
 
 
 def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:

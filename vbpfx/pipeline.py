@@ -190,9 +190,7 @@ class _Kept:
     Batches are cut where the graph takes any number of samples.
     """
 
-    def __init__(
-        self, observed: fx.GraphModule, samples: int, gradients: Gradients | None, *, divisible: bool
-    ) -> None:
+    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None, *, divisible: bool) -> None:
         self.observed, self.left, self.gradients, self.divisible = observed, samples, gradients, divisible
         self.batches: list[Inputs] = []
 

@@ -62,13 +62,18 @@ class Contract:
         assert isinstance(module, fx.GraphModule)
         _refuse_writes(program, module)
         if program.example_inputs is None:
-            raise CaptureError("the program holds no example inputs, which exporting anew needs: set program.example_inputs")
+            raise CaptureError(
+                "the program holds no example inputs, which exporting anew needs: set program.example_inputs"
+            )
         args, kwargs = program.example_inputs
         values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
         given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
         leaves = tuple(a.value if isinstance(a, ConstantArgument) else values[a.name] for a in given)
         ranges = {
-            symbol: (int(found.lower) if found.lower.is_Integer else 0, int(found.upper) if found.upper.is_Integer else None)
+            symbol: (
+                int(found.lower) if found.lower.is_Integer else 0,
+                int(found.upper) if found.upper.is_Integer else None,
+            )
             for symbol, found in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
@@ -82,11 +87,8 @@ class Contract:
         def sizes(leaf: Any) -> dict[int, Any] | None:
             if not isinstance(leaf, Tensor):
                 return None
-            return {
-                axis: self._dim(size.node.expr, known)
-                for axis, size in enumerate(leaf.shape)
-                if isinstance(size, torch.SymInt)
-            }
+            shape: Sequence[Any] = leaf.shape
+            return {axis: self._dim(n.node.expr, known) for axis, n in enumerate(shape) if isinstance(n, torch.SymInt)}
 
         structure = pytree.tree_structure((self.inputs.args, self.inputs.kwargs))
         args, kwargs = pytree.tree_unflatten([sizes(leaf) for leaf in self.leaves], structure)
@@ -175,7 +177,9 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
             warnings.simplefilter("ignore")
             program = torch.export.export(network, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter and the model's operators raise many kinds
-        raise ExportError(f"torch.export cannot export the network: {type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(
+            f"torch.export cannot export the network: {type(error).__name__}: {first_line(error)}"
+        ) from error
     _require_equal(program, network, example)
     if like is not None:
         _tell_origins(program, like)
@@ -218,7 +222,9 @@ def _require_equal(program: ExportedProgram, network: nn.Module, example: Inputs
     allowed = max((TOLERANCES.get(t.dtype, 0.0) for t in expected), default=0.0)
     error = relative_error(found, expected)
     if not error <= allowed:
-        raise ExportError(f"the program differs from the network by {error:.2e} of the output's size (allowed {allowed:.0e})")
+        raise ExportError(
+            f"the program differs from the network by {error:.2e} of the output's size (allowed {allowed:.0e})"
+        )
 
 
 def _tensors(output: Any) -> list[Tensor]:
