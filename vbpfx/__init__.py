@@ -22,7 +22,9 @@ from vbpfx.errors import (
     VbpfxError,
     VerificationError,
 )
+from vbpfx.exported import prune_exported
 from vbpfx.finetune import FineTuned, finetune
+from vbpfx.fx_pass import VarianceBasedPruning
 from vbpfx.latency import measure_latencies
 from vbpfx.latency_table import Latencies
 from vbpfx.ops import register_operator
@@ -57,6 +59,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Statistics",
+    "VarianceBasedPruning",
     "VbpfxError",
     "Verification",
     "VerificationError",
@@ -72,6 +75,7 @@ __all__ = [
     "measure_latencies",
     "prepare",
     "prune",
+    "prune_exported",
     "register_operator",
     "save",
     "sensitivities",

@@ -7,6 +7,8 @@ Two front ends make the same kind of object, a ``torch.fx.GraphModule``:
 - ``"export"``, :func:`torch.export.export`: an ATen graph, for models whose Python control flow stops
   symbolic tracing.
 
+What is a graph of known layers and operators already is not traced again: its own graph is taken, with its nodes' names.
+
 Nothing is traced on the caller's model: both work on a copy of its modules that shares every tensor, so
 no mode, hook or attribute of the original changes even for a moment.
 
@@ -35,7 +37,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from vbpfx.errors import CaptureError, first_line
-from vbpfx.fake import propagate_shapes, run_fake
+from vbpfx.fake import has_fixed_batch, propagate_shapes, run_fake
 from vbpfx.inputs import Inputs, argument_names, as_inputs, holds_tensor, model_device
 from vbpfx.ops import is_registered
 
@@ -129,7 +131,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         try:
             graph_module = trace(reference, inputs)
             with quiet_logging():
-                batch = propagate_shapes(graph_module, inputs)
+                batch = propagate_shapes(graph_module, inputs, fixed=has_fixed_batch(reference, inputs))
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
             continue
@@ -216,6 +218,8 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     }
     constants = {name: value for name, value in bound.items() if not holds_tensor(value)}
     tracer = _Tracer()
+    if isinstance(model, fx.GraphModule) and _is_flat(model, tracer):
+        return _own_graph(model)
     graph = tracer.trace(model, concrete_args=absent | constants)
     _order_arguments(graph)
     for node in graph.nodes:
@@ -223,6 +227,48 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         if node.op == "placeholder":
             node.target = next((n for n in absent | constants if node.target in (n, f"{n}_1")), node.target)
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def _is_flat(model: fx.GraphModule, tracer: fx.Tracer) -> bool:
+    """Whether the graph calls leaves alone, so that nothing in it is left to trace."""
+    called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - {INPUT_GUARDS}
+    return all(tracer.is_leaf_module(model.get_submodule(name), name) for name in called)
+
+
+def _own_graph(model: fx.GraphModule) -> fx.GraphModule:
+    """A graph as it is, for shapes to be written on; without what only checks the inputs."""
+    graph = copy.deepcopy(model.graph)
+    _drop_input_checks(graph)
+    _refuse_training_operators(graph)
+    _order_arguments(graph)
+    own = fx.GraphModule(model, graph, type(model).__name__)
+    own.meta.update(model.meta)
+    return own
+
+
+# What torch.export calls the module that holds the guards on inputs.
+INPUT_GUARDS = "_guards_fn"
+
+
+def _drop_input_checks(graph: fx.Graph) -> None:
+    """Erase what torch.export inserts to check inputs: it has no effect on the result and binds the graph to a precision."""
+    for node in list(graph.nodes):
+        if node.target in (torch.ops.aten._assert_tensor_metadata.default, INPUT_GUARDS) and not node.users:
+            graph.erase_node(node)
+
+
+# Operator -> where it says that it trains.
+_TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
+
+
+def _refuse_training_operators(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        place = _TRAINS.get(node.target)
+        if place is not None and len(node.args) > place and node.args[place] is True:
+            raise CaptureError(
+                f"the graph was exported in training mode (node {node.name} is {node.target} with training=True), which eval() "
+                f"does not change: export model.eval()"
+            )
 
 
 # Where tensors stand among a call's arguments, by the names that torch gives them, and NumPy's names for torch's own.
@@ -259,10 +305,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
-    for node in list(graph.nodes):
-        # dtype asserts have no effect on the result and would bind the graph to one precision
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
+    _drop_input_checks(graph)
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
 

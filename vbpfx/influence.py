@@ -122,14 +122,17 @@ class Gradients:
             leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
             if not leaves:
                 return []
-            directions = [
-                torch.randn(t.shape, generator=self.generator).to(t) / (t.detach().std() + 1e-12) for t in leaves
-            ]
+            directions = [torch.randn(t.shape, generator=self.generator).to(t) / (_spread(t) + 1e-12) for t in leaves]
             gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
         # a root at zero, for one, has no finite derivative
         return [
             (n, g.detach().nan_to_num(0.0, 0.0, 0.0)) for n, g in zip(seen, gradients, strict=True) if g is not None
         ]
+
+
+def _spread(value: Tensor) -> Tensor:
+    """Its standard deviation; the size of a single entry, which has none."""
+    return value.detach().std() if value.numel() > 1 else value.detach().abs()
 
 
 def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
 from vbpfx.artifact import save_network
@@ -17,7 +18,9 @@ from vbpfx.calibrate import calibrate, run_forward
 from vbpfx.capture import Captured, Frontend, capture, require_module
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
+from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx
+from vbpfx.fake import has_fixed_batch
 from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.latency import measure_latencies, measure_result
@@ -81,6 +84,14 @@ class Pruned:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
         return export_onnx(self.graph_module, self.captured.inputs, path, plan=self.plan)
 
+    def to_exported_program(self, *, like: ExportedProgram | None = None) -> ExportedProgram:
+        """An ``ExportedProgram`` with a dynamic batch axis; see :mod:`vbpfx.export.exported_program`.
+
+        Args:
+            like: the program whose inputs, open sizes and ranges it shall have, where the model was pruned as its module.
+        """
+        return export_program(self.graph_module, self.captured.inputs, like=like)
+
 
 def prune(
     model: nn.Module,
@@ -140,7 +151,8 @@ def prune(
     first, data = _peek(calibration)
     read = reader(model, inputs)
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
-    captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
+    few = example if has_fixed_batch(model, example) else example.first(_EXAMPLE_SAMPLES)
+    captured = capture(model, few, frontend=frontend)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     fitting = chosen.reconstructs if reconstruct is None else reconstruct
@@ -172,7 +184,7 @@ def prune(
     gradients = None
     if layers and is_differentiable(captured, layers):
         gradients = Gradients(captured, layers, observed, metrics=reading)
-    kept = _Kept(observed, wanted, gradients)
+    kept = _Kept(observed, wanted, gradients, divisible=captured.batch is not None)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(
@@ -195,23 +207,26 @@ def prune(
 
 
 class _Kept:
-    """Runs batches through the prepared graph; keeps their first samples, and takes gradients on these."""
+    """Runs batches through the prepared graph; keeps their first samples, and takes gradients on these.
 
-    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None) -> None:
-        self.observed, self.left, self.gradients = observed, samples, gradients
+    Batches are cut where the graph takes any number of samples.
+    """
+
+    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None, *, divisible: bool) -> None:
+        self.observed, self.left, self.gradients, self.divisible = observed, samples, gradients, divisible
         self.batches: list[Inputs] = []
 
     def run(self, batch: Inputs) -> None:
         """The whole batch, for the statistics."""
         count = batch.batch_size or 1
         if self.left > 0:
-            own = batch.first(self.left)
+            own = batch.first(self.left) if self.divisible else batch
             self.batches.append(own)
             if self.gradients is not None:
                 self.gradients.add(own)
         if self.left <= 0 or self.gradients is None:
             run_forward(self.observed, batch)
-        elif count > self.left:
+        elif count > self.left and self.divisible:
             run_forward(self.observed, batch.samples(self.left, count))
         self.left -= count
 
@@ -221,16 +236,21 @@ def save(pruned: Pruned, folder: str | Path) -> Path:
     return pruned.save(folder)
 
 
-def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and the data with that batch still in it; the data is gone through once."""
+def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
+    """The batches one after the other; a CalibrationError for what holds none."""
     if isinstance(calibration, (Tensor, Mapping)):
         raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")
     try:
-        iterator = iter(calibration)
+        return iter(calibration)
     except TypeError as error:
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}, expected an iterable of batches"
         ) from error
+
+
+def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and the data with that batch still in it; the data is gone through once."""
+    iterator = require_batches(calibration)
     missing = object()
     first = next(iterator, missing)
     if first is missing:

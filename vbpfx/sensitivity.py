@@ -50,7 +50,7 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> 
         ArtifactError: the plan is of another model.
     """
     captured = analysis.captured
-    batches = _few(batches, len(plan.blocks))
+    batches = _few(batches, len(plan.blocks), divisible=captured.batch is not None)
     logits = _are_logits(captured)
     dense = [_outputs(captured.graph_module, batch) for batch in batches]
     found = []
@@ -121,13 +121,13 @@ def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _few(batches: Sequence[Inputs], blocks: int) -> list[Inputs]:
+def _few(batches: Sequence[Inputs], blocks: int, *, divisible: bool) -> list[Inputs]:
     """The first samples, as many as each block is measured on."""
     total = sum(batch.batch_size or 1 for batch in batches)
     left = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, total // (2 * max(1, blocks))))
     few: list[Inputs] = []
     for batch in batches:
         if left > 0:
-            few.append(batch.first(left))
+            few.append(batch.first(left) if divisible else batch)
             left -= batch.batch_size or 1
     return few

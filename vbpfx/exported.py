@@ -1,0 +1,62 @@
+"""ExportedProgram in, ExportedProgram out: in front of PT2E, ExecuTorch, AOTInductor and whatever else takes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from vbpfx.export.exported_program import Contract, export_program
+from vbpfx.inputs import Inputs, reader
+from vbpfx.pipeline import prune, require_batches
+
+
+def prune_exported(
+    program: ExportedProgram,
+    calibration: Iterable[Any],
+    *,
+    inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    **options: Any,
+) -> ExportedProgram:
+    """Make an exported program smaller: :func:`vbpfx.prune` on its graph, exported anew.
+
+    The result stands for the program: arguments, their nesting, open sizes with their ranges, names in the state dict, and
+    the structure of the output are the same. A layer without a bias may get one, under its own name with ``.bias``. Its
+    graph is what ``torch.export.export`` makes, before decompositions: what PT2E's ``prepare_pt2e(program.module(), ...)``,
+    ``executorch.exir.to_edge_transform_and_lower``, ``torch._inductor.aoti_compile_and_package`` and
+    ``openvino.convert_model`` take.
+
+    For the plan and the report take the two steps by hand:
+
+    >>> import torch, vbpfx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).eval()
+    >>> data = [torch.randn(16, 8)]
+    >>> program = torch.export.export(model, (data[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    >>> pruned = vbpfx.prune(program.module(check_guards=False), data, ratio=0.5, progress=False)
+    >>> pruned.to_exported_program(like=program).state_dict["0.weight"].shape
+    torch.Size([16, 8])
+
+    Args:
+        program: as ``torch.export.export`` returned it, of a model in eval mode; it is left exactly as it was.
+        calibration: batches within the program's shapes and ranges; a program of one batch size takes batches of that size.
+        inputs: as for :func:`vbpfx.prune`.
+        options: the budget and all else that :func:`vbpfx.prune` takes.
+
+    Raises:
+        CaptureError: it is no such program, it was exported in training mode, or it writes to its buffers or inputs.
+        CalibrationError: a batch does not fit the program's arguments, shapes or ranges; the message counts batches from 1.
+        ExportError: the smaller program cannot be exported.
+        VbpfxError: whatever else :func:`vbpfx.prune` raises.
+    """
+    contract = Contract.of(program)
+    read = reader(contract.module, inputs)
+
+    def checked() -> Iterator[Inputs]:
+        for number, batch in enumerate(require_batches(calibration), start=1):
+            found = read(batch)
+            contract.require(found, number)
+            yield found
+
+    pruned = prune(contract.module, checked(), **options)
+    return export_program(pruned.graph_module, pruned.captured.inputs, like=program)
