@@ -76,7 +76,7 @@ def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
 
 def variance(about: Scoring) -> Tensor:
     """Sum over the consumer inputs of M2 / (n - 1); (d,) float64."""
-    return torch.stack([moments.variance.cpu() for moments, _ in about.inputs]).sum(0)
+    return torch.stack([about.moments[pool[0]].variance.cpu() for pool in about.block.pools]).sum(0)
 
 
 def output_variance(about: Scoring) -> Tensor:
