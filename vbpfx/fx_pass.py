@@ -14,7 +14,7 @@ from vbpfx.capture import INPUT_GUARDS, capture, named_tensors
 from vbpfx.edit import finish
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
 from vbpfx.fake import graph_arguments, renew_shapes
-from vbpfx.inputs import Inputs, reader
+from vbpfx.inputs import Inputs, argument_names, reader
 from vbpfx.narrow import removed_channels
 from vbpfx.pipeline import Pruned, prune, require_batches
 from vbpfx.plan import PlanArguments, PlanOptions
@@ -99,6 +99,7 @@ class VarianceBasedPruning(PassBase):
         batch = self._first_batch(graph_module)
         places = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
         try:
+            argument_names(graph_module, batch)
             given = len(graph_arguments(graph_module, batch))
         except (TypeError, KeyError, ValueError) as error:
             raise CalibrationError(
