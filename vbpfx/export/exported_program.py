@@ -77,7 +77,8 @@ class Contract:
             for symbol, found in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
-        return cls(module, Inputs(tuple(args), dict(kwargs)), tuple(a.name for a in given), leaves, ranges)
+        example = Inputs(tuple(args), dict(kwargs)).map(torch.clone)  # a view would drag all of its tensor along
+        return cls(module, example, tuple(a.name for a in given), leaves, ranges)
 
     @property
     def dynamic_shapes(self) -> dict[str, Any]:
