@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -275,9 +276,9 @@ def test_a_program_that_computes_something_else_is_refused() -> None:
         export_program(Other(), Inputs((torch.randn(2, 3),), {}))
 
 
-def test_pt2e_quantises_the_result() -> None:
+@pytest.mark.parametrize("chosen", ["all", "by module"])
+def test_pt2e_quantises_the_result(chosen: str) -> None:
     pytest.importorskip("torchao")
-    import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -288,7 +289,9 @@ def test_pt2e_quantises_the_result() -> None:
         data = [torch.randn(64, 16) for _ in range(4)]
         program = torch.export.export(model, (data[0],), dynamic_shapes=({0: Dim("n")},))
         small = vbpfx.prune_exported(program, data, ratio=0.5, progress=False)
-        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        config = x86.get_default_x86_inductor_quantization_config()
+        quantizer = x86.X86InductorQuantizer()
+        quantizer = quantizer.set_global(config) if chosen == "all" else quantizer.set_module_name_qconfig("0", config)
         prepared = prepare_pt2e(small.module(), quantizer)
         for batch in data:
             prepared(batch)
@@ -297,8 +300,23 @@ def test_pt2e_quantises_the_result() -> None:
     weights = [node.args[0] for node in quantized.graph.find_nodes(op="call_function", target=per_channel)]
     tensors = dict(quantized.named_buffers()) | dict(quantized.named_parameters())
     stored = [tensors[str(weight.target)] for weight in weights]
-    assert [(w.dtype, tuple(w.shape)) for w in stored] == [(torch.int8, (32, 16)), (torch.int8, (8, 32))]
+    shapes = [(32, 16), (8, 32)] if chosen == "all" else [(32, 16)]
+    assert [(w.dtype, tuple(w.shape)) for w in stored] == [(torch.int8, shape) for shape in shapes]
     fresh = torch.randn(100, 16)
     # a step of 8 bits is 1/255 of a range of some 6 standard deviations: 0.7 % of noise per value, three values deep
     error = (quantized(fresh) - small.module()(fresh)).std() / small.module()(fresh).std()
     assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tvm_compiles_the_result(dynamic: bool) -> None:
+    tvm = pytest.importorskip("tvm")
+    from tvm.relax import VirtualMachine
+    from tvm.relax.frontend.torch import from_exported_program
+
+    model, data = randomize(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))).eval(), [torch.randn(16, 8)]
+    program = torch.export.export(model, (data[0],), dynamic_shapes=({0: Dim("n")},) if dynamic else None)
+    small = vbpfx.prune_exported(program, data, ratio=0.5, progress=False)
+    machine = VirtualMachine(tvm.compile(from_exported_program(small), "llvm"), tvm.cpu())
+    (found,) = machine["main"](tvm.runtime.tensor(data[0].numpy()))
+    assert relative_error([torch.from_numpy(found.numpy())], [small.module()(data[0])]) < 1e-5
