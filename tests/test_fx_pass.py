@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +123,17 @@ def test_names_metadata_and_guards_stay() -> None:
     assert small.meta == graph_module.meta
     with pytest.raises(AssertionError, match="<= 40"):
         small(torch.randn(41, 6, dtype=torch.float64))
+
+
+def test_the_result_is_saved_and_pruned_again(tmp_path: Path) -> None:
+    step = vbpfx.VarianceBasedPruning(data(), ratio=0.5)
+    small = step(exported(network())).graph_module
+    assert step.pruned is not None
+    step.pruned.save(tmp_path)
+    fresh = torch.randn(7, 6, dtype=torch.float64)
+    assert torch.equal(vbpfx.load(tmp_path)(fresh), small(fresh))
+    again = vbpfx.VarianceBasedPruning(data(), ratio=0.5)(small).graph_module
+    assert again.get_parameter("0.weight").shape == (6, 6)
 
 
 def test_shapes_are_renewed() -> None:

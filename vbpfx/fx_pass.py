@@ -173,11 +173,10 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _restore_guards(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
     """Check the inputs as the graph did that was pruned: their shapes are the same."""
-    nodes = {node.name: node for node in small.graph.find_nodes(op="placeholder")}
+    dense, narrow = (list(g.graph.find_nodes(op="placeholder")) for g in (graph_module, small))
     for guards in graph_module.graph.find_nodes(op="call_module", target=INPUT_GUARDS):
-        if INPUT_GUARDS not in dict(small.named_children()):
-            small.add_submodule(INPUT_GUARDS, graph_module.get_submodule(INPUT_GUARDS))
-        with small.graph.inserting_after(list(nodes.values())[-1]):
-            copied = small.graph.node_copy(guards, lambda node: nodes[node.name])
+        small.add_submodule(INPUT_GUARDS, graph_module.get_submodule(INPUT_GUARDS))
+        with small.graph.inserting_after(narrow[-1]):
+            copied = small.graph.node_copy(guards, dict(zip(dense, narrow, strict=True)).__getitem__)
         copied.meta = dict(guards.meta)
     finish(small)
