@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from vbpfx.blocks import find_blocks
-from vbpfx.capture import INPUT_GUARDS, capture, named_tensors
+from vbpfx.capture import INPUT_GUARDS, capture, named_tensors, share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
 from vbpfx.fake import graph_arguments, renew_shapes
@@ -47,7 +47,8 @@ class VarianceBasedPruning(PassBase):
         options: the budget and all else that :func:`vbpfx.prune` takes; no progress is shown unless asked for.
 
     Attributes:
-        pruned: the last run's :class:`vbpfx.Pruned`; None before the first, and where no block was found.
+        pruned: the last run's :class:`vbpfx.Pruned`, which shares its parameters with the result; None before the first run, and
+            where no block was found.
 
     Raises:
         BudgetError: the budget or another option is out of range or unknown.
@@ -123,9 +124,10 @@ class VarianceBasedPruning(PassBase):
         pruned = self.pruned = prune(graph_module, self.calibration, inputs=self.inputs, **self.options)
         if not pruned.plan.blocks and not pruned.plan.corrections:
             return PassResult(graph_module, False)
-        renew_shapes(pruned.graph_module, graph_module)
-        _restore_guards(pruned.graph_module, graph_module)
-        return PassResult(pruned.graph_module, True)
+        small = share_parameters(pruned.graph_module)  # what vbpfx saves has no guards
+        renew_shapes(small, graph_module)
+        _restore_guards(small, graph_module)
+        return PassResult(small, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Check the result: a sound graph of the plan's widths that computes what the plan says.
