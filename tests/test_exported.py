@@ -211,6 +211,16 @@ def test_a_value_that_is_built_in_may_not_change() -> None:
         vbpfx.prune_exported(program, [(args, kwargs | {"power": 2})], ratio=0.5, progress=False)
 
 
+def test_batches_name_arguments_in_any_order() -> None:
+    _, program = nested()
+    (x,), kwargs = nested_inputs(20)
+    reverse = {"power": kwargs["power"], "scale": kwargs["scale"], "x": {"y": x["y"], "x": x["x"]}}
+    found, expected = (
+        vbpfx.prune_exported(program, [batch], ratio=0.5, progress=False) for batch in (reverse, ((x,), kwargs))
+    )
+    assert all(torch.equal(value, expected.state_dict[name]) for name, value in found.state_dict.items())
+
+
 def test_no_batches() -> None:
     _, program = nested()
     with pytest.raises(CalibrationError, match="empty"):
