@@ -1,4 +1,4 @@
-"""The benchmarks of fine-tuning and of calibration cost: small runs, and what they write."""
+"""The benchmarks of fine-tuning, of calibration cost and of int8: small runs, and what they write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import calibration_cost
 import finetuning
 import pytest
+import quantized
 import small_networks
 import torch
 
@@ -58,3 +59,22 @@ def test_calibration_cost_writes_what_it_measured(tmp_path: Path) -> None:
     assert found["auto"]["images"] == 20
     assert 0.1 < found["auto"]["gib"] < 20
     assert f"| {found['auto']['ratio']:.2f}x |" in (tmp_path / "results.md").read_text()
+
+
+def test_quantized_writes_what_it_measured(tmp_path: Path) -> None:
+    given = ["digits_vit", "--ways", "onnxruntime", "--ratio", "0.9", "--images", "40", "--threads", "1"]
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert quantized.main([*given, *where]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["digits_vit"]
+    figures = {name: entry["figures"] for name, entry in found["ways"]["onnxruntime"].items()}
+    assert list(figures) == list(quantized.VARIANTS)
+    assert figures["dense"]["kept"] == 1  # the same float32 network, in another runtime
+    assert figures["dense"]["agreement"] == 1
+    assert 0.9 < figures["pruned + int8"]["kept"] < 1  # a tenth of the neurons is not enough for all images
+    page = (tmp_path / "compilers.md").read_text()
+    both = figures["pruned + int8"]
+    assert f"| {both['kept']:.1%} ± {both['kept_se']:.1%}, {both['agreement']:.1%} |" in page
+    assert quantized.main(["--page", *where]) == 0
+    assert (tmp_path / "compilers.md").read_text() == page
+    with pytest.raises(SystemExit):
+        quantized.main(["--ways", "tpu", *where])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_unchanged, double, randomize, state
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import FOUND, Case, Net
 
@@ -281,3 +281,20 @@ def test_gradients_do_not_depend_on_who_else_looks() -> None:
         assert one.metric is not None
         assert other.metric is not None
         assert torch.equal(one.metric, other.metric)
+
+
+def test_an_output_of_one_number_has_gradients() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.mlp(x)
+            return y, y.square().sum()
+
+    captured = vbpfx.capture(randomize(Summed()).double(), torch.randn(4, 6, dtype=torch.float64))
+    gradients = Gradients(captured, vbpfx.find_blocks(captured).layers)
+    gradients.add(captured.inputs)  # the spread of one number is no number, and torch warns of it
+    assert all(bool(square.isfinite().all()) for found in gradients.squares.values() for square in found)
+    assert any(bool((square > 0).any()) for found in gradients.squares.values() for square in found)

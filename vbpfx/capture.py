@@ -120,6 +120,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
     require_module(model)
     _refuse_half_on_cpu(model)
+    _refuse_training_operators(model)
     reference = share_parameters(model)
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
     if not inputs.tensors:
@@ -239,7 +240,6 @@ def _own_graph(model: fx.GraphModule) -> fx.GraphModule:
     """A graph as it is, for shapes to be written on; without what only checks the inputs."""
     graph = copy.deepcopy(model.graph)
     _drop_input_checks(graph)
-    _refuse_training_operators(graph)
     _order_arguments(graph)
     own = fx.GraphModule(model, graph, type(model).__name__)
     own.meta.update(model.meta)
@@ -261,8 +261,8 @@ def _drop_input_checks(graph: fx.Graph) -> None:
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
 
 
-def _refuse_training_operators(graph: fx.Graph) -> None:
-    for node in graph.nodes:
+def _refuse_training_operators(model: nn.Module) -> None:
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         place = _TRAINS.get(node.target)
         if place is not None and len(node.args) > place and node.args[place] is True:
             raise CaptureError(

@@ -7,7 +7,7 @@ with another axis, and unlike symbolic shapes it never specialises (timm's Swin 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,10 @@ def _flattened(graph_module: fx.GraphModule, spec: pytree.TreeSpec, inputs: Inpu
 
 
 def has_fixed_batch(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model is a graph that came with shapes, and they say that it was made for just the inputs' batch size."""
+    """Whether the model is a graph that came with shapes, and batches cannot be cut or resized by them.
+
+    They state just the inputs' batch size, or sizes that follow from it beside the batch axes.
+    """
     if not isinstance(model, fx.GraphModule):
         return False
     try:
@@ -146,8 +149,21 @@ def has_fixed_batch(model: nn.Module, inputs: Inputs) -> bool:
     except (TypeError, KeyError):  # the inputs are of another graph
         return False
     values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
-    sizes = [v.shape[0] for v, t in zip(values, given, strict=True) if isinstance(v, Tensor) and _has_axes(v, t)]
-    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] == inputs.batch_size
+    shapes: list[Sequence[Any]] = [
+        v.shape for v, t in zip(values, given, strict=True) if isinstance(v, Tensor) and _has_axes(v, t)
+    ]
+    if not shapes:
+        return False
+    batch = shapes[0][0]
+    if isinstance(batch, int):
+        return batch == inputs.batch_size
+    following = [
+        size.node.expr
+        for shape in shapes
+        for axis, size in enumerate(shape)
+        if isinstance(size, torch.SymInt) and not (axis == 0 and size.node.expr == batch.node.expr)
+    ]
+    return any(batch.node.expr.free_symbols & size.free_symbols for size in following)
 
 
 def _has_axes(value: Tensor, given: Any) -> bool:

@@ -10,11 +10,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from vbpfx.blocks import find_blocks
-from vbpfx.capture import INPUT_GUARDS, capture, named_tensors
+from vbpfx.capture import INPUT_GUARDS, capture, named_tensors, share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
 from vbpfx.fake import graph_arguments, renew_shapes
-from vbpfx.inputs import Inputs, reader
+from vbpfx.inputs import Inputs, argument_names, reader
 from vbpfx.narrow import removed_channels
 from vbpfx.pipeline import Pruned, prune, require_batches
 from vbpfx.plan import PlanArguments, PlanOptions
@@ -47,7 +47,8 @@ class VarianceBasedPruning(PassBase):
         options: the budget and all else that :func:`vbpfx.prune` takes; no progress is shown unless asked for.
 
     Attributes:
-        pruned: the last run's :class:`vbpfx.Pruned`; None before the first, and where no block was found.
+        pruned: the last run's :class:`vbpfx.Pruned`, which shares its parameters with the result; None before the first run, and
+            where no block was found.
 
     Raises:
         BudgetError: the budget or another option is out of range or unknown.
@@ -99,6 +100,7 @@ class VarianceBasedPruning(PassBase):
         batch = self._first_batch(graph_module)
         places = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
         try:
+            argument_names(graph_module, batch)
             given = len(graph_arguments(graph_module, batch))
         except (TypeError, KeyError, ValueError) as error:
             raise CalibrationError(
@@ -122,9 +124,10 @@ class VarianceBasedPruning(PassBase):
         pruned = self.pruned = prune(graph_module, self.calibration, inputs=self.inputs, **self.options)
         if not pruned.plan.blocks and not pruned.plan.corrections:
             return PassResult(graph_module, False)
-        renew_shapes(pruned.graph_module, graph_module)
-        _restore_guards(pruned.graph_module, graph_module)
-        return PassResult(pruned.graph_module, True)
+        small = share_parameters(pruned.graph_module)  # what vbpfx saves has no guards
+        renew_shapes(small, graph_module)
+        _restore_guards(small, graph_module)
+        return PassResult(small, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Check the result: a sound graph of the plan's widths that computes what the plan says.
@@ -172,11 +175,10 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _restore_guards(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
     """Check the inputs as the graph did that was pruned: their shapes are the same."""
-    nodes = {node.name: node for node in small.graph.find_nodes(op="placeholder")}
+    dense, narrow = (list(g.graph.find_nodes(op="placeholder")) for g in (graph_module, small))
     for guards in graph_module.graph.find_nodes(op="call_module", target=INPUT_GUARDS):
-        if INPUT_GUARDS not in dict(small.named_children()):
-            small.add_submodule(INPUT_GUARDS, graph_module.get_submodule(INPUT_GUARDS))
-        with small.graph.inserting_after(list(nodes.values())[-1]):
-            copied = small.graph.node_copy(guards, lambda node: nodes[node.name])
+        small.add_submodule(INPUT_GUARDS, graph_module.get_submodule(INPUT_GUARDS))
+        with small.graph.inserting_after(narrow[-1]):
+            copied = small.graph.node_copy(guards, dict(zip(dense, narrow, strict=True)).__getitem__)
         copied.meta = dict(guards.meta)
     finish(small)

@@ -7,7 +7,7 @@ not seen, and how far its outputs are from the program's.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,14 @@ from torch.export import Dim, ExportedProgram
 
 import vbpfx
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
+
+MOST = 1024
+
+
+def quantized(program: ExportedProgram, calibration: Sequence[Tensor], most: int) -> ExportedProgram:
+    """The program in int8, as :mod:`pt2e_int8` makes it, for batches of at most so many."""
+    sizes = ({0: Dim("batch", min=2, max=most)},)
+    return torch.export.export(int8(program, calibration), (calibration[0],), dynamic_shapes=sizes)
 
 
 def compile_package(program: ExportedProgram, path: Path) -> Path:
@@ -35,12 +43,15 @@ def main() -> None:
     """Dense, pruned, int8, and both."""
     split, model = load_digits(), load_trained()
     calibration = split.train_images.split(100)
-    sizes = ({0: Dim("batch", min=2, max=1024)},)
+    sizes = ({0: Dim("batch", min=2, max=MOST)},)
     program = torch.export.export(model, (calibration[0],), dynamic_shapes=sizes)
     pruned = vbpfx.prune_exported(program, calibration, ratio=0.7, progress=False)
-    programs = {"dense": program, "pruned": pruned}
-    for name, each in {"int8": program, "pruned + int8": pruned}.items():
-        programs[name] = torch.export.export(int8(each, calibration), (calibration[0],), dynamic_shapes=sizes)
+    programs = {
+        "dense": program,
+        "pruned": pruned,
+        "int8": quantized(program, calibration, MOST),
+        "pruned + int8": quantized(pruned, calibration, MOST),
+    }
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, each in programs.items():
             path = compile_package(each, Path(folder) / f"{name.replace(' ', '')}.pt2")

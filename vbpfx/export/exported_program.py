@@ -77,7 +77,8 @@ class Contract:
             for symbol, found in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
-        return cls(module, Inputs(tuple(args), dict(kwargs)), tuple(a.name for a in given), leaves, ranges)
+        example = Inputs(tuple(args), dict(kwargs)).map(torch.clone)  # a view would drag all of its tensor along
+        return cls(module, example, tuple(a.name for a in given), leaves, ranges)
 
     @property
     def dynamic_shapes(self) -> dict[str, Any]:
@@ -181,8 +182,6 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
             f"torch.export cannot export the network: {type(error).__name__}: {first_line(error)}"
         ) from error
     _require_equal(program, network, example)
-    if like is not None:
-        _tell_origins(program, like)
     return program
 
 
@@ -202,18 +201,6 @@ def _with_kinds(network: nn.Module, like: ExportedProgram) -> nn.Module:
             delattr(holder, attribute)
             setattr(holder, attribute, value)
     return network
-
-
-# Where a node comes from in the model's code, which quantizers and partitioners may select by.
-_ORIGINS = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
-
-
-def _tell_origins(program: ExportedProgram, like: ExportedProgram) -> None:
-    """Hand on where nodes come from, where the programs' calls are the same one by one."""
-    ours, theirs = ([node for node in p.graph.nodes if node.op == "call_function"] for p in (program, like))
-    if [node.target for node in ours] == [node.target for node in theirs]:
-        for node, origin in zip(ours, theirs, strict=True):
-            node.meta.update({key: origin.meta[key] for key in _ORIGINS if key in origin.meta})
 
 
 def _require_equal(program: ExportedProgram, network: nn.Module, example: Inputs) -> None:
@@ -254,7 +241,8 @@ def _written(module: fx.GraphModule) -> Sequence[str]:
             if argument.alias_info is None or not isinstance(value, fx.Node):
                 continue
             root[node] = root[value]
-            if argument.alias_info.is_write and root[value].op in ("get_attr", "placeholder"):
+            values = argument.alias_info.is_write and node.target is not torch.ops.aten.detach_.default
+            if values and root[value].op in ("get_attr", "placeholder"):
                 written.append(str(root[value].target))
         root.setdefault(node, node)
     return written
