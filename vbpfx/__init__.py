@@ -21,6 +21,7 @@ from vbpfx.errors import (
     VerificationError,
 )
 from vbpfx.finetune import FineTuned, finetune
+from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
@@ -47,6 +48,7 @@ __all__ = [
     "FinetuneError",
     "Plan",
     "Pruned",
+    "PrunedOnnx",
     "Refusal",
     "Report",
     "Statistics",
@@ -63,6 +65,7 @@ __all__ = [
     "make_plan",
     "prepare",
     "prune",
+    "prune_onnx",
     "register_operator",
     "save",
     "sensitivities",

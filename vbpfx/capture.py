@@ -153,7 +153,9 @@ def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
         with quiet_logging():
             batch = propagate_shapes(graph_module, inputs)
     except Exception as error:  # whatever the operators raise
-        raise CaptureError(f"the file's graph does not run on inputs ({inputs.describe()}): {first_line(error)}") from error
+        raise CaptureError(
+            f"the file's graph does not run on inputs ({inputs.describe()}): {first_line(error)}"
+        ) from error
     return Captured(graph_module, graph_module, "onnx", inputs, batch, fingerprint(graph_module))
 
 

@@ -48,6 +48,35 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def onnx(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX file.")],
+    data: Annotated[Path, typer.Option(help=".npy, or .npz with one array for each input, samples first.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the hidden neurons to remove.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep.")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of the parameters to keep.")] = None,
+    method: Annotated[str, typer.Option(help="auto or vbp.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a batch; files of a fixed batch size say it.")] = 32,
+    debug: Annotated[bool, typer.Option(help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Prune the network in an ONNX file, without the PyTorch model."""
+    from vbpfx.onnx_pipeline import calibration_file, prune_onnx  # torch takes seconds, which --help need not
+
+    if sum(budget is not None for budget in (ratio, macs, params)) != 1:
+        raise typer.BadParameter("state one of --ratio, --macs and --params")
+    try:
+        pruned = prune_onnx(
+            source, calibration_file(source, data, batch), out, ratio=ratio, macs=macs, params=params, method=method
+        )
+    except VbpfxError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"vbpfx: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    Console().print(str(pruned), markup=False, highlight=False)
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 1 failed with a one-line reason, 2 wrong usage."""
     app()

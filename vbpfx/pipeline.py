@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
@@ -33,9 +34,13 @@ from vbpfx.verify import Verification
 from vbpfx.verify import verify as check
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
-_EXAMPLE_SAMPLES = 4
+EXAMPLE_SAMPLES = 4
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
 _WIDTHS_COVARIANCE_SHARE = 0.25
+
+
+# Runs one batch for the observers of a prepared graph.
+Run = Callable[[Inputs], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Pruned:
         """
         small = apply_plan(model, self.plan)
         if self.verification is not None:
-            check(capture(model, self.captured.inputs, frontend=self.captured.frontend), small, self.plan)
+            frontend = self.captured.frontend
+            assert frontend != "onnx"  # what comes from a file is no Pruned
+            check(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
         return small
 
     def save(self, folder: str | Path) -> Path:
@@ -130,11 +137,43 @@ def prune(
         VbpfxError: one of its kinds, with what was found, where, and what to do.
     """
     require_module(model)
-    chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
-    first, data = _peek(calibration)
+    PlanOptions.of(**options)  # a mistake here should not cost a capture
+    first, data = first_batch(calibration)
     read = reader(model, inputs)
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
-    captured = capture(model, example.first(_EXAMPLE_SAMPLES), frontend=frontend)
+    captured = capture(model, example.first(EXAMPLE_SAMPLES), frontend=frontend)
+    return prune_captured(
+        captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
+        total=len(calibration) if isinstance(calibration, Sized) else None, progress=progress, verify=verify, **options,
+    )  # fmt: skip
+
+
+def prune_captured(
+    captured: Captured,
+    data: Iterable[Any],
+    *,
+    read: Callable[[Any], Inputs],
+    forward: Callable[[fx.GraphModule], Run | None] | None = None,
+    mask: str | None = None,
+    reconstruct: bool | None = None,
+    refit: bool | None = None,
+    samples: int | None = None,
+    memory: float = 8.0,
+    total: int | None = None,
+    share: bool = False,
+    progress: bool = True,
+    verify: bool = True,
+    **options: Unpack[PlanArguments],
+) -> Pruned:
+    """The stages behind the capture, in order; arguments as :func:`prune` takes them.
+
+    Args:
+        data: batches, gone through once; ``read`` makes arguments of them, ``total`` is how many there are.
+        forward: from the prepared graph to what runs a batch for its observers; the graph itself where it is left out, or
+            gives None.
+        share: see :func:`vbpfx.convert`.
+    """
+    chosen = PlanOptions.of(**options)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     fitting = chosen.reconstructs if reconstruct is None else reconstruct
@@ -148,14 +187,16 @@ def prune(
         options |= {"criterion": "variance", "compensation": "mean"}
     covariance = PlanOptions.of(**options).needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True)
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
-    total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
+    if captured.batch is None and (batch := captured.inputs.batch_size):  # a graph that takes whole batches alone
+        wanted = -(-wanted // batch) * batch
     layers = layers_to_fit(analysis, blocks, beside) if fitting else []
     reading = {consumer.node for block in blocks for consumer in block.consumers}  # where neurons are chosen
     gradients = None
     if layers and is_differentiable(captured, layers):
         gradients = Gradients(captured, layers, observed, metrics=reading)
-    kept = _Kept(observed, wanted, gradients)
+    run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
+    kept = _Kept(run, wanted, gradients)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
     gathered = statistics(observed)
     plan = make_plan(
@@ -166,17 +207,17 @@ def prune(
         plan = reconstruct_plan(
             analysis, plan, kept.batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
         )  # fmt: skip
-    small = convert(captured, plan)
+    small = convert(captured, plan, share=share)
     verification = check(captured, small, plan) if verify else None
     report = make_report(captured, small, analysis, plan, verification)
     return Pruned(small, plan, gathered, analysis, report, verification, captured)
 
 
 class _Kept:
-    """Runs batches through the prepared graph; keeps their first samples, and takes gradients on these."""
+    """Runs batches for the observers; keeps their first samples, and takes gradients on these."""
 
-    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None) -> None:
-        self.observed, self.left, self.gradients = observed, samples, gradients
+    def __init__(self, forward: Run, samples: int, gradients: Gradients | None) -> None:
+        self.forward, self.left, self.gradients = forward, samples, gradients
         self.batches: list[Inputs] = []
 
     def run(self, batch: Inputs) -> None:
@@ -188,9 +229,9 @@ class _Kept:
             if self.gradients is not None:
                 self.gradients.add(own)
         if self.left <= 0 or self.gradients is None:
-            run_forward(self.observed, batch)
+            self.forward(batch)
         elif count > self.left:
-            run_forward(self.observed, batch.samples(self.left, count))
+            self.forward(batch.samples(self.left, count))
         self.left -= count
 
 
@@ -199,7 +240,7 @@ def save(pruned: Pruned, folder: str | Path) -> Path:
     return pruned.save(folder)
 
 
-def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and the data with that batch still in it; the data is gone through once."""
     if isinstance(calibration, (Tensor, Mapping)):
         raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")

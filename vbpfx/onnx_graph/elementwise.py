@@ -90,9 +90,9 @@ def _extreme(function: Callable[..., Any], bound: str) -> Callable[[Builder], Va
     """Min and Max of any number of operands."""
 
     def operate(b: Builder) -> Value:
-        tensors, numbers = [], []
-        for operand in _operands(b):
-            (tensors if isinstance(operand, fx.Node) and "val" in operand.meta and isinstance(operand.meta["val"], torch.Tensor) else numbers).append(operand)  # fmt: skip
+        operands = _operands(b)
+        tensors = [x for x in operands if isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor)]
+        numbers = [x for x in operands if x not in tensors]
         found = tensors[0]
         for other in tensors[1:]:
             found = b.emit(function, found, other)
@@ -104,10 +104,10 @@ def _extreme(function: Callable[..., Any], bound: str) -> Callable[[Builder], Va
 
 
 def _sum(b: Builder) -> Value:
-    found, *others = _operands(b)
-    for other in others:
-        found = b.emit(torch.add, found, other)
-    return found  # type: ignore[no-any-return]
+    found = b.tensor(0)
+    for index in range(1, len(b.node.inputs)):
+        found = b.emit(torch.add, found, b.tensor(index))
+    return found
 
 
 def _clip(b: Builder) -> Value:

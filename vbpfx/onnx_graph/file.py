@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass
 
 from vbpfx.errors import ArtifactError, CaptureError, VbpfxError, first_line
-from vbpfx.files import write_atomically
+from vbpfx.files import Write, write_atomically
 
 OLDEST_OPSET = 13
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",
@@ -34,7 +34,13 @@ def read_model(path: Path) -> ir.Model:
         model = ir.load(path)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:  # protobuf's, and what a torn message makes
+    except (
+        DecodeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # protobuf's, and what a torn message makes
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: {first_line(error)}") from error
     if not model.graph.outputs or "" not in model.opset_imports:
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
@@ -102,6 +108,13 @@ def data_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.data")
 
 
+def _mover(staged: Path) -> Write:
+    def move(temporary: Path) -> None:
+        staged.replace(temporary)
+
+    return move
+
+
 def write_model(model: ir.Model, out: Path, *, external: bool, check: Callable[[Path], None]) -> None:
     """Write a model, check it, and only then let it take its name.
 
@@ -125,7 +138,7 @@ def write_model(model: ir.Model, out: Path, *, external: bool, check: Callable[[
             onnx.checker.check_model(str(staged))
             check(staged)
             parts = [data_file(staged)] if data_file(staged).exists() else []
-            write_atomically({out.with_name(part.name): part.replace for part in (*parts, staged)})
+            write_atomically({out.with_name(part.name): _mover(part) for part in (*parts, staged)})
     except VbpfxError:
         raise
     except OSError as error:

@@ -47,7 +47,7 @@ def _is_right_factor_alone(weight: Constant) -> bool:
 def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
     """The sum that adds a vector of the file to the product at hand and is all that reads it; and which operand that is."""
     product = b.node.outputs[0]
-    users = product.uses()
+    users = list(product.uses())
     if len(users) != 1 or product.is_graph_output() or users[0].node.op_type != "Add":
         return None, 0
     addition, own = users[0]

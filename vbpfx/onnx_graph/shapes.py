@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, number, one_entry, pairs, shape_of
