@@ -23,7 +23,15 @@ from vbpfx.inputs import Inputs
 from vbpfx.onnx_graph.file import has_external_data, read_model, require_writable, write_model
 from vbpfx.onnx_graph.importer import Imported, import_graph, true_inputs
 from vbpfx.onnx_graph.rewrite import rewrite
-from vbpfx.onnx_graph.session import batch_reader, fixed_batch, observe_in_runtime, open_session, run, session_with
+from vbpfx.onnx_graph.session import (
+    RuntimeObservation,
+    batch_reader,
+    fixed_batch,
+    observe_in_runtime,
+    open_session,
+    run,
+    session_with,
+)
 from vbpfx.pipeline import EXAMPLE_SAMPLES, Pruned, Run, first_batch, prune_captured
 from vbpfx.plan import PlanArguments, PlanOptions
 from vbpfx.prepare import Statistics
@@ -43,8 +51,8 @@ class PrunedOnnx:
         path: the file that was written.
         plan, statistics, analysis, report, verification: what the stages made; ``verification.capture`` is the difference
             between the graph that the file was read as and the file in ONNX Runtime.
-        observed_by: what ran for the statistics: ``"ONNX Runtime"``, or ``"torch"`` where gradients were taken or a value
-            has no name in the file.
+        observed_by: what ran for the statistics: ``"ONNX Runtime"``, ``"torch"`` where gradients were taken on all samples, or a
+            value has no name in the file, or ``"ONNX Runtime and torch"``.
         parity: the largest relative difference between the written file in ONNX Runtime and the narrowed graph.
         graph_module: the narrowed graph, as a ``torch.fx.GraphModule``.
         captured: the dense graph.
@@ -115,11 +123,11 @@ def prune_onnx(
     example = example if fixed_batch(model) is not None else example.first(EXAMPLE_SAMPLES)
     captured = captured_file(imported.graph_module, example)
     fidelity = _require_fidelity(model, path, imported, captured)
-    observed_by = ["torch"]
+    observations: list[RuntimeObservation] = []
 
     def forward(observed: fx.GraphModule) -> Run | None:
         found = observe_in_runtime(model, path.parent, imported, observed)
-        observed_by[0] = "ONNX Runtime" if found else "torch"
+        observations.extend([found] if found else [])
         return found
 
     pruned = prune_captured(
@@ -136,7 +144,7 @@ def prune_onnx(
         parity[0] = _parity(staged, external, imported, captured, pruned.graph_module, fixed_batch(model))
 
     write_model(model, out, external=external, check=compare)
-    return _result(out, pruned, fidelity, observed_by[0], parity[0])
+    return _result(out, pruned, fidelity, observations[0].share if observations else "torch", parity[0])
 
 
 def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:

@@ -205,6 +205,21 @@ class Builder:
         return node
 
 
+def constant_of(value: ir.Value) -> Array | None:
+    """The tensor that an initializer or a constant holds; None for anything computed."""
+    producer = value.producer()
+    if producer is None:
+        return None if value.const_value is None else value.const_value.numpy()
+    if producer.op_type != "Constant" or producer.domain not in ("", "ai.onnx"):
+        return None
+    attribute = next(iter(producer.attributes.values()))
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor().numpy()
+    if attribute.name.startswith("value_string") or attribute.name == "sparse_value":
+        raise CaptureError(f"constant {producer.name!r} holds {attribute.name}, which is not supported")
+    return np.array(attribute.value, np.int64 if "int" in attribute.name else np.float32)
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value."""
     return tuple(node.meta["val"].shape)

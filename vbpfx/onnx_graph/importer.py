@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.fake import sentinel
-from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Stored, Value
+from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Stored, Value, constant_of
 from vbpfx.onnx_graph.elementwise import ELEMENTWISE
 from vbpfx.onnx_graph.file import OLDEST_OPSET
 from vbpfx.onnx_graph.layers import LAYERS
@@ -106,12 +106,11 @@ def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
         b.placeholder(value, example[str(value.name)])
     value_of = {str(b.values[value].name): str(value.name) for value in inputs}  # type: ignore[union-attr]
     nodes = list(model.graph)
-    for value in model.graph.initializers.values():
-        assert value.const_value is not None
-        b.values[value] = Constant(value.const_value.numpy(), value)
-    for node in nodes:  # constants first: a bias may stand behind the product that it is added to
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-            b.values[node.outputs[0]] = Constant(_constant(node), node.outputs[0])
+    constants = [node.outputs[0] for node in nodes if node.op_type == "Constant"]
+    for value in (*model.graph.initializers.values(), *constants):  # first: a bias may stand behind what it is added to
+        array = constant_of(value)
+        assert array is not None
+        b.values[value] = Constant(array, value)
     for node in nodes:
         source = node.inputs[0] if node.op_type == "Identity" else None
         if source is not None and isinstance(b.values.get(source), Constant):
@@ -157,15 +156,6 @@ def _run(b: Builder, node: ir.Node) -> tuple[Value, ...]:
             f"operator {node.op_type} (domain {node.domain or 'ai.onnx'}, node {node.name!r}) cannot be computed: "
             f"{first_line(error)}"
         ) from error
-
-
-def _constant(node: ir.Node) -> Any:
-    attribute = next(iter(node.attributes.values()))
-    if attribute.type == ir.AttributeType.TENSOR:
-        return attribute.value.numpy()
-    if attribute.name.startswith("value_string") or attribute.name == "sparse_value":
-        raise _UnsupportedError(f"constant {node.name!r} holds {attribute.name}, which is not supported")
-    return np.array(attribute.value, np.int64 if "int" in attribute.name else np.float32)
 
 
 def _is_small(constant: Constant) -> bool:

@@ -123,14 +123,22 @@ def run(
 class RuntimeObservation:
     """Runs batches in ONNX Runtime and hands what the blocks' readers read to the observers of a prepared graph."""
 
+    @property
+    def share(self) -> str:
+        """What ran, in words: of the batches that the observers saw, others may have run the prepared graph itself."""
+        seen = max(observer.calls for observer in self.plan)
+        return "torch" if not self.calls else "ONNX Runtime" if self.calls == seen else "ONNX Runtime and torch"
+
     def __init__(
         self, session: onnxruntime.InferenceSession, imported: Imported, plan: Mapping[Observer, list[str]]
     ) -> None:
         self.session, self.imported, self.plan = session, imported, plan
+        self.calls = 0
         self.names = list(dict.fromkeys(name for names in plan.values() for name in names))
 
     def __call__(self, inputs: Inputs) -> None:
         """One batch."""
+        self.calls += 1
         given = {name: inputs.kwargs[argument] for name, argument in self.imported.arguments.items()}
         asked = [name for name in self.names if name not in given]
         found = given | dict(zip(asked, run(self.session, inputs, self.imported.arguments, asked), strict=True))
