@@ -44,8 +44,7 @@ def demo(
     except (VbpfxError, ImportError) as error:
         if debug:
             raise
-        Console(stderr=True).print(f"vbpfx: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        raise _failure(error) from error
 
 
 @app.command()
@@ -72,9 +71,14 @@ def onnx(
     except VbpfxError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"vbpfx: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        raise _failure(error) from error
     Console().print(str(pruned), markup=False, highlight=False)
+
+
+def _failure(error: Exception) -> typer.Exit:
+    """Exit status 1, with the reason on standard error."""
+    Console(stderr=True).print(f"vbpfx: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
 
 
 def main() -> None:
