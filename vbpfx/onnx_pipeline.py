@@ -20,11 +20,11 @@ from vbpfx.capture import Captured, captured_file, quiet_logging
 from vbpfx.errors import ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
 from vbpfx.inputs import Inputs
-from vbpfx.onnx_graph.file import has_external_data, read_model, require_writable, write_model
+from vbpfx.onnx_graph.file import has_external_data, read_model, release_pages, require_writable, write_model
 from vbpfx.onnx_graph.importer import Imported, import_graph, true_inputs
 from vbpfx.onnx_graph.rewrite import rewrite
 from vbpfx.onnx_graph.session import (
-    RuntimeObservation,
+    Tally,
     batch_reader,
     fixed_batch,
     observe_in_runtime,
@@ -123,11 +123,11 @@ def prune_onnx(
     example = example if fixed_batch(model) is not None else example.first(EXAMPLE_SAMPLES)
     captured = captured_file(imported.graph_module, example)
     fidelity = _require_fidelity(model, path, imported, captured)
-    observations: list[RuntimeObservation] = []
+    tallies: list[Tally] = []
 
     def forward(observed: fx.GraphModule) -> Run | None:
         found = observe_in_runtime(model, path.parent, imported, observed)
-        observations.extend([found] if found else [])
+        tallies.extend([found.tally] if found else [])
         return found
 
     pruned = prune_captured(
@@ -135,7 +135,9 @@ def prune_onnx(
         memory=memory, total=len(calibration) if isinstance(calibration, Sized) else None, share=True, progress=progress,
         verify=verify, **options,
     )  # fmt: skip
+    observed_by = str(tallies[0]) if tallies else "torch"
     external = has_external_data(model)
+    release_pages(model)
     with quiet_logging():
         rewrite(model, imported, captured, pruned.plan, pruned.graph_module)
     parity = [0.0]
@@ -144,7 +146,7 @@ def prune_onnx(
         parity[0] = _parity(staged, external, imported, captured, pruned.graph_module, fixed_batch(model))
 
     write_model(model, out, external=external, check=compare)
-    return _result(out, pruned, fidelity, observations[0].share if observations else "torch", parity[0])
+    return _result(out, pruned, fidelity, observed_by, parity[0])
 
 
 def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:

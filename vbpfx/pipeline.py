@@ -198,14 +198,13 @@ def prune_captured(
     run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
     kept = _Kept(run, wanted, gradients)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
-    gathered = statistics(observed)
-    plan = make_plan(
-        analysis, gathered, sensitivity=lambda alike: sensitivities(analysis, alike, kept.batches), **options
-    )
+    gathered, batches = statistics(observed), kept.batches
+    del run, kept, observed  # a runtime may hold the whole network in memory
+    plan = make_plan(analysis, gathered, sensitivity=lambda alike: sensitivities(analysis, alike, batches), **options)
     if fitting:
         influence = gradients.influences() if gradients else {}
         plan = reconstruct_plan(
-            analysis, plan, kept.batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
+            analysis, plan, batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
         )  # fmt: skip
     small = convert(captured, plan, share=share)
     verification = check(captured, small, plan) if verify else None

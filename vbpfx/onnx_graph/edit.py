@@ -31,7 +31,7 @@ class OnnxEdit:
     def store(self, name: str, array: Array) -> ir.Value:
         """A new initializer."""
         name = self.free_name(name)
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = _tensor(name, array)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
@@ -45,7 +45,7 @@ class OnnxEdit:
             for node, index in uses:
                 node.replace_input_with(index, new)
             return
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = _tensor(name, array)
         producer = value.producer()
         if producer is None:
             value.const_value = tensor
@@ -100,3 +100,15 @@ class OnnxEdit:
                 if output not in kept:
                     output.shape = None
         ShapeInferencePass()(self.model)
+
+
+def _tensor(name: str, array: Array) -> ir.TensorProtocol:
+    """The array as a tensor of the file; one that lies transposed in memory is laid out anew only while it is written."""
+    if array.flags.c_contiguous:
+        return ir.tensor(array, name=name)
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(array), name=name),
+        dtype=ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+    )

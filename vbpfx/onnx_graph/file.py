@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,15 @@ def _require_data(path: Path, name: str, tensor: object) -> None:
 def has_external_data(model: ir.Model) -> bool:
     """Whether the file keeps weights in another one."""
     return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+
+
+def release_pages(model: ir.Model) -> None:
+    """Let go of the pages of external data that were read so far: who needs them next reads them from the file again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        return
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and isinstance(value.const_value.raw, mmap.mmap):
+            value.const_value.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def require_writable(source: Path, out: Path) -> None:

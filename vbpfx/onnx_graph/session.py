@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.inputs import Inputs
 from vbpfx.observer import Observer
-from vbpfx.onnx_graph.file import has_external_data
+from vbpfx.onnx_graph.file import has_external_data, release_pages
 from vbpfx.onnx_graph.importer import Imported, true_inputs
 
 Array = npt.NDArray[Any]
@@ -45,6 +46,7 @@ def session_with(model: ir.Model, folder: Path, further: Sequence[str]) -> onnxr
     Raises:
         CaptureError: ONNX Runtime does not take the file.
     """
+    release_pages(model)
     proto = ir.serde.serialize_model(model)
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further if name not in present)
@@ -120,28 +122,34 @@ def run(
     return [torch.from_numpy(np.asarray(value)) for value in session.run(wanted, feeds)]
 
 
+@dataclass
+class Tally:
+    """How many of the batches that observers saw came from ONNX Runtime."""
+
+    observers: list[Observer]
+    calls: int = 0
+
+    def __str__(self) -> str:
+        seen = max(observer.calls for observer in self.observers)
+        return "torch" if not self.calls else "ONNX Runtime" if self.calls == seen else "ONNX Runtime and torch"
+
+
 class RuntimeObservation:
     """Runs batches in ONNX Runtime and hands what the blocks' readers read to the observers of a prepared graph."""
 
-    @property
-    def share(self) -> str:
-        """What ran, in words: of the batches that the observers saw, others may have run the prepared graph itself."""
-        seen = max(observer.calls for observer in self.plan)
-        return "torch" if not self.calls else "ONNX Runtime" if self.calls == seen else "ONNX Runtime and torch"
-
     def __init__(
-        self, session: onnxruntime.InferenceSession, imported: Imported, plan: Mapping[Observer, list[str]]
+        self, session: onnxruntime.InferenceSession, arguments: Mapping[str, str], plan: Mapping[Observer, list[str]]
     ) -> None:
-        self.session, self.imported, self.plan = session, imported, plan
-        self.calls = 0
+        self.session, self.arguments, self.plan = session, arguments, plan
+        self.tally = Tally(list(plan))
         self.names = list(dict.fromkeys(name for names in plan.values() for name in names))
 
     def __call__(self, inputs: Inputs) -> None:
         """One batch."""
-        self.calls += 1
-        given = {name: inputs.kwargs[argument] for name, argument in self.imported.arguments.items()}
+        self.tally.calls += 1
+        given = {name: inputs.kwargs[argument] for name, argument in self.arguments.items()}
         asked = [name for name in self.names if name not in given]
-        found = given | dict(zip(asked, run(self.session, inputs, self.imported.arguments, asked), strict=True))
+        found = given | dict(zip(asked, run(self.session, inputs, self.arguments, asked), strict=True))
         for observer, names in self.plan.items():
             observer(*(found[name] for name in names))
 
@@ -160,7 +168,7 @@ def observe_in_runtime(
             plan[observer] = [str(name) for name in names]
     given = set(imported.arguments)
     wanted = [name for names in plan.values() for name in names if name not in given]
-    return RuntimeObservation(session_with(model, folder, list(dict.fromkeys(wanted))), imported, plan)
+    return RuntimeObservation(session_with(model, folder, list(dict.fromkeys(wanted))), imported.arguments, plan)
 
 
 def _observed(node: fx.Node, observed: fx.GraphModule) -> fx.Node:
