@@ -75,13 +75,10 @@ def prune(path: Path, found: Path) -> None:
 
     torch.set_num_threads(1)
     peak, begun, done = [0], _status("VmRSS"), threading.Event()
-    T = __import__("time").time
-    t0 = T()
 
     def watch() -> None:
         while not done.wait(0.05):
             peak[0] = max(peak[0], _status("RssAnon"))
-            print(round(T() - t0, 1), _status("RssAnon"), _status("RssFile"), flush=True)
 
     watching = threading.Thread(target=watch)
     watching.start()
