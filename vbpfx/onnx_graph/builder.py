@@ -134,10 +134,12 @@ class Builder:
         found = self.value(index)
         if isinstance(found, fx.Node):
             return found
-        if isinstance(found, Sizes):
-            dtype = torch.float32 if any(isinstance(number(e), float) for e in found.entries.flat) else torch.int64
-            return self.emit(torch.tensor, found.entries.tolist(), dtype=dtype)
-        return self.parameter(index)
+        return self.sizes_tensor(found) if isinstance(found, Sizes) else self.parameter(index)
+
+    def sizes_tensor(self, sizes: Sizes) -> fx.Node:
+        """Sizes as a tensor."""
+        dtype = torch.float32 if any(isinstance(number(e), float) for e in sizes.entries.flat) else torch.int64
+        return self.emit(torch.tensor, sizes.entries.tolist(), dtype=dtype)
 
     def constant(self, index: int) -> Array | None:
         """That input, if it is a constant."""
@@ -185,19 +187,19 @@ class Builder:
         if key not in self._parameters:
             alone = constant.value is not None and (matrix or len(constant.value.uses()) == 1)
             name = suggested(str((constant.value or value).name), user, index, alone=alone)
-            self._parameters[key] = self._register(free_name(name, self.root), constant, layout)
+            learned = user.op_type != "BatchNormalization" or index < 3
+            self._parameters[key] = self._register(free_name(name, self.root), constant, layout, learned)
         node = self._parameters[key]
         if str(node.target) in self.stored:
             self.stored[str(node.target)].uses.append((user, index))
         return node
 
-    def _register(self, name: str, constant: Constant, layout: Layout) -> fx.Node:
+    def _register(self, name: str, constant: Constant, layout: Layout, learned: bool) -> fx.Node:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the file's memory is read-only; nothing writes to parameters
             tensor = torch.from_numpy(np.asarray(constant.array))
         tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
-        trained = tensor.is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
-        register(self.root, name, nn.Parameter(tensor) if trained else tensor)
+        register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)
         if constant.value is not None:
             self.stored[name] = Stored(constant.value, layout)
         node = self.graph.create_node("get_attr", name, name=name)

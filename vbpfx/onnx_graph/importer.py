@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.fake import sentinel
-from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Stored, Value, constant_of
+from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Sizes, Stored, Value, constant_of
 from vbpfx.onnx_graph.elementwise import ELEMENTWISE
 from vbpfx.onnx_graph.file import OLDEST_OPSET
 from vbpfx.onnx_graph.layers import LAYERS
@@ -179,6 +179,8 @@ def _fold(node: ir.Node, b: Builder) -> Iterable[Any]:
 
 def _output(b: Builder, value: ir.Value) -> fx.Node:
     found = b.values[value]
+    if isinstance(found, Sizes):
+        return b.sizes_tensor(found)
     if isinstance(found, fx.Node):
         return found
     raise CaptureError(f"output {value.name!r} does not depend on the inputs")
