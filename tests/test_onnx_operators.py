@@ -116,6 +116,8 @@ CALLS = [
     Call("Gemm", X[:, 0], (floats(6, 7), floats(7))),
     Call("Gemm", X[:, 0], (floats(7, 6), floats(1, 7)), {"transB": 1, "alpha": 0.5, "beta": 2.0}),
     Call("Gemm", X[:, 0], (floats(7, 6), np.float32(2)), {"transB": 1}),
+    Call("Attention", IMAGES, (floats(1, 1, 8, 8),), inputs=["x", "x", "x", "c0"], attributes={"scale": 0.3}, opset=23),
+    Call("Attention", IMAGES, inputs=["x", "x", "x"], attributes={"is_causal": 1}, opset=23),
     Call("Einsum", further=(floats(6, 7),), attributes={"equation": "btc,cd->btd"}),
     Call("Conv", IMAGES, (floats(3, 4, 3, 3), floats(3)), {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
     Call("Conv", IMAGES, (floats(3, 4, 3, 3),), {"pads": [0, 1, 2, 1], "dilations": [2, 2]}),

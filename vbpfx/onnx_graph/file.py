@@ -43,9 +43,9 @@ def read_model(path: Path) -> ir.Model:
         RuntimeError,
     ) as error:  # protobuf's, and what a torn message makes
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: {first_line(error)}") from error
-    if not model.graph.outputs or "" not in model.opset_imports:
+    if not model.graph.outputs or not model.opset_imports:
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
-    opset = model.opset_imports[""]
+    opset = opset_of(model)
     if opset < OLDEST_OPSET:
         raise CaptureError(
             f"{path} is of opset {opset}, the oldest that is supported is {OLDEST_OPSET}: convert it with "
@@ -61,6 +61,11 @@ def read_model(path: Path) -> ir.Model:
     for name, value in model.graph.initializers.items():
         _require_data(path, name, value.const_value)
     return model
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of ONNX's own operators that the file is written in; 0 where it names none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def _require_data(path: Path, name: str, tensor: object) -> None:

@@ -20,7 +20,7 @@ from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.fake import sentinel
 from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Sizes, Stored, Value, constant_of
 from vbpfx.onnx_graph.elementwise import ELEMENTWISE
-from vbpfx.onnx_graph.file import OLDEST_OPSET
+from vbpfx.onnx_graph.file import opset_of
 from vbpfx.onnx_graph.layers import LAYERS
 from vbpfx.onnx_graph.reductions import REDUCTIONS
 from vbpfx.onnx_graph.shapes import SHAPES
@@ -100,7 +100,7 @@ class _UnsupportedError(CaptureError):
 
 
 def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
-    b = Builder(model.opset_imports.get("", OLDEST_OPSET))
+    b = Builder(opset_of(model))
     inputs = true_inputs(model)
     for value in inputs:
         b.placeholder(value, example[str(value.name)])

@@ -171,6 +171,18 @@ def _group_norm(b: Builder) -> Value:
     return b.emit(F.group_norm, x, b.attribute("num_groups"), scale, bias, b.attribute("epsilon", 1e-5))
 
 
+def _attention(b: Builder) -> Value:
+    """The operator of opset 23, of queries, keys and values with the heads as an axis of their own."""
+    query, key, value = (b.tensor(i) for i in range(3))
+    further = len(b.node.outputs) > 1 or b.has(4) or b.attribute("softcap", 0.0)
+    if further or any(len(shape_of(x)) != 4 for x in (query, key, value)):
+        raise CaptureError("only attention over four axes, without a cache, a cap or further outputs, is supported")
+    mask = b.tensor(3) if b.has(3) else None
+    grouped = {"enable_gqa": True} if shape_of(query)[1] != shape_of(key)[1] else {}
+    causal, scale = bool(b.attribute("is_causal", 0)), b.attribute("scale")
+    return b.emit(F.scaled_dot_product_attention, query, key, value, mask, 0.0, causal, scale=scale, **grouped)
+
+
 def _einsum(b: Builder) -> Value:
     return b.emit(torch.einsum, b.attribute("equation"), *(b.tensor(i) for i in range(len(b.node.inputs))))
 
@@ -191,5 +203,6 @@ LAYERS: Mapping[str, Callable[[Builder], Value]] = {
     "BatchNormalization": _batch_norm,
     "InstanceNormalization": _instance_norm,
     "GroupNormalization": _group_norm,
+    "Attention": _attention,
     "Einsum": _einsum,
 }
