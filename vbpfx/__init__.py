@@ -27,6 +27,7 @@ from vbpfx.finetune import FineTuned, finetune
 from vbpfx.fx_pass import VarianceBasedPruning
 from vbpfx.latency import measure_latencies
 from vbpfx.latency_table import Latencies
+from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
 from vbpfx.ops import register_operator
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import Pruned, prune, save
@@ -56,6 +57,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "Pruned",
+    "PrunedOnnx",
     "Refusal",
     "Report",
     "Statistics",
@@ -76,6 +78,7 @@ __all__ = [
     "prepare",
     "prune",
     "prune_exported",
+    "prune_onnx",
     "register_operator",
     "save",
     "sensitivities",

@@ -55,7 +55,7 @@ class Captured:
         graph_module: the graph; it shares its parameters with the model and is in eval mode. Every
             node's ``meta["val"]`` holds its value as fake tensors.
         reference: the model in its own class: a copy of its modules that shares their tensors, in eval mode.
-        frontend: what traced it.
+        frontend: what traced it, or ``"onnx"`` where it came from a file.
         inputs: the example inputs.
         batch: the size that stands for the batch axis in ``meta["val"]``; None where the graph
             works for the example's own batch size only.
@@ -64,7 +64,7 @@ class Captured:
 
     graph_module: fx.GraphModule
     reference: nn.Module
-    frontend: Literal["symbolic", "export"]
+    frontend: Literal["symbolic", "export", "onnx"]
     inputs: Inputs
     batch: int | None
     fingerprint: str
@@ -143,6 +143,23 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
         "values; or pass the traceable part of the model alone."
     )
+
+
+def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
+    """A graph that was not traced but made from a file, as if it had been captured; it is its own reference.
+
+    Raises:
+        CaptureError: it does not run on the inputs.
+    """
+    _refuse_half_on_cpu(graph_module)
+    try:
+        with quiet_logging():
+            batch = propagate_shapes(graph_module, inputs)
+    except Exception as error:  # whatever the operators raise
+        raise CaptureError(
+            f"the file's graph does not run on inputs ({inputs.describe()}): {first_line(error)}"
+        ) from error
+    return Captured(graph_module, graph_module, "onnx", inputs, batch, fingerprint(graph_module))
 
 
 def require_module(model: Any) -> None:

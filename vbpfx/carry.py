@@ -97,7 +97,7 @@ class CarriedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The norm of x, (..., K)."""
         h = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y: Tensor = _NORMALISE[self.kind](h, self.carried, _eps(self.kind, self.eps, x.dtype)).to(x.dtype)
+        y: Tensor = NORMALISE[self.kind](h, self.carried, _eps(self.kind, self.eps, x.dtype)).to(x.dtype)
         y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
 
@@ -177,7 +177,8 @@ def _scaled_to_one(h: Any, carried: Carried, eps: float) -> Any:
     return h * torch.rsqrt(squares / carried.size + eps)
 
 
-_NORMALISE: Mapping[str, Callable[[Any, Carried, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
+# Norms over the last axis, of anything that computes like a tensor.
+NORMALISE: Mapping[str, Callable[[Any, Carried, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
 
 
 def _eps(kind: str, stated: float | None, dtype: torch.dtype) -> float:

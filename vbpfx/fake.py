@@ -7,7 +7,7 @@ with another axis, and unlike symbolic shapes it never specialises (timm's Swin 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
         node.meta["val"] = value = run()
         return value
 
-    sentinel = _sentinel(graph_module, inputs)
+    tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
+    samples = sentinel({size for tensor in tensors for size in tensor.shape})
     if inputs.batch_size is not None and not fixed:
         try:
-            run_fake(graph_module, inputs, sentinel, record)
-            return sentinel
+            run_fake(graph_module, inputs, samples, record)
+            return samples
         except Exception:  # a graph that is tied to its batch size still works at that size
             pass
     run_fake(graph_module, inputs, inputs.batch_size, record)
@@ -170,11 +171,10 @@ def _has_axes(value: Tensor, given: Any) -> bool:
     return value.ndim > 0 and isinstance(given, Tensor) and given.ndim > 0
 
 
-def _sentinel(graph_module: fx.GraphModule, inputs: Inputs) -> int:
-    """A prime that divides no size of the model or its inputs."""
-    tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
-    sizes = {size for tensor in tensors for size in tensor.shape if size}
+def sentinel(sizes: Iterable[int]) -> int:
+    """A prime that divides none of the sizes."""
+    present = {size for size in sizes if size}
     candidate = _SMALLEST_SENTINEL
-    while any(size % candidate == 0 for size in sizes) or any(candidate % f == 0 for f in range(2, 100)):
+    while any(size % candidate == 0 for size in present) or any(candidate % f == 0 for f in range(2, 100)):
         candidate += 2
     return candidate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -37,9 +38,13 @@ from vbpfx.verify import Verification
 from vbpfx.verify import verify as check
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
-_EXAMPLE_SAMPLES = 4
+EXAMPLE_SAMPLES = 4
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
 _WIDTHS_COVARIANCE_SHARE = 0.25
+
+
+# Runs one batch for the observers of a prepared graph.
+Run = Callable[[Inputs], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Pruned:
         """
         small = apply_plan(model, self.plan)
         if self.verification is not None:
-            check(capture(model, self.captured.inputs, frontend=self.captured.frontend), small, self.plan)
+            frontend = self.captured.frontend
+            assert frontend != "onnx"  # what comes from a file is no Pruned
+            check(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
         return small
 
     def save(self, folder: str | Path) -> Path:
@@ -147,12 +154,48 @@ def prune(
         VbpfxError: one of its kinds, with what was found, where, and what to do.
     """
     require_module(model)
-    chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
-    first, data = _peek(calibration)
+    PlanOptions.of(**options)  # a mistake here should not cost a capture
+    first, data = first_batch(calibration)
     read = reader(model, inputs)
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
-    few = example if has_fixed_batch(model, example) else example.first(_EXAMPLE_SAMPLES)
+    few = example if has_fixed_batch(model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(model, few, frontend=frontend)
+    return prune_captured(
+        captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
+        total=len(calibration) if isinstance(calibration, Sized) else None, progress=progress, verify=verify,
+        runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads, **options,
+    )  # fmt: skip
+
+
+def prune_captured(
+    captured: Captured,
+    data: Iterable[Any],
+    *,
+    read: Callable[[Any], Inputs],
+    forward: Callable[[fx.GraphModule], Run | None] | None = None,
+    mask: str | None = None,
+    reconstruct: bool | None = None,
+    refit: bool | None = None,
+    samples: int | None = None,
+    memory: float = 8.0,
+    total: int | None = None,
+    share: bool = False,
+    progress: bool = True,
+    verify: bool = True,
+    runtime: str = "onnxruntime",
+    runtime_batch: int = 1,
+    runtime_threads: int | None = None,
+    **options: Unpack[PlanArguments],
+) -> Pruned:
+    """The stages behind the capture, in order; arguments as :func:`prune` takes them.
+
+    Args:
+        data: batches, gone through once; ``read`` makes arguments of them, ``total`` is how many there are.
+        forward: from the prepared graph to what runs a batch for its observers; the graph itself where it is left out, or
+            gives None.
+        share: see :func:`vbpfx.convert`.
+    """
+    chosen = PlanOptions.of(**options)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     fitting = chosen.reconstructs if reconstruct is None else reconstruct
@@ -177,29 +220,30 @@ def prune(
             threads=runtime_threads,
             round_to=chosen.round_to,
         )
-    total = len(calibration) if isinstance(calibration, Sized) else None
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
     layers = layers_to_fit(analysis, blocks, beside) if fitting else []
     reading = {consumer.node for block in blocks for consumer in block.consumers}  # where neurons are chosen
     gradients = None
     if layers and is_differentiable(captured, layers):
         gradients = Gradients(captured, layers, observed, metrics=reading)
-    kept = _Kept(observed, wanted, gradients, divisible=captured.batch is not None)
+    run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
+    kept = _Kept(run, wanted, gradients, divisible=captured.batch is not None)
     calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
-    gathered = statistics(observed)
+    gathered, batches = statistics(observed), kept.batches
+    del run, kept, observed  # a runtime may hold the whole network in memory
     plan = make_plan(
         analysis,
         gathered,
-        sensitivity=lambda alike: sensitivities(analysis, alike, kept.batches),
+        sensitivity=lambda alike: sensitivities(analysis, alike, batches),
         latencies=latencies,
         **options,
     )
     if fitting:
         influence = gradients.influences() if gradients else {}
         plan = reconstruct_plan(
-            analysis, plan, kept.batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
+            analysis, plan, batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
         )  # fmt: skip
-    small = convert(captured, plan)
+    small = convert(captured, plan, share=share)
     verification = check(captured, small, plan) if verify else None
     latency = measure_result(small, captured, plan, latencies) if latencies else None
     report = make_report(captured, small, analysis, plan, verification, latency)
@@ -207,13 +251,13 @@ def prune(
 
 
 class _Kept:
-    """Runs batches through the prepared graph; keeps their first samples, and takes gradients on these.
+    """Runs batches for the observers; keeps their first samples, and takes gradients on these.
 
     Batches are cut where the graph takes any number of samples.
     """
 
-    def __init__(self, observed: fx.GraphModule, samples: int, gradients: Gradients | None, *, divisible: bool) -> None:
-        self.observed, self.left, self.gradients, self.divisible = observed, samples, gradients, divisible
+    def __init__(self, forward: Run, samples: int, gradients: Gradients | None, *, divisible: bool) -> None:
+        self.forward, self.left, self.gradients, self.divisible = forward, samples, gradients, divisible
         self.batches: list[Inputs] = []
 
     def run(self, batch: Inputs) -> None:
@@ -225,9 +269,9 @@ class _Kept:
             if self.gradients is not None:
                 self.gradients.add(own)
         if self.left <= 0 or self.gradients is None:
-            run_forward(self.observed, batch)
+            self.forward(batch)
         elif count > self.left and self.divisible:
-            run_forward(self.observed, batch.samples(self.left, count))
+            self.forward(batch.samples(self.left, count))
         self.left -= count
 
 
@@ -248,7 +292,7 @@ def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and the data with that batch still in it; the data is gone through once."""
     iterator = require_batches(calibration)
     missing = object()

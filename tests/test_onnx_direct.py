@@ -1,0 +1,94 @@
+"""ONNX in, ONNX out: the narrowed file computes what the plan says of the dense one, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx_files import CASES, Case, run, substituted, values
+
+import vbpfx
+
+# Two ways to the same float32, both in ONNX Runtime.
+ROUNDING = 1e-5
+# 7 of the 12 channels stay: no number that is right then was there before.
+RATIO, KEPT = 5 / 12, 7
+
+
+def saved(model: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "in.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def batches(shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    return [random.standard_normal((8, *shape)).astype(np.float32) for _ in range(3)]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_file_computes_what_the_plan_says(case: Case, tmp_path: Path) -> None:
+    """The reference: the dense file with the removed channels' means, taken by ONNX Runtime, in their place."""
+    model, data = case.make(), batches(case.shape)
+    out = tmp_path / "out.onnx"
+    pruned = vbpfx.prune_onnx(saved(model, tmp_path), data, out, ratio=RATIO, method="vbp", progress=False)
+    assert pruned.observed_by == "ONNX Runtime"
+    (entry,) = pruned.plan.blocks
+    assert (entry.block.width, len(entry.kept)) == (case.width, KEPT)
+    seen = np.concatenate([values(model, case.hidden, {"x": x}) for x in data])
+    rows = np.moveaxis(seen, case.axis, -1).reshape(-1, case.width).astype(np.float64)
+    if case.before_norm is None:  # otherwise the variance of what the norm reads counts, too
+        assert entry.pruned == tuple(sorted(np.argsort(rows.var(0))[:-KEPT].tolist()))
+    reference = model
+    if case.before_norm is not None:  # the statistic counts the means of its input, the layer reads those of its output
+        before = np.concatenate([values(model, case.before_norm, {"x": x}) for x in data]).astype(np.float64)
+        reference = substituted(model, case.before_norm, -1, entry.pruned, before.mean(0))
+    reference = substituted(reference, case.hidden, case.axis, entry.pruned, rows.mean(0))
+    x = batches(case.shape, seed=1)[0][:5]
+    (found,), (wanted,), (dense,) = (run(m, {"x": x}) for m in (out, reference, model))
+    assert relative(found, wanted) < ROUNDING
+    assert relative(wanted, dense) > 100 * ROUNDING  # or the comparison says nothing
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_the_plan_does_not_touch_stays(case: Case, tmp_path: Path) -> None:
+    model, out = case.make(), tmp_path / "out.onnx"
+    source = saved(model, tmp_path)
+    before = source.read_bytes()
+    vbpfx.prune_onnx(source, batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
+    small = onnx.load(out)
+    onnx.checker.check_model(small, full_check=True)
+    assert source.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
+    assert list(small.graph.input) == list(model.graph.input)
+    assert [o.name for o in small.graph.output] == ["y"]
+    assert small.graph.output[0].type == model.graph.output[0].type
+    assert (small.opset_import, small.producer_name, small.metadata_props) == (
+        model.opset_import,
+        model.producer_name,
+        model.metadata_props,
+    )
+    stored = [numpy_helper.to_array(t) for t in small.graph.initializer if t.name != "width"]  # which a sum corrects
+    stored += [numpy_helper.to_array(n.attribute[0].t) for n in small.graph.node if n.op_type == "Constant"]
+    assert not [a.shape for a in stored if {case.width, 2 * case.width} & set(a.shape)]
+    assert not [a for a in stored if a.dtype == np.int64 and {case.width, 2 * case.width} & set(a.reshape(-1).tolist())]
+
+
+def test_reconstruction_runs_on_the_files_graph(tmp_path: Path) -> None:
+    """method="auto" fits the layers behind; on the calibration data it comes nearer than the mean alone."""
+    case = CASES[0]
+    model, data = case.make(), batches(case.shape)
+    errors = {}
+    for method in ("vbp", "auto"):
+        out = tmp_path / f"{method}.onnx"
+        pruned = vbpfx.prune_onnx(saved(model, tmp_path), data, out, ratio=RATIO, method=method, progress=False)
+        assert bool(pruned.plan.corrections) == (method == "auto")
+        errors[method] = np.mean([(run(out, {"x": x})[0] - run(model, {"x": x})[0]) ** 2 for x in data])
+    assert errors["auto"] < 0.8 * errors["vbp"]

@@ -1,0 +1,1 @@
+"""ONNX files as executable torch.fx graphs, and the way back."""

@@ -1,0 +1,247 @@
+"""A torch.fx graph under construction, one ONNX node after another.
+
+Every value of the ONNX graph is one of three things: a node of the fx graph, a constant, or numbers computed from sizes. The
+last are what ``Shape`` and the arithmetic behind it make; they become the integers among a call's arguments that a torch
+trace has (``x.size(0)``), so that the analysis knows which axis they were read off.
+
+Initializers become parameters that share the file's memory. A matrix is one parameter however often it is used; a vector (a
+bias, a scale) is one for each use, because exporters store equal vectors once, and layers that are narrowed apart must not
+share one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vbpfx.errors import CaptureError
+from vbpfx.onnx_graph.names import free_name, register, suggested
+
+Array = npt.NDArray[Any]
+Path = tuple[str | int, ...]
+# How a parameter lies against the tensor in the file: as it is, as the transpose, or without its axes of length 1.
+Layout = Literal["same", "transposed", "flat"]
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor that does not depend on the inputs; ``value`` is the initializer or constant that holds it, None for a result."""
+
+    array: Array
+    value: ir.Value | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """Numbers of which some were computed from sizes: an array of numbers and nodes."""
+
+    entries: Array
+
+
+Value = fx.Node | Constant | Sizes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the file states a number: entry ``index`` of a node's input, or an attribute."""
+
+    node: ir.Node
+    where: int | str
+    index: int = 0
+
+
+@dataclass
+class Stored:
+    """A parameter and what it is in the file; ``uses`` are the inputs of nodes that it stands for."""
+
+    value: ir.Value
+    layout: Layout
+    uses: list[tuple[ir.Node, int]] = field(default_factory=list)
+
+
+class Builder:
+    """Makes the graph; the operators of :mod:`vbpfx.onnx_graph` ask it for the inputs of the node at hand.
+
+    Attributes:
+        root, graph: what is made.
+        node: the ONNX node at hand; ``hint`` names what is made for it.
+        values: what every ONNX value is.
+        stored: parameter -> what it is in the file.
+        places: (fx node, path of an integer among its arguments) -> where the file states it; None where nothing does.
+        made_by: fx node -> the ONNX nodes it computes.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.opset = opset
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.node: ir.Node
+        self.hint = "value"
+        self.values: dict[ir.Value, Value] = {}
+        self.stored: dict[str, Stored] = {}
+        self.places: dict[tuple[str, Path], Place | None] = {}
+        self.made_by: dict[str, tuple[ir.Node, ...]] = {}
+        self._parameters: dict[Any, fx.Node] = {}
+        self._named: set[ir.Value] = set()
+
+    # ------------------------------------------------------------------ what is made
+
+    def placeholder(self, value: ir.Value, example: Tensor) -> None:
+        """An input of the model."""
+        node = self.graph.create_node("placeholder", str(value.name), name=str(value.name))
+        node.target = node.name
+        with self.mode:
+            node.meta["val"] = torch.empty_like(example, device="cpu")
+        self.values[value] = node
+
+    def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a function, or of a method by name; its value is known at once, as a fake tensor."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, args, kwargs, name=self.hint)
+        given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = getattr(given[0], target)(*given[1:], **named) if isinstance(target, str) else target(*given, **named)  # fmt: skip
+        self.made_by[node.name] = (self.node,)
+        return node
+
+    def states(self, node: fx.Node, path: Path, place: Place | None) -> None:
+        """Keep where the file states a number among a call's arguments."""
+        self.places[node.name, path] = place
+
+    # ------------------------------------------------------------------ the inputs of the node at hand
+
+    def has(self, index: int) -> bool:
+        """Whether the node has that input."""
+        return index < len(self.node.inputs) and self.node.inputs[index] is not None
+
+    def value(self, index: int) -> Value:
+        """Whatever that input is."""
+        value = self.node.inputs[index]
+        assert value is not None
+        return self.values[value]
+
+    def tensor(self, index: int) -> fx.Node:
+        """That input as a tensor."""
+        found = self.value(index)
+        if isinstance(found, fx.Node):
+            return found
+        return self.sizes_tensor(found) if isinstance(found, Sizes) else self.parameter(index)
+
+    def sizes_tensor(self, sizes: Sizes) -> fx.Node:
+        """Sizes as a tensor."""
+        dtype = torch.float32 if any(isinstance(number(e), float) for e in sizes.entries.flat) else torch.int64
+        return self.emit(torch.tensor, sizes.entries.tolist(), dtype=dtype)
+
+    def constant(self, index: int) -> Array | None:
+        """That input, if it is a constant."""
+        found = self.value(index) if self.has(index) else None
+        return found.array if isinstance(found, Constant) else None
+
+    def numbers(self, index: int) -> list[Any]:
+        """That input as a list of numbers and of nodes that compute numbers."""
+        match self.value(index):
+            case Constant(array=array):
+                return list(array.reshape(-1).tolist())
+            case Sizes(entries=entries):
+                return list(entries.reshape(-1).tolist())
+            case _:
+                raise CaptureError(f"its input {index} is computed from values, where sizes or constants are expected")
+
+    def integers(self, index: int, name: str) -> list[int] | None:
+        """Constant integers, from an input or (in earlier opsets) an attribute; None where neither is there."""
+        if self.has(index):
+            found = self.constant(index)
+            if found is None:
+                raise CaptureError(f"its {name} are computed; only constant ones are supported")
+            return [int(entry) for entry in found.reshape(-1)]
+        given = self.attribute(name)
+        return None if given is None else [int(entry) for entry in given]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute of the node."""
+        found = self.node.attributes.get(name)
+        if found is None or found.value is None:
+            return default
+        return found.as_string() if found.type == ir.AttributeType.STRING else found.value
+
+    # ------------------------------------------------------------------ parameters
+
+    def parameter(self, index: int, layout: Layout = "same", *, of: ir.Node | None = None) -> fx.Node:
+        """That input, a constant, as a parameter (floating-point numbers) or a buffer."""
+        user = of or self.node
+        value = user.inputs[index]
+        assert value is not None
+        constant = self.values[value]
+        assert isinstance(constant, Constant)
+        matrix = sum(size > 1 for size in constant.array.shape) > 1 or constant.value is None
+        key = (constant.value or constant, layout, None if matrix else (user, index))
+        if key not in self._parameters:
+            alone = constant.value is not None and (matrix or len(constant.value.uses()) == 1)
+            name = suggested(str((constant.value or value).name), user, index, alone=alone)
+            learned = user.op_type != "BatchNormalization" or index < 3
+            self._parameters[key] = self._register(free_name(name, self.root), constant, layout, learned)
+        node = self._parameters[key]
+        if str(node.target) in self.stored:
+            self.stored[str(node.target)].uses.append((user, index))
+        return node
+
+    def _register(self, name: str, constant: Constant, layout: Layout, learned: bool) -> fx.Node:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file's memory is read-only; nothing writes to parameters
+            tensor = torch.from_numpy(np.asarray(constant.array))
+        tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
+        register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)
+        if constant.value is not None:
+            self.stored[name] = Stored(constant.value, layout)
+        node = self.graph.create_node("get_attr", name, name=name)
+        node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+
+def constant_of(value: ir.Value) -> Array | None:
+    """The tensor that an initializer or a constant holds; None for anything computed."""
+    producer = value.producer()
+    if producer is None:
+        return None if value.const_value is None else value.const_value.numpy()
+    if producer.op_type != "Constant" or producer.domain not in ("", "ai.onnx"):
+        return None
+    attribute = next(iter(producer.attributes.values()))
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor().numpy()
+    if attribute.name.startswith("value_string") or attribute.name == "sparse_value":
+        raise CaptureError(f"constant {producer.name!r} holds {attribute.name}, which is not supported")
+    return np.array(attribute.value, np.int64 if "int" in attribute.name else np.float32)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value."""
+    return tuple(node.meta["val"].shape)
+
+
+def number(entry: Any) -> Any:
+    """A number, whether it is one or a node that computes one."""
+    return entry.meta["val"] if isinstance(entry, fx.Node) else entry
+
+
+def one_entry(value: Value) -> Any | None:
+    """The number of a constant or of sizes with a single entry; None for anything else."""
+    if isinstance(value, Constant) and value.array.size == 1:
+        return value.array.reshape(-1)[0].item()
+    if isinstance(value, Sizes) and value.entries.size == 1:
+        return value.entries.reshape(-1)[0]
+    return None
+
+
+def pairs(values: Sequence[int]) -> tuple[list[int], list[int]]:
+    """ONNX's pads, begins then ends, as two lists."""
+    half = len(values) // 2
+    return list(values[:half]), list(values[half:])

@@ -1,0 +1,92 @@
+"""Statistics over a narrowed axis, as ONNX nodes: the formulas of :mod:`vbpfx.carry` on values of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from vbpfx.carry import NORMALISE, Carried
+from vbpfx.onnx_graph.edit import OnnxEdit
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A value of the file that computes like a tensor: every operation is a node in front of ``before``."""
+
+    file: OnnxEdit
+    before: ir.Node
+    value: ir.Value
+    dtype: Any
+
+    def _make(self, op_type: str, *operands: Any, **attributes: int) -> _Term:
+        inputs = [self._value(operand) for operand in operands]
+        name = f"{self.before.inputs[0].name}_{op_type}"  # type: ignore[union-attr]
+        return _Term(
+            self.file, self.before, self.file.insert(self.before, op_type, inputs, name, **attributes), self.dtype
+        )
+
+    def _value(self, operand: Any) -> ir.Value:
+        match operand:
+            case _Term(value=value):
+                return value
+            case ir.Value():
+                return operand
+            case _:
+                array = operand if isinstance(operand, np.ndarray) else np.array(operand, self.dtype)
+                return self.file.store(f"{self.before.inputs[0].name}_constant", array)  # type: ignore[union-attr]
+
+    def sum(self, dim: int, keepdim: bool) -> _Term:
+        return self._make("ReduceSum", self, np.array([dim], np.int64), keepdims=int(keepdim))
+
+    def __add__(self, other: Any) -> _Term:
+        return self._make("Add", self, other)
+
+    def __sub__(self, other: Any) -> _Term:
+        return self._make("Sub", self, other)
+
+    def __mul__(self, other: Any) -> _Term:
+        return self._make("Mul", self, other)
+
+    def __truediv__(self, other: Any) -> _Term:
+        return self._make("Div", self, other)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.rsqrt:
+            return NotImplemented
+        (term,) = args
+        return term._make("Reciprocal", term._make("Sqrt", term))
+
+
+def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
+    """Make a statistic over a narrowed axis count the removed channels again.
+
+    Args:
+        node: what takes it; its inputs are narrowed already.
+        kind: of :attr:`vbpfx.records.Reduction.kind`.
+    """
+    source = node.inputs[0]
+    assert source is not None
+    known = node.outputs[0].dtype or source.dtype
+    dtype = known.numpy() if known is not None else np.float32
+
+    def make(before: ir.Node) -> ir.Value:
+        out, h = (_Term(file, before, value, dtype) for value in (node.outputs[0], source))
+        if kind == "sum":
+            return (out + carried.sum).value
+        if kind == "mean":
+            share = (carried.size - len(carried.constants)) / carried.size
+            return (out * share + carried.sum / carried.size).value
+        eps = node.attributes.get("epsilon")
+        result = NORMALISE[kind](h, carried, 1e-5 if eps is None else eps.as_float())
+        for index, combine in ((1, _Term.__mul__), (2, _Term.__add__)):
+            if index < len(node.inputs) and node.inputs[index] is not None:
+                result = combine(result, node.inputs[index])
+        return result.value  # type: ignore[no-any-return]
+
+    file.replace_value(node, make)

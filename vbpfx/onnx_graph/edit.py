@@ -1,0 +1,114 @@
+"""Edits of an ONNX graph, and the one exit that ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from vbpfx.onnx_graph.builder import Array, Stored
+
+
+class OnnxEdit:
+    """An ONNX graph under change; :meth:`finish` ends it."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.graph = model, model.graph
+        values = [*self.graph.inputs, *(out for node in self.graph for out in node.outputs)]
+        self._names = {str(value.name) for value in values} | set(self.graph.initializers)
+
+    def free_name(self, name: str) -> str:
+        """The name, or one like it that nothing has."""
+        taken, number = name, 1
+        while taken in self._names:
+            number += 1
+            taken = f"{name}_{number}"
+        self._names.add(taken)
+        return taken
+
+    def store(self, name: str, array: Array) -> ir.Value:
+        """A new initializer."""
+        name = self.free_name(name)
+        tensor = _tensor(name, array)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def replace(self, stored: Stored, array: Array) -> None:
+        """Another tensor for the inputs that a parameter stands for."""
+        value, uses = stored.value, set(stored.uses)
+        name = str(value.name)
+        if value.is_graph_output() or {(use.node, use.idx) for use in value.uses()} != uses:
+            new = self.store(f"{name}_narrow", array)
+            for node, index in uses:
+                node.replace_input_with(index, new)
+            return
+        tensor = _tensor(name, array)
+        producer = value.producer()
+        if producer is None:
+            value.const_value = tensor
+        else:
+            producer.attributes.clear()
+            producer.attributes["value"] = ir.AttrTensor("value", tensor)
+        value.shape = ir.Shape(array.shape)
+
+    def insert(
+        self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: int
+    ) -> ir.Value:
+        """The value of a new node in front of another."""
+        made = ir.Value(name=self.free_name(name))
+        listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        self.graph.insert_before(
+            before, ir.Node("", op_type, inputs, listed, outputs=[made], name=self.free_name(f"{name}_node"))
+        )
+        return made
+
+    def replace_value(self, node: ir.Node, make: Callable[[ir.Node], ir.Value]) -> None:
+        """Another value for whoever reads a node's.
+
+        Args:
+            make: makes it, in front of the node that it is given; it may read the old one.
+        """
+        value = node.outputs[0]
+        readers = list(value.uses())
+        mark = ir.Node("", "Identity", [value])
+        self.graph.insert_after(node, mark)
+        new = make(mark)
+        self.graph.remove(mark, safe=True)
+        for use in readers:
+            use.node.replace_input_with(use.idx, new)
+        new.type, new.shape = value.type, value.shape
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = new
+                new.name, value.name = value.name, new.name
+
+    def set_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
+        """An input that the node may have lacked."""
+        if len(node.inputs) <= index:
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, value)
+
+    def finish(self) -> None:
+        """Nothing that is unused, and shapes that are true."""
+        RemoveUnusedNodesPass()(self.model)
+        kept = {*self.graph.inputs, *self.graph.outputs, *self.graph.initializers.values()}
+        for node in self.graph:
+            for output in node.outputs:
+                if output not in kept:
+                    output.shape = None
+        ShapeInferencePass()(self.model)
+
+
+def _tensor(name: str, array: Array) -> ir.TensorProtocol:
+    """The array as a tensor of the file; one that lies transposed in memory is laid out anew only while it is written."""
+    if array.flags.c_contiguous:
+        return ir.tensor(array, name=name)
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(array), name=name),
+        dtype=ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+    )

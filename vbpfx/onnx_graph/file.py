@@ -1,0 +1,160 @@
+"""ONNX files: read with their weights left where they are, and written whole or not at all."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import InlinePass
+
+from vbpfx.errors import ArtifactError, CaptureError, VbpfxError, first_line
+from vbpfx.files import Write, write_atomically
+
+OLDEST_OPSET = 13
+_QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",
+                        "MatMulInteger", "ConvInteger", "QLinearAdd", "QGemm", "MatMulNBits", "DynamicQuantizeMatMul",
+                        "MatMulIntegerToFloat", "QAttention", "QLinearGlobalAveragePool"})  # fmt: skip
+# What protobuf holds in one message; more has to lie in a file of its own.
+_MOST_IN_ONE_FILE = 2**31 - 2**24
+_SMALLEST_OUTSIDE = 1024  # bytes of a tensor that lies in the second file
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read an ONNX file; what lies in external data stays there, mapped into memory. Local functions are inlined.
+
+    Raises:
+        ArtifactError: it is missing, no ONNX, truncated, or its external data is.
+        CaptureError: its opset is older than 13, or it is quantized.
+    """
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    except (
+        DecodeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # protobuf's, and what a torn message makes
+        raise ArtifactError(f"{path} is no ONNX file, or it is damaged: {first_line(error)}") from error
+    if not model.graph.outputs or not model.opset_imports:
+        raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
+    opset = opset_of(model)
+    if opset < OLDEST_OPSET:
+        raise CaptureError(
+            f"{path} is of opset {opset}, the oldest that is supported is {OLDEST_OPSET}: convert it with "
+            f"onnx.version_converter, or export it anew"
+        )
+    if model.functions:
+        InlinePass()(model)
+    for node in model.graph.all_nodes():
+        if node.op_type in _QUANTIZED:
+            raise CaptureError(
+                f"{path} is quantized ({node.op_type}, node {node.name!r}): prune the float network, then quantize"
+            )
+    for name, value in model.graph.initializers.items():
+        _require_data(path, name, value.const_value)
+    return model
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of ONNX's own operators that the file is written in; 0 where it names none."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def _require_data(path: Path, name: str, tensor: object) -> None:
+    if isinstance(tensor, ir.ExternalTensor):
+        data = Path(tensor.path)
+        try:
+            size = data.stat().st_size
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} keeps {name} in {data.name}, which cannot be read ({error.strerror}); put it beside the file"
+            ) from error
+        if size < (tensor.offset or 0) + tensor.nbytes:
+            raise ArtifactError(f"{path} keeps {name} in {data.name}, which is too short: it is truncated")
+    elif isinstance(tensor, ir.TensorProtocol):
+        try:
+            tensor.numpy()
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"{path} is damaged: initializer {name}: {first_line(error)}") from error
+
+
+def has_external_data(model: ir.Model) -> bool:
+    """Whether the file keeps weights in another one."""
+    return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+
+
+def release_pages(model: ir.Model) -> None:
+    """Let go of the pages of external data that were read so far: who needs them next reads them from the file again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        return
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and isinstance(value.const_value.raw, mmap.mmap):
+            value.const_value.raw.madvise(mmap.MADV_DONTNEED)
+
+
+def require_writable(source: Path, out: Path) -> None:
+    """Refuse what could not be written safely, before any work is done.
+
+    Raises:
+        ArtifactError: the folder does not exist, or two files that belong together would have to be replaced at once.
+    """
+    if not out.parent.is_dir():
+        raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}; make it first")
+    if out.is_dir():
+        raise ArtifactError(f"cannot write {out}: it is a folder")
+    if data_file(out).exists():
+        same = out.exists() and out.samefile(source)
+        raise ArtifactError(
+            f"cannot write {out}: {data_file(out).name} lies beside it, and two files cannot be replaced at once; "
+            + ("choose another name" if same else "delete both, or choose another name")
+        )
+
+
+def data_file(out: Path) -> Path:
+    """Where the weights of a file go that are not in it."""
+    return out.with_name(f"{out.name}.data")
+
+
+def _mover(staged: Path) -> Write:
+    def move(temporary: Path) -> None:
+        staged.replace(temporary)
+
+    return move
+
+
+def write_model(model: ir.Model, out: Path, *, external: bool, check: Callable[[Path], None]) -> None:
+    """Write a model, check it, and only then let it take its name.
+
+    Args:
+        external: keep the weights in a second file, ``<name>.data``, as the source did; it is done in any case for what
+            does not fit in one file.
+        check: raises where the written file is not good.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    sizes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = external or sizes > _MOST_IN_ONE_FILE
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            staged = Path(folder) / out.name
+            ir.save(
+                model, staged, format="protobuf", external_data=data_file(out).name if external else None,
+                size_threshold_bytes=_SMALLEST_OUTSIDE,
+            )  # fmt: skip
+            onnx.checker.check_model(str(staged))
+            check(staged)
+            parts = [data_file(staged)] if data_file(staged).exists() else []
+            write_atomically({out.with_name(part.name): _mover(part) for part in (*parts, staged)})
+    except VbpfxError:
+        raise
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; choose another folder") from error

@@ -1,0 +1,208 @@
+"""ONNX operators with weights, as torch functions: products, convolutions, embeddings, norms with scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from vbpfx.errors import CaptureError
+from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, pairs, shape_of
+
+
+def _matmul(b: Builder) -> Value:
+    """A product with a matrix of the file is a linear layer, with the sum behind it as its bias."""
+    weight = b.value(1)
+    if not isinstance(weight, Constant) or weight.array.ndim != 2 or not _is_right_factor_alone(weight):
+        return b.emit(torch.matmul, b.tensor(0), b.tensor(1))
+    product, (addition, index) = b.node, _bias_behind(b, weight.array.shape[1])
+    x, transposed = b.tensor(0), b.parameter(1, "transposed")
+    if addition is None:
+        return b.emit(F.linear, x, transposed)
+    bias = b.parameter(index, "flat", of=addition)
+    b.hint = str(addition.outputs[0].name)
+    layer = b.emit(F.linear, x, transposed, bias)
+    b.made_by[layer.name] = (product, addition)
+    b.values[addition.outputs[0]] = layer
+    return layer
+
+
+def _is_right_factor_alone(weight: Constant) -> bool:
+    """Whether a matrix is only ever what activations are multiplied with from the left, so that it may be kept transposed."""
+    waiting = [weight.value] if weight.value is not None else []
+    while waiting:
+        for user, index in waiting.pop().uses():
+            if user.op_type == "Identity":
+                waiting.append(user.outputs[0])
+            elif user.op_type not in ("MatMul", "Gemm") or index != 1 or _attribute(user, "transB", 0):
+                return False
+    return weight.value is not None
+
+
+def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
+    """The sum that adds a vector of the file to the product at hand and is all that reads it; and which operand that is."""
+    product = b.node.outputs[0]
+    users = list(product.uses())
+    if len(users) != 1 or product.is_graph_output() or users[0].node.op_type != "Add":
+        return None, 0
+    addition, own = users[0]
+    other = addition.inputs[1 - own]
+    bias = b.values.get(other) if other is not None else None
+    if not isinstance(bias, Constant) or bias.array.ndim == 0 or bias.array.shape[-1] != outputs:
+        return None, 0
+    fits = bias.array.size == outputs and bias.array.ndim <= len(shape_of(b.tensor(0)))
+    return (addition, 1 - own) if fits else (None, 0)
+
+
+def _gemm(b: Builder) -> Value:
+    """alpha A B + beta C, either factor transposed."""
+    alpha, beta = b.attribute("alpha", 1.0), b.attribute("beta", 1.0)
+    x = b.emit(torch.t, b.tensor(0)) if b.attribute("transA", 0) else b.tensor(0)
+    stored_as_linear = bool(b.attribute("transB", 0))
+    weight, bias = b.value(1), b.constant(2)
+    own = isinstance(weight, Constant) and (stored_as_linear or _is_right_factor_alone(weight))
+    if own and alpha == 1:
+        matrix = b.parameter(1, "same" if stored_as_linear else "transposed")
+        if not b.has(2):
+            return b.emit(F.linear, x, matrix)
+        outputs = shape_of(matrix)[0]
+        if bias is not None and beta == 1 and bias.size == outputs and bias.ndim and bias.shape[-1] == outputs:
+            return b.emit(F.linear, x, matrix, b.parameter(2, "flat"))
+        product = b.emit(F.linear, x, matrix)
+    else:
+        other = b.tensor(1)
+        product = b.emit(torch.matmul, x, b.emit(torch.t, other) if stored_as_linear else other)
+        product = product if alpha == 1 else b.emit(torch.mul, product, alpha)
+    if not b.has(2):
+        return product
+    added = b.tensor(2)
+    return b.emit(torch.add, product, added if beta == 1 else b.emit(torch.mul, added, beta))
+
+
+def _convolution(b: Builder) -> Value:
+    weight = b.tensor(1)
+    spatial = len(shape_of(weight)) - 2
+    stride, dilation = b.attribute("strides", [1] * spatial), b.attribute("dilations", [1] * spatial)
+    x, padding = _padded(b, b.tensor(0), shape_of(weight)[2:], stride, dilation)
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
+    bias = b.tensor(2) if b.has(2) else None
+    groups = b.attribute("group", 1)
+    node = b.emit(function, x, weight, bias, list(stride), padding, list(dilation), groups)
+    b.states(node, ("args", 6), Place(b.node, "group"))
+    return node
+
+
+def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any, fill: float = 0.0) -> tuple[fx.Node, Any]:
+    """The input and the padding that torch's function takes; uneven padding goes in front."""
+    before, after = padding_of(b, x, kernel, stride, dilation)
+    if before == after:
+        return x, before
+    amounts = [amount for pair in zip(reversed(before), reversed(after), strict=True) for amount in pair]
+    return b.emit(F.pad, x, amounts, "constant", fill), [0] * len(before)
+
+
+def padding_of(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[list[int], list[int]]:
+    """How much a convolution or a pooling pads before and after every axis."""
+    mode = b.attribute("auto_pad", "NOTSET")
+    if mode in ("NOTSET", "VALID"):
+        return pairs(b.attribute("pads", [0] * 2 * len(kernel)) if mode == "NOTSET" else [0] * 2 * len(kernel))
+    before, after = [], []
+    for size, k, s, d in zip(shape_of(x)[2:], kernel, stride, dilation, strict=True):
+        total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        less, more = total // 2, total - total // 2
+        before.append(less if mode == "SAME_UPPER" else more)
+        after.append(more if mode == "SAME_UPPER" else less)
+    return before, after
+
+
+def _transposed_convolution(b: Builder) -> Value:
+    weight = b.tensor(1)
+    spatial = len(shape_of(weight)) - 2
+    before, after = pairs(b.attribute("pads", [0] * 2 * spatial))
+    if before != after or b.attribute("output_shape") or b.attribute("auto_pad", "NOTSET") != "NOTSET":
+        raise CaptureError("a transposed convolution with uneven padding or a stated output shape is not supported")
+    function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[spatial]
+    ones = [1] * spatial
+    return b.emit(
+        function, b.tensor(0), weight, b.tensor(2) if b.has(2) else None, list(b.attribute("strides", ones)), before,
+        list(b.attribute("output_padding", [0] * spatial)), b.attribute("group", 1), list(b.attribute("dilations", ones)),
+    )  # fmt: skip
+
+
+def _layer_norm(b: Builder) -> Value:
+    return _norm(b, F.layer_norm, b.attribute("epsilon", 1e-5), b.tensor(2) if b.has(2) else None)
+
+
+def _rms_norm(b: Builder) -> Value:
+    return _norm(b, F.rms_norm, b.attribute("epsilon", 1e-5))
+
+
+def _norm(b: Builder, function: Callable[..., Any], eps: float, *bias: fx.Node | None) -> Value:
+    x, weight = b.tensor(0), b.tensor(1)
+    sizes = shape_of(x)[b.attribute("axis", -1) :]
+    if shape_of(weight) != sizes:
+        raise CaptureError(f"its scale has the shape {shape_of(weight)}, expected {tuple(sizes)}")
+    node = b.emit(function, x, list(sizes), weight, *bias, eps)
+    b.states(node, ("args", 1, 0), None)  # the file states the axis, not its size
+    return node
+
+
+def _batch_norm(b: Builder) -> Value:
+    if b.attribute("training_mode", 0):
+        raise CaptureError("it is in training mode; export the network in eval mode")
+    scale, bias, mean, var = (b.tensor(i) for i in (1, 2, 3, 4))
+    return b.emit(F.batch_norm, b.tensor(0), mean, var, scale, bias, False, 0.0, b.attribute("epsilon", 1e-5))
+
+
+def _instance_norm(b: Builder) -> Value:
+    eps = b.attribute("epsilon", 1e-5)
+    return b.emit(F.instance_norm, b.tensor(0), None, None, b.tensor(1), b.tensor(2), True, 0.0, eps)
+
+
+def _group_norm(b: Builder) -> Value:
+    x, scale, bias = b.tensor(0), b.tensor(1), b.tensor(2)
+    if shape_of(scale) != shape_of(x)[1:2]:
+        raise CaptureError("it scales groups, as before opset 21; only one scale per channel is supported")
+    return b.emit(F.group_norm, x, b.attribute("num_groups"), scale, bias, b.attribute("epsilon", 1e-5))
+
+
+def _attention(b: Builder) -> Value:
+    """The operator of opset 23, of queries, keys and values with the heads as an axis of their own."""
+    query, key, value = (b.tensor(i) for i in range(3))
+    further = len(b.node.outputs) > 1 or b.has(4) or b.attribute("softcap", 0.0)
+    if further or any(len(shape_of(x)) != 4 for x in (query, key, value)):
+        raise CaptureError("only attention over four axes, without a cache, a cap or further outputs, is supported")
+    mask = b.tensor(3) if b.has(3) else None
+    grouped = {"enable_gqa": True} if shape_of(query)[1] != shape_of(key)[1] else {}
+    causal, scale = bool(b.attribute("is_causal", 0)), b.attribute("scale")
+    return b.emit(F.scaled_dot_product_attention, query, key, value, mask, 0.0, causal, scale=scale, **grouped)
+
+
+def _einsum(b: Builder) -> Value:
+    return b.emit(torch.einsum, b.attribute("equation"), *(b.tensor(i) for i in range(len(b.node.inputs))))
+
+
+def _attribute(node: ir.Node, name: str, default: Any) -> Any:
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+LAYERS: Mapping[str, Callable[[Builder], Value]] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _convolution,
+    "ConvTranspose": _transposed_convolution,
+    "LayerNormalization": _layer_norm,
+    "RMSNormalization": _rms_norm,
+    "SimplifiedLayerNormalization": _rms_norm,
+    "BatchNormalization": _batch_norm,
+    "InstanceNormalization": _instance_norm,
+    "GroupNormalization": _group_norm,
+    "Attention": _attention,
+    "Einsum": _einsum,
+}

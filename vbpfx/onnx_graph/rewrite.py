@@ -1,0 +1,136 @@
+"""A plan carried out on the ONNX graph: the tensors of the narrowed fx graph under their names in the file, and the numbers.
+
+Everything that the plan does not touch stays as it was: names, opset, metadata, the operators and their order. A tensor that
+several layers share and that is narrowed for some of them is stored anew for these.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor, fx
+
+from vbpfx.capture import Captured, named_tensors
+from vbpfx.errors import ExportError
+from vbpfx.narrow import carried, new_biases
+from vbpfx.onnx_graph.builder import Array, Place, Stored, constant_of
+from vbpfx.onnx_graph.carried import carry
+from vbpfx.onnx_graph.edit import OnnxEdit
+from vbpfx.onnx_graph.importer import Imported
+from vbpfx.records import Consumer, Plan
+
+
+def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:
+    """Narrow the model that was imported, in place.
+
+    Args:
+        small: the narrowed fx graph, which shares with the dense one what is not narrowed.
+
+    Raises:
+        ExportError: a number that has to change is stated in a way that is not understood.
+    """
+    file = OnnxEdit(model)
+    dense, narrow = named_tensors(captured.graph_module), named_tensors(small)
+    for name, stored in imported.stored.items():
+        if name in dense and not _same(dense[name], narrow[name]):
+            file.replace(stored, _as_stored(narrow[name], stored))
+    _state_sizes(file, imported, captured, plan, small)
+    for name, consumer in new_biases(plan).items():
+        _add_bias(file, imported, captured.nodes[name], consumer, narrow[consumer.bias])
+    for name, (reduction, constants) in carried(plan).items():
+        carry(file, imported.made_by[name][0], reduction.kind, constants)
+    file.finish()
+
+
+def _same(dense: Tensor, narrow: Tensor) -> bool:
+    return narrow is dense or (narrow.shape == dense.shape and bool((narrow == dense).all()))
+
+
+def _as_stored(tensor: Tensor, stored: Stored) -> Array:
+    array = tensor.detach().cpu().numpy()
+    if stored.layout == "transposed":
+        return array.T
+    if stored.layout == "flat":
+        shape = stored.value.shape
+        ahead = len(shape) - 1 if shape is not None else 0
+        return array.reshape(*[1] * ahead, -1)
+    return array
+
+
+def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:
+    """Make every number in the file that counts channels true again."""
+    narrowed = {node.name: node for node in small.graph.nodes}
+    changes: dict[tuple[ir.Node, int], dict[int, int]] = defaultdict(dict)
+    for entry in plan.blocks:
+        for literal in entry.block.literals:
+            place = imported.places.get((literal.node, literal.path), ...)
+            if place is None:
+                continue
+            before, after = (_at(nodes[literal.node], literal.path) for nodes in (captured.nodes, narrowed))
+            if before == after:
+                continue
+            match place:
+                case Place(node=node, where=str(name)):
+                    node.attributes[name] = ir.AttrInt64(name, after)
+                case Place(node=node, where=int(where), index=index):
+                    changes[node, where][index] = after - before
+                case _:
+                    raise ExportError(
+                        f"the size that {literal.node} states has no place in the file; leave block {entry.block.name} out"
+                    )
+    for (node, where), differences in changes.items():
+        if where >= len(node.inputs) or node.inputs[where] is None:  # a Split without sizes
+            fx_node = next(n for n in narrowed.values() if imported.made_by.get(n.name, (None,))[0] is node)
+            sizes: Any = fx_node.args[1]
+            node.attributes.pop("num_outputs", None)
+            file.set_input(node, where, file.store(f"{node.name}_sizes", np.array(sizes, np.int64)))
+            continue
+        _change(file, node, where, differences)
+
+
+def _change(file: OnnxEdit, node: ir.Node, where: int, differences: dict[int, int]) -> None:
+    """Other numbers in a node's input: a new constant where it is one, a sum where it is computed."""
+    value = node.inputs[where]
+    assert value is not None
+    array = constant_of(value)
+    if array is not None:
+        new = np.array(array)
+        for index, difference in differences.items():
+            new.reshape(-1)[index] += difference
+        node.replace_input_with(where, file.store(f"{value.name}_narrow", new))
+        return
+    length = max(differences) + 1 if value.shape is None or value.shape.is_dynamic() else int(value.shape[0])  # type: ignore[arg-type]
+    delta = np.zeros(length, np.int64)
+    for index, difference in differences.items():
+        delta[index] = difference
+    addend = file.store(f"{value.name}_difference", delta)
+    node.replace_input_with(where, file.insert(node, "Add", [value, addend], f"{value.name}_narrow"))
+
+
+def _at(node: fx.Node, path: tuple[str | int, ...]) -> Any:
+    """The number that stands at a path among a call's arguments."""
+    found: Any = getattr(node, str(path[0]))
+    for step in path[1:]:
+        found = getattr(found, str(step)) if isinstance(found, slice) else found[step]
+    return found
+
+
+def _add_bias(file: OnnxEdit, imported: Imported, layer: fx.Node, consumer: Consumer, bias: Tensor) -> None:
+    """A bias for a layer that has none."""
+    node, array = imported.made_by[layer.name][0], bias.detach().cpu().numpy()
+    scale = node.attributes.get("alpha")
+    takes_bias = node.op_type in ("Conv", "Gemm") and (len(node.inputs) < 3 or node.inputs[2] is None)
+    if takes_bias and (scale is None or scale.value == 1):
+        node.attributes.pop("beta", None)
+        file.set_input(node, 2, file.store(consumer.bias, array))
+        return
+    in_front = layer.args[0].name != consumer.source.node  # type: ignore[union-attr]
+    array = array[:, None] if in_front else array
+    if scale is not None:
+        array = (array * np.float64(scale.value)).astype(array.dtype)
+    addend = file.store(consumer.bias, array)
+    value = node.outputs[0]
+    file.replace_value(node, lambda before: file.insert(before, "Add", [value, addend], f"{value.name}_biased"))

@@ -1,0 +1,178 @@
+"""ONNX Runtime on a file: its outputs, and the activations that a plan is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from vbpfx.errors import CalibrationError, CaptureError, first_line
+from vbpfx.inputs import Inputs
+from vbpfx.observer import Observer
+from vbpfx.onnx_graph.file import has_external_data, release_pages
+from vbpfx.onnx_graph.importer import Imported, true_inputs
+
+Array = npt.NDArray[Any]
+
+
+def open_session(file: str | bytes, folder: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session on the CPU that says nothing.
+
+    Args:
+        file: a path, or a serialised model; ``folder`` is then where its external data lies.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if (
+        folder is not None
+    ):  # weights that lie outside are large: they stay mapped, without a second copy in another layout
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def session_with(model: ir.Model, folder: Path, further: Sequence[str]) -> onnxruntime.InferenceSession:
+    """A session on a model that hands out further values.
+
+    Raises:
+        CaptureError: ONNX Runtime does not take the file.
+    """
+    release_pages(model)
+    proto = ir.serde.serialize_model(model)
+    present = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further if name not in present)
+    try:
+        return open_session(proto.SerializeToString(), folder.absolute() if has_external_data(model) else None)
+    except Exception as error:  # ONNX Runtime has many kinds
+        raise CaptureError(f"ONNX Runtime does not take the file: {first_line(error)}") from error
+
+
+def batch_reader(model: ir.Model, imported_names: Mapping[str, str]) -> Callable[[Any], Inputs]:
+    """From a batch to the arguments of the fx graph.
+
+    A batch is an array or a tensor (for one input), a mapping by the names of the inputs, or a sequence in their order,
+    behind which labels may stand.
+
+    Args:
+        imported_names: input of the file -> argument of the graph.
+    """
+    inputs = true_inputs(model)
+
+    def read(batch: Any) -> Inputs:
+        if isinstance(batch, Mapping):
+            missing = [str(value.name) for value in inputs if value.name not in batch]
+            if missing:
+                raise CalibrationError(
+                    f"a batch lacks the input {missing[0]!r}; it holds {', '.join(map(repr, batch))}, the file takes "
+                    f"{', '.join(repr(str(value.name)) for value in inputs)}"
+                )
+            given = [batch[str(value.name)] for value in inputs]
+        elif isinstance(batch, (tuple, list)):
+            given = list(batch)[: len(inputs)]
+        else:
+            given = [batch]
+        if len(given) != len(inputs):
+            names = ", ".join(repr(str(value.name)) for value in inputs)
+            raise CalibrationError(f"a batch has {len(given)} arrays, the file takes {len(inputs)}: {names}")
+        return Inputs((), {imported_names[str(v.name)]: _fitting(v, x) for v, x in zip(inputs, given, strict=True)})
+
+    return read
+
+
+def _fitting(value: ir.Value, given: Any) -> Tensor:
+    """A tensor of the input's type, of the shape that the file states."""
+    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
+    if array.dtype.kind != wanted.kind and not {array.dtype.kind, wanted.kind} <= {"i", "u"}:
+        raise CalibrationError(f"input {value.name!r} takes {wanted}, the data is {array.dtype}; convert it")
+    stated = list(value.shape) if value.shape is not None else None
+    fits = stated is None or (
+        len(stated) == array.ndim
+        and all(not isinstance(d, int) or d == size for d, size in zip(stated, array.shape, strict=True))
+    )
+    if not fits:
+        shape = ", ".join(str(dim) for dim in stated or ())
+        raise CalibrationError(f"input {value.name!r} takes the shape ({shape}), a batch has {array.shape}")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=wanted))
+
+
+def fixed_batch(model: ir.Model) -> int | None:
+    """The size of batch that the file is tied to; None where it takes any."""
+    shape = true_inputs(model)[0].shape
+    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
+
+
+def run(
+    session: onnxruntime.InferenceSession,
+    inputs: Inputs,
+    arguments: Mapping[str, str],
+    wanted: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """The values of those names, all outputs by default."""
+    feeds = {name: inputs.kwargs[argument].cpu().numpy() for name, argument in arguments.items()}
+    return [torch.from_numpy(np.asarray(value)) for value in session.run(wanted, feeds)]
+
+
+@dataclass
+class Tally:
+    """How many of the batches that observers saw came from ONNX Runtime."""
+
+    observers: list[Observer]
+    calls: int = 0
+
+    def __str__(self) -> str:
+        seen = max(observer.calls for observer in self.observers)
+        return "torch" if not self.calls else "ONNX Runtime" if self.calls == seen else "ONNX Runtime and torch"
+
+
+class RuntimeObservation:
+    """Runs batches in ONNX Runtime and hands what the blocks' readers read to the observers of a prepared graph."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, arguments: Mapping[str, str], plan: Mapping[Observer, list[str]]
+    ) -> None:
+        self.session, self.arguments, self.plan = session, arguments, plan
+        self.tally = Tally(list(plan))
+        self.names = list(dict.fromkeys(name for names in plan.values() for name in names))
+
+    def __call__(self, inputs: Inputs) -> None:
+        """One batch."""
+        self.tally.calls += 1
+        given = {name: inputs.kwargs[argument] for name, argument in self.arguments.items()}
+        asked = [name for name in self.names if name not in given]
+        found = given | dict(zip(asked, run(self.session, inputs, self.arguments, asked), strict=True))
+        for observer, names in self.plan.items():
+            observer(*(found[name] for name in names))
+
+
+def observe_in_runtime(
+    model: ir.Model, folder: Path, imported: Imported, observed: fx.GraphModule
+) -> RuntimeObservation | None:
+    """Gather what a prepared graph's observers want by running the file; None where a value has no name in the file."""
+    plan: dict[Observer, list[str]] = {}
+    for node in observed.graph.nodes:
+        observer = observed.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(observer, Observer):
+            names = [imported.value_of.get(_observed(n, observed).name) for n in node.all_input_nodes]
+            if None in names:
+                return None
+            plan[observer] = [str(name) for name in names]
+    given = set(imported.arguments)
+    wanted = [name for names in plan.values() for name in names if name not in given]
+    return RuntimeObservation(session_with(model, folder, list(dict.fromkeys(wanted))), imported.arguments, plan)
+
+
+def _observed(node: fx.Node, observed: fx.GraphModule) -> fx.Node:
+    """The graph's own node, behind observers that follow each other."""
+    while node.op == "call_module" and isinstance(observed.get_submodule(str(node.target)), Observer):
+        node = node.all_input_nodes[0]
+    return node

@@ -1,0 +1,204 @@
+"""ONNX in, ONNX out: prune_onnx() is the list of stages, without the PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from typing_extensions import Unpack
+
+from vbpfx.array_batches import ArrayBatches
+from vbpfx.blocks import Analysis
+from vbpfx.capture import Captured, captured_file, quiet_logging
+from vbpfx.errors import ExportError, VerificationError, first_line
+from vbpfx.export.onnx import PARITY
+from vbpfx.inputs import Inputs
+from vbpfx.onnx_graph.file import has_external_data, read_model, release_pages, require_writable, write_model
+from vbpfx.onnx_graph.importer import Imported, import_graph, true_inputs
+from vbpfx.onnx_graph.rewrite import rewrite
+from vbpfx.onnx_graph.session import (
+    Tally,
+    batch_reader,
+    fixed_batch,
+    observe_in_runtime,
+    open_session,
+    run,
+    session_with,
+)
+from vbpfx.pipeline import EXAMPLE_SAMPLES, Pruned, Run, first_batch, prune_captured
+from vbpfx.plan import PlanArguments, PlanOptions
+from vbpfx.prepare import Statistics
+from vbpfx.records import Plan
+from vbpfx.report import Report
+from vbpfx.verify import Verification, relative_error
+
+# Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
+_CHECKED_BATCHES = (1, 3)
+
+
+@dataclass(frozen=True)
+class PrunedOnnx:
+    """The result of :func:`prune_onnx`. Printing it shows the report.
+
+    Attributes:
+        path: the file that was written.
+        plan, statistics, analysis, report, verification: what the stages made; ``verification.capture`` is the difference
+            between the graph that the file was read as and the file in ONNX Runtime.
+        observed_by: what ran for the statistics: ``"ONNX Runtime"``, ``"torch"`` where gradients were taken on all samples, or a
+            value has no name in the file, or ``"ONNX Runtime and torch"``.
+        parity: the largest relative difference between the written file in ONNX Runtime and the narrowed graph.
+        graph_module: the narrowed graph, as a ``torch.fx.GraphModule``.
+        captured: the dense graph.
+    """
+
+    path: Path
+    plan: Plan = field(repr=False)
+    statistics: Statistics = field(repr=False)
+    analysis: Analysis = field(repr=False)
+    report: Report
+    verification: Verification | None
+    observed_by: str
+    parity: float
+    graph_module: fx.GraphModule = field(repr=False)
+    captured: Captured = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.report}{self.path}: statistics by {self.observed_by}, differs from the narrowed graph by {self.parity:.1e}\n"
+
+
+def prune_onnx(
+    path: str | Path,
+    calibration: Iterable[Any],
+    out: str | Path,
+    *,
+    mask: str | None = None,
+    reconstruct: bool | None = None,
+    refit: bool | None = None,
+    samples: int | None = None,
+    memory: float = 8.0,
+    progress: bool = True,
+    verify: bool = True,
+    **options: Unpack[PlanArguments],
+) -> PrunedOnnx:
+    """Make the network in an ONNX file smaller, without the model that it was exported from.
+
+    The file is read as a torch.fx graph (:mod:`vbpfx.onnx_graph`) that shares its weights' memory and is held against ONNX
+    Runtime first. Blocks, plan and the substitution oracle are those of :func:`vbpfx.prune`, and so are the methods:
+    ``method="auto"`` reconstructs block after block on that graph. Where nothing is fitted (``method="vbp"``, or
+    ``reconstruct=False``), ONNX Runtime runs the calibration data. The narrowed tensors go back under their names; operators,
+    opset, metadata, inputs, outputs and open axes stay. Local functions are inlined. External data stays external, in one file
+    ``<out>.data``.
+
+    Args:
+        path: the file: opset 13 or newer, not quantized.
+        calibration: batches without labels: arrays or tensors (where the file has one input), mappings by the names of its
+            inputs, or sequences in their order.
+        out: the file to write; it takes its name when everything has been checked. It may be ``path`` where that keeps its
+            weights in itself.
+        mask, reconstruct, refit, samples, memory, progress, verify, options: as :func:`vbpfx.prune` takes them.
+
+    Raises:
+        VbpfxError: one of its kinds. :class:`~vbpfx.ArtifactError`: a file cannot be read or written;
+            :class:`~vbpfx.CaptureError`: an operator is not supported; :class:`~vbpfx.AnalysisError`: there is no block;
+            :class:`~vbpfx.CalibrationError`: the data does not fit; :class:`~vbpfx.ExportError`: the written file would
+            not compute what it should. Nothing is written then.
+    """
+    path, out = Path(path), Path(out)
+    PlanOptions.of(**options)  # a mistake here should not cost a calibration
+    model = read_model(path)
+    require_writable(path, out)
+    first, data = first_batch(calibration)
+    inputs = {str(value.name): str(value.name) for value in true_inputs(model)}
+    batch = batch_reader(model, inputs)(first)
+    imported = import_graph(model, batch.kwargs)
+    read = batch_reader(model, imported.arguments)
+    example = read(first)
+    example = example if fixed_batch(model) is not None else example.first(EXAMPLE_SAMPLES)
+    captured = captured_file(imported.graph_module, example)
+    fidelity = _require_fidelity(model, path, imported, captured)
+    tallies: list[Tally] = []
+
+    def forward(observed: fx.GraphModule) -> Run | None:
+        found = observe_in_runtime(model, path.parent, imported, observed)
+        tallies.extend([found.tally] if found else [])
+        return found
+
+    pruned = prune_captured(
+        captured, data, read=read, forward=forward, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples,
+        memory=memory, total=len(calibration) if isinstance(calibration, Sized) else None, share=True, progress=progress,
+        verify=verify, **options,
+    )  # fmt: skip
+    observed_by = str(tallies[0]) if tallies else "torch"
+    external = has_external_data(model)
+    release_pages(model)
+    with quiet_logging():
+        rewrite(model, imported, captured, pruned.plan, pruned.graph_module)
+    parity = [0.0]
+
+    def compare(staged: Path) -> None:
+        parity[0] = _parity(staged, external, imported, captured, pruned.graph_module, fixed_batch(model))
+
+    write_model(model, out, external=external, check=compare)
+    return _result(out, pruned, fidelity, observed_by, parity[0])
+
+
+def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:
+    """The samples of an ``.npy`` or ``.npz`` file in batches for an ONNX file, of its own size where that is fixed."""
+    fixed = fixed_batch(read_model(Path(path)))
+    return ArrayBatches(data, fixed or batch, whole=fixed is not None)
+
+
+def _result(out: Path, pruned: Pruned, fidelity: float, observed_by: str, parity: float) -> PrunedOnnx:
+    verification, report = pruned.verification, pruned.report
+    if verification is not None:
+        verification = dataclasses.replace(verification, capture=fidelity)
+        report = dataclasses.replace(report, verification=verification)
+    return PrunedOnnx(
+        out, pruned.plan, pruned.statistics, pruned.analysis, report, verification, observed_by, parity,
+        pruned.graph_module, pruned.captured,
+    )  # fmt: skip
+
+
+def _require_fidelity(model: ir.Model, path: Path, imported: Imported, captured: Captured) -> float:
+    """How far the graph that the file was read as is from the file itself."""
+    inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # what is not finite is calibration's to name
+    expected = run(session_with(model, path.parent, ()), inputs, imported.arguments)
+    error = relative_error(_outputs(captured.graph_module, inputs), expected)
+    if not error <= PARITY:
+        raise VerificationError(
+            f"{path} was read as a graph that differs from it by {error:.2e} of the output's size (allowed {PARITY:.0e}); "
+            f"please report the model"
+        )
+    return error
+
+
+def _outputs(network: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)]
+
+
+def _parity(
+    staged: Path, external: bool, imported: Imported, captured: Captured, small: fx.GraphModule, fixed: int | None
+) -> float:
+    """The written file in ONNX Runtime against the narrowed graph."""
+    worst = 0.0
+    try:
+        session = open_session(str(staged), staged.parent if external else None)
+        for samples in _CHECKED_BATCHES if fixed is None else (fixed,):
+            inputs = captured.inputs.resized(samples)
+            worst = max(worst, relative_error(run(session, inputs, imported.arguments), _outputs(small, inputs)))
+    except Exception as error:  # ONNX Runtime has many kinds
+        raise ExportError(f"the narrowed file does not run: {first_line(error)}; nothing was written") from error
+    if not worst <= PARITY:
+        raise ExportError(
+            f"the narrowed file differs from the narrowed graph by {worst:.2e} of the output's size (allowed "
+            f"{PARITY:.0e}); nothing was written"
+        )
+    return worst
