@@ -25,6 +25,7 @@ from deployment_networks import NETWORKS
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.runtimes.table import NAMES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
@@ -34,8 +35,10 @@ Pruned networks in the runtimes that they are deployed in. Every table is writte
 """
 
 
-def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One row; to be called in a process of its own."""
+def _measure(
+    network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row for each runtime; to be called in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, inputs = NETWORKS[network]()
@@ -52,13 +55,13 @@ def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int
         model,
         pruned.graph_module,
         (inputs.args, inputs.kwargs),
-        runtimes=[runtime],
+        runtimes=runtimes,
         batches=[batch],
         rounds=rounds,
         clock=time.process_time,
     )
     found = result.to_json()
-    return {
+    about = {
         "network": network,
         "ratio": ratio,
         "round_to": round_to,
@@ -66,22 +69,29 @@ def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int
         "rounds": rounds,
         "versions": found["versions"] | {"torch": torch.__version__},
         "machine": machine_line(),
-        **found["rows"][0],
     }
+    return [about | row for row in found["rows"]]
 
 
-def _measured(*given: Any) -> dict[str, Any]:
-    """The row, or what ended the process."""
+def _measured(
+    network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows, or what ended the process."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_measure, *given).result()
+            return pool.submit(_measure, network, runtimes, ratio, round_to, batch, rounds).result()
     except BrokenProcessPool:
         crash = "the process died without a message"
     except vbpfx.VbpfxError as error:
         crash = f"{type(error).__name__}: {error}"
-    return dict(zip(("network", "runtime", "ratio", "round_to", "batch", "rounds"), given, strict=True)) | {
-        "crash": crash
-    }
+    given = {"network": network, "ratio": ratio, "round_to": round_to, "batch": batch, "rounds": rounds}
+    return [given | {"runtime": name, "crash": crash} for name in runtimes]
+
+
+def _together(names: Sequence[str]) -> list[list[str]]:
+    """Runtimes that take ONNX files share a process, and what was exported there; every other has its own."""
+    files = [name for name in names if name in ("onnxruntime", "openvino")]
+    return [group for group in (files, *([name] for name in names if name not in files)) if group]
 
 
 def _command(row: dict[str, Any]) -> str:
@@ -171,17 +181,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(options.networks) - set(NETWORKS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for runtime in () if options.page else options.runtime or NAMES:
+    for group in () if options.page else _together(options.runtime or NAMES):
         for network in options.networks:
             for ratio in options.ratio or [0.5]:
-                key = f"{network}/{runtime}/{ratio:g}/{options.round_to}/{options.batch}"
-                if key in results and not options.again:
+                keys = {n: f"{network}/{n}/{ratio:g}/{options.round_to}/{options.batch}" for n in group}
+                missing = [name for name, key in keys.items() if options.again or key not in results]
+                if not missing:
                     continue
-                row = _measured(network, runtime, ratio, options.round_to, options.batch, options.rounds)
-                results[key] = row | {"command": _command(row)}
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
-                print(", ".join(_line(row)), flush=True)
+                for row in _measured(network, missing, ratio, options.round_to, options.batch, options.rounds):
+                    results[keys[row["runtime"]]] = row | {"command": _command(row)}
+                    print(", ".join(_line(row)), flush=True)
+                write_atomically({options.out: json_writer(results)})
     write_page(results, options.docs / "deployment.md")
     print(f"written: {options.docs / 'deployment.md'}")
     return 0

@@ -47,12 +47,13 @@ def runtime(name: str) -> Runtime:
 
 
 def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
-    """The same with the runtime's name in its errors; a compiler's own become an ExportError."""
+    """The same in silence, and with the runtime's name in its errors; a compiler's own become an ExportError."""
 
     @functools.wraps(compile)
     def compile_or_say(*args: Any) -> Compiled:
         try:
-            return compile(*args)
+            with silenced():
+                return compile(*args)
         except VbpfxError as error:
             raise type(error)(f"{name}: {error}") from error
         except Exception as error:  # every compiler has its own kinds
