@@ -29,10 +29,6 @@ from vbpfx.files import json_writer, write_atomically
 from vbpfx.runtimes.table import NAMES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
-INTRO = """# Deployment
-
-Pruned networks in the runtimes that they are deployed in. Every table is written by the program named with it.
-"""
 
 
 def _measure(
@@ -109,7 +105,8 @@ def _spread(value: dict[str, float] | None, digits: int = 2) -> str:
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    start = [row["network"], row["runtime"], f"{row['ratio']:.0%}"]
+    rounded = f" to {row['round_to']}" if row["round_to"] > 1 else ""
+    start = [row["network"], row["runtime"], f"{row['ratio']:.0%}{rounded}"]
     if row.get("speedup") is None:
         return [*start, *["failed"] * 4, "-"]
     dense, pruned = row["dense"], row["pruned"]
@@ -150,14 +147,13 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 Processor time per call on one thread at a batch of one, dense and pruned in turn: medians, and quartiles of the speed-up.
 *Efficiency* is the speed-up over the ratio of MACs. *Parity* is the largest difference from PyTorch over the largest output, of the
-dense network and of the pruned one. Random weights everywhere but in MiniLM: speed does not depend on them.
+dense network and of the pruned one. Weights are random everywhere but in MiniLM: speed does not depend on them. Widths are not
+rounded unless the table says so.
 
 {markdown_table(columns, [_line(row) for row in rows])}
 {_failures(rows)}
 {"  ".join(machines)} {", ".join(versions)}.
 """
-    if not page.exists():
-        page.write_text(INTRO, encoding="utf-8")
     write_section(page, "deployment", text)
 
 

@@ -1,8 +1,7 @@
 """What odd widths cost, per runtime: the latency of one MLP against its hidden width, around multiples of 64.
 
 ``python benchmarks/rounding.py`` compiles an MLP at widths between two multiples of 64 that are multiples of 1, 2, 4, 8, 16, 32
-and 64, runs them in turn on one thread, and compares each with the straight line between the two multiples of 64. It also says
-which multiple is worth rounding down to: the largest gain of seconds over the width that was asked for.
+and 64, runs them in turn on one thread, and compares each with the straight line between the two multiples of 64.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deployment import INTRO
 from results_page import PAGE, machine_line, markdown_table, write_section
 from torch import nn
 
@@ -74,14 +72,13 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 `python benchmarks/rounding.py`
 
-Milliseconds of processor time per call on one thread, widths in turn, medians; beside the width the largest power of two, up to
+What is recorded as `round_to` in `vbpfx/runtimes/table.py` follows from this: the multiple at which a runtime stays near the
+line, where missing it costs more than the neurons that rounding up adds. Milliseconds of processor time per call on one thread, widths in turn, medians; beside the width the largest power of two, up to
 64, that divides it, beside the time how far it lies from the straight line between the first width and the last.
 
 {chr(10).join(tables)}
 {"  ".join(machines)}
 """
-    if not page.exists():
-        page.write_text(INTRO, encoding="utf-8")
     write_section(page, "rounding", text)
 
 
