@@ -134,6 +134,17 @@ def _failures(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["", "What failed:", "", *lines, ""]) if lines else ""
 
 
+def _missing(rows: Sequence[dict[str, Any]]) -> str:
+    """What no row stands for at p = 0.5."""
+    there = {(row["network"], row["runtime"]) for row in rows if row["ratio"] == 0.5}
+    lines = []
+    for name in NAMES:
+        absent = [network for network in NETWORKS if (network, name) not in there]
+        if absent:
+            lines.append(f"- {name}: {'all' if len(absent) == len(NETWORKS) else '; '.join(absent)}")
+    return "\n".join(["", "Not measured at p = 50%:", "", *lines, ""]) if lines else ""
+
+
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
     """Write the section of the page."""
     order = {name: place for place, name in enumerate(NETWORKS)}
@@ -151,7 +162,7 @@ dense network and of the pruned one. Weights are random everywhere but in MiniLM
 rounded unless the table says so.
 
 {markdown_table(columns, [_line(row) for row in rows])}
-{_failures(rows)}
+{_failures(rows)}{_missing(rows)}
 {"  ".join(machines)} {", ".join(versions)}.
 """
     write_section(page, "deployment", text)
