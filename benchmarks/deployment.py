@@ -25,17 +25,16 @@ from deployment_networks import NETWORKS
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.runtimes.table import NAMES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
-INTRO = """# Deployment
-
-Pruned networks in the runtimes that they are deployed in. Every table is written by the program named with it.
-"""
 
 
-def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One row; to be called in a process of its own."""
+def _measure(
+    network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row for each runtime; to be called in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, inputs = NETWORKS[network]()
@@ -52,13 +51,13 @@ def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int
         model,
         pruned.graph_module,
         (inputs.args, inputs.kwargs),
-        runtimes=[runtime],
+        runtimes=runtimes,
         batches=[batch],
         rounds=rounds,
         clock=time.process_time,
     )
     found = result.to_json()
-    return {
+    about = {
         "network": network,
         "ratio": ratio,
         "round_to": round_to,
@@ -66,22 +65,29 @@ def _measure(network: str, runtime: str, ratio: float, round_to: int, batch: int
         "rounds": rounds,
         "versions": found["versions"] | {"torch": torch.__version__},
         "machine": machine_line(),
-        **found["rows"][0],
     }
+    return [about | row for row in found["rows"]]
 
 
-def _measured(*given: Any) -> dict[str, Any]:
-    """The row, or what ended the process."""
+def _measured(
+    network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows, or what ended the process."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_measure, *given).result()
+            return pool.submit(_measure, network, runtimes, ratio, round_to, batch, rounds).result()
     except BrokenProcessPool:
         crash = "the process died without a message"
     except vbpfx.VbpfxError as error:
         crash = f"{type(error).__name__}: {error}"
-    return dict(zip(("network", "runtime", "ratio", "round_to", "batch", "rounds"), given, strict=True)) | {
-        "crash": crash
-    }
+    given = {"network": network, "ratio": ratio, "round_to": round_to, "batch": batch, "rounds": rounds}
+    return [given | {"runtime": name, "crash": crash} for name in runtimes]
+
+
+def _together(names: Sequence[str]) -> list[list[str]]:
+    """Runtimes that take ONNX files share a process, and what was exported there; every other has its own."""
+    files = [name for name in names if name in ("onnxruntime", "openvino")]
+    return [group for group in (files, *([name] for name in names if name not in files)) if group]
 
 
 def _command(row: dict[str, Any]) -> str:
@@ -99,7 +105,8 @@ def _spread(value: dict[str, float] | None, digits: int = 2) -> str:
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    start = [row["network"], row["runtime"], f"{row['ratio']:.0%}"]
+    rounded = f" to {row['round_to']}" if row["round_to"] > 1 else ""
+    start = [row["network"], row["runtime"], f"{row['ratio']:.0%}{rounded}"]
     if row.get("speedup") is None:
         return [*start, *["failed"] * 4, "-"]
     dense, pruned = row["dense"], row["pruned"]
@@ -127,6 +134,17 @@ def _failures(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["", "What failed:", "", *lines, ""]) if lines else ""
 
 
+def _missing(rows: Sequence[dict[str, Any]]) -> str:
+    """What no row stands for at p = 0.5."""
+    there = {(row["network"], row["runtime"]) for row in rows if row["ratio"] == 0.5}
+    lines = []
+    for name in NAMES:
+        absent = [network for network in NETWORKS if (network, name) not in there]
+        if absent:
+            lines.append(f"- {name}: {'all' if len(absent) == len(NETWORKS) else '; '.join(absent)}")
+    return "\n".join(["", "Not measured at p = 50%:", "", *lines, ""]) if lines else ""
+
+
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
     """Write the section of the page."""
     order = {name: place for place, name in enumerate(NETWORKS)}
@@ -140,14 +158,13 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 Processor time per call on one thread at a batch of one, dense and pruned in turn: medians, and quartiles of the speed-up.
 *Efficiency* is the speed-up over the ratio of MACs. *Parity* is the largest difference from PyTorch over the largest output, of the
-dense network and of the pruned one. Random weights everywhere but in MiniLM: speed does not depend on them.
+dense network and of the pruned one. Weights are random everywhere but in MiniLM: speed does not depend on them. Widths are not
+rounded unless the table says so.
 
 {markdown_table(columns, [_line(row) for row in rows])}
-{_failures(rows)}
+{_failures(rows)}{_missing(rows)}
 {"  ".join(machines)} {", ".join(versions)}.
 """
-    if not page.exists():
-        page.write_text(INTRO, encoding="utf-8")
     write_section(page, "deployment", text)
 
 
@@ -171,17 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(options.networks) - set(NETWORKS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(NETWORKS)}")
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for runtime in () if options.page else options.runtime or NAMES:
+    for group in () if options.page else _together(options.runtime or NAMES):
         for network in options.networks:
             for ratio in options.ratio or [0.5]:
-                key = f"{network}/{runtime}/{ratio:g}/{options.round_to}/{options.batch}"
-                if key in results and not options.again:
+                keys = {n: f"{network}/{n}/{ratio:g}/{options.round_to}/{options.batch}" for n in group}
+                missing = [name for name, key in keys.items() if options.again or key not in results]
+                if not missing:
                     continue
-                row = _measured(network, runtime, ratio, options.round_to, options.batch, options.rounds)
-                results[key] = row | {"command": _command(row)}
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
-                print(", ".join(_line(row)), flush=True)
+                for row in _measured(network, missing, ratio, options.round_to, options.batch, options.rounds):
+                    results[keys[row["runtime"]]] = row | {"command": _command(row)}
+                    print(", ".join(_line(row)), flush=True)
+                write_atomically({options.out: json_writer(results)})
     write_page(results, options.docs / "deployment.md")
     print(f"written: {options.docs / 'deployment.md'}")
     return 0

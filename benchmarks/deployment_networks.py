@@ -1,4 +1,7 @@
-"""The networks of the deployment tables, each with one batch for it; offline, and random weights but for MiniLM."""
+"""The networks of the deployment tables, each with one batch for it; offline.
+
+Weights are random but for MiniLM's, and of natural size: behind a head of zeros or a layer scale of 1e-6 no error would show.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from functools import partial
 import sentences
 import timm
 import torch
+from exactness import randomize
 from torch import nn
 
 from vbpfx.inputs import Inputs
@@ -24,7 +28,7 @@ _IMAGES = (
 
 
 def _timm(name: str) -> tuple[nn.Module, Inputs]:
-    model = timm.create_model(name).eval()
+    model = randomize(timm.create_model(name)).eval()
     return model, Inputs((torch.randn(4, *model.pretrained_cfg["input_size"]),), {})
 
 
@@ -50,7 +54,7 @@ def _llama() -> tuple[nn.Module, Inputs]:
         num_key_value_heads=4,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).eval(), _texts(2048)
+    return randomize(LlamaForCausalLM(config)).eval(), _texts(2048)
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {

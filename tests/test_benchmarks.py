@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import calibration_cost
+import deployment
 import finetuning
 import pytest
 import quantized
@@ -78,3 +79,32 @@ def test_quantized_writes_what_it_measured(tmp_path: Path) -> None:
     assert (tmp_path / "compilers.md").read_text() == page
     with pytest.raises(SystemExit):
         quantized.main(["--ways", "tpu", *where])
+
+
+def test_the_deployment_page_shows_rows_and_failures_as_they_were_measured(tmp_path: Path) -> None:
+    spread = {"median": 1.25, "lower": 1.2, "upper": 1.3}
+
+    def side(milliseconds: float, size: int) -> dict[str, object]:
+        return {"seconds": {"median": milliseconds / 1e3}, "parity": 3e-7, "size": size, "failure": None}
+
+    about = {"network": "MiniLM", "ratio": 0.5, "round_to": 1}
+    results = {
+        "a": about | {"runtime": "onnxruntime", "speedup": spread, "efficiency": 0.875, "versions": {"onnxruntime": "9"},
+                      "dense": side(50, 4_000_000), "pruned": side(40, 3_000_000), "machine": "a machine"},
+        "b": about | {"runtime": "tvm", "speedup": None, "dense": {"failure": "no int64"}, "pruned": {"failure": None}},
+        "c": about | {"runtime": "executorch", "crash": "the process died without a message", "round_to": 32},
+    }  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert deployment.main(["--page", *where]) == 0
+    page = (tmp_path / "deployment.md").read_text()
+    cells = "50.0 -> 40.0 | 1.25 (1.20-1.30) | 0.88 | 3e-07, 3e-07 | 4.0 -> 3.0"
+    assert f"| MiniLM | onnxruntime | 50% | {cells} |" in page
+    assert "| MiniLM | executorch | 50% to 32 | failed |" in page
+    assert "- MiniLM in tvm: *dense*: `no int64`; *pruned*: `runs`" in page
+    assert "- MiniLM in executorch: *both*: `the process died without a message`" in page
+    assert "onnxruntime: deit_small_patch16_224; " in page
+    assert "- openvino: all" in page
+    assert "a machine onnxruntime 9." in page
+    with pytest.raises(SystemExit):
+        deployment.main(["resnet", *where])

@@ -5,7 +5,8 @@ into the layer behind. :func:`prune` is the whole way; every stage is a public f
 """
 
 from vbpfx.artifact import load
-from vbpfx.bench import BenchResult, bench
+from vbpfx.bench import bench
+from vbpfx.bench_result import BenchResult
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture

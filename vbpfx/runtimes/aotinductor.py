@@ -15,7 +15,6 @@ from vbpfx.export.program import export_program
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.pytorch import torch_threads
-from vbpfx.runtimes.quiet import silenced
 from vbpfx.runtimes.torch_compile import Inductor
 
 
@@ -29,7 +28,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         raise ExportError(
             "AOTInductor needs a C++ compiler, and there is no g++ and no clang++: install one, or set CXX"
         )
-    with silenced(), torch_threads(threads), tempfile.TemporaryDirectory() as folder:
+    with torch_threads(threads), tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.pt2")
         aoti_compile_and_package(export_program(network, inputs), package_path=path)
         return Inductor(aoti_load_package(path), threads, Path(path).stat().st_size)

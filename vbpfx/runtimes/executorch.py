@@ -14,7 +14,6 @@ from vbpfx.errors import ExportError
 from vbpfx.export.program import export_program
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
-from vbpfx.runtimes.quiet import silenced
 
 
 class _Method(Compiled):
@@ -36,11 +35,10 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     Raises:
         ExportError: another number of threads is asked for while a program is loaded.
     """
-    with silenced():
-        edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
-        program = bytes(edge.to_executorch().buffer)
-        _set_threads(threads)
-        method = _Method(program)
+    edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
+    program = bytes(edge.to_executorch().buffer)
+    _set_threads(threads)
+    method = _Method(program)
     _loaded.add(method)
     return method
 

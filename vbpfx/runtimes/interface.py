@@ -37,6 +37,8 @@ class Runtime:
         compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
             runtime's own choice). Raises ExportError where the runtime cannot take the network.
         open: the same from an ONNX file; None where the runtime takes none.
+        round_to: what to pass to :func:`vbpfx.prune` for this runtime: at multiples of it a layer of that width is no
+            slower than its products; 1 where odd widths cost next to nothing.
     """
 
     name: str
@@ -44,3 +46,4 @@ class Runtime:
     extra: str
     compile: Callable[[nn.Module, Inputs, int | None], Compiled]
     open: Callable[[Path, Inputs, int | None], Compiled] | None = None
+    round_to: int = 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from vbpfx.capture import quiet_logging
 
@@ -21,7 +22,8 @@ def silenced() -> Iterator[None]:
     try:
         for fd, _ in kept:
             os.dup2(nowhere, fd)
-        with warnings.catch_warnings(), quiet_logging():
+        nothing = io.StringIO()  # Python's own streams need not lead to the descriptors
+        with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings(), quiet_logging():
             warnings.simplefilter("ignore")
             yield
     finally:

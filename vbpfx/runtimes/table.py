@@ -11,15 +11,15 @@ from vbpfx.errors import ExportError, VbpfxError, first_line
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.quiet import silenced
 
-# name -> adapter, package, extra
+# name -> adapter, package, extra, multiple of the widths that it is fast at (docs/deployment.md, benchmarks/rounding.py)
 _ADAPTERS = {
-    "pytorch": ("pytorch", "torch", ""),
-    "onnxruntime": ("onnx_runtime", "onnxruntime", ""),
-    "openvino": ("openvino", "openvino", "openvino"),
-    "torch_compile": ("torch_compile", "torch", ""),
-    "aotinductor": ("aotinductor", "torch", ""),
-    "executorch": ("executorch", "executorch", "executorch"),
-    "tvm": ("tvm", "apache-tvm", "tvm"),
+    "pytorch": ("pytorch", "torch", "", 1),
+    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 1),
+    "openvino": ("openvino", "openvino", "openvino", 16),
+    "torch_compile": ("torch_compile", "torch", "", 1),
+    "aotinductor": ("aotinductor", "torch", "", 1),
+    "executorch": ("executorch", "executorch", "executorch", 32),
+    "tvm": ("tvm", "apache-tvm", "tvm", 1),
 }
 
 NAMES = tuple(_ADAPTERS)
@@ -33,7 +33,7 @@ def runtime(name: str) -> Runtime:
     """
     if name not in _ADAPTERS:
         raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
-    file, package, extra = _ADAPTERS[name]
+    file, package, extra, round_to = _ADAPTERS[name]
     try:
         with silenced():
             adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
@@ -41,18 +41,18 @@ def runtime(name: str) -> Runtime:
         install = f"vbpfx[{extra}]" if extra else package
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install '{install}'") from error
     from_file = getattr(adapter, "compile_file", None)
-    return Runtime(
-        name, package, extra, _named(name, adapter.compile_network), _named(name, from_file) if from_file else None
-    )
+    opened = _named(name, from_file) if from_file else None
+    return Runtime(name, package, extra, _named(name, adapter.compile_network), opened, round_to)
 
 
 def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
-    """The same with the runtime's name in its errors; a compiler's own become an ExportError."""
+    """The same in silence, and with the runtime's name in its errors; a compiler's own become an ExportError."""
 
     @functools.wraps(compile)
     def compile_or_say(*args: Any) -> Compiled:
         try:
-            return compile(*args)
+            with silenced():
+                return compile(*args)
         except VbpfxError as error:
             raise type(error)(f"{name}: {error}") from error
         except Exception as error:  # every compiler has its own kinds

@@ -12,7 +12,6 @@ from vbpfx.export.program import export_program
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.pytorch import torch_threads
-from vbpfx.runtimes.quiet import silenced
 
 
 class Inductor(Compiled):
@@ -32,7 +31,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
 
     Exported first, since Dynamo gives up on code that it has compiled for many networks, and every program is new code.
     """
-    with silenced(), torch_threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         program = export_program(network, inputs).module(check_guards=False)
         compiled = Inductor(torch.compile(program, fullgraph=True, dynamic=False), threads)
         compiled.run(inputs)  # this is when it compiles

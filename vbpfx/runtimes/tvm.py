@@ -20,7 +20,6 @@ from tvm.relax.frontend.torch import from_exported_program
 from vbpfx.export.program import export_program
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
-from vbpfx.runtimes.quiet import silenced
 
 
 class _Machine(Compiled):
@@ -36,7 +35,7 @@ class _Machine(Compiled):
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
     """The executable, loaded."""
-    with silenced(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         module = from_exported_program(export_program(network, inputs))
         executable = tvm.compile(module, target=tvm.target.Target.from_device(tvm.cpu()))
         path = Path(folder) / "model.so"
