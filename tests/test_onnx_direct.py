@@ -59,7 +59,7 @@ def test_the_file_computes_what_the_plan_says(case: Case, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_the_plan_does_not_touch_stays(case: Case, tmp_path: Path) -> None:
-    model, out = case.make(), tmp_path / "out.onnx"
+    model, out = onnx.shape_inference.infer_shapes(case.make()), tmp_path / "out.onnx"  # shapes of all values stated
     source = saved(model, tmp_path)
     before = source.read_bytes()
     vbpfx.prune_onnx(source, batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
@@ -141,3 +141,12 @@ def test_reconstruction_at_a_fixed_batch(tmp_path: Path) -> None:
     pruned = vbpfx.prune_onnx(source, batches((6,)), tmp_path / "out.onnx", ratio=RATIO, samples=9, progress=False)
     assert pruned.plan.corrections
     assert pruned.captured.batch is None
+
+
+def test_a_bias_takes_the_fold_where_there_is_one(tmp_path: Path) -> None:
+    case, out = CASES[0], tmp_path / "out.onnx"
+    model = case.make()
+    vbpfx.prune_onnx(saved(model, tmp_path), batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
+    small = onnx.load(out)
+    assert [n.op_type for n in small.graph.node] == [n.op_type for n in model.graph.node]
+    assert [t.name for t in small.graph.initializer] == [t.name for t in model.graph.initializer]

@@ -168,6 +168,7 @@ CALLS = [
     *each("ReduceMean ReduceL2", further=(ints(1),), opset=18),
     Call("ReduceSum", further=(ints(2),), attributes={"keepdims": 0}),
     Call("ReduceSum"),
+    Call("ReduceProd", attributes={"axes": [1, 2], "keepdims": 0}),
     *each("GlobalAveragePool GlobalMaxPool", IMAGES),
     *each("Softmax LogSoftmax LpNormalization", attributes={"axis": 1}),
     *each("Softmax LogSoftmax LpNormalization"),
@@ -197,7 +198,7 @@ SIZES = [
         node("Shape", "x", "s"), node("Gather", "s c0", "some"), node("ReduceProd", "some", "p", keepdims=1),
         node("Gather", "s c1", "one"), node("Unsqueeze", "one c2", "u"), node("Div", "u c3", "h"), node("Mul", "h c3", "k"),
         node("Concat", "p k", "t", axis=0))),
-    Call("Expand", further=(ints(-1, -1, 1),), inputs=["x", "t"], before=(
+    Call("Expand", further=(ints(-1, -1, -1),), inputs=["x", "t"], before=(
         node("Shape", "x", "s"), node("Shape", "s", "count"), node("ConstantOfShape", "count", "zeros"),
         node("Cast", "zeros", "z", to=onnx.TensorProto.INT64), node("Equal", "s c0", "marked"), node("Where", "marked z s", "t"))),
     Call("Reshape", further=(ints(-1), np.float32(2)), inputs=["x", "t"], before=(

@@ -161,8 +161,8 @@ def _run(b: Builder, node: ir.Node) -> tuple[Value, ...]:
 
 
 def _is_small(constant: Constant) -> bool:
-    """Whether a constant is a number or a table of integers, whose results are constants; weights stay what they are."""
-    return constant.array.size == 1 or constant.array.dtype.kind not in "fV"
+    """Whether a constant is a number, integers or computed from such: results are constants, too. Weights stay what they are."""
+    return constant.value is None or constant.array.size == 1 or constant.array.dtype.kind not in "fV"
 
 
 def _fold(node: ir.Node, b: Builder) -> Iterable[Any]:
