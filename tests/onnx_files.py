@@ -44,7 +44,9 @@ class Net:
         made = [outputs] if isinstance(outputs, str) else outputs
         self.nodes.append(helper.make_node(op_type, inputs, made, name=f"n{len(self.nodes)}_{op_type}", **attributes))
 
-    def model(self, x: list[int | str], y: list[int | str]) -> onnx.ModelProto:
+    def model(
+        self, x: list[int | str], y: list[int | str], functions: Sequence[onnx.FunctionProto] = ()
+    ) -> onnx.ModelProto:
         graph = helper.make_graph(
             self.nodes,
             "net",
@@ -52,7 +54,8 @@ class Net:
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
             [numpy_helper.from_array(array, name) for name, array in self.stored.items()],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9)
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(f.domain, 1) for f in functions)]
+        model = helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=9)
         model.producer_name = "by hand"
         helper.set_model_props(model, {"kept": "yes"})
         onnx.checker.check_model(model)

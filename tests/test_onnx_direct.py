@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
-from onnx_files import CASES, Case, run, substituted, values
+from onnx import helper, numpy_helper
+from onnx_files import CASES, Case, Net, run, substituted, values
 
 import vbpfx
 
@@ -59,7 +59,7 @@ def test_the_file_computes_what_the_plan_says(case: Case, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_the_plan_does_not_touch_stays(case: Case, tmp_path: Path) -> None:
-    model, out = case.make(), tmp_path / "out.onnx"
+    model, out = onnx.shape_inference.infer_shapes(case.make()), tmp_path / "out.onnx"  # shapes of all values stated
     source = saved(model, tmp_path)
     before = source.read_bytes()
     vbpfx.prune_onnx(source, batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
@@ -92,3 +92,61 @@ def test_reconstruction_runs_on_the_files_graph(tmp_path: Path) -> None:
         assert bool(pruned.plan.corrections) == (method == "auto")
         errors[method] = np.mean([(run(out, {"x": x})[0] - run(model, {"x": x})[0]) ** 2 for x in data])
     assert errors["auto"] < 0.8 * errors["vbp"]
+
+
+def test_initializers_among_the_inputs(tmp_path: Path) -> None:
+    """As every file listed them before IR version 4."""
+    case = CASES[0]
+    model = case.make()
+    model.ir_version, model.opset_import[0].version = 3, 13
+    model.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer
+    )
+    out = tmp_path / "out.onnx"
+    pruned = vbpfx.prune_onnx(
+        saved(model, tmp_path), batches(case.shape), out, ratio=RATIO, method="vbp", progress=False
+    )
+    small = onnx.load(out)
+    onnx.checker.check_model(small, full_check=True)
+    assert [i.name for i in small.graph.input] == [i.name for i in model.graph.input]
+    assert {len(entry.kept) for entry in pruned.plan.blocks} == {KEPT}
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    net = Net()
+    net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
+    net.add("Activation", ["m"], "h", domain="local")
+    net.add("MatMul", ["h", net.weight("V", 12, 5)], "y")
+    net.nodes[1].domain = "local"
+    inside = [helper.make_node("Sigmoid", ["a"], ["s"]), helper.make_node("Mul", ["a", "s"], ["b"])]
+    imports = [helper.make_opsetid("", 17)]
+    function = helper.make_function("local", "Activation", ["a"], ["b"], inside, imports)
+    model = net.model(["n", 6], ["n", 5], functions=[function])
+    data, out = batches((6,)), tmp_path / "out.onnx"
+    pruned = vbpfx.prune_onnx(saved(model, tmp_path), data, out, ratio=RATIO, method="vbp", progress=False)
+    assert not onnx.load(out).functions
+    hidden = np.concatenate([values(model, "h", {"x": x}) for x in data]).astype(np.float64)
+    reference = substituted(model, "h", -1, pruned.plan.blocks[0].pruned, hidden.mean(0))
+    assert relative(run(out, {"x": data[0]})[0], run(reference, {"x": data[0]})[0]) < ROUNDING
+
+
+def test_reconstruction_at_a_fixed_batch(tmp_path: Path) -> None:
+    """A reshape states the batch: nothing of the file runs at another size, and no batch is cut."""
+    net = Net()
+    net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
+    net.add("Relu", ["m"], "h")
+    net.add("MatMul", ["h", net.weight("V", 12, 5)], "v")
+    net.add("Reshape", ["v", net.integers("rows", 8, 5)], "y")
+    source = saved(net.model([8, 6], [8, 5]), tmp_path)
+    pruned = vbpfx.prune_onnx(source, batches((6,)), tmp_path / "out.onnx", ratio=RATIO, samples=9, progress=False)
+    assert pruned.plan.corrections
+    assert pruned.captured.batch is None
+
+
+def test_a_bias_takes_the_fold_where_there_is_one(tmp_path: Path) -> None:
+    case, out = CASES[0], tmp_path / "out.onnx"
+    model = case.make()
+    vbpfx.prune_onnx(saved(model, tmp_path), batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
+    small = onnx.load(out)
+    assert [n.op_type for n in small.graph.node] == [n.op_type for n in model.graph.node]
+    assert [t.name for t in small.graph.initializer] == [t.name for t in model.graph.initializer]

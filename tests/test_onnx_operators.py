@@ -168,6 +168,7 @@ CALLS = [
     *each("ReduceMean ReduceL2", further=(ints(1),), opset=18),
     Call("ReduceSum", further=(ints(2),), attributes={"keepdims": 0}),
     Call("ReduceSum"),
+    Call("ReduceProd", attributes={"axes": [1, 2], "keepdims": 0}),
     *each("GlobalAveragePool GlobalMaxPool", IMAGES),
     *each("Softmax LogSoftmax LpNormalization", attributes={"axis": 1}),
     *each("Softmax LogSoftmax LpNormalization"),
@@ -184,6 +185,30 @@ CALLS = [
 ]  # fmt: skip
 
 
+def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), [output], **attributes)
+
+
+# Arithmetic on sizes before a Reshape reads it: turned round, transposed, multiplied, chosen, and cast there and back.
+SIZES = [
+    Call("Reshape", further=(ints(-1), ints(-(2**63)), ints(0), ints(1, -1)), inputs=["x", "t"], before=(
+        node("Shape", "x", "s"), node("Slice", "s c0 c1 c2 c0", "r"), node("Reshape", "r c3", "m"),
+        node("Transpose", "m", "n", perm=[1, 0]), node("Squeeze", "n", "t"))),
+    Call("Reshape", further=(ints(0, 2), np.array(1), ints(0), ints(2)), inputs=["x", "t"], before=(
+        node("Shape", "x", "s"), node("Gather", "s c0", "some"), node("ReduceProd", "some", "p", keepdims=1),
+        node("Gather", "s c1", "one"), node("Unsqueeze", "one c2", "u"), node("Div", "u c3", "h"), node("Mul", "h c3", "k"),
+        node("Concat", "p k", "t", axis=0))),
+    Call("Expand", further=(ints(-1, -1, -1),), inputs=["x", "t"], before=(
+        node("Shape", "x", "s"), node("Shape", "s", "count"), node("ConstantOfShape", "count", "zeros"),
+        node("Cast", "zeros", "z", to=onnx.TensorProto.INT64), node("Equal", "s c0", "marked"), node("Where", "marked z s", "t"))),
+    Call("Reshape", further=(ints(-1), np.float32(2)), inputs=["x", "t"], before=(
+        node("Shape", "x", "s", start=0, end=2), node("Cast", "s", "f", to=onnx.TensorProto.FLOAT), node("Pow", "f c1", "q"),
+        node("Sqrt", "q", "root"), node("Cast", "root", "i", to=onnx.TensorProto.INT64), node("Sub", "i c0", "more"),
+        node("Add", "more c0", "same"), node("Neg", "same", "minus"), node("Neg", "minus", "plus"), node("Max", "plus c0", "most"),
+        node("Concat", "most c0", "t", axis=0))),
+]  # fmt: skip
+
+
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
@@ -191,7 +216,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.where(found == expected, 0, np.abs(found - expected)).max(initial=0) / scale)
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.op} {call.attributes or ''}")
+@pytest.mark.parametrize("call", CALLS + SIZES, ids=lambda call: f"{call.op} {call.attributes or ''}")
 def test_an_operator(call: Call) -> None:
     model = call.model()
     imported = importer.import_graph(ir.serde.deserialize_model(model), {"x": torch.from_numpy(call.x[:3].copy())})

@@ -61,9 +61,10 @@ class Place:
 
 @dataclass
 class Stored:
-    """A parameter and what it is in the file; ``uses`` are the inputs of nodes that it stands for."""
+    """A parameter and what it is in the file, of which shape; ``uses`` are the inputs of nodes that it stands for."""
 
     value: ir.Value
+    shape: tuple[int, ...]
     layout: Layout
     uses: list[tuple[ir.Node, int]] = field(default_factory=list)
 
@@ -91,7 +92,6 @@ class Builder:
         self.places: dict[tuple[str, Path], Place | None] = {}
         self.made_by: dict[str, tuple[ir.Node, ...]] = {}
         self._parameters: dict[Any, fx.Node] = {}
-        self._named: set[ir.Value] = set()
 
     # ------------------------------------------------------------------ what is made
 
@@ -201,7 +201,7 @@ class Builder:
         tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
         register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)
         if constant.value is not None:
-            self.stored[name] = Stored(constant.value, layout)
+            self.stored[name] = Stored(constant.value, constant.array.shape, layout)
         node = self.graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
         return node

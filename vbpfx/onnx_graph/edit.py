@@ -10,6 +10,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from vbpfx.onnx_graph.builder import Array, Stored
 
+# Before that version every initializer had to be listed among the inputs.
+_INITIALIZERS_ALONE = 4
+
 
 class OnnxEdit:
     """An ONNX graph under change; :meth:`finish` ends it."""
@@ -94,6 +97,7 @@ class OnnxEdit:
     def finish(self) -> None:
         """Nothing that is unused, and shapes that are true."""
         RemoveUnusedNodesPass()(self.model)
+        self.model.ir_version = max(self.model.ir_version, _INITIALIZERS_ALONE)
         kept = {*self.graph.inputs, *self.graph.outputs, *self.graph.initializers.values()}
         for node in self.graph:
             for output in node.outputs:

@@ -124,8 +124,8 @@ def _where(b: Builder) -> Value:
     ndim = len(shape_of(condition))
     taken: list[Any] = []
     for i in (1, 2):
-        entry, value = one_entry(b.value(i)), b.value(i)
-        plain = isinstance(entry, float) and getattr(value, "array", torch.empty(0)).ndim <= ndim
+        entry, array = one_entry(b.value(i)), b.constant(i)
+        plain = isinstance(entry, float) and array is not None and array.ndim <= ndim
         taken.append(entry if plain else b.tensor(i))
     return b.emit(torch.where, condition, *taken)
 

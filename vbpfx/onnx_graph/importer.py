@@ -121,8 +121,10 @@ def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
         results = _run(b, node)
         for output, result in zip(node.outputs, results, strict=False):
             b.values[output] = result
-            if isinstance(result, fx.Node) and (made := b.made_by.get(result.name, ())) and made[0] is node:
-                value_of.setdefault(result.name, str((made[-1] if len(made) > 1 else node).outputs[0].name if len(results) == 1 else output.name))  # fmt: skip
+            made = b.made_by.get(result.name) if isinstance(result, fx.Node) else None
+            if isinstance(result, fx.Node) and made and made[0] is node:  # with a sum taken in it computes that sum
+                computed = output if len(made) == 1 else made[-1].outputs[0]
+                value_of.setdefault(result.name, str(computed.name))
     outputs = [_output(b, value) for value in model.graph.outputs]
     b.graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     b.graph.eliminate_dead_code()
@@ -159,8 +161,8 @@ def _run(b: Builder, node: ir.Node) -> tuple[Value, ...]:
 
 
 def _is_small(constant: Constant) -> bool:
-    """Whether a constant is a number or a table of integers, whose results are constants; weights stay what they are."""
-    return constant.array.size == 1 or constant.array.dtype.kind not in "fV"
+    """Whether a constant is a number, integers or computed from such: results are constants, too. Weights stay what they are."""
+    return constant.value is None or constant.array.size == 1 or constant.array.dtype.kind not in "fV"
 
 
 def _fold(node: ir.Node, b: Builder) -> Iterable[Any]:

@@ -28,6 +28,14 @@ def _reduction(function: Callable[..., Any], *ahead: Any, squared: bool = False)
     return reduce
 
 
+def _product(b: Builder) -> Value:
+    x, axes, keep = b.tensor(0), b.integers(1, "axes"), bool(b.attribute("keepdims", 1))
+    ndim = len(shape_of(x))
+    for axis in sorted((axis % ndim for axis in axes or range(ndim)), reverse=True):
+        x = b.emit(torch.prod, x, axis, keep)
+    return x
+
+
 def _l1(b: Builder) -> Value:
     return b.emit(torch.linalg.vector_norm, b.tensor(0), 1, b.integers(1, "axes"), bool(b.attribute("keepdims", 1)))
 
@@ -108,6 +116,7 @@ REDUCTIONS: Mapping[str, Callable[[Builder], Any]] = {
     "ReduceLogSumExp": _reduction(torch.logsumexp),
     "ReduceL2": _reduction(torch.linalg.vector_norm, 2),
     "ReduceL1": _l1,
+    "ReduceProd": _product,
     "GlobalAveragePool": _global(torch.mean),
     "GlobalMaxPool": _global(torch.amax),
     "Softmax": _along(torch.softmax),

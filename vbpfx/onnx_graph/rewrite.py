@@ -54,9 +54,7 @@ def _as_stored(tensor: Tensor, stored: Stored) -> Array:
     if stored.layout == "transposed":
         return array.T
     if stored.layout == "flat":
-        shape = stored.value.shape
-        ahead = len(shape) - 1 if shape is not None else 0
-        return array.reshape(*[1] * ahead, -1)
+        return array.reshape(*stored.shape[:-1], -1)
     return array
 
 

@@ -73,9 +73,19 @@ def _gather(b: Builder) -> Value:
 
 
 def _slice(b: Builder) -> Value:
+    entries = entries_of(b.value(0))
     starts, ends = b.integers(1, "starts") or [], b.integers(2, "ends") or []
-    steps = (b.integers(4, "steps") if b.has(4) else None) or [1]
-    return as_value(entries_of(b.value(0))[starts[0] : ends[0] : steps[0]])
+    axes = (b.integers(3, "axes") if b.has(3) else None) or list(range(len(starts)))
+    steps = (b.integers(4, "steps") if b.has(4) else None) or [1] * len(starts)
+    taken = [slice(None)] * entries.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        stop = None if step < 0 and end < -entries.shape[axis] else end  # as far as it goes
+        taken[axis] = slice(start, stop, step)
+    return as_value(entries[tuple(taken)])
+
+
+def _transpose(b: Builder) -> Value:
+    return as_value(np.transpose(entries_of(b.value(0)), b.attribute("perm")))
 
 
 def _concat(b: Builder) -> Value:
@@ -160,11 +170,12 @@ def _map(function: Callable[..., Any], *arrays: Array) -> Array:
     return made
 
 
-_OF_ONE = frozenset({"Gather", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "ReduceProd", "Cast"})
+_OF_ONE = frozenset({"Gather", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "ReduceProd", "Cast"})
 # What an operator makes of sizes; all others take them as tensors.
 SIZE_OPERATORS: Mapping[str, Callable[[Builder], Value]] = {
     "Gather": _gather,
     "Slice": _slice,
+    "Transpose": _transpose,
     "Concat": _concat,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
