@@ -182,3 +182,15 @@ def test_a_block_by_itself_computes_what_it_does_in_the_network(
         ends = [n.name for n in captured.graph_module.graph.nodes if n.name in {c.node for c in block.consumers}]
         for name, output in zip(ends, found, strict=True):
             torch.testing.assert_close(output, real[name], rtol=0, atol=0)
+
+
+def test_a_runtime_brings_the_multiple_that_it_is_fast_at() -> None:
+    data = [torch.randn(64, 32)]
+
+    def widths(**options: int | str) -> set[int]:
+        return set(
+            vbpfx.prune(_network(), data, ratio=0.4, method="vbp", progress=False, **options).plan.widths.values()
+        )
+
+    assert all(width % 16 == 0 for width in widths(runtime="openvino"))
+    assert widths() == widths(runtime="openvino", round_to=1) != widths(runtime="openvino")

@@ -32,6 +32,7 @@ from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, s
 from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
+from vbpfx.runtimes.table import best_multiple
 from vbpfx.select import select_blocks, select_layers
 from vbpfx.sensitivity import MOST_SAMPLES, sensitivities
 from vbpfx.verify import Verification
@@ -114,7 +115,7 @@ def prune(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     runtime_batch: int = 1,
     runtime_threads: int | None = None,
     **options: Unpack[PlanArguments],
@@ -144,7 +145,8 @@ def prune(
         memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
-        runtime: with ``latency=``: where it is measured, a name of :data:`vbpfx.runtimes.table.NAMES`.
+        runtime: where the network will run, a name of :data:`vbpfx.runtimes.table.NAMES`: ``latency=`` is measured there (in
+            ONNX Runtime by default), and widths are multiples of what it is fast at, unless ``round_to`` says otherwise.
         runtime_batch, runtime_threads: with ``latency=``: samples at once there, and threads; by default the runtime's choice.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
             (fraction of the hidden neurons to remove), ``macs``, ``params``, ``latency`` (fraction to keep), and
@@ -155,6 +157,8 @@ def prune(
     """
     require_module(model)
     PlanOptions.of(**options)  # a mistake here should not cost a capture
+    if runtime is not None:
+        options.setdefault("round_to", best_multiple(runtime))
     first, data = first_batch(calibration)
     read = reader(model, inputs)
     example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
@@ -182,7 +186,7 @@ def prune_captured(
     share: bool = False,
     progress: bool = True,
     verify: bool = True,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     runtime_batch: int = 1,
     runtime_threads: int | None = None,
     **options: Unpack[PlanArguments],
@@ -215,7 +219,7 @@ def prune_captured(
             analysis,
             chosen.budget.value,
             blocks=blocks,
-            runtime=runtime,
+            runtime=runtime or "onnxruntime",
             batch=runtime_batch,
             threads=runtime_threads,
             round_to=chosen.round_to,

@@ -31,9 +31,7 @@ def runtime(name: str) -> Runtime:
     Raises:
         ExportError: there is none, or its package is not installed.
     """
-    if name not in _ADAPTERS:
-        raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
-    file, package, extra, round_to = _ADAPTERS[name]
+    file, package, extra, round_to = _adapter(name)
     try:
         with silenced():
             adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
@@ -43,6 +41,21 @@ def runtime(name: str) -> Runtime:
     from_file = getattr(adapter, "compile_file", None)
     opened = _named(name, from_file) if from_file else None
     return Runtime(name, package, extra, _named(name, adapter.compile_network), opened, round_to)
+
+
+def best_multiple(name: str) -> int:
+    """The multiple of the widths that the runtime of that name is fast at; it need not be installed.
+
+    Raises:
+        ExportError: there is none of that name.
+    """
+    return _adapter(name)[-1]
+
+
+def _adapter(name: str) -> tuple[str, str, str, int]:
+    if name not in _ADAPTERS:
+        raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
+    return _ADAPTERS[name]
 
 
 def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
