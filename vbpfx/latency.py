@@ -195,7 +195,8 @@ def _everywhere_alike(latencies: Latencies, blocks: Sequence[Block], target: flo
         exact = {b.name: max(floor[b.name], round((1 - share) * b.width / round_to) * round_to) for b in blocks}
         return {b.name: min(b.width, exact[b.name]) for b in blocks}
 
-    shares = [step / 128 for step in range(1, 121)]
+    # of a prime: widths that a budget leaves divide by nothing in particular either, which runtimes feel
+    shares = [step / 257 for step in range(1, 241)]
     return widths(min(shares, key=lambda share: abs(latencies.ratio(widths(share)) - target)))
 
 
