@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 import vbpfx
 from vbpfx.errors import ArtifactError, ExportError
 from vbpfx.export import onnx as exporter
+from vbpfx.inputs import as_inputs
 
 # Other kernels, the same float32: the documented bound.
 PARITY = 1e-4
@@ -305,3 +306,28 @@ def test_texts_may_differ_in_number_and_length(tmp_path: Path) -> None:
         ids = torch.randint(0, 50, shape)
         (found,) = session.run(None, {"ids": ids.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), pruned.graph_module(ids).detach())
+
+
+class Attending(nn.Module):
+    """Fused attention in front of an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.layer = nn.Linear(8, 24), Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return self.layer(x + F.scaled_dot_product_attention(q, k, v).squeeze(1))
+
+
+def test_a_loaded_graph_is_exported_like_the_one_that_was_saved(tmp_path: Path) -> None:
+    """An artifact holds no shapes, which the exporter reads to take attention apart."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, 8)
+    small = prune(randomize(Attending()), torch.randn(32, 5, 8))
+    small.save(tmp_path / "artifact")
+    inputs = as_inputs(example, small.graph_module)
+    path = exporter.export_onnx(vbpfx.load(tmp_path / "artifact"), inputs, tmp_path / "loaded.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = exporter.run_session(session, inputs)
+    torch.testing.assert_close(found, small.graph_module(example).detach(), rtol=PARITY, atol=PARITY)
