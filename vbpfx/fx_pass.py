@@ -10,10 +10,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from vbpfx.blocks import find_blocks
-from vbpfx.capture import INPUT_GUARDS, capture, named_tensors, share_parameters
+from vbpfx.capture import capture, named_tensors, share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
 from vbpfx.fake import graph_arguments, renew_shapes
+from vbpfx.frontends import INPUT_GUARDS
 from vbpfx.inputs import Inputs, argument_names, reader
 from vbpfx.narrow import removed_channels
 from vbpfx.pipeline import Pruned, prune, require_batches

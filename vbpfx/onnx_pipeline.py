@@ -16,9 +16,10 @@ from typing_extensions import Unpack
 
 from vbpfx.array_batches import ArrayBatches
 from vbpfx.blocks import Analysis
-from vbpfx.capture import Captured, captured_file, quiet_logging
+from vbpfx.capture import Captured, captured_file
 from vbpfx.errors import ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
+from vbpfx.frontends import quiet_logging
 from vbpfx.inputs import Inputs
 from vbpfx.onnx_graph.file import has_external_data, read_model, release_pages, require_writable, write_model
 from vbpfx.onnx_graph.importer import Imported, import_graph, true_inputs

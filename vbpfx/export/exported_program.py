@@ -18,9 +18,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import dynamic_shapes, quiet_logging, share_parameters
+from vbpfx.capture import share_parameters
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.fake import graph_arguments
+from vbpfx.frontends import dynamic_shapes, quiet_logging
 from vbpfx.inputs import Inputs, argument_names
 from vbpfx.verify import TOLERANCES, relative_error
 

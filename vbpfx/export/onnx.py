@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import dynamic_shapes, quiet_logging, share_parameters
+from vbpfx.capture import share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import ExportError, first_line
 from vbpfx.fake import propagate_shapes
 from vbpfx.files import write_atomically
+from vbpfx.frontends import dynamic_shapes, quiet_logging
 from vbpfx.inputs import Inputs, argument_names
 from vbpfx.records import Plan
 from vbpfx.verify import relative_error
