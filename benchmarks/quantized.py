@@ -60,7 +60,7 @@ def _aotinductor(example: Any, source: Source, batches: Sequence[Tensor] | None,
 
 
 def _executorch(example: Any, source: Source, batches: Sequence[Tensor] | None, folder: Path) -> tuple[Forward, int]:
-    program = source.program if batches is None else example.int8(source.program, batches)
+    program = source.program if batches is None else example.int8(source.program)
     path = example.write(program, folder / "model.pte")
     return example.runner(path), path.stat().st_size
 
@@ -148,6 +148,11 @@ def measure(name: str, ways: Sequence[str], ratio: float, images: int, console: 
         yield found
 
 
+def _settings(found: dict[str, Any]) -> dict[str, Any]:
+    """What ways must have in common to stand in one table."""
+    return {key: value for key, value in found.items() if key != "ways"}
+
+
 def _cell(entry: dict[str, Any]) -> str:
     figures = entry["figures"]
     return f"{figures['kept']:.1%} ± {figures['kept_se']:.1%}, {figures['agreement']:.1%}"
@@ -216,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in () if options.page else options.networks:
         for found in measure(name, ways, options.ratio, options.images, Console(stderr=True, highlight=False)):
-            results[name] = found
+            before = results.get(name, {})
+            kept = before.get("ways", {}) if _settings(before) == _settings(found) else {}
+            results[name] = found | {"ways": kept | found["ways"]}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
     if not results:
