@@ -19,6 +19,7 @@ from vbpfx.errors import (
     ExportError,
     FinetuneError,
     ModelError,
+    RankError,
     VbpfxError,
     VerificationError,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "Pruned",
+    "RankError",
     "Refusal",
     "Report",
     "Statistics",
