@@ -23,14 +23,15 @@ from torch import Tensor
 from vbpfx.errors import CalibrationError, RankError, first_line
 
 if TYPE_CHECKING:  # some builds of torch are without
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 Sharing = Literal["share", "own", "alone"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Seconds: between signs of life; without one until a rank counts as dead; until all have begun; for a file to be written.
-BEAT, SILENCE, ARRIVAL, WRITING = 1.0, 60.0, 600.0, 600.0
+# Seconds: between signs of life; without one until a rank counts as dead; until all have begun; for a file to be written; that
+# rank 0, in whose process the store often lives, waits for the others to hear a last word.
+BEAT, SILENCE, ARRIVAL, WRITING, GRACE = 1.0, 60.0, 600.0, 600.0, 5.0
 _LONGEST_PAUSE = 0.02
 _runs = itertools.count()
 
@@ -69,6 +70,7 @@ class Ranks:
                 failed = self._store.check(["failed"])
             if failed:
                 rank, message = json.loads(self._store.get("failed"))
+                self._hear("failed")
                 raise RankError(f"rank {rank} failed: {message}")
 
     def meet(self, place: str, value: str = "") -> None:
@@ -145,7 +147,7 @@ class Ranks:
     def write(self, write: Callable[[], R], result: R) -> R:
         """What rank 0 writes, once; a rank above it waits until that is done, and returns ``result``.
 
-        Rank 0 waits for nobody, so that it may be the only one to write.
+        Rank 0 waits a few seconds for the others to know, and may be the only one to write.
 
         Raises:
             RankError: rank 0 could not write, or did not.
@@ -163,24 +165,48 @@ class Ranks:
                 message = first_line(error)
                 raise
             finally:
-                with suppress(RuntimeError):  # nobody waits any more
-                    self._store.set(key, message)
+                self._say(key, message)
             return result
         begun = time.monotonic()
         while not self._is_there([key]):
             if time.monotonic() - begun > WRITING:
                 raise RankError(f"rank 0 has not written {result} within {WRITING:g} s; save on rank 0, too")
             time.sleep(_LONGEST_PAUSE)
-        if message := self._store.get(key).decode() if self._store is not None else "":
+        with _reaching():
+            message = self._store.get(key).decode()
+        self._hear(key)
+        if message:
             raise RankError(f"rank 0 could not write {result}: {message}")
         return result
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others."""
         if self._store is not None and not isinstance(error, RankError):
-            message = f"{type(error).__name__}: {first_line(error)}"
-            with suppress(RuntimeError):  # nobody is left to tell
-                self._store.set("failed", json.dumps([self.rank, message]))
+            self._say("failed", json.dumps([self.rank, f"{type(error).__name__}: {first_line(error)}"]))
+
+    def _say(self, key: str, message: str) -> None:
+        """A word to the others, before this process may end; whoever is not there does without."""
+        assert self._store is not None
+        others = [f"{key}/heard by {rank}" for rank in range(self.count) if rank != self.rank]
+        until = time.monotonic() + GRACE
+        with suppress(RuntimeError):  # nobody is left to tell
+            self._store.set(key, message)
+            while self.first and not self._store.check(others) and time.monotonic() < until:
+                time.sleep(_LONGEST_PAUSE)
+
+    def _hear(self, key: str) -> None:
+        """Say that a word was heard."""
+        assert self._store is not None
+        with suppress(RuntimeError):
+            self._store.set(f"{key}/heard by {self.rank}", "")
+
+    def _part(self) -> None:
+        """The end of the run, for all at once: rank 0 goes last."""
+        self.meet("end")
+        if self._store is not None and self.first:
+            self._wait([f"end/heard by {rank}" if rank else f"{self._meetings}/0" for rank in range(self.count)])
+        elif self._store is not None:
+            self._hear("end")
 
     def _beat(self, stop: threading.Event) -> None:
         """Signs of life, until stopped."""
@@ -254,7 +280,7 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
     if sharing == "alone" or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield ALONE
         return
-    from torch.distributed import PrefixStore
+    from torch._C._distributed_c10d import PrefixStore  # once it is known to be there
 
     store = PrefixStore(f"vbpfx/{next(_runs)}", dist.distributed_c10d._get_default_store())
     ranks, stop = Ranks(dist.get_rank(), dist.get_world_size(), own=sharing == "own", store=store), threading.Event()
@@ -263,7 +289,7 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
     try:
         ranks.meet("sharing", sharing)
         yield ranks
-        ranks.meet("end")
+        ranks._part()
     except BaseException as error:
         ranks._fail(error)
         raise

@@ -1,0 +1,118 @@
+"""What the processes of tests/test_ranks.py do; imported by them without the rest of the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import vbpfx
+import vbpfx.ranks
+from vbpfx.errors import VbpfxError
+
+WIDTH, TOKENS = 6, 5
+
+
+class Block(nn.Module):
+    """A residual block over tokens, with a mixing of tokens before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.fc1, self.fc2 = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 24),
+            nn.Linear(24, WIDTH),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.mix(x)
+        if mask is not None:
+            y = y * mask[..., None]
+        x = x + self.norm(y + y.mean(1, keepdim=True))
+        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class Net(nn.Module):
+    """Two blocks and a classifier; in float64, so that sums in another order show in the last digits alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return self.head(x.mean(1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+def batches(count: int, masked: bool = False) -> list[Any]:
+    """Batches of unlike sizes; no two are alike."""
+    generator = torch.Generator().manual_seed(1)
+    made: list[Any] = []
+    for number in range(count):
+        size = 3 + number % 4
+        x = torch.randn(size, TOKENS, WIDTH, dtype=torch.float64, generator=generator) + 3
+        if masked:
+            lengths = torch.randint(1, TOKENS + 1, (size, 1), generator=generator)
+            made.append({"x": x, "attention_mask": (torch.arange(TOKENS) < lengths).double()})
+        else:
+            made.append(x)
+    return made
+
+
+def prune(data: Any, **options: Any) -> vbpfx.Pruned:
+    given: dict[str, Any] = {"ratio": 0.5, "progress": False} | options
+    return vbpfx.prune(network(), data, **given)
+
+
+def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: dict[str, Any]) -> None:
+    """One process of a job; writes what it raised, if it raised something of vbpfx."""
+    torch.set_num_threads(1)
+    vbpfx.ranks.SILENCE, vbpfx.ranks.BEAT, vbpfx.ranks.ARRIVAL, vbpfx.ranks.WRITING = 4.0, 0.2, 30.0, 30.0
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        globals()[f"job_{job}"](rank, folder, **options)
+    except VbpfxError as error:
+        (folder / f"error{rank}").write_text(f"{type(error).__name__}: {error}")
+    else:
+        dist.destroy_process_group()
+
+
+def job_prune(rank: int, folder: Path, number: int, masked: bool = False, **options: Any) -> None:
+    pruned = prune(batches(number, masked), **options)
+    pruned.statistics.save(folder / f"statistics{rank}")
+    torch.save([pruned.plan.blocks, pruned.plan.corrections], folder / f"plan{rank}")
+    pruned.save(folder / "artifact")
+    assert (folder / "artifact" / "plan.json").exists()
+
+
+class Failing:
+    """Data whose batch of some number raises, or ends the process, on one rank."""
+
+    def __init__(self, rank: int, bad_rank: int, at: int, how: str) -> None:
+        self.bad, self.at, self.how = rank == bad_rank, at, how
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(batches(12)):
+            if self.bad and number == self.at:
+                if self.how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("no such file")
+            yield batch
+
+
+def job_fail(rank: int, folder: Path, bad: int, how: str, **options: Any) -> None:
+    prune(Failing(rank, bad, 5, how), **options).save(folder / "artifact")
