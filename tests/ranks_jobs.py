@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vbpfx
 import vbpfx.ranks
+from vbpfx.artifact import save_plan
 from vbpfx.errors import VbpfxError
 
 WIDTH, TOKENS = 6, 5
@@ -91,12 +92,60 @@ def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: 
         dist.destroy_process_group()
 
 
-def job_prune(rank: int, folder: Path, number: int, masked: bool = False, **options: Any) -> None:
-    pruned = prune(batches(number, masked), **options)
-    pruned.statistics.save(folder / f"statistics{rank}")
-    torch.save([pruned.plan.blocks, pruned.plan.corrections], folder / f"plan{rank}")
-    pruned.save(folder / "artifact")
-    assert (folder / "artifact" / "plan.json").exists()
+# What is pruned on several processes and on one; fewer batches than ranks among it.
+WAYS: dict[str, dict[str, Any]] = {
+    "vbp": {"number": 7, "method": "vbp"},
+    "ridge": {"number": 6, "method": "vbp", "compensation": "ridge"},
+    "auto": {"number": 7},
+    "cut": {"number": 7, "samples": 14},
+    "masked": {"number": 5, "masked": True},
+    "empty shards": {"number": 1},
+}
+
+
+def pruned(number: int, masked: bool = False, **options: Any) -> vbpfx.Pruned:
+    """What one of the ways gives."""
+    return prune(batches(number, masked), **options)
+
+
+def job_prune(rank: int, folder: Path) -> None:
+    for way, options in WAYS.items():
+        result = pruned(**options)
+        result.statistics.save(folder / f"{way} statistics {rank}")
+        save_plan(result.plan, folder / f"{way} plan {rank}")
+    written = (result.save(folder / "artifact") / "model.safetensors").stat()
+    (folder / f"written {rank}").write_text(f"{written.st_ino} {written.st_mtime_ns}")
+
+
+def job_own(rank: int, folder: Path) -> None:
+    """Data of their own, of which the second rank has none; and a rank alone."""
+    data = batches(4)
+    shares = [data, []]
+    result = prune(shares[rank], ranks="own", example_inputs=data[0])
+    result.statistics.save(folder / f"own statistics {rank}")
+    alone = prune(data[rank : rank + 2], ranks="alone")
+    alone.statistics.save(folder / f"alone statistics {rank}")
+
+
+def job_differ(rank: int, folder: Path) -> None:
+    """Other weights, another ratio, another function."""
+    said = []
+
+    def attempt(job: Callable[[], object]) -> None:
+        try:
+            job()
+        except VbpfxError as error:
+            said.append(str(error))
+
+    model = network()
+    with torch.no_grad():
+        model.head.bias += rank
+    attempt(lambda: vbpfx.prune(model, batches(2), ratio=0.5, progress=False))
+    attempt(lambda: prune(batches(2), ratio=0.5 + rank / 10))
+    captured = vbpfx.capture(network(), batches(1)[0])
+    observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured))
+    attempt(lambda: prune(batches(2)) if rank else vbpfx.calibrate(observed, batches(2)))
+    (folder / f"differ{rank}").write_text("\n".join(said))
 
 
 class Failing:
