@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,28 @@ class Failing:
 
 def job_fail(rank: int, folder: Path, bad: int, how: str, **options: Any) -> None:
     prune(Failing(rank, bad, 5, how), **options).save(folder / "artifact")
+
+
+def prune_slowly(number: int, checkpoint: Path, artifact: Path) -> None:
+    """Prune with a checkpoint after every batch, each of which takes a while, and save."""
+    torch.set_num_threads(1)
+
+    def data() -> Iterator[Any]:
+        for batch in batches(number):
+            time.sleep(0.1)
+            yield batch
+
+    prune(data(), checkpoint=checkpoint, checkpoint_every=1).save(artifact)
+
+
+def save_killed(renames: int, folder: Path) -> None:
+    """Save a network, killed before a rename when so many have been made."""
+    result, original, made = prune(batches(2), ratio=0.5, method="vbp"), Path.replace, itertools.count()
+
+    def replace(self: Path, target: Path) -> Path:
+        if next(made) == renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, target)
+
+    Path.replace = replace  # type: ignore[method-assign,assignment]
+    result.save(folder)

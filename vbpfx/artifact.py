@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from vbpfx.capture import named_tensors
 from vbpfx.checkpoint import tensors_digest
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write_atomically
+from vbpfx.files import Write, json_writer, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
@@ -77,6 +77,7 @@ def load_plan(folder: str | Path) -> Plan:
         ArtifactError: a file is missing or damaged, or of another format.
     """
     folder = Path(folder)
+    settle(folder)
     data = read_json(folder / "plan.json")
     tensors = _read_tensors(folder / "plan.safetensors")
     try:
@@ -151,6 +152,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
         ArtifactError: the artifact is missing, damaged, or of another model.
     """
     folder = Path(folder)
+    settle(folder)
     graph = read_json(folder / "graph.json")
     tensors = _read_tensors(folder / "model.safetensors")
     try:
