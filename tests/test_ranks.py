@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -137,24 +138,23 @@ def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
         assert "all must do the same" in stage
 
 
-def test_a_script_under_torchrun(tmp_path: Path) -> None:
-    """As a user starts it: the process group from the environment, every rank the same lines."""
+def test_a_script_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of docs/many_processes.md, as its reader starts it; and alone."""
+    page = Path(__file__).parent.parent / "docs" / "many_processes.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch, torch.distributed as dist, vbpfx\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import ranks_jobs\n"
-        "dist.init_process_group('gloo')\n"
-        "pruned = ranks_jobs.prune(ranks_jobs.batches(5), method='vbp')\n"
-        f"pruned.save({str(tmp_path / 'artifact')!r})\n"
-        "dist.destroy_process_group()\n"
-    )
+    script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    one = ranks_jobs.prune(ranks_jobs.batches(5), method="vbp").plan
-    assert [e.kept for e in load_plan(tmp_path / "artifact").blocks] == [e.kept for e in one.blocks]
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert names == {"calibration.safetensors", "calibration.1.safetensors"}
+    (tmp_path / "alone").mkdir()
+    monkeypatch.chdir(tmp_path / "alone")
+    exec(compile(code, "example", "exec"), {})
+    two, one = load_plan(tmp_path / "pruned"), load_plan(tmp_path / "alone" / "pruned")
+    assert [entry.kept for entry in two.blocks] == [entry.kept for entry in one.blocks]
 
 
 def test_one_process_is_alone() -> None:
