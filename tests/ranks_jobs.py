@@ -165,6 +165,10 @@ class Failing:
             yield batch
 
 
+def job_save(rank: int, folder: Path, name: str, **options: Any) -> None:
+    prune(batches(12), **options).save(name)
+
+
 def job_fail(rank: int, folder: Path, bad: int, how: str, **options: Any) -> None:
     prune(Failing(rank, bad, 5, how), **options).save(folder / "artifact")
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vbpfx
 from vbpfx.artifact import load_plan
-from vbpfx.errors import CalibrationError
+from vbpfx.errors import ArtifactError, CalibrationError
 from vbpfx.ranks import ALONE, Ranks
 
 ROUNDING = 1e-12
@@ -129,6 +129,21 @@ def test_all_end_where_one_fails(bad: int, how: str, tmp_path: Path) -> None:
     assert not (tmp_path / "artifact").exists()
 
 
+def test_ranks_go_on_from_their_checkpoints(tmp_path: Path) -> None:
+    """One is killed in the middle; the same ranks go on, others do not."""
+    options: dict[str, Any] = {"checkpoint": str(tmp_path / "checkpoint"), "checkpoint_every": 1}
+    _run("fail", 2, tmp_path, bad=1, how="kill", **options)
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert names == {"calibration.safetensors", "calibration.1.safetensors"}
+    _run("save", 2, tmp_path / "checkpoint", name=str(tmp_path / "resumed"), **options)
+    (tmp_path / "fresh").mkdir()
+    _run("save", 2, tmp_path / "fresh", name=str(tmp_path / "whole"))
+    resumed, whole = ((tmp_path / name / "plan.safetensors").read_bytes() for name in ("resumed", "whole"))
+    assert resumed == whole
+    with pytest.raises(ArtifactError, match="number of ranks is 2 there, 1 here"):
+        ranks_jobs.prune(ranks_jobs.batches(12), **options)
+
+
 def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
     assert _run("differ", 2, tmp_path) == [0, 0]
     for rank in range(2):
@@ -175,3 +190,7 @@ def test_what_does_not_fit_is_said() -> None:
     observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured))
     with pytest.raises(CalibrationError, match="pass the loader without it, or ranks='own'"):
         vbpfx.calibrate(observed, loader, ranks=Ranks(0, 2))
+    with pytest.raises(CalibrationError, match="pass the loader without it, or ranks='own'"):
+        ranks_jobs.prune(loader, ranks=Ranks(0, 2))
+    with pytest.raises(CalibrationError, match="calibration is one Tensor"):
+        ranks_jobs.prune(torch.cat(ranks_jobs.batches(2)), example_inputs=ranks_jobs.batches(1)[0])

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, fx
-from torch.utils.data import DataLoader, DistributedSampler
 
 from vbpfx.calibration_file import CalibrationFile, Work
 from vbpfx.errors import CalibrationError, first_line
@@ -87,16 +86,7 @@ def calibrate(
         RankError: another rank has failed or died.
     """
     assert isinstance(ranks, Ranks)  # joined
-    if (
-        ranks.count > 1
-        and not ranks.own
-        and isinstance(data, DataLoader)
-        and isinstance(data.sampler, DistributedSampler)
-    ):
-        raise CalibrationError(
-            "the loader's DistributedSampler gives every process its share of the data, of which a share would be taken "
-            "again; pass the loader without it, or ranks='own'"
-        )
+    ranks.require_whole(data)
     device, watching, work = model_device(observed), observers(observed), work or Forward(observed)
     earlier, numbered = [o.moments for o in watching], [o.rows for o in watching]
     for observer in watching:

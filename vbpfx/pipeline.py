@@ -165,13 +165,15 @@ def prune(
     """
     assert isinstance(ranks, Ranks)  # joined
     require_module(model)
+    ranks.require_whole(calibration)
     if ranks.count > 1:
         ranks.meet("model", digest(model))
         ranks.meet("options", _in_words(options))
     chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
-    read, data = reader(model, inputs), calibration
+    read = reader(model, inputs)
+    data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:
-        first, data = _peek(calibration)
+        first, data = _peek(data)
         example_inputs = read(first)
     example = as_inputs(example_inputs, model)
     few = example if has_fixed_batch(model, example) else example.first(_EXAMPLE_SAMPLES)
@@ -273,7 +275,7 @@ def _in_words(options: PlanArguments) -> str:
 
 def _peek(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and the data with that batch still in it; the data is gone through once."""
-    iterator = require_batches(calibration)
+    iterator = iter(calibration)
     missing = object()
     first = next(iterator, missing)
     if first is missing:

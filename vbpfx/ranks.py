@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from vbpfx.errors import CalibrationError, RankError, first_line
 
@@ -62,6 +63,15 @@ class Ranks:
     def share_of(self, number: int) -> int:
         """How many of so many batches are this rank's."""
         return number if self.own else len(range(self.rank, number, self.count))
+
+    def require_whole(self, data: object) -> None:
+        """Raise a CalibrationError for data that is divided already and would be divided again."""
+        divides = self.count > 1 and not self.own
+        if divides and isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
+            raise CalibrationError(
+                "the loader's DistributedSampler gives every process its share of the data, of which a share would be taken "
+                "again; pass the loader without it, or ranks='own'"
+            )
 
     def watch(self) -> None:
         """Raise a RankError if another rank has failed."""
@@ -295,7 +305,7 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
         raise
     finally:
         stop.set()
-        beating.join()
+        beating.join(BEAT)
 
 
 def joining(function: Callable[P, R]) -> Callable[P, R]:
