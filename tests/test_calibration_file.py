@@ -126,7 +126,16 @@ def test_a_list_of_renames_reaches_no_other_folder(tmp_path: Path) -> None:
     folder.mkdir()
     outside.write_text("old")
     (folder / ".x.y").write_text("new")
-    for renames in ({".x.y": "../precious"}, {"./../precious": "x"}, {".x.y": "z"}, ["x"], {".x.y": 3}):
+    (folder / "...").mkdir()
+    (folder / "..." / "precious.y").write_text("new")
+    for renames in (
+        {".x.y": "../precious"},
+        {".../precious.y": "../precious"},
+        {"./../precious": "x"},
+        {".x.y": "z"},
+        ["x"],
+        {".x.y": 3},
+    ):
         (folder / ".vbpfx-renames.json").write_text(json.dumps(renames))
         with pytest.raises(ArtifactError, match="names no files of"):
             settle(folder)
