@@ -4,7 +4,9 @@
 first process alone, while the second waits, and once together (:func:`vbpfx.calibrate` under ``torch.distributed``, gloo, which
 merges the statistics); and once each runs plain forward passes over all of them by itself, at the same time and alone: what the
 machine itself gives to a second process. Wall-clock time; medians over rounds. Processor time over wall-clock time says how much of
-its core a process had: below 0.9 somebody else was there, and nothing is recorded. Random weights and images of noise.
+its core a process had: below 0.9 somebody else was there, and nothing is recorded. What is left to be seen then is the processor
+time of one process over that of the busier one of two: how evenly the work is divided, and what merging adds. Random weights and
+images of noise.
 """
 
 from __future__ import annotations
@@ -36,14 +38,20 @@ OWN_CORE = 0.9
 WAYS = ("alone", "together", "forward alone", "forward together")
 
 
-def _clocked(job: Callable[[], object]) -> tuple[float, float]:
-    """Seconds from a common start to the end of all, and the share of its core that this process had until its own end."""
+def _clocked(job: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds from a common start to the end of all; the share of its core that this process had until its own end; processor time.
+
+    The last is that of the process that took most.
+    """
     dist.barrier()
     wall, own = time.perf_counter(), time.process_time()
     job()
-    share = (time.process_time() - own) / (time.perf_counter() - wall)
+    own = time.process_time() - own
+    share = own / (time.perf_counter() - wall)
     dist.barrier()
-    return time.perf_counter() - wall, share
+    seconds, most = time.perf_counter() - wall, torch.tensor([own], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return seconds, share, float(most)
 
 
 def _measure(
@@ -76,13 +84,15 @@ def _measure(
         model(batch)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     shares: dict[str, list[float]] = {way: [] for way in WAYS}
+    processor: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            taken, share = _clocked(jobs[way])
+            taken, share, own = _clocked(jobs[way])
             seconds[way].append(taken)
             shares[way].append(share)
+            processor[way].append(own)
     if rank == 0:
-        found.put({"seconds": seconds, "shares": shares})
+        found.put({"seconds": seconds, "shares": shares, "processor": processor})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -102,7 +112,9 @@ def measure(name: str, images: int, at_once: int, rounds: int, covariance: bool)
     for worker in workers:
         worker.join()
     medians = {way: statistics.median(taken) for way, taken in measured["seconds"].items()}
+    own = {way: statistics.median(taken) for way, taken in measured["processor"].items()}
     return measured | {
+        "processor_speedup": own["alone"] / own["together"],
         "images": images,
         "speedup": medians["alone"] / medians["together"],
         "machine": PROCESSES * medians["forward alone"] / medians["forward together"],
@@ -122,17 +134,28 @@ def write_page(results: dict[str, Any], page: Path) -> None:
             f"{found['images_per_second']['together']:.1f}",
             f"{found['speedup']:.2f}x",
             f"{found['machine']:.2f}x",
+            f"{found['processor_speedup']:.2f}x",
         ]
         for name, found in results.items()
     ]
-    columns = ("network", "images", "rounds", "one process, images/s", "two, images/s", "calibration", "the machine")
+    columns = (
+        "network",
+        "images",
+        "rounds",
+        "one process, images/s",
+        "two, images/s",
+        "calibration",
+        "the machine",
+        "processor time",
+    )
     commands = "  \n".join(f"`{found['command']}`" for found in results.values())
     text = f"""## Calibration on two processes
 
 {commands}
 
 Wall-clock time of the same calibration by one process of one thread and by two, medians over rounds. *The machine*: what two processes get
-done that know nothing of each other, plain forward passes at the same time, over what one does.
+done that know nothing of each other, plain forward passes at the same time, over what one does. *Processor time*: of one process
+over that of the busier one of two.
 
 {markdown_table(columns, rows)}
 
@@ -163,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         per_second = found["images_per_second"]
         print(
             f"{options.network}: {per_second['alone']:.2f} images/s by one process, {per_second['together']:.2f} by two, "
-            f"{found['speedup']:.2f}x; the machine {found['machine']:.2f}x; share of a core {found['core']:.2f}",
+            f"{found['speedup']:.2f}x; the machine {found['machine']:.2f}x; share of a core {found['core']:.2f}; "
+            f"{found['processor_speedup']:.2f}x by processor time",
             flush=True,
         )
         if found["core"] < OWN_CORE and not options.busy:

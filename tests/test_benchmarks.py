@@ -1,4 +1,4 @@
-"""The benchmarks of fine-tuning and of calibration cost: small runs, and what they write."""
+"""The benchmarks of fine-tuning, of calibration cost and of processes: small runs, and what they write."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import calibration_cost
 import finetuning
+import processes
 import pytest
 import small_networks
 import torch
@@ -58,3 +59,14 @@ def test_calibration_cost_writes_what_it_measured(tmp_path: Path) -> None:
     assert found["auto"]["images"] == 20
     assert 0.1 < found["auto"]["gib"] < 20
     assert f"| {found['auto']['ratio']:.2f}x |" in (tmp_path / "results.md").read_text()
+
+
+def test_processes_write_what_they_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["test_vit", "--images", "8", "--batch", "2", "--rounds", "1", "--busy"]
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert processes.main([*given, *where]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["test_vit"]
+    assert found["speedup"] == pytest.approx(found["seconds"]["alone"][0] / found["seconds"]["together"][0], rel=1e-12)
+    page = (tmp_path / "performance.md").read_text()
+    assert f"| {found['speedup']:.2f}x | {found['machine']:.2f}x | {found['processor_speedup']:.2f}x |" in page
+    assert f"{found['processor_speedup']:.2f}x by processor time" in capsys.readouterr().out
