@@ -168,7 +168,7 @@ def prune(
     ranks.require_whole(calibration)
     if ranks.count > 1:
         ranks.meet("model", digest(model))
-        ranks.meet("options", _in_words(options))
+        ranks.meet("choice of options", _in_words(options))
     chosen = PlanOptions.of(**options)  # a mistake here should not cost a calibration
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)

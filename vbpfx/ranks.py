@@ -1,20 +1,17 @@
 """Ranks: what a run on many processes asks of ``torch.distributed``.
 
-Ranks work on their own and *meet* before every exchange, in the key-value store of the process group. Who waits there learns
-within seconds that another one has failed, and within a minute that it has died or gone elsewhere, whatever the backend
-does in such a case. Tensors are exchanged when all have come, by one collective, the sum.
+Ranks work on their own and meet (:mod:`vbpfx.meeting`) before every exchange. Tensors are exchanged when all have come, by one
+collective, the sum.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from contextlib import contextmanager
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,18 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vbpfx.errors import CalibrationError, RankError, first_line
-
-if TYPE_CHECKING:  # some builds of torch are without
-    from torch._C._distributed_c10d import Store
+from vbpfx.meeting import PAUSE, Meeting, reaching
 
 Sharing = Literal["share", "own", "alone"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Seconds: between signs of life; without one until a rank counts as dead; until all have begun; for a file to be written; that
-# rank 0, in whose process the store often lives, waits for the others to hear a last word.
-BEAT, SILENCE, ARRIVAL, WRITING, GRACE = 1.0, 60.0, 600.0, 600.0, 5.0
-_LONGEST_PAUSE = 0.02
+WRITING = 600.0  # seconds that ranks wait for what rank 0 writes
 _runs = itertools.count()
 
 
@@ -46,10 +38,8 @@ class Ranks:
         own: whether every rank was given data of its own, rather than all the same.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, *, own: bool = False, store: Store | None = None) -> None:
-        self.rank, self.count, self.own, self._store = rank, count, own, store
-        self._meetings = self._files = 0
-        self._pace: dict[int, tuple[bytes, float]] = {}
+    def __init__(self, rank: int = 0, count: int = 1, *, own: bool = False, meeting: Meeting | None = None) -> None:
+        self.rank, self.count, self.own, self._meeting, self._files = rank, count, own, meeting, 0
 
     @property
     def first(self) -> bool:
@@ -75,58 +65,36 @@ class Ranks:
 
     def watch(self) -> None:
         """Raise a RankError if another rank has failed."""
-        if self._store is not None:
-            with _reaching():
-                failed = self._store.check(["failed"])
-            if failed:
-                rank, message = json.loads(self._store.get("failed"))
-                self._hear("failed")
-                raise RankError(f"rank {rank} failed: {message}")
+        if self._meeting is not None:
+            self._meeting.watch()
 
-    def meet(self, place: str, value: str = "") -> None:
-        """Wait until all ranks are here, with the same value.
-
-        Raises:
-            RankError: one has failed, gives no sign of life, is elsewhere, or has another value.
-        """
-        if self._store is None:
-            return
-        self._meetings += 1
-        keys = [f"{self._meetings}/{rank}" for rank in range(self.count)]
-        with _reaching():
-            self._store.set(keys[self.rank], json.dumps([place, value]))
-        self._wait(keys)
-        for rank, key in enumerate(keys):
-            theirs = json.loads(self._store.get(key))
-            if theirs[0] != place:
-                raise RankError(f"rank {rank} is at {theirs[0]!r}, rank {self.rank} at {place!r}: all must do the same")
-            if theirs[1] != value:
-                raise RankError(
-                    f"rank {rank} has another {place} than rank {self.rank}; pass the same model, options and data to all"
-                )
+    def meet(self, place: str, value: str) -> None:
+        """Wait until all ranks are here, with the same value; a RankError if one has failed, died, or another value."""
+        if self._meeting is not None:
+            self._meeting.meet(place, value)
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Every tensor summed over the ranks, bit for bit the same on all of them; shapes are the same everywhere."""
-        if self._store is None:
+        if self._meeting is None:
             return list(tensors)
-        self.meet("shapes", str([tuple(tensor.shape) for tensor in tensors]))
+        self._meeting.meet("shapes", str([tuple(tensor.shape) for tensor in tensors]))
         summed = []
         for tensor in tensors:
             there = tensor.detach().to(_exchange_device(), copy=True).contiguous()
-            with _reaching():
+            with reaching():
                 dist.all_reduce(there)
             summed.append(there.to(tensor.device))
         return summed
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Every number summed over the ranks."""
-        if self._store is None:
+        if self._meeting is None:
             return list(values)
         return list(self.sum([torch.tensor(values, dtype=torch.float64)])[0].tolist())
 
     def gather(self, values: Tensor) -> Tensor:
         """What the ranks have, one behind the other along the last axis, on the CPU; all other axes are the same everywhere."""
-        if self._store is None:
+        if self._meeting is None:
             return values.cpu()
         lengths = [int(n) for n in self.sums([float(values.shape[-1] * (r == self.rank)) for r in range(self.count)])]
         joined = torch.zeros(*values.shape[:-1], sum(lengths), dtype=values.dtype)
@@ -135,7 +103,7 @@ class Ranks:
 
     def of_lowest(self, tensors: Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]]) -> list[Tensor] | None:
         """The tensors of the lowest rank that has any, float64; None where none has."""
-        if self._store is None:
+        if self._meeting is None:
             return None if tensors is None else [tensor.double() for tensor in tensors]
         have = self.sums([float(tensors is not None and rank == self.rank) for rank in range(self.count)])
         if not any(have):
@@ -146,11 +114,11 @@ class Ranks:
 
     def of_first(self, make: Callable[[], R]) -> R:
         """What rank 0 makes, while the others wait."""
-        if self._store is None:
+        if self._meeting is None:
             return make()
         made: list[Any] = [make() if self.first else None]
-        self.meet("what rank 0 makes")
-        with _reaching():
+        self._meeting.meet("what rank 0 makes")
+        with reaching():
             dist.broadcast_object_list(made, src=0, device=_exchange_device())
         return made[0]  # type: ignore[no-any-return]
 
@@ -162,7 +130,7 @@ class Ranks:
         Raises:
             RankError: rank 0 could not write, or did not.
         """
-        if self._store is None:
+        if self._meeting is None:
             return write()
         self._files += 1
         key = f"written/{self._files}"
@@ -175,94 +143,18 @@ class Ranks:
                 message = first_line(error)
                 raise
             finally:
-                self._say(key, message)
+                self._meeting.say(key, message)
             return result
         begun = time.monotonic()
-        while not self._is_there([key]):
+        while not self._meeting.is_there(key):
             if time.monotonic() - begun > WRITING:
                 raise RankError(f"rank 0 has not written {result} within {WRITING:g} s; save on rank 0, too")
-            time.sleep(_LONGEST_PAUSE)
-        with _reaching():
-            message = self._store.get(key).decode()
-        self._hear(key)
+            time.sleep(PAUSE)
+        message = self._meeting.read(key)
+        self._meeting.hear(key)
         if message:
             raise RankError(f"rank 0 could not write {result}: {message}")
         return result
-
-    def _fail(self, error: BaseException) -> None:
-        """Tell the others."""
-        if self._store is not None and not isinstance(error, RankError):
-            self._say("failed", json.dumps([self.rank, f"{type(error).__name__}: {first_line(error)}"]))
-
-    def _say(self, key: str, message: str) -> None:
-        """A word to the others, before this process may end; whoever is not there does without."""
-        assert self._store is not None
-        others = [f"{key}/heard by {rank}" for rank in range(self.count) if rank != self.rank]
-        until = time.monotonic() + GRACE
-        with suppress(RuntimeError):  # nobody is left to tell
-            self._store.set(key, message)
-            while self.first and not self._store.check(others) and time.monotonic() < until:
-                time.sleep(_LONGEST_PAUSE)
-
-    def _hear(self, key: str) -> None:
-        """Say that a word was heard."""
-        assert self._store is not None
-        with suppress(RuntimeError):
-            self._store.set(f"{key}/heard by {self.rank}", "")
-
-    def _part(self) -> None:
-        """The end of the run, for all at once: rank 0 goes last."""
-        self.meet("end")
-        if self._store is not None and self.first:
-            self._wait([f"end/heard by {rank}" if rank else f"{self._meetings}/0" for rank in range(self.count)])
-        elif self._store is not None:
-            self._hear("end")
-
-    def _beat(self, stop: threading.Event) -> None:
-        """Signs of life, until stopped."""
-        assert self._store is not None
-        for number in itertools.count():
-            try:
-                self._store.set(f"beat/{self.rank}", str(number))
-            except RuntimeError:  # the store is gone; who waits says so
-                return
-            if stop.wait(BEAT):
-                return
-
-    def _is_there(self, keys: list[str]) -> bool:
-        assert self._store is not None
-        with _reaching():
-            return bool(self._store.check(keys))
-
-    def _wait(self, keys: list[str]) -> None:
-        """Wait for one key of every rank."""
-        assert self._store is not None
-        begun = time.monotonic()
-        self._pace = dict.fromkeys(range(self.count), (b"", begun))
-        pause = _LONGEST_PAUSE / 64
-        while not self._is_there(keys):
-            self.watch()
-            now = time.monotonic()
-            for rank, key in enumerate(keys):
-                if not self._is_there([key]):
-                    self._require_life(rank, now)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-
-    def _require_life(self, rank: int, now: float) -> None:
-        assert self._store is not None
-        beat = self._store.get(f"beat/{rank}") if self._is_there([f"beat/{rank}"]) else b""
-        last, since = self._pace[rank]
-        if beat != last:
-            self._pace[rank] = (beat, now)
-        elif not beat and now - since > ARRIVAL:
-            raise RankError(
-                f"rank {rank} has not come within {ARRIVAL:g} s; call this on every rank, or pass ranks='alone'"
-            )
-        elif beat and now - since > SILENCE:
-            raise RankError(
-                f"rank {rank} has given no sign of life for {SILENCE:g} s: it was killed, or its machine is gone"
-            )
 
 
 ALONE = Ranks()
@@ -293,19 +185,10 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
     from torch._C._distributed_c10d import PrefixStore  # once it is known to be there
 
     store = PrefixStore(f"vbpfx/{next(_runs)}", dist.distributed_c10d._get_default_store())
-    ranks, stop = Ranks(dist.get_rank(), dist.get_world_size(), own=sharing == "own", store=store), threading.Event()
-    beating = threading.Thread(target=ranks._beat, args=(stop,), daemon=True, name="vbpfx: signs of life")
-    beating.start()
-    try:
-        ranks.meet("sharing", sharing)
-        yield ranks
-        ranks._part()
-    except BaseException as error:
-        ranks._fail(error)
-        raise
-    finally:
-        stop.set()
-        beating.join(BEAT)
+    meeting = Meeting(dist.get_rank(), dist.get_world_size(), store)
+    with meeting.joined():
+        meeting.meet("sharing", sharing)
+        yield Ranks(meeting.rank, meeting.count, own=sharing == "own", meeting=meeting)
 
 
 def joining(function: Callable[P, R]) -> Callable[P, R]:
@@ -325,15 +208,3 @@ def _exchange_device() -> torch.device:
     """Where the backend takes tensors from."""
     takes_cpu = "cpu" in str(dist.get_backend_config())
     return torch.device("cpu") if takes_cpu else torch.device("cuda", torch.cuda.current_device())
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """An error of torch.distributed in a line that says what it means."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"another rank cannot be reached ({first_line(error)}): it, or the process that holds the store (rank 0, or "
-            f"torchrun), has ended"
-        ) from error
