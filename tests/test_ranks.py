@@ -125,7 +125,7 @@ def test_all_end_where_one_fails(bad: int, how: str, tmp_path: Path) -> None:
         if how == "raise":
             assert f"rank {bad} failed: ValueError: no such file" in message
         elif bad == 1:
-            assert "rank 1 has given no sign of life for 4 s" in message
+            assert "rank 1 failed: no sign of life for 4 s: it was killed" in message
     assert not (tmp_path / "artifact").exists()
 
 

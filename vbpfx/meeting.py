@@ -158,13 +158,16 @@ class Meeting:
         if beat != last:
             self._pace[rank] = (beat, now)
         elif not beat and now - since > ARRIVAL:
-            raise RankError(
-                f"rank {rank} has not come within {ARRIVAL:g} s; call this on every rank, or pass ranks='alone'"
-            )
+            self._give_up(rank, f"not come within {ARRIVAL:g} s; call this on every rank, or pass ranks='alone'")
         elif beat and now - since > SILENCE:
-            raise RankError(
-                f"rank {rank} has given no sign of life for {SILENCE:g} s: it was killed, or its machine is gone"
-            )
+            self._give_up(rank, f"no sign of life for {SILENCE:g} s: it was killed, or its machine is gone")
+
+    def _give_up(self, rank: int, why: str) -> None:
+        """A rank's failure, in its stead."""
+        with reaching():
+            self._store.set(f"failed/heard by {rank}", "")
+            self._store.set("failed", json.dumps([rank, why]))
+        self.watch()
 
 
 @contextmanager
