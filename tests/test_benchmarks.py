@@ -1,4 +1,4 @@
-"""The benchmarks of fine-tuning, of calibration cost and of int8: small runs, and what they write."""
+"""The benchmarks of fine-tuning, calibration cost, int8, deployment and processes: small runs, and what they write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import calibration_cost
 import deployment
 import finetuning
+import processes
 import pytest
 import quantized
 import small_networks
@@ -108,3 +109,14 @@ def test_the_deployment_page_shows_rows_and_failures_as_they_were_measured(tmp_p
     assert "a machine onnxruntime 9." in page
     with pytest.raises(SystemExit):
         deployment.main(["resnet", *where])
+
+
+def test_processes_write_what_they_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["test_vit", "--images", "8", "--batch", "2", "--rounds", "1", "--busy"]
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert processes.main([*given, *where]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["test_vit"]
+    assert found["speedup"] == pytest.approx(found["seconds"]["alone"][0] / found["seconds"]["together"][0], rel=1e-12)
+    page = (tmp_path / "performance.md").read_text()
+    assert f"| {found['speedup']:.2f}x | {found['machine']:.2f}x | {found['processor_speedup']:.2f}x |" in page
+    assert f"{found['processor_speedup']:.2f}x by processor time" in capsys.readouterr().out

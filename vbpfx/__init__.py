@@ -20,6 +20,7 @@ from vbpfx.errors import (
     ExportError,
     FinetuneError,
     ModelError,
+    RankError,
     VbpfxError,
     VerificationError,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "PrunedOnnx",
+    "RankError",
     "Refusal",
     "Report",
     "Statistics",

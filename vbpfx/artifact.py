@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from vbpfx.capture import named_tensors
+from vbpfx.checkpoint import tensors_digest
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.files import Write, json_writer, read_json, safetensors_writer, write_atomically
+from vbpfx.files import Write, json_writer, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
@@ -36,7 +37,13 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
     write_atomically(_plan_files(plan, Path(folder)))
 
 
-def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over the neurons that stay and all numbers of a plan."""
+    kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
+    return tensors_digest(kept | _plan_tensors(plan))
+
+
+def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for number, entry in enumerate(plan.blocks):
         for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
@@ -45,6 +52,10 @@ def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
                 tensors[f"{number}.{index}.prediction"] = prediction
     for number, correction in enumerate(plan.corrections):
         tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
+    return tensors
+
+
+def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
     data = {
         "format": _FORMAT,
         "fingerprint": plan.fingerprint,
@@ -53,7 +64,10 @@ def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
         "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
         "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
     }
-    return {folder / "plan.safetensors": safetensors_writer(tensors), folder / "plan.json": json_writer(data)}
+    return {
+        folder / "plan.safetensors": safetensors_writer(_plan_tensors(plan)),
+        folder / "plan.json": json_writer(data),
+    }
 
 
 def load_plan(folder: str | Path) -> Plan:
@@ -63,6 +77,7 @@ def load_plan(folder: str | Path) -> Plan:
         ArtifactError: a file is missing or damaged, or of another format.
     """
     folder = Path(folder)
+    settle(folder)
     data = read_json(folder / "plan.json")
     tensors = _read_tensors(folder / "plan.safetensors")
     try:
@@ -137,6 +152,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
         ArtifactError: the artifact is missing, damaged, or of another model.
     """
     folder = Path(folder)
+    settle(folder)
     graph = read_json(folder / "graph.json")
     tensors = _read_tensors(folder / "model.safetensors")
     try:

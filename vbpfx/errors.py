@@ -41,6 +41,10 @@ class ArtifactError(VbpfxError):
     """A saved plan or network cannot be written, read, or applied to the model given."""
 
 
+class RankError(VbpfxError):
+    """Another process of the run has failed, died, or does something else than this one."""
+
+
 class ExportError(VbpfxError):
     """An exported file does not run, or does not compute what the pruned network computes."""
 

@@ -1,11 +1,19 @@
-"""Files: a write is whole or not at all, and an error names the path."""
+"""Files: a write is whole or not at all, and an error names the path.
+
+One file is one rename. Several files that belong together are written beside their paths first; then one rename puts a list of
+all their renames in place, from which moment on the new files are the ones that count: whoever comes next carries out what is
+left of the list. So a process that is killed at any moment leaves all old files or all new ones.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +26,98 @@ from vbpfx.errors import ArtifactError
 Write = Callable[[Path], None]
 
 
+_RENAMES = ".vbpfx-renames.json"
+
+
 def write_atomically(files: Mapping[Path, Write]) -> None:
-    """Write all files beside their paths, then rename them.
+    """Write files of one folder, all of them or none.
 
     A process that is killed, or a disk that fills, leaves the old files: nothing takes its name before
-    everything is written.
+    everything is written. What :func:`settle` has not seen yet may be a mixture.
 
     Raises:
-        ArtifactError: a folder cannot be made or a file cannot be written.
+        ArtifactError: the folder cannot be made or a file cannot be written.
     """
     written: dict[Path, Path] = {}
     path = Path()
     try:
         for path, write in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            settle(path.parent)
+            _remove_remains(path)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
             os.close(handle)
             written[path] = Path(name)
             write(written[path])
             written[path].chmod(0o666 & ~_umask())
-        for path, temporary in written.items():
-            temporary.replace(path)
+        if len(written) > 1:
+            renames = {temporary.name: path.name for path, temporary in written.items()}
+            write_atomically({path.parent / _RENAMES: json_writer(renames)})
+            settle(path.parent)
+        else:
+            for path, temporary in written.items():
+                temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a folder that can be written, "
             f"on a disk with room"
         ) from error
     finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+        if (
+            len(written) == 1 or not (path.parent / _RENAMES).exists()
+        ):  # else they are the new files, but for their names
+            for temporary in written.values():
+                temporary.unlink(missing_ok=True)
+
+
+def settle(folder: Path) -> None:
+    """Carry out what is left of renames that another process had begun; to be called before a folder is read.
+
+    Raises:
+        ArtifactError: a file cannot be renamed, or the list is not one that :func:`write_atomically` made.
+    """
+    renames = folder / _RENAMES
+    if not renames.exists():
+        return
+    left = read_json(renames)
+    if not isinstance(left, dict) or not all(
+        isinstance(final, str) and name.startswith(f".{final}.") and not {"/", "\\"} & {*name, *final}
+        for name, final in left.items()
+    ):
+        raise ArtifactError(f"{renames} names no files of {folder}; remove it, and save the network again")
+    try:
+        for name, final in left.items():
+            with suppress(FileNotFoundError):
+                (folder / name).replace(folder / final)
+        renames.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot finish what was written to {folder}: {error.strerror or error}") from error
+
+
+def _prefix(path: Path) -> str:
+    """How names of a process's unfinished files begin."""
+    return f".{path.name}.{socket.gethostname()}-{os.getpid()}."
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove the unfinished files of processes of this machine that were killed."""
+    if os.name != "posix":
+        return
+    host = socket.gethostname()
+    for remains in path.parent.glob(f".{glob.escape(f'{path.name}.{host}-')}*"):
+        number = remains.name.removeprefix(f".{path.name}.{host}-").partition(".")[0]
+        if number.isdecimal() and not _is_alive(int(number)):
+            remains.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def make_folder(folder: Path) -> Path:

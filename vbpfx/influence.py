@@ -12,7 +12,7 @@ Raw weights (tau = 1, rho = 1/2) are too extreme for as little data as there is;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from vbpfx.capture import Captured
 from vbpfx.fake import graph_arguments
 from vbpfx.inputs import Inputs
+from vbpfx.ranks import ALONE, Ranks
 from vbpfx.records import Consumer
 
 # tau and rho
@@ -68,19 +69,25 @@ class Gradients:
         self.captured, self.layers = captured, {layer.node: layer for layer in layers}
         self.metrics = self.layers.keys() if metrics is None else metrics
         self.graph_module = captured.graph_module if graph_module is None else graph_module
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.seed, self.samples = torch.Generator(), seed, 0
         self.squares: dict[str, list[Tensor]] = {node: [] for node in self.layers}
         self.products: dict[str, Tensor] = {}
         self.batches = 0
 
-    def add(self, batch: Inputs) -> None:
+    def add(self, batch: Inputs, start: int | None = None) -> None:
         """Run a batch, a few samples at a time.
+
+        Args:
+            start: the number of its first sample, from which its random directions follow; by default those before count.
 
         Raises:
             RuntimeError: whatever the graph's operators, and their derivatives, raise.
         """
         parts: dict[str, list[Tensor]] = {node: [] for node in self.layers}
+        self.samples = self.samples if start is None else start
         for chunk in _chunks(self.captured, batch):
+            self.generator.manual_seed(self.seed + self.samples)
+            self.samples += chunk.batch_size or 1
             for node, gradient in self._gradients(chunk):
                 axis = self.layers[node].source.axis
                 if node in self.metrics:
@@ -93,15 +100,49 @@ class Gradients:
                 self.squares[node].append(torch.cat(found))
         self.batches += 1
 
-    def influences(self, temper: float = TEMPER, power: float = METRIC_POWER) -> dict[str, Influence]:
+    def influences(
+        self, temper: float = TEMPER, power: float = METRIC_POWER, ranks: Ranks = ALONE
+    ) -> dict[str, Influence]:
         """Influence per layer's node; a layer that the output does not depend on by a gradient has none.
 
         Args:
             temper: tau.
             power: rho.
+            ranks: weights are relative to the mean of all ranks' batches, metrics of all of them.
         """
-        complete = [node for node, found in self.squares.items() if found and len(found) == self.batches]
-        return {node: _influence(self.squares[node], self.products.get(node), temper, power) for node in complete}
+        *found, batches = ranks.sums([*(len(squares) for squares in self.squares.values()), self.batches])
+        complete = [node for node, number in zip(self.squares, found, strict=True) if number == batches > 0]
+        return {node: self._influence(node, temper, power, ranks) for node in complete}
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added up so far, for a file."""
+        squares = {f"squares/{node}/{n}": s for node, found in self.squares.items() for n, s in enumerate(found)}
+        products = {f"products/{node}": product for node, product in self.products.items()}
+        return {"batches": torch.tensor(self.batches), **squares, **products}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.batches = int(state["batches"])
+        for node, found in self.squares.items():
+            found[:] = [state[key] for n in range(self.batches) if (key := f"squares/{node}/{n}") in state]
+        self.products = {n: state[key] for n in self.layers if (key := f"products/{n}") in state}
+
+    def _influence(self, node: str, temper: float, power: float, ranks: Ranks) -> Influence:
+        weights = [square**temper for square in self.squares[node]]
+        total, count = ranks.sums(
+            [sum(w.double().sum().item() for w in weights), sum(weight.numel() for weight in weights)]
+        )
+        if not total > 0:  # no gradient comes through, though a path does
+            return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
+        weights = [(weight / (total / count)).float() + _LEAST for weight in weights]
+        if node not in self.metrics:
+            return Influence(tuple(weights), None)
+        outputs = self.captured.nodes[node].meta["val"].shape[self.layers[node].source.axis]
+        product = self.products.get(node, torch.zeros(outputs, outputs, dtype=torch.float64))
+        product = ranks.sum([product.cpu()])[0]
+        values, vectors = torch.linalg.eigh(product / product.diagonal().mean().clamp_min(1e-300))
+        metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
+        return Influence(tuple(weights), metric)
 
     def _gradients(self, batch: Inputs) -> list[tuple[str, Tensor]]:
         """The gradient of a random direction of the output at every layer's value."""
@@ -144,19 +185,6 @@ def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
             raise
         return False
     return True
-
-
-def _influence(squares: list[Tensor], product: Tensor | None, temper: float, power: float) -> Influence:
-    weights = [square**temper for square in squares]
-    mean = torch.cat([weight.flatten() for weight in weights]).double().mean()
-    if not mean > 0:  # no gradient comes through, though a path does
-        return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
-    weights = [(weight / mean).float() + _LEAST for weight in weights]
-    if product is None:
-        return Influence(tuple(weights), None)
-    values, vectors = torch.linalg.eigh(product.cpu() / product.diagonal().mean().clamp_min(1e-300).cpu())
-    metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
-    return Influence(tuple(weights), metric)
 
 
 def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:

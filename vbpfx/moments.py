@@ -15,6 +15,7 @@ in the cache and in the activations' own precision: a piece less one of its batc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,22 @@ class Moments:
             self.co | other.co if self.co and other.co else self.co or other.co,
             self.held | other.held if self.held and other.held else self.held or other.held,
         )
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """For a file: tensors by name, and the counts of their parts; :meth:`from_tensors` reads them."""
+        parts = {key: part for key, part in (("all", self), ("co", self.co), ("held", self.held)) if part}
+        tensors = {f"{key}/{name}": getattr(part, name) for key, part in parts.items() for name in ("mean", "m2")}
+        return tensors, {key: part.count for key, part in parts.items()}
+
+    @classmethod
+    def from_tensors(cls, read: Callable[[str], Tensor], counts: Mapping[str, int]) -> Moments:
+        """What :meth:`to_tensors` gave; ``read`` returns a tensor by its name."""
+        co = {
+            key: CoMoments(counts[key], read(f"{key}/mean"), read(f"{key}/m2"))
+            for key in ("co", "held")
+            if key in counts
+        }
+        return cls(counts["all"], read("all/mean"), read("all/m2"), **co)
 
     @property
     def variance(self) -> Tensor:

@@ -27,12 +27,14 @@ class Observer(nn.Module):
             end, one axis where they are merged.
 
         every: of so many rows one enters the co-moments; 0 for none. Which ones does not depend on how the data is split
-            into batches.
-        rows_a_sample: how many rows a sample has.
+            into batches, nor on which process sees them.
+        rows_a_sample: how many rows a sample has; a little more or less where its length varies.
 
     Attributes:
         moments: what was gathered; None before the first sample.
         calls: number of batches seen.
+        rows: the number of the next row among those of all data: its sample's number times ``rows_a_sample``. Who leaves out
+            samples that another process sees moves it on.
         bad_call: index of the first batch that held a NaN or an infinity; None without one. That
             batch and all after it are not gathered.
     """
@@ -65,21 +67,43 @@ class Observer(nn.Module):
             batch = Moments.of(seen, axis)
             # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
             if bool(batch.m2.isfinite().all()):
-                batch = self._with_co_moments(batch, seen) if self.every else batch
+                batch = self._with_co_moments(batch, seen, mask) if self.every else batch
                 self.moments = batch if self.moments is None else self.moments | batch
             else:
                 self.bad_call = self.calls
         self.calls += 1
-        self.rows += seen.numel() // self.width
+        self.rows += seen.numel() // self.width if mask is None else mask.shape[0] * self.rows_a_sample
         return x
 
-    def _with_co_moments(self, batch: Moments, rows: Tensor) -> Moments:
+    def _with_co_moments(self, batch: Moments, rows: Tensor, mask: Tensor | None) -> Moments:
         """The batch's moments with the co-moments of every so-manieth row, those of every fifth sample apart."""
-        index = torch.arange(-self.rows % self.every, rows.shape[0], self.every, device=rows.device)
-        held = (index + self.rows) // self.rows_a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask).to(rows.device)
+        (index,) = (numbers % self.every == 0).nonzero(as_tuple=True)
+        held = is_held_out(numbers[index], self.rows_a_sample)
         parts = (rows[index[~held]], rows[index[held]])
         co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
         return replace(batch, co=co, held=held_out)
+
+
+def row_numbers(count: int, start: int, rows_a_sample: int, mask: Tensor | None = None) -> Tensor:
+    """The numbers of a batch's rows among those of all data, (count,): sample s begins at s times ``rows_a_sample``.
+
+    Args:
+        start: the number of the batch's first row.
+        mask: (B, T), zero for padding, which is not among the rows.
+    """
+    number = torch.arange(count)
+    if mask is None or not count:
+        return number + start
+    real = mask.bool().sum(1).cpu()
+    real = real * (count // int(real.sum()))  # a value may have further axes
+    sample = torch.arange(len(real)).repeat_interleave(real)
+    return start + sample * rows_a_sample + number - (real.cumsum(0) - real)[sample]
+
+
+def is_held_out(numbers: Tensor, rows_a_sample: int) -> Tensor:
+    """Whether the samples of so numbered rows are held out."""
+    return numbers // rows_a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
 def as_rows(x: Tensor, axis: int, mask: Tensor | None = None, masked: tuple[int, ...] = ()) -> Tensor:

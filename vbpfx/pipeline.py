@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
-from vbpfx.artifact import save_network
+from vbpfx.artifact import plan_digest, save_network
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate, run_forward
 from vbpfx.capture import Captured, Frontend, capture, require_module
+from vbpfx.checkpoint import digest
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.exported_program import export_program
@@ -24,10 +25,12 @@ from vbpfx.export.onnx import export_onnx
 from vbpfx.fake import has_fixed_batch
 from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
+from vbpfx.kept import Keeping
 from vbpfx.latency import measure_latencies, measure_result
 from vbpfx.own_class import apply_plan
 from vbpfx.plan import PlanArguments, PlanOptions, make_plan
 from vbpfx.prepare import Statistics, prepare, statistics
+from vbpfx.ranks import ALONE, Ranks, Sharing, joining
 from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
@@ -57,6 +60,7 @@ class Pruned:
             model's call signature and output structure.
         plan, statistics, analysis, report, verification: what the stages made.
         captured: the dense graph.
+        ranks: the processes that it was made on; all hold the same, and rank 0 alone writes files.
     """
 
     graph_module: fx.GraphModule = field(repr=False)
@@ -66,6 +70,7 @@ class Pruned:
     report: Report
     verification: Verification | None
     captured: Captured = field(repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -86,11 +91,13 @@ class Pruned:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``plan.json``, ``model.safetensors``, ``graph.json`` and ``report.json``; see :mod:`vbpfx.artifact`."""
-        return save_network(self.graph_module, self.captured.reference, self.plan, self.report.to_json(), folder)
+        parts = self.graph_module, self.captured.reference, self.plan, self.report.to_json()
+        return self.ranks.write(lambda: save_network(*parts, folder), Path(folder))
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
-        return export_onnx(self.graph_module, self.captured.inputs, path, plan=self.plan)
+        parts = self.graph_module, self.captured.inputs, path
+        return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
 
     def to_exported_program(self, *, like: ExportedProgram | None = None) -> ExportedProgram:
         """An ``ExportedProgram`` with a dynamic batch axis; see :mod:`vbpfx.export.exported_program`.
@@ -101,6 +108,7 @@ class Pruned:
         return export_program(self.graph_module, self.captured.inputs, like=like)
 
 
+@joining
 def prune(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -115,6 +123,9 @@ def prune(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
+    ranks: Sharing | Ranks = "share",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
     runtime: str | None = None,
     runtime_batch: int = 1,
     runtime_threads: int | None = None,
@@ -145,6 +156,12 @@ def prune(
         memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
+        ranks: where ``torch.distributed`` is initialised: the processes share the work and all end with the same plan (see
+            :func:`vbpfx.calibrate` and docs/many_processes.md).
+        checkpoint, checkpoint_every: a folder, and after how many of a process's batches what calibration has gathered is
+            written there (statistics, and gradients of ``method="auto"``). Called again with the same arguments and data, prune
+            goes on behind those batches, and ends with the same plan bit for bit; what comes behind calibration is done
+            again.
         runtime: where the network will run, a name of :data:`vbpfx.runtimes.table.NAMES`: ``latency=`` is measured there (in
             ONNX Runtime by default), and widths are multiples of what it is fast at, unless ``round_to`` says otherwise.
         runtime_batch, runtime_threads: with ``latency=``: samples at once there, and threads; by default the runtime's choice.
@@ -155,18 +172,27 @@ def prune(
     Raises:
         VbpfxError: one of its kinds, with what was found, where, and what to do.
     """
+    assert isinstance(ranks, Ranks)  # joined
     require_module(model)
+    ranks.require_whole(calibration)
+    if ranks.count > 1:
+        ranks.meet("model", digest(model))
+        ranks.meet("choice of options", _in_words(options))
     PlanOptions.of(**options)  # a mistake here should not cost a capture
     if runtime is not None:
         options.setdefault("round_to", best_multiple(runtime))
-    first, data = first_batch(calibration)
     read = reader(model, inputs)
-    example = read(first) if example_inputs is None else as_inputs(example_inputs, model)
+    data: Iterable[Any] = require_batches(calibration)
+    if example_inputs is None:
+        first, data = first_batch(data)
+        example_inputs = read(first)
+    example = as_inputs(example_inputs, model)
     few = example if has_fixed_batch(model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(model, few, frontend=frontend)
     return prune_captured(
         captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
         total=len(calibration) if isinstance(calibration, Sized) else None, progress=progress, verify=verify,
+        ranks=ranks, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
         runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads, **options,
     )  # fmt: skip
 
@@ -186,6 +212,9 @@ def prune_captured(
     share: bool = False,
     progress: bool = True,
     verify: bool = True,
+    ranks: Ranks = ALONE,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
     runtime: str | None = None,
     runtime_batch: int = 1,
     runtime_threads: int | None = None,
@@ -215,14 +244,16 @@ def prune_captured(
     observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
     latencies = None
     if chosen.budget.kind == "latency":
-        latencies = measure_latencies(
-            analysis,
-            chosen.budget.value,
-            blocks=blocks,
-            runtime=runtime or "onnxruntime",
-            batch=runtime_batch,
-            threads=runtime_threads,
-            round_to=chosen.round_to,
+        latencies = ranks.of_first(
+            lambda: measure_latencies(
+                analysis,
+                chosen.budget.value,
+                blocks=blocks,
+                runtime=runtime or "onnxruntime",
+                batch=runtime_batch,
+                threads=runtime_threads,
+                round_to=chosen.round_to,
+            )
         )
     wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
     layers = layers_to_fit(analysis, blocks, beside) if fitting else []
@@ -231,52 +262,44 @@ def prune_captured(
     if layers and is_differentiable(captured, layers):
         gradients = Gradients(captured, layers, observed, metrics=reading)
     run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
-    kept = _Kept(run, wanted, gradients, divisible=captured.batch is not None)
-    calibrate(observed, data, read=read, run=kept.run, total=total, progress=progress)
-    gathered, batches = statistics(observed), kept.batches
-    del run, kept, observed  # a runtime may hold the whole network in memory
+    keeping = Keeping(run, wanted, gradients, divisible=captured.batch is not None)
+    calibrate(
+        observed,
+        data,
+        read=read,
+        work=keeping,
+        total=total,
+        progress=progress,
+        ranks=ranks,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        settings={
+            "options": _in_words(options),
+            "samples": wanted,
+            "gradients": sorted(c.node for c in layers) if gradients else None,
+        },
+    )
+    gathered, kept = statistics(observed), keeping.samples(ranks)
+    del run, keeping, observed  # a runtime may hold the whole network in memory
     plan = make_plan(
         analysis,
         gathered,
-        sensitivity=lambda alike: sensitivities(analysis, alike, batches),
+        sensitivity=lambda alike: sensitivities(analysis, alike, kept),
         latencies=latencies,
         **options,
     )
     if fitting:
-        influence = gradients.influences() if gradients else {}
+        influence = gradients.influences(ranks=ranks) if gradients else {}
         plan = reconstruct_plan(
-            analysis, plan, batches, influence, beside=beside, choose=choosing, mask=mask, progress=progress
+            analysis, plan, kept, influence, beside=beside, choose=choosing, mask=mask, progress=progress
         )  # fmt: skip
+    if ranks.count > 1:
+        ranks.meet("plan", plan_digest(plan))
     small = convert(captured, plan, share=share)
     verification = check(captured, small, plan) if verify else None
-    latency = measure_result(small, captured, plan, latencies) if latencies else None
+    latency = ranks.of_first(lambda: measure_result(small, captured, plan, latencies)) if latencies else None
     report = make_report(captured, small, analysis, plan, verification, latency)
-    return Pruned(small, plan, gathered, analysis, report, verification, captured)
-
-
-class _Kept:
-    """Runs batches for the observers; keeps their first samples, and takes gradients on these.
-
-    Batches are cut where the graph takes any number of samples.
-    """
-
-    def __init__(self, forward: Run, samples: int, gradients: Gradients | None, *, divisible: bool) -> None:
-        self.forward, self.left, self.gradients, self.divisible = forward, samples, gradients, divisible
-        self.batches: list[Inputs] = []
-
-    def run(self, batch: Inputs) -> None:
-        """The whole batch, for the statistics."""
-        count = batch.batch_size or 1
-        if self.left > 0:
-            own = batch.first(self.left) if self.divisible else batch
-            self.batches.append(own)
-            if self.gradients is not None:
-                self.gradients.add(own)
-        if self.left <= 0 or self.gradients is None:
-            self.forward(batch)
-        elif count > self.left and self.divisible:
-            self.forward(batch.samples(self.left, count))
-        self.left -= count
+    return Pruned(small, plan, gathered, analysis, report, verification, captured, ranks)
 
 
 def save(pruned: Pruned, folder: str | Path) -> Path:
@@ -294,6 +317,12 @@ def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}, expected an iterable of batches"
         ) from error
+
+
+def _in_words(options: PlanArguments) -> str:
+    """The budget and the method, so that runs can be compared."""
+    given = {key: getattr(value, "__qualname__", value) for key, value in sorted(options.items()) if value is not None}
+    return ", ".join(f"{key}={value!r}" for key, value in given.items())
 
 
 def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

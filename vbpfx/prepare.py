@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, fx
@@ -18,7 +17,7 @@ from vbpfx.edit import insert_at_sources
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.files import safetensors_writer, write_atomically
 from vbpfx.masks import find_masks
-from vbpfx.moments import CoMoments, Moments
+from vbpfx.moments import Moments
 from vbpfx.observer import Observer
 from vbpfx.records import Block, Source
 
@@ -56,11 +55,9 @@ class Statistics:
         for name, sources in self.moments.items():
             counts[name] = []
             for index, moments in enumerate(sources):
-                parts = {"all": moments, "co": moments.co, "held": moments.held}
-                counts[name].append({key: part.count for key, part in parts.items() if part})
-                for key, part in parts.items():
-                    if part:
-                        tensors |= {f"{name}/{index}/{key}/mean": part.mean, f"{name}/{index}/{key}/m2": part.m2}
+                own, parts = moments.to_tensors()
+                tensors |= {f"{name}/{index}/{key}": tensor for key, tensor in own.items()}
+                counts[name].append(parts)
         write_atomically({Path(path): safetensors_writer(tensors, {"vbpfx.statistics": json.dumps(counts)})})
 
     @classmethod
@@ -70,19 +67,15 @@ class Statistics:
             with safe_open(path, "pt") as file:
                 counts = json.loads(file.metadata()["vbpfx.statistics"])
 
-                def read(kind: Any, prefix: str, count: int) -> Any:
-                    return kind(count, *(file.get_tensor(f"{prefix}/{part}") for part in ("mean", "m2")))
+                def read(prefix: str, parts: Mapping[str, int]) -> Moments:
+                    return Moments.from_tensors(lambda key: file.get_tensor(f"{prefix}/{key}"), parts)
 
-                moments: dict[str, tuple[Moments, ...]] = {}
-                for name, sources in counts.items():
-                    moments[name] = tuple(
-                        replace(
-                            read(Moments, f"{name}/{i}/all", parts["all"]),
-                            **{k: read(CoMoments, f"{name}/{i}/{k}", parts[k]) for k in ("co", "held") if k in parts},
-                        )
-                        for i, parts in enumerate(sources)
-                    )
-                return cls(moments)
+                return cls(
+                    {
+                        name: tuple(read(f"{name}/{index}", parts) for index, parts in enumerate(sources))
+                        for name, sources in counts.items()
+                    }
+                )
         except Exception as error:  # safetensors raises its own error type, json and keys theirs
             raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
 

@@ -14,7 +14,8 @@ that is lost; but what cannot be predicted is then answered by shrinking the sig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,11 +30,12 @@ from vbpfx.fitted import with_fitted
 from vbpfx.influence import Influence
 from vbpfx.inputs import Inputs, model_device
 from vbpfx.masks import Mask, find_masks
-from vbpfx.observer import as_rows
+from vbpfx.observer import as_rows, is_held_out, row_numbers
 from vbpfx.prepare import coprime, rows_a_sample
 from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.regression import Normal, Sums, best_penalty, fit
 from vbpfx.residual import find_residual_sum, pull_back
+from vbpfx.samples import Samples
 from vbpfx.stream import Stream, held_bytes
 from vbpfx.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
@@ -43,7 +45,6 @@ SHARE = 0.8
 _ROWS_TO_LEARN_FROM = 30
 # Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-_HELD_OUT_EVERY = 5
 _FEWEST_SAMPLES = 64
 _ROWS_PER_COLUMN = 64
 
@@ -64,7 +65,7 @@ class Step:
 def reconstruct(
     analysis: Analysis,
     plan: Plan,
-    batches: Sequence[Inputs],
+    batches: Sequence[Inputs] | Samples,
     influence: Mapping[str, Influence],
     *,
     beside: Sequence[Consumer] = (),
@@ -79,7 +80,8 @@ def reconstruct(
         analysis: of the model that the plan was made for.
         plan: whose widths are kept. Blocks that cannot be chosen anew on the way (norms over the hidden axis, several
             sources, layers called several times) stay as they are in it.
-        batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory.
+        batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory. Of
+            several ranks' samples each runs its own, and all come to the same plan.
         influence: per layer's node, on these batches; rows and outputs of layers that have none count alike.
         beside: layers beside the blocks that are fitted, too, without changing shape.
         choose: choose the neurons of a block on the way; otherwise those of the plan stay.
@@ -90,10 +92,10 @@ def reconstruct(
     steps = _steps(analysis, plan, beside, choose)
     if not steps:
         return plan
-    device = model_device(analysis.captured.reference)
-    batches = [batch.to(device) for batch in batches]
-    run = _Reconstruction(analysis, plan, batches, steps, influence, share, mask)
-    with progress_bar("reconstructing", len(steps), progress) as advance:
+    device, samples = model_device(analysis.captured.reference), Samples.of(batches)
+    samples = replace(samples, batches=tuple(batch.to(device) for batch in samples.batches))
+    run = _Reconstruction(analysis, plan, samples, steps, influence, share, mask)
+    with progress_bar("reconstructing", len(steps), progress and samples.ranks.first) as advance:
         for number, step in enumerate(steps):
             run.take(number, step)
             advance()
@@ -140,7 +142,7 @@ class _Reconstruction:
         self,
         analysis: Analysis,
         plan: Plan,
-        batches: Sequence[Inputs],
+        samples: Samples,
         steps: Sequence[Step],
         influence: Mapping[str, Influence],
         share: float,
@@ -151,7 +153,7 @@ class _Reconstruction:
         self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
-        self.batches = batches
+        self.samples, self.batches, self.ranks = samples, samples.batches, samples.ranks
         narrowed, self.places = with_fitted(self.captured, [step.layer for step in steps])
         substitute(narrowed, list(self.decided.values()))
         self.dense = Stream(self.captured.graph_module, self.batches)
@@ -193,23 +195,35 @@ class _Reconstruction:
             "compensation": "reconstruction",
             "reconstruction": {
                 "share": self.share,
-                "samples": sum(batch.batch_size or 1 for batch in self.batches),
+                "samples": self.samples.total,
                 "refitted": list(done.refitted),
             },
         }
         return replace(done, settings={**plan.settings, **how})
 
     def _gather(self, layer: Consumer, weight: Tensor, bias: Tensor) -> Sums:
-        """The sums of a layer's regression over all batches."""
-        source, sums = layer.source, Sums()
+        """The sums of a layer's regression over all batches, of all ranks."""
+        rows = self._rows(layer, weight, bias, self._share(layer, self.influence.get(layer.node)))
+        begun = next(rows, None)
+        centres = self.ranks.of_lowest(Sums.centres(*begun[:2]) if begun else None, [(n,) for n in weight.shape[::-1]])
+        sums = Sums(centres)
+        for x, t, weights, held in itertools.chain([begun] if begun else [], rows):
+            sums.add(x, t, weights, held)
+        sums.add_other_ranks(self.ranks, weight.shape[1], weight.shape[0])
+        return sums
+
+    def _rows(
+        self, layer: Consumer, weight: Tensor, bias: Tensor, share: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+        """Inputs, targets and weights of a layer's rows, and whether they are held out."""
+        source = layer.source
         operand = self.narrow.nodes[layer.node].all_input_nodes[0].name  # what is removed is substituted in it
         residual = find_residual_sum(self.captured, layer.node)
         if residual is not None and not (self.dense.holds(residual.stream) and self.narrow.holds(residual.stream)):
             residual = None
         mask, about = self.masks.get(source), self.influence.get(layer.node)
-        share = self._share(layer, about)
-        a_sample, seen = rows_a_sample(self.captured, source), 0
-        for number in range(len(self.batches)):
+        a_sample = rows_a_sample(self.captured, source)
+        for number, start in enumerate(self.samples.starts):
             x, y = self.narrow.value(number, operand), self.dense.value(number, layer.node)
             if residual is not None:
                 lost = self.dense.value(number, residual.stream) - self.narrow.value(number, residual.stream)
@@ -218,15 +232,14 @@ class _Reconstruction:
             padding = self._mask(number, mask)
             xs, ys = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, y))
             counts = as_rows(about.weights[number], source.axis, padding, mask.axes if mask else ()) if about else None
-            rows, weights = _sample(len(xs), seen, self.every[source], counts)
-            held = (rows + seen) // a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+            numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
+            rows, weights = _sample(numbers, self.every[source], counts)
+            held = is_held_out(numbers[rows], a_sample)
             for part, is_held in ((~held, False), (held, True)):
                 if bool(part.any()):
                     x, y = xs[rows[part]], ys[rows[part]]
                     own = nn.functional.linear(x, weight.to(x), bias.to(x))
-                    sums.add(x, own + share * (y - own), weights[part], is_held)
-            seen += len(xs)
-        return sums
+                    yield x, own + share * (y - own), weights[part], is_held
 
     def _choose(self, entry: BlockPlan, layer: Consumer, sums: Sums, weight: Tensor) -> BlockPlan:
         """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
@@ -251,7 +264,7 @@ class _Reconstruction:
     def _step(self, source: Source, width: int) -> int:
         """Of how many rows one is taken: as many as there are beyond what a fit of that width needs."""
         a_sample = rows_a_sample(self.captured, source)
-        rows = a_sample * sum(batch.batch_size or 1 for batch in self.batches)
+        rows = a_sample * self.samples.total
         step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
         return coprime(step, a_sample)
 
@@ -259,8 +272,10 @@ class _Reconstruction:
         """m for a layer: the fewer rows carry the weight, the less of what is lost can be learnt from them."""
         if about is None:
             return self.share
-        weights = torch.cat([w.flatten() for w in about.weights]).double()
-        effective = float(weights.sum() ** 2 / weights.square().sum().clamp_min(1e-300))
+        weights = [weights.double() for weights in about.weights]
+        moments = [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
+        total, squares = self.ranks.sums(moments)
+        effective = total**2 / max(squares, 1e-300)
         return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(layer))
 
     def _kept_width(self, layer: Consumer) -> int:
@@ -316,13 +331,13 @@ class _Reconstruction:
         return found
 
 
-def _sample(count: int, seen: int, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which of a batch's rows enter a regression, and with what weight.
+def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which of a batch's rows, so numbered, enter a regression, and with what weight.
 
     One of so many rows, whichever batch it is in; those that count for more than so many are all taken.
     """
-    index = torch.arange(count)
-    turn = (index + seen) % every == 0
+    index = torch.arange(len(numbers))
+    turn = numbers % every == 0
     if counts is None:
         return index[turn], torch.ones(int(turn.sum()))
     weights = counts.flatten().cpu()

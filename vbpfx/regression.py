@@ -11,12 +11,14 @@ infinity leaves V0 and moves the bias alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from vbpfx.ranks import Ranks
 from vbpfx.ridge import ridge_factor
 
 _PANEL = 256
@@ -38,18 +40,22 @@ class Normal:
 
 
 class Sums:
-    """Weighted sums of x, t, x x^T and x t^T about fixed centres; what is held out is kept apart."""
+    """Weighted sums of x, t, x x^T and x t^T about fixed centres; what is held out is kept apart.
 
-    def __init__(self) -> None:
-        self._centres: tuple[Tensor, Tensor] | None = None
+    Args:
+        centres: of x (d,) and t (out,); by default the means of the first rows.
+    """
+
+    def __init__(self, centres: Sequence[Tensor] | None = None) -> None:
+        self._centres = centres
         self._sums: dict[bool, tuple[Tensor, ...]] = {}
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor, held: bool = False) -> None:
         """Add rows x (n, d) and t (n, out), with weights (n,)."""
-        x, t = (v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in (x, t))
+        x, t = (_wide(v) for v in (x, t))
         if self._centres is None:
-            self._centres = x.mean(0), t.mean(0)
-        x, t = x - self._centres[0], t - self._centres[1]
+            self._centres = self.centres(x, t)
+        x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
         w = weights.to(x)
         wx = x * w[:, None]
         parts = tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
@@ -57,10 +63,23 @@ class Sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
         self._sums[held] = parts
 
+    @staticmethod
+    def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Fixed centres that fit rows x (n, d) and t (n, out)."""
+        return _wide(x).mean(0), _wide(t).mean(0)
+
+    def add_other_ranks(self, ranks: Ranks, inputs: int, outputs: int) -> None:
+        """Add the sums of all ranks, which are about the same centres."""
+        shapes = ((), (inputs,), (outputs,), (inputs, inputs), (inputs, outputs))
+        for held, there in zip((False, True), ranks.sums([k in self._sums for k in (False, True)]), strict=True):
+            if there:
+                own = self._sums.get(held) or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+                self._sums[held] = tuple(ranks.sum(own))
+
     @cached_property
     def all(self) -> Normal:
         """Of everything that was added."""
-        return self._normal(list(self._sums.values()))
+        return self._normal([self._sums[held] for held in (False, True) if held in self._sums])
 
     @cached_property
     def fitted(self) -> Normal | None:
@@ -78,6 +97,10 @@ class Sums:
         x, t = x / w, t / w
         centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
         return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
 def _symmetric(a: Tensor, b: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vbpfx.convert import convert
 from vbpfx.inputs import Inputs
 from vbpfx.ops import called_module, is_linear, is_view
 from vbpfx.records import Plan
+from vbpfx.samples import Samples
 
 MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
 # By how much ln D is off though measured without chance: later blocks make good some of what is lost, more of it in one place
@@ -26,7 +27,7 @@ MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
 _BLIND = 0.25
 
 
-def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> dict[str, float]:
+def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Samples) -> dict[str, float]:
     """Block -> D, how far the output moves when the plan narrows that block alone.
 
     For a sample, averaged over its positions and summed over the floating-point outputs, d is
@@ -44,25 +45,34 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs]) -> 
     Args:
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
-            pass over them.
+            pass over them. Of several ranks' samples (:class:`vbpfx.samples.Samples`) each runs its own.
 
     Raises:
         ArtifactError: the plan is of another model.
+        RankError: another rank has failed or died.
     """
-    captured = analysis.captured
-    batches = _few(batches, len(plan.blocks), divisible=captured.batch is not None)
+    captured, samples = analysis.captured, Samples.of(batches)
+    batches, starts = _few(samples, len(plan.blocks), divisible=captured.batch is not None)
     logits = _are_logits(captured)
     dense = [_outputs(captured.graph_module, batch) for batch in batches]
-    found = []
+    numbers = [start + torch.arange(batch.batch_size or 1) for batch, start in zip(batches, starts, strict=True)]
+    rows = [_joined(numbers)]
     for entry in plan.blocks:
         small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
         moved = [
             _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
             for batch, expected in zip(batches, dense, strict=True)
         ]
-        found.append(torch.cat(moved))
+        rows.append(_joined(moved))
+        samples.ranks.watch()
+    order, *found = samples.ranks.gather(torch.stack(rows))
+    found = [moved[order.argsort()] for moved in found]  # as one process would have them
     names = [entry.block.name for entry in plan.blocks]
     return dict(zip(names, _drawn_together(found), strict=True)) if found else {}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 def _drawn_together(found: Sequence[Tensor]) -> list[float]:
@@ -121,13 +131,9 @@ def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _few(batches: Sequence[Inputs], blocks: int, *, divisible: bool) -> list[Inputs]:
-    """The first samples, as many as each block is measured on."""
-    total = sum(batch.batch_size or 1 for batch in batches)
-    left = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, total // (2 * max(1, blocks))))
-    few: list[Inputs] = []
-    for batch in batches:
-        if left > 0:
-            few.append(batch.first(left) if divisible else batch)
-            left -= batch.batch_size or 1
-    return few
+def _few(samples: Samples, blocks: int, *, divisible: bool) -> tuple[list[Inputs], list[int]]:
+    """The first samples, as many as each block is measured on, and where their batches begin."""
+    wanted = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, samples.total // (2 * max(1, blocks))))
+    few = [(b, start) for b, start in zip(samples.batches, samples.starts, strict=True) if start < wanted]
+    batches = [batch.first(wanted - start) if divisible else batch for batch, start in few]
+    return batches, [start for _, start in few]

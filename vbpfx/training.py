@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from vbpfx.checkpoint import digest, load_checkpoint, save_checkpoint
+from vbpfx.checkpoint import FINETUNE, digest, load_checkpoint, save_checkpoint
 from vbpfx.distillation import Distillation, Watched, choose_features, label_loss
 from vbpfx.errors import FinetuneError
 from vbpfx.inputs import Inputs
@@ -119,7 +119,7 @@ class Training:
             "seed": self.settings.seed,
         }
         if resume and self.path.exists():
-            tensors, data = load_checkpoint(self.path, self._identity)
+            tensors, data = load_checkpoint(FINETUNE, self.path, self._identity)
             self.state.unpack(tensors, data)
             self.measure.scales = data["scales"]
             if self.processes.scaler is not None:
@@ -285,7 +285,7 @@ class Training:
             tensors, data = self.state.packed()
             scaler = self.processes.scaler
             data |= {"scales": self.measure.scales, "scaler": scaler.state_dict() if scaler is not None else None}
-            save_checkpoint(self.path, self._identity, tensors, data)
+            save_checkpoint(FINETUNE, self.path, self._identity, tensors, data)
 
 
 @contextmanager

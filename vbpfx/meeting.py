@@ -1,0 +1,182 @@
+"""Meetings: processes wait for each other in the key-value store of their process group.
+
+Who waits there learns within seconds that another one has failed, and within a minute that it has died or gone elsewhere, whatever
+the backend does in such a case.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from vbpfx.errors import RankError, first_line
+
+if TYPE_CHECKING:  # some builds of torch are without
+    from torch._C._distributed_c10d import Store
+
+# Seconds: between signs of life; without one until a rank counts as dead; until all have begun; that rank 0, in whose process the
+# store often lives, waits for the others to hear a last word; between looks.
+BEAT, SILENCE, ARRIVAL, GRACE, PAUSE = 1.0, 60.0, 600.0, 5.0, 0.02
+
+
+class Meeting:
+    """One process among those that meet.
+
+    Args:
+        rank: the number of this process, from 0.
+        count: how many there are.
+        store: of their own.
+    """
+
+    def __init__(self, rank: int, count: int, store: Store) -> None:
+        self.rank, self.count, self._store = rank, count, store
+        self._meetings = 0
+        self._pace: dict[int, tuple[str, float]] = {}
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """From the first meeting to the last; what is raised in between is told to the others."""
+        stop = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(stop,), daemon=True, name="vbpfx: signs of life")
+        beating.start()
+        try:
+            yield
+            self._part()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            stop.set()
+            beating.join(BEAT)
+
+    def watch(self) -> None:
+        """Raise a RankError if another rank has failed."""
+        if self.is_there("failed"):
+            rank, message = json.loads(self.read("failed"))
+            self.hear("failed")
+            raise RankError(f"rank {rank} failed: {message}")
+
+    def meet(self, place: str, value: str = "") -> None:
+        """Wait until all ranks are here, with the same value.
+
+        Raises:
+            RankError: one has failed, gives no sign of life, is elsewhere, or has another value.
+        """
+        self._meetings += 1
+        keys = [f"{self._meetings}/{rank}" for rank in range(self.count)]
+        with reaching():
+            self._store.set(keys[self.rank], json.dumps([place, value]))
+        self._wait(keys)
+        for rank, key in enumerate(keys):
+            theirs = json.loads(self.read(key))
+            if theirs[0] != place:
+                raise RankError(f"rank {rank} is at {theirs[0]!r}, rank {self.rank} at {place!r}: all must do the same")
+            if theirs[1] != value:
+                raise RankError(
+                    f"the {place} of rank {rank} is not that of rank {self.rank}; pass the same model, options and data to all"
+                )
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the others."""
+        if isinstance(error, RankError):
+            self._let_hear("failed")
+        else:
+            self.hear("failed")
+            self.say("failed", json.dumps([self.rank, f"{type(error).__name__}: {first_line(error)}"]))
+
+    def say(self, key: str, message: str) -> None:
+        """A word to the others, before this process may end; whoever is not there does without."""
+        with suppress(RuntimeError):  # nobody is left to tell
+            self._store.set(key, message)
+        self._let_hear(key)
+
+    def _let_hear(self, key: str) -> None:
+        """Rank 0 leaves when the others have heard a word that was said, or soon after."""
+        others = [f"{key}/heard by {rank}" for rank in range(1, self.count)]
+        until = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            while not self.rank and self._store.check([key]) and not self._store.check(others):
+                if time.monotonic() > until:
+                    return
+                time.sleep(PAUSE)
+
+    def hear(self, key: str) -> None:
+        """Say that a word was heard."""
+        with suppress(RuntimeError):
+            self._store.set(f"{key}/heard by {self.rank}", "")
+
+    def _part(self) -> None:
+        """The end of the run, for all at once: rank 0 goes last."""
+        self.meet("end")
+        if not self.rank:
+            self._wait([f"end/heard by {rank}" if rank else f"{self._meetings}/0" for rank in range(self.count)])
+        else:
+            self.hear("end")
+
+    def _beat(self, stop: threading.Event) -> None:
+        """Signs of life, until stopped."""
+        for number in itertools.count():
+            try:
+                self._store.set(f"beat/{self.rank}", str(number))
+            except RuntimeError:  # the store is gone; who waits says so
+                return
+            if stop.wait(BEAT):
+                return
+
+    def is_there(self, *keys: str) -> bool:
+        """Whether all these words were said."""
+        with reaching():
+            return bool(self._store.check(list(keys)))
+
+    def read(self, key: str) -> str:
+        """A word that is there."""
+        with reaching():
+            return str(self._store.get(key).decode())
+
+    def _wait(self, keys: list[str]) -> None:
+        """Wait for one key of every rank."""
+        begun = time.monotonic()
+        self._pace = dict.fromkeys(range(self.count), ("", begun))
+        pause = PAUSE / 64
+        while not self.is_there(*keys):
+            self.watch()
+            now = time.monotonic()
+            for rank, key in enumerate(keys):
+                if not self.is_there(key):
+                    self._require_life(rank, now)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE)
+
+    def _require_life(self, rank: int, now: float) -> None:
+        beat = self.read(f"beat/{rank}") if self.is_there(f"beat/{rank}") else ""
+        last, since = self._pace[rank]
+        if beat != last:
+            self._pace[rank] = (beat, now)
+        elif not beat and now - since > ARRIVAL:
+            self._give_up(rank, f"not come within {ARRIVAL:g} s; call this on every rank, or pass ranks='alone'")
+        elif beat and now - since > SILENCE:
+            self._give_up(rank, f"no sign of life for {SILENCE:g} s: it was killed, or its machine is gone")
+
+    def _give_up(self, rank: int, why: str) -> None:
+        """A rank's failure, in its stead."""
+        with reaching():
+            self._store.set(f"failed/heard by {rank}", "")
+            self._store.set("failed", json.dumps([rank, why]))
+        self.watch()
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """An error of torch.distributed in a line that says what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"another rank cannot be reached ({first_line(error)}): it, or the process that holds the store (rank 0, or "
+            f"torchrun), has ended"
+        ) from error
