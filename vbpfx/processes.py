@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -105,8 +105,11 @@ def processes(mixed_precision: Precision) -> Iterator[Processes]:
     """The processes that this one is among: those of ``torchrun``, or itself alone.
 
     Raises:
-        FinetuneError: accelerate is missing, or cannot compute in that precision here.
+        FinetuneError: accelerate is missing, or there is no such precision, or not here.
     """
+    if mixed_precision not in get_args(Precision):
+        choices = ", ".join(get_args(Precision))
+        raise FinetuneError(f"mixed_precision={mixed_precision!r} does not go here: choose one of {choices}")
     try:
         import accelerate
         from accelerate.state import AcceleratorState, is_initialized
