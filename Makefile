@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.vbpfx-installed
 
-.PHONY: demo test lint retention coverage fuzz weights wheel clean
+.PHONY: demo test lint compilers retention coverage fuzz weights wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/vbpfx demo --out demo-output
@@ -18,6 +18,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What make test skips: the compilers that are large to install.
+compilers: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[test,compilers]"
+	$(BIN)/python -m pytest -n 2 tests/test_examples.py tests/test_exported.py tests/test_fx_pass.py tests/test_runtimes.py
 
 retention: $(INSTALLED)
 	$(BIN)/python benchmarks/retention.py
