@@ -187,6 +187,7 @@ def prune_slowly(number: int, checkpoint: Path, artifact: Path) -> None:
 
 def save_killed(renames: int, folder: Path) -> None:
     """Save a network, killed before a rename when so many have been made."""
+    torch.set_num_threads(1)
     result, original, made = prune(batches(2), ratio=0.5, method="vbp"), Path.replace, itertools.count()
 
     def replace(self: Path, target: Path) -> Path:
