@@ -73,7 +73,8 @@ def _network() -> nn.Module:
 def test_the_budget_is_met_to_the_neuron(target: float, allocation: str) -> None:
     """Where latency is a constant and the products, tables and correction are exact."""
     data = [torch.randn(64, 32)]
-    pruned = vbpfx.prune(_network(), data, latency=target, method="vbp", allocation=allocation, progress=False)
+    options = {"method": "vbp", "allocation": allocation, "round_to": 1}
+    pruned = vbpfx.prune(_network(), data, latency=target, progress=False, **options)
     found = pruned.report.latency
     assert found is not None
     a_neuron = 64 / (64 * (256 + 192) + OVERHEAD)
@@ -193,4 +194,5 @@ def test_a_runtime_brings_the_multiple_that_it_is_fast_at() -> None:
         )
 
     assert all(width % 16 == 0 for width in widths(runtime="openvino"))
+    assert all(width % 8 == 0 for width in widths(runtime="onnxruntime"))
     assert widths() == widths(runtime="openvino", round_to=1) != widths(runtime="openvino")

@@ -35,7 +35,7 @@ from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, s
 from vbpfx.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
-from vbpfx.runtimes.table import best_multiple
+from vbpfx.runtimes.table import DEFAULT, best_multiple
 from vbpfx.select import select_blocks, select_layers
 from vbpfx.sensitivity import MOST_SAMPLES, sensitivities
 from vbpfx.verify import Verification
@@ -179,6 +179,8 @@ def prune(
         ranks.meet("model", digest(model))
         ranks.meet("choice of options", _in_words(options))
     PlanOptions.of(**options)  # a mistake here should not cost a capture
+    if runtime is None and options.get("latency") is not None:
+        runtime = DEFAULT
     if runtime is not None:
         options.setdefault("round_to", best_multiple(runtime))
     read = reader(model, inputs)
@@ -249,7 +251,7 @@ def prune_captured(
                 analysis,
                 chosen.budget.value,
                 blocks=blocks,
-                runtime=runtime or "onnxruntime",
+                runtime=runtime or DEFAULT,
                 batch=runtime_batch,
                 threads=runtime_threads,
                 round_to=chosen.round_to,

@@ -14,7 +14,7 @@ from vbpfx.runtimes.quiet import silenced
 # name -> adapter, package, extra, multiple of the widths that it is fast at (docs/deployment.md, benchmarks/rounding.py)
 _ADAPTERS = {
     "pytorch": ("pytorch", "torch", "", 1),
-    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 1),
+    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 8),  # for its convolutions, which are slow at other widths
     "openvino": ("openvino", "openvino", "openvino", 16),
     "torch_compile": ("torch_compile", "torch", "", 1),
     "aotinductor": ("aotinductor", "torch", "", 1),
@@ -23,6 +23,7 @@ _ADAPTERS = {
 }
 
 NAMES = tuple(_ADAPTERS)
+DEFAULT = "onnxruntime"
 
 
 def runtime(name: str) -> Runtime:
