@@ -30,7 +30,7 @@ from vbpfx.latency_table import Latencies
 from vbpfx.records import Block, BlockPlan, Plan
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.table import runtime as find_runtime
-from vbpfx.timing import Clock, alternating
+from vbpfx.timing import Clock, alternating, interleaved
 
 # Shares of a block's width at which it is measured, its own width beside them.
 _SHARES = (0.125, 0.25, 0.5, 0.75)
@@ -72,7 +72,7 @@ def measure_latencies(
         found = _block_points(captured, group[0], engine, inputs, threads, round_to)
         points |= {block.name: found for block in group}
     dense = engine.compile(captured.graph_module, inputs, threads)
-    seconds = _medians({"dense": partial(dense.run, inputs)}, threads)["dense"]
+    seconds = interleaved({"dense": partial(dense.run, inputs)}, rounds=_ROUNDS, clock=_clock(threads))["dense"]
     latencies = Latencies(runtime, batch, threads, seconds, points)
     for _ in range(_CORRECTIONS):
         widths = _everywhere_alike(latencies, chosen, target, round_to)
@@ -88,11 +88,6 @@ def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs, threads: int | N
     runs = {"narrowed": partial(narrowed.run, inputs), "dense": partial(dense.run, inputs)}
     seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
     return statistics.median(a / b for a, b in zip(seconds["narrowed"], seconds["dense"], strict=True))
-
-
-def _medians(runs: Mapping[str, Callable[[], object]], threads: int | None) -> dict[str, float]:
-    seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def _clock(threads: int | None) -> Clock:
@@ -160,7 +155,7 @@ def _block_points(
             network = convert(captured, _any_neurons(captured, [block], {block.name: width}), share=True)
         alone, own = block_network(network, block, _values(network, inputs))
         runs[str(width)] = partial(engine.compile(alone, own, threads).run, own)
-    seconds = _medians(runs, threads)
+    seconds = interleaved(runs, rounds=_ROUNDS, clock=_clock(threads))
     return tuple((width, seconds[str(width)]) for width in widths)
 
 

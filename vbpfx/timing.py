@@ -54,6 +54,9 @@ def alternating(
     return seconds
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3) -> dict[str, float]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, clock: Clock = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of every run, measured in alternation; arguments as :func:`alternating` takes them."""
-    return {name: statistics.median(times) for name, times in alternating(runs, rounds=rounds, warmup=warmup).items()}
+    seconds = alternating(runs, rounds=rounds, warmup=warmup, clock=clock)
+    return {name: statistics.median(times) for name, times in seconds.items()}
