@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import onnxruntime
-from torch import Tensor, nn
+from torch import Tensor
 
-from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.export.onnx import run_session
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
@@ -19,16 +18,6 @@ class _Session(Compiled):
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         return run_session(self.session, inputs)
-
-
-def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """A session on the exported file.
-
-    Raises:
-        ExportError: the network cannot be exported, or the file disagrees with it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
 
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import openvino
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vbpfx.export.onnx import export_onnx
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
@@ -22,16 +20,6 @@ class _Model(Compiled):
     def run(self, inputs: Inputs) -> list[Tensor]:
         found = self.request.infer([tensor.detach().cpu().numpy() for tensor in inputs.tensors])
         return [torch.from_numpy(value) for value in found.to_tuple()]  # copies: infer shares nothing by default
-
-
-def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The exported file, compiled.
-
-    Raises:
-        ExportError: the network cannot be exported, or the file disagrees with it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
 
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vbpfx.errors import ExportError, VbpfxError, first_line
+from vbpfx.export.onnx import export_onnx
+from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.quiet import silenced
 
@@ -39,9 +45,11 @@ def runtime(name: str) -> Runtime:
     except ImportError as error:
         install = f"vbpfx[{extra}]" if extra else package
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install '{install}'") from error
+    # an adapter takes ONNX files (compile_file) or networks (compile_network)
     from_file = getattr(adapter, "compile_file", None)
+    compile = _through_a_file(from_file) if from_file else adapter.compile_network
     opened = _named(name, from_file) if from_file else None
-    return Runtime(name, package, extra, _named(name, adapter.compile_network), opened, round_to)
+    return Runtime(name, package, extra, _named(name, compile), opened, round_to)
 
 
 def best_multiple(name: str) -> int:
@@ -57,6 +65,16 @@ def _adapter(name: str) -> tuple[str, str, str, int]:
     if name not in _ADAPTERS:
         raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
     return _ADAPTERS[name]
+
+
+def _through_a_file(compile_file: Callable[..., Compiled]) -> Callable[..., Compiled]:
+    """The same for a network, which is exported first."""
+
+    def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
+        with tempfile.TemporaryDirectory() as folder:
+            return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
+
+    return compile_network
 
 
 def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
