@@ -179,10 +179,6 @@ def prune(
         ranks.meet("model", digest(model))
         ranks.meet("choice of options", _in_words(options))
     PlanOptions.of(**options)  # a mistake here should not cost a capture
-    if runtime is None and options.get("latency") is not None:
-        runtime = DEFAULT
-    if runtime is not None:
-        options.setdefault("round_to", best_multiple(runtime))
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:
@@ -230,6 +226,9 @@ def prune_captured(
             gives None.
         share: see :func:`vbpfx.convert`.
     """
+    place = runtime or DEFAULT
+    if runtime is not None or options.get("latency") is not None:
+        options.setdefault("round_to", best_multiple(place))
     chosen = PlanOptions.of(**options)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
@@ -251,7 +250,7 @@ def prune_captured(
                 analysis,
                 chosen.budget.value,
                 blocks=blocks,
-                runtime=runtime or DEFAULT,
+                runtime=place,
                 batch=runtime_batch,
                 threads=runtime_threads,
                 round_to=chosen.round_to,
