@@ -11,8 +11,8 @@ from vbpfx.markup import Markup, joined, tag
 from vbpfx.spectrum import Spectrum
 
 # The spectrum's picture in its own units, and what axes and labels take of it.
-_WIDTH, _HEIGHT = 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 16, 34
+_WIDTH, _HEIGHT = 320, 194
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 34
 _SHADES = 4  # of the colour of what stays, where an entry stands for several neurons
 _MOST_DECADES = 8
 

@@ -1,6 +1,8 @@
-"""Figures as people read them: few digits, with units."""
+"""Figures and settings as people read them: few digits, with units."""
 
 from __future__ import annotations
+
+from typing import Any
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _NARROW_SPACE = "\u202f"
@@ -57,6 +59,18 @@ def scientific(number: float) -> str:
 def power_of_ten(exponent: int) -> str:
     """``10⁻⁷``."""
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def said(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def capital(text: str) -> str:
+    """Text as a sentence begins."""
+    return text[:1].upper() + text[1:]
 
 
 def _three_digits(number: float) -> str:
