@@ -16,12 +16,14 @@ _SHARES = ("accuracy", "agreement")  # evaluations that are shares of 1, by a wo
 def cards(report: Report) -> Markup:
     """The headline: what was, what is, and the difference."""
     shown = [
-        ("Hidden neurons", short(report.neurons[0]), short(report.neurons[1]), change(*report.neurons)),
-        ("Parameters", short(report.params[0]), short(report.params[1]), change(*report.params)),
-        ("MACs per sample", short(report.macs[0]), short(report.macs[1]), change(*report.macs)),
+        ("Hidden neurons", *(f"{n:,}" for n in report.neurons), change(*report.neurons)),
+        ("Parameters", short(report.params[0]), short(*reversed(report.params)), change(*report.params)),
+        ("MACs per sample", short(report.macs[0]), short(*reversed(report.macs)), change(*report.macs)),
     ]
     if report.size:
-        shown.append(("Size of the weights", in_bytes(report.size[0]), in_bytes(report.size[1]), change(*report.size)))
+        shown.append(
+            ("Size of the weights", in_bytes(report.size[0]), in_bytes(*reversed(report.size)), change(*report.size))
+        )
     if row := next((row for row in _rows(report) if row["speedup"]), None):
         dense, pruned = (row[side]["seconds"]["median"] for side in ("dense", "pruned"))
         name = f"Latency, {row['runtime']}, batch {row['batch']}"

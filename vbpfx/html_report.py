@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vbpfx.bench_result import BenchResult
-from vbpfx.charts import bar, decades, describe, spectrum_chart
-from vbpfx.figures import percent
+from vbpfx.charts import bar, common_scale, describe, spectrum_chart
+from vbpfx.figures import capital, percent
 from vbpfx.files import Write, json_writer, text_writer, write_atomically
 from vbpfx.html_measured import cards, evaluation, latency
 from vbpfx.html_sections import check, making, refitted, refused
@@ -126,7 +126,7 @@ def _widths_table(report: Report) -> Markup:
 def _spectra(report: Report) -> Markup | None:
     if not report.spectra:
         return None
-    scale = decades(report.spectra.values())
+    scale = common_scale(report.spectra.values())
     hidden = any(v < 10.0 ** scale[0] for spectrum in report.spectra.values() for v in spectrum.variances)
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
     by_variance = report.settings.get("criterion") == "variance"
@@ -155,8 +155,9 @@ def _spectra(report: Report) -> Markup | None:
             *(
                 tag(
                     "figure",
+                    tag("figcaption", tag("code", name)),
                     spectrum_chart(name, spectrum, scale),
-                    tag("figcaption", tag("code", name), tag("span", describe(spectrum))),
+                    tag("p", capital(describe(spectrum)), class_="note"),
                 )
                 for name, spectrum in report.spectra.items()
             ),
