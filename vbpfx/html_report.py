@@ -19,7 +19,8 @@ from vbpfx.tables import counted, html_table, scrolling
 _STYLE = Path(__file__).with_name("report.css")
 _NOTEBOOK_STYLE = (
     ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
-    ".vbpfx caption,.vbpfx th{text-align:left;font-weight:normal}.vbpfx .number{text-align:right}"
+    ".vbpfx caption,.vbpfx th,.vbpfx td{text-align:left;font-weight:normal;padding:.15rem 1rem .15rem 0}"
+    ".vbpfx .number{text-align:right;font-variant-numeric:tabular-nums}.vbpfx caption{max-width:36rem}"
 )
 _OPEN = 24  # so many blocks a notebook shows without being asked
 
@@ -94,7 +95,7 @@ def _summary(report: Report) -> str:
     dense, pruned = report.neurons
     narrowed = sum(now < before for before, now in report.widths.values())
     return (
-        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}, without retraining; "
+        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
         f"{percent(report.params[1] / report.params[0])} of the parameters and {percent(report.macs[1] / report.macs[0])} "
         f"of the multiply-accumulates are left."
     )
@@ -129,12 +130,11 @@ def _spectra(report: Report) -> Markup | None:
     scale = common_scale(report.spectra.values())
     hidden = any(v < 10.0 ** scale[0] for spectrum in report.spectra.values() for v in spectrum.variances)
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
-    by_variance = report.settings.get("criterion") == "variance"
+    criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
     honest = (
-        "The method removes the neurons of lowest variance; where the cut falls in a block, its ranking over all blocks says."
-        if by_variance
-        else "The method does not go by variance alone: it counts how strongly the next layer reads a neuron, and how well the "
-        "others predict it. So coloured and grey columns mix."
+        f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
+        if criterion == "variance"
+        else f"The criterion is {criterion}, not the variance alone: so neurons that stay and neurons that go mix."
     )
     return joined(
         tag("p", text),
