@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vbpfx.figures import MINUS, capital, change, in_bytes, in_milliseconds, percent, said, scientific, short
+from vbpfx.figures import MINUS, capital, change, in_bytes, in_milliseconds, kept, percent, said, scientific, short
 from vbpfx.markup import Markup, joined, tag
 from vbpfx.report import Report
 from vbpfx.tables import counted, facts, html_table, scrolling
@@ -61,7 +61,7 @@ def evaluation(report: Report) -> Markup | None:
             _score(name, dense),
             _score(name, pruned),
             _difference(name, dense, pruned),
-            _retention(dense, pruned),
+            kept(dense, pruned),
         )
         for name, (dense, pruned) in measures.items()
     ]
@@ -165,7 +165,3 @@ def _difference(name: str, dense: float, pruned: float) -> str:
     if not points:
         return "no change"
     return f"{'+' if points > 0 else MINUS}{abs(points):.2f} points"
-
-
-def _retention(dense: float, pruned: float) -> str:
-    return percent(pruned / dense) if dense else "-"

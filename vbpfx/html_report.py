@@ -8,7 +8,7 @@ from typing import Any
 
 from vbpfx.bench_result import BenchResult
 from vbpfx.charts import bar, common_scale, describe, spectrum_chart
-from vbpfx.figures import capital, percent
+from vbpfx.figures import capital, kept
 from vbpfx.files import Write, json_writer, text_writer, write_atomically
 from vbpfx.html_measured import cards, evaluation, latency
 from vbpfx.html_sections import check, making, refitted, refused
@@ -65,7 +65,7 @@ def html_report(report: Report) -> str:
 
 def notebook_view(report: Report) -> str:
     """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
-    costs = [(name, *pair, percent(pair[1] / pair[0])) for name, pair in report.costs.items()]
+    costs = [(name, *pair, kept(*pair)) for name, pair in report.costs.items()]
     widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
     style = tag("style", Markup(_NOTEBOOK_STYLE))
     return tag(
@@ -96,7 +96,7 @@ def _summary(report: Report) -> str:
     narrowed = sum(now < before for before, now in report.widths.values())
     return (
         f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
-        f"{percent(report.params[1] / report.params[0])} of the parameters and {percent(report.macs[1] / report.macs[0])} "
+        f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
         f"of the multiply-accumulates are left."
     )
 
@@ -117,7 +117,7 @@ def _widths_table(report: Report) -> Markup:
             tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
             before,
             now,
-            percent(now / before),
+            kept(before, now),
         )
         for name, (before, now) in report.widths.items()
     ]

@@ -84,6 +84,7 @@ def making(report: Report) -> Markup:
         "activations seen": f"up to {settings['samples']:,} per neuron" if "samples" in settings else None,
         "reconstructed on": counted(reconstruction["samples"], "sample") if "samples" in reconstruction else None,
     }
+    versions = {**report.versions, **(report.bench["versions"] if report.bench else {})}
     return joined(
         tag("h3", "On the command line") if report.command else None,
         tag("pre", tag("code", report.command), tabindex=0) if report.command else None,
@@ -91,7 +92,7 @@ def making(report: Report) -> Markup:
         tag("pre", tag("code", _python(report)), tabindex=0) if report.arguments else None,
         tag("h3", "Settings"),
         facts({name: value for name, value in shown.items() if value is not None}),
-        joined(tag("h3", "Versions"), facts(report.versions)) if report.versions else None,
+        joined(tag("h3", "Versions"), facts(versions)) if versions else None,
     )
 
 
