@@ -14,6 +14,7 @@ from pages import HOSTILE, Element, parse, rows, two
 
 import vbpfx
 from vbpfx.bench_result import BenchResult, Row, Side
+from vbpfx.charts import common_scale
 from vbpfx.html_report import html_report, notebook_view
 from vbpfx.records import Refusal
 from vbpfx.report import Report
@@ -203,9 +204,21 @@ def test_no_variance_at_all_is_drawn(report: Report) -> None:
     for spectra in ({"dead": dead}, {"dead": dead, "whole": whole}):
         section = sections(replace(report, spectra=spectra))["Activation variance"]
         assert "nan" not in section.text
-        assert "Variances below the scale" in section.text
+        assert "Variances beyond the scale" in section.text
     assert "All 2 neurons stay" in section.text
     assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
+
+
+def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
+    """A neuron of 600 among 200 near 1: the scale ends above the others, and the chart says how high it goes."""
+    values = (600.0, *(2.0 - i / 200 for i in range(199)))
+    spectrum = Spectrum(200, values, (1,) * 200, 200, 1.0)
+    low, high = common_scale([spectrum])
+    assert 0.3 < high < 0.5
+    assert low < 0
+    section = sections(replace(report, spectra={"block": spectrum}))["Activation variance"]
+    assert "variance, up to 600" in section.one("svg", "spectrum").text
+    assert "Variances beyond the scale" in section.text
 
 
 def test_notebooks_show_the_headline_and_the_widths(report: Report, pruned: vbpfx.Pruned) -> None:

@@ -26,10 +26,20 @@ def bar(now: float, before: float, full: float) -> Markup:
 
 
 def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
-    """The powers of ten that a log scale of all variances goes from and to, with some room."""
-    values = [v for spectrum in spectra for v in spectrum.variances if v > 0] or [1.0]
-    top = math.log10(max(values)) + _ROOM
-    return max(min(math.log10(min(values)), top - 1) - _ROOM, top - _MOST_DECADES), top
+    """The powers of ten that a log scale for all blocks goes from and to: outliers, a hundredth at each end, may leave it."""
+    highest, lowest = [], []
+    for spectrum in spectra:
+        values = [v for v in spectrum.variances if v > 0] or [1.0]
+        few = len(values) // 100
+        highest.append(values[few])
+        lowest.append(values[-1 - few])
+    top = math.log10(max(highest)) + _ROOM
+    return max(min(math.log10(min(lowest)), top - 1) - _ROOM, top - _MOST_DECADES), top
+
+
+def leaves(spectrum: Spectrum, scale: tuple[float, float]) -> bool:
+    """Whether a variance is beyond the scale, so that it is drawn at its end."""
+    return any(not 10 ** scale[0] <= v <= 10 ** scale[1] for v in spectrum.variances)
 
 
 def describe(spectrum: Spectrum) -> str:
@@ -79,8 +89,9 @@ def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) ->
         if drawn:
             areas.append(tag("path", class_="stays", fill_opacity=f"{shade / _SHADES:g}", d=drawn))
     curve = tag("path", class_="curve", d=f"M{_LEFT} {_number(ys[0])}{outline}")
+    top = spectrum.variances[0]
     labels = joined(
-        tag("text", "variance", x=0, y=9),
+        tag("text", f"variance, up to {top:.3g}" if top > 10**high else "variance", x=0, y=9),
         tag("text", "1", x=_LEFT, y=floor + 14, text_anchor="middle"),
         tag("text", f"{n:,}", x=right, y=floor + 14, text_anchor="end"),
         tag("text", "neurons by rank of variance", x=(_LEFT + right) / 2, y=floor + 28, text_anchor="middle"),
@@ -100,13 +111,13 @@ def _cut(spectrum: Spectrum, floor: int, right: int) -> Markup | None:
     x = _LEFT + (right - _LEFT) * kept / spectrum.neurons
     near_end = kept / spectrum.neurons > 0.6
     return joined(
-        tag("line", class_="cut", x1=_number(x), x2=_number(x), y1=_TOP - 4, y2=floor),
+        tag("line", class_="cut", x1=_number(x), x2=_number(x), y1=_TOP - 11, y2=floor),
         tag(
             "text",
             f"{kept:,}",
             class_="strong",
             x=_number(x + (-4 if near_end else 4)),
-            y=_TOP + 5,
+            y=_TOP - 3,
             text_anchor="end" if near_end else "start",
         ),
     )

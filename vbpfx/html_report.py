@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vbpfx.bench_result import BenchResult
-from vbpfx.charts import bar, common_scale, describe, spectrum_chart
+from vbpfx.charts import bar, common_scale, describe, leaves, spectrum_chart
 from vbpfx.figures import capital, kept
 from vbpfx.files import Write, json_writer, text_writer, write_atomically
 from vbpfx.html_measured import cards, evaluation, latency
@@ -128,7 +128,7 @@ def _spectra(report: Report) -> Markup | None:
     if not report.spectra:
         return None
     scale = common_scale(report.spectra.values())
-    hidden = any(v < 10.0 ** scale[0] for spectrum in report.spectra.values() for v in spectrum.variances)
+    beyond = any(leaves(spectrum, scale) for spectrum in report.spectra.values())
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
     criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
     honest = (
@@ -163,7 +163,7 @@ def _spectra(report: Report) -> Markup | None:
             ),
             class_="charts",
         ),
-        tag("p", "Variances below the scale are drawn at its lower end.", class_="note") if hidden else None,
+        tag("p", "Variances beyond the scale are drawn at its ends.", class_="note") if beyond else None,
     )
 
 

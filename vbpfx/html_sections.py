@@ -99,8 +99,8 @@ def making(report: Report) -> Markup:
 def _python(report: Report) -> str:
     """The call that made it."""
     arguments = "".join(f"    {name}={_literal(name, value)},\n" for name, value in report.arguments.items())
-    model = f"    model,  # {report.network} of {report.params[0]:,} parameters\n"
-    return f"import vbpfx\n\npruned = vbpfx.prune(\n{model}    calibration,\n{arguments})"
+    model = f"# model: {report.network} of {report.params[0]:,} parameters"
+    return f"import vbpfx\n\n{model}\npruned = vbpfx.prune(\n    model,\n    calibration,\n{arguments})"
 
 
 def _literal(name: str, value: Any) -> str:
