@@ -11,6 +11,7 @@ from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate
 from vbpfx.capture import Captured, capture
 from vbpfx.convert import convert
+from vbpfx.data_sources import open_data
 from vbpfx.errors import (
     AnalysisError,
     ArtifactError,
@@ -78,6 +79,7 @@ __all__ = [
     "load",
     "make_plan",
     "measure_latencies",
+    "open_data",
     "prepare",
     "prune",
     "prune_exported",
