@@ -5,6 +5,8 @@
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class
     report.json         the figures
+    report.html         the same, to look at
+    model.onnx          the pruned network for a runtime, where it was asked for
 
 Every file is written whole or not at all.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -104,9 +105,9 @@ def load_plan(folder: str | Path) -> Plan:
 
 
 def save_network(
-    graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, report: Mapping[str, Any], folder: str | Path
+    graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, beside: Mapping[str, Write], folder: str | Path
 ) -> Path:
-    """Write the whole artifact; returns the folder.
+    """Write the whole artifact, with the files of ``beside`` (by name) in the same commit; returns the folder.
 
     What the model has and the graph does not use (a layer for training alone) is taken from ``reference``,
     the dense model, so that loading into the model's class restores it too.
@@ -135,7 +136,7 @@ def save_network(
             **_plan_files(plan, folder),
             folder / "model.safetensors": safetensors_writer(stored),
             folder / "graph.json": json_writer(graph),
-            folder / "report.json": json_writer(report),
+            **{folder / name: write for name, write in beside.items()},
         }
     )
     return folder

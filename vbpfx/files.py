@@ -150,6 +150,15 @@ def json_writer(data: Any) -> Write:
     return write
 
 
+def text_writer(text: str) -> Write:
+    """Writes text as UTF-8."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
 def safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Write:
     """Writes tensors as safetensors."""
 

@@ -1,0 +1,39 @@
+"""The command itself: its sub-commands and its version."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vbpfx import __version__
+from vbpfx.cli.bench import bench
+from vbpfx.cli.demo import demo
+from vbpfx.cli.onnx import onnx
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make trained networks smaller and faster without retraining them."""
+
+
+app.command()(demo)
+app.command()(bench)
+app.command()(onnx)
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 1 failed with a one-line reason, 2 wrong usage."""
+    app()
