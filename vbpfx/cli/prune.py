@@ -22,7 +22,9 @@ from vbpfx.cli.conventions import (
     failing_in_one_line,
     fraction,
     shows_progress,
+    sizes,
 )
+from vbpfx.cli.data_options import DATA, Bad, BadImages, Batch, Limit, MaxLength, Mean, Shape, Std, Workers, numbers
 from vbpfx.cli.group import among_ranks
 
 if TYPE_CHECKING:
@@ -64,9 +66,7 @@ class Place(str, Enum):
 
 def prune(
     model: Model,
-    data: Annotated[
-        Path, typer.Option(help="Calibration samples: a folder of images, .npy, .npz, or .txt for language models.")
-    ],
+    data: Annotated[Path, typer.Option(help=f"Calibration samples without labels. {DATA}")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")],
     ratio: Annotated[
         float | None,
@@ -110,10 +110,6 @@ def prune(
     uniform: Annotated[
         bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
     ] = False,
-    batch: Annotated[int, typer.Option(rich_help_panel=CALIBRATION, min=1, help="Samples in a batch.")] = 32,
-    limit: Annotated[
-        int | None, typer.Option(rich_help_panel=CALIBRATION, min=1, help="Take the first so many samples alone.")
-    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -125,9 +121,17 @@ def prune(
     memory: Annotated[
         float, typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that these samples may take.")
     ] = 8.0,
+    batch: Batch = 32,
+    limit: Limit = None,
+    bad_images: Bad = BadImages.refuse,
+    workers: Workers = 0,
+    shape: Shape = "",
+    mean: Mean = "",
+    std: Std = "",
+    max_length: MaxLength = None,
     frontend: Tracing = Frontend.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights that are random because none are given.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what --limit chooses, and of random weights where none are given.")] = 0,
     checkpoint: Annotated[
         Path | None,
         typer.Option(rich_help_panel=CALIBRATION, metavar="DIR", help="Calibration goes on from there after a break."),
@@ -157,18 +161,23 @@ def prune(
         "checkpoint": checkpoint,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value not in (None, [])}
+    reading: dict[str, Any] = {
+        "name": model, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
+        "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "max_length": max_length,
+    }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(device, debug) as ranks:
         import torch
 
         from vbpfx.artifact import folder_for_artifact
+        from vbpfx.data_sources import open_data
         from vbpfx.model_names import load_model
         from vbpfx.pipeline import prune as run_prune
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
             torch.manual_seed(seed)
             network = load_model(model, weights).to(_device(device))
-            batches = _batches(data, batch, limit)
-            pruned = run_prune(network, batches, ranks=ranks, progress=shows_progress(), **options)
+            calibration = open_data(data, network, **reading)
+            pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
             _save(pruned, out, onnx=not no_onnx)
         if ranks.first:
             typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
@@ -183,14 +192,6 @@ def _device(name: str) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {name} is not there ({first_line(error)}); use cpu") from error
-
-
-def _batches(data: Path, batch: int, limit: int | None) -> Any:
-    import torch
-
-    from vbpfx.array_batches import ArrayBatches
-
-    return [torch.from_numpy(array) for array in ArrayBatches(data, batch)]
 
 
 def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:
