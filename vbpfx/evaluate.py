@@ -17,6 +17,7 @@ from vbpfx.errors import EvaluationError, FinetuneError
 from vbpfx.evaluation import Accuracy, ClassChange, Evaluation
 from vbpfx.inputs import Inputs, model_device, reader
 from vbpfx.intervals import PairedDifference, Share
+from vbpfx.tables import counted
 
 _MANY = 5  # top-5
 
@@ -67,6 +68,11 @@ def evaluate(
             advance()
     if not tally.samples:
         raise EvaluationError("there is nothing to evaluate on: pass at least one batch")
+    if classes is not None and len(classes) != tally.outputs:
+        raise EvaluationError(
+            f"there are {counted(len(classes), 'class', 'classes')}, and the network has {counted(tally.outputs, 'output')}: labels "
+            f"would not mean the same. Pass classes= with a name for each output (--classes FILE; folders are found by name)"
+        )
     return tally.result(classes)
 
 
@@ -89,6 +95,7 @@ class _Tally:
     labels: list[int] = field(default_factory=list)
     hits: dict[tuple[int, int], list[bool]] = field(default_factory=dict)  # (network, 1 or 5) -> sample by sample
     pruned: bool = False
+    outputs: int = 0
 
     def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
         dense, *others = (output.float() for output in outputs)
@@ -108,6 +115,7 @@ class _Tally:
         if labels is None and not others:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)
+        self.outputs = dense.shape[-1]
         for output in others:
             self.pruned = True
             same = (output.argmax(-1) == dense.argmax(-1)).double()

@@ -119,8 +119,8 @@ class Evaluation:
             if None in shares:
                 continue
             points = [] if change is None else [_points(change)]
-            rows.append([f"top-{name[3:]} accuracy", *map(_percent, shares), *points])
-        columns = ("", "dense", "pruned", "change in points") if self.pruned is not None else ("", "accuracy")
+            rows.append([f"top-{name[3:]}", *map(_percent, shares), *points])
+        columns = ("accuracy", "dense", "pruned", "change in points") if self.pruned is not None else ("accuracy", "")
         return table("", columns, rows)
 
     def _agreement_interval(self) -> str:
@@ -177,7 +177,7 @@ def _change(change: PairedDifference) -> dict[str, Any]:
 
 def _percent(share: Share) -> str:
     low, high = share.interval
-    return f"{share.value:5.1%} [{low:5.1%}, {high:5.1%}]"
+    return f"{share.value:5.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _points(change: PairedDifference) -> str:
