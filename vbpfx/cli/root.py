@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vbpfx import __version__
+from vbpfx.cli import inspect as inspecting
 from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
 from vbpfx.cli.conventions import INTERRUPTED, Color, say
@@ -33,6 +34,7 @@ def _root(
 
 
 app.command()(demo)
+app.command(epilog=inspecting.EXAMPLES)(inspecting.inspect)
 app.command(epilog=pruning.EXAMPLES)(pruning.prune)
 app.command()(bench)
 app.command()(onnx)
