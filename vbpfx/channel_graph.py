@@ -36,7 +36,7 @@ def channel_graph(analysis: Analysis, name: str) -> str:
     rows = [sorted(row, key=list(roles).index) for row in nx.topological_generations(drawn)]
     across = max(map(len, rows))
     width = 2 * _MARGIN + across * _WIDTH + (across - 1) * _ACROSS
-    places = {}
+    places: dict[str, tuple[float, float]] = {}
     for y, row in enumerate(rows):
         left = (width - len(row) * _WIDTH - (len(row) - 1) * _ACROSS) / 2
         places |= {n: (left + x * (_WIDTH + _ACROSS), 3 * _MARGIN + y * (_HEIGHT + _DOWN)) for x, n in enumerate(row)}
@@ -61,6 +61,14 @@ def _parts(analysis: Analysis, block: Block) -> tuple[dict[str, str], list[tuple
     """Node -> its part in the block, in graph order; and what reads what."""
     nodes = analysis.captured.nodes
     carriers = {node for node, _, _ in block.carriers}
+    # chunk and split, whose value is several tensors, stand between two that carry the axis
+    carriers |= {
+        node.name
+        for node in nodes.values()
+        if not isinstance(node.meta.get("val"), Tensor)
+        and _inputs(node, carriers)
+        and {u.name for u in node.users} & carriers
+    }
     parts = {node: "carrier" if _inputs(nodes[node], carriers) else "producer" for node in carriers}
     parts |= {reduction.node: "statistic" for reduction in block.reductions}
     parts |= {consumer.node: "consumer" for consumer in block.consumers}
@@ -89,10 +97,15 @@ def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> Markup:
-    """Down to the next row; around the rows between where there are any."""
+    """Down to the next row; past the rows between where there are any."""
     x, y, to_x, to_y = start[0] + _WIDTH / 2, start[1] + _HEIGHT, end[0] + _WIDTH / 2, end[1]
-    aside = 0.0 if to_y - y <= _DOWN else _WIDTH * 0.75
-    path = f"M{x},{y} C{x + aside},{y + _DOWN} {to_x + aside},{to_y - _DOWN} {to_x},{to_y}"
+    past = to_y - y > _DOWN
+    if past and x == to_x:
+        aside = _WIDTH * 0.75
+        path = f"M{x},{y} C{x + aside},{y + _DOWN} {x + aside},{to_y - _DOWN} {x},{to_y}"
+    else:
+        last = to_y - _DOWN if past else y
+        path = f"M{x},{y} V{last} C{x},{last + _DOWN} {to_x},{to_y - _DOWN} {to_x},{to_y}"
     return tag("path", d=path, fill="none", stroke="#666", marker_end="url(#head)")
 
 

@@ -45,12 +45,12 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class Step:
-    """What a ratio gives where every block gives up the same share, widths not rounded; None where floors forbid it."""
+    """What is left at a ratio where every block gives up the same share, widths not rounded."""
 
     ratio: float
-    neurons: int | None
-    params: int | None
-    macs: int | None
+    neurons: int
+    params: int
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Inspection:
     Attributes:
         model: its name; ``params``, ``macs``, ``neurons``: of all of it, MACs per sample.
         blocks, refusals: what can be narrowed, and what cannot, with the reason.
-        steps: what ratios give.
+        steps: what ratios give, up to the first that floors forbid.
         analysis: what the figures are of.
     """
 
@@ -95,9 +95,9 @@ class Inspection:
             )
             for b in self.blocks
         ]
-        title = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample"
-        text = table(
-            f"{title}\n{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of the whole model",
+        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample\n"
+        text += table(
+            f"{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of all the model",
             columns,
             rows,
         )
@@ -107,12 +107,15 @@ class Inspection:
                 ("axis of", "width", "at node", "because"),
                 [(r.name or "(whole model)", r.width, r.node, r.reason) for r in self.refusals],
             )
-        if self.blocks:
+        if self.steps:
             text += table(
-                "what ratios give, the same share of every block, widths not rounded",
+                "what ratios give: the same share of every block, exact widths",
                 ("ratio", "hidden neurons", "parameters", "kept", "MACs per sample", "kept"),
-                [_row(step, self) for step in self.steps],
-            )
+                [(s.ratio, s.neurons, s.params, _share(s.params, self.params), s.macs, _share(s.macs, self.macs))
+                 for s in self.steps],
+            )  # fmt: skip
+        if self.blocks and len(self.steps) < len(RATIOS):
+            text += f"ratio={RATIOS[len(self.steps)]:g} and more: the floors (min_width) forbid it\n"
         return text
 
 
@@ -152,13 +155,12 @@ def inspect_model(
         for block in blocks
     )  # fmt: skip
     steps = []
-    for ratio in RATIOS:
+    for ratio in RATIOS if blocks else ():
         try:
             widths = _widths(blocks, ratio, min_width)
         except BudgetError:
-            steps.append(Step(ratio, None, None, None))
-        else:
-            steps.append(Step(ratio, sum(widths.values()), params(widths), macs(widths)))
+            break
+        steps.append(Step(ratio, sum(widths.values()), params(widths), macs(widths)))
     return Inspection(
         name, params(full), macs(full), sum(full.values()), facts, analysis.refusals, tuple(steps), analysis
     )  # fmt: skip
@@ -188,10 +190,3 @@ def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> d
 
 def _share(part: int, whole: int) -> str:
     return f"{part / max(1, whole):.1%}"
-
-
-def _row(step: Step, whole: Inspection) -> tuple[Any, ...]:
-    if step.neurons is None or step.params is None or step.macs is None:
-        return (f"{step.ratio:g}", "below the floors", "", "", "", "")
-    params, macs = _share(step.params, whole.params), _share(step.macs, whole.macs)
-    return (f"{step.ratio:g}", f"{step.neurons:,}", f"{step.params:,}", params, f"{step.macs:,}", macs)

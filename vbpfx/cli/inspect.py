@@ -38,11 +38,12 @@ def inspect(
         raise typer.BadParameter("--block and --graph go together: --block NAME --graph FILE.svg")
     one = sizes(shape)
     with failing_in_one_line(debug):
-        from vbpfx.channel_graph import channel_graph
-        from vbpfx.files import text_writer, write_atomically
         from vbpfx.inspection import inspect_model
 
         found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
         if graph is not None:
+            from vbpfx.channel_graph import channel_graph
+            from vbpfx.files import text_writer, write_atomically
+
             write_atomically({graph: text_writer(channel_graph(found.analysis, block))})
     typer.echo(json.dumps(found.to_json()) if as_json else str(found), nl=as_json)
