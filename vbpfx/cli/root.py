@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from vbpfx import __version__
+from vbpfx.cli import eval as evaluation
+from vbpfx.cli import finetune as tuning
 from vbpfx.cli import inspect as inspecting
 from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
@@ -36,6 +38,8 @@ def _root(
 app.command()(demo)
 app.command(epilog=inspecting.EXAMPLES)(inspecting.inspect)
 app.command(epilog=pruning.EXAMPLES)(pruning.prune)
+app.command(epilog=tuning.EXAMPLES)(tuning.finetune)
+app.command("eval", epilog=evaluation.EXAMPLES)(evaluation.evaluate)
 app.command()(bench)
 app.command()(onnx)
 
