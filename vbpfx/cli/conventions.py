@@ -13,7 +13,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -99,7 +98,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
             raise
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
-    except (click.exceptions.Exit, click.ClickException):  # has said what it has to say
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # they say what they have to say themselves
         raise
     except Exception as error:
         if debug:
@@ -125,6 +124,16 @@ def say(message: str) -> None:
 def note(text: str) -> None:
     """Something worth knowing, on standard error."""
     Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
+
+
+@contextmanager
+def busy(text: str, shown: bool = True) -> Iterator[None]:
+    """What takes a while, on standard error as long as it does, where somebody sees it."""
+    if not (shown and shows_progress()):
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield
 
 
 def shows_progress() -> bool:

@@ -9,6 +9,7 @@ import typer
 from vbpfx import __version__
 from vbpfx.cli import eval as evaluation
 from vbpfx.cli import finetune as tuning
+from vbpfx.cli import inspect as inspecting
 from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
 from vbpfx.cli.conventions import INTERRUPTED, Color, say
@@ -35,6 +36,7 @@ def _root(
 
 
 app.command()(demo)
+app.command(epilog=inspecting.EXAMPLES)(inspecting.inspect)
 app.command(epilog=pruning.EXAMPLES)(pruning.prune)
 app.command(epilog=tuning.EXAMPLES)(tuning.finetune)
 app.command("eval", epilog=evaluation.EXAMPLES)(evaluation.evaluate)
