@@ -159,6 +159,17 @@ def test_finetune_is_what_python_does(files: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(t, loaded[n]) for n, t in vbpfx.load(tmp_path / "a", into=dense).state_dict().items())
 
 
+def test_training_that_only_hurts_leaves_the_weights_and_says_so(files: Path, tmp_path: Path) -> None:
+    result = _run(
+        "finetune", files / "pruned", "--dense", MODEL, "--data", files / "train.npy", "--out", tmp_path / "tuned",
+        "--epochs", 1, "--batch", 64, "--learning-rate", 100, "--no-onnx",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "no epoch was better on the held-out samples" in result.stderr
+    before, after = (vbpfx.load(folder).state_dict() for folder in (files / "pruned", tmp_path / "tuned"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_finetune_goes_on_from_its_checkpoint(files: Path, tmp_path: Path) -> None:
     common = ["finetune", files / "pruned", "--dense", MODEL, "--data", files / "train.npy", "--epochs", 2, "--batch", 64,
               "--no-onnx"]  # fmt: skip

@@ -351,6 +351,22 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(broken: Path) -> Non
         _open(broken, bad_images="skip")
 
 
+def test_images_that_pillow_would_cut_are_refused(flat: Path) -> None:
+    """16 bits a pixel would all be white."""
+    deep = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
+    Image.fromarray(deep).save(flat / "9.png")
+    with pytest.raises(CalibrationError, match=r"9\.png: Pillow would cut its values \(mode I;16\) at 255"):
+        list(_open(flat))
+    assert len(_open(flat, bad_images="skip").skipped) == 1
+
+
+def test_transparency_is_left_out_quietly(flat: Path) -> None:
+    palette = Image.open(flat / "0.jpg").quantize(16)
+    palette.save(flat / "9.png", transparency=bytes(range(16)))
+    assert torch.equal(_all(_open(flat)), _all(_open(flat)))
+    assert _open(flat).samples == 6
+
+
 # arrays
 
 

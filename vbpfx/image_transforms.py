@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from vbpfx.errors import CalibrationError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # more than 8 bits a pixel
 _CROP = 0.875  # 224 of 256, what most classifiers are measured with
 
 
@@ -205,33 +208,41 @@ def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
     return ImageTransform(transforms.Compose((*steps, normalise)), _mode(channels), None, about)
 
 
-def open_image(path: Any, mode: str) -> Image.Image:
+def open_image(path: Path, mode: str) -> Image.Image:
     """The decoded image.
 
     Raises:
         CalibrationError: it cannot be read; the message is the reason alone.
     """
+    with _decoding(path) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow thinks of transparent palettes
+        return image.convert(mode)
+
+
+def check_image(path: Path) -> str:
+    """Why the image cannot be read; an empty string where it can."""
     try:
-        with Image.open(path) as image, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow thinks of transparent palettes
-            return image.convert(mode)
+        with _decoding(path) as image:
+            image.draft("RGB", (1, 1))  # JPEG: reads all of the file, and decodes an eighth of each side
+            image.load()
+    except CalibrationError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            if image.mode in _DEEP:
+                raise CalibrationError(f"Pillow would cut its values (mode {image.mode}) at 255: convert it to 8 bits")
+            yield image
+    except CalibrationError:
+        raise
     except UnidentifiedImageError:
         raise CalibrationError("no image, whatever its name says") from None
     except Exception as error:  # Pillow's plug-ins raise what they raise at damaged files
         raise CalibrationError(first_line(error)) from error
-
-
-def check_image(path: Any) -> str:
-    """Why the image cannot be read; an empty string where it can."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # JPEG: reads all of the file, and decodes an eighth of each side
-            image.load()
-    except UnidentifiedImageError:
-        return "no image, whatever its name says"
-    except Exception as error:  # as above
-        return first_line(error)
-    return ""
 
 
 def _sizes(crop_mode: str, crop: float, height: int, width: int) -> str:

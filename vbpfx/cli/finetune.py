@@ -169,6 +169,9 @@ def finetune(
             measured = {"fine-tuning": _in_words(done, samples.samples, recipe.value)}
             ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, measured=measured, command=command), out)
         if ranks.first:
+            if done.best.epoch == 0:
+                note(f"no epoch was better on the held-out samples: {out} has the weights of {folder}; try smaller steps "
+                     f"(--learning-rate, --recipe few) or more samples")  # fmt: skip
             typer.echo(json.dumps(_figures(done), indent=1) if as_json else f"{done}written to {out}")
 
 
