@@ -162,7 +162,7 @@ def test_finetune_is_what_python_does(files: Path, tmp_path: Path) -> None:
 def test_training_that_only_hurts_leaves_the_weights_and_says_so(files: Path, tmp_path: Path) -> None:
     result = _run(
         "finetune", files / "pruned", "--dense", MODEL, "--data", files / "train.npy", "--out", tmp_path / "tuned",
-        "--epochs", 1, "--batch", 64, "--learning-rate", 100, "--no-onnx",
+        "--epochs", 1, "--batch", 64, "--learning-rate", 1, "--no-onnx",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "no epoch was better on the held-out samples" in result.stderr
