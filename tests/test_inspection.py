@@ -184,6 +184,18 @@ def test_a_model_without_numbers_says_the_same(name: str) -> None:
     assert found.params == sum(parameter.numel() for parameter in real.parameters())
 
 
+def test_a_hugging_face_folder_needs_no_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40,
+        architectures=["BertForSequenceClassification"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)  # config.json alone; the third block is the pooler, which the classifier reads
+    found = inspect_model(f"hf:{tmp_path}")
+    assert [(block.kind, block.width) for block in found.blocks] == [("MLP", 24), ("MLP", 24), ("MLP", 16)]
+    assert found.params == sum(p.numel() for p in transformers.BertForSequenceClassification(config).parameters())
+
+
 def test_the_drawing_holds_every_call_once_and_in_order() -> None:
     drawn = channel_graph(_found(Glu(packed=True), 8), _found(Glu(packed=True), 8).blocks[0].name)
     svg = ElementTree.fromstring(drawn)
