@@ -18,7 +18,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Prune a really trained network on real data that need no download; about a minute on two cores."""
-    from vbpfx.demo.run import run_demo
-
     with failing_in_one_line(debug):
+        from vbpfx.demo.run import run_demo
+
         run_demo(out, Console())
