@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,7 +28,7 @@ _TOKENS = 128
 
 
 def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
-    """The model of that name, in eval mode, on the CPU.
+    """The model of that name, in eval mode, on the CPU, or on the meta device where that is torch's default.
 
     Args:
         name: ``timm:NAME`` and ``torchvision:NAME`` have random weights; ``hf:`` takes a folder, or a name that transformers
@@ -125,7 +124,13 @@ def _of_transformers(name: str, rest: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(rest)
         config.use_cache = False  # no part of one forward pass
         known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-        model: nn.Module = next(filter(None, known), transformers.AutoModel).from_pretrained(rest, config=config)
+        kind = next(filter(None, known), transformers.AutoModel)
+        if torch.get_default_device().type == "meta":  # nobody asks for the weights
+            made: nn.Module = (
+                transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
+            )
+            return made
+        model: nn.Module = kind.from_pretrained(rest, config=config)
     except Exception as error:  # the hub, the configuration and the model class raise what they raise
         raise ModelError(
             f"transformers cannot load {rest!r} ({type(error).__name__}: {first_line(error)}); pass the name of a model, or a "
@@ -203,6 +208,8 @@ def file_inputs(path: Path, length: int = _TOKENS, batch: int = 2) -> Inputs:
     Raises:
         ModelError: it cannot be read, or takes inputs of another type.
     """
+    import onnxruntime
+
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has its own kinds
