@@ -75,6 +75,15 @@ def _image_model(name: str, **options: int) -> nn.Module:
     return timm.create_model(name, depth=1, num_classes=5, **options)
 
 
+def _of_natural_size(model: nn.Module) -> nn.Module:
+    """Random weights that let signals through: some initialisations make whole branches nearly zero."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=weight[0].numel() ** -0.5)
+    return model
+
+
 def _gmlp() -> nn.Module:
     gated = {"block_layer": mlp_mixer.SpatialGatingBlock, "mlp_layer": GatedMlp, "mlp_ratio": 6}
     return mlp_mixer.MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=1, embed_dim=64, **gated)
@@ -156,7 +165,7 @@ def rows() -> list[list[str]]:
         outcomes = []
         for tool in (by_torch_pruning, by_vbpfx):
             torch.manual_seed(0)
-            model = make().double().eval()
+            model = _of_natural_size(make()).double().eval()
             outcomes.append(tool(model, _example(model)))
         found.append([name, *outcomes])
     return found
