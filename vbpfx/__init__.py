@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vbpfx.calibrate import calibrate
     from vbpfx.capture import Captured, capture
     from vbpfx.convert import convert
+    from vbpfx.data_sources import open_data
     from vbpfx.errors import (
         AnalysisError,
         ArtifactError,
@@ -86,6 +87,7 @@ __all__ = [
     "load",
     "make_plan",
     "measure_latencies",
+    "open_data",
     "prepare",
     "prune",
     "prune_exported",
@@ -106,6 +108,7 @@ _HOMES = {
     "calibrate": "calibrate",
     "capture": "Captured capture",
     "convert": "convert",
+    "data_sources": "open_data",
     "errors": "AnalysisError ArtifactError BudgetError CalibrationError CaptureError "
     "ExportError FinetuneError ModelError RankError VbpfxError VerificationError",
     "exported": "prune_exported",

@@ -14,7 +14,8 @@ Every file is written whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, fx, nn
 from vbpfx.capture import named_tensors
 from vbpfx.checkpoint import tensors_digest
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.files import Write, json_writer, read_json, safetensors_writer, settle, write_atomically
+from vbpfx.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
@@ -102,6 +103,24 @@ def load_plan(folder: str | Path) -> Plan:
         return Plan(entries, data["fingerprint"], data["frontend"], data["settings"], corrections)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def folder_for_artifact(folder: Path) -> Iterator[None]:
+    """A folder that an artifact will be written to, tried before the work begins; it goes again if that fails.
+
+    Raises:
+        ArtifactError: it cannot be written, or holds something else than an artifact.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; choose a folder")
+    if folder.is_dir():
+        settle(folder)
+        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if held and not {"plan.json", "graph.json"} <= set(held):
+            raise ArtifactError(f"{folder} holds {held[0]} and is no pruned network; choose a new or an empty folder")
+    with made_folder(folder):
+        yield
 
 
 def save_network(

@@ -5,28 +5,56 @@ This file and those of the commands import nothing heavy but inside the commands
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
-from vbpfx.errors import VbpfxError
+from vbpfx.errors import VbpfxError, first_line
 
-Debug = Annotated[bool, typer.Option(help="Show the whole traceback of an error.")]
+INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
 
 
-@contextmanager
-def failing_in_one_line(debug: bool) -> Iterator[None]:
-    """What goes wrong on purpose is one line on standard error, and exit status 1."""
-    try:
-        yield
-    except (VbpfxError, ImportError) as error:
-        if debug:
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"vbpfx: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+class Frontend(str, Enum):
+    """What traces the model, as :func:`vbpfx.capture` takes it."""
+
+    auto = "auto"
+    symbolic = "symbolic"
+    export = "export"
+
+
+def _without_color(asked: bool) -> None:
+    if asked:
+        os.environ["NO_COLOR"] = "1"  # rich and typer look for it
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="timm:NAME, torchvision:NAME, hf:NAME-or-folder, or module:callable of your own."
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="State dict of the model: safetensors, or as torch.save wrote it.")]
+Tracing = Annotated[Frontend, typer.Option("--frontend", help="What traces the model: auto tries both.")]
+Color = Annotated[
+    bool,
+    typer.Option("--no-color", callback=_without_color, is_eager=True, help="No colours; NO_COLOR=1 does it, too."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def fraction(value: float | None) -> float | None:
+    """The value, where it is a fraction between 0 and 1; an option's callback."""
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value:g} is not between 0 and 1, exclusive")
+    return value
 
 
 def sizes(shape: str) -> tuple[int, ...] | None:
@@ -42,3 +70,41 @@ def sizes(shape: str) -> tuple[int, ...] | None:
     if found is not None and min(found) < 1:
         raise typer.BadParameter(f"--shape {shape}: expected sizes of 1 and more, such as 3x224x224")
     return found
+
+
+@contextmanager
+def failing_in_one_line(debug: bool) -> Iterator[None]:
+    """What goes wrong is one line on standard error and exit status 1, or 130 for Ctrl-C; a traceback if asked for."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if debug:
+            raise
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
+    except (click.exceptions.Exit, click.ClickException):  # has said what it has to say
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        say(reason(error))
+        raise typer.Exit(1) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, (VbpfxError, ImportError)):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"vbpfx: {message}", style="red", markup=False, highlight=False)
+
+
+def shows_progress() -> bool:
+    """Whether somebody sees a bar on standard error."""
+    return sys.stderr.isatty()

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from vbpfx import __version__
+from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
+from vbpfx.cli.conventions import INTERRUPTED, Color, say
 from vbpfx.cli.demo import demo
 from vbpfx.cli.onnx import onnx
 
@@ -25,15 +27,21 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    color: Color = False,
 ) -> None:
     """Make trained networks smaller and faster without retraining them."""
 
 
 app.command()(demo)
+app.command(epilog=pruning.EXAMPLES)(pruning.prune)
 app.command()(bench)
 app.command()(onnx)
 
 
 def main() -> None:
-    """Entry point: exit status 0 done, 1 failed with a one-line reason, 2 wrong usage."""
-    app()
+    """Entry point: exit status 0 done, 1 failed with a one-line reason, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(INTERRUPTED) from None
