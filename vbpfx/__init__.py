@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         BudgetError,
         CalibrationError,
         CaptureError,
+        EvaluationError,
         ExportError,
         FinetuneError,
         ModelError,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         VbpfxError,
         VerificationError,
     )
+    from vbpfx.evaluate import evaluate
+    from vbpfx.evaluation import Evaluation
     from vbpfx.exported import prune_exported
     from vbpfx.finetune import FineTuned, finetune
     from vbpfx.fx_pass import VarianceBasedPruning
@@ -61,6 +64,8 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "Captured",
+    "Evaluation",
+    "EvaluationError",
     "ExportError",
     "FineTuned",
     "FinetuneError",
@@ -82,6 +87,7 @@ __all__ = [
     "calibrate",
     "capture",
     "convert",
+    "evaluate",
     "find_blocks",
     "finetune",
     "load",
@@ -110,7 +116,9 @@ _HOMES = {
     "convert": "convert",
     "data_sources": "open_data",
     "errors": "AnalysisError ArtifactError BudgetError CalibrationError CaptureError "
-    "ExportError FinetuneError ModelError RankError VbpfxError VerificationError",
+    "EvaluationError ExportError FinetuneError ModelError RankError VbpfxError VerificationError",
+    "evaluate": "evaluate",
+    "evaluation": "Evaluation",
     "exported": "prune_exported",
     "finetune": "FineTuned finetune",
     "fx_pass": "VarianceBasedPruning",

@@ -7,6 +7,7 @@ torchvision's ``ImageFolder``. Hidden files and folders do not count; other file
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from vbpfx.errors import CalibrationError
 from vbpfx.label_files import read_class_names, read_labels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_SYNSET = re.compile(r"^n\d{8}\s+")  # WordNet's number in front of a name
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "calibration"}
 
 
@@ -50,6 +52,7 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
         CalibrationError: there is no image, or what is said about labels does not fit.
     """
     names = read_class_names(classes) if classes is not None else None
+    shown = tuple(_SYNSET.sub("", name) for name in names) if names else None
     images, others = _walk(folder)
     if not images:
         held = f"; it holds {len(others)} other files, such as {others[0].name}" if others else ""
@@ -57,11 +60,12 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
     if labels is not None:
         known = read_labels(labels, images, folder)
         found = [image for image in images if image in known]
-        return ImageFiles(tuple(found), tuple(known[image] for image in found), names, others, len(images) - len(found))
+        numbers = tuple(known[image] for image in found)
+        return ImageFiles(tuple(found), numbers, shown, others, len(images) - len(found))
     top = [image.relative_to(folder).parts[0] for image in images]
     direct = [name for name, image in zip(top, images, strict=True) if image.parent == folder]
     if len(direct) == len(images):
-        return ImageFiles(images, None, names, others)
+        return ImageFiles(images, None, shown, others)
     folders = sorted(set(top) - set(direct))
     if direct:
         raise CalibrationError(
@@ -72,7 +76,7 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
     places = {name: place for place, name in enumerate(folders)}
     if names is not None:
         places = _places(folders, names, folder)
-    return ImageFiles(images, tuple(places[name] for name in top), names or tuple(folders), others)
+    return ImageFiles(images, tuple(places[name] for name in top), shown or tuple(folders), others)
 
 
 def _places(folders: Sequence[str], names: Sequence[str], folder: Path) -> dict[str, int]:
@@ -92,7 +96,12 @@ def _walk(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """All images beneath a folder, and all other files, in order; hidden ones left out."""
     images: list[Path] = []
     others: list[Path] = []
+    seen: set[str] = set()  # a link may lead back to where it stands
     for root, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):

@@ -101,7 +101,7 @@ def _of_timm(model: nn.Module, overrides: Overrides) -> ImageTransform:
     transform = data.create_transform(**settings, is_training=False)
     channels, height, width = settings["input_size"]
     about = (
-        f"as timm says: {settings['interpolation']} to {height}x{width}, the central {settings['crop_pct']:g}, "
+        f"as timm says: {settings['interpolation']} to {height}x{width}, {_central(settings['crop_pct'])}, "
         f"{_normalisation(settings['mean'], settings['std'])}"
     )
     return ImageTransform(transform, _mode(channels), None, about)
@@ -226,6 +226,10 @@ def check_image(path: Any) -> str:
     except Exception as error:  # as above
         return first_line(error)
     return ""
+
+
+def _central(crop: float) -> str:
+    return "all of it" if crop == 1 else f"the central {crop:.3g}"
 
 
 def _mode(channels: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -47,6 +47,7 @@ Color = Annotated[
     bool,
     typer.Option("--no-color", callback=_without_color, is_eager=True, help="No colours; NO_COLOR=1 does it, too."),
 ]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -70,6 +71,22 @@ def sizes(shape: str) -> tuple[int, ...] | None:
     if found is not None and min(found) < 1:
         raise typer.BadParameter(f"--shape {shape}: expected sizes of 1 and more, such as 3x224x224")
     return found
+
+
+def device_named(name: str) -> Any:
+    """The ``torch.device`` of that name.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    import torch
+
+    from vbpfx.errors import ModelError, first_line
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {name} is not there ({first_line(error)}); use cpu") from error
 
 
 @contextmanager
@@ -103,6 +120,11 @@ def reason(error: BaseException) -> str:
 def say(message: str) -> None:
     """One line on standard error."""
     Console(stderr=True, soft_wrap=True).print(f"vbpfx: {message}", style="red", markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """Something worth knowing, on standard error."""
+    Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
 
 
 def shows_progress() -> bool:

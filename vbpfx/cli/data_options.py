@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,23 @@ Shape = Annotated[
 ]
 Mean = Annotated[str, typer.Option(rich_help_panel=PANEL, help="Of the channels, such as 0.5 or 0.48,0.46,0.41.")]
 Std = Annotated[str, typer.Option(rich_help_panel=PANEL, help="Of the channels, in the same way.")]
+Crop = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1.0, rich_help_panel=PANEL,
+        help="Side of the central crop over that of the resized image; 1 for images that are cropped already.",
+    ),
+]  # fmt: skip
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=PANEL, help="CSV with the columns file and label (a number), where folders are no classes."
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=PANEL, help="Text file with the name of a class on each line, class 0 first."),
+]
 MaxLength = Annotated[int | None, typer.Option(min=1, rich_help_panel=PANEL, help="Tokens after which a text is cut.")]
 
 

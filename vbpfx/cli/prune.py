@@ -15,12 +15,15 @@ import typer
 from vbpfx.cli.conventions import (
     Color,
     Debug,
+    Device,
     Frontend,
     Model,
     Tracing,
     Weights,
+    device_named,
     failing_in_one_line,
     fraction,
+    note,
     shows_progress,
     sizes,
 )
@@ -130,7 +133,7 @@ def prune(
     std: Std = "",
     max_length: MaxLength = None,
     frontend: Tracing = Frontend.auto,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of what --limit chooses, and of random weights where none are given.")] = 0,
     checkpoint: Annotated[
         Path | None,
@@ -175,23 +178,14 @@ def prune(
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
             torch.manual_seed(seed)
-            network = load_model(model, weights).to(_device(device))
+            network = load_model(model, weights).to(device_named(device))
             calibration = open_data(data, network, **reading)
+            if ranks.first:
+                note(str(calibration))
             pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
             _save(pruned, out, onnx=not no_onnx)
         if ranks.first:
             typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    from vbpfx.errors import ModelError, first_line
-
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {name} is not there ({first_line(error)}); use cpu") from error
 
 
 def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:

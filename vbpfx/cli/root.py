@@ -11,6 +11,7 @@ from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
 from vbpfx.cli.conventions import INTERRUPTED, Color, say
 from vbpfx.cli.demo import demo
+from vbpfx.cli.eval import evaluate
 from vbpfx.cli.onnx import onnx
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -34,6 +35,7 @@ def _root(
 
 app.command()(demo)
 app.command(epilog=pruning.EXAMPLES)(pruning.prune)
+app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(onnx)
 
