@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -18,9 +19,12 @@ from vbpfx.axes import Axis
 from vbpfx.capture import Captured
 from vbpfx.components import Component, components
 from vbpfx.evidence import Evidence, gather
+from vbpfx.markup import tag
 from vbpfx.ops import is_sum, takes_apart
 from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
-from vbpfx.tables import counted, table
+from vbpfx.tables import counted, html_table, table
+
+_Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,21 @@ class Analysis:
         return sum(block.width for block in self.blocks)
 
     def __str__(self) -> str:
+        return "".join(table(*content) for content in self._tables())
+
+    def _repr_html_(self) -> str:
+        blocks, (title, columns, refusals) = self._tables()
+        return html_table(*blocks) + tag("details", tag("summary", title), html_table("", columns, refusals))
+
+    def _tables(self) -> tuple[_Content, _Content]:
+        """Title, columns and rows: of the blocks, and of what was refused."""
         blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.name or "(whole model)", r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
-        return table(
+        return (
             f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}",
             ("block", "width", "layers"),
             blocks,
-        ) + table(
+        ), (
             f"{counted(len(refusals), 'axis', 'axes')} refused",
             ("axis of", "width", "layers", "at node", "because"),
             refusals,

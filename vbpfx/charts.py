@@ -11,10 +11,11 @@ from vbpfx.markup import Markup, joined, tag
 from vbpfx.spectrum import Spectrum
 
 # The spectrum's picture in its own units, and what axes and labels take of it.
-_WIDTH, _HEIGHT = 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 16, 34
+_WIDTH, _HEIGHT = 320, 194
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 34
 _SHADES = 4  # of the colour of what stays, where an entry stands for several neurons
 _MOST_DECADES = 8
+_ROOM = 0.15  # decades
 
 
 def bar(now: float, before: float, full: float) -> Markup:
@@ -24,13 +25,11 @@ def bar(now: float, before: float, full: float) -> Markup:
     return tag("svg", track, filled, class_="bar", aria_hidden="true")
 
 
-def decades(spectra: Iterable[Spectrum]) -> tuple[int, int]:
-    """The powers of ten that a common scale of variances goes from and to."""
-    values = [v for spectrum in spectra for v in spectrum.variances if v > 0]
-    if not values:
-        return -1, 0
-    top = math.ceil(math.log10(max(values)))
-    return max(min(math.floor(math.log10(min(values))), top - 1), top - _MOST_DECADES), top
+def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
+    """The powers of ten that a log scale of all variances goes from and to, with some room."""
+    values = [v for spectrum in spectra for v in spectrum.variances if v > 0] or [1.0]
+    top = math.log10(max(values)) + _ROOM
+    return max(min(math.log10(min(values)), top - 1) - _ROOM, top - _MOST_DECADES), top
 
 
 def describe(spectrum: Spectrum) -> str:
@@ -45,12 +44,12 @@ def describe(spectrum: Spectrum) -> str:
     )
 
 
-def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[int, int]) -> Markup:
+def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) -> Markup:
     """Variances in descending order on a log scale; columns of neurons that stay are coloured.
 
     Args:
         name: of the block.
-        scale: what :func:`decades` gave for all blocks.
+        scale: what :func:`common_scale` gave for all blocks.
     """
     low, high = scale
     n, floor, right = spectrum.neurons, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
@@ -61,13 +60,13 @@ def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[int, int]) -> Mar
 
     ys = [y(math.log10(v)) if v > 0 else floor for v in spectrum.variances]
     columns = list(zip(itertools.pairwise(xs), ys, _shades(spectrum), strict=True))
-    step = max(1, math.ceil((high - low) / 4))
+    step = math.ceil((high - low) / 5)
     lines = [
         joined(
             tag("line", class_="grid", x1=_LEFT, x2=right, y1=_number(y(e)), y2=_number(y(e))),
             tag("text", power_of_ten(e), x=_LEFT - 5, y=_number(y(e) + 3.5), text_anchor="end"),
         )
-        for e in range(low, high + 1, step)
+        for e in range(math.floor(high), math.ceil(low) - 1, -step)
     ]
     outline = "".join(f"V{_number(top)}H{_number(stop)}" for (_, stop), top, _ in columns)
     areas = [tag("path", class_="goes", d=f"M{_LEFT} {floor}{outline}V{floor}Z")]

@@ -1,6 +1,8 @@
-"""Figures as people read them: few digits, with units."""
+"""Figures and settings as people read them: few digits, with units."""
 
 from __future__ import annotations
+
+from typing import Any
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _NARROW_SPACE = "\u202f"
@@ -8,22 +10,18 @@ MINUS = "\u2212"
 _TIMES = "\u00d7"
 
 
-def short(number: float) -> str:
-    """``5.72 M``: three digits and a unit; whole numbers below 10,000 as they are."""
-    if abs(number) < 10_000:
+def short(number: float, like: float | None = None) -> str:
+    """``5.72 M``: three digits and a unit, that of ``like`` where it is given; whole numbers below 10,000 as they are."""
+    unit = max(number, like or 0)
+    if unit < 10_000:
         return f"{number:,.0f}" if number == int(number) else f"{number:.3g}"
-    for factor, unit in _UNITS:
-        if abs(number) >= 0.9995 * factor:
-            return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}"
-    raise AssertionError
+    return _with_unit(number, unit, "")
 
 
-def in_bytes(number: float) -> str:
-    """``22.9 MB``, of a million bytes each."""
-    if number < 1000:
-        return f"{number:.0f}{_NARROW_SPACE}B"
-    factor, unit = next((f, u) for f, u in _UNITS if number >= 0.9995 * f)
-    return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}B"
+def in_bytes(number: float, like: float | None = None) -> str:
+    """``22.9 MB``, of a million bytes each; the unit that of ``like`` where it is given."""
+    unit = max(number, like or 0)
+    return f"{number:.0f}{_NARROW_SPACE}B" if unit < 1000 else _with_unit(number, unit, "B")
 
 
 def in_milliseconds(seconds: float) -> str:
@@ -59,6 +57,23 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+def said(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def capital(text: str) -> str:
+    """Text as a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
+def _with_unit(number: float, like: float, what: str) -> str:
+    factor, unit = next((f, u) for f, u in _UNITS if like >= 0.9995 * f)
+    return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}{what}"
+
+
 def _three_digits(number: float) -> str:
-    digits = 0 if abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    digits = 0 if number >= 99.95 else 1 if number >= 9.995 else 2 if number >= 0.9995 else 3
     return f"{number:,.{digits}f}"

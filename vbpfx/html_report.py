@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from vbpfx.bench_result import BenchResult
-from vbpfx.charts import bar, decades, describe, spectrum_chart
-from vbpfx.figures import percent
+from vbpfx.charts import bar, common_scale, describe, spectrum_chart
+from vbpfx.figures import capital, percent
 from vbpfx.files import Write, json_writer, text_writer, write_atomically
-from vbpfx.html_sections import cards, check, evaluation, latency, making, refitted, refused
+from vbpfx.html_measured import cards, evaluation, latency
+from vbpfx.html_sections import check, making, refitted, refused
 from vbpfx.markup import Markup, joined, tag
 from vbpfx.report import Report
-from vbpfx.tables import counted
+from vbpfx.tables import counted, html_table, scrolling
 
 _STYLE = Path(__file__).with_name("report.css")
+_NOTEBOOK_STYLE = (
+    ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
+    ".vbpfx caption,.vbpfx th{text-align:left;font-weight:normal}.vbpfx .number{text-align:right}"
+)
+_OPEN = 24  # so many blocks a notebook shows without being asked
 
 
 def html_report(report: Report) -> str:
@@ -57,12 +63,13 @@ def html_report(report: Report) -> str:
 
 
 def notebook_view(report: Report) -> str:
-    """The headline and the widths, small enough for a notebook's cell, in colours of the notebook."""
-    style = (
-        ".vbpfx .bar{display:block;width:10rem;height:.6rem}.vbpfx .track{fill:#8884}.vbpfx .stays{fill:#3b82d8}"
-        ".vbpfx .number{text-align:right}.vbpfx th{text-align:left;font-weight:normal}"
+    """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
+    costs = [(name, *pair, percent(pair[1] / pair[0])) for name, pair in report.costs.items()]
+    widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
+    style = tag("style", Markup(_NOTEBOOK_STYLE))
+    return tag(
+        "div", style, html_table(_summary(report), ("", "dense", "pruned", "kept"), costs), widths, class_="vbpfx"
     )
-    return str(tag("div", tag("style", Markup(style)), tag("p", _summary(report)), class_="vbpfx"))
 
 
 def report_files(report: Report) -> dict[str, Write]:
@@ -94,39 +101,32 @@ def _summary(report: Report) -> str:
 
 
 def _widths(report: Report) -> Markup:
-    largest = max((before for before, _ in report.widths.values()), default=1)
-    rows = [
-        tag(
-            "tr",
-            tag(
-                "th",
-                tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
-                scope="row",
-            ),
-            *(tag("td", text, class_="number") for text in (f"{before:,}", f"{now:,}", percent(now / before))),
-        )
-        for name, (before, now) in report.widths.items()
-    ]
-    head = tag(
-        "tr", tag("th", "block", scope="col"),
-        *(tag("th", text, scope="col", class_="number") for text in ("before", "now", "kept")),
-    )  # fmt: skip
     floor = report.settings.get("at_floor")
     return joined(
         tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
-        tag(
-            "div",
-            tag("table", tag("thead", head), tag("tbody", *rows), class_="widths"),
-            class_="scroll", role="region", aria_label="Width per block", tabindex=0,
-        ),
+        scrolling("Width per block", _widths_table(report)),
         tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
-    )  # fmt: skip
+    )
+
+
+def _widths_table(report: Report) -> Markup:
+    largest = max((before for before, _ in report.widths.values()), default=1)
+    rows = [
+        (
+            tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
+            before,
+            now,
+            percent(now / before),
+        )
+        for name, (before, now) in report.widths.items()
+    ]
+    return html_table("", ("block", "before", "now", "kept"), rows, class_="widths")
 
 
 def _spectra(report: Report) -> Markup | None:
     if not report.spectra:
         return None
-    scale = decades(report.spectra.values())
+    scale = common_scale(report.spectra.values())
     hidden = any(v < 10.0 ** scale[0] for spectrum in report.spectra.values() for v in spectrum.variances)
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
     by_variance = report.settings.get("criterion") == "variance"
@@ -155,8 +155,9 @@ def _spectra(report: Report) -> Markup | None:
             *(
                 tag(
                     "figure",
+                    tag("figcaption", tag("code", name)),
                     spectrum_chart(name, spectrum, scale),
-                    tag("figcaption", tag("code", name), tag("span", describe(spectrum))),
+                    tag("p", capital(describe(spectrum)), class_="note"),
                 )
                 for name, spectrum in report.spectra.items()
             ),

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from vbpfx.errors import CalibrationError
 from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx, onnx_writer
 from vbpfx.fake import has_fixed_batch
-from vbpfx.html_report import report_files
+from vbpfx.html_report import notebook_view, report_files
 from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.kept import Keeping
@@ -66,17 +66,24 @@ class Pruned:
         ranks: the processes that it was made on; all hold the same, and rank 0 alone writes files.
     """
 
-    graph_module: fx.GraphModule = field(repr=False)
-    plan: Plan = field(repr=False)
-    statistics: Statistics = field(repr=False)
-    analysis: Analysis = field(repr=False)
+    graph_module: fx.GraphModule
+    plan: Plan
+    statistics: Statistics
+    analysis: Analysis
     report: Report
     verification: Verification | None
-    captured: Captured = field(repr=False)
-    ranks: Ranks = field(default=ALONE, repr=False)
+    captured: Captured
+    ranks: Ranks = ALONE
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def __repr__(self) -> str:
+        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.report.costs.items())
+        return f"<Pruned {self.report.network}: {', '.join(parts)}>"
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self.report)
 
     def apply_to(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -16,13 +16,17 @@ from torch import fx, nn
 from vbpfx.bench_result import BenchResult
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured, named_tensors
-from vbpfx.errors import ArtifactError
+from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.files import read_json, settle
+from vbpfx.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.prepare import Statistics
 from vbpfx.records import Plan, Refusal
 from vbpfx.spectrum import Spectrum, spectra
 from vbpfx.tables import counted, table
 from vbpfx.verify import Verification
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,44 @@ class Report:
         """The figures as JSON-ready dictionaries."""
         return dataclasses.asdict(self)
 
+    @property
+    def costs(self) -> dict[str, tuple[int, int]]:
+        """``(dense, pruned)`` of neurons, parameters and MACs, by the names they are shown under."""
+        return {"hidden neurons": self.neurons, "parameters": self.params, "MACs per sample": self.macs}
+
+    def plot_widths(self, ax: Axes | None = None) -> Axes:
+        """Bars in matplotlib: the width of every block before and now.
+
+        Raises:
+            VbpfxError: matplotlib is not installed.
+        """
+        return plot_widths(self.widths, ax)
+
+    def plot_costs(self, ax: Axes | None = None) -> Axes:
+        """Bars in matplotlib: what is left of neurons, parameters and MACs.
+
+        Raises:
+            VbpfxError: matplotlib is not installed.
+        """
+        return plot_costs(self.costs, ax)
+
+    def plot_spectra(self, axes: Sequence[Axes] | None = None, *, blocks: Sequence[str] | None = None) -> list[Axes]:
+        """Activation variances in matplotlib, one plot a block, and which neurons stay.
+
+        Args:
+            axes: one for each block; new ones by default.
+            blocks: names of blocks; all by default.
+
+        Raises:
+            VbpfxError: matplotlib is not installed, there are no spectra, or a block or the number of axes is wrong.
+        """
+        if unknown := [name for name in blocks or () if name not in self.spectra]:
+            raise VbpfxError(f"no spectrum of block {unknown[0]!r}; there are: {', '.join(self.spectra)}")
+        names = self.spectra if blocks is None else blocks
+        return plot_spectra({name: self.spectra[name] for name in names}, axes)
+
     def __str__(self) -> str:
-        rows = [
-            (name, dense, pruned, f"{pruned / dense:.1%}")
-            for name, (dense, pruned) in (
-                ("hidden neurons", self.neurons),
-                ("parameters", self.params),
-                ("MACs per sample", self.macs),
-            )
-        ]
+        rows = [(name, dense, pruned, f"{pruned / dense:.1%}") for name, (dense, pruned) in self.costs.items()]
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
         title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)

@@ -29,8 +29,8 @@ class Spectrum:
 
     Attributes:
         neurons: N.
-        variances: per entry the sample variance of the neuron in the middle of its ranks, summed over the values that
-            consumers read, as ``criterion="variance"`` scores it; four significant digits.
+        variances: per entry the sample variance of one of its neurons (the highest of all in the first, the lowest in the
+            last), summed over the values that consumers read, as ``criterion="variance"`` scores it; four significant digits.
         kept: per entry how many neurons of its ranks stay.
         among_highest: of the K neurons that stay, how many are among the K of highest variance. All, where variance decides.
         variance_kept: the share that the neurons that stay have in the sum of all variances.
@@ -74,11 +74,11 @@ def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRI
     stays[torch.tensor(kept)] = True
     entries = min(entries, neurons)
     bounds = [i * neurons // entries for i in range(entries + 1)]
-    middle = [(start + stop - 1) // 2 for start, stop in itertools.pairwise(bounds)]
+    shown = [i * (neurons - 1) // max(1, entries - 1) for i in range(entries)]  # one of each entry's ranks
     total = float(variances.sum())
     return Spectrum(
         neurons,
-        tuple(float(f"{v:.4g}") for v in variances[order][middle].tolist()),
+        tuple(float(f"{v:.4g}") for v in variances[order][shown].tolist()),
         tuple(int(stays[order[start:stop]].sum()) for start, stop in itertools.pairwise(bounds)),
         int(stays[order[: len(kept)]].sum()),
         float(f"{float(variances[stays].sum()) / total:.4g}") if total else 1.0,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vbpfx.markup import Markup, tag
+from vbpfx.markup import Markup, joined, tag
 
 _WIDTH = 110
+_SIGNS = ("-", "+", "\u2212")
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
@@ -33,7 +34,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
-def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
+def html_table(
+    caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str | None = None
+) -> Markup:
     """The same as a table in HTML, whose first column names the rows; columns of numbers are of class ``number``."""
     rows = [list(row) for row in rows]
     kinds = ["number" if rows and all(_is_figure(row[i]) for row in rows) else None for i in range(len(columns))]
@@ -46,14 +49,24 @@ def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any
         )
         for row in rows
     ]
-    return tag(
-        "table", tag("caption", caption) if caption else None, tag("thead", tag("tr", *head)), tag("tbody", *body)
-    )
+    title = tag("caption", caption) if caption else None
+    return tag("table", title, tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_)
+
+
+def facts(given: Mapping[str, str]) -> Markup:
+    """Names with what belongs to them, as a list of descriptions."""
+    pairs = (joined(tag("dt", name), tag("dd", value)) for name, value in given.items())
+    return tag("dl", *pairs, class_="facts")
+
+
+def scrolling(label: str, content: Markup) -> Markup:
+    """What is too wide for a phone scrolls by itself, by keyboard too."""
+    return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def _is_figure(cell: Any) -> bool:
-    """A number, or text that begins with a digit or a sign; an empty place is none's evidence."""
-    return isinstance(cell, (int, float)) or (isinstance(cell, str) and not cell[:1].isalpha())
+    """A number, or text that begins with a digit or a sign."""
+    return isinstance(cell, (int, float)) or (cell[:1] in _SIGNS or cell[:1].isdigit())
 
 
 def _figure(cell: Any) -> Any:
