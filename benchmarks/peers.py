@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -37,7 +38,8 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.fc2, self.middle = nn.Linear(WIDTH, HIDDEN), nn.Linear(read, WIDTH), middle
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """Second layer of the middle of the first."""
         return self.fc2(self.middle(self.fc1(x)))
 
 
@@ -45,14 +47,16 @@ class WithoutGradients(Mlp):
     """Its forward pass is an inference function."""
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        """The same, without gradients."""
         return super().forward(x)
 
 
 class Exposed(Mlp):
     """The hidden tensor is an output, too."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Any:
+        """Output, and hidden tensor."""
         h = self.middle(self.fc1(x))
         return self.fc2(h), h
 

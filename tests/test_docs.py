@@ -32,7 +32,7 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "path", [*sys.path])
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     names: dict[str, object] = {"__name__": "__page__"}
     for code in code_blocks(PAGES[name]):
         if code.title is not None:

@@ -153,6 +153,9 @@ class Block:
         """Whether what is removed there may be predicted from what stays.
 
         Every weight that reads it must be its own, and no statistic may be taken of it: those count constants.
+
+        Args:
+            source: one of :attr:`sources`.
         """
         return not any(r.source == source for r in self.reductions) and all(
             consumer.alone for consumer in self.consumers if consumer.source == source

@@ -75,6 +75,9 @@ class Report:
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of :meth:`to_json`, after JSON; what older versions did not write has its default.
 
+        Args:
+            data: the dictionaries.
+
         Raises:
             ArtifactError: it is no report.
         """
@@ -102,6 +105,9 @@ class Report:
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """Read ``report.json`` of a saved network.
+
+        Args:
+            folder: what :func:`vbpfx.save` wrote.
 
         Raises:
             ArtifactError: it is missing or damaged.
@@ -150,6 +156,9 @@ class Report:
     def plot_widths(self, ax: Axes | None = None) -> Axes:
         """Bars in matplotlib: the width of every block before and now.
 
+        Args:
+            ax: where to draw; new axes by default.
+
         Raises:
             VbpfxError: matplotlib is not installed.
         """
@@ -157,6 +166,9 @@ class Report:
 
     def plot_costs(self, ax: Axes | None = None) -> Axes:
         """Bars in matplotlib: what is left of neurons, parameters and MACs.
+
+        Args:
+            ax: where to draw; new axes by default.
 
         Raises:
             VbpfxError: matplotlib is not installed.

@@ -43,6 +43,7 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Sa
         ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
 
     Args:
+        analysis: of the dense graph.
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
             pass over them. Of several ranks' samples (:class:`vbpfx.samples.Samples`) each runs its own.
