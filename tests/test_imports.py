@@ -31,7 +31,7 @@ def test_import_vbpfx_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("demo", "prune", "bench", "onnx"))],
+    [["--help"], ["--version"], *([command, "--help"] for command in ("demo", "inspect", "prune", "bench", "onnx"))],
     ids=str,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:

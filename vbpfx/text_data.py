@@ -98,6 +98,8 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up from the configuration alone
+            raise OSError("there are no words in it")
     except Exception as error:  # the hub, the files and the packages behind a tokenizer raise what they raise
         raise CalibrationError(
             f"{folder} holds no tokenizer that can be loaded ({first_line(error)}); save it beside the model with "

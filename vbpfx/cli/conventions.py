@@ -13,7 +13,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -99,7 +98,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
             raise
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
-    except (click.exceptions.Exit, click.ClickException):  # has said what it has to say
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # they say what they have to say themselves
         raise
     except Exception as error:
         if debug:

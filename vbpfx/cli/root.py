@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from vbpfx import __version__
+from vbpfx.cli import eval as evaluation
+from vbpfx.cli import finetune as tuning
+from vbpfx.cli import inspect as inspecting
 from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
 from vbpfx.cli.conventions import INTERRUPTED, Color, say
 from vbpfx.cli.demo import demo
-from vbpfx.cli.eval import evaluate
 from vbpfx.cli.onnx import onnx
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -34,8 +36,10 @@ def _root(
 
 
 app.command()(demo)
+app.command(epilog=inspecting.EXAMPLES)(inspecting.inspect)
 app.command(epilog=pruning.EXAMPLES)(pruning.prune)
-app.command("eval")(evaluate)
+app.command(epilog=tuning.EXAMPLES)(tuning.finetune)
+app.command("eval", epilog=evaluation.EXAMPLES)(evaluation.evaluate)
 app.command()(bench)
 app.command()(onnx)
 
