@@ -1,77 +1,90 @@
-"""Pages of documentation, taken apart: what there is to run in them, and where their links lead."""
+"""Pages read back: a strict parser, and the network with a hostile name that reports are made of."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+from oracle import randomize
+from torch import Tensor, nn
 
-_FENCE = re.compile(
-    r"^(?:<!-- (?P<marks>[^\n]*?) -->\n)?"
-    r"```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^```$"
-    r"(?:\n+```text\n(?P<shown>.*?)^```$)?",
-    re.DOTALL | re.MULTILINE,
-)
+HOSTILE = "a<b>&'c"  # torch.fx itself cannot write code with a double quote in a name
+_VOID = {"meta"}
 
 
-@dataclass(frozen=True)
-class Code:
-    """A block of code.
+class Two(nn.Module):
+    """Two MLPs one after the other: 48 neurons under a hostile name, 300 under a plain one."""
 
-    Attributes:
-        language: ``python`` and ``sh`` run; what another language holds is shown alone.
-        line: where it begins in its page.
-        title: the name of the file that it is, in place of code to run.
-        shown: what the page says that it prints: the ``text`` block behind it. ``...`` stands for anything.
-        needs: packages without which it is not run: ``<!-- needs: a, b -->`` in the line before.
-        parsed: a command that is parsed alone, as it would take too long: ``<!-- parsed -->`` there.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module(HOSTILE, nn.Sequential(nn.Linear(8, 48), nn.GELU(), nn.Linear(48, 8)))
+        self.plain = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 8))
 
-    language: str
-    text: str
-    line: int
-    title: str | None
-    shown: str | None
-    needs: tuple[str, ...]
-    parsed: bool
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(getattr(self, HOSTILE)(x))  # type: ignore[no-any-return]
 
 
-def code_blocks(page: Path) -> list[Code]:
-    """The blocks of a page in their order."""
-    text = page.read_text()
-    found = []
-    for match in _FENCE.finditer(text):
-        marks = match["marks"] or ""
-        needs = tuple(marks.removeprefix("needs: ").split(", ")) if marks.startswith("needs: ") else ()
-        line = text.count("\n", 0, match.start("code")) + 1
-        parts = match["language"], match["code"], line, match["title"], match["shown"]
-        found.append(Code(*parts, needs, parsed=marks == "parsed"))
-    return found
+def two() -> nn.Module:
+    """The network in eval mode with random weights."""
+    return randomize(Two()).eval()
 
 
-def prose(page: Path) -> str:
-    """The page without its blocks of code and its code spans."""
-    return re.sub(r"`[^`\n]*`", "``", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+@dataclass
+class Element:
+    name: str
+    attributes: dict[str, str | None]
+    parent: Element | None = None
+    children: list[Element | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    def all(self, name: str, class_: str | None = None) -> Iterator[Element]:
+        """Elements of that name below, in order."""
+        for child in self.children:
+            if isinstance(child, Element):
+                if child.name == name and (class_ is None or class_ in (child.attributes.get("class") or "").split()):
+                    yield child
+                yield from child.all(name, class_)
+
+    def one(self, name: str, class_: str | None = None) -> Element:
+        """The first of them."""
+        return next(self.all(name, class_))
 
 
-def links(page: Path) -> list[str]:
-    """Targets of links and pictures that lie in the repository."""
-    return re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", prose(page))
+class _Strict(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = self.now = Element("", {})
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> states an attribute twice"
+        element = Element(tag, dict(attrs), self.now)
+        self.now.children.append(element)
+        if tag not in _VOID:
+            self.now = element
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.now.name, f"</{tag}> closes <{self.now.name}>"
+        assert self.now.parent is not None
+        self.now = self.now.parent
+
+    def handle_data(self, data: str) -> None:
+        self.now.children.append(data)
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as Markdown's table of contents makes them."""
-    found: set[str] = set()
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", re.sub(r"[`*]", "", heading)).strip().lower())
-        number = 1
-        unique = slug
-        while unique in found:
-            unique, number = f"{slug}_{number}", number + 1
-        found.add(unique)
-    return found | set(re.findall(r'id="([\w.-]+)"', text))
+def parse(page: str) -> Element:
+    """The tree of a page in which every element is closed by its own end tag."""
+    parser = _Strict()
+    parser.feed(page)
+    parser.close()
+    assert parser.now is parser.root, f"<{parser.now.name}> is never closed"
+    return parser.root
+
+
+def rows(table: Element) -> list[list[str]]:
+    """A table's cells as text, without its head."""
+    body = table.one("tbody")
+    return [[c.text for c in row.children if isinstance(c, Element)] for row in body.all("tr")]

@@ -17,6 +17,7 @@ import vbpfx
 from vbpfx.cli import app
 from vbpfx.demo import run
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
+from vbpfx.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def test_the_demo_leaves_files_that_work(demo: tuple[Path, str]) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"digits.onnx", "digits-dense.onnx", "accuracy.png", "demo.json", "plan.json", "model.safetensors"} <= names
     assert "digits.onnx" in output
+    assert "report.html" in output
     session = onnxruntime.InferenceSession(folder / "digits.onnx", providers=["CPUExecutionProvider"])
     split = load_digits()
     (logits,) = session.run(None, {session.get_inputs()[0].name: split.test_images.numpy()})
@@ -50,6 +52,10 @@ def test_the_figures_of_the_demo_are_those_of_its_networks(demo: tuple[Path, str
     assert figures["dense_accuracy"] == accuracy(load_trained(), split.test_images, split.test_labels) > 0.98
     loaded = vbpfx.load(folder)
     assert accuracy(loaded, split.test_images, split.test_labels) == figures["onnx_accuracy"]
+    report = Report.load(folder)
+    assert report.evaluation is not None
+    assert report.evaluation["test accuracy"] == [figures["dense_accuracy"], figures["onnx_accuracy"]]
+    assert report.bench == figures["bench"]
     found = {(p["criterion"], p["ratio"]): p["accuracy"] for p in figures["points"]}
     # 597 images: half of the neurons cost nothing that can be seen, and at 90 % the ranking does
     assert found["variance", 0.5] > figures["dense_accuracy"] - 0.01

@@ -15,7 +15,7 @@ import click
 import numpy as np
 import pytest
 import typer.main
-from pages import PAGES, ROOT, Code, code_blocks
+from doc_pages import PAGES, ROOT, Code, code_blocks
 from typer.testing import CliRunner
 
 import vbpfx.pipeline

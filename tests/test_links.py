@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, anchors, links
+from doc_pages import PAGES, ROOT, anchors, links
 
 SOURCES = {**PAGES, **{name: ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import DOCS
+from doc_pages import DOCS
 
 NOTEBOOKS = {path.name: path for path in sorted((DOCS / "notebooks").glob("*.ipynb"))}
 

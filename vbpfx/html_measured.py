@@ -65,7 +65,11 @@ def evaluation(report: Report) -> Markup | None:
         )
         for name, (dense, pruned) in measures.items()
     ]
-    others = {name: _score(name, value) for name, value in report.evaluation.items() if name not in measures}
+    others = {
+        name: _score(name, value)
+        for name, value in report.evaluation.items()
+        if name not in measures and value is not None
+    }
     return joined(
         scrolling("Accuracy", html_table("", ("", "dense", "pruned", "difference", "pruned / dense"), rows))
         if rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
 import vbpfx
+from vbpfx.bench import bench_files
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
 from vbpfx.files import json_writer, make_folder, write_atomically
 from vbpfx.inputs import Inputs
 from vbpfx.report import count_parameters
-from vbpfx.timing import interleaved
 
 RATIOS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CRITERIA = ("variance", "random", "magnitude")
@@ -44,7 +42,8 @@ def run_demo(out: Path, console: Console) -> Path:
     """Prune the digits network in many ways, export the chosen one, and show what it costs and gains.
 
     Returns:
-        The pruned ONNX file. Beside it lie the dense one, the artifact, ``accuracy.png`` and ``demo.json``.
+        The pruned ONNX file. Beside it lie the dense one, the artifact with its ``report.html``, ``accuracy.png`` and
+        ``demo.json``.
     """
     make_folder(out)
     split, model = load_digits(), load_trained()
@@ -71,21 +70,27 @@ def run_demo(out: Path, console: Console) -> Path:
                 points.append(_measure(captured, plan, split))
         bar.update(task, description="exporting to ONNX, dense and pruned, and checking both in ONNX Runtime")
         pruned = vbpfx.prune(model, calibration, ratio=CHOSEN, progress=False)
-        pruned.save(out)
         small = pruned.to_onnx(out / "digits.onnx")
         large = export_onnx(model, pruned.captured.inputs, out / "digits-dense.onnx")
         bar.update(task, description="measuring latency in ONNX Runtime, dense and pruned in turn")
-        latency = _latency({"dense": large, "pruned": small}, split.test_images[:LATENCY_BATCH])
+        images = Inputs((split.test_images[:LATENCY_BATCH],), {})
+        measured = bench_files(large, small, images, batches=(LATENCY_BATCH,), rounds=51)
         on_runtime = _accuracy_on_runtime(small, split)
+        evaluation = {
+            "test accuracy": (dense, on_runtime),
+            "test images": len(split.test_labels),
+            "data": "scikit-learn's digits; the pruned network in ONNX Runtime",
+        }
+        pruned.save(out, evaluation=evaluation, bench=measured, command="vbpfx demo")
         bar.update(task, description="drawing")
         picture = _plot(points, dense, out / "accuracy.png")
         bar.update(task, description="done")
     console.print(_accuracy_table(points, dense))
-    console.print(_chosen_table(pruned, latency, large, small))
+    console.print(_chosen_table(pruned, measured))
     figures = {
         "dense_accuracy": dense,
         "points": [asdict(p) for p in points],
-        "latency_ratio": latency["dense"] / latency["pruned"],
+        "bench": measured.to_json(),
         "onnx_accuracy": on_runtime,
         "report": pruned.report.to_json(),
     }
@@ -94,7 +99,10 @@ def run_demo(out: Path, console: Console) -> Path:
     console.print(
         f"In ONNX Runtime the pruned file scores {on_runtime:.2%} on the test images; its hidden widths are {hidden}."
     )
-    console.print(f"Plot:      {picture}\nONNX file: {small}\nArtifact:  {out} (vbpfx.load reads it, no pickle)")
+    console.print(
+        f"Report:    {out / 'report.html'}\nPlot:      {picture}\nONNX file: {small}\n"
+        f"Artifact:  {out} (vbpfx.load reads it, no pickle)"
+    )
     return small
 
 
@@ -108,17 +116,6 @@ def _measure(captured: vbpfx.Captured, plan: vbpfx.Plan, split: Split) -> Point:
         sum(replace(captured, graph_module=small).macs.values()),
         vbpfx.verify(captured, small, plan).error,
     )
-
-
-def _latency(files: dict[str, Path], images: Tensor) -> dict[str, float]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    sessions = {
-        n: onnxruntime.InferenceSession(f, options, providers=["CPUExecutionProvider"]) for n, f in files.items()
-    }
-    batch = Inputs((images,), {})
-    runs = {name: functools.partial(run_session, session, batch) for name, session in sessions.items()}
-    return interleaved(runs, rounds=51)
 
 
 def _accuracy_on_runtime(path: Path, split: Split) -> float:
@@ -145,16 +142,17 @@ def _accuracy_table(points: list[Point], dense: float) -> Table:
     return table
 
 
-def _chosen_table(pruned: vbpfx.Pruned, latency: dict[str, float], large: Path, small: Path) -> Table:
-    report = pruned.report
+def _chosen_table(pruned: vbpfx.Pruned, measured: vbpfx.BenchResult) -> Table:
+    report, (row,) = pruned.report, measured.rows
+    sides = row.dense, row.pruned
     table = Table(title=f"Dense against pruned at {CHOSEN:.0%} of the hidden neurons", title_justify="left")
     for column in ("", "dense", "pruned", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for name, (before, after) in (("parameters", report.params), ("MACs per image", report.macs)):
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.2f}")
-    sizes = large.stat().st_size, small.stat().st_size
+    sizes = [side.size or 0 for side in sides]
     table.add_row("ONNX file, KiB", *(f"{size / 1024:,.0f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f}")
-    seconds = latency["dense"], latency["pruned"]
+    seconds = [side.seconds.median for side in sides if side.seconds]
     table.add_row(
         f"ONNX Runtime, ms / {LATENCY_BATCH} images",
         *(f"{1e3 * s:.2f}" for s in seconds),

@@ -1,0 +1,223 @@
+"""The page: well formed, closed in itself, escaped, and of the report's own figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pages import HOSTILE, Element, parse, rows, two
+
+import vbpfx
+from vbpfx.bench_result import BenchResult, Row, Side
+from vbpfx.html_report import html_report, notebook_view
+from vbpfx.records import Refusal
+from vbpfx.report import Report
+from vbpfx.spectrum import Spectrum
+from vbpfx.timing import Spread
+
+QUOTED = 'a<b>&"c"'
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@pytest.fixture(scope="module")
+def pruned() -> vbpfx.Pruned:
+    torch.manual_seed(0)
+    data = [torch.randn(64, 8) for _ in range(3)]
+    return vbpfx.prune(two(), data, ratio=0.4, progress=False)
+
+
+@pytest.fixture
+def report(pruned: vbpfx.Pruned, tmp_path: Path) -> Report:
+    """As it comes back from the file, with everything that a report can hold."""
+    spread = Spread(0.004, 0.003, 0.005)
+    side = Side(spread, 2e-7, 5_000_000)
+    failed = Side(failure='<no> backend & no "device"')
+    bench = BenchResult(
+        (Row("onnxruntime", 8, 1, side, replace(side, seconds=Spread(0.002, 0.001, 0.003), size=2_500_000), Spread(2.0, 1.75, 2.25), 0.9),
+         Row("tvm", 1, 1, failed, failed, None, None)),
+        (5568, 3296), 5, {"onnxruntime": "1"},
+    )  # fmt: skip
+    evaluation = {"top-1 accuracy": (0.8262, 0.6), "loss": (0.5, 0.75), "agreement": 0.91, "data": "val <folder>"}
+    pruned.save(tmp_path, evaluation=evaluation, bench=bench, command="vbpfx prune 'a<b>' --ratio 0.4")
+    found = Report.load(tmp_path)
+    names = {HOSTILE: QUOTED}
+    return replace(
+        found,
+        widths={names.get(name, name): pair for name, pair in found.widths.items()},
+        spectra={names.get(name, name): spectrum for name, spectrum in found.spectra.items()},
+        refusals=(*found.refusals, Refusal(QUOTED, 8, ("w",), QUOTED, 'of <this> & "that"')),
+        refused=found.refused + 1,
+        settings=dict(found.settings) | {"at_floor": [QUOTED]},
+    )
+
+
+def number(text: str) -> float:
+    """What a figure of the page says: ``3.94 M`` is 3.94e6."""
+    digits, unit = re.fullmatch(r"([\d.,]+)\s*([kMGT]?)B?", text).groups()  # type: ignore[union-attr]
+    return float(digits.replace(",", "")) * UNITS.get(unit, 1.0)
+
+
+def sections(report: Report) -> dict[str, Element]:
+    page = parse(html_report(report))
+    return {section.one("h2").text: section for section in page.all("section")}
+
+
+def test_the_page_is_one_file_that_needs_nothing_else(report: Report) -> None:
+    page = html_report(report)
+    parse(page)
+    assert page.startswith("<!doctype html>")
+    for loaded in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "onload"):
+        assert loaded not in page, loaded
+    assert "width=device-width" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_names_are_text_wherever_they_stand(report: Report) -> None:
+    page = html_report(report)
+    tree = parse(page)
+    assert "<b>" not in page
+    assert "<no>" not in page
+    assert "<this>" not in page
+    assert not list(tree.all("b"))
+    found = sections(report)
+    # in the table of widths, over its chart, in the chart's title and label, and among the refusals
+    assert [r[0] for r in rows(found["Width per block"].one("table"))] == list(report.widths)
+    figures = list(found["Activation variance"].all("figure"))
+    assert [f.one("figcaption").text for f in figures] == list(report.spectra)
+    chart = figures[0].one("svg")
+    assert chart.one("title").text.startswith(f"{QUOTED}: ")
+    assert QUOTED in (chart.attributes["aria-label"] or "")
+    assert chart.attributes["role"] == "img"
+    assert QUOTED in found["Not narrowed"].text
+    assert 'Of <this> & "that"' in found["Not narrowed"].text
+    assert "vbpfx prune 'a<b>' --ratio 0.4" in found["How it was made"].text
+
+
+def test_the_headline_says_the_figures(report: Report) -> None:
+    cards = {}
+    for card in parse(html_report(report)).one("dl", "cards").all("div"):
+        name, now, then = card.one("dt").text, *(dd.text for dd in card.all("dd"))
+        cards[name] = (now, *then.removeprefix("dense ").rsplit(" ", 1))
+    for name, (dense, now) in {
+        "Hidden neurons": report.neurons,
+        "Parameters": report.params,
+        "MACs per sample": report.macs,
+        "Size of the weights": report.size or (0, 0),
+    }.items():
+        shown, before, change = cards[name]
+        # three digits
+        assert number(shown) == pytest.approx(now, rel=0.005)
+        assert number(before) == pytest.approx(dense, rel=0.005)
+        assert change == f"\u2212{100 * (dense - now) / dense:.1f}%"
+    assert cards["Latency, onnxruntime, batch 8"][0] == "2.00\u202fms"
+    assert cards["Top-1 accuracy"][0] == "60.00%"
+
+
+def test_tables_say_the_figures(report: Report) -> None:
+    found = sections(report)
+    assert rows(found["Width per block"].one("table")) == [
+        [name, str(before), str(now), f"{100 * now / before:.1f}%"] for name, (before, now) in report.widths.items()
+    ]
+    assert f"At the floor (min_width): {QUOTED}." in found["Width per block"].text
+    scores = {row[0]: row[1:] for row in rows(found["Accuracy"].one("table"))}
+    assert scores["Top-1 accuracy"] == ["82.62%", "60.00%", "\u221222.62 points", "72.6%"]
+    assert scores["Loss"] == ["0.5", "0.75", "+50.0%", "150.0%"]
+    assert "91.00%" in found["Accuracy"].text
+    assert "val <folder>" in found["Accuracy"].text
+    measured, failed = rows(found["Latency"].one("table"))
+    assert measured[:6] == ["onnxruntime", "8", "1", "4.00\u202fms", "2.00\u202fms", "2.00 (1.75-2.25)"]
+    assert measured[7] == "5.00\u202fMB \u2192 2.50\u202fMB"
+    assert failed[3:] == ["-"] * 5
+    assert 'tvm, batch 1, dense: <no> backend & no "device"' in found["Latency"].text
+    oracle = {row[0]: row[1:] for row in rows(found["Checked"].one("table"))}
+    assert report.verification is not None
+    shown, allowed = oracle["Pruned network against the reference"]
+    power = int(shown.split("10")[-1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
+    assert float(shown[:3]) * 10.0**power == pytest.approx(report.verification.error, rel=0.05)
+    assert allowed.endswith("10⁻⁴")
+
+
+def test_refusals_are_counted_by_reason(report: Report) -> None:
+    counts: dict[str, int] = {}
+    for refusal in report.refusals:
+        counts[refusal.reason] = counts.get(refusal.reason, 0) + 1
+    section = sections(report)["Not narrowed"]
+    for details in section.all("details"):
+        count = int(details.one("span", "count").text.split()[0])
+        assert len(rows(details.one("table"))) == count
+        reason = details.one("summary").text.removesuffix(details.one("span", "count").text)
+        assert counts.pop(reason[0].lower() + reason[1:]) == count
+    assert not counts
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_charts_colour_what_stays(report: Report, block: int) -> None:
+    """The coloured columns, from their paths, against the spectrum's own flags."""
+    spectrum = list(report.spectra.values())[block]
+    chart = list(sections(report)["Activation variance"].all("figure"))[block].one("svg")
+    starts: dict[float, float] = {}
+    for path in chart.all("path", "stays"):
+        for start in re.findall(r"M([\d.]+) ", path.attributes["d"] or ""):
+            starts[float(start)] = float(path.attributes["fill-opacity"] or 1)
+    left, right = 38.0, 312.0
+    expected = {}
+    for kept, first, behind in zip(spectrum.kept, spectrum.bounds, spectrum.bounds[1:], strict=False):
+        if kept:
+            x = round(left + (right - left) * first / spectrum.neurons, 1)
+            expected[x] = kept / (behind - first)
+    assert set(starts) == set(expected)
+    for x, share in expected.items():
+        assert abs(starts[x] - share) <= 0.25
+        assert (starts[x] == 1) == (share == 1)
+    cuts = [float(line.attributes["x1"] or 0) for line in chart.all("line", "cut")]
+    kept = sum(spectrum.kept)
+    whole = kept == spectrum.neurons
+    assert cuts == ([] if whole else [pytest.approx(left + (right - left) * kept / spectrum.neurons, abs=0.051)])
+
+
+def test_reports_of_older_versions_are_shown(report: Report) -> None:
+    new = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
+    old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in new}
+    found = sections(Report.from_json(old | {"verification": None}))
+    assert set(found) == {"Width per block", "Not narrowed", "Checked", "How it was made"}
+    assert "nothing was checked" in found["Checked"].text
+
+
+def test_the_python_call_makes_the_same_plan(pruned: vbpfx.Pruned) -> None:
+    code = sections(pruned.report)["How it was made"].one("pre").text
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"calibration": [torch.randn(64, 8) for _ in range(3)], "model": pruned.captured.reference}
+    exec(code, scope)
+    assert [e.kept for e in scope["pruned"].plan.blocks] == [e.kept for e in pruned.plan.blocks]
+
+
+def test_no_variance_at_all_is_drawn(report: Report) -> None:
+    dead = Spectrum(2, (0.0, 0.0), (1, 0), 1, 1.0)
+    whole = Spectrum(2, (4.0, 0.0), (1, 1), 2, 1.0)
+    for spectra in ({"dead": dead}, {"dead": dead, "whole": whole}):
+        section = sections(replace(report, spectra=spectra))["Activation variance"]
+        assert "nan" not in section.text
+        assert "Variances below the scale" in section.text
+    assert "All 2 neurons stay" in section.text
+    assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
+
+
+def test_notebooks_show_the_headline_and_the_widths(report: Report, pruned: vbpfx.Pruned) -> None:
+    view = parse(notebook_view(report))
+    costs, widths = view.all("table")
+    assert [row[:3] for row in rows(costs)] == [[name, f"{a:,}", f"{b:,}"] for name, (a, b) in report.costs.items()]
+    assert [row[0] for row in rows(widths)] == list(report.widths)
+    assert parse(pruned._repr_html_()).all("table")
+    assert "<b>" not in pruned._repr_html_()
+    assert len(repr(pruned)) < 200
+
+
+def test_notebooks_show_an_analysis(pruned: vbpfx.Pruned) -> None:
+    blocks, refusals = parse(pruned.analysis._repr_html_()).all("table")
+    assert [(r[0], r[1]) for r in rows(blocks)] == [(b.name, str(b.width)) for b in pruned.analysis.blocks]
+    assert [r[-1] for r in rows(refusals)] == [r.reason for r in pruned.analysis.refusals]

@@ -1,0 +1,172 @@
+"""What a report holds: spectra against variances that numpy takes of the activations, and what comes back from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pages import HOSTILE, two
+from torch import Tensor, nn
+
+import vbpfx
+from vbpfx.errors import ArtifactError, ExportError
+from vbpfx.html_report import update_report
+from vbpfx.report import Report
+from vbpfx.spectrum import reduced
+
+NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
+
+
+def data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(64, 8, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pruned() -> vbpfx.Pruned:
+    torch.manual_seed(0)
+    return vbpfx.prune(two(), data(), ratio=0.4, progress=False)
+
+
+def variances(model: nn.Module, name: str) -> np.ndarray[Any, Any]:
+    """Of the hidden activations, by numpy: the model's own first layer and activation."""
+    seen: list[Tensor] = []
+    hidden = getattr(model, name)[1]
+    handle = hidden.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    with torch.no_grad():
+        for batch in data():
+            model(batch)
+    handle.remove()
+    return np.asarray(torch.cat(seen).double().numpy().var(axis=0, ddof=1))
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "plain"])
+def test_a_spectrum_is_the_sorted_variances_and_marks_what_the_plan_keeps(pruned: vbpfx.Pruned, name: str) -> None:
+    spectrum = pruned.report.spectra[name]
+    found = variances(pruned.captured.reference, name)
+    kept = next(set(entry.kept) for entry in pruned.plan.blocks if entry.block.name == name)
+    order = sorted(range(len(found)), key=lambda i: -found[i])
+    n, entries = len(found), len(spectrum.variances)
+    assert entries == min(n, 200)
+    assert spectrum.neurons == n
+    # ranks in equal shares, by integers alone
+    owner = [next(e for e in range(entries) if (e + 1) * n // entries > rank) for rank in range(n)]
+    for entry in range(entries):
+        members = [order[rank] for rank in range(n) if owner[rank] == entry]
+        assert spectrum.kept[entry] == len(kept & set(members))
+        # statistics are float32 sums of 192 rows, the report rounds to four digits
+        assert any(spectrum.variances[entry] == pytest.approx(found[i], rel=1e-3, abs=1e-12) for i in members)
+    assert spectrum.variances[0] == pytest.approx(found.max(), rel=1e-3)
+    assert spectrum.variances[-1] == pytest.approx(found.min(), rel=1e-3, abs=1e-12)
+    assert sum(spectrum.kept) == len(kept)
+    assert spectrum.among_highest == len(kept & set(order[: len(kept)]))
+    assert spectrum.variance_kept == pytest.approx(found[sorted(kept)].sum() / found.sum(), rel=1e-3)
+
+
+def test_variance_alone_keeps_the_highest_of_every_block() -> None:
+    pruned = vbpfx.prune(two(), data(), ratio=0.4, method="vbp", progress=False)
+    for name, spectrum in pruned.report.spectra.items():
+        assert spectrum.among_highest == sum(spectrum.kept) == pruned.report.widths[name][1]
+
+
+def test_a_block_left_out_is_not_in_the_spectra() -> None:
+    pruned = vbpfx.prune(two(), data(), ratio=0.4, exclude="plain*", progress=False)
+    assert {HOSTILE, "plain"} < set(pruned.report.widths)
+    assert set(pruned.report.spectra) == {HOSTILE}
+    assert pruned.report.arguments == {"ratio": 0.4, "exclude": "plain*"}
+
+
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1.0, 1.0, 1.0]])
+def test_few_equal_or_dead_neurons_have_a_spectrum(values: list[float]) -> None:
+    spectrum = reduced(torch.tensor(values, dtype=torch.float64), tuple(range(len(values))))
+    assert spectrum.variances == tuple(values)
+    assert spectrum.kept == (1,) * len(values)
+    assert (spectrum.among_highest, spectrum.variance_kept) == (len(values), 1.0)
+
+
+def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
+    evaluation = {"top-1 accuracy": (0.75, 0.7), "samples": 100}
+    pruned.save(tmp_path, evaluation=evaluation, command="vbpfx prune x")
+    report = Report.load(tmp_path)
+    assert report == pruned.report.measured(evaluation=evaluation, command="vbpfx prune x")
+    assert report.evaluation == {"top-1 accuracy": [0.75, 0.7], "samples": 100}
+    assert report.refusals == pruned.analysis.refusals
+    assert set(report.versions) == {"vbpfx", "torch", "Python", "platform"}
+    # by hand: 8 -> h -> b -> k -> 8 in float32, biases with them; b is a block, too
+    h, b, k = (now for _, now in report.widths.values())
+    sizes = [4 * (9 * h + (h + 1) * b + (b + 1) * k + (k + 1) * 8) for h, b, k in ((48, 8, 300), (h, b, k))]
+    assert report.size == tuple(sizes)
+
+
+def test_reports_of_older_versions_load(pruned: vbpfx.Pruned) -> None:
+    old = {key: value for key, value in json.loads(json.dumps(pruned.report.to_json())).items() if key not in NEW}
+    old.pop("latency")
+    report = Report.from_json(old)
+    assert report.widths == pruned.report.widths
+    assert (report.size, dict(report.spectra), report.refusals) == (None, {}, ())
+
+
+@pytest.mark.parametrize("damage", [{"params": [1]}, {"widths": 3}, {"verification": {"x": 1}}, {"spectra": {"a": {}}}])
+def test_a_damaged_report_is_an_artifact_error(pruned: vbpfx.Pruned, damage: dict[str, Any]) -> None:
+    whole = json.loads(json.dumps(pruned.report.to_json()))
+    with pytest.raises(ArtifactError, match="the report is damaged"):
+        Report.from_json(whole | damage)
+    with pytest.raises(ArtifactError, match="the report is damaged"):
+        Report.from_json([])  # type: ignore[arg-type]
+
+
+def test_what_is_measured_later_joins_the_report(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
+    pruned.save(tmp_path, command="vbpfx prune x")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    report = update_report(tmp_path, evaluation={"agreement": 0.9})
+    assert report == Report.load(tmp_path)
+    assert (report.evaluation, report.command) == ({"agreement": 0.9}, "vbpfx prune x")
+    assert (
+        "Agreement" in (tmp_path / "report.html").read_text() or "agreement" in (tmp_path / "report.html").read_text()
+    )
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("evaluation", [{"accuracy": torch.ones(1)}, {"accuracy": float("nan")}])
+def test_an_evaluation_that_is_no_json_leaves_the_files(
+    pruned: vbpfx.Pruned, tmp_path: Path, evaluation: dict[str, Any]
+) -> None:
+    pruned.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for attempt in (
+        lambda: update_report(tmp_path, evaluation=evaluation),
+        lambda: pruned.save(tmp_path, evaluation=evaluation),
+    ):
+        with pytest.raises(ArtifactError, match=r"evaluation= cannot be written as JSON"):
+            attempt()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_onnx_goes_in_the_same_commit(pruned: vbpfx.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned.save(tmp_path, onnx=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(before["model.onnx"]) > sum(p.numel() for p in pruned.graph_module.parameters()) * 4
+    other = vbpfx.prune(two(), data(), ratio=0.2, progress=False)
+
+    def refuse(*_: Any) -> None:
+        raise ExportError("differs")
+
+    monkeypatch.setattr("vbpfx.export.onnx._check_outputs", refuse)
+    with pytest.raises(ExportError, match="differs"):
+        other.save(tmp_path, onnx=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_reports_of_large_networks_stay_small() -> None:
+    """Twelve blocks of 3072 as in a ViT-B, and 96 of 12,288: the file is written as save writes it."""
+    for blocks, width in ((12, 3072), (96, 12_288)):
+        small = vbpfx.prune(two(), data(), ratio=0.4, progress=False).report
+        entries = min(200, max(40, 6000 // blocks))
+        spectrum = reduced(torch.rand(width, dtype=torch.float64), tuple(range(0, width, 2)), entries)
+        report = dataclasses.replace(small, spectra={f"blocks.{i}.mlp": spectrum for i in range(blocks)})
+        assert len(json.dumps(report.to_json(), indent=1)) < 300_000
