@@ -11,7 +11,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import typer.main
@@ -90,6 +89,8 @@ def _run(line: str, code: Code) -> str:
     words = shlex.split(line, comments=True)
     if not words:
         return ""
+    if words[0] == "torchrun":
+        words = words[words.index("vbpfx") :] if "vbpfx" in words else words
     if words[0] != "vbpfx":
         _require_what_it_names(line, words)
         return ""
@@ -105,7 +106,6 @@ def _parse(words: list[str]) -> None:
     """The command, its arguments and its options exist."""
     group = typer.main.get_command(app)
     context = group.make_context("vbpfx", list(words), resilient_parsing=False)
-    assert isinstance(group, click.Group) or hasattr(group, "resolve_command")
     name, command, rest = group.resolve_command(context, words)  # type: ignore[attr-defined]
     command.make_context(name, rest, parent=context)
 
