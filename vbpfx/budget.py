@@ -104,6 +104,7 @@ def choose_widths(
     def neurons(widths: Mapping[str, int]) -> int:
         return sum(widths[group[0].name] * len(group) for group in groups)
 
+    smaller = "a smaller min_width" + (" or round_to" if round_to > 1 else "")
     if cost is None:
         total = neurons(full)
         wanted, most = round(budget.value * total), total - neurons(after(len(order)))
@@ -112,7 +113,7 @@ def choose_widths(
         if wanted > most:
             raise BudgetError(
                 f"ratio={budget.value:g} removes {wanted} of {total} neurons, but the floors leave at most "
-                f"{most}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less, or a smaller min_width"
+                f"{most}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less, or {smaller}"
             )
         enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
         exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
@@ -129,7 +130,7 @@ def choose_widths(
         raise BudgetError(
             f"{budget.kind}={budget.value:g} cannot be met: with every block at its floor {least / dense:.4f} of the "
             f"dense model's {budget.kind} remain; use {budget.kind}={math.ceil(1e4 * least / dense) / 1e4:g} or more, "
-            f"or a smaller min_width"
+            f"or {smaller}"
         )
     enough = _fewest(len(order), lambda removed: spent(after(removed)) <= target)
     return everywhere(_round_widths(after(enough), full, lowest, round_to, lambda widths: spent(widths) - target))

@@ -339,7 +339,7 @@ def prune_captured(
     plan = make_plan(
         analysis,
         gathered,
-        sensitivity=lambda alike: sensitivities(analysis, alike, kept),
+        sensitivity=lambda alike: sensitivities(analysis, alike, kept, progress=progress),
         latencies=latencies,
         **options,
     )

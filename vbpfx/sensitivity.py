@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vbpfx.blocks import Analysis
+from vbpfx.calibrate import progress_bar
 from vbpfx.capture import Captured
 from vbpfx.convert import convert
 from vbpfx.inputs import Inputs
@@ -27,7 +28,9 @@ MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
 _BLIND = 0.25
 
 
-def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Samples) -> dict[str, float]:
+def sensitivities(
+    analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Samples, *, progress: bool = False
+) -> dict[str, float]:
     """Block -> D, how far the output moves when the plan narrows that block alone.
 
     For a sample, averaged over its positions and summed over the floating-point outputs, d is
@@ -47,6 +50,7 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Sa
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
             pass over them. Of several ranks' samples (:class:`vbpfx.samples.Samples`) each runs its own.
+        progress: show a bar on standard error.
 
     Raises:
         ArtifactError: the plan is of another model.
@@ -58,14 +62,16 @@ def sensitivities(analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Sa
     dense = [_outputs(captured.graph_module, batch) for batch in batches]
     numbers = [start + torch.arange(batch.batch_size or 1) for batch, start in zip(batches, starts, strict=True)]
     rows = [_joined(numbers)]
-    for entry in plan.blocks:
-        small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
-        moved = [
-            _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
-            for batch, expected in zip(batches, dense, strict=True)
-        ]
-        rows.append(_joined(moved))
-        samples.ranks.watch()
+    with progress_bar("comparing blocks", len(plan.blocks), progress and samples.ranks.first) as advance:
+        for entry in plan.blocks:
+            small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
+            moved = [
+                _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
+                for batch, expected in zip(batches, dense, strict=True)
+            ]
+            rows.append(_joined(moved))
+            samples.ranks.watch()
+            advance()
     order, *found = samples.ranks.gather(torch.stack(rows))
     found = [moved[order.argsort()] for moved in found]  # as one process would have them
     names = [entry.block.name for entry in plan.blocks]

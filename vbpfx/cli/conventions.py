@@ -126,6 +126,16 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
 
 
+@contextmanager
+def busy(text: str, shown: bool = True) -> Iterator[None]:
+    """What takes a while, on standard error as long as it does, where somebody sees it."""
+    if not (shown and shows_progress()):
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield
+
+
 def shows_progress() -> bool:
     """Whether somebody sees a bar on standard error."""
     return sys.stderr.isatty()

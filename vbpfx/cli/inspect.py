@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, Frontend, Model, Tracing, Weights, failing_in_one_line, sizes
+from vbpfx.cli.conventions import Color, Debug, Frontend, Model, Tracing, Weights, busy, failing_in_one_line, sizes
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -38,9 +38,10 @@ def inspect(
         raise typer.BadParameter("--block and --graph go together: --block NAME --graph FILE.svg")
     one = sizes(shape)
     with failing_in_one_line(debug):
-        from vbpfx.inspection import inspect_model
+        with busy(f"loading {model}"):
+            from vbpfx.inspection import inspect_model
 
-        found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
+            found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
         if graph is not None:
             from vbpfx.channel_graph import channel_graph
             from vbpfx.files import text_writer, write_atomically

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from vbpfx.cli.conventions import (
     Model,
     Tracing,
     Weights,
+    busy,
     device_named,
     failing_in_one_line,
     fraction,
@@ -168,24 +169,27 @@ def prune(
         "name": model, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
         "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "max_length": max_length,
     }  # fmt: skip
-    with failing_in_one_line(debug), among_ranks(device, debug) as ranks:
-        import torch
+    with failing_in_one_line(debug), among_ranks(device, debug) as ranks, ExitStack() as stack:
+        with busy(f"loading {model}", ranks.first):
+            import torch
 
-        from vbpfx.artifact import folder_for_artifact
-        from vbpfx.data_sources import open_data
-        from vbpfx.model_names import load_model
-        from vbpfx.pipeline import prune as run_prune
+            from vbpfx.artifact import folder_for_artifact
+            from vbpfx.data_sources import open_data
+            from vbpfx.model_names import load_model
+            from vbpfx.pipeline import prune as run_prune
 
-        with folder_for_artifact(out) if ranks.first else nullcontext():
+            if ranks.first:
+                stack.enter_context(folder_for_artifact(out))
             torch.manual_seed(seed)
             network = load_model(model, weights).to(device_named(device))
             calibration = open_data(data, network, **reading)
-            if ranks.first:
-                note(str(calibration))
-            pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
-            _save(pruned, out, onnx=not no_onnx)
         if ranks.first:
-            typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
+            note(str(calibration))
+        pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
+        with busy(f"writing {out}", ranks.first):
+            _save(pruned, out, onnx=not no_onnx)
+    if ranks.first:
+        typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
 
 
 def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:

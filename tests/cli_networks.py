@@ -1,0 +1,42 @@
+"""Networks that tests name as ``cli_networks:NAME``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp() -> nn.Module:
+    """On images of 3x8x8: two blocks, of 32 and 16 neurons."""
+    torch.manual_seed(1)
+    layers = nn.Linear(192, 32), nn.GELU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def single() -> nn.Module:
+    """One layer: nothing is hidden."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+
+
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def branching() -> nn.Module:
+    """What it does depends on its input."""
+    return _Branching()
+
+
+def text() -> str:
+    """No network."""
+    return "no network"
+
+
+def raising() -> nn.Module:
+    """Cannot be made."""
+    raise ValueError("out of layers")

@@ -1,0 +1,270 @@
+"""Bad command lines: one line that says why, the right exit status, and every file as it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cli_networks
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+import vbpfx.data_sources
+import vbpfx.files
+import vbpfx.model_names
+import vbpfx.pipeline
+from vbpfx.cli import app
+
+MLP = "cli_networks:mlp"
+PRUNE = ["prune", MLP, "--data", "good.npy", "--out", "out", "--ratio", "0.5"]
+
+
+class _Code:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("code-has-run",)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with good and bad files in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")  # usage errors are boxed: in one line
+    images = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
+    np.save("good.npy", images)
+    np.save("narrow.npy", images[..., 1:])
+    np.save("nan.npy", np.where(images > 2, np.nan, images))
+    Path("cut.npy").write_bytes(Path("good.npy").read_bytes()[:300])
+    Path("words.csv").write_text("a,b\n")
+    Path("file").write_text("")
+    for folder in ("empty", "no-images", "bad-image", "other"):
+        Path(folder).mkdir()
+    Path("no-images/notes.txt").write_text("nothing to see")
+    Path("bad-image/one.png").write_bytes(b"\x89PNG\r\n\x1a\nand no more")
+    Path("other/thesis.tex").write_text("years of work")
+    save_file(cli_networks.mlp().state_dict(), "fits.safetensors")
+    save_file({"0.weight": torch.zeros(2, 2)}, "other.safetensors")
+    Path("cut.safetensors").write_bytes(Path("fits.safetensors").read_bytes()[:100])
+    Path("code.pt").write_bytes(pickle.dumps(_Code()))
+    return tmp_path
+
+
+def _files(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def _require_one_line(result: Result, status: int, reason: str) -> None:
+    said = [line for line in result.stderr.splitlines() if line.startswith("vbpfx: ")]
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+    assert reason in result.stderr
+    assert len(said) == (0 if status == 2 else 1)
+    if said:
+        assert reason in said[0]
+        assert result.stderr.endswith(f"{said[0]}\n")
+
+
+def _prune(
+    *others: str, model: str = MLP, data: str = "good.npy", out: str = "out", budget: str = "--ratio=0.5"
+) -> list[str]:
+    return ["prune", model, "--data", data, "--out", out, *budget.split(), *others]
+
+
+# what is wrong -> arguments, exit status, what the line says
+LINES: dict[str, tuple[list[str], int, str]] = {
+    # data
+    "data that is not there": (_prune(data="nowhere"), 1, "nowhere does not exist"),
+    "data of no known kind": (_prune(data="words.csv"), 1, "words.csv is of no known kind"),
+    "an array file that was cut off": (_prune(data="cut.npy"), 1, "cannot read cut.npy"),
+    "arrays of another shape": (_prune(data="narrow.npy"), 1, "batch 1 (counted from 1) does not fit the model"),
+    "arrays with NaN": (_prune(data="nan.npy"), 1, "NaN"),
+    "an empty folder": (_prune("--shape", "3x8x8", data="empty"), 1, "empty"),
+    "a folder without images": (_prune("--shape", "3x8x8", data="no-images"), 1, "no-images"),
+    "an image that is damaged": (_prune("--shape", "3x8x8", data="bad-image"), 1, "one.png"),
+    "no image left": (_prune("--shape", "3x8x8", "--bad-images", "skip", data="bad-image"), 1, "bad-image"),
+    "images of no known size": (_prune(data="bad-image"), 1, "--shape"),
+    "a mean that is no number": (_prune("--mean", "grey", data="bad-image"), 2, "--mean grey"),
+    "no data": (["prune", MLP, "--out", "out", "--ratio", "0.5"], 2, "--data"),
+    # models
+    "a model of no known form": (_prune(model="deit"), 1, "expected timm:NAME"),
+    "a timm model that is unknown": (_prune(model="timm:vit_smallest"), 1, "timm knows no model 'vit_smallest'"),
+    "a torchvision model that is unknown": (_prune(model="torchvision:resnet1"), 1, "torchvision knows no model"),
+    "a folder that is no hf model": (_prune(model="hf:empty"), 1, "transformers cannot load 'empty'"),
+    "a module that is not there": (_prune(model="nowhere_at_all:build"), 1, "No module named 'nowhere_at_all'"),
+    "a function that is not there": (_prune(model="cli_networks:nothing"), 1, "nothing"),
+    "a function that raises": (_prune(model="cli_networks:raising"), 1, "out of layers"),
+    "a function that makes no network": (_prune(model="cli_networks:text"), 1, "expected a torch.nn.Module"),
+    "a network without hidden layers": (_prune(model="cli_networks:single"), 1, "no block"),
+    "a network that cannot be traced": (["inspect", "cli_networks:branching", "--shape", "8"], 1, "could not be traced"),
+    "no model": (["prune", "--data", "good.npy", "--out", "out", "--ratio", "0.5"], 2, "MODEL"),
+    # weights
+    "weights that are not there": (_prune("--weights", "nowhere.pt"), 1, "cannot read weights from nowhere.pt"),
+    "weights that do not fit": (_prune("--weights", "other.safetensors"), 1, "other.safetensors does not fit Sequential"),
+    "weights that were cut off": (_prune("--weights", "cut.safetensors"), 1, "cannot read weights from cut.safetensors"),
+    "weights with code in them": (_prune("--weights", "code.pt"), 1, "code.pt is no file of weights alone"),
+    # budgets and options
+    "no budget": (_prune(budget=""), 2, "found none"),
+    "two budgets": (_prune(budget="--ratio 0.5 --macs 0.5"), 2, "found --ratio and --macs"),
+    "a ratio above 1": (_prune(budget="--ratio 1.5"), 2, "1.5 is not between 0 and 1"),
+    "a ratio that is no number": (_prune(budget="--ratio half"), 2, "--ratio"),
+    "a budget that the floors forbid": (_prune("--min-width", "15", budget="--params 0.1"), 1, "use params=0."),
+    "a ratio that the floors forbid": (_prune("--min-width", "15", budget="--ratio 0.9"), 1, "use ratio=0."),
+    "a pattern that matches nothing": (_prune("--include", "encoder.*"), 1, "encoder.*"),
+    "a method that is unknown": (_prune("--method", "magic"), 2, "magic"),
+    "a runtime that is unknown": (_prune("--runtime", "tensorrt"), 2, "tensorrt"),
+    "a latency in no runtime": (_prune("--runtime", "none", budget="--latency 0.5"), 2, "none is no runtime"),
+    "an option that is unknown": (_prune("--speed"), 2, "--speed"),
+    "a limit of nothing": (_prune("--limit", "0"), 2, "--limit"),
+    "a device that is not there": (_prune("--device", "tpu"), 1, "--device tpu is not there"),
+    "a checkpoint in the result": (_prune("--checkpoint", "out/checkpoint"), 2, "lies in --out"),
+    # the result
+    "a folder that holds something else": (_prune(out="other"), 1, "other holds thesis.tex and is no pruned network"),
+    "a result that is a file": (_prune(out="file"), 1, "file is a file"),
+    "a result below a file": (_prune(out="file/below"), 1, "cannot write file/below"),
+    # the other commands
+    "a block that is unknown": (
+        ["inspect", MLP, "--shape", "3x8x8", "--block", "1->4", "--graph", "g.svg"], 1, "near it: 1->3"
+    ),
+    "a block without a file": (["inspect", MLP, "--block", "1->3"], 2, "--block and --graph go together"),
+    "a picture that cannot be written": (
+        ["inspect", MLP, "--shape", "3x8x8", "--block", "1->3", "--graph", "file/g.svg"], 1, "cannot write file/g.svg"
+    ),
+    "a shape that is none": (["inspect", MLP, "--shape", "3x8xwide"], 2, "expected numbers such as 3x224x224"),
+    "a shape of nothing": (["inspect", MLP, "--shape", "0x8x8"], 2, "sizes of 1 and more"),
+    "a shape that is not said": (["inspect", MLP], 1, "pass --shape"),
+    "nothing to compare with": (["bench", "out"], 2, "pass DIR and --dense MODEL"),
+    "a folder without a network": (["bench", "empty", "--dense", MLP, "--shape", "3x8x8"], 1, "cannot read empty/graph.json"),
+    "an ONNX file that is not there": (["onnx", "no.onnx", "--data", "good.npy", "--out", "o.onnx", "--ratio", "0.5"], 1, "no.onnx"),
+    "a command that is unknown": (["shrink"], 2, "shrink"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", LINES)
+def test_a_bad_command_line_is_one_line_and_writes_nothing(wrong: str, place: Path) -> None:
+    arguments, status, reason = LINES[wrong]
+    before = _files(place)
+    _require_one_line(_run(*arguments), status, reason)
+    assert _files(place) == before
+
+
+@pytest.mark.parametrize(("package", "model"), [("timm", "timm:x"), ("torchvision.models", "torchvision:x"),
+                                                ("transformers", "hf:empty")])  # fmt: skip
+def test_a_package_that_is_missing_is_named(
+    package: str, model: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    _require_one_line(_run(*_prune(model=model)), 1, "pip install")
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root may write everywhere, the system's answer is simulated."""
+
+    def deny(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(vbpfx.files.tempfile, "TemporaryFile", deny)
+    _require_one_line(_run(*_prune(model="cli_networks:raising", out="a/b")), 1, "cannot write a/b: Permission denied")
+    assert not Path("a").exists()
+
+
+def test_the_folder_is_looked_at_before_any_work(place: Path) -> None:
+    """Models take long to load, and data to read."""
+    _require_one_line(
+        _run(*_prune(model="cli_networks:raising", data="nowhere", out="other")), 1, "other holds thesis.tex"
+    )
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vbpfx.files, "save_file", _full)
+        before = _files(place)
+        _require_one_line(_run(*PRUNE), 1, "No space left on device")
+        assert _files(place) == before
+    assert _run(*PRUNE).exit_code == 0
+    before = _files(place)
+    assert "out/model.onnx" in before
+    monkeypatch.setattr(vbpfx.files, "save_file", _full)
+    _require_one_line(_run(*PRUNE, "--seed", "1"), 1, "No space left on device")
+    assert _files(place) == before
+
+
+STAGES = {
+    "load_model": vbpfx.model_names, "open_data": vbpfx.data_sources, "capture": vbpfx.pipeline,
+    "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.pipeline, "make_plan": vbpfx.pipeline,
+    "reconstruct_plan": vbpfx.pipeline, "convert": vbpfx.pipeline, "check": vbpfx.pipeline,
+    "onnx_writer": vbpfx.pipeline, "save_network": vbpfx.pipeline, "save_file": vbpfx.files,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_is_one_line_and_leaves_nothing(stage: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STAGES[stage], stage, _stop)
+    before = _files(place)
+    _require_one_line(_run(*PRUNE), 130, "interrupted")
+    assert _files(place) == before
+
+
+def test_ctrl_c_in_a_terminal(place: Path) -> None:
+    """A real signal to a real process."""
+    script = (
+        "import os, signal, sys, vbpfx.pipeline, vbpfx.cli\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
+        "vbpfx.pipeline.capture = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "vbpfx.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.splitlines()[-1] == "vbpfx: interrupted"
+    assert "Traceback" not in done.stderr
+    assert not (place / "out").exists()
+
+
+def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one error that leaves files: hours of work, whole, without the file of an earlier result among them."""
+    assert _run(*PRUNE).exit_code == 0
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise vbpfx.ExportError("no operator for it")
+
+    monkeypatch.setattr(vbpfx.pipeline, "onnx_writer", refuse)
+    _require_one_line(_run(*PRUNE), 1, "out holds everything but model.onnx: no operator for it")
+    assert not Path("out/model.onnx").exists()
+    assert vbpfx.load("out")(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_nobody_expected_is_one_line_too(debug: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Callable[[], None]:
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr(vbpfx.pipeline, "capture", fail)
+    result = _run(*PRUNE, *(["--debug"] if debug else []))
+    if debug:
+        assert isinstance(result.exception, ZeroDivisionError)
+    else:
+        _require_one_line(result, 1, "ZeroDivisionError: by zero (--debug shows where)")
+    assert not Path("out").exists()
