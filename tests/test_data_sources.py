@@ -84,7 +84,7 @@ def test_timm_says_how_its_images_are_prepared(flat: Path) -> None:
     data = vbpfx.open_data(flat, model, batch=2)
     assert torch.equal(_all(data), expected)
     assert (len(data), data.samples, data.labels) == (3, 5, None)
-    assert "as timm says: bicubic to 160x160" in str(data)
+    assert "as timm says: bicubic, shorter side to" in str(data)
 
 
 def test_overrides_of_timm_are_timms_own_settings(flat: Path) -> None:

@@ -109,9 +109,7 @@ class _Tally:
                     f"the output has shape {tuple(output.shape)} in the pruned network and {tuple(dense.shape)} in the dense one"
                 )
         if self.samples and (labels is None) == bool(self.labels):
-            raise EvaluationError(
-                f"this batch has {'no labels' if labels is None else 'labels'}, those before had not so"
-            )
+            raise EvaluationError(f"this batch has {'no labels' if labels is None else 'labels'}, those before had not")
         if labels is None and not others:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)

@@ -7,6 +7,7 @@ Hugging Face model has ``preprocessor_config.json`` in its folder. For other mod
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,7 +102,7 @@ def _of_timm(model: nn.Module, overrides: Overrides) -> ImageTransform:
     transform = data.create_transform(**settings, is_training=False)
     channels, height, width = settings["input_size"]
     about = (
-        f"as timm says: {settings['interpolation']} to {height}x{width}, {_central(settings['crop_pct'])}, "
+        f"as timm says: {settings['interpolation']}, {_sizes(settings['crop_mode'], settings['crop_pct'], height, width)}, "
         f"{_normalisation(settings['mean'], settings['std'])}"
     )
     return ImageTransform(transform, _mode(channels), None, about)
@@ -137,7 +138,7 @@ def _of_torchvision(name: str, overrides: Overrides) -> ImageTransform:
     changed |= {k: v for k, v in (("mean", _tuple(overrides.mean)), ("std", _tuple(overrides.std))) if v is not None}
     transform = make(**changed)
     about = (
-        f"as torchvision's {weights} says: {transform.interpolation.value} to {resized}, the central {side}x{side}, "
+        f"as torchvision's {weights} says: {transform.interpolation.value}, shorter side to {resized}, the central {side}x{side}, "
         f"{_normalisation(transform.mean, transform.std)}"
     )
     return ImageTransform(transform, "RGB", None, about)
@@ -190,11 +191,12 @@ def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
         )
     mean, std = overrides.mean or IMAGENET_MEAN, overrides.std or IMAGENET_STD
     square = height == width
-    resize = transforms.Resize(int(height / crop) if square else (int(height / crop), int(width / crop)))
+    resized = (int(height / crop), int(width / crop))
+    resize = transforms.Resize(resized[0] if square else resized)
     steps = (resize, transforms.CenterCrop((height, width)), transforms.ToTensor())
     normalise = transforms.Normalize(torch.tensor(mean), torch.tensor(std))
     about = (
-        f"{'the shorter side' if square else 'both sides'} bilinear to 1/{crop:g}, the central {height}x{width}, "
+        f"bilinear, {f'shorter side to {resized[0]}' if square else 'to {}x{}'.format(*resized)}, the central {height}x{width}, "
         f"{_normalisation(mean, std)}{'' if given else ' (ImageNet, for want of others)'}"
     )
     return ImageTransform(transforms.Compose((*steps, normalise)), _mode(channels), None, about)
@@ -228,8 +230,10 @@ def check_image(path: Any) -> str:
     return ""
 
 
-def _central(crop: float) -> str:
-    return "all of it" if crop == 1 else f"the central {crop:.3g}"
+def _sizes(crop_mode: str, crop: float, height: int, width: int) -> str:
+    if crop_mode != "center" or height != width:
+        return f"{crop_mode} to {height}x{width} of 1/{crop:g}"
+    return f"shorter side to {math.floor(height / crop)}, the central {height}x{width}"
 
 
 def _mode(channels: int) -> str:

@@ -28,9 +28,15 @@ Bad = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, rich_help_panel=PANEL, help="Processes that read images ahead.")]
 Shape = Annotated[
-    str, typer.Option(rich_help_panel=PANEL, help="Of one image, such as 3x224x224, where the model does not say.")
+    str, typer.Option(rich_help_panel=PANEL, help="Of one image, such as 3x224x224, in place of what the model says.")
 ]
-Mean = Annotated[str, typer.Option(rich_help_panel=PANEL, help="Of the channels, such as 0.5 or 0.48,0.46,0.41.")]
+Mean = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="Of the channels, such as 0.5 or 0.48,0.46,0.41, in place of what the model says; ImageNet's where it says nothing.",
+    ),
+]
 Std = Annotated[str, typer.Option(rich_help_panel=PANEL, help="Of the channels, in the same way.")]
 Crop = Annotated[
     float | None,

@@ -40,7 +40,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|DIR",
-            help="Folder of the pruned network, to compare with --dense; or a model, by itself or so.",
+            help="Folder of the pruned network, to compare with --dense; or a model, alone or to compare likewise.",
         ),
     ],
     data: Annotated[Path, typer.Option(help=f"Samples, with labels or without: then agreement alone. {DATA}")],

@@ -28,7 +28,20 @@ from vbpfx.cli.conventions import (
     shows_progress,
     sizes,
 )
-from vbpfx.cli.data_options import DATA, Bad, BadImages, Batch, Limit, MaxLength, Mean, Shape, Std, Workers, numbers
+from vbpfx.cli.data_options import (
+    DATA,
+    Bad,
+    BadImages,
+    Batch,
+    Crop,
+    Limit,
+    MaxLength,
+    Mean,
+    Shape,
+    Std,
+    Workers,
+    numbers,
+)
 from vbpfx.cli.group import among_ranks
 
 if TYPE_CHECKING:
@@ -132,6 +145,7 @@ def prune(
     shape: Shape = "",
     mean: Mean = "",
     std: Std = "",
+    crop: Crop = None,
     max_length: MaxLength = None,
     frontend: Tracing = Frontend.auto,
     device: Device = "cpu",
@@ -167,7 +181,7 @@ def prune(
     options = {name: value for name, value in options.items() if value not in (None, [])}
     reading: dict[str, Any] = {
         "name": model, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
-        "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "max_length": max_length,
+        "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "crop": crop, "max_length": max_length,
     }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(device, debug) as ranks, ExitStack() as stack:
         with busy(f"loading {model}", ranks.first):

@@ -1,0 +1,241 @@
+"""Evaluation: counted by hand in NumPy; intervals against published figures, and against what they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import assert_unchanged, state
+from torch import Tensor, nn
+
+import vbpfx
+from vbpfx.demo.digits import accuracy, load_digits, load_trained
+from vbpfx.errors import EvaluationError
+from vbpfx.intervals import PairedDifference, Share
+
+CLASSES, SAMPLES = 7, 60
+
+
+class Table(nn.Module):
+    """Samples are numbers; what it returns for each is a row of a table."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.from_numpy(rows))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.rows[x]
+
+
+class Named(Table):
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return {"hidden": torch.zeros(len(x), 3), "logits": self.rows[x]}
+
+
+def _rows(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(SAMPLES, CLASSES)) * 2
+
+
+@pytest.fixture
+def three() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The logits of two networks that mostly agree, and labels that the first one mostly has."""
+    dense = _rows(0)
+    random = np.random.default_rng(2)
+    labels = np.where(random.random(SAMPLES) < 0.7, dense.argmax(1), random.integers(0, CLASSES, SAMPLES))
+    return dense, dense + _rows(1) * 0.4, labels
+
+
+def _batches(labels: np.ndarray | None = None, size: int = 16) -> list[Any]:
+    numbers = torch.arange(SAMPLES).split(size)
+    if labels is None:
+        return list(numbers)
+    return list(zip(numbers, torch.from_numpy(labels).split(size), strict=True))
+
+
+def _evaluate(*args: Any, **options: Any) -> vbpfx.Evaluation:
+    return vbpfx.evaluate(*args, progress=False, **options)
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _kl(dense: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    p, q = _probabilities(dense), _probabilities(pruned)
+    return (p * np.log(p / q)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", [Table, Named])
+def test_every_figure_is_what_counting_gives(three: tuple[np.ndarray, ...], kind: type[Table]) -> None:
+    dense, pruned, labels = three
+    found = _evaluate(kind(dense), kind(pruned), _batches(labels))
+    right = [rows.argmax(1) == labels for rows in (dense, pruned)]
+    among = [(np.argsort(-rows, 1)[:, :5] == labels[:, None]).any(1) for rows in (dense, pruned)]
+    for accuracy_, one, five in zip((found.dense, found.pruned), right, among, strict=True):
+        assert (accuracy_.top1.count, accuracy_.top5.count, accuracy_.top1.samples) == (one.sum(), five.sum(), SAMPLES)
+    assert found.top1_change == PairedDifference(
+        (right[0] & right[1]).sum(),
+        (right[0] & ~right[1]).sum(),
+        (~right[0] & right[1]).sum(),
+        (~right[0] & ~right[1]).sum(),
+    )
+    assert found.top1_change.value == pytest.approx(right[1].mean() - right[0].mean())
+    assert found.top5_change.value == pytest.approx(among[1].mean() - among[0].mean())
+    assert found.agreement == pytest.approx((dense.argmax(1) == pruned.argmax(1)).mean(), rel=1e-12)
+    assert found.kl == pytest.approx(_kl(dense, pruned).mean(), rel=1e-6)  # in float32
+    assert found.retention == right[1].sum() / right[0].sum()
+    for entry in found.classes:
+        of = labels == entry.label
+        assert (entry.samples, entry.dense, entry.pruned) == (of.sum(), right[0][of].sum(), right[1][of].sum())
+    assert sorted(entry.label for entry in found.classes) == sorted(set(labels.tolist()))
+    lost = [entry.dense - entry.pruned for entry in found.classes]
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > 0 > lost[-1]
+
+
+def test_without_labels(three: tuple[np.ndarray, ...]) -> None:
+    dense, pruned, labels = three
+    found, labelled = (
+        _evaluate(Table(dense), Table(pruned), _batches()),
+        _evaluate(Table(dense), Table(pruned), _batches(labels)),
+    )
+    assert (found.dense, found.pruned, found.top1_change, found.classes) == (None, None, None, ())
+    assert (found.agreement, found.kl) == (labelled.agreement, labelled.kl)
+    assert "accuracy" not in str(found)
+    assert set(found.to_json()) == {"samples", "agreement", "kl"}
+
+
+def test_one_network_alone(three: tuple[np.ndarray, ...]) -> None:
+    dense, _, labels = three
+    found = _evaluate(Table(dense), None, _batches(labels))
+    assert found.dense.top1.count == (dense.argmax(1) == labels).sum()
+    assert (found.pruned, found.agreement, found.kl, found.retention, found.classes) == (None, None, None, None, ())
+    assert "pruned" not in str(found)
+    with pytest.raises(EvaluationError, match=r"batch 1 .*: it has no labels, and there is no other network"):
+        _evaluate(Table(dense), None, _batches())
+
+
+def test_padding_does_not_count() -> None:
+    """Logits at every position: a sample's share of its own positions, then the mean over samples."""
+    random = np.random.default_rng(0)
+    dense = random.normal(size=(3, 4, 5))
+    pruned = dense + random.normal(size=dense.shape)
+    lengths = (4, 1, 2)
+    mask = torch.tensor([[1] * n + [0] * (4 - n) for n in lengths])
+    batch = {"x": torch.arange(3), "attention_mask": mask}
+    found = _evaluate(Table(dense), Table(pruned), [batch])
+    same, kl = dense.argmax(-1) == pruned.argmax(-1), _kl(dense, pruned)
+    assert found.agreement == pytest.approx(np.mean([same[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-12)
+    assert found.kl == pytest.approx(np.mean([kl[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-6)
+
+
+def test_a_network_is_itself() -> None:
+    split, dense = load_digits(), load_trained()
+    batches = list(zip(split.test_images.split(100), split.test_labels.split(100), strict=True))
+    before = state(dense.train())
+    found = _evaluate(dense, dense, batches)
+    assert_unchanged(dense, before)
+    assert (found.agreement, found.kl, found.retention) == (1.0, 0.0, 1.0)
+    assert found.dense.top1.value == accuracy(dense.eval(), split.test_images, split.test_labels)
+    assert "no class lost samples" in str(found)
+    low, high = found.top1_change.interval
+    assert low < 0 < high
+
+
+def test_what_is_printed(three: tuple[np.ndarray, ...]) -> None:
+    dense, pruned, labels = three
+    names = [f"kind {n}" for n in range(CLASSES)]
+    found = _evaluate(Table(dense), Table(pruned), _batches(labels), classes=names)
+    text = str(found)
+    assert f"{found.dense.top1.value:.1%}" in text
+    assert f"both choose the same class: {found.agreement:.1%} [" in text
+    worst = found.classes[0]
+    (line,) = [line for line in text.splitlines() if f"│ {worst.name} " in line]
+    assert [int(cell) for cell in line.split("│")[2:5]] == [worst.samples, worst.dense, worst.pruned]
+    assert "mostly chance" in text
+    assert text.count("kind") > found.text(worst=1).count("kind") == 1
+    assert "kind" not in found.text(worst=0)
+    assert max(map(len, text.splitlines())) < 100
+    assert json.loads(json.dumps(found.to_json()))["pruned"]["top1"]["count"] == found.pruned.top1.count
+    split = load_digits()
+    report = vbpfx.prune(load_trained(), [split.train_images[:64]], ratio=0.5, progress=False).report
+    measured = report.measured(evaluation=found.for_report())
+    assert measured.evaluation["top-1 accuracy"] == [found.dense.top1.value, found.pruned.top1.value]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, p, b: (d, p, []), "nothing to evaluate on"),
+        (
+            lambda d, p, b: (d, Table(_rows(1)[:, :3]), b),
+            r"batch 1 .*shape \(16, 3\) in the pruned network and \(16, 7\)",
+        ),
+        (lambda d, p, b: (d, Table(_rows(1) * math.nan), b), "the pruned network's output holds NaN"),
+        (
+            lambda d, p, b: (d, p, [b[0], (b[1][0], b[1][1] + 7)]),
+            r"batch 2 .*label 1\d is no class of a network with 7 outputs",
+        ),
+        (lambda d, p, b: (d, p, [b[0], b[1][0]]), "batch 2 .*this batch has no labels, those before had"),
+        (lambda d, p, b: (d, p, [b[0][0], b[1]]), "batch 2 .*this batch has labels, those before had not"),
+        (lambda d, p, b: (d, p, [b[0][0] + 1000]), "batch 1 .*does not run through Table"),
+    ],
+)
+def test_what_does_not_go_together(three: tuple[np.ndarray, ...], change: Any, message: str) -> None:
+    dense, pruned, labels = three
+    with pytest.raises(EvaluationError, match=message):
+        _evaluate(*change(Table(dense), Table(pruned), _batches(labels)))
+
+
+def test_names_must_be_those_of_the_outputs(three: tuple[np.ndarray, ...]) -> None:
+    """Ten folders of a thousand classes would be numbered 0 to 9, and every figure would be wrong."""
+    dense, pruned, labels = three
+    with pytest.raises(EvaluationError, match="there are 3 classes, and the network has 7 outputs"):
+        _evaluate(Table(dense), Table(pruned), _batches(labels % 3), classes=["a", "b", "c"])
+
+
+# intervals
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilsons_interval_as_published(count: int, samples: int, low: float, high: float) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
+    assert Share(count, samples).interval == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_paired_interval_as_published() -> None:
+    """Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014): airway hyper-responsiveness, Newcombe's interval."""
+    assert PairedDifference(1, 1, 7, 12).interval == pytest.approx((0.026, 0.507), abs=5e-4)
+    low, high = PairedDifference(1, 7, 1, 12).interval
+    assert (low, high) == pytest.approx((-0.507, -0.026), abs=5e-4)
+
+
+def test_intervals_hold_as_often_as_they_promise() -> None:
+    """20 000 draws of 150 pairs: a coverage of 95 % is seen to a standard error of 0.15 %; Newcombe found 94 to 96.5 %."""
+    chances = (0.70, 0.10, 0.05, 0.15)
+    draws = np.random.default_rng(0).multinomial(150, chances, 20_000).tolist()
+    truth, held, narrow = chances[2] - chances[1], 0, 0
+    for draw in draws:
+        change = PairedDifference(*draw)
+        low, high = change.interval
+        held += low <= truth <= high
+        narrow += high - low < 0.25
+    assert 0.94 < held / len(draws) < 0.97
+    assert narrow == len(draws)
+
+
+def test_intervals_at_the_ends() -> None:
+    assert Share(20, 20).interval == pytest.approx((1 - 0.16113, 1.0), abs=1e-4)
+    low, high = PairedDifference(10, 0, 0, 0).interval
+    assert -0.5 < low < 0 < high < 0.5
+    low, high = PairedDifference(0, 10, 0, 0).interval
+    assert low == -1.0
+    assert high < -0.5
