@@ -64,7 +64,7 @@ def test_a_wheel_builds_and_works_outside_the_checkout(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True)
     script = (
         "import torch, vbpfx; from vbpfx.demo.digits import load_trained; model = load_trained();"
-        "pruned = vbpfx.prune(model, [torch.randn(4, 1, 8, 8)], ratio=0.5, progress=False);"
+        "pruned = vbpfx.prune(model, [torch.randn(4, 1, 8, 8)], ratio=0.5, progress=False);pruned.save('small');"
         "print(vbpfx.__file__, pruned.plan.removed)"
     )
     env = os.environ | {"PYTHONPATH": str(target)}

@@ -34,6 +34,11 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
+def kept(dense: float, pruned: float) -> str:
+    """What is left, as a share; a dash where there was nothing."""
+    return percent(pruned / dense) if dense else "-"
+
+
 def change(dense: float, pruned: float) -> str:
     """``-31.0%``, with a minus sign; no change where both are equal."""
     if dense == pruned:

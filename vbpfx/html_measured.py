@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vbpfx.figures import MINUS, capital, change, in_bytes, in_milliseconds, percent, said, scientific, short
+from vbpfx.figures import MINUS, capital, change, in_bytes, in_milliseconds, kept, percent, said, scientific, short
 from vbpfx.markup import Markup, joined, tag
 from vbpfx.report import Report
 from vbpfx.tables import counted, facts, html_table, scrolling
@@ -26,11 +26,11 @@ def cards(report: Report) -> Markup:
         )
     if row := next((row for row in _rows(report) if row["speedup"]), None):
         dense, pruned = (row[side]["seconds"]["median"] for side in ("dense", "pruned"))
-        name = f"Latency, {row['runtime']}, batch {row['batch']}"
+        name = f"Latency, batch {row['batch']}"
         shown.append((name, in_milliseconds(dense), in_milliseconds(pruned), change(dense, pruned)))
     elif report.latency:
         found = report.latency
-        name = f"Latency, {found['runtime']}, batch {found['batch']}"
+        name = f"Latency, batch {found['batch']}"
         shown.append((name, "100%", percent(found["measured"]), change(1, found["measured"])))
     for name, (dense, pruned) in _measures(report).items():
         shown.append((capital(name), _score(name, dense), _score(name, pruned), _difference(name, dense, pruned)))
@@ -61,7 +61,7 @@ def evaluation(report: Report) -> Markup | None:
             _score(name, dense),
             _score(name, pruned),
             _difference(name, dense, pruned),
-            _retention(dense, pruned),
+            kept(dense, pruned),
         )
         for name, (dense, pruned) in measures.items()
     ]
@@ -161,9 +161,7 @@ def _score(name: str, value: Any) -> str:
 def _difference(name: str, dense: float, pruned: float) -> str:
     if not _is_share(name):
         return change(dense, pruned)
-    points = 100 * (pruned - dense)
-    return f"{'+' if points >= 0 else MINUS}{abs(points):.2f} points"
-
-
-def _retention(dense: float, pruned: float) -> str:
-    return percent(pruned / dense) if dense else "-"
+    points = round(100 * (pruned - dense), 2)
+    if not points:
+        return "no change"
+    return f"{'+' if points > 0 else MINUS}{abs(points):.2f} points"

@@ -8,7 +8,7 @@ from typing import Any
 
 from vbpfx.bench_result import BenchResult
 from vbpfx.charts import bar, common_scale, describe, spectrum_chart
-from vbpfx.figures import capital, percent
+from vbpfx.figures import capital, kept
 from vbpfx.files import Write, json_writer, text_writer, write_atomically
 from vbpfx.html_measured import cards, evaluation, latency
 from vbpfx.html_sections import check, making, refitted, refused
@@ -19,7 +19,8 @@ from vbpfx.tables import counted, html_table, scrolling
 _STYLE = Path(__file__).with_name("report.css")
 _NOTEBOOK_STYLE = (
     ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
-    ".vbpfx caption,.vbpfx th{text-align:left;font-weight:normal}.vbpfx .number{text-align:right}"
+    ".vbpfx caption,.vbpfx th,.vbpfx td{text-align:left;font-weight:normal;padding:.15rem 1rem .15rem 0}"
+    ".vbpfx .number{text-align:right;font-variant-numeric:tabular-nums}.vbpfx caption{max-width:36rem}"
 )
 _OPEN = 24  # so many blocks a notebook shows without being asked
 
@@ -64,7 +65,7 @@ def html_report(report: Report) -> str:
 
 def notebook_view(report: Report) -> str:
     """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
-    costs = [(name, *pair, percent(pair[1] / pair[0])) for name, pair in report.costs.items()]
+    costs = [(name, *pair, kept(*pair)) for name, pair in report.costs.items()]
     widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
     style = tag("style", Markup(_NOTEBOOK_STYLE))
     return tag(
@@ -94,8 +95,8 @@ def _summary(report: Report) -> str:
     dense, pruned = report.neurons
     narrowed = sum(now < before for before, now in report.widths.values())
     return (
-        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}, without retraining; "
-        f"{percent(report.params[1] / report.params[0])} of the parameters and {percent(report.macs[1] / report.macs[0])} "
+        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
+        f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
         f"of the multiply-accumulates are left."
     )
 
@@ -116,7 +117,7 @@ def _widths_table(report: Report) -> Markup:
             tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
             before,
             now,
-            percent(now / before),
+            kept(before, now),
         )
         for name, (before, now) in report.widths.items()
     ]
@@ -129,12 +130,11 @@ def _spectra(report: Report) -> Markup | None:
     scale = common_scale(report.spectra.values())
     hidden = any(v < 10.0 ** scale[0] for spectrum in report.spectra.values() for v in spectrum.variances)
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
-    by_variance = report.settings.get("criterion") == "variance"
+    criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
     honest = (
-        "The method removes the neurons of lowest variance; where the cut falls in a block, its ranking over all blocks says."
-        if by_variance
-        else "The method does not go by variance alone: it counts how strongly the next layer reads a neuron, and how well the "
-        "others predict it. So coloured and grey columns mix."
+        f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
+        if criterion == "variance"
+        else f"The criterion is {criterion}, not the variance alone: so neurons that stay and neurons that go mix."
     )
     return joined(
         tag("p", text),

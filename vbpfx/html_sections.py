@@ -54,7 +54,7 @@ def refitted(report: Report) -> Markup | None:
 def check(report: Report) -> Markup:
     """What the substitution oracle measured."""
     if (found := report.verification) is None:
-        return tag("p", "The substitution oracle was switched off (verify=False): nothing was checked.")
+        return tag("p", "The substitution oracle did not check these weights: it was off, or they were trained since.")
     about = (
         "The substitution oracle runs the dense network with the removed neurons replaced by what the plan says stands for "
         f"them, and compares the pruned network's output with its. Largest differences over the largest output, in {found.dtype}."
@@ -81,9 +81,10 @@ def making(report: Report) -> Markup:
             for name, value in settings.items()
             if name not in ("neurons", "samples", "at_floor")
         },
-        "activations seen": f"{settings['samples']:,} per neuron" if "samples" in settings else None,
+        "activations seen": f"up to {settings['samples']:,} per neuron" if "samples" in settings else None,
         "reconstructed on": counted(reconstruction["samples"], "sample") if "samples" in reconstruction else None,
     }
+    versions = {**report.versions, **(report.bench["versions"] if report.bench else {})}
     return joined(
         tag("h3", "On the command line") if report.command else None,
         tag("pre", tag("code", report.command), tabindex=0) if report.command else None,
@@ -91,7 +92,7 @@ def making(report: Report) -> Markup:
         tag("pre", tag("code", _python(report)), tabindex=0) if report.arguments else None,
         tag("h3", "Settings"),
         facts({name: value for name, value in shown.items() if value is not None}),
-        joined(tag("h3", "Versions"), facts(report.versions)) if report.versions else None,
+        joined(tag("h3", "Versions"), facts(versions)) if versions else None,
     )
 
 

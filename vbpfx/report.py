@@ -17,6 +17,7 @@ from vbpfx.bench_result import BenchResult
 from vbpfx.blocks import Analysis
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import ArtifactError, VbpfxError
+from vbpfx.figures import kept
 from vbpfx.files import read_json, settle
 from vbpfx.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.prepare import Statistics
@@ -191,7 +192,7 @@ class Report:
         return plot_spectra({name: self.spectra[name] for name in names}, axes)
 
     def __str__(self) -> str:
-        rows = [(name, dense, pruned, f"{pruned / dense:.1%}") for name, (dense, pruned) in self.costs.items()]
+        rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
         title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
