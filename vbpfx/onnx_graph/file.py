@@ -68,6 +68,17 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
+def true_inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs that a caller gives: initializers may be listed among them."""
+    return [value for value in model.graph.inputs if str(value.name) not in model.graph.initializers]
+
+
+def fixed_batch(model: ir.Model) -> int | None:
+    """The size of batch that the file is tied to; None where it takes any."""
+    shape = true_inputs(model)[0].shape
+    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
+
+
 def _require_data(path: Path, name: str, tensor: object) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         data = Path(tensor.path)

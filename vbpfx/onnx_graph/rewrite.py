@@ -42,7 +42,7 @@ def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan,
         _add_bias(file, imported, captured.nodes[name], consumer, narrow[consumer.bias])
     for name, (reduction, constants) in carried(plan).items():
         carry(file, imported.made_by[name][0], reduction.kind, constants)
-    file.finish()
+    file.finish(keep={node for nodes in imported.strange.values() for node in nodes})
 
 
 def _same(dense: Tensor, narrow: Tensor) -> bool:
@@ -50,7 +50,7 @@ def _same(dense: Tensor, narrow: Tensor) -> bool:
 
 
 def _as_stored(tensor: Tensor, stored: Stored) -> Array:
-    array = tensor.detach().cpu().numpy()
+    array = tensor.detach().cpu().numpy().astype(stored.dtype, copy=False)
     if stored.layout == "transposed":
         return array.T
     if stored.layout == "flat":
