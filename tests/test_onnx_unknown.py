@@ -119,7 +119,8 @@ def data_decides() -> onnx.ModelProto:
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
-    net.add("NonZero", ["x"], "places")
+    net.add("Relu", ["x"], "some")
+    net.add("NonZero", ["some"], "places")
     net.add("Cast", ["places"], "numbers", to=TensorProto.FLOAT)
     net.add("ReduceMean", ["numbers"], "mean", axes=[0, 1], keepdims=0)
     net.add("Add", ["m", "mean"], "y")
@@ -184,6 +185,7 @@ def test_the_block_beside_it_is_narrowed(name: str, method: str, tmp_path: Path)
     assert (entry.block.width, len(entry.kept)) == (12, KEPT)
     assert pruned.left_alone == {operator: 1}
     assert operator in str(pruned)
+    assert (pruned.captured.batch is None) == (make is data_decides)
     x = batches(shape, seed=1)[0][:5]
     (found,), (dense,) = run(out, {"x": x}), run(model, {"x": x})
     if method == "auto":  # corrected layers: the oracle in the pipeline covers them
@@ -245,7 +247,7 @@ def a_body_adds_to_the_layer(net: Net) -> None:
     net.add("Cast", ["limit"], "positive", to=TensorProto.BOOL)
     net.scalar("limit", 1.0)
     added = [helper.make_node("Add", ["product", "dense_1/bias"], ["yes"])]
-    same = [helper.make_node("Identity", ["product"], ["no"])]
+    same = [helper.make_node("Identity", ["dense_1/bias"], ["no"])]
     net.add("If", ["positive"], "a1", then_branch=body(added, [], ["yes"]), else_branch=body(same, [], ["no"]))
     strange, cast = net.nodes.pop(), net.nodes.pop()
     at = next(i for i, node in enumerate(net.nodes) if node.output[0] == "h")
