@@ -69,12 +69,19 @@ class Place:
 
 @dataclass
 class Stored:
-    """A parameter and what it is in the file, of which shape and type; ``uses`` are the inputs of nodes that it stands for."""
+    """A parameter and what it is in the file.
+
+    Attributes:
+        shape, dtype: of the tensor in the file.
+        computed: the precision that the file computes with it in; another one where a Cast stands behind it.
+        uses: the inputs of nodes that it stands for.
+    """
 
     value: ir.Value
     shape: tuple[int, ...]
     layout: Layout
     dtype: np.dtype[Any]
+    computed: np.dtype[Any]
     uses: list[tuple[ir.Node, int]] = field(default_factory=list)
 
 
@@ -209,7 +216,8 @@ class Builder:
         constant = self.values[value]
         assert isinstance(constant, Constant)
         use = constant.read_at or (user, index)
-        matrix = sum(size > 1 for size in constant.array.shape) > 1 or constant.value is None
+        layout = "same" if constant.array.ndim == 1 else layout
+        matrix = is_matrix(constant.array) or constant.value is None
         key = (constant.value or constant, layout, constant.read_at if matrix else (*use, value if index < 0 else None))
         if key not in self._parameters:
             alone = constant.value is not None and (matrix or len(constant.value.uses()) == 1)
@@ -230,7 +238,9 @@ class Builder:
         if constant.value is not None:
             original = constant_of(constant.value)
             assert original is not None
-            self.stored[name] = Stored(constant.value, constant.array.shape, layout, original.dtype)
+            self.stored[name] = Stored(
+                constant.value, constant.array.shape, layout, original.dtype, constant.array.dtype
+            )
         node = self.graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
         return node
@@ -254,6 +264,11 @@ def constant_of(value: ir.Value) -> Array | None:
 def widened(array: Array) -> Array:
     """The array in a precision that the graph computes in: half precision becomes float32."""
     return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def is_matrix(array: Array) -> bool:
+    """Whether it has more than one axis that counts something."""
+    return sum(1 for size in array.shape if size > 1) > 1
 
 
 def is_setting(constant: Constant) -> bool:

@@ -20,7 +20,18 @@ from torch import Tensor, fx
 
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.fake import sentinel
-from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Sizes, Stored, Value, constant_of, is_setting
+from vbpfx.onnx_graph.builder import (
+    Builder,
+    Constant,
+    Path,
+    Place,
+    Sizes,
+    Stored,
+    Value,
+    constant_of,
+    is_matrix,
+    is_setting,
+)
 from vbpfx.onnx_graph.elementwise import ELEMENTWISE, FLOATS
 from vbpfx.onnx_graph.file import opset_of, true_inputs
 from vbpfx.onnx_graph.layers import LAYERS
@@ -78,7 +89,6 @@ def import_graph(model: ir.Model, example: Mapping[str, Tensor], folder: Folder 
     Raises:
         CaptureError: the file holds an unknown operator and does not run in ONNX Runtime, or the graph cannot be made.
     """
-    _refuse_bfloat16(model)
     strange = [node for node in model.graph if not _is_known(node)]
     probe = Probe(model, folder, example)
     try:
@@ -102,15 +112,6 @@ def import_graph(model: ir.Model, example: Mapping[str, Tensor], folder: Folder 
         except CaptureError:  # a graph that is tied to its batch size still works at that size
             pass
     return _build(model, example, probe)
-
-
-def _refuse_bfloat16(model: ir.Model) -> None:
-    for value in (*true_inputs(model), *model.graph.initializers.values()):
-        if value.dtype == ir.DataType.BFLOAT16:
-            raise CaptureError(
-                f"{value.name} is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert the file to float16 "
-                f"or float32, or prune the PyTorch model"
-            )
 
 
 def _named(node: ir.Node) -> str:
@@ -145,7 +146,8 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
             b.values[node.outputs[0]] = constant
         elif isinstance(constant, Constant) and not is_setting(constant):
             to = FLOATS.get(ir.DataType(node.attributes["to"].as_int()))
-            if to is not None and constant.array.dtype.kind == "f":
+            read_alike = constant.array.ndim == 1 or is_matrix(constant.array) or len(node.outputs[0].uses()) == 1
+            if to is not None and constant.array.dtype.kind == "f" and read_alike:
                 b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, (node, 0))
     for node in nodes:
         if node.outputs[0] in b.values:
