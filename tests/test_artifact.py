@@ -25,7 +25,7 @@ from vbpfx.artifact import load_plan
 from vbpfx.errors import ArtifactError
 from vbpfx.inputs import as_inputs
 
-FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json"}
+FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
 
 
 def mlp(width: int = 16, activation: type[nn.Module] = nn.GELU) -> nn.Module:
@@ -332,7 +332,7 @@ def test_a_user_function_is_saved_without_a_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.6, 0.95])
-@pytest.mark.parametrize("name", sorted(FILES - {"report.json"}))
+@pytest.mark.parametrize("name", sorted(FILES - {"report.json", "report.html"}))
 def test_a_truncated_file_is_an_artifact_error(artifact: Path, name: str, part: float) -> None:
     path = artifact / name
     whole = path.read_bytes()
@@ -344,7 +344,7 @@ def test_a_truncated_file_is_an_artifact_error(artifact: Path, name: str, part: 
             vbpfx.load(artifact)
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"report.json"}))
+@pytest.mark.parametrize("name", sorted(FILES - {"report.json", "report.html"}))
 @pytest.mark.parametrize("damage", ["missing", "a folder", "other bytes", "last byte"])
 def test_a_damaged_file_is_an_artifact_error(artifact: Path, name: str, damage: str) -> None:
     path = artifact / name

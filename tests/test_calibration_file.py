@@ -117,7 +117,7 @@ def test_a_save_that_is_killed_leaves_the_old_artifact_or_the_new_one(renames: i
     assert plan_digest(load_plan(tmp_path)) == plan_digest(expected.plan)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(expected.report.to_json()))
     new.save(tmp_path)
-    names = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json"}
+    names = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == names  # nothing is left over
 
 

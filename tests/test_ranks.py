@@ -28,7 +28,7 @@ from vbpfx.ranks import ALONE, Ranks
 ROUNDING = 1e-12
 # Each starts as a copy of one process that has imported everything.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["vbpfx", "torch._dynamo", "torch.export"])
+_FORKS.set_forkserver_preload(["vbpfx.pipeline", "torch._dynamo", "torch.export"])
 
 
 def _free_port() -> int:

@@ -5,6 +5,8 @@
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class
     report.json         the figures
+    report.html         the same, to look at
+    model.onnx          the pruned network for a runtime, where it was asked for
 
 Every file is written whole or not at all.
 """
@@ -12,9 +14,9 @@ Every file is written whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +26,7 @@ from torch import Tensor, fx, nn
 from vbpfx.capture import named_tensors
 from vbpfx.checkpoint import tensors_digest
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.files import Write, json_writer, read_json, safetensors_writer, settle, write_atomically
+from vbpfx.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
@@ -103,10 +105,28 @@ def load_plan(folder: str | Path) -> Plan:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 
 
+@contextmanager
+def folder_for_artifact(folder: Path) -> Iterator[None]:
+    """A folder that an artifact will be written to, tried before the work begins; it goes again if that fails.
+
+    Raises:
+        ArtifactError: it cannot be written, or holds something else than an artifact.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; choose a folder")
+    if folder.is_dir():
+        settle(folder)
+        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if held and not {"plan.json", "graph.json"} <= set(held):
+            raise ArtifactError(f"{folder} holds {held[0]} and is no pruned network; choose a new or an empty folder")
+    with made_folder(folder):
+        yield
+
+
 def save_network(
-    graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, report: Mapping[str, Any], folder: str | Path
+    graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, beside: Mapping[str, Write], folder: str | Path
 ) -> Path:
-    """Write the whole artifact; returns the folder.
+    """Write the whole artifact, with the files of ``beside`` (by name) in the same commit; returns the folder.
 
     What the model has and the graph does not use (a layer for training alone) is taken from ``reference``,
     the dense model, so that loading into the model's class restores it too.
@@ -135,7 +155,7 @@ def save_network(
             **_plan_files(plan, folder),
             folder / "model.safetensors": safetensors_writer(stored),
             folder / "graph.json": json_writer(graph),
-            folder / "report.json": json_writer(report),
+            **{folder / name: write for name, write in beside.items()},
         }
     )
     return folder

@@ -188,7 +188,7 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     made_of_it: dict[fx.Node, bool] = {}
     for node in sorted(carriers, key=lambda n: evidence.position[n.name]):
         if node in makers:
-            made_of_it[node] = _depends(node, carriers, start, evidence.position)
+            made_of_it[node] = depends(node, carriers, start, evidence.position)
             continue
         sources = (a.all_input_nodes[0] if takes_apart(a) else a for a in node.all_input_nodes)
         operands = {made_of_it[source] for source in sources if source in made_of_it}
@@ -199,7 +199,7 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     return None
 
 
-def _depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
+def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
     """Whether a node's inputs come, at whatever remove, from any of the given nodes (none before ``start``)."""
     stack, seen = list(node.all_input_nodes), set()
     while stack:

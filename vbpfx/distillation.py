@@ -115,7 +115,7 @@ class Distillation:
             outputs = {OUTPUT: [signals.output]} if self.loss == "mse" else {}
             for name, tensors in {**outputs, **signals.features}.items():
                 for tensor in tensors:
-                    kept = _mask(inputs, tensor)
+                    kept = mask_of(inputs, tensor)
                     rows = Moments.of((tensor if kept is None else tensor[kept]).detach().reshape(-1, tensor.shape[-1]))
                     moments[name] = moments[name] | rows if name in moments else rows
         self.scales = {name: found.variance.mean().item() or 1.0 for name, found in moments.items()}
@@ -124,10 +124,9 @@ class Distillation:
         """The loss of the outputs, averaged over the batch: a scalar."""
         ours, theirs = _comparable(student.output, teacher.output, "the output")
         if self.loss == "mse":
-            return mean_over_samples((ours - theirs).square(), _mask(inputs, ours)) / self.scales[OUTPUT]
-        log_q, log_p = ((logits / self.temperature).log_softmax(-1) for logits in (ours, theirs))
-        divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-        return self.temperature**2 * mean_over_samples(divergence, _mask(inputs, divergence))
+            return mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[OUTPUT]
+        found = divergence(ours, theirs, self.temperature)
+        return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found))
 
     def feature_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
         """The relative squared error of the features, averaged over modules and the batch: a scalar."""
@@ -135,8 +134,14 @@ class Distillation:
         for name in self.features:
             for mine, dense in zip(student.features[name], teacher.features[name], strict=True):
                 ours, theirs = _comparable(mine, dense, f"the output of {name}")
-                losses.append(mean_over_samples((ours - theirs).square(), _mask(inputs, ours)) / self.scales[name])
+                losses.append(mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[name])
         return sum(losses[1:], losses[0]) / len(losses)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum_c p_c (log p_c - log q_c) in nats, for logits (..., classes): one number a prediction."""
+    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -156,11 +161,16 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def mean_over_samples(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over samples of each sample's own mean, over what the mask (batch, ...) keeps of its leading axes."""
+    return values.mean() if mask is None else sample_means(values, mask).mean()
+
+
+def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Each sample's own mean over its leading axes, those that the mask (batch, ...) keeps: (batch,)."""
     if mask is None:
-        return values.mean()
+        return values.reshape(len(values), -1).mean(-1)
     positions = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
     positions, kept = positions.reshape(len(mask), -1), mask.reshape(len(mask), -1)
-    return (positions.where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)).mean()
+    return positions.where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def choose_features(
@@ -258,7 +268,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 
-def _mask(inputs: Inputs, values: Tensor) -> Tensor | None:
+def mask_of(inputs: Inputs, values: Tensor) -> Tensor | None:
     """The padding mask as booleans, where the values have its two leading axes."""
     mask = inputs.kwargs.get("attention_mask")
     fits = isinstance(mask, Tensor) and mask.ndim == 2 and values.ndim >= 2 and mask.shape == values.shape[:2]

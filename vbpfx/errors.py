@@ -22,7 +22,7 @@ class AnalysisError(VbpfxError):
 
 
 class CalibrationError(VbpfxError):
-    """The calibration data is empty, does not fit the model, or makes activations that are not finite."""
+    """Data is empty, cannot be read, does not fit the model, or makes activations that are not finite."""
 
 
 class BudgetError(VbpfxError):
@@ -35,6 +35,10 @@ class VerificationError(VbpfxError):
 
 class FinetuneError(VbpfxError):
     """Fine-tuning cannot start (its data, networks or settings do not fit) or has diverged."""
+
+
+class EvaluationError(VbpfxError):
+    """Networks cannot be evaluated: the data does not run through them, or they or the labels do not go together."""
 
 
 class ArtifactError(VbpfxError):

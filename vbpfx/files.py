@@ -12,8 +12,8 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,24 @@ def make_folder(folder: Path) -> Path:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
 
 
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """A folder that can be written; what was made of it goes again if the work within fails and leaves it empty.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_folder(folder)
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -146,6 +164,15 @@ def json_writer(data: Any) -> Write:
 
     def write(path: Path) -> None:
         path.write_text(text)
+
+    return write
+
+
+def text_writer(text: str) -> Write:
+    """Writes text as UTF-8."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
 
     return write
 

@@ -74,9 +74,14 @@ def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)
 
 
+def summed_variance(block: Block, moments: tuple[Moments, ...]) -> Tensor:
+    """The sum of a block's variances over its consumer inputs, (d,) float64; moments as :class:`Scoring` has them."""
+    return torch.stack([moments[pool[0]].variance.cpu() for pool in block.pools]).sum(0)
+
+
 def variance(about: Scoring) -> Tensor:
     """Sum over the consumer inputs of M2 / (n - 1); (d,) float64."""
-    return torch.stack([about.moments[pool[0]].variance.cpu() for pool in about.block.pools]).sum(0)
+    return summed_variance(about.block, about.moments)
 
 
 def output_variance(about: Scoring) -> Tensor:

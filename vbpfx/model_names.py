@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -203,6 +202,8 @@ def file_inputs(path: Path, length: int = _TOKENS, batch: int = 2) -> Inputs:
     Raises:
         ModelError: it cannot be read, or takes inputs of another type.
     """
+    import onnxruntime
+
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has its own kinds

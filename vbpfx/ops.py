@@ -250,6 +250,11 @@ def is_sum(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and spelling(node).strip("_") in _SUMS
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether the call multiplies its operands entry by entry: where a gate opens."""
+    return node.op in ("call_function", "call_method") and spelling(node).strip("_") in ("mul", "imul", "multiply")
+
+
 def describe(node: fx.Node, module: nn.Module | None) -> str:
     """The operator by the name its users know."""
     if module is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
 from vbpfx.artifact import plan_digest, save_network
+from vbpfx.bench_result import BenchResult
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.calibrate import calibrate, run_forward
 from vbpfx.capture import Captured, Frontend, capture, require_module
@@ -21,8 +23,9 @@ from vbpfx.checkpoint import digest
 from vbpfx.convert import convert
 from vbpfx.errors import CalibrationError
 from vbpfx.export.exported_program import export_program
-from vbpfx.export.onnx import export_onnx
+from vbpfx.export.onnx import export_onnx, onnx_writer
 from vbpfx.fake import has_fixed_batch
+from vbpfx.html_report import report_files
 from vbpfx.influence import Gradients, is_differentiable
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.kept import Keeping
@@ -89,10 +92,35 @@ class Pruned:
             check(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
         return small
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``plan.json``, ``model.safetensors``, ``graph.json`` and ``report.json``; see :mod:`vbpfx.artifact`."""
-        parts = self.graph_module, self.captured.reference, self.plan, self.report.to_json()
-        return self.ranks.write(lambda: save_network(*parts, folder), Path(folder))
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        onnx: bool = False,
+        evaluation: Mapping[str, Any] | None = None,
+        bench: BenchResult | None = None,
+        command: str = "",
+    ) -> Path:
+        """Write ``plan.json``, ``model.safetensors``, ``graph.json``, ``report.json`` and ``report.html``, all or none.
+
+        Args:
+            folder: where to; made if need be (:mod:`vbpfx.artifact`).
+            onnx: write ``model.onnx``, too, checked as :meth:`to_onnx` checks it.
+            evaluation, bench, command: what else the report shall hold; see :meth:`vbpfx.Report.measured`.
+
+        Raises:
+            ArtifactError: a file cannot be written; what was there stays.
+            ExportError: with ``onnx=True``: the network cannot be exported, or the file does not compute what it does.
+        """
+        report = self.report.measured(evaluation=evaluation, bench=bench, command=command)
+
+        def write() -> Path:
+            beside = report_files(report)
+            if onnx:
+                beside["model.onnx"] = onnx_writer(self.graph_module, self.captured.inputs, plan=self.plan)
+            return save_network(self.graph_module, self.captured.reference, self.plan, beside, folder)
+
+        return self.ranks.write(write, Path(folder))
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
@@ -226,6 +254,11 @@ def prune_captured(
             gives None.
         share: see :func:`vbpfx.convert`.
     """
+    arguments = _given(
+        options, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory, runtime=runtime,
+        runtime_batch=runtime_batch, runtime_threads=runtime_threads,
+        frontend="export" if captured.frontend == "export" else "auto",
+    )  # fmt: skip
     place = runtime or DEFAULT
     if runtime is not None or options.get("latency") is not None:
         options.setdefault("round_to", best_multiple(place))
@@ -299,7 +332,9 @@ def prune_captured(
     small = convert(captured, plan, share=share)
     verification = check(captured, small, plan) if verify else None
     latency = ranks.of_first(lambda: measure_result(small, captured, plan, latencies)) if latencies else None
-    report = make_report(captured, small, analysis, plan, verification, latency)
+    report = make_report(
+        captured, small, analysis, plan, verification, latency, statistics=gathered, arguments=arguments
+    )
     return Pruned(small, plan, gathered, analysis, report, verification, captured, ranks)
 
 
@@ -318,6 +353,21 @@ def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}, expected an iterable of batches"
         ) from error
+
+
+def _given(options: PlanArguments, **others: Any) -> dict[str, Any]:
+    """What differs from the defaults of :func:`prune`, JSON-ready; a function goes by its name."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
+    given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
+    return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(entry) for entry in value]
+    return getattr(value, "__qualname__", str(value))
 
 
 def _in_words(options: PlanArguments) -> str:

@@ -192,7 +192,7 @@ def make_plan(
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)
     _require_statistics(blocks, statistics)
     captured, compensation = analysis.captured, COMPENSATIONS[chosen.compensation]
-    moments = {block.name: _pooled(block, statistics.moments[block.name]) for block in blocks}
+    moments = {block.name: pooled(block, statistics.moments[block.name]) for block in blocks}
     samples = _samples(captured, blocks, statistics)
     cost = _cost(chosen.budget, captured, blocks, latencies)
     share = chosen.budget.value if chosen.budget.kind == "ratio" else _neurons_that_cost(chosen.budget, blocks, cost)
@@ -278,7 +278,7 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies
     return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
 
 
-def _pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
+def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
     """Moments per source, those of several calls of one layer merged: their neurons share what stands for them."""
     merged = list(moments)
     for pool in block.pools:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from vbpfx.bench_result import BenchResult
 from vbpfx.blocks import Analysis
-from vbpfx.capture import Captured
-from vbpfx.records import Plan
+from vbpfx.capture import Captured, named_tensors
+from vbpfx.errors import ArtifactError
+from vbpfx.files import read_json, settle
+from vbpfx.prepare import Statistics
+from vbpfx.records import Plan, Refusal
+from vbpfx.spectrum import Spectrum, spectra
 from vbpfx.tables import counted, table
 from vbpfx.verify import Verification
 
@@ -29,6 +38,15 @@ class Report:
         verification: what the substitution oracle measured; None where it was switched off.
         latency: under a latency budget: the runtime, and the latency over the dense network's as it was asked for, predicted
             and measured on the result.
+        network: class of the model.
+        size: bytes of all parameters and buffers ``(dense, pruned)``; None in reports that older versions wrote.
+        spectra: per block the variances of its neurons, and which of them stay.
+        refusals: the axes that could not be narrowed, with the reasons.
+        arguments: what ``prune`` was called with, as far as it differs from the defaults.
+        versions: of vbpfx, torch, Python and the platform.
+        evaluation: what was measured of both networks, as :meth:`vbpfx.Pruned.save` takes it.
+        bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
+        command: the command line that made it; empty where it was made in Python.
     """
 
     params: tuple[int, int]
@@ -39,6 +57,82 @@ class Report:
     settings: Mapping[str, Any]
     verification: Verification | None
     latency: Mapping[str, Any] | None = None
+    network: str = ""
+    size: tuple[int, int] | None = None
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict, repr=False)
+    refusals: tuple[Refusal, ...] = field(default=(), repr=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    bench: Mapping[str, Any] | None = None
+    command: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_json`, after JSON; what older versions did not write has its default.
+
+        Raises:
+            ArtifactError: it is no report.
+        """
+        try:
+            given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+            pairs = {name: _pair(given[name]) for name in ("params", "macs", "neurons")}
+            return cls(
+                **given
+                | pairs
+                | {
+                    "size": _pair(given["size"]) if given.get("size") else None,
+                    "widths": {name: _pair(widths) for name, widths in given["widths"].items()},
+                    "verification": Verification(**given["verification"]) if given["verification"] else None,
+                    "spectra": {name: Spectrum.from_json(s) for name, s in given.get("spectra", {}).items()},
+                    "refusals": tuple(
+                        Refusal(**r | {"producers": tuple(r["producers"])}) for r in given.get("refusals", ())
+                    ),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"the report is damaged ({type(error).__name__}: {error}); save the network again"
+            ) from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """Read ``report.json`` of a saved network.
+
+        Raises:
+            ArtifactError: it is missing or damaged.
+        """
+        settle(Path(folder))
+        return cls.from_json(read_json(Path(folder) / "report.json"))
+
+    def measured(
+        self, *, evaluation: Mapping[str, Any] | None = None, bench: BenchResult | None = None, command: str = ""
+    ) -> Report:
+        """This report with what was measured afterwards; what is left out stays as it is.
+
+        Args:
+            evaluation: what a data set says of both networks: ``name -> (dense, pruned)`` for what both have, such as
+                ``{"top-1 accuracy": (0.755, 0.741)}``; any other value is shown as it is, such as ``{"agreement": 0.93,
+                "samples": 10_000, "data": "val"}``. Names with "accuracy" or "agreement" are shares of 1, shown in percent.
+            bench: what :func:`vbpfx.bench` returned.
+            command: the command line that made the network.
+
+        Raises:
+            ArtifactError: the evaluation is not JSON-ready.
+        """
+        given: dict[str, Any] = {}
+        if evaluation is not None:
+            try:
+                given["evaluation"] = json.loads(json.dumps(dict(evaluation), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ArtifactError(
+                    f"evaluation= cannot be written as JSON ({error}); pass names with numbers, pairs of numbers or text"
+                ) from error
+        if bench is not None:
+            given["bench"] = json.loads(json.dumps(bench.to_json()))
+        if command:
+            given["command"] = command
+        return dataclasses.replace(self, **given)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""
@@ -89,6 +183,9 @@ def make_report(
     plan: Plan,
     verification: Verification | None,
     latency: Mapping[str, Any] | None = None,
+    *,
+    statistics: Statistics | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
     narrowed = dataclasses.replace(captured, graph_module=small)
@@ -102,9 +199,36 @@ def make_report(
         settings=plan.settings,
         verification=verification,
         latency=latency,
+        network=type(captured.reference).__name__,
+        size=(count_bytes(captured.graph_module), count_bytes(small)),
+        spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
+        refusals=analysis.refusals,
+        arguments=arguments or {},
+        versions=_versions(),
     )
 
 
 def count_parameters(network: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_bytes(network: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in named_tensors(network).values()}.values())
+
+
+def _versions() -> dict[str, str]:
+    from vbpfx import __version__  # the package imports this file first
+
+    return {
+        "vbpfx": __version__,
+        "torch": str(torch.__version__),
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    dense, pruned = values
+    return dense, pruned

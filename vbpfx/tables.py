@@ -1,4 +1,4 @@
-"""Tables as text: what print() shows of an analysis, a plan and a report."""
+"""Tables: what print() shows of an analysis, a plan and a report, and the same for notebooks and pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from vbpfx.markup import Markup, tag
 
 _WIDTH = 110
 
@@ -29,3 +31,30 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     out = io.StringIO()
     Console(file=out, width=width).print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
+    """The same as a table in HTML, whose first column names the rows; columns of numbers are of class ``number``."""
+    rows = [list(row) for row in rows]
+    kinds = ["number" if rows and all(_is_figure(row[i]) for row in rows) else None for i in range(len(columns))]
+    head = [tag("th", column, scope="col", class_=kind) for column, kind in zip(columns, kinds, strict=True)]
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row", class_=kinds[0]),
+            *(tag("td", _figure(cell), class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
+        )
+        for row in rows
+    ]
+    return tag(
+        "table", tag("caption", caption) if caption else None, tag("thead", tag("tr", *head)), tag("tbody", *body)
+    )
+
+
+def _is_figure(cell: Any) -> bool:
+    """A number, or text that begins with a digit or a sign; an empty place is none's evidence."""
+    return isinstance(cell, (int, float)) or (isinstance(cell, str) and not cell[:1].isalpha())
+
+
+def _figure(cell: Any) -> Any:
+    return f"{cell:,}" if isinstance(cell, (int, float)) else cell

@@ -21,7 +21,7 @@ from vbpfx.capture import share_parameters
 from vbpfx.edit import finish
 from vbpfx.errors import ExportError, first_line
 from vbpfx.fake import propagate_shapes
-from vbpfx.files import write_atomically
+from vbpfx.files import Write, write_atomically
 from vbpfx.frontends import dynamic_shapes, quiet_logging
 from vbpfx.inputs import Inputs, argument_names
 from vbpfx.records import Plan
@@ -48,7 +48,16 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
         ExportError: it cannot be exported or fails a check; nothing is written then.
         ArtifactError: the path cannot be written.
     """
-    path = Path(path)
+    write_atomically({Path(path): onnx_writer(network, inputs, plan=plan)})
+    return Path(path)
+
+
+def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None) -> Write:
+    """What writes and checks the file of :func:`export_onnx`, for commits of several files.
+
+    Raises:
+        ExportError: it cannot be exported; what is returned raises one where a check fails.
+    """
     # the exporter names keyword inputs by their place in the signature
     inputs = replace(
         inputs, kwargs={n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
@@ -71,8 +80,7 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
         except Exception as error:  # ONNX Runtime and the checker have their own
             raise ExportError(f"the exported file does not run: {type(error).__name__}: {first_line(error)}") from error
 
-    write_atomically({path: write})
-    return path
+    return write
 
 
 def _exportable(network: nn.Module, example: Inputs) -> nn.Module:

@@ -1,0 +1,57 @@
+"""``vbpfx bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vbpfx.cli.conventions import Debug, failing_in_one_line, sizes
+
+
+def bench(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Folder of the pruned network, as vbpfx.save wrote it.")
+    ] = None,
+    dense: Annotated[
+        str,
+        typer.Option(
+            help="The dense model: timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable; or FILE.onnx."
+        ),
+    ] = "",
+    weights: Annotated[Path | None, typer.Option(help="State dict of the dense model; speed does not need it.")] = None,
+    pruned: Annotated[Path | None, typer.Option(help="FILE.onnx of the pruned network, in place of DIR.")] = None,
+    runtimes: Annotated[list[str], typer.Option("--runtime", help="Once for each runtime.")] = ["onnxruntime"],  # noqa: B006
+    batches: Annotated[list[int], typer.Option("--batch", min=1, help="Once for each batch size.")] = [1, 8],  # noqa: B006
+    threads: Annotated[list[int], typer.Option(min=1, help="Once for each number of threads.")] = [1],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 15,
+    shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
+    length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size; per runtime."""
+    if not dense or (folder is None) == (pruned is None):
+        raise typer.BadParameter("pass DIR and --dense MODEL, or --dense FILE.onnx and --pruned FILE.onnx")
+    one = sizes(shape)
+    with failing_in_one_line(debug):
+        from vbpfx.artifact import load
+        from vbpfx.bench import bench as run_bench
+        from vbpfx.bench import bench_files
+        from vbpfx.files import json_writer, write_atomically
+        from vbpfx.model_names import file_inputs, load_model, typical_inputs
+
+        if folder is not None:
+            model = load_model(dense, weights)
+            result = run_bench(model, load(folder), typical_inputs(model, one),
+                               runtimes=runtimes, batches=batches, threads=threads, rounds=rounds)  # fmt: skip
+        else:
+            assert pruned is not None
+            result = bench_files(dense, pruned, file_inputs(Path(dense), length),
+                                 runtimes=runtimes, batches=batches, threads=threads, rounds=rounds)  # fmt: skip
+        if out is not None:
+            write_atomically({out: json_writer(result.to_json())})
+    typer.echo(str(result), nl=False)
+    if result.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,131 @@
+"""What all commands share: option types, one-line errors, exit statuses.
+
+This file and those of the commands import nothing heavy but inside the commands: ``--help`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vbpfx.errors import VbpfxError, first_line
+
+INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
+
+
+class Frontend(str, Enum):
+    """What traces the model, as :func:`vbpfx.capture` takes it."""
+
+    auto = "auto"
+    symbolic = "symbolic"
+    export = "export"
+
+
+def _without_color(asked: bool) -> None:
+    if asked:
+        os.environ["NO_COLOR"] = "1"  # rich and typer look for it
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="timm:NAME, torchvision:NAME, hf:NAME-or-folder, or module:callable of your own."
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="State dict of the model: safetensors, or as torch.save wrote it.")]
+Tracing = Annotated[Frontend, typer.Option("--frontend", help="What traces the model: auto tries both.")]
+Color = Annotated[
+    bool,
+    typer.Option("--no-color", callback=_without_color, is_eager=True, help="No colours; NO_COLOR=1 does it, too."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def fraction(value: float | None) -> float | None:
+    """The value, where it is a fraction between 0 and 1; an option's callback."""
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value:g} is not between 0 and 1, exclusive")
+    return value
+
+
+def sizes(shape: str) -> tuple[int, ...] | None:
+    """The numbers in a ``--shape`` such as 3x224x224; None for none.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        found = tuple(int(size) for size in shape.split("x")) if shape else None
+    except ValueError as error:
+        raise typer.BadParameter(f"--shape {shape}: expected numbers such as 3x224x224") from error
+    if found is not None and min(found) < 1:
+        raise typer.BadParameter(f"--shape {shape}: expected sizes of 1 and more, such as 3x224x224")
+    return found
+
+
+def device_named(name: str) -> Any:
+    """The ``torch.device`` of that name.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    import torch
+
+    from vbpfx.errors import ModelError, first_line
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {name} is not there ({first_line(error)}); use cpu") from error
+
+
+@contextmanager
+def failing_in_one_line(debug: bool) -> Iterator[None]:
+    """What goes wrong is one line on standard error and exit status 1, or 130 for Ctrl-C; a traceback if asked for."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if debug:
+            raise
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # they say what they have to say themselves
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        say(reason(error))
+        raise typer.Exit(1) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, (VbpfxError, ImportError)):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"vbpfx: {message}", style="red", markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """Something worth knowing, on standard error."""
+    Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
+
+
+def shows_progress() -> bool:
+    """Whether somebody sees a bar on standard error."""
+    return sys.stderr.isatty()

@@ -1,0 +1,97 @@
+"""``vbpfx eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vbpfx.cli.conventions import Color, Debug, Device, device_named, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.data_options import (
+    DATA,
+    Bad,
+    BadImages,
+    Batch,
+    Classes,
+    Crop,
+    Labels,
+    Limit,
+    MaxLength,
+    Mean,
+    Shape,
+    Std,
+    Workers,
+    numbers,
+)
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+vbpfx eval small/ --dense timm:deit_small_patch16_224 --weights deit.safetensors --data val/
+
+vbpfx eval timm:deit_small_patch16_224 --weights deit.safetensors --data val/ --labels val.csv
+"""
+
+
+def evaluate(
+    network: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIR",
+            help="Folder of the pruned network, to compare with --dense; or a model, by itself or so.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help=f"Samples, with labels or without: then agreement alone. {DATA}")],
+    dense: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="The dense model: timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable."
+        ),
+    ] = "",
+    weights: Annotated[Path | None, typer.Option(help="State dict of the dense model.")] = None,
+    labels: Labels = None,
+    classes: Classes = None,
+    batch: Batch = 32,
+    limit: Limit = None,
+    bad_images: Bad = BadImages.refuse,
+    workers: Workers = 0,
+    shape: Shape = "",
+    mean: Mean = "",
+    std: Std = "",
+    crop: Crop = None,
+    max_length: MaxLength = None,
+    worst: Annotated[int, typer.Option(min=0, help="So many of the worst-hurt classes.")] = 10,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of what --limit chooses.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    color: Color = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a pruned network with the dense one on data: accuracy, agreement, divergence, worst-hurt classes."""
+    is_folder = (Path(network) / "plan.json").is_file()
+    if is_folder and not dense:
+        raise typer.BadParameter(
+            f"{network} is a pruned network: say what to compare it with, --dense MODEL --weights FILE"
+        )
+    reading: dict[str, Any] = {
+        "name": dense or network, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value,
+        "workers": workers, "labels": labels, "classes": classes, "shape": sizes(shape), "mean": numbers("--mean", mean),
+        "std": numbers("--std", std), "crop": crop, "max_length": max_length,
+    }  # fmt: skip
+    with failing_in_one_line(debug):
+        from vbpfx.artifact import load
+        from vbpfx.data_sources import open_data
+        from vbpfx.evaluate import evaluate as run_evaluate
+        from vbpfx.model_names import load_model
+
+        place = device_named(device)
+        original = load_model(dense or network, weights).to(place)
+        pruned = None
+        if dense:
+            pruned = (load(network) if is_folder else load_model(network)).to(place)
+        samples = open_data(data, original, **reading)
+        note(str(samples))
+        found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.text(worst), nl=as_json)

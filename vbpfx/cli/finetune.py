@@ -1,0 +1,192 @@
+"""``vbpfx finetune``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vbpfx.cli.conventions import Color, Debug, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.data_options import (
+    DATA,
+    Bad,
+    BadImages,
+    Batch,
+    Crop,
+    Labels,
+    Limit,
+    MaxLength,
+    Mean,
+    Shape,
+    Std,
+    Workers,
+    numbers,
+)
+from vbpfx.cli.group import among_ranks
+
+if TYPE_CHECKING:
+    from vbpfx.finetune import FineTuned
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+vbpfx finetune small/ --dense timm:deit_small_patch16_224 --weights deit.safetensors --data photos/ --out tuned
+
+torchrun --nproc-per-node 2 -m vbpfx finetune small/ --dense hf:folder --data texts.txt --loss mse --out tuned
+"""
+
+RECIPE = "Training"
+
+
+class RecipeName(str, Enum):
+    """The names of :data:`vbpfx.recipes.RECIPES`."""
+
+    default = "default"
+    few = "few"
+    paper = "paper"
+
+
+class LossName(str, Enum):
+    """As :func:`vbpfx.finetune` takes it."""
+
+    kl = "kl"
+    mse = "mse"
+
+
+class PrecisionName(str, Enum):
+    """As :func:`vbpfx.finetune` takes it."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def finetune(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the pruned network.")],
+    data: Annotated[Path, typer.Option(help=f"Samples to train on; labels are not needed. {DATA}")],
+    dense: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that was pruned: timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")],
+    weights: Annotated[Path | None, typer.Option(help="State dict of the dense model, which is the teacher.")] = None,
+    recipe: Annotated[
+        RecipeName, typer.Option(rich_help_panel=RECIPE, help="few: for no more samples than pruning saw.")
+    ] = RecipeName.default,
+    loss: Annotated[
+        LossName, typer.Option(rich_help_panel=RECIPE, help="kl for logits, mse for embeddings.")
+    ] = LossName.kl,
+    use_labels: Annotated[
+        bool, typer.Option("--use-labels", rich_help_panel=RECIPE, help="Learn from the data's labels, too.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=RECIPE, help="In place of the recipe's.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(rich_help_panel=RECIPE, help="In place of the recipe's.", show_default=False)
+    ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.99,
+            rich_help_panel=RECIPE,
+            help="Share of the samples that is not trained on and decides which epoch counts; 0 for none.",
+        ),
+    ] = 0.1,
+    precision: Annotated[
+        PrecisionName, typer.Option(rich_help_panel=RECIPE, help="Mixed precision; weights stay as they are.")
+    ] = PrecisionName.no,
+    accumulate: Annotated[
+        int, typer.Option(min=1, rich_help_panel=RECIPE, help="Batches a step, in each process.")
+    ] = 1,
+    max_seconds: Annotated[
+        float | None, typer.Option(rich_help_panel=RECIPE, help="End after that time, with what is there.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=RECIPE, metavar="DIR", help="Training goes on from there after a break."),
+    ] = None,
+    batch: Batch = 32,
+    limit: Limit = None,
+    bad_images: Bad = BadImages.refuse,
+    workers: Workers = 0,
+    labels: Labels = None,
+    shape: Shape = "",
+    mean: Mean = "",
+    std: Std = "",
+    crop: Crop = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    color: Color = False,
+    debug: Debug = False,
+) -> None:
+    """Train a pruned network to compute what the dense one computes, and write it to another folder."""
+    if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+    reading: dict[str, Any] = {
+        "name": dense, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
+        "labels": labels, "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "crop": crop,
+        "max_length": max_length,
+    }  # fmt: skip
+    training: dict[str, Any] = {
+        "recipe": recipe.value, "loss": loss.value, "labels": use_labels, "epochs": epochs, "learning_rate": learning_rate,
+        "held_out": held_out, "mixed_precision": precision.value, "accumulate": accumulate, "max_seconds": max_seconds,
+        "checkpoint": checkpoint, "seed": seed,
+    }  # fmt: skip
+    with failing_in_one_line(debug), among_ranks(_device(), debug) as ranks:
+        from vbpfx.artifact import folder_for_artifact
+        from vbpfx.data_sources import open_data
+        from vbpfx.finetune import finetune as run_finetune
+        from vbpfx.inputs import as_inputs
+        from vbpfx.model_names import load_model
+        from vbpfx.pipeline import EXAMPLE_SAMPLES
+        from vbpfx.tuned import open_tuning
+
+        with folder_for_artifact(out) if ranks.first else nullcontext():
+            model = load_model(dense, weights)
+            samples = open_data(data, model, **reading)
+            tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
+            if ranks.first:
+                note(str(samples))
+                if tuning.as_graph:
+                    note(f"trained as a graph, without dropout: {tuning.as_graph}")
+            loader = samples.loader(shuffle=True)
+            done = run_finetune(tuning.student, model, loader, progress=shows_progress(), **training)
+            command = shlex.join(["vbpfx", *sys.argv[1:]])
+            measured = {"fine-tuning": _in_words(done, samples.samples, recipe.value)}
+            ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, measured=measured, command=command), out)
+        if ranks.first:
+            typer.echo(json.dumps(_figures(done), indent=1) if as_json else f"{done}written to {out}")
+
+
+def _device() -> str:
+    """Where accelerate will compute."""
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+
+
+def _in_words(done: FineTuned, samples: int, recipe: str) -> str:
+    start, best = done.history[0].held_out_loss, done.best.held_out_loss
+    losses = f", held-out loss {start:.4g} before, {best:.4g} after" if start is not None and best is not None else ""
+    return f"{samples:,} samples, recipe {recipe}, {done.history[-1].epoch} epochs, the weights of epoch {done.best.epoch}{losses}"
+
+
+def _figures(done: FineTuned) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"history": [asdict(epoch) for epoch in done.history], "best": done.best.epoch, "stopped": done.stopped}

@@ -1,0 +1,57 @@
+"""The processes that ``torchrun`` has started, and which of them says what went wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from vbpfx.cli.conventions import INTERRUPTED, reason, say
+
+if TYPE_CHECKING:
+    from vbpfx.ranks import Ranks
+
+
+@contextmanager
+def among_ranks(device: str, debug: bool) -> Iterator[Ranks]:
+    """The ranks of this run, where ``torchrun`` started it; otherwise this process alone.
+
+    What one of them raises is said once, by the one that it happened to, and ends all of them.
+
+    Args:
+        device: where the model computes: NCCL on ``cuda``, gloo elsewhere.
+    """
+    from vbpfx.ranks import ALONE, join
+
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    from vbpfx.errors import RankError, first_line
+
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"the processes cannot meet: {first_line(error)}; start them by torchrun") from error
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    try:
+        with join("share") as ranks:
+            try:
+                yield ranks
+            except BaseException as error:  # to be said before the others hear of it
+                if not debug and store.add("vbpfx/said", 1) == 1:
+                    say(f"rank {rank}: {reason(error)}")
+                raise
+    except BaseException as error:
+        if debug:
+            raise
+        raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from error
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,49 @@
+"""``vbpfx inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vbpfx.cli.conventions import Color, Debug, Frontend, Model, Tracing, Weights, failing_in_one_line, sizes
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+vbpfx inspect timm:vit_tiny_patch16_224
+
+vbpfx inspect my_package.models:build --shape 3x64x64 --json
+
+vbpfx inspect torchvision:mobilenet_v3_small --block features.4 --graph block.svg
+"""
+
+
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
+    frontend: Tracing = Frontend.auto,
+    min_width: Annotated[int | None, typer.Option(min=1, help="No block becomes narrower.")] = None,
+    graph: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the channel graph of --block.")] = None,
+    block: Annotated[str, typer.Option(help="The block to draw.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    color: Color = False,
+    debug: Debug = False,
+) -> None:
+    """Show what could be pruned of a model: blocks, their share of it, refusals with reasons, what ratios would give."""
+    if bool(block) != (graph is not None):
+        raise typer.BadParameter("--block and --graph go together: --block NAME --graph FILE.svg")
+    one = sizes(shape)
+    with failing_in_one_line(debug):
+        from vbpfx.inspection import inspect_model
+
+        found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
+        if graph is not None:
+            from vbpfx.channel_graph import channel_graph
+            from vbpfx.files import text_writer, write_atomically
+
+            write_atomically({graph: text_writer(channel_graph(found.analysis, block))})
+    typer.echo(json.dumps(found.to_json()) if as_json else str(found), nl=as_json)

@@ -1,0 +1,207 @@
+"""``vbpfx prune``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vbpfx.cli.conventions import (
+    Color,
+    Debug,
+    Device,
+    Frontend,
+    Model,
+    Tracing,
+    Weights,
+    device_named,
+    failing_in_one_line,
+    fraction,
+    note,
+    shows_progress,
+    sizes,
+)
+from vbpfx.cli.data_options import DATA, Bad, BadImages, Batch, Limit, MaxLength, Mean, Shape, Std, Workers, numbers
+from vbpfx.cli.group import among_ranks
+
+if TYPE_CHECKING:
+    from vbpfx.pipeline import Pruned
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+vbpfx prune timm:deit_small_patch16_224 --weights deit.safetensors --data photos/ --ratio 0.5 --out small
+
+vbpfx prune my_package.models:build --data samples.npy --macs 0.7 --exclude 'head*' --out small
+
+torchrun --nproc-per-node 2 -m vbpfx prune hf:folder --data texts.txt --params 0.8 --out small
+"""
+
+
+BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
+
+
+class Method(str, Enum):
+    """The names of :data:`vbpfx.plan.METHODS`."""
+
+    auto = "auto"
+    vbp = "vbp"
+
+
+class Place(str, Enum):
+    """The names of :data:`vbpfx.runtimes.table.NAMES`, and none of them."""
+
+    pytorch = "pytorch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    torch_compile = "torch_compile"
+    aotinductor = "aotinductor"
+    executorch = "executorch"
+    tvm = "tvm"
+    none = "none"
+
+
+def prune(
+    model: Model,
+    data: Annotated[Path, typer.Option(help=f"Calibration samples without labels. {DATA}")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")],
+    ratio: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the hidden neurons to remove."),
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the MACs to keep.")
+    ] = None,
+    params: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the parameters to keep."),
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the latency in --runtime to keep."),
+    ] = None,
+    weights: Weights = None,
+    method: Annotated[Method, typer.Option(rich_help_panel=BLOCKS, help="vbp: the paper to the letter.")] = Method.auto,
+    runtime: Annotated[
+        Place | None,
+        typer.Option(
+            rich_help_panel=BLOCKS,
+            help="Where the network will run: widths are multiples of what is fast there. "
+            "By default onnxruntime; none for exact widths, as with --method vbp.",
+            show_default=False,
+        ),
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Widths are multiples of it; 1 for exact ones.")
+    ] = None,
+    min_width: Annotated[
+        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="No block becomes narrower.")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=BLOCKS, help="Blocks that match, such as 'blocks.*'; repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="All blocks but those that match; repeatable.")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=CALIBRATION,
+            min=1,
+            help="Samples that layers are fitted on; by default what --memory holds.",
+        ),
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that these samples may take.")
+    ] = 8.0,
+    batch: Batch = 32,
+    limit: Limit = None,
+    bad_images: Bad = BadImages.refuse,
+    workers: Workers = 0,
+    shape: Shape = "",
+    mean: Mean = "",
+    std: Std = "",
+    max_length: MaxLength = None,
+    frontend: Tracing = Frontend.auto,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of what --limit chooses, and of random weights where none are given.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=CALIBRATION, metavar="DIR", help="Calibration goes on from there after a break."),
+    ] = None,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    color: Color = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model on unlabelled data and write DIR: plan, weights, graph, report.html, model.onnx."""
+    budgets = {"ratio": ratio, "macs": macs, "params": params, "latency": latency}
+    given = [f"--{name}" for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            f"one budget is needed, found {' and '.join(given) or 'none'}: --ratio, --macs, --params or --latency"
+        )
+    if latency is not None and runtime == Place.none:
+        raise typer.BadParameter("--latency is measured in a --runtime; none is no runtime")
+    if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+    exact = runtime is None and method == Method.vbp
+    place = None if runtime == Place.none or (exact and latency is None) else runtime or Place.onnxruntime
+    options: dict[str, Any] = {
+        **budgets, "method": method.value, "min_width": min_width, "include": include, "exclude": exclude,
+        "uniform": uniform or None, "round_to": 1 if exact and round_to is None else round_to,
+        "runtime": place.value if place else None, "samples": samples, "memory": memory, "frontend": frontend.value,
+        "checkpoint": checkpoint,
+    }  # fmt: skip
+    options = {name: value for name, value in options.items() if value not in (None, [])}
+    reading: dict[str, Any] = {
+        "name": model, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
+        "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "max_length": max_length,
+    }  # fmt: skip
+    with failing_in_one_line(debug), among_ranks(device, debug) as ranks:
+        import torch
+
+        from vbpfx.artifact import folder_for_artifact
+        from vbpfx.data_sources import open_data
+        from vbpfx.model_names import load_model
+        from vbpfx.pipeline import prune as run_prune
+
+        with folder_for_artifact(out) if ranks.first else nullcontext():
+            torch.manual_seed(seed)
+            network = load_model(model, weights).to(device_named(device))
+            calibration = open_data(data, network, **reading)
+            if ranks.first:
+                note(str(calibration))
+            pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
+            _save(pruned, out, onnx=not no_onnx)
+        if ranks.first:
+            typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
+
+
+def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:
+    """Write the artifact; without ``model.onnx`` where that cannot be made: hours of work need not be lost for it."""
+    from vbpfx.errors import ExportError
+
+    command = shlex.join(["vbpfx", *sys.argv[1:]])
+    if onnx:
+        try:
+            pruned.save(out, onnx=True, command=command)
+            return
+        except ExportError as error:
+            if pruned.ranks.first:
+                pruned.save(out, command=command)
+                (out / "model.onnx").unlink(missing_ok=True)
+            raise ExportError(f"{out} holds everything but model.onnx: {error}") from error
+    pruned.save(out, command=command)
+    if pruned.ranks.first:
+        (out / "model.onnx").unlink(missing_ok=True)  # of an earlier result

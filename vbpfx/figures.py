@@ -1,0 +1,64 @@
+"""Figures as people read them: few digits, with units."""
+
+from __future__ import annotations
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_NARROW_SPACE = "\u202f"
+MINUS = "\u2212"
+_TIMES = "\u00d7"
+
+
+def short(number: float) -> str:
+    """``5.72 M``: three digits and a unit; whole numbers below 10,000 as they are."""
+    if abs(number) < 10_000:
+        return f"{number:,.0f}" if number == int(number) else f"{number:.3g}"
+    for factor, unit in _UNITS:
+        if abs(number) >= 0.9995 * factor:
+            return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}"
+    raise AssertionError
+
+
+def in_bytes(number: float) -> str:
+    """``22.9 MB``, of a million bytes each."""
+    if number < 1000:
+        return f"{number:.0f}{_NARROW_SPACE}B"
+    factor, unit = next((f, u) for f, u in _UNITS if number >= 0.9995 * f)
+    return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}B"
+
+
+def in_milliseconds(seconds: float) -> str:
+    """``3.21 ms``."""
+    return f"{_three_digits(1e3 * seconds)}{_NARROW_SPACE}ms"
+
+
+def percent(share: float) -> str:
+    """``45.6%``."""
+    return f"{share:.1%}"
+
+
+def change(dense: float, pruned: float) -> str:
+    """``-31.0%``, with a minus sign; no change where both are equal."""
+    if dense == pruned:
+        return "no change"
+    if not dense:
+        return "from zero"
+    difference = pruned / dense - 1
+    return f"{MINUS if difference < 0 else '+'}{abs(difference):.1%}"
+
+
+def scientific(number: float) -> str:
+    """Mantissa, times, a power of ten; zero as ``0``."""
+    if not number:
+        return "0"
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa}{_NARROW_SPACE}{_TIMES}{_NARROW_SPACE}{power_of_ten(int(exponent))}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """``10⁻⁷``."""
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _three_digits(number: float) -> str:
+    digits = 0 if abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:,.{digits}f}"

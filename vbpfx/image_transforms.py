@@ -1,0 +1,249 @@
+"""From an image to the tensor that a model expects: as the model's own package says, or as one is told.
+
+timm models carry their sizes and normalisation with them; torchvision's are those of the default weights of the name; a
+Hugging Face model has ``preprocessor_config.json`` in its folder. For other models the shape must be given.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from vbpfx.errors import CalibrationError, first_line
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CROP = 0.875  # 224 of 256, what most classifiers are measured with
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What is to be otherwise than the model's package says; None leaves it.
+
+    Attributes:
+        shape: (channels, height, width) of a sample.
+        mean, std: one number a channel, of values between 0 and 1.
+        crop: the side of the central crop over that of the resized image; 1 keeps the whole image, for images that are
+            cropped already.
+    """
+
+    shape: tuple[int, ...] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and (len(self.shape) != 3 or self.shape[0] not in (1, 3) or min(self.shape) < 1):
+            raise CalibrationError(
+                f"images of shape {'x'.join(map(str, self.shape))}: expected channels (1 or 3) x height x width, such as 3x224x224"
+            )
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise CalibrationError(f"crop must be above 0 and at most 1, found {self.crop!r}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and (len(values) not in (1, 3) or (name == "std" and min(values) <= 0)):
+                raise CalibrationError(f"{name} must be 1 or 3 numbers, those of std above 0; found {list(values)}")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a decoded image to a tensor (channels, height, width).
+
+    Attributes:
+        apply: the transform.
+        mode: of the image that it takes, ``"RGB"`` or ``"L"`` (grey).
+        argument: the name of the model's argument; None for the only one.
+        about: what it does, and who says so, in a line.
+    """
+
+    apply: Callable[[Image.Image], Tensor]
+    mode: str
+    argument: str | None
+    about: str
+
+
+def image_transform(model: nn.Module, name: str, overrides: Overrides) -> ImageTransform:
+    """What prepares images for a model.
+
+    Args:
+        name: the string that the model was loaded by, such as ``torchvision:resnet18``.
+
+    Raises:
+        CalibrationError: nothing says what the model's images look like, or the overrides do not go with it.
+    """
+    _package("torchvision", "vbpfx[timm]")
+    if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return _of_timm(model, overrides)
+    if name.startswith("torchvision:"):
+        return _of_torchvision(name.partition(":")[2], overrides)
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        return _of_transformers(model, overrides)
+    return _plain(model, overrides)
+
+
+def _package(name: str, install: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CalibrationError(f"images need {name} ({error}); install it: pip install '{install}'") from error
+
+
+def _of_timm(model: nn.Module, overrides: Overrides) -> ImageTransform:
+    data = _package("timm.data", "vbpfx[timm]")
+    given: dict[str, Any] = {"input_size": overrides.shape, "crop_pct": overrides.crop}
+    given |= {"mean": _tuple(overrides.mean), "std": _tuple(overrides.std)}
+    settings = data.resolve_model_data_config(model) | {key: value for key, value in given.items() if value is not None}
+    transform = data.create_transform(**settings, is_training=False)
+    channels, height, width = settings["input_size"]
+    about = (
+        f"as timm says: {settings['interpolation']} to {height}x{width}, {_central(settings['crop_pct'])}, "
+        f"{_normalisation(settings['mean'], settings['std'])}"
+    )
+    return ImageTransform(transform, _mode(channels), None, about)
+
+
+def _of_torchvision(name: str, overrides: Overrides) -> ImageTransform:
+    models = _package("torchvision.models", "torchvision")
+    presets = _package("torchvision.transforms._presets", "torchvision")
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+    except (ValueError, AttributeError) as error:
+        raise CalibrationError(
+            f"torchvision has no weights for {name!r} ({error}); pass shape=, mean= and std="
+        ) from error
+    make = weights.transforms
+    if make.func is not presets.ImageClassification:
+        raise CalibrationError(
+            f"torchvision:{name} is no image classifier: its images are prepared by {make.func.__name__}; pass arrays (.npz)"
+        )
+    standard = make()
+    changed: dict[str, Any] = {}
+    side, resized = standard.crop_size[0], standard.resize_size[0]
+    if overrides.shape is not None:
+        channels, height, width = overrides.shape
+        if channels != 3 or height != width:
+            raise CalibrationError(
+                f"torchvision's models take square images of 3 channels, found shape {overrides.shape}"
+            )
+        side, resized = height, round(height * resized / side)
+        changed |= {"crop_size": side, "resize_size": resized}
+    if overrides.crop is not None:
+        changed["resize_size"] = resized = int(side / overrides.crop)
+    changed |= {k: v for k, v in (("mean", _tuple(overrides.mean)), ("std", _tuple(overrides.std))) if v is not None}
+    transform = make(**changed)
+    about = (
+        f"as torchvision's {weights} says: {transform.interpolation.value} to {resized}, the central {side}x{side}, "
+        f"{_normalisation(transform.mean, transform.std)}"
+    )
+    return ImageTransform(transform, "RGB", None, about)
+
+
+def _of_transformers(model: nn.Module, overrides: Overrides) -> ImageTransform:
+    transformers = _package("transformers", "transformers")
+    folder = getattr(model, "name_or_path", "")
+    config = getattr(model, "config", None)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder) if folder else None
+    except (OSError, ValueError, ImportError):  # no preprocessor_config.json, or one of no known kind
+        processor = None
+    if processor is None:
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        shape = overrides.shape or ((channels, size, size) if isinstance(size, int) else None)
+        changed = Overrides(shape, overrides.mean, overrides.std, overrides.crop)
+        plain = _plain(model, changed)
+        return ImageTransform(plain.apply, plain.mode, "pixel_values", f"no preprocessor_config.json; {plain.about}")
+    if overrides.shape is not None or overrides.crop is not None:
+        raise CalibrationError(
+            f"sizes of images are those of preprocessor_config.json in {folder}: change them there, or remove it and pass shape="
+        )
+    given = {"image_mean": overrides.mean, "image_std": overrides.std}
+    kwargs = {key: list(value) for key, value in given.items() if value is not None}
+    about = f"as preprocessor_config.json in {folder} says ({type(processor).__name__})"
+    return ImageTransform(partial(_processed, processor, kwargs), _mode(getattr(config, "num_channels", 3)),
+                          "pixel_values", about)  # fmt: skip
+
+
+def _processed(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Tensor:
+    values: Tensor = processor(images=[image], return_tensors="pt", **kwargs)["pixel_values"][0]
+    return values
+
+
+def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
+    """For models that say nothing: resized and cropped to the shape, with ImageNet's mean and std unless told."""
+    if overrides.shape is None:
+        raise CalibrationError(
+            f"{type(model).__name__} does not say what its images look like; pass shape=(3, 224, 224) (--shape 3x224x224), or "
+            f"the name of a torchvision model that it is"
+        )
+    transforms = _package("torchvision.transforms", "torchvision")
+    channels, height, width = overrides.shape
+    crop = overrides.crop or _CROP
+    given = overrides.mean is not None and overrides.std is not None
+    if channels == 1 and not given:
+        raise CalibrationError(
+            "grey images have no usual normalisation; pass mean= and std= (--mean 0 --std 1 for none)"
+        )
+    mean, std = overrides.mean or IMAGENET_MEAN, overrides.std or IMAGENET_STD
+    square = height == width
+    resize = transforms.Resize(int(height / crop) if square else (int(height / crop), int(width / crop)))
+    steps = (resize, transforms.CenterCrop((height, width)), transforms.ToTensor())
+    normalise = transforms.Normalize(torch.tensor(mean), torch.tensor(std))
+    about = (
+        f"{'the shorter side' if square else 'both sides'} bilinear to 1/{crop:g}, the central {height}x{width}, "
+        f"{_normalisation(mean, std)}{'' if given else ' (ImageNet, for want of others)'}"
+    )
+    return ImageTransform(transforms.Compose((*steps, normalise)), _mode(channels), None, about)
+
+
+def open_image(path: Any, mode: str) -> Image.Image:
+    """The decoded image.
+
+    Raises:
+        CalibrationError: it cannot be read; the message is the reason alone.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except UnidentifiedImageError:
+        raise CalibrationError("no image, whatever its name says") from None
+    except Exception as error:  # Pillow's plug-ins raise what they raise at damaged files
+        raise CalibrationError(first_line(error)) from error
+
+
+def check_image(path: Any) -> str:
+    """Why the image cannot be read; an empty string where it can."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # JPEG: reads all of the file, and decodes an eighth of each side
+            image.load()
+    except UnidentifiedImageError:
+        return "no image, whatever its name says"
+    except Exception as error:  # as above
+        return first_line(error)
+    return ""
+
+
+def _central(crop: float) -> str:
+    return "all of it" if crop == 1 else f"the central {crop:.3g}"
+
+
+def _mode(channels: int) -> str:
+    return "L" if channels == 1 else "RGB"
+
+
+def _tuple(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> str:
+    return f"mean {_numbers(mean)}, std {_numbers(std)}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = [f"{float(value):g}" for value in values]
+    return shown[0] if len(set(shown)) == 1 else " ".join(shown)

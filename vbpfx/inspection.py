@@ -1,0 +1,192 @@
+"""Inspection: what could be pruned of a model, before any data is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbpfx.blocks import Analysis, find_blocks
+from vbpfx.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
+from vbpfx.capture import Frontend, capture, named_tensors
+from vbpfx.errors import BudgetError
+from vbpfx.kinds import calls, kinds
+from vbpfx.model_names import load_model, typical_inputs
+from vbpfx.records import Block, Refusal
+from vbpfx.tables import counted, table
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """A block in figures.
+
+    Attributes:
+        name, width: as the analysis has them.
+        kind: what it is by its structure (:mod:`vbpfx.kinds`).
+        layers: module paths of its producers and consumers.
+        calls: how often the network runs it.
+        macs: multiply-accumulates per sample that go with its width: all of them, were it narrowed to nothing.
+        params: entries of its layers' parameters that go with its width.
+    """
+
+    name: str
+    kind: str
+    width: int
+    layers: tuple[str, ...]
+    calls: int
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is left at a ratio where every block gives up the same share, widths not rounded."""
+
+    ratio: float
+    neurons: int
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What can be pruned of a model. Printing it shows tables.
+
+    Attributes:
+        model: its name; ``params``, ``macs``, ``neurons``: of all of it, MACs per sample.
+        blocks, refusals: what can be narrowed, and what cannot, with the reason.
+        steps: what ratios give, up to the first that floors forbid.
+        analysis: what the figures are of.
+    """
+
+    model: str
+    params: int
+    macs: int
+    neurons: int
+    blocks: tuple[BlockFacts, ...]
+    refusals: tuple[Refusal, ...]
+    steps: tuple[Step, ...]
+    analysis: Analysis = dataclasses.field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready dictionaries."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "analysis"]
+        of_records = {
+            name: [dataclasses.asdict(r) for r in getattr(self, name)] for name in ("blocks", "refusals", "steps")
+        }
+        return {name: getattr(self, name) for name in names} | of_records
+
+    def __str__(self) -> str:
+        calls = any(block.calls > 1 for block in self.blocks)
+        columns = ("block", "kind", "width", *(["calls"] if calls else []), "MACs", "parameters")
+        rows = [
+            (
+                b.name,
+                b.kind,
+                b.width,
+                *([b.calls] if calls else []),
+                _share(b.macs, self.macs),
+                _share(b.params, self.params),
+            )
+            for b in self.blocks
+        ]
+        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample\n"
+        text += table(
+            f"{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of all the model",
+            columns,
+            rows,
+        )
+        if self.refusals:
+            text += table(
+                f"{counted(len(self.refusals), 'axis', 'axes')} refused",
+                ("axis of", "width", "at node", "because"),
+                [(r.name or "(whole model)", r.width, r.node, r.reason) for r in self.refusals],
+            )
+        if self.steps:
+            text += table(
+                "what ratios give: the same share of every block, exact widths",
+                ("ratio", "hidden neurons", "parameters", "kept", "MACs per sample", "kept"),
+                [(s.ratio, s.neurons, s.params, _share(s.params, self.params), s.macs, _share(s.macs, self.macs))
+                 for s in self.steps],
+            )  # fmt: skip
+        if self.blocks and len(self.steps) < len(RATIOS):
+            text += f"ratio={RATIOS[len(self.steps)]:g} and more: the floors (min_width) forbid it\n"
+        return text
+
+
+def inspect_model(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    frontend: Frontend = "auto",
+    min_width: int | None = None,
+) -> Inspection:
+    """Find out what can be pruned of a model, and what that would save. No data is needed.
+
+    The model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
+
+    Args:
+        name, weights: as :func:`vbpfx.model_names.load_model` takes them.
+        shape: of one sample, where the model does not say.
+        frontend: see :func:`vbpfx.capture`.
+        min_width: floor of every block; by default a sixteenth of its width.
+
+    Raises:
+        VbpfxError: the model cannot be made, does not say what its input looks like, or cannot be traced.
+    """
+    analysis = _analysed(name, weights, shape, frontend)
+    captured, blocks = analysis.captured, analysis.blocks
+    macs, params = mac_cost(captured, blocks), parameter_cost(captured.reference, blocks)
+    full = {block.name: block.width for block in blocks}
+    tensors, named = named_tensors(captured.reference), kinds(analysis)
+    facts = tuple(
+        BlockFacts(
+            block.name, named[block.name], block.width, block.layers, calls(block, analysis),
+            macs(full) - macs(full | {block.name: 0}),
+            sum(tensors[p.name].numel() // tensors[p.name].shape[p.axis] * block.width
+                for p in block.parameters if isinstance(tensors[p.name], torch.nn.Parameter)),
+        )
+        for block in blocks
+    )  # fmt: skip
+    steps = []
+    for ratio in RATIOS if blocks else ():
+        try:
+            widths = _widths(blocks, ratio, min_width)
+        except BudgetError:
+            break
+        steps.append(Step(ratio, sum(widths.values()), params(widths), macs(widths)))
+    return Inspection(
+        name, params(full), macs(full), sum(full.values()), facts, analysis.refusals, tuple(steps), analysis
+    )  # fmt: skip
+
+
+def _analysed(name: str, weights: str | Path | None, shape: tuple[int, ...] | None, frontend: Frontend) -> Analysis:
+    if weights is None:
+        try:
+            with torch.device("meta"):
+                model = load_model(name)
+            return find_blocks(capture(model, typical_inputs(model, shape), frontend=frontend))
+        except (
+            Exception
+        ):  # models that compute with their numbers while they are made or traced; all else comes up again
+            pass
+    model = load_model(name, weights)
+    return find_blocks(capture(model, typical_inputs(model, shape), frontend=frontend))
+
+
+def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> dict[str, int]:
+    """Widths where every block gives up the same share."""
+    ranks = {block.name: torch.arange(1, block.width + 1, dtype=torch.float64) / block.width for block in blocks}
+    floor = floors(blocks, min_width)
+    budget = Budget("ratio", ratio)
+    return choose_widths([[block] for block in blocks], ranks, budget, floor=floor, round_to=1, cost=None)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.1%}"
