@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import CASES, Array, Case, Net, mlp, run, substituted, values
+from onnx_files import CASES, Array, Case, Net, mlp, normed, run, substituted, values
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import vbpfx
@@ -209,3 +209,20 @@ def test_what_torch_exports_of_a_half_model(tmp_path: Path) -> None:
     assert {a.dtype for a in tensors(onnx.load(out)).values() if a.dtype.kind == "f" and a.size > 1} == {
         np.dtype(np.float16)
     }
+
+
+@pytest.mark.parametrize("kind", ["LayerNormalization", "RMSNormalization"])
+def test_statistics_that_float16_cannot_hold(kind: str, tmp_path: Path) -> None:
+    """The squares of the hidden values add up to more than 65504: what carries the norm over computes in float32."""
+    wide = normed(kind)
+    for stored in wide.graph.initializer:
+        if stored.name == "W":
+            stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) * np.float32(256), "W"))
+    onnx.save(convert_float_to_float16(with_half_weights(wide)), tmp_path / "in.onnx")
+    data, out = batches((6,), np.float16), tmp_path / "out.onnx"
+    pruned = vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, ratio=RATIO, method="vbp", progress=False)
+    assert pruned.parity < ROUNDING
+    small = onnx.shape_inference.infer_shapes(onnx.load(out))  # in ONNX Runtime's CPU all sums are of float32
+    types = {value.name: value.type.tensor_type.elem_type for value in small.graph.value_info}
+    sums = [node.output[0] for node in small.graph.node if node.op_type == "ReduceSum"]
+    assert {types[name] for name in sums} == {TensorProto.FLOAT}
