@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -255,7 +256,7 @@ class BlockPlan:
         """B at one of the block's sources; None for zero."""
         return self.predictions[self.block.sources.index(source)]
 
-    @property
+    @cached_property
     def pruned(self) -> tuple[int, ...]:
         """Indices of the removed neurons, ascending."""
         kept = set(self.kept)
