@@ -31,7 +31,11 @@ def test_import_vbpfx_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("demo", "inspect", "prune", "bench", "onnx"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in ("demo", "inspect", "prune", "bench", "onnx", "eval", "finetune")),
+    ],
     ids=str,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:

@@ -7,14 +7,18 @@ from typing import Annotated
 import typer
 
 from vbpfx import __version__
-from vbpfx.cli import eval as evaluation
-from vbpfx.cli import finetune as tuning
-from vbpfx.cli import inspect as inspecting
-from vbpfx.cli import prune as pruning
 from vbpfx.cli.bench import bench
 from vbpfx.cli.conventions import INTERRUPTED, Color, say
 from vbpfx.cli.demo import demo
+from vbpfx.cli.eval import EXAMPLES as OF_EVAL
+from vbpfx.cli.eval import evaluate
+from vbpfx.cli.finetune import EXAMPLES as OF_FINETUNE
+from vbpfx.cli.finetune import finetune
+from vbpfx.cli.inspect import EXAMPLES as OF_INSPECT
+from vbpfx.cli.inspect import inspect
 from vbpfx.cli.onnx import onnx
+from vbpfx.cli.prune import EXAMPLES as OF_PRUNE
+from vbpfx.cli.prune import prune
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -36,10 +40,10 @@ def _root(
 
 
 app.command()(demo)
-app.command(epilog=inspecting.EXAMPLES)(inspecting.inspect)
-app.command(epilog=pruning.EXAMPLES)(pruning.prune)
-app.command(epilog=tuning.EXAMPLES)(tuning.finetune)
-app.command("eval", epilog=evaluation.EXAMPLES)(evaluation.evaluate)
+app.command(epilog=OF_INSPECT)(inspect)
+app.command(epilog=OF_PRUNE)(prune)
+app.command(epilog=OF_FINETUNE)(finetune)
+app.command("eval", epilog=OF_EVAL)(evaluate)
 app.command()(bench)
 app.command()(onnx)
 
