@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +42,10 @@ def text() -> str:
 def raising() -> nn.Module:
     """Cannot be made."""
     raise ValueError("out of layers")
+
+
+def failing_in_rank_1() -> nn.Module:
+    """Can be made in the first process alone."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("not in rank 1")
+    return mlp()

@@ -61,7 +61,7 @@ def evaluation(report: Report) -> Markup | None:
             _score(name, dense),
             _score(name, pruned),
             _difference(name, dense, pruned),
-            kept(dense, pruned),
+            kept(dense, pruned) if _is_share(name) else "-",
         )
         for name, (dense, pruned) in measures.items()
     ]
@@ -71,9 +71,7 @@ def evaluation(report: Report) -> Markup | None:
         if name not in measures and value is not None
     }
     return joined(
-        scrolling("Accuracy", html_table("", ("", "dense", "pruned", "difference", "pruned / dense"), rows))
-        if rows
-        else None,
+        scrolling("Accuracy", html_table("", ("", "dense", "pruned", "difference", "kept"), rows)) if rows else None,
         facts(others) if others else None,
     )
 

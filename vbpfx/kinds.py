@@ -81,7 +81,7 @@ def _token_axes(evidence: Evidence) -> Callable[[Axis], bool]:
 
     def judge(axis: Axis) -> bool:
         if axis not in verdicts:
-            together = nx.node_connected_component(evidence.graph, axis) if axis in evidence.graph else {axis}
+            together = nx.node_connected_component(evidence.graph, axis)
             values = [a for a in together if not a.is_parameter]
             first = min(values, key=lambda a: evidence.position[a.owner])
             verdicts.update(dict.fromkeys(values, _is_born_of_no_weight(first, evidence)))
@@ -92,8 +92,8 @@ def _token_axes(evidence: Evidence) -> Callable[[Axis], bool]:
 
 def _is_born_of_no_weight(axis: Axis, evidence: Evidence) -> bool:
     node = evidence.nodes[axis.owner]
-    if node.op == "placeholder":
-        dims = node.meta["val"].ndim
+    dims = node.meta["val"].ndim
+    weighted = any(evidence.position[node.name] in calls for calls in evidence.uses.values())
+    if node.op == "placeholder" or weighted:  # of a layer without a rule it is not known what it makes
         return axis.dim != (1 if dims > 3 else dims - 1)
-    linked = evidence.graph.neighbors(axis) if axis in evidence.graph else ()
-    return not evidence.producing.get(axis) and not any(other.is_parameter for other in linked)
+    return not any(other.is_parameter for other in evidence.graph.neighbors(axis))

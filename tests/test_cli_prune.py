@@ -1,0 +1,160 @@
+"""The command prune: what it writes is what the library makes, and its options arrive there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+
+import cli_networks
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import vbpfx
+from vbpfx.artifact import load_plan
+from vbpfx.cli import app
+from vbpfx.cli.prune import Method, Place
+from vbpfx.plan import METHODS
+from vbpfx.runtimes.table import NAMES
+
+MLP = "cli_networks:mlp"
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """24 samples, in a working directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    samples = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
+    np.save("data.npy", samples)
+    return torch.from_numpy(samples)
+
+
+def _prune(*options: str, model: str = MLP) -> Result:
+    result = CliRunner().invoke(app, ["prune", model, "--data", "data.npy", "--out", "out", "--no-onnx", *options])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_files_are_what_the_library_makes(data: torch.Tensor) -> None:
+    result = CliRunner().invoke(
+        app, ["prune", MLP, "--data", "data.npy", "--ratio", "0.5", "--batch", "8", "--out", "out"]
+    )
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("out").iterdir()} == {
+        "plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html", "model.onnx",
+    }  # fmt: skip
+    model = cli_networks.mlp().eval()
+    expected = vbpfx.prune(model, data.split(8), ratio=0.5, runtime="onnxruntime", progress=False)
+    assert [entry.kept for entry in load_plan("out").blocks] == [entry.kept for entry in expected.plan.blocks]
+    assert set(load_plan("out").widths.values()) == {16, 8}  # ONNX Runtime is fast at multiples of 8
+    with torch.no_grad():
+        wanted = expected.graph_module(data)
+        assert torch.equal(vbpfx.load("out")(data), wanted)
+    session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
+    assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
+    assert str(expected) in result.stdout
+    assert result.stdout.endswith("written to out\n")
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["params"] == list(expected.report.params)
+
+
+def test_json_is_the_report_and_nothing_else(data: torch.Tensor) -> None:
+    result = _prune("--ratio", "0.5", "--json")
+    assert json.loads(result.stdout)["widths"] == json.loads(Path("out/report.json").read_text())["widths"]
+
+
+def test_options_arrive(data: torch.Tensor) -> None:
+    for exact in (["--method", "vbp"], ["--round-to", "1"], ["--runtime", "none"]):
+        _prune("--ratio", "0.3", *exact)
+        assert load_plan("out").removed == round(0.3 * 48)
+    assert load_plan("out").settings["method"] == "auto"
+    _prune("--ratio", "0.3", "--method", "vbp", "--runtime", "openvino", "--include", "1")
+    assert load_plan("out").settings["method"] == "vbp"
+    assert load_plan("out").widths == {"1->3": 16}  # OpenVINO is fast at multiples of 16
+    _prune("--ratio", "0.25", "--include", "1", "--include", "5", "--round-to", "1")
+    assert load_plan("out").removed == 12
+    _prune("--ratio", "0.25", "--exclude", "1", "--exclude", "1->3", "--round-to", "1")
+    assert load_plan("out").widths == {"3->5": 12}
+    _prune("--macs", "0.5", "--round-to", "1")
+    assert load_plan("out").settings["budget"] == {"macs": 0.5}
+
+
+def test_data_are_limited_and_weights_loaded(data: torch.Tensor) -> None:
+    torch.manual_seed(5)
+    other = cli_networks.mlp()
+    nn.init.normal_(other[1].weight)
+    save_file(other.state_dict(), "weights.safetensors")
+    _prune("--ratio", "0.5", "--weights", "weights.safetensors", "--limit", "6", "--method", "vbp")
+    plan = load_plan("out")
+    assert plan.settings["samples"] == 6
+    entry = plan.blocks[0]
+    rows = [name for name, tensor in vbpfx.load("out").named_parameters() if tensor.shape == (len(entry.kept), 192)]
+    kept = vbpfx.load("out").get_parameter(rows[0])
+    assert torch.equal(kept, other[1].weight[list(entry.kept)])
+
+
+def test_names_are_those_of_the_library() -> None:
+    def names(kind: type[Enum]) -> list[str]:
+        return [str(entry.value) for entry in kind]
+
+    assert set(names(Method)) == set(METHODS)
+    assert names(Place) == [*NAMES, "none"]
+
+
+def test_an_earlier_result_is_replaced_and_its_onnx_file_goes(data: torch.Tensor) -> None:
+    CliRunner().invoke(app, ["prune", MLP, "--data", "data.npy", "--ratio", "0.5", "--out", "out"])
+    assert Path("out/model.onnx").exists()
+    _prune("--ratio", "0.3", "--round-to", "1")
+    assert not Path("out/model.onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    np.save(folder / "data.npy", np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32))
+    return folder
+
+
+def _torchrun(folder: Path, model: str, out: str, data: str = "data.npy") -> subprocess.CompletedProcess[str]:
+    tests, root = Path(__file__).parent, Path(vbpfx.__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(tests)]), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vbpfx"]
+    line = ["prune", model, "--data", data, "--ratio", "0.5", "--batch", "4", "--no-onnx", "--out", out]
+    return subprocess.run([*run, *line], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+
+
+def test_two_processes_write_what_one_does(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = _torchrun(elsewhere, MLP, "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to two") == 1
+    monkeypatch.chdir(elsewhere)
+    one = ["prune", MLP, "--data", "data.npy", "--ratio", "0.5", "--batch", "4", "--no-onnx", "--out", "one"]
+    assert CliRunner().invoke(app, one).exit_code == 0
+    alone, together = load_plan("one"), load_plan("two")
+    assert [entry.kept for entry in alone.blocks] == [entry.kept for entry in together.blocks]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "line"),
+    [
+        ("cli_networks:failing_in_rank_1", "data.npy", "vbpfx: rank 1: model 'cli_networks:failing_in_rank_1'"),
+        (MLP, "nowhere.npy", ": nowhere.npy does not exist"),  # all of them find that
+    ],
+)
+def test_what_fails_in_one_process_is_said_once(model: str, data: str, line: str, elsewhere: Path) -> None:
+    done = _torchrun(elsewhere, model, "never", data)
+    assert done.returncode != 0
+    said = [found for found in done.stderr.splitlines() if found.startswith("vbpfx: ")]
+    assert len(said) == 1
+    assert line in said[0]
+    assert not (elsewhere / "never").exists()
