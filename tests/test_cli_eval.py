@@ -56,6 +56,7 @@ def test_eval_counts_what_both_get_right(files: Path) -> None:
     for name, network in (("dense", load_trained()), ("pruned", vbpfx.load(files / "pruned"))):
         assert found[name]["top1"]["share"] == accuracy(network, split.test_images, split.test_labels)
     assert found["samples"] == len(split.test_labels)
+    assert found["skipped"] == []
     alone = _figures(_run("eval", MODEL, "--data", files / "test.npz", "--json"))
     assert alone["dense"] == found["dense"]
     assert "pruned" not in alone

@@ -103,6 +103,9 @@ def test_torchvision_says_how_its_images_are_prepared(flat: Path) -> None:
     assert torch.equal(_all(data), _by(preset(), sorted(flat.iterdir())))
     halved = vbpfx.open_data(flat, model, name="torchvision:resnet18", shape=(3, 112, 112))
     assert torch.equal(_all(halved), _by(preset(crop_size=112, resize_size=128), sorted(flat.iterdir())))
+    shifted = vbpfx.open_data(flat, model, name="torchvision:resnet18", mean=(0.2,) * 3, std=(0.5,) * 3, crop=1)
+    expected = preset(mean=(0.2,) * 3, std=(0.5,) * 3, resize_size=224)
+    assert torch.equal(_all(shifted), _by(expected, sorted(flat.iterdir())))
     with pytest.raises(CalibrationError, match="ResNet does not say what its images look like; pass shape="):
         vbpfx.open_data(flat, model)
     with pytest.raises(CalibrationError, match="torchvision:fcn_resnet50 is no image classifier"):

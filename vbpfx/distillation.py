@@ -244,7 +244,11 @@ def _compared(output: Any, loss: Loss) -> Tensor:
         tensors = [tensor for tensor in _floats(output) if tensor.ndim > 1]
     if not tensors:
         found = f"with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-        hint = "loss='mse' compares embeddings" if loss == "kl" else "wrap the model in one that returns a tensor"
+        hint = (
+            "finetune(loss='mse') compares embeddings"
+            if loss == "kl"
+            else "wrap the model in one that returns a tensor"
+        )
         raise FinetuneError(f"the model's output, a {type(output).__name__} {found}, holds no logits or values; {hint}")
     return tensors[0]
 

@@ -2,12 +2,15 @@
 
 timm models carry their sizes and normalisation with them; torchvision's are those of the default weights of the name; a
 Hugging Face model has ``preprocessor_config.json`` in its folder. For other models the shape must be given.
+
+Images are decoded as torchvision's ``ImageFolder`` decodes them: by Pillow, as they lie in the file, transparency left out.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -209,7 +212,8 @@ def open_image(path: Any, mode: str) -> Image.Image:
         CalibrationError: it cannot be read; the message is the reason alone.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow thinks of transparent palettes
             return image.convert(mode)
     except UnidentifiedImageError:
         raise CalibrationError("no image, whatever its name says") from None

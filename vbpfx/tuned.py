@@ -81,7 +81,8 @@ class Tuning:
             )
         # what the oracle and an evaluation have said is of the weights before
         report = dataclasses.replace(self.report, verification=None, evaluation=None)
-        beside = report_files(report.measured(evaluation=measured, command=command))
+        commands = " && ".join(filter(None, (report.command, command)))
+        beside = report_files(report.measured(evaluation=measured, command=commands))
         if onnx:
             beside["model.onnx"] = onnx_writer(graph, self.captured.inputs, plan=self.plan)
         return save_network(graph, tuned, self.plan, beside, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from vbpfx.cli.data_options import (
     Workers,
     numbers,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -81,7 +84,6 @@ def evaluate(
         "std": numbers("--std", std), "crop": crop, "max_length": max_length,
     }  # fmt: skip
     with failing_in_one_line(debug):
-        from vbpfx.artifact import load
         from vbpfx.data_sources import open_data
         from vbpfx.evaluate import evaluate as run_evaluate
         from vbpfx.model_names import load_model
@@ -90,8 +92,23 @@ def evaluate(
         original = load_model(dense or network, weights).to(place)
         pruned = None
         if dense:
-            pruned = (load(network) if is_folder else load_model(network)).to(place)
+            pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
         samples = open_data(data, original, **reading)
         note(str(samples))
         found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
-    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.text(worst), nl=as_json)
+    if as_json:
+        read = {"data": str(data), "about": samples.about, "skipped": samples.skipped}
+        typer.echo(json.dumps(read | found.to_json(), indent=1))
+    else:
+        typer.echo(found.text(worst), nl=False)
+
+
+def _load(folder: Path, dense: nn.Module) -> nn.Module:
+    """The graph, as it was checked; the model's class where the graph could not be written."""
+    from vbpfx.artifact import load
+    from vbpfx.errors import ArtifactError
+
+    try:
+        return load(folder)
+    except ArtifactError:
+        return load(folder, into=dense)
