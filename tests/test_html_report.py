@@ -185,6 +185,7 @@ def test_reports_of_older_versions_are_shown(report: Report) -> None:
     old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in new}
     found = sections(Report.from_json(old | {"verification": None}))
     assert set(found) == {"Width per block", "Not narrowed", "Checked", "How it was made"}
+    assert [heading.text for heading in found["How it was made"].all("h3")] == ["Settings"]
     assert "did not check these weights" in found["Checked"].text
 
 

@@ -109,6 +109,7 @@ def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path)
     report = Report.load(tmp_path)
     assert report == pruned.report.measured(evaluation=evaluation, command="vbpfx prune x")
     assert report.evaluation == {"top-1 accuracy": [0.75, 0.7], "samples": 100}
+    assert report.command == "vbpfx prune x"
     assert report.refusals == pruned.analysis.refusals
     assert set(report.versions) == {"vbpfx", "torch", "Python", "platform"}
     # by hand: 8 -> h -> b -> k -> 8 in float32, biases with them; b is a block, too
