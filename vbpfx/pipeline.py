@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,12 @@ class Pruned:
         return self.ranks.write(write, Path(folder))
 
     def to_onnx(self, path: str | Path) -> Path:
-        """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
+        """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`.
+
+        Warns where convolutions have widths that ONNX Runtime is slow at.
+        """
+        if self.report.uneven:
+            warnings.warn(self.report.advice, stacklevel=2)
         parts = self.graph_module, self.captured.inputs, path
         return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
 
