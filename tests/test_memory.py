@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class _Eager(Compiled):
 
 def _bench_with(load: Any, file: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> vbpfx.BenchResult:
     made = Runtime("fake", "torch", "", lambda network, inputs, threads: _Eager(network, file), load=load)
-    monkeypatch.setattr(sys.modules["vbpfx.bench"], "runtime", lambda name: made)
+    monkeypatch.setattr(importlib.import_module("vbpfx.bench"), "runtime", lambda name: made)
     return vbpfx.bench(_mlp(8), _mlp(4), EXAMPLE.args, runtimes=["fake"], batches=[1], rounds=1, **options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,8 @@ class Pruned:
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`.
 
+        Warns where convolutions have widths that ONNX Runtime is slow at.
+
         Args:
             path: of the file; it takes its name when everything has been checked.
 
@@ -142,6 +145,8 @@ class Pruned:
             ExportError: the network cannot be exported, or the file does not compute what it should.
             ArtifactError: it cannot be written.
         """
+        if self.report.uneven:
+            warnings.warn(self.report.advice, stacklevel=2)
         parts = self.graph_module, self.captured.inputs, path
         return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
 
