@@ -182,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     where = parser.parse_args(arguments).docs
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    table = markdown_table(("network", f"Torch-Pruning {version('torch-pruning')}", "vbpfx"), rows()).replace("---:", "---")
+    table = markdown_table(("network", f"Torch-Pruning {version('torch-pruning')}", "vbpfx"), rows()).replace(
+        "---:", "---"
+    )
     print(table)
     write_section(where / "comparison.md", "peers", f"{table}\n\ntorch {torch.__version__}, timm {timm.__version__}.\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,10 @@ def test_anchors_are_those_of_the_site(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# `vbpfx.prune`: one call\n\n## What goes in?\n\n```sh\n# no heading\n```\n\n## What goes in?\n")
     assert anchors(page) == {"vbpfxprune-one-call", "what-goes-in", "what-goes-in_1"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_programs_that_are_named_exist(name: str) -> None:
+    """Figures name the program that prints them; programs move."""
+    for program in re.findall(r"\b((?:benchmarks|tests|docs/examples)/[\w/]+\.py)\b", SOURCES[name].read_text()):
+        assert (ROOT / program).exists(), f"{name} names {program}"
