@@ -26,7 +26,7 @@ def reference() -> str:
 def _section(name: str, command: Any) -> Iterator[str]:
     """Heading, sentence and table of one command."""
     first, *_ = (command.help or "").strip().split("\n\n")
-    yield from (f"## vbpfx {name}", "", " ".join(first.split()), "", "| | |", "|---|---|")
+    yield from (f"## vbpfx {name}", "", " ".join(first.split()), "", "| argument | |", "|---|---|")
     for parameter in command.params:
         if parameter.name == "help" or getattr(parameter, "hidden", False):
             continue
