@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.vbpfx-installed
 
-.PHONY: demo test lint compilers retention coverage fuzz weights wheel clean
+.PHONY: demo test lint compilers retention coverage fuzz weights docs wheel versions clean
 
 demo: $(INSTALLED)
 	$(BIN)/vbpfx demo --out demo-output
@@ -37,8 +37,18 @@ weights: $(INSTALLED)
 	$(BIN)/python -m vbpfx.demo.train_digits
 	$(BIN)/python benchmarks/small_networks.py --train
 
+# The documentation as a site, in build/site. A warning, a dead link or a missing heading is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and source distribution in dist/, checked, and imported in an empty environment.
 wheel: $(INSTALLED)
-	$(BIN)/python -m build --wheel
+	.ci/wheel $(BIN)/python
+
+# A part of the tests on the lowest and the newest dependencies, on the Pythons that the machine has. Large downloads.
+versions: $(INSTALLED)
+	.ci/versions $(BIN)/python
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

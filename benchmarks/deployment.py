@@ -54,6 +54,7 @@ def _measure(
         runtimes=runtimes,
         batches=[batch],
         rounds=rounds,
+        memory=False,
         clock=time.process_time,
     )
     found = result.to_json()

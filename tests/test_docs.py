@@ -1,27 +1,47 @@
-"""The examples in the documentation run."""
+"""The code in the documentation runs, page by page, and prints what the page shows."""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
+import random
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer.main
+from doc_pages import PAGES, ROOT, Code, code_blocks
+from typer.testing import CliRunner
 
 import vbpfx.pipeline
+from vbpfx.cli.root import app
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = [
-    pytest.param(code, id=f"{path.name}-{number}")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
-]
+RUN = {name: path for name, path in PAGES.items() if any(c.language in ("python", "sh") for c in code_blocks(path))}
+OTHER_COMMANDS = ("make", "pip", "python", "torchrun", "source", "cd", "git", "#")
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", RUN)
+def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page in order, with one set of names, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {})
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    random.seed(0)
+    np.random.seed(0)
+    names: dict[str, object] = {"__name__": "__page__"}
+    for code in code_blocks(PAGES[name]):
+        if code.title is not None:
+            Path(code.title).write_text(code.text)
+        elif any(_missing(package) for package in code.needs):
+            continue
+        elif code.language == "python":
+            _compare(name, code, _printed(name, code, names))
+        elif code.language == "sh":
+            _compare(name, code, "".join(_run(line, code) for line in _lines(code.text)))
 
 
 def test_docstring_examples() -> None:
@@ -30,7 +50,74 @@ def test_docstring_examples() -> None:
     assert outcome.failed == 0
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+def _missing(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return True
+    return False
+
+
+def _printed(name: str, code: Code, names: dict[str, object]) -> str:
+    """What a block of Python prints. Line numbers in tracebacks are those of the page."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile("\n" * (code.line - 1) + code.text, name, "exec"), names)
+    return out.getvalue()
+
+
+def _compare(name: str, code: Code, printed: str) -> None:
+    """A page's output is the real one; ``...`` stands for what differs from machine to machine."""
+    if code.shown is None:
+        return
+    wanted, found = (_without_trailing_space(text) for text in (code.shown, printed))
+    same = doctest.OutputChecker().check_output(wanted, found, doctest.ELLIPSIS)
+    assert same, f"{name}:{code.line} shows\n{wanted}\nand prints\n{found}"
+
+
+def _without_trailing_space(text: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in text.strip().splitlines())
+
+
+def _lines(text: str) -> list[str]:
+    """Commands, those over several lines put together."""
+    return [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.strip()]
+
+
+def _run(line: str, code: Code) -> str:
+    """Run a vbpfx command, or parse it; of others, what they name must be there."""
+    words = shlex.split(line, comments=True)
+    if not words:
+        return ""
+    if words[0] == "torchrun":
+        words = words[words.index("vbpfx") :] if "vbpfx" in words else words
+    if words[0] != "vbpfx":
+        _require_what_it_names(line, words)
+        return ""
+    if code.parsed:
+        _parse(words[1:])
+        return ""
+    result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+    return result.stdout
+
+
+def _parse(words: list[str]) -> None:
+    """The command, its arguments and its options exist."""
+    group = typer.main.get_command(app)
+    context = group.make_context("vbpfx", list(words), resilient_parsing=False)
+    name, command, rest = group.resolve_command(context, words)  # type: ignore[attr-defined]
+    command.make_context(name, rest, parent=context)
+
+
+def _require_what_it_names(line: str, words: list[str]) -> None:
+    assert words[0] in OTHER_COMMANDS, f"no check for {line!r}"
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets, line
+    if words[0] == "pip":
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        named = [extra for word in words for group in re.findall(r"vbpfx\[(.*?)\]", word) for extra in group.split(",")]
+        assert all(extra in extras for extra in named), line
+    if words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).exists() or Path(words[1]).exists(), line

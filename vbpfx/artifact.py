@@ -165,6 +165,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     """Read a saved network.
 
     Args:
+        folder: what :func:`save` wrote.
         into: a dense model of the class that was pruned, with any weights: the result is a narrowed copy of
             it with the saved weights. Without it the result is a GraphModule that needs no model class.
 

@@ -4,7 +4,8 @@ Both networks are compiled for the same inputs and run in turn. Speed-up is the 
 pruned seconds of the same round; *efficiency* is the speed-up over the ratio of MACs: 1 where the runtime turns every saved
 product into saved time. *Parity* is the largest difference of a runtime's outputs from PyTorch's over the largest output.
 
-Memory is not in it: what a process holds cannot be told apart into the networks and the compilers that made them.
+*Memory* is what a process of its own takes for loading what is shipped and running one batch (:mod:`vbpfx.runtimes.memory`); where
+nothing is shipped that could be loaded, there is none: in this process networks and compilers cannot be told apart.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vbpfx.errors import CaptureError, ExportError, first_line
 from vbpfx.export.onnx import export_onnx, run_session
 from vbpfx.inputs import Inputs, as_inputs
 from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.memory import peak_memory
 from vbpfx.runtimes.table import runtime
 from vbpfx.timing import Clock, Spread, alternating
 from vbpfx.verify import relative_error
@@ -41,6 +43,7 @@ def bench(
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1,),
     rounds: int = 15,
+    memory: bool = True,
     clock: Clock = time.perf_counter,
 ) -> BenchResult:
     """Measure dense against pruned in the same run, interleaved.
@@ -52,6 +55,7 @@ def bench(
         batches: batch sizes.
         threads: numbers of threads.
         rounds: how often each is timed.
+        memory: measure that, too: two processes for each row, which import the runtime.
         clock: seconds; ``time.process_time`` counts what this process computes and not what it waits for, which on a busy
             machine says more of a single thread.
 
@@ -66,7 +70,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
                  _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip
-        return _bench(sides, example, _macs(dense, pruned, example), runtimes, batches, threads, rounds, clock)
+        return _bench(sides, example, _macs(dense, pruned, example), runtimes, batches, threads, rounds, memory, clock)
 
 
 def bench_files(
@@ -78,6 +82,7 @@ def bench_files(
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1,),
     rounds: int = 15,
+    memory: bool = True,
     clock: Clock = time.perf_counter,
 ) -> BenchResult:
     """The same for two ONNX files. The reference for parity is ONNX Runtime without its optimisations.
@@ -85,7 +90,9 @@ def bench_files(
     Raises:
         ExportError: as :func:`bench`, or a runtime does not take ONNX files.
     """
-    return _bench((_File(Path(dense)), _File(Path(pruned))), inputs, None, runtimes, batches, threads, rounds, clock)
+    return _bench(
+        (_File(Path(dense)), _File(Path(pruned))), inputs, None, runtimes, batches, threads, rounds, memory, clock
+    )
 
 
 class _Subject(ABC):
@@ -154,6 +161,7 @@ def _bench(
     batches: Sequence[int],
     threads: Sequence[int],
     rounds: int,
+    memory: bool,
     clock: Clock,
 ) -> BenchResult:
     if min((*batches, *threads, rounds)) < 1:
@@ -169,7 +177,7 @@ def _bench(
             )
     ratio = macs[0] / macs[1] if macs else None
     rows = [
-        _measure(taken, sides, batch_inputs[size], expected[size], count, rounds, clock, ratio)
+        _measure(taken, sides, batch_inputs[size], expected[size], count, rounds, memory, clock, ratio)
         for taken in chosen for count in threads for size in batches
     ]  # fmt: skip
     return BenchResult(tuple(rows), macs, rounds, {taken.package: _version(taken.package) for taken in chosen})
@@ -182,6 +190,7 @@ def _measure(
     expected: tuple[list[Tensor], ...],
     threads: int,
     rounds: int,
+    memory: bool,
     clock: Clock,
     ratio: float | None,
 ) -> Row:
@@ -202,11 +211,22 @@ def _measure(
     runs = {name: functools.partial(made.run, inputs) for name, made in zip(("dense", "pruned"), compiled, strict=True)}
     seconds = alternating(runs, rounds=rounds, clock=clock)
     speedup = Spread.of([a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)])
+    held = [_memory(taken, made, inputs, threads) if memory else (None, None) for made in compiled]
     dense, pruned = (
-        Side(Spread.of(seconds[name]), side.parity, side.size)
-        for name, side in zip(("dense", "pruned"), found, strict=True)
+        Side(Spread.of(seconds[name]), side.parity, side.size, None, *own)
+        for name, side, own in zip(("dense", "pruned"), found, held, strict=True)
     )
     return Row(taken.name, batch, threads, dense, pruned, speedup, speedup.median / ratio if ratio else None)
+
+
+def _memory(taken: Runtime, made: Compiled, inputs: Inputs, threads: int) -> tuple[int | None, str | None]:
+    """Bytes, or why there are none; neither where nothing can be loaded."""
+    if taken.load is None or made.file is None:
+        return None, None
+    try:
+        return peak_memory(taken.name, made.file, inputs, threads), None
+    except ExportError as error:
+        return None, str(error)
 
 
 def _version(package: str) -> str:

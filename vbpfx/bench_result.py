@@ -9,7 +9,7 @@ from vbpfx.export.onnx import PARITY
 from vbpfx.tables import table
 from vbpfx.timing import Spread
 
-_WIDTH = 140  # of the printed table
+_WIDTH = 160  # of the printed table
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,16 @@ class Side:
         parity: largest relative difference from the reference.
         size: bytes of what would be shipped; None where nothing is written.
         failure: the runtime's message.
+        memory: bytes that loading what is shipped and one batch take (:mod:`vbpfx.runtimes.memory`); None where it was not
+            measured, for the reason in ``unmeasured``, if there is one.
     """
 
     seconds: Spread | None = None
     parity: float | None = None
     size: int | None = None
     failure: str | None = None
+    memory: int | None = None
+    unmeasured: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class BenchResult:
 
     @property
     def problems(self) -> list[str]:
-        """Runtimes that failed, and outputs that differ by more than 1e-4."""
+        """Runtimes that failed, outputs that differ by more than 1e-4, and memory that could not be measured."""
         found = []
         for row in self.rows:
             for name, side in (("dense", row.dense), ("pruned", row.pruned)):
@@ -77,6 +81,8 @@ class BenchResult:
                     found.append(f"{where}: {side.failure}")
                 elif side.parity is not None and not side.parity <= PARITY:
                     found.append(f"{where}: differs by {side.parity:.1e} of the output's size, allowed {PARITY:.0e}")
+                if side.unmeasured:
+                    found.append(f"{where}: {side.unmeasured}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +98,8 @@ class BenchResult:
         title = f"dense against pruned, medians of {self.rounds} interleaved rounds"
         if self.macs:
             title += f"; MACs {self.macs[0]:,} -> {self.macs[1]:,} ({self.macs[0] / self.macs[1]:.2f}x less)"
-        columns = ("runtime", "threads", "batch", "ms", "samples/s", "speed-up", "efficiency", "parity", "MB")
+        columns = ("runtime", "threads", "batch", "ms", "samples/s", "speed-up", "efficiency", "parity", "MB",
+                   "memory MiB")  # fmt: skip
         text = table(title, columns, [_cells(row) for row in self.rows], width=_WIDTH)
         return text + "".join(f"{problem}\n" for problem in self.problems)
 
@@ -100,7 +107,7 @@ class BenchResult:
 def _cells(row: Row) -> list[Any]:
     cells: list[Any] = [row.runtime, row.threads, row.batch]
     if row.speedup is None or row.dense.seconds is None or row.pruned.seconds is None or row.samples_per_second is None:
-        return [*cells, *["failed"] * 3, "-", "-", "-"]
+        return [*cells, *["failed"] * 3, "-", "-", "-", "-"]
     dense, pruned = row.dense.seconds, row.pruned.seconds
     rate, now = row.samples_per_second
     return [
@@ -112,6 +119,8 @@ def _cells(row: Row) -> list[Any]:
         f"{row.dense.parity:.0e}, {row.pruned.parity:.0e}",
         "-" if row.dense.size is None or row.pruned.size is None
         else f"{row.dense.size / 1e6:.1f} -> {row.pruned.size / 1e6:.1f}",
+        "-" if row.dense.memory is None or row.pruned.memory is None
+        else f"{row.dense.memory / 2**20:.1f} -> {row.pruned.memory / 2**20:.1f}",
     ]  # fmt: skip
 
 

@@ -76,6 +76,9 @@ def find_blocks(captured: Captured) -> Analysis:
 
     Read-only. A *hidden axis* begins at the rows of weights, passes through operators that treat channels
     one by one, and ends at weights that sum over it.
+
+    Args:
+        captured: what :func:`capture` returned.
     """
     evidence = gather(captured)
     linked = _with_parts(evidence)

@@ -74,7 +74,7 @@ def calibrate(
         ranks: of N processes, with ``"share"`` all are given the same data, in the same order, and rank r runs batches r, r + N,
             r + 2N, ...; with ``"own"`` every one is given data of its own (a ``DistributedSampler``'s) and runs all of it; with
             ``"alone"`` this process has nothing to do with others.
-        checkpoint: a folder; what was gathered is written there every ``checkpoint_every`` batches of a rank, and at the end. If
+        checkpoint, checkpoint_every: a folder; what was gathered is written there every ``checkpoint_every`` batches of a rank, and at the end. If
             it is there already, its batches are read again but not run, and the statistics end bit for bit as without a break.
             The data must come in the same order; that is checked by a few of its values.
         settings: what else makes the run this run, for the checkpoint.

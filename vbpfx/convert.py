@@ -24,6 +24,8 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     the plan corrects.
 
     Args:
+        captured: the dense graph; it stays as it was.
+        plan: which neurons stay (K), and a and B, which stand for the rest (P).
         share: share the parameters that are not narrowed with the model instead of copying them; for
             inference, or for models that hardly fit. Buffers are never shared.
 

@@ -100,7 +100,11 @@ class Evaluation:
         return self.text()
 
     def text(self, worst: int = 10) -> str:
-        """What printing shows, with so many of the worst-hurt classes."""
+        """What printing shows.
+
+        Args:
+            worst: so many of the worst-hurt classes.
+        """
         text = f"{counted(self.samples, 'sample')}; in brackets 95 % confidence intervals\n"
         if self.dense is not None:
             text += self._accuracies(self.dense)

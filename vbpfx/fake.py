@@ -18,6 +18,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from vbpfx.inputs import Inputs
+from vbpfx.repeated import Repeated
 
 _SMALLEST_SENTINEL = 1009
 
@@ -37,11 +38,11 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
     samples = sentinel({size for tensor in tensors for size in tensor.shape})
     if inputs.batch_size is not None and not fixed:
         try:
-            run_fake(graph_module, inputs, samples, record)
+            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
             return samples
         except Exception:  # a graph that is tied to its batch size still works at that size
             pass
-    run_fake(graph_module, inputs, inputs.batch_size, record)
+    run_fake(graph_module, inputs, inputs.batch_size, record, Repeated(graph_module))
     return None
 
 
@@ -84,8 +85,14 @@ def run_fake(
     inputs: Inputs,
     samples: int | None,
     around: Callable[[fx.Node, Callable[[], Any]], Any],
+    repeated: Repeated | None = None,
 ) -> None:
-    """Run the graph on fake tensors with a batch of that many samples."""
+    """Run the graph on fake tensors with a batch of that many samples.
+
+    Args:
+        around: called with every node and a function that runs it; returns its value.
+        repeated: what runs of like calls have found; without it every call is run.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: Tensor) -> Tensor:
@@ -96,7 +103,17 @@ def run_fake(
 
     class Runner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            return around(n, lambda: _as_fake_tree(mode, super(Runner, self).run_node(n)))
+            return around(n, lambda: self.run_call(n))
+
+        def run_call(self, n: fx.Node) -> Any:
+            def run() -> Any:
+                return _as_fake_tree(mode, super(Runner, self).run_node(n))
+
+            if repeated is None or not n.op.startswith("call"):
+                return run()
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            operator = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+            return repeated.run(operator, args, kwargs, run)
 
     with mode, torch.no_grad():
         example = inputs.map(fake)

@@ -114,7 +114,7 @@ def finetune(
         augment: changes the arguments of a training batch, for student and teacher alike.
         mixed_precision: ``"bf16"`` or ``"fp16"`` for autocast; weights stay as they are.
         accumulate: batches a step, in each process.
-        checkpoint: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
+        checkpoint, checkpoint_every: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
             ``checkpoint_every`` steps, and when the time is over.
         resume: go on from the checkpoint if there is one. The result is bit for bit that of a run without a break, as far
             as the device computes the same twice; random transforms in a loader's worker processes repeat only from

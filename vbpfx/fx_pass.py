@@ -83,6 +83,9 @@ class VarianceBasedPruning(PassBase):
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Check that this is a sound graph, and that the first batch fits its arguments.
 
+        Args:
+            graph_module: what the pass shall narrow.
+
         Raises:
             CaptureError: it is no GraphModule, or its graph is broken.
             CalibrationError: there is no batch, or the first one does not fit.
@@ -114,6 +117,9 @@ class VarianceBasedPruning(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """A smaller copy of the graph.
 
+        Args:
+            graph_module: stays as it is; handed on itself where there is nothing to do.
+
         Raises:
             VbpfxError: what :func:`vbpfx.prune` raises.
         """
@@ -132,6 +138,9 @@ class VarianceBasedPruning(PassBase):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Check the result: a sound graph of the plan's widths that computes what the plan says.
+
+        Args:
+            graph_module: what the pass, or one behind it, has made.
 
         Raises:
             VerificationError: it is not.

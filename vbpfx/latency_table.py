@@ -38,17 +38,34 @@ class Latencies:
     def ratio(self, widths: Mapping[str, int]) -> float:
         """Predicted latency at these widths over the dense network's.
 
+        Args:
+            widths: block -> hidden width; blocks that are left out stay as they are.
+
         Raises:
             BudgetError: a block was not measured.
         """
         return 1 - self.correction * sum(self._saved(name, width) for name, width in widths.items()) / self.dense
 
     def cost(self, widths: Mapping[str, int]) -> int:
-        """Predicted latency at these widths, in billionths of the dense network's."""
+        """Predicted latency at these widths, in billionths of the dense network's.
+
+        Args:
+            widths: as for :meth:`ratio`.
+
+        Raises:
+            BudgetError: a block was not measured.
+        """
         return round(1e9 * self.ratio(widths))
 
     def require(self, blocks: Iterable[Block]) -> None:
-        """Raise a BudgetError unless these blocks were measured."""
+        """Check that these blocks were measured.
+
+        Args:
+            blocks: of the model that is to be pruned.
+
+        Raises:
+            BudgetError: one was not, or at another width.
+        """
         for block in blocks:
             if block.name not in self.points or self.points[block.name][-1][0] != block.width:
                 raise BudgetError(

@@ -156,13 +156,14 @@ def _state_widths(layer: nn.Module) -> None:
 
 def removed_channels(plan: Plan) -> Removed:
     """Every channel that is gone, of every axis that a block of the plan stands on."""
-    removed: dict[tuple[str, int, bool], set[int]] = defaultdict(set)
+    removed: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
-        for node, axis, start in entry.block.carriers:
-            removed[node, axis, False].update(start + p for p in entry.pruned)
-        for parameter in entry.block.parameters:
-            removed[parameter.name, parameter.axis, True].update(parameter.start + p for p in entry.pruned)
-    return {key: frozenset(positions) for key, positions in removed.items()}
+        values = [((node, axis, False), start) for node, axis, start in entry.block.carriers]
+        parameters = [((p.name, p.axis, True), p.start) for p in entry.block.parameters]
+        at = {start: frozenset(start + p for p in entry.pruned) for _, start in (*values, *parameters)}
+        for key, start in (*values, *parameters):
+            removed[key] = removed[key] | at[start] if key in removed else at[start]
+    return removed
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:

@@ -28,6 +28,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     The ``config`` of a Hugging Face model is made to describe the result, where it can: with ``uniform=True`` it
     must, so that ``save_pretrained`` writes what ``from_pretrained`` reads.
 
+    Args:
+        model: of the class and the sizes that the plan was made for; its weights may be others.
+        plan: which neurons stay, and what stands for the rest.
+
     Raises:
         ArtifactError: the plan was made for another model (names, shapes and module classes are
             compared), a layer of the model has no place for the bias that the fold makes, or the model's

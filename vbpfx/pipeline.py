@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,9 @@ class Pruned:
     def apply_to(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.
 
+        Args:
+            model: the model that was pruned, or another of its class and sizes.
+
         Raises:
             ArtifactError: the model is not of the structure that was pruned.
             VerificationError: the class computes something else when narrowed.
@@ -130,7 +134,19 @@ class Pruned:
         return self.ranks.write(write, Path(folder))
 
     def to_onnx(self, path: str | Path) -> Path:
-        """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`."""
+        """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`.
+
+        Warns where convolutions have widths that ONNX Runtime is slow at.
+
+        Args:
+            path: of the file; it takes its name when everything has been checked.
+
+        Raises:
+            ExportError: the network cannot be exported, or the file does not compute what it should.
+            ArtifactError: it cannot be written.
+        """
+        if self.report.uneven:
+            warnings.warn(self.report.advice, stacklevel=2)
         parts = self.graph_module, self.captured.inputs, path
         return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
 
@@ -139,6 +155,9 @@ class Pruned:
 
         Args:
             like: the program whose inputs, open sizes and ranges it shall have, where the model was pruned as its module.
+
+        Raises:
+            ExportError: torch.export cannot take the network.
         """
         return export_program(self.graph_module, self.captured.inputs, like=like)
 
@@ -346,7 +365,15 @@ def prune_captured(
 
 
 def save(pruned: Pruned, folder: str | Path) -> Path:
-    """Write a pruned network to a folder, without pickle; :func:`vbpfx.load` reads it."""
+    """Write a pruned network to a folder, without pickle; :func:`vbpfx.load` reads it.
+
+    Args:
+        pruned: what :func:`prune` returned.
+        folder: where to; made if need be.
+
+    Raises:
+        ArtifactError: the folder cannot be written, or the network has no graph that can be stored.
+    """
     return pruned.save(folder)
 
 

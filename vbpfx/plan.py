@@ -159,7 +159,7 @@ def make_plan(
 ) -> Plan:
     """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
 
-    With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025):
+    With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025, arXiv 2507.12988):
     the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` goes by
     greedy OBS and predicts what goes from what stays; it takes more of blocks whose loss the output hardly feels, where
     ``sensitivity`` says which, otherwise the same share of every block (:mod:`vbpfx.importance`, :mod:`vbpfx.allocation`,

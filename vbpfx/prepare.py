@@ -29,7 +29,13 @@ COVARIANCE_SHARE = 0.5
 class Statistics:
     """Activation moments per block, at everything that its consumers and statistics read (``block.sources``).
 
-    ``a | b`` is the statistics of both data sets together; order and batching do not matter.
+    ``a | b`` is the statistics of both data sets together; order and batching do not matter (pairwise merge, Chan et al. 1983).
+    Rows are positions: batch and tokens or pixels pooled. Sums are float64 on the network's device. The variance is M2 / (n - 1),
+    as in VBP (arXiv 2507.12988).
+
+    Attributes:
+        moments: block -> one :class:`~vbpfx.moments.Moments` for each of its ``sources``: count, mean (d,), centred second
+            moment (d,), and, where asked for, the co-moments (d, d) of a share of the rows.
     """
 
     moments: Mapping[str, tuple[Moments, ...]]
@@ -49,7 +55,14 @@ class Statistics:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to a ``.safetensors`` file, atomically."""
+        """Write to a ``.safetensors`` file, atomically.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
         tensors: dict[str, Tensor] = {}
         counts: dict[str, list[dict[str, int]]] = {}
         for name, sources in self.moments.items():
@@ -62,7 +75,14 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ArtifactError: it cannot be read, or holds something else.
+        """
         try:
             with safe_open(path, "pt") as file:
                 counts = json.loads(file.metadata()["vbpfx.statistics"])
@@ -95,6 +115,8 @@ def prepare(
     changes nothing of the model.
 
     Args:
+        captured: the dense graph; it stays as it was.
+        analysis: of this graph.
         blocks: the blocks to observe; all of the analysis by default.
         mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
             by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
@@ -169,6 +191,9 @@ def observers(observed: fx.GraphModule) -> list[Observer]:
 
 def statistics(observed: fx.GraphModule) -> Statistics:
     """The statistics that a prepared graph has gathered so far.
+
+    Args:
+        observed: what :func:`prepare` made, after data has run through it.
 
     Raises:
         CalibrationError: nothing ran through it, or an activation was not finite.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -153,6 +154,9 @@ class Block:
         """Whether what is removed there may be predicted from what stays.
 
         Every weight that reads it must be its own, and no statistic may be taken of it: those count constants.
+
+        Args:
+            source: one of :attr:`sources`.
         """
         return not any(r.source == source for r in self.reductions) and all(
             consumer.alone for consumer in self.consumers if consumer.source == source
@@ -252,7 +256,7 @@ class BlockPlan:
         """B at one of the block's sources; None for zero."""
         return self.predictions[self.block.sources.index(source)]
 
-    @property
+    @cached_property
     def pruned(self) -> tuple[int, ...]:
         """Indices of the removed neurons, ascending."""
         kept = set(self.kept)

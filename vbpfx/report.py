@@ -22,6 +22,7 @@ from vbpfx.files import read_json, settle
 from vbpfx.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.prepare import Statistics
 from vbpfx.records import Plan, Refusal
+from vbpfx.runtimes.table import best_multiple
 from vbpfx.spectrum import Spectrum, spectra
 from vbpfx.tables import counted, table
 from vbpfx.verify import Verification
@@ -43,6 +44,7 @@ class Report:
         verification: what the substitution oracle measured; None where it was switched off.
         latency: under a latency budget: the runtime, and the latency over the dense network's as it was asked for, predicted
             and measured on the result.
+        uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
         network: class of the model.
         size: bytes of all parameters and buffers ``(dense, pruned)``; None in reports that older versions wrote.
         spectra: per block the variances of its neurons, and which of them stay.
@@ -62,6 +64,7 @@ class Report:
     settings: Mapping[str, Any]
     verification: Verification | None
     latency: Mapping[str, Any] | None = None
+    uneven: tuple[str, ...] = ()
     network: str = ""
     size: tuple[int, int] | None = None
     spectra: Mapping[str, Spectrum] = field(default_factory=dict, repr=False)
@@ -76,6 +79,9 @@ class Report:
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of :meth:`to_json`, after JSON; what older versions did not write has its default.
 
+        Args:
+            data: the dictionaries.
+
         Raises:
             ArtifactError: it is no report.
         """
@@ -88,6 +94,7 @@ class Report:
                 | {
                     "size": _pair(given["size"]) if given.get("size") else None,
                     "widths": {name: _pair(widths) for name, widths in given["widths"].items()},
+                    "uneven": tuple(given.get("uneven", ())),
                     "verification": Verification(**given["verification"]) if given["verification"] else None,
                     "spectra": {name: Spectrum.from_json(s) for name, s in given.get("spectra", {}).items()},
                     "refusals": tuple(
@@ -103,6 +110,9 @@ class Report:
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """Read ``report.json`` of a saved network.
+
+        Args:
+            folder: what :func:`vbpfx.save` wrote.
 
         Raises:
             ArtifactError: it is missing or damaged.
@@ -151,6 +161,9 @@ class Report:
     def plot_widths(self, ax: Axes | None = None) -> Axes:
         """Bars in matplotlib: the width of every block before and now.
 
+        Args:
+            ax: where to draw; new axes by default.
+
         Raises:
             VbpfxError: matplotlib is not installed.
         """
@@ -158,6 +171,9 @@ class Report:
 
     def plot_costs(self, ax: Axes | None = None) -> Axes:
         """Bars in matplotlib: what is left of neurons, parameters and MACs.
+
+        Args:
+            ax: where to draw; new axes by default.
 
         Raises:
             VbpfxError: matplotlib is not installed.
@@ -178,6 +194,19 @@ class Report:
             raise VbpfxError(f"no spectrum of block {unknown[0]!r}; there are: {', '.join(self.spectra)}")
         names = self.spectra if blocks is None else blocks
         return plot_spectra({name: self.spectra[name] for name in names}, axes)
+
+    @property
+    def advice(self) -> str:
+        """What would make the network faster in ONNX Runtime, in one line; empty where nothing would."""
+        if not self.uneven:
+            return ""
+        multiple = best_multiple("onnxruntime")
+        first = ", ".join(self.uneven[:3]) + (", ..." if len(self.uneven) > 3 else "")
+        return (
+            f"{counted(len(self.uneven), 'block')} of convolutions {'has a width' if len(self.uneven) == 1 else 'have widths'} that "
+            f"{multiple} does not divide ({first}): ONNX Runtime is faster at multiples of {multiple}, which "
+            f'runtime="onnxruntime" takes'
+        )
 
     def __str__(self) -> str:
         rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
@@ -202,6 +231,7 @@ class Report:
                 f"latency in {found['runtime']}, batch {found['batch']}: {found['measured']:.1%} of the dense network's (asked "
                 f"{found['asked']:.1%}, predicted {found['predicted']:.1%})\n"
             )
+        text += f"{self.advice}\n" if self.uneven else ""
         if self.verification:
             v = self.verification
             text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
@@ -233,12 +263,25 @@ def make_report(
         settings=plan.settings,
         verification=verification,
         latency=latency,
+        uneven=_uneven(captured, plan),
         network=type(captured.reference).__name__,
         size=(count_bytes(captured.graph_module), count_bytes(small)),
         spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
         refusals=analysis.refusals,
         arguments=arguments or {},
         versions=_versions(),
+    )
+
+
+def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
+    """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
+    tensors, multiple = named_tensors(captured.reference), best_multiple("onnxruntime")
+    return tuple(
+        entry.block.name
+        for entry in plan.blocks
+        if entry.pruned
+        and len(entry.kept) % multiple
+        and any(tensors[parameter.name].ndim > 2 for parameter in entry.block.parameters)
     )
 
 

@@ -46,6 +46,7 @@ def sensitivities(
         ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
 
     Args:
+        analysis: of the dense graph.
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
             pass over them. Of several ranks' samples (:class:`vbpfx.samples.Samples`) each runs its own.

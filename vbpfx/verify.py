@@ -59,7 +59,9 @@ def verify(
     """Compare a pruned network with the substitution reference, both in eval mode on the same inputs.
 
     Args:
+        captured: the dense graph.
         small: the pruned GraphModule, or the model in its own class.
+        plan: what it was narrowed by.
         example_inputs: one batch; by default what the model was captured with.
         tolerance: by default what the model's precision allows: 1e-4 in float32, 1e-9 in float64.
 

@@ -26,12 +26,13 @@ def bench(
     batches: Annotated[list[int], typer.Option("--batch", min=1, help="Once for each batch size.")] = [1, 8],  # noqa: B006
     threads: Annotated[list[int], typer.Option(min=1, help="Once for each number of threads.")] = [1],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 15,
+    memory: Annotated[bool, typer.Option(help="Measure memory, too, in processes of their own.")] = True,
     shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
     length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size; per runtime."""
+    """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size, memory; per runtime."""
     if not dense or (folder is None) == (pruned is None):
         raise typer.BadParameter("pass DIR and --dense MODEL, or --dense FILE.onnx and --pruned FILE.onnx")
     one = sizes(shape)
@@ -45,11 +46,11 @@ def bench(
         if folder is not None:
             model = load_model(dense, weights)
             result = run_bench(model, load(folder), typical_inputs(model, one),
-                               runtimes=runtimes, batches=batches, threads=threads, rounds=rounds)  # fmt: skip
+                               runtimes=runtimes, batches=batches, threads=threads, rounds=rounds, memory=memory)  # fmt: skip
         else:
             assert pruned is not None
             result = bench_files(dense, pruned, file_inputs(Path(dense), length),
-                                 runtimes=runtimes, batches=batches, threads=threads, rounds=rounds)  # fmt: skip
+                                 runtimes=runtimes, batches=batches, threads=threads, rounds=rounds, memory=memory)  # fmt: skip
         if out is not None:
             write_atomically({out: json_writer(result.to_json())})
     typer.echo(str(result), nl=False)

@@ -4,7 +4,9 @@ Every value of the ONNX graph is one of three things: a node of the fx graph, a 
 last are what ``Shape`` and the arithmetic behind it make; they become the integers among a call's arguments that a torch
 trace has (``x.size(0)``), so that the analysis knows which axis they were read off.
 
-Initializers become parameters that share the file's memory. A matrix is one parameter however often it is used; a vector (a
+The graph computes in float32 where the file computes in float16: a rounding less at every node, and no sum that overflows.
+
+Initializers become parameters that share the file's memory, float16 ones apart. A matrix is one parameter however often it is used; a vector (a
 bias, a scale) is one for each use, because exporters store equal vectors once, and layers that are narrowed apart must not
 share one.
 """
@@ -12,7 +14,7 @@ share one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,10 +36,16 @@ Layout = Literal["same", "transposed", "flat"]
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor that does not depend on the inputs; ``value`` is the initializer or constant that holds it, None for a result."""
+    """A tensor that does not depend on the inputs.
+
+    Attributes:
+        value: the initializer or constant that holds it; None for a result.
+        read_at: the node between them, and which of its inputs, where it holds it in another precision.
+    """
 
     array: Array
     value: ir.Value | None = None
+    read_at: tuple[ir.Node, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +69,19 @@ class Place:
 
 @dataclass
 class Stored:
-    """A parameter and what it is in the file, of which shape; ``uses`` are the inputs of nodes that it stands for."""
+    """A parameter and what it is in the file.
+
+    Attributes:
+        shape, dtype: of the tensor in the file.
+        computed: the precision that the file computes with it in; another one where a Cast stands behind it.
+        uses: the inputs of nodes that it stands for.
+    """
 
     value: ir.Value
     shape: tuple[int, ...]
     layout: Layout
+    dtype: np.dtype[Any]
+    computed: np.dtype[Any]
     uses: list[tuple[ir.Node, int]] = field(default_factory=list)
 
 
@@ -74,6 +90,7 @@ class Builder:
 
     Attributes:
         root, graph: what is made.
+        opset, imports: the version of ONNX's own operators, and of every domain's.
         node: the ONNX node at hand; ``hint`` names what is made for it.
         values: what every ONNX value is.
         stored: parameter -> what it is in the file.
@@ -81,9 +98,9 @@ class Builder:
         made_by: fx node -> the ONNX nodes it computes.
     """
 
-    def __init__(self, opset: int) -> None:
+    def __init__(self, opset: int, imports: Mapping[str, int]) -> None:
         self.root, self.graph = nn.Module(), fx.Graph()
-        self.opset = opset
+        self.opset, self.imports = opset, imports
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.node: ir.Node
         self.hint = "value"
@@ -95,13 +112,19 @@ class Builder:
 
     # ------------------------------------------------------------------ what is made
 
-    def placeholder(self, value: ir.Value, example: Tensor) -> None:
-        """An input of the model."""
+    def placeholder(self, value: ir.Value, example: Tensor) -> fx.Node:
+        """An input of the model; what computes with it sees half precision as float32."""
         node = self.graph.create_node("placeholder", str(value.name), name=str(value.name))
         node.target = node.name
         with self.mode:
             node.meta["val"] = torch.empty_like(example, device="cpu")
         self.values[value] = node
+        if example.dtype == torch.float16:
+            wide = self.graph.create_node("call_method", "to", (node, torch.float32), name=f"{node.name}_wide")
+            with self.mode:
+                wide.meta["val"] = node.meta["val"].to(torch.float32)
+            self.values[value] = wide
+        return node
 
     def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function, or of a method by name; its value is known at once, as a fake tensor."""
@@ -180,10 +203,22 @@ class Builder:
         user = of or self.node
         value = user.inputs[index]
         assert value is not None
+        return self._parameter(value, user, index, layout)
+
+    def anything_read(self, value: ir.Value) -> fx.Node:
+        """What the node at hand reads anywhere, in its bodies, too, as a tensor."""
+        found = self.values[value]
+        if isinstance(found, fx.Node):
+            return found
+        return self.sizes_tensor(found) if isinstance(found, Sizes) else self._parameter(value, self.node, -1, "same")
+
+    def _parameter(self, value: ir.Value, user: ir.Node, index: int, layout: Layout) -> fx.Node:
         constant = self.values[value]
         assert isinstance(constant, Constant)
-        matrix = sum(size > 1 for size in constant.array.shape) > 1 or constant.value is None
-        key = (constant.value or constant, layout, None if matrix else (user, index))
+        use = constant.read_at or (user, index)
+        layout = "same" if constant.array.ndim == 1 else layout
+        matrix = is_matrix(constant.array) or constant.value is None
+        key = (constant.value or constant, layout, constant.read_at if matrix else (*use, value if index < 0 else None))
         if key not in self._parameters:
             alone = constant.value is not None and (matrix or len(constant.value.uses()) == 1)
             name = suggested(str((constant.value or value).name), user, index, alone=alone)
@@ -191,17 +226,21 @@ class Builder:
             self._parameters[key] = self._register(free_name(name, self.root), constant, layout, learned)
         node = self._parameters[key]
         if str(node.target) in self.stored:
-            self.stored[str(node.target)].uses.append((user, index))
+            self.stored[str(node.target)].uses.append(use)
         return node
 
     def _register(self, name: str, constant: Constant, layout: Layout, learned: bool) -> fx.Node:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the file's memory is read-only; nothing writes to parameters
-            tensor = torch.from_numpy(np.asarray(constant.array))
+            tensor = torch.from_numpy(np.asarray(widened(constant.array)))
         tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
         register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)
         if constant.value is not None:
-            self.stored[name] = Stored(constant.value, constant.array.shape, layout)
+            original = constant_of(constant.value)
+            assert original is not None
+            self.stored[name] = Stored(
+                constant.value, constant.array.shape, layout, original.dtype, constant.array.dtype
+            )
         node = self.graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
         return node
@@ -220,6 +259,21 @@ def constant_of(value: ir.Value) -> Array | None:
     if attribute.name.startswith("value_string") or attribute.name == "sparse_value":
         raise CaptureError(f"constant {producer.name!r} holds {attribute.name}, which is not supported")
     return np.array(attribute.value, np.int64 if "int" in attribute.name else np.float32)
+
+
+def widened(array: Array) -> Array:
+    """The array in a precision that the graph computes in: half precision becomes float32."""
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def is_matrix(array: Array) -> bool:
+    """Whether it has more than one axis that counts something."""
+    return sum(1 for size in array.shape if size > 1) > 1
+
+
+def is_setting(constant: Constant) -> bool:
+    """Whether a constant is a number, integers, or computed from such, and no weight."""
+    return constant.value is None or constant.array.size == 1 or constant.array.dtype.kind not in "fV"
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -40,6 +40,13 @@ class _Term:
                 array = operand if isinstance(operand, np.ndarray) else np.array(operand, self.dtype)
                 return self.file.store(f"{self.before.inputs[0].name}_constant", array)  # type: ignore[union-attr]
 
+    def of(self, dtype: Any) -> _Term:
+        """The same in another precision."""
+        if np.dtype(dtype) == self.dtype:
+            return self
+        term = self._make("Cast", self, to=int(ir.DataType.from_numpy(np.dtype(dtype))))
+        return _Term(self.file, self.before, term.value, np.dtype(dtype))
+
     def sum(self, dim: int, keepdim: bool) -> _Term:
         return self._make("ReduceSum", self, np.array([dim], np.int64), keepdims=int(keepdim))
 
@@ -73,7 +80,7 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
     source = node.inputs[0]
     assert source is not None
     known = node.outputs[0].dtype or source.dtype
-    dtype = known.numpy() if known is not None else np.float32
+    dtype = known.numpy() if known is not None else np.dtype(np.float32)
 
     def make(before: ir.Node) -> ir.Value:
         out, h = (_Term(file, before, value, dtype) for value in (node.outputs[0], source))
@@ -83,7 +90,10 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
             share = (carried.size - len(carried.constants)) / carried.size
             return (out * share + carried.sum / carried.size).value
         eps = node.attributes.get("epsilon")
-        result = NORMALISE[kind](h, carried, 1e-5 if eps is None else eps.as_float())
+        result = NORMALISE[kind](
+            h.of(np.float32) if dtype == np.float16 else h, carried, 1e-5 if eps is None else eps.as_float()
+        )
+        result = result.of(dtype)  # sums of squares leave float16's range
         for index, combine in ((1, _Term.__mul__), (2, _Term.__add__)):
             if index < len(node.inputs) and node.inputs[index] is not None:
                 result = combine(result, node.inputs[index])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,12 @@ class OnnxEdit:
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
-        values = [*self.graph.inputs, *(out for node in self.graph for out in node.outputs)]
-        self._names = {str(value.name) for value in values} | set(self.graph.initializers)
+        graphs = [self.graph, *self.graph.subgraphs()]
+        values = [
+            *(value for graph in graphs for value in graph.inputs),
+            *(out for node in self.graph.all_nodes() for out in node.outputs),
+        ]
+        self._names = {str(value.name) for value in values} | {name for graph in graphs for name in graph.initializers}
 
     def free_name(self, name: str) -> str:
         """The name, or one like it that nothing has."""
@@ -94,14 +98,18 @@ class OnnxEdit:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
 
-    def finish(self) -> None:
-        """Nothing that is unused, and shapes that are true."""
+    def finish(self, keep: Collection[ir.Node] = ()) -> None:
+        """Nothing that is unused, and shapes that are true.
+
+        Args:
+            keep: nodes whose values keep their shapes, which nothing infers.
+        """
         RemoveUnusedNodesPass()(self.model)
         self.model.ir_version = max(self.model.ir_version, _INITIALIZERS_ALONE)
         kept = {*self.graph.inputs, *self.graph.outputs, *self.graph.initializers.values()}
         for node in self.graph:
             for output in node.outputs:
-                if output not in kept:
+                if output not in kept and node not in keep:
                     output.shape = None
         ShapeInferencePass()(self.model)
 

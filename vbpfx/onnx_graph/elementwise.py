@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from torch import fx
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Value, one_entry, shape_of
 
+# The precisions that weights are stored and computed in.
+FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.DOUBLE: np.float64, ir.DataType.FLOAT16: np.float16}
 DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.FLOAT16: torch.float32,  # what the graph computes in
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT64: torch.int64,
     ir.DataType.INT32: torch.int32,

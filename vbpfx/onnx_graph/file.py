@@ -29,7 +29,7 @@ def read_model(path: Path) -> ir.Model:
 
     Raises:
         ArtifactError: it is missing, no ONNX, truncated, or its external data is.
-        CaptureError: its opset is older than 13, or it is quantized.
+        CaptureError: its opset is older than 13, it is quantized, or of bfloat16.
     """
     try:
         model = ir.load(path)
@@ -53,19 +53,48 @@ def read_model(path: Path) -> ir.Model:
         )
     if model.functions:
         InlinePass()(model)
+    if not _is_in_order(model.graph):  # ONNX Runtime does not ask for it, and converters put nodes at the end
+        model.graph.sort()
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTIZED:
             raise CaptureError(
                 f"{path} is quantized ({node.op_type}, node {node.name!r}): prune the float network, then quantize"
+            )
+    for value in (*true_inputs(model), *model.graph.initializers.values()):
+        if value.dtype == ir.DataType.BFLOAT16:
+            raise CaptureError(
+                f"{path}: {value.name} is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert the file to "
+                f"float16 or float32, or prune the PyTorch model"
             )
     for name, value in model.graph.initializers.items():
         _require_data(path, name, value.const_value)
     return model
 
 
+def _is_in_order(graph: ir.Graph) -> bool:
+    """Whether every node stands behind those that it reads."""
+    waiting = set(graph)
+    for node in graph:
+        waiting.discard(node)
+        if any(value is not None and value.producer() in waiting for value in node.inputs):
+            return False
+    return True
+
+
 def opset_of(model: ir.Model) -> int:
     """The version of ONNX's own operators that the file is written in; 0 where it names none."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def true_inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs that a caller gives: initializers may be listed among them."""
+    return [value for value in model.graph.inputs if str(value.name) not in model.graph.initializers]
+
+
+def fixed_batch(model: ir.Model) -> int | None:
+    """The size of batch that the file is tied to; None where it takes any."""
+    shape = true_inputs(model)[0].shape
+    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
 
 
 def _require_data(path: Path, name: str, tensor: object) -> None:

@@ -1,13 +1,15 @@
 """An ONNX graph as an executable torch.fx graph whose calls the operator table knows.
 
 Nothing is traced: every ONNX node becomes the torch function or functions that compute the same, and the initializers become
-parameters in the file's own memory. An operator that stands in no table is an error that names it.
+parameters in the file's own memory. An operator that stands in no table, or is used in a way that its row does not know, stays
+a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), which the analysis refuses by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,27 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
-from vbpfx.errors import CaptureError, VbpfxError, first_line
+from vbpfx.errors import CaptureError, first_line
 from vbpfx.fake import sentinel
-from vbpfx.onnx_graph.builder import Builder, Constant, Path, Place, Sizes, Stored, Value, constant_of
-from vbpfx.onnx_graph.elementwise import ELEMENTWISE
-from vbpfx.onnx_graph.file import opset_of
+from vbpfx.onnx_graph.builder import (
+    Builder,
+    Constant,
+    Path,
+    Place,
+    Sizes,
+    Stored,
+    Value,
+    constant_of,
+    is_matrix,
+    is_setting,
+)
+from vbpfx.onnx_graph.elementwise import ELEMENTWISE, FLOATS
+from vbpfx.onnx_graph.file import opset_of, true_inputs
 from vbpfx.onnx_graph.layers import LAYERS
 from vbpfx.onnx_graph.reductions import REDUCTIONS
 from vbpfx.onnx_graph.shapes import SHAPES
 from vbpfx.onnx_graph.sizes import SIZE_OPERATORS, count, shape, takes_sizes
+from vbpfx.onnx_graph.unknown import OnnxCall, Probe, unknown
 
 _OPERATORS: Mapping[str, Callable[[Builder], Any]] = {
     **ELEMENTWISE,
@@ -52,6 +66,7 @@ class Imported:
         stored: parameter -> what it is in the file.
         places: where the file states the numbers among the calls' arguments.
         made_by: fx node -> the ONNX nodes it computes.
+        strange: the nodes that ONNX Runtime computes in the graph, too, by the names of their operators.
     """
 
     graph_module: fx.GraphModule
@@ -60,22 +75,28 @@ class Imported:
     stored: Mapping[str, Stored]
     places: Mapping[tuple[str, Path], Place | None]
     made_by: Mapping[str, tuple[ir.Node, ...]]
+    strange: Mapping[str, list[ir.Node]]
 
 
-def true_inputs(model: ir.Model) -> list[ir.Value]:
-    """The inputs that a caller gives: initializers may be listed among them."""
-    return [value for value in model.graph.inputs if str(value.name) not in model.graph.initializers]
-
-
-def import_graph(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
+def import_graph(model: ir.Model, example: Mapping[str, Tensor], folder: Folder = Folder()) -> Imported:
     """Make the fx graph, for any size of batch where the file allows it.
 
     Args:
-        example: one batch, by the names of the inputs; only shapes and dtypes matter.
+        example: one batch, by the names of the inputs. The values matter only where the file holds unknown operators, for whose
+            shapes it is run.
+        folder: where the file's external data lies.
 
     Raises:
-        CaptureError: an operator is unknown, or is used in a way that has no torch function.
+        CaptureError: the file holds an unknown operator and does not run in ONNX Runtime, or the graph cannot be made.
     """
+    strange = [node for node in model.graph if not _is_known(node)]
+    probe = Probe(model, folder, example)
+    try:
+        probe.look_at(strange)
+    except CaptureError as error:
+        raise CaptureError(
+            f"{_named(strange[0])} has no torch function, and {error}; prune the PyTorch model"
+        ) from error
     first = next(iter(example.values()))
     sizes = {size for value in model.graph.initializers.values() for size in value.const_value.shape.numpy()}  # type: ignore[union-attr]
     sizes |= {int(size) for tensor in example.values() for size in tensor.shape}
@@ -87,24 +108,31 @@ def import_graph(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
             for name, t in example.items()
         }
         try:
-            return _build(model, large)
-        except _UnsupportedError:
-            raise
-        except VbpfxError:  # a graph that is tied to its batch size still works at that size
+            return _build(model, large, probe)
+        except CaptureError:  # a graph that is tied to its batch size still works at that size
             pass
-    return _build(model, example)
+    return _build(model, example, probe)
 
 
-class _UnsupportedError(CaptureError):
-    """No table has the operator: no size of batch changes that."""
+def _named(node: ir.Node) -> str:
+    return f"operator {node.op_type} (domain {node.domain or 'ai.onnx'}, node {node.name!r})"
 
 
-def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
-    b = Builder(opset_of(model))
+def _is_known(node: ir.Node) -> bool:
+    """Whether a table has the operator."""
+    if node.op_type == "Constant":
+        return True
+    return node.op_type in _OPERATORS and (
+        node.domain in ("", "ai.onnx") or node.op_type in _CONTRIBUTED.get(node.domain, ())
+    )
+
+
+def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Imported:
+    b = Builder(opset_of(model), model.opset_imports)
     inputs = true_inputs(model)
-    for value in inputs:
-        b.placeholder(value, example[str(value.name)])
-    value_of = {str(b.values[value].name): str(value.name) for value in inputs}  # type: ignore[union-attr]
+    arguments = {str(value.name): b.placeholder(value, example[str(value.name)]).name for value in inputs}
+    value_of = {argument: name for name, argument in arguments.items()}
+    value_of |= {b.values[value].name: str(value.name) for value in inputs}  # type: ignore[union-attr]
     nodes = list(model.graph)
     constants = [node.outputs[0] for node in nodes if node.op_type == "Constant"]
     for value in (*model.graph.initializers.values(), *constants):  # first: a bias may stand behind what it is added to
@@ -112,13 +140,19 @@ def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
         assert array is not None
         b.values[value] = Constant(array, value)
     for node in nodes:
-        source = node.inputs[0] if node.op_type == "Identity" else None
-        if source is not None and isinstance(b.values.get(source), Constant):
-            b.values[node.outputs[0]] = b.values[source]
+        source = node.inputs[0] if node.op_type in ("Identity", "Cast") and node.inputs else None
+        constant = b.values.get(source) if source is not None else None
+        if isinstance(constant, Constant) and node.op_type == "Identity":
+            b.values[node.outputs[0]] = constant
+        elif isinstance(constant, Constant) and not is_setting(constant):
+            to = FLOATS.get(ir.DataType(node.attributes["to"].as_int()))
+            read_alike = constant.array.ndim == 1 or is_matrix(constant.array) or len(node.outputs[0].uses()) == 1
+            if to is not None and constant.array.dtype.kind == "f" and read_alike:
+                b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, (node, 0))
     for node in nodes:
         if node.outputs[0] in b.values:
             continue
-        results = _run(b, node)
+        results = _run(b, node, probe)
         for output, result in zip(node.outputs, results, strict=False):
             b.values[output] = result
             made = b.made_by.get(result.name) if isinstance(result, fx.Node) else None
@@ -129,40 +163,32 @@ def _build(model: ir.Model, example: Mapping[str, Tensor]) -> Imported:
     b.graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     b.graph.eliminate_dead_code()
     b.graph.lint()
-    arguments = {str(value.name): b.values[value].name for value in inputs}  # type: ignore[union-attr]
     module = fx.GraphModule(b.root, b.graph, "OnnxGraph")
-    return Imported(module.eval(), arguments, value_of, b.stored, b.places, b.made_by)
+    strange: dict[str, list[ir.Node]] = {}
+    for call in b.graph.nodes:
+        if isinstance(call.target, OnnxCall):
+            strange.setdefault(call.target.__name__, []).append(b.made_by[call.name][0])
+    return Imported(module.eval(), arguments, value_of, b.stored, b.places, b.made_by, strange)
 
 
-def _run(b: Builder, node: ir.Node) -> tuple[Value, ...]:
+def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
     """The node's values; what goes wrong is said of the node."""
-    known = node.op_type in _OPERATORS and (
-        node.domain in ("", "ai.onnx") or node.op_type in _CONTRIBUTED.get(node.domain, ())
-    )
-    if not known:
-        raise _UnsupportedError(
-            f"operator {node.op_type} (domain {node.domain or 'ai.onnx'}, node {node.name!r}) is not supported: it has no "
-            f"torch function in vbpfx; prune the PyTorch model instead, or write the operator out in the file"
-        )
     b.node, b.hint = node, str(node.outputs[0].name)
     try:
+        if not _is_known(node):
+            return unknown(b, probe)
         given = [b.values[value] for value in node.inputs if value is not None]
-        if given and all(isinstance(v, Constant) and _is_small(v) for v in given):
+        if given and all(isinstance(v, Constant) and is_setting(v) for v in given):
             return tuple(Constant(array) for array in _fold(node, b))
-        if node.op_type in SIZE_OPERATORS and takes_sizes(b):
-            return (SIZE_OPERATORS[node.op_type](b),)
-        result = _OPERATORS[node.op_type](b)
-        return result if isinstance(result, tuple) else (result,)
+        try:
+            if node.op_type in SIZE_OPERATORS and takes_sizes(b):
+                return (SIZE_OPERATORS[node.op_type](b),)
+            result = _OPERATORS[node.op_type](b)
+            return result if isinstance(result, tuple) else (result,)
+        except CaptureError as error:  # the row says what it does not know of the operator
+            return unknown(b, probe, str(error))
     except Exception as error:  # torch's functions raise whatever they raise
-        raise CaptureError(
-            f"operator {node.op_type} (domain {node.domain or 'ai.onnx'}, node {node.name!r}) cannot be computed: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _is_small(constant: Constant) -> bool:
-    """Whether a constant is a number, integers or computed from such: results are constants, too. Weights stay what they are."""
-    return constant.value is None or constant.array.size == 1 or constant.array.dtype.kind not in "fV"
+        raise CaptureError(f"{_named(node)} cannot be computed: {first_line(error)}") from error
 
 
 def _fold(node: ir.Node, b: Builder) -> Iterable[Any]:

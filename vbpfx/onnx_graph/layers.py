@@ -18,7 +18,7 @@ from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, pairs, sha
 def _matmul(b: Builder) -> Value:
     """A product with a matrix of the file is a linear layer, with the sum behind it as its bias."""
     weight = b.value(1)
-    if not isinstance(weight, Constant) or weight.array.ndim != 2 or not _is_right_factor_alone(weight):
+    if not isinstance(weight, Constant) or weight.array.ndim != 2 or not _is_right_factor_alone(b, weight):
         return b.emit(torch.matmul, b.tensor(0), b.tensor(1))
     product, (addition, index) = b.node, _bias_behind(b, weight.array.shape[1])
     x, transposed = b.tensor(0), b.parameter(1, "transposed")
@@ -32,14 +32,19 @@ def _matmul(b: Builder) -> Value:
     return layer
 
 
-def _is_right_factor_alone(weight: Constant) -> bool:
+def _is_right_factor_alone(b: Builder, weight: Constant) -> bool:
     """Whether a matrix is only ever what activations are multiplied with from the left, so that it may be kept transposed."""
     waiting = [weight.value] if weight.value is not None else []
     while waiting:
         for user, index in waiting.pop().uses():
-            if user.op_type == "Identity":
+            if user.op_type in ("Identity", "Cast"):
                 waiting.append(user.outputs[0])
-            elif user.op_type not in ("MatMul", "Gemm") or index != 1 or _attribute(user, "transB", 0):
+            elif (
+                user.graph is not b.node.graph
+                or user.op_type not in ("MatMul", "Gemm")
+                or index != 1
+                or _attribute(user, "transB", 0)
+            ):
                 return False
     return weight.value is not None
 
@@ -51,6 +56,8 @@ def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
     if len(users) != 1 or product.is_graph_output() or users[0].node.op_type != "Add":
         return None, 0
     addition, own = users[0]
+    if addition.graph is not b.node.graph:
+        return None, 0
     other = addition.inputs[1 - own]
     bias = b.values.get(other) if other is not None else None
     if not isinstance(bias, Constant) or bias.array.ndim == 0 or bias.array.shape[-1] != outputs:
@@ -65,7 +72,7 @@ def _gemm(b: Builder) -> Value:
     x = b.emit(torch.t, b.tensor(0)) if b.attribute("transA", 0) else b.tensor(0)
     stored_as_linear = bool(b.attribute("transB", 0))
     weight, bias = b.value(1), b.constant(2)
-    own = isinstance(weight, Constant) and (stored_as_linear or _is_right_factor_alone(weight))
+    own = isinstance(weight, Constant) and (stored_as_linear or _is_right_factor_alone(b, weight))
     if own and alpha == 1:
         matrix = b.parameter(1, "same" if stored_as_linear else "transposed")
         if not b.has(2):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, fx
 
 from vbpfx.capture import Captured, named_tensors
@@ -32,6 +33,8 @@ def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan,
     Raises:
         ExportError: a number that has to change is stated in a way that is not understood.
     """
+    if carried(plan):
+        ShapeInferencePass()(model)  # for the precision of the statistics
     file = OnnxEdit(model)
     dense, narrow = named_tensors(captured.graph_module), named_tensors(small)
     for name, stored in imported.stored.items():
@@ -39,10 +42,38 @@ def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan,
             file.replace(stored, _as_stored(narrow[name], stored))
     _state_sizes(file, imported, captured, plan, small)
     for name, consumer in new_biases(plan).items():
-        _add_bias(file, imported, captured.nodes[name], consumer, narrow[consumer.bias])
+        array = narrow[consumer.bias].detach().cpu().numpy()
+        array = array.astype(precision_of(imported, consumer), copy=False)
+        _add_bias(file, imported, captured.nodes[name], consumer, array)
     for name, (reduction, constants) in carried(plan).items():
         carry(file, imported.made_by[name][0], reduction.kind, constants)
-    file.finish()
+    file.finish(keep={node for nodes in imported.strange.values() for node in nodes})
+
+
+def round_as_stored(imported: Imported, plan: Plan, small: fx.GraphModule) -> None:
+    """Round the narrowed graph's tensors to what the file can hold of them, in place.
+
+    Raises:
+        ExportError: one leaves float16's range.
+    """
+    narrow = named_tensors(small)
+    halves = [name for name, stored in imported.stored.items() if stored.dtype == np.float16 and name in narrow]
+    halves += [c.bias for c in new_biases(plan).values() if precision_of(imported, c) == np.float16]
+    for name in halves:
+        rounded = narrow[name].detach().half().to(narrow[name].dtype)
+        if not bool(rounded.isfinite().all()):
+            raise ExportError(
+                f"{name} leaves float16's range once the removed neurons are folded into it; prune the file in float32, and "
+                f"convert the result"
+            )
+        if not _same(narrow[name], rounded):
+            narrow[name].data.copy_(rounded)
+
+
+def precision_of(imported: Imported, consumer: Consumer) -> np.dtype[Any]:
+    """What the file computes a layer in."""
+    stored = imported.stored.get(consumer.weight)
+    return np.dtype(np.float32) if stored is None else stored.computed
 
 
 def _same(dense: Tensor, narrow: Tensor) -> bool:
@@ -50,7 +81,7 @@ def _same(dense: Tensor, narrow: Tensor) -> bool:
 
 
 def _as_stored(tensor: Tensor, stored: Stored) -> Array:
-    array = tensor.detach().cpu().numpy()
+    array = tensor.detach().cpu().numpy().astype(stored.dtype, copy=False)
     if stored.layout == "transposed":
         return array.T
     if stored.layout == "flat":
@@ -116,9 +147,9 @@ def _at(node: fx.Node, path: tuple[str | int, ...]) -> Any:
     return found
 
 
-def _add_bias(file: OnnxEdit, imported: Imported, layer: fx.Node, consumer: Consumer, bias: Tensor) -> None:
+def _add_bias(file: OnnxEdit, imported: Imported, layer: fx.Node, consumer: Consumer, array: Array) -> None:
     """A bias for a layer that has none."""
-    node, array = imported.made_by[layer.name][0], bias.detach().cpu().numpy()
+    node = imported.made_by[layer.name][0]
     scale = node.attributes.get("alpha")
     takes_bias = node.op_type in ("Conv", "Gemm") and (len(node.inputs) < 3 or node.inputs[2] is None)
     if takes_bias and (scale is None or scale.value == 1):

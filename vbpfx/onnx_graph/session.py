@@ -9,51 +9,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from vbpfx.errors import CalibrationError, CaptureError, first_line
+from vbpfx.errors import CalibrationError
 from vbpfx.inputs import Inputs
 from vbpfx.observer import Observer
-from vbpfx.onnx_graph.file import has_external_data, release_pages
-from vbpfx.onnx_graph.importer import Imported, true_inputs
+from vbpfx.onnx_graph.file import true_inputs
+from vbpfx.onnx_graph.importer import Imported
+from vbpfx.onnx_graph.runtime import session_with
 
 Array = npt.NDArray[Any]
-
-
-def open_session(file: str | bytes, folder: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU that says nothing.
-
-    Args:
-        file: a path, or a serialised model; ``folder`` is then where its external data lies.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if (
-        folder is not None
-    ):  # weights that lie outside are large: they stay mapped, without a second copy in another layout
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def session_with(model: ir.Model, folder: Path, further: Sequence[str]) -> onnxruntime.InferenceSession:
-    """A session on a model that hands out further values.
-
-    Raises:
-        CaptureError: ONNX Runtime does not take the file.
-    """
-    release_pages(model)
-    proto = ir.serde.serialize_model(model)
-    present = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further if name not in present)
-    try:
-        return open_session(proto.SerializeToString(), folder.absolute() if has_external_data(model) else None)
-    except Exception as error:  # ONNX Runtime has many kinds
-        raise CaptureError(f"ONNX Runtime does not take the file: {first_line(error)}") from error
 
 
 def batch_reader(model: ir.Model, imported_names: Mapping[str, str]) -> Callable[[Any], Inputs]:
@@ -103,12 +71,6 @@ def _fitting(value: ir.Value, given: Any) -> Tensor:
         shape = ", ".join(str(dim) for dim in stated or ())
         raise CalibrationError(f"input {value.name!r} takes the shape ({shape}), a batch has {array.shape}")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=wanted))
-
-
-def fixed_batch(model: ir.Model) -> int | None:
-    """The size of batch that the file is tied to; None where it takes any."""
-    shape = true_inputs(model)[0].shape
-    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
 
 
 def run(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, number, one_entry, pairs, shape_of
+from vbpfx.onnx_graph.elementwise import dtype_of
 
 _LARGEST = 2**31
 
@@ -166,7 +167,7 @@ def _range(b: Builder) -> Value:
 def _constant_of_shape(b: Builder) -> Value:
     found = b.attribute("value")
     fill = found.numpy().reshape(-1)[0] if found is not None else 0.0
-    dtype = torch.float32 if found is None else torch.from_numpy(found.numpy().copy()).dtype
+    dtype = torch.float32 if found is None else dtype_of(found.dtype)
     return b.emit(torch.full, b.numbers(0), getattr(fill, "item", lambda: fill)(), dtype=dtype)
 
 

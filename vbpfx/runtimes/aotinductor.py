@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from torch import nn
@@ -18,6 +19,17 @@ from vbpfx.runtimes.pytorch import torch_threads
 from vbpfx.runtimes.torch_compile import Inductor
 
 
+class _Package(Inductor):
+    def __init__(self, file: Path, threads: int | None) -> None:
+        super().__init__(aoti_load_package(str(file)), threads)
+        self.file, self.size = file, file.stat().st_size
+
+
+def load_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """A package, loaded."""
+    return _Package(path, threads)
+
+
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
     """The package, loaded.
 
@@ -28,7 +40,10 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         raise ExportError(
             "AOTInductor needs a C++ compiler, and there is no g++ and no clang++: install one, or set CXX"
         )
-    with torch_threads(threads), tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.pt2")
-        aoti_compile_and_package(export_program(network, inputs), package_path=path)
-        return Inductor(aoti_load_package(path), threads, Path(path).stat().st_size)
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.pt2"
+    with torch_threads(threads):
+        aoti_compile_and_package(export_program(network, inputs), package_path=str(path))
+        package = _Package(path, threads)
+    weakref.finalize(package, folder.cleanup)
+    return package

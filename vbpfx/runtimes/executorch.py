@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import weakref
+from pathlib import Path
 
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
@@ -17,10 +19,10 @@ from vbpfx.runtimes.interface import Compiled
 
 
 class _Method(Compiled):
-    def __init__(self, program: bytes) -> None:
-        self.program = Runtime.get().load_program(program)  # its methods do not keep it
+    def __init__(self, file: Path) -> None:
+        self.program = Runtime.get().load_program(file)  # its methods do not keep it
         self.method = self.program.load_method("forward")
-        self.size = len(program)
+        self.file, self.size = file, file.stat().st_size
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         return list(self.method.execute([tensor.detach().cpu().contiguous() for tensor in inputs.tensors]))
@@ -36,9 +38,22 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         ExportError: another number of threads is asked for while a program is loaded.
     """
     edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
-    program = bytes(edge.to_executorch().buffer)
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    method = load_file(path, inputs, threads)
+    weakref.finalize(method, folder.cleanup)
+    return method
+
+
+def load_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
+    """A program, loaded.
+
+    Raises:
+        ExportError: another number of threads is asked for while a program is loaded.
+    """
     _set_threads(threads)
-    method = _Method(program)
+    method = _Method(path)
     _loaded.add(method)
     return method
 

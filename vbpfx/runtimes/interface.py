@@ -17,9 +17,11 @@ class Compiled(ABC):
 
     Attributes:
         size: bytes of what would be shipped; None where nothing is written.
+        file: what would be shipped, where the runtime can load it again; it is there as long as this is.
     """
 
     size: int | None = None
+    file: Path | None = None
 
     @abstractmethod
     def run(self, inputs: Inputs) -> list[Tensor]:
@@ -37,6 +39,7 @@ class Runtime:
         compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
             runtime's own choice). Raises ExportError where the runtime cannot take the network.
         open: the same from an ONNX file; None where the runtime takes none.
+        load: the same from what is shipped, an ONNX file or the runtime's own; None where that is nothing that can be loaded.
         round_to: what to pass to :func:`vbpfx.prune` for this runtime: at multiples of it a layer of that width is no
             slower than its products; 1 where odd widths cost next to nothing.
     """
@@ -46,4 +49,5 @@ class Runtime:
     extra: str
     compile: Callable[[nn.Module, Inputs, int | None], Compiled]
     open: Callable[[Path, Inputs, int | None], Compiled] | None = None
+    load: Callable[[Path, Inputs, int | None], Compiled] | None = None
     round_to: int = 1

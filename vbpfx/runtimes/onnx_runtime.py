@@ -13,8 +13,8 @@ from vbpfx.runtimes.interface import Compiled
 
 
 class _Session(Compiled):
-    def __init__(self, session: onnxruntime.InferenceSession, size: int) -> None:
-        self.session, self.size = session, size
+    def __init__(self, session: onnxruntime.InferenceSession, file: Path) -> None:
+        self.session, self.file, self.size = session, file, file.stat().st_size
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         return run_session(self.session, inputs)
@@ -25,4 +25,4 @@ def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Comp
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return _Session(session, path.stat().st_size)
+    return _Session(session, path)

@@ -14,8 +14,8 @@ from vbpfx.runtimes.interface import Compiled
 
 
 class _Model(Compiled):
-    def __init__(self, model: Any, size: int) -> None:
-        self.request, self.size = model.create_infer_request(), size
+    def __init__(self, model: Any, file: Path) -> None:
+        self.request, self.file, self.size = model.create_infer_request(), file, file.stat().st_size
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         found = self.request.infer([tensor.detach().cpu().numpy() for tensor in inputs.tensors])
@@ -31,4 +31,4 @@ def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Comp
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return _Model(core.compile_model(model, "CPU", options), path.stat().st_size)
+    return _Model(core.compile_model(model, "CPU", options), path)

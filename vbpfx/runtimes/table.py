@@ -45,11 +45,13 @@ def runtime(name: str) -> Runtime:
     except ImportError as error:
         install = f"vbpfx[{extra}]" if extra else package
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install '{install}'") from error
-    # an adapter takes ONNX files (compile_file) or networks (compile_network)
+    # an adapter takes ONNX files (compile_file), or networks (compile_network) and what it made of them (load_file)
     from_file = getattr(adapter, "compile_file", None)
     compile = _through_a_file(from_file) if from_file else adapter.compile_network
     opened = _named(name, from_file) if from_file else None
-    return Runtime(name, package, extra, _named(name, compile), opened, round_to)
+    own = getattr(adapter, "load_file", None)
+    loaded = _named(name, own) if own else opened
+    return Runtime(name, package, extra, _named(name, compile), opened, loaded, round_to)
 
 
 def best_multiple(name: str) -> int:
@@ -72,7 +74,9 @@ def _through_a_file(compile_file: Callable[..., Compiled]) -> Callable[..., Comp
 
     def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
         with tempfile.TemporaryDirectory() as folder:
-            return compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
+            compiled = compile_file(export_onnx(network, inputs, Path(folder) / "model.onnx"), inputs, threads)
+        compiled.file = None
+        return compiled
 
     return compile_network
 

@@ -17,8 +17,8 @@ from vbpfx.runtimes.pytorch import torch_threads
 class Inductor(Compiled):
     """What Inductor made of a program; the number of threads is part of its code."""
 
-    def __init__(self, forward: Callable[..., Any], threads: int | None, size: int | None = None) -> None:
-        self.forward, self.threads, self.size = forward, threads, size
+    def __init__(self, forward: Callable[..., Any], threads: int | None) -> None:
+        self.forward, self.threads = forward, threads
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         """The network's output tensors."""

@@ -1,0 +1,177 @@
+"""Calls that are like one before them: what is recorded is what running every call gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import vbpfx
+from vbpfx import ops
+from vbpfx.fake import run_fake
+from vbpfx.rules.pointwise import unchanged
+
+CASES = [case for cases in (zoo.FOUND, zoo.PACKED, zoo.NORMS, zoo.SHARED, zoo.REFUSED) for case in cases]
+NETWORKS = ("test_vit", "test_convnext", "swin_tiny_patch4_window7_224", "mobilenetv2_050")
+
+
+def described(value: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.layout, leaf.requires_grad
+        return leaf
+
+    return pytree.tree_map(one, value)
+
+
+def assert_as_if_all_were_run(captured: vbpfx.Captured) -> int:
+    """Returns how many nodes share a value with an earlier one."""
+    differ, seen, shared = [], set(), 0
+
+    def compare(node: fx.Node, run: Callable[[], Any]) -> Any:
+        nonlocal shared
+        value, recorded = run(), node.meta["val"]
+        if described(value) != described(recorded):
+            differ.append((node.name, described(value), described(recorded)))
+        shared += isinstance(recorded, Tensor) and id(recorded) in seen
+        seen.add(id(recorded))
+        return value
+
+    run_fake(captured.graph_module, captured.inputs, captured.batch or captured.inputs.batch_size, compare)
+    assert not differ
+    return shared
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_small_networks(case: zoo.Case) -> None:
+    assert_as_if_all_were_run(vbpfx.capture(case.make(), case.batch(), frontend=case.frontends[0]))
+
+
+def test_an_exported_network() -> None:
+    captured = vbpfx.capture(timm.create_model("test_vit").eval(), torch.ones(2, 3, 160, 160), frontend="export")
+    assert assert_as_if_all_were_run(captured) > len(captured.nodes) / 4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_real_networks(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    size = model.pretrained_cfg["input_size"]
+    captured = vbpfx.capture(model, torch.empty(2, *size, device="meta"))
+    assert assert_as_if_all_were_run(captured) > len(captured.nodes) / 10
+
+
+class Counting(nn.Module):
+    """A layer of the user's, not of torch.nn: what it does next is its own affair."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counting.calls += 1
+        return x[..., : Counting.calls]
+
+
+def hooked() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.register_forward_hook(lambda module, args, value: value[..., :5])
+    return layer
+
+
+def overridden() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x[..., :2]  # type: ignore[method-assign]
+    return layer
+
+
+CALLS = [0]
+
+
+@fx.wrap
+def counting(x: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return x[..., : CALLS[0]]
+
+
+class Calls(nn.Module):
+    """Calls that are like one before them in all but one thing."""
+
+    def __init__(self, forward: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self._body = nn.ModuleList(layers), forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self._body(self.layers, x)
+
+
+def all_layers(layers: nn.ModuleList, x: Tensor) -> Any:
+    return [layer(x) for layer in layers]
+
+
+def in_place(layers: nn.ModuleList, x: Tensor) -> Any:
+    a, b = x.relu(), x.relu()
+    a.unsqueeze_(0)
+    return a.sum(0), b
+
+
+ALIKE: list[tuple[str, Callable[..., Any], tuple[nn.Module, ...], Any]] = [
+    ("types of numbers", lambda _, x: (x * 2, x * 2.0, x * True, x + 1j), (), torch.ones(3, 4, dtype=torch.int64)),
+    ("strides", lambda _, x: (x.relu(), x.mT.relu(), x[:, ::2].mT.relu(), x.expand(3, 8, 8).relu()), (), torch.ones(3, 8, 8)),
+    ("dtypes", lambda _, x: (x.sum(-1), x.double().sum(-1), x.bool().sum(-1)), (), torch.ones(3, 8)),
+    ("keywords", lambda _, x: (x.sum(dim=-1), x.sum(dim=-1, keepdim=True), F.pad(x, (1, 0)), F.pad(x, (1, 1))), (), torch.ones(3, 8)),
+    ("slices", lambda _, x: (x[:, 1:3], x[:, 1:4], x[:, 1:3:2], x[:, 1], x[..., None]), (), torch.ones(3, 8)),
+    ("layers", all_layers, (nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 4), nn.LayerNorm(8)), torch.ones(3, 8)),
+    ("hooks", all_layers, (nn.Linear(8, 8), hooked()), torch.ones(3, 8)),
+    ("a forward of its own", all_layers, (nn.Linear(8, 8), overridden()), torch.ones(3, 8)),
+    ("options of layers", all_layers, (nn.Conv1d(3, 4, 3), nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(3, 4, 3, dilation=2), nn.MaxPool1d(2), nn.MaxPool1d(2, 1)), torch.ones(3, 3, 8)),
+    ("several values", lambda _, x: (x.chunk(2, -1), x.chunk(2, -1), x.split(3, -1), x.split(2, -1), x.max(-1)), (), torch.ones(3, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("forward", "layers", "x"), [pytest.param(*rest, id=name) for name, *rest in ALIKE])
+def test_calls_that_are_alike_in_all_but_one_thing(
+    forward: Callable[..., Any], layers: tuple[nn.Module, ...], x: Tensor
+) -> None:
+    assert_as_if_all_were_run(vbpfx.capture(Calls(forward, *layers), x, frontend="symbolic"))
+
+
+def shapes(captured: vbpfx.Captured, name: str) -> list[tuple[int, ...]]:
+    values = [node.meta["val"] for node in captured.nodes.values() if node.name.startswith(name)]
+    return [tuple(value.shape[1:]) for value in values]
+
+
+def test_a_function_of_the_users_is_run_every_time() -> None:
+    captured = vbpfx.capture(Calls(lambda _, x: (counting(x), counting(x))), torch.ones(3, 8), frontend="symbolic")
+    first, second = shapes(captured, "counting")
+    assert second == (first[0] + 1,)
+
+
+def test_what_is_reshaped_in_place_is_reshaped_under_its_own_name_alone() -> None:
+    captured = vbpfx.capture(Calls(in_place), torch.ones(3, 8), frontend="symbolic")
+    assert shapes(captured, "relu") == [(captured.batch, 8), (8,)]
+
+
+def test_a_layer_of_the_users_is_run_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops._TABLE, Counting, unchanged)
+    captured = vbpfx.capture(Calls(all_layers, Counting(), Counting()), torch.ones(3, 8), frontend="symbolic")
+    first, second = shapes(captured, "layers")
+    assert second == (first[0] + 1,)
+
+
+def test_autocast_within_a_graph_counts() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    before = graph.call_function(torch.matmul, (x, x))
+    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, False))
+    within = graph.call_function(torch.matmul, (x, x))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output((before, within))
+    captured = vbpfx.capture(fx.GraphModule(nn.Module(), graph), torch.ones(3, 8, 8))
+    dtypes = [node.meta["val"].dtype for node in captured.nodes.values() if node.name.startswith("matmul")]
+    assert dtypes == [torch.float32, torch.bfloat16]

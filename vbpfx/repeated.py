@@ -1,0 +1,108 @@
+"""Calls that are like one before them: on fake tensors, like arguments give a like result, and most of a network repeats.
+
+What decides over a result's shapes, strides and dtypes is put into a key: the operator or the layer with all it knows of itself, the
+arguments' shapes, autocast. Where something else might decide (the user's own code, values of real tensors, hooks), there is no key,
+and the call is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+# These change what is known of a tensor, under every name that it has.
+_RESHAPING = frozenset({"resize_", "resize_as_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_",
+                        "set_", "as_strided_"})  # fmt: skip
+_SIMPLE = (int, float, bool, str, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
+           torch.memory_format)  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _NoKeyError(Exception):
+    """Something else may decide over the result."""
+
+
+class Repeated:
+    """The results of a graph's calls by their keys; those of like calls are one fake tensor, which nothing may reshape in place."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._results: dict[Hashable, Any] = {}
+        called = (node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method"))
+        self._usable = not any(_name(node.target) in _RESHAPING for node in called)
+
+    def run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """The result of an earlier call that was like this one, or else what ``call`` returns.
+
+        Args:
+            operator: a function, a method's name, or a layer.
+            args, kwargs: what it is called with; a method's object comes first.
+            call: runs it; its tensors must be fake.
+        """
+        if not self._usable or "out" in kwargs:
+            return call()
+        try:
+            key = _operator(operator), _key(args), _key(kwargs), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+        except _NoKeyError:
+            return call()
+        if key not in self._results:
+            value = call()
+            parts = value if type(value) in (tuple, list) else (value,)
+            if not all(type(part) is FakeTensor for part in parts):
+                return value
+            self._results[key] = value
+        return self._results[key]
+
+
+def _name(target: Any) -> str:
+    """An operator's bare name."""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return packet if isinstance(packet, str) else str(getattr(packet, "__name__", ""))
+
+
+def _operator(operator: Any) -> Hashable:
+    if isinstance(operator, str):
+        return operator
+    if isinstance(operator, nn.Module):
+        return _layer(operator)
+    package = str(getattr(operator, "__module__", "")).partition(".")[0]
+    foreign = isinstance(operator, torch._ops.OpOverload) and operator.namespace != "aten"
+    if foreign or package not in ("torch", "_operator", "None"):  # torch's own builtins name no module
+        raise _NoKeyError
+    return operator  # type: ignore[no-any-return]
+
+
+def _layer(module: nn.Module) -> Hashable:
+    """A layer of torch.nn and all that it knows of itself."""
+    known = dict(vars(module))
+    hooked = any(known.pop(hooks) for hooks in _HOOKS)
+    if hooked or known.pop("_modules") or not type(module).__module__.startswith("torch.nn.modules."):
+        raise _NoKeyError
+    tensors = {**known.pop("_parameters"), **known.pop("_buffers")}
+    described = tuple((name, None if t is None else _tensor(t)) for name, t in tensors.items())
+    return type(module), described, _key({k: v for k, v in known.items() if not k.startswith("_")})
+
+
+def _key(value: Any) -> Hashable:
+    """A key of an argument; equal numbers of unlike types are unlike."""
+    kind = type(value)
+    if kind in _SIMPLE:
+        return kind, value
+    if kind is FakeTensor and value.constant is None:
+        return _tensor(value)
+    if isinstance(value, (tuple, list)):
+        return kind, *map(_key, value)
+    if kind is slice:
+        return kind, _key(value.start), _key(value.stop), _key(value.step)
+    if isinstance(value, dict):
+        return kind, *((name, _key(entry)) for name, entry in value.items())
+    raise _NoKeyError
+
+
+def _tensor(value: Tensor) -> Hashable:
+    if value.layout is not torch.strided:
+        raise _NoKeyError
+    return tuple(value.shape), value.stride(), value.dtype, value.device
