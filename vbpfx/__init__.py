@@ -27,6 +27,7 @@ from vbpfx.errors import (
 from vbpfx.exported import prune_exported
 from vbpfx.finetune import FineTuned, finetune
 from vbpfx.fx_pass import VarianceBasedPruning
+from vbpfx.large import PrunedFiles, prune_files
 from vbpfx.latency import measure_latencies
 from vbpfx.latency_table import Latencies
 from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
@@ -39,6 +40,7 @@ from vbpfx.records import Block, Plan, Refusal
 from vbpfx.report import Report
 from vbpfx.sensitivity import sensitivities
 from vbpfx.verify import Verification, verify
+from vbpfx.weightless import without_weights
 
 __version__ = "0.1.0"
 
@@ -59,6 +61,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "Pruned",
+    "PrunedFiles",
     "PrunedOnnx",
     "RankError",
     "Refusal",
@@ -81,10 +84,12 @@ __all__ = [
     "prepare",
     "prune",
     "prune_exported",
+    "prune_files",
     "prune_onnx",
     "register_operator",
     "save",
     "sensitivities",
     "statistics",
     "verify",
+    "without_weights",
 ]
