@@ -109,6 +109,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _remove_remains(folder)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_prefix(folder)))
         yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:

@@ -93,7 +93,7 @@ def runnable(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = graph_module.graph
 
-    def device(value: object) -> object:
+    def device(value: Any) -> Any:
         return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
 
     for node in list(graph.nodes):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from vbpfx.allocation import ALLOCATIONS, Standing

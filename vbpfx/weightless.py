@@ -66,7 +66,8 @@ class Weightless:
         Raises:
             ModelError: a file cannot be read, does not fit the model, or the model has its weights in memory.
         """
-        folder, restored = None, {}
+        folder: Path | None = None
+        restored: dict[str, Any] = {}
         if isinstance(model, (str, Path)):
             folder = Path(model)
             model, restored = _of_folder(folder)
