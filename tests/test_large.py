@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_unchanged, randomize, state
+from oracle import randomize, state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,9 +154,9 @@ def test_batches_that_do_not_fit_at_once_go_through_one_after_the_other(
     files = _files(model, tmp_path)
     options = {"weights": files, "memory": 8 * KIB, "ratio": 0.3, "progress": False, "verify": False}
     result = vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", **options)
-    assert ways == [1, 2] or ways == [2, 1] or ways == [1, 1, 1]
+    assert ways == [1, 2]  # 4 KiB hold 12 samples, and there are 6, 8 and 3
     _assert_same_plan(result.plan, vbpfx.prune(model, BATCHES, ratio=0.3, method="vbp", progress=False).plan)
-    with pytest.raises(vbpfx.CalibrationError, match="17 samples need . ways .* memory="):
+    with pytest.raises(vbpfx.CalibrationError, match=r"17 samples need . ways .* memory="):
         vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "other", compensation="ridge", **options)
 
 
@@ -254,19 +254,19 @@ def test_folders_without_weights_to_read(files: Mapping[str, bytes], message: st
 def test_two_files_that_hold_the_same(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(vbpfx.ModelError, match="b.safetensors holds x, and so does .*a.safetensors"):
+    with pytest.raises(vbpfx.ModelError, match=r"b.safetensors holds x, and so does .*a.safetensors"):
         Stored.of([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
 
 
 def test_buffers_whose_values_nobody_knows(tmp_path: Path) -> None:
     with torch.device("meta"):
         hollow = Words()
-    with pytest.raises(vbpfx.ModelError, match="buffer frequencies is on the meta device .* without_weights"):
+    with pytest.raises(vbpfx.ModelError, match=r"buffer frequencies is on the meta device .*without_weights"):
         Weightless.of(hollow, _files(_words(), tmp_path))
 
 
 def test_models_whose_weights_are_in_memory(tmp_path: Path) -> None:
-    with pytest.raises(vbpfx.ModelError, match="parameter embed.weight of Words is in memory"):
+    with pytest.raises(vbpfx.ModelError, match=r"parameter embed.weight of Words is in memory"):
         Weightless.of(_words(), _files(_words(), tmp_path))
 
 
@@ -294,11 +294,11 @@ def test_batches_that_do_not_run_or_overflow(tmp_path: Path) -> None:
     files = _files(model, tmp_path)
     fine = torch.ones(2, 5, dtype=torch.long)
     common: dict[str, Any] = {"weights": files, "ratio": 0.3, "progress": False}
-    with pytest.raises(vbpfx.CalibrationError, match="batch 2 .* block blocks.0"):
+    with pytest.raises(vbpfx.CalibrationError, match=r"batch 2 .* block blocks.0"):
         vbpfx.prune_files(_hollow(), [fine, 7 * fine], tmp_path / "out", **common)
     with pytest.raises(vbpfx.CalibrationError, match=r"batch 2 .* does not fit the model(?s:.)*that did"):
         vbpfx.prune_files(_hollow(), [fine, WORDS * fine], tmp_path / "out", **common)
-    with pytest.raises(vbpfx.CalibrationError, match="empty"):
+    with pytest.raises(vbpfx.CalibrationError, match=r"empty"):
         vbpfx.prune_files(_hollow(), [], tmp_path / "out", **common)
     assert sorted(tmp_path.iterdir()) == files
 
@@ -307,7 +307,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
-    with pytest.raises(vbpfx.ArtifactError, match="is there already"):
+    with pytest.raises(vbpfx.ArtifactError, match=r"is there already"):
         vbpfx.prune_files(_hollow(), BATCHES, out, weights=_files(_words(), tmp_path), ratio=0.3)
     assert [path.name for path in out.iterdir()] == ["precious"]
 
@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     files = _files(_words(), tmp_path)
     monkeypatch.setattr(large, "save_beside_weights", full)
-    with pytest.raises(vbpfx.ArtifactError, match="out: No space left on device"):
+    with pytest.raises(vbpfx.ArtifactError, match=r"out: No space left on device"):
         vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
     assert sorted(tmp_path.iterdir()) == files
 
@@ -332,7 +332,7 @@ def test_the_oracle_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.M
         return new * 1.01 if name == "blocks.2.second.weight" else new
 
     monkeypatch.setattr(Changes, "of", wrong)
-    with pytest.raises(vbpfx.VerificationError, match="differs from the substitution reference"):
+    with pytest.raises(vbpfx.VerificationError, match=r"differs from the substitution reference"):
         vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
     assert sorted(tmp_path.iterdir()) == files
 

@@ -176,10 +176,11 @@ def save_beside_weights(
     rest = {name: others.get(name, tensor) for name, tensor in own.items() if name not in stored}
     files = {
         **_plan_files(plan, folder),
-        folder / _BUFFERS: safetensors_writer({name: tensor.clone() for name, tensor in rest.items()}),
         folder / "graph.json": json_writer(graph),
         folder / "report.json": json_writer(report),
     }
+    if rest:  # safetensors writes a file without tensors and does not read it
+        files[folder / _BUFFERS] = safetensors_writer({name: tensor.clone() for name, tensor in rest.items()})
     write_atomically(files)
 
 
