@@ -18,7 +18,7 @@ from vbpfx.stored import Stored
 transformers = pytest.importorskip("transformers")
 
 KIB = 2**-20  # of memory=, in GiB
-SIZES = {"vocab_size": 99, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+SIZES = {"vocab_size": 99, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 
 
 def _llama(**further: Any) -> nn.Module:
@@ -27,7 +27,7 @@ def _llama(**further: Any) -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_inner=72, vocab_size=99, n_positions=16)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=72, vocab_size=99, n_positions=16)
     return randomize(transformers.GPT2LMHeadModel(config)).eval()
 
 
