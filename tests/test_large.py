@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -335,6 +338,62 @@ def test_the_oracle_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(vbpfx.VerificationError, match=r"differs from the substitution reference"):
         vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    files = _files(_words(), tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    remains = tmp_path / f".out.{socket.gethostname()}-{gone.pid}.xyz"
+    remains.mkdir()
+    (remains / "model.safetensors").write_bytes(b"half")
+    vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
+    assert sorted(tmp_path.iterdir()) == [*files, tmp_path / "out"]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        files[0].with_name("out").stat().st_mode & 0o666
+    }
+
+
+MEASURED = """
+import resource, sys, torch, vbpfx
+from safetensors.torch import save_file
+from torch import nn
+
+def build(blocks):
+    one = lambda: nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.Softmax(-1))
+    return nn.Sequential(*(one() for _ in range(blocks)))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def prune(blocks, folder):
+    with vbpfx.without_weights():
+        model = build(blocks)
+    shapes = model.state_dict()
+    vbpfx.stored.write_shards(shapes, lambda name: torch.randn(shapes[name].shape) / 50, folder, 2**24)
+    data = [torch.randn(64, 512) for _ in range(4)]
+    vbpfx.prune_files(model, data, folder / "out", weights=folder, memory=1 / 32, ratio=0.3, progress=False)
+    return sum(4 * p.numel() for p in model.parameters()) / 2**20
+
+from pathlib import Path
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+for part in ("small", "large"):
+    (folder / part).mkdir()
+prune(2, folder / "small")  # what torch loads when it is first used
+before = peak()
+size = prune(32, folder / "large")
+print(size, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_a_model_never_is_in_memory(tmp_path: Path) -> None:
+    """32 blocks of 8 MiB with 32 MiB of memory: the dense network, the result and everything between, in a third of it."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], check=True, capture_output=True, text=True)
+    size, extra = map(float, done.stdout.split()[-2:])
+    assert 256 < size < 260
+    assert extra < size / 3
 
 
 def test_shards_are_no_larger_than_said(tmp_path: Path) -> None:

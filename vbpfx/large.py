@@ -23,6 +23,7 @@ from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.convert import convert
 from vbpfx.errors import ArtifactError
+from vbpfx.fake import has_fixed_batch
 from vbpfx.files import require_new, whole_folder
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.loading import Loading, Loans, run_by_module, runnable
@@ -41,6 +42,7 @@ from vbpfx.substitute import reference_graph
 from vbpfx.verify import TOLERANCES, Outputs, Verification, judge
 from vbpfx.weightless import Weightless
 
+_CPU = torch.device("cpu")
 _LARGEST_SHARD = 5 * 10**9  # what transformers wrote for years
 # What else of a folder of Hugging Face belongs to a model: its tokenizer, how it generates.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -118,16 +120,17 @@ def prune_files(
     require_new(folder)
     hollow = Weightless.of(model, weights)
     read = reader(hollow.model, inputs)
-    first, data = first_batch(calibration)
-    batches = [read(batch) for batch in data]
-    example = as_inputs(read(first) if example_inputs is None else example_inputs, hollow.model).first(EXAMPLE_SAMPLES)
+    _, data = first_batch(calibration)
+    batches = [read(batch).to(_CPU) for batch in data]
+    example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
+    example = example if has_fixed_batch(hollow.model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(hollow.model, example, frontend=frontend)
     analysis = find_blocks(captured)
     select_blocks(analysis, chosen.include, chosen.exclude)
     loans = Loans(hollow.stored, hollow.names, hollow.buffers)
     half = memory * 2**30 / 2
     plan, statistics = stream_plan(analysis, loans, batches, chosen, mask=mask, memory=half, progress=progress)
-    small, own = convert(captured, plan), _own_class(hollow, plan)
+    small, own = convert(captured, plan), _own_class(hollow, plan, loans)
     with whole_folder(folder) as temporary:
         written = _write_weights(hollow, plan, own, temporary, limit)
         verification = None
@@ -152,16 +155,19 @@ def _shard_limit(shard_size: int | str | None, memory: float) -> int:
     return limit
 
 
-def _own_class(hollow: Weightless, plan: Plan) -> nn.Module | None:
-    """The narrowed model in its own class, on the meta device, with the configuration that describes it; None without one.
+def _own_class(hollow: Weightless, plan: Plan, loans: Loans) -> nn.Module | None:
+    """The narrowed model in its own class, without weights, with the configuration that describes it; None without one.
 
     Raises:
         ArtifactError: ``uniform=True`` was asked for, and the configuration cannot describe the result.
     """
     if hollow.folder is None or not has_config(hollow.model):
         return None
+    norms = {reduction.module for entry in plan.blocks for reduction in entry.block.reductions if reduction.module}
+    tried = [f"{path}.{name}" for path in norms for name, _ in hollow.model.get_submodule(path).named_parameters()]
     try:
-        own = apply_plan(hollow.model, plan)
+        with loans.lent(hollow.model, tried):  # what a norm computes is tried on numbers
+            own = apply_plan(hollow.model, plan)
     except ArtifactError:
         if plan.settings["uniform"]:
             raise
