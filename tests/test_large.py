@@ -135,6 +135,17 @@ def test_the_result_is_that_of_the_path_in_memory(case: str, tmp_path: Path) -> 
     assert all(m.co is None for found in result.statistics.moments.values() for m in found)
 
 
+def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
+    """Which rows enter goes by the sample's number, not by how many rows there were before."""
+    texts = [
+        torch.randint(0, WORDS, (4, length), generator=torch.Generator().manual_seed(length)) for length in (5, 9, 4)
+    ]
+    model, options = _words(), {"method": "vbp", "ratio": 0.4, "compensation": "ridge", "progress": False}
+    expected = vbpfx.prune(model, texts, **options)
+    result = vbpfx.prune_files(_hollow(), texts, tmp_path / "out", weights=_files(model, tmp_path), **options)
+    _assert_same_plan(result.plan, expected.plan)
+
+
 def test_an_artifact_in_shards_loads_into_the_class(tmp_path: Path) -> None:
     model = _words()
     expected = vbpfx.prune(model, BATCHES, ratio=0.3, method="vbp", progress=False)
