@@ -135,6 +135,38 @@ def test_the_result_is_that_of_the_path_in_memory(case: str, tmp_path: Path) -> 
     assert all(m.co is None for found in result.statistics.moments.values() for m in found)
 
 
+class ReadsAPart(nn.Module):
+    """Its forward takes a weight of a module that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(nn.functional.linear(x, self.first.weight, self.first.bias)))
+
+
+def _encoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True))
+
+
+@pytest.mark.parametrize("make", [_encoder, ReadsAPart])
+def test_modules_that_read_the_weights_of_others(make: Any, tmp_path: Path) -> None:
+    model, batches = randomize(make()).eval(), [torch.randn(5, 7, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = make()
+    options: dict[str, Any] = {"weights": _files(model, tmp_path), "ratio": 0.4, "progress": False}
+    expected = vbpfx.prune(model, batches, ratio=0.4, method="vbp", progress=False)
+    if make is ReadsAPart:
+        with pytest.raises(vbpfx.VerificationError, match=r"ReadsAPart does not run .*verify=False"):
+            vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        options["verify"] = False
+    result = vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
+    _assert_same_plan(result.plan, expected.plan)
+    _assert_files_hold(tmp_path / "out", expected.graph_module)
+
+
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
     """Which rows enter goes by the sample's number, not by how many rows there were before."""
     texts = [

@@ -22,7 +22,7 @@ from vbpfx.artifact import save_beside_weights
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.convert import convert
-from vbpfx.errors import ArtifactError
+from vbpfx.errors import ArtifactError, VerificationError, first_line
 from vbpfx.fake import has_fixed_batch
 from vbpfx.files import require_new, whole_folder
 from vbpfx.inputs import Inputs, as_inputs, reader
@@ -213,9 +213,16 @@ def _verify(
     def run(network: fx.GraphModule, loans: Loans) -> list[Tensor]:
         return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
 
+    try:
+        own = run_by_module(captured.reference, dense, example)
+    except Exception as failure:  # the model's own code raises whatever it raises
+        raise VerificationError(
+            f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "
+            f"({first_line(failure)}): it reads weights of modules that it does not call; verify=False leaves the oracle out"
+        ) from failure
     outputs = Outputs(
         dense=run(share_parameters(captured.graph_module), dense),
-        model=run_by_module(captured.reference, dense, example),
+        model=own,
         substituted=run(reference_graph(captured, plan), dense),
         pruned=run(share_parameters(small), pruned),
     )

@@ -23,6 +23,9 @@ from vbpfx.inputs import Inputs
 from vbpfx.stored import Stored
 from vbpfx.stream import Stream
 
+# Modules whose forward reads the weights of modules inside without calling these.
+_READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 
 @dataclass(frozen=True)
 class Loans:
@@ -229,7 +232,7 @@ def run_by_module(model: nn.Module, loans: Loans, inputs: Inputs) -> list[Tensor
     lending: list[tuple[nn.Module, AbstractContextManager[None]]] = []
 
     def lend(module: nn.Module, args: object) -> None:
-        own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        own = [name for name in named_tensors(module) if "." not in name or isinstance(module, _READ_THEIR_PARTS)]
         lending.append((module, loans.lent(module, {name: f"{paths[module]}{name}" for name in own})))
         lending[-1][1].__enter__()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vbpfx.capture import named_tensors, plain_tensors
+from vbpfx.capture import named_tensors, share_parameters
 from vbpfx.errors import ModelError, first_line
 from vbpfx.stored import Stored
 
@@ -90,7 +89,7 @@ class Weightless:
                 f"buffer {unknown[0]} is on the meta device and in none of the files: its value is unknown; build the model "
                 f"under vbpfx.without_weights() instead of torch.device('meta')"
             )
-        return cls(_all_on_meta(model).eval(), stored, buffers, names, folder, restored)
+        return cls(_all_on_meta(model), stored, buffers, names, folder, restored)
 
 
 def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -137,7 +136,10 @@ def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
 
 
 def _all_on_meta(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters, and with buffers on the meta device."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} | plain_tensors(model)
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+    """A copy in eval mode with the same parameters, and with buffers on the meta device."""
+    hollow = share_parameters(model)
+    held = {id(buffer): buffer for buffer in hollow.buffers()}
+    on_meta = {key: buffer.to("meta") for key, buffer in held.items()}
+    for module in hollow.modules():
+        module._buffers.update({name: on_meta[id(b)] for name, b in module._buffers.items() if b is not None})
+    return hollow
