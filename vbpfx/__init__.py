@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vbpfx.exported import prune_exported
     from vbpfx.finetune import FineTuned, finetune
     from vbpfx.fx_pass import VarianceBasedPruning
+    from vbpfx.large import PrunedFiles, prune_files
     from vbpfx.latency import measure_latencies
     from vbpfx.latency_table import Latencies
     from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from vbpfx.report import Report
     from vbpfx.sensitivity import sensitivities
     from vbpfx.verify import Verification, verify
+    from vbpfx.weightless import without_weights
 
 __version__ = "0.1.0"
 
@@ -73,6 +75,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "Pruned",
+    "PrunedFiles",
     "PrunedOnnx",
     "RankError",
     "Refusal",
@@ -97,12 +100,14 @@ __all__ = [
     "prepare",
     "prune",
     "prune_exported",
+    "prune_files",
     "prune_onnx",
     "register_operator",
     "save",
     "sensitivities",
     "statistics",
     "verify",
+    "without_weights",
 ]
 
 # file -> the public names in it, which are imported when they are first asked for: torch takes seconds
@@ -122,6 +127,7 @@ _HOMES = {
     "exported": "prune_exported",
     "finetune": "FineTuned finetune",
     "fx_pass": "VarianceBasedPruning",
+    "large": "PrunedFiles prune_files",
     "latency": "measure_latencies",
     "latency_table": "Latencies",
     "onnx_pipeline": "PrunedOnnx prune_onnx",
@@ -134,6 +140,7 @@ _HOMES = {
     "report": "Report",
     "sensitivity": "sensitivities",
     "verify": "Verification verify",
+    "weightless": "without_weights",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -1,7 +1,8 @@
 """Artifacts: a pruned network in a folder, without pickle.
 
     plan.json           which neurons stayed, of which blocks, of a model of which structure
-    model.safetensors   the pruned network's tensors under the model's own names
+    model.safetensors   the pruned network's tensors under the model's own names; or several files, and an index of them, and
+                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.large`)
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class
     report.json         the figures
@@ -17,6 +18,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,13 +27,15 @@ from torch import Tensor, fx, nn
 
 from vbpfx.capture import named_tensors
 from vbpfx.checkpoint import tensors_digest
-from vbpfx.errors import ArtifactError, VbpfxError
+from vbpfx.errors import ArtifactError, ModelError, VbpfxError
 from vbpfx.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
+from vbpfx.stored import INDEX, WHOLE, indexed_files
 
 _FORMAT = 3
+_BUFFERS = "buffers.safetensors"
 
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
@@ -139,17 +143,9 @@ def save_network(
     unused = {name: tensor for name, tensor in dense.items() if name not in own}
     tensors = own | unused
     first: dict[int, str] = {}
-    about = {
-        "tied": {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name},
-        "tensors": sorted(tensors),
-        "unused": sorted(unused),
-        "frozen": sorted(name for name, parameter in graph_module.named_parameters() if not parameter.requires_grad),
-    }
-    try:
-        graph = graph_to_json(graph_module) | about
-    except ArtifactError as error:
-        graph = {"unavailable": str(error)} | about
-    stored = {name: tensor.clone() for name, tensor in tensors.items() if name not in about["tied"]}
+    tied = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+    graph = _graph(graph_module, tied, list(tensors), list(unused))
+    stored = {name: tensor.clone() for name, tensor in tensors.items() if name not in tied}
     write_atomically(
         {
             **_plan_files(plan, folder),
@@ -159,6 +155,54 @@ def save_network(
         }
     )
     return folder
+
+
+def _graph(
+    graph_module: fx.GraphModule, tied: Mapping[str, str], tensors: list[str], unused: list[str]
+) -> dict[str, Any]:
+    """The graph, and what it has to do with the tensors in the files beside it."""
+    about = {
+        "tied": dict(tied),
+        "tensors": sorted(tensors),
+        "unused": sorted(unused),
+        "frozen": sorted(name for name, parameter in graph_module.named_parameters() if not parameter.requires_grad),
+    }
+    try:
+        return graph_to_json(graph_module) | about
+    except ArtifactError as error:
+        return {"unavailable": str(error)} | about
+
+
+def save_beside_weights(
+    graph_module: fx.GraphModule,
+    plan: Plan,
+    report: Mapping[str, Any],
+    folder: Path,
+    *,
+    stored: Mapping[str, str],
+    others: Mapping[str, Tensor],
+) -> None:
+    """Write everything of an artifact but the weights, which lie in the folder already.
+
+    Args:
+        graph_module: the graph; its weights may be on the meta device.
+        stored: name of a tensor -> the name that it has in the files.
+        others: values of the graph's tensors that are not there, by name.
+    """
+    own = named_tensors(graph_module)
+    tied = {name: source for name, source in stored.items() if name != source}
+    written = {*stored, *stored.values()}
+    used = own.keys() | {source for name, source in tied.items() if name in own}
+    graph = _graph(graph_module, tied, [*(written | own.keys())], [*(written - used)])
+    rest = {name: others.get(name, tensor) for name, tensor in own.items() if name not in stored}
+    files = {
+        **_plan_files(plan, folder),
+        folder / "graph.json": json_writer(graph),
+        folder / "report.json": json_writer(report),
+    }
+    if rest:  # safetensors writes a file without tensors and does not read it
+        files[folder / _BUFFERS] = safetensors_writer({name: tensor.clone() for name, tensor in rest.items()})
+    write_atomically(files)
 
 
 def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
@@ -175,12 +219,12 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     folder = Path(folder)
     settle(folder)
     graph = read_json(folder / "graph.json")
-    tensors = _read_tensors(folder / "model.safetensors")
+    tensors = _read_all_tensors(folder)
     try:
         tied: dict[str, str] = graph["tied"]
         missing = sorted(set(graph["tensors"]) - set(tensors) - set(tied))
         if missing:
-            raise ArtifactError(f"{folder / 'model.safetensors'} lacks {missing[0]}; save the network again")
+            raise ArtifactError(f"{folder / WHOLE} lacks {missing[0]}; save the network again")
         if into is not None:
             named = tensors | {name: tensors[first] for name, first in tied.items()}
             return _load_into(into, load_plan(folder), named, folder)
@@ -216,6 +260,16 @@ def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder:
                 )
             own[name].copy_(tensor)
     return small
+
+
+def _read_all_tensors(folder: Path) -> dict[str, Tensor]:
+    """What lies in one file, or in the shards that an index names; and what lies beside weights."""
+    try:
+        paths = indexed_files(folder) if (folder / INDEX).exists() else [folder / WHOLE]
+    except ModelError as error:
+        raise ArtifactError(f"{error}; save the network again") from error
+    paths += [folder / _BUFFERS] if (folder / _BUFFERS).exists() else []
+    return {name: tensor for path in paths for name, tensor in _read_tensors(path).items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -118,12 +118,12 @@ def calibrate(
                 try:
                     work.run(inputs, number)
                 except Exception as error:  # the model's own operators raise whatever they raise
-                    raise CalibrationError(_misfit(seen, inputs, first, observed, error)) from error
+                    raise CalibrationError(misfit(seen, inputs, first, observed, error)) from error
                 bad = next((o for o in watching if o.bad_call is not None), None)
                 if bad is not None:
                     raise CalibrationError(
                         f"batch {seen} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
-                        + _input_is_finite(inputs)
+                        + input_is_finite(inputs)
                     )
                 first = first or inputs
                 advance()
@@ -151,7 +151,8 @@ def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
         inputs.run(observed)
 
 
-def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
+def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
+    """What to say of a batch that a graph does not run on; ``first`` is one that it ran on."""
     dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
     given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
@@ -159,7 +160,8 @@ def _misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphM
     return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"
 
 
-def _input_is_finite(inputs: Inputs) -> str:
+def input_is_finite(inputs: Inputs) -> str:
+    """What to say of a batch that makes NaN or infinite activations."""
     finite = all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point())
     if finite:
         return "its input is finite: the model itself overflows, run it in a wider dtype"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,44 @@ def settle(folder: Path) -> None:
         raise ArtifactError(f"cannot finish what was written to {folder}: {error.strerror or error}") from error
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the given name when all is written; otherwise nothing is left of it.
+
+    Raises:
+        ArtifactError: there is something under that name already, or it cannot be written.
+    """
+    require_new(folder)
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(folder)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_prefix(folder)))
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder that can be written, "
+            f"on a disk with room"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new(folder: Path) -> None:
+    """Raise an ArtifactError where there is a file, or a folder that holds something."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        raise ArtifactError(
+            f"{folder} is there already, and nothing is written over it; choose another folder, or remove it"
+        )
+
+
 def _prefix(path: Path) -> str:
     """How names of a process's unfinished files begin."""
     return f".{path.name}.{socket.gethostname()}-{os.getpid()}."
@@ -107,7 +146,10 @@ def _remove_remains(path: Path) -> None:
     for remains in path.parent.glob(f".{glob.escape(f'{path.name}.{host}-')}*"):
         number = remains.name.removeprefix(f".{path.name}.{host}-").partition(".")[0]
         if number.isdecimal() and not _is_alive(int(number)):
-            remains.unlink(missing_ok=True)
+            if remains.is_dir():
+                shutil.rmtree(remains, ignore_errors=True)
+            else:
+                remains.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

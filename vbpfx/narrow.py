@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vbpfx.capture import named_tensors, plain_tensors
 from vbpfx.carry import Carried
 from vbpfx.compensate import fold, fold_columns
 from vbpfx.errors import ArtifactError
-from vbpfx.records import Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 
 # (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
 Removed = Mapping[tuple[str, int, bool], frozenset[int]]
@@ -60,56 +60,82 @@ def narrowed(
 
 def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
     """Every tensor that changes, and the biases that come into being, by name."""
-    cuts: dict[str, list[tuple[int, frozenset[int]]]] = defaultdict(list)
-    for (owner, axis, of_parameter), positions in removed_channels(plan).items():
-        if of_parameter:
-            cuts[owner].append((axis, positions))
-    made = {consumer.bias: consumer for consumer in new_biases(plan).values()}
-    for name, consumer in made.items():
-        cuts[name] = [(0, positions) for axis, positions in cuts[consumer.weight] if axis == 1 - consumer.weight_axis]
-    folds = _folds(tensors, plan, made)
-    corrections = {c.layer.weight: c.weight for c in plan.corrections}
-    corrections |= {c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in made or not c.layer.creates_bias}
+    changes = Changes(plan)
     replaced: dict[str, Tensor] = {}
     created: dict[str, nn.Parameter] = {}
-    for name in {**cuts, **folds, **corrections}:
-        if name in made:
-            weight = tensors[made[name].weight]
-            like = weight.new_zeros(weight.shape[1 - made[name].weight_axis])
+    for name in changes.names:
+        new = changes.of(name, tensors.__getitem__)
+        if name in changes.made:
+            created[name] = nn.Parameter(new, requires_grad=tensors[changes.made[name].weight].requires_grad)
         else:
             like = tensors[name]
-        new = like.detach()
-        if name in folds:
-            new = new.double() + folds[name]
-        for axis, positions in cuts.get(name, ()):
-            new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
-        if name in corrections:
-            new = new.double() + corrections[name].to(new.device, torch.float64).view_as(new)
-        new = new.to(like.dtype)
-        if name in made:
-            created[name] = nn.Parameter(new, requires_grad=weight.requires_grad)
-        else:
             replaced[name] = nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
     return replaced, created
 
 
-def _folds(tensors: dict[str, Tensor], plan: Plan, made: Mapping[str, Consumer]) -> dict[str, Tensor]:
-    """What weights and biases gain for the neurons that are removed, float64, in their dense shapes."""
-    folds: dict[str, Tensor] = {}
-    for entry in plan.blocks:
-        # several calls of one layer fold the same constants into the same bias: once
-        consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
-        for consumer in consumers.values():
-            weight, axis, start = tensors[consumer.weight], consumer.weight_axis, consumer.source.start
-            kept, pruned = torch.tensor(entry.kept) + start, torch.tensor(entry.pruned) + start
-            gains = {}
-            if not consumer.creates_bias or consumer.bias in made:
-                gains[consumer.bias] = fold(weight, axis, pruned, entry.constants_at(consumer.source))
-            if (prediction := entry.prediction_at(consumer.source)) is not None:
-                gains[consumer.weight] = fold_columns(weight, axis, kept, pruned, prediction)
-            for name, gain in gains.items():
-                folds[name] = folds[name] + gain if name in folds else gain
-    return folds
+class Changes:
+    """What a plan makes of a model's tensors, each by itself.
+
+    Attributes:
+        made: biases that come into being -> the layer that gets them.
+        names: every tensor that changes or comes into being.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._cuts: dict[str, list[tuple[int, frozenset[int]]]] = defaultdict(list)
+        for (owner, axis, of_parameter), positions in removed_channels(plan).items():
+            if of_parameter:
+                self._cuts[owner].append((axis, positions))
+        self.made = {consumer.bias: consumer for consumer in new_biases(plan).values()}
+        for name, consumer in self.made.items():
+            cuts = self._cuts[consumer.weight]
+            self._cuts[name] = [(0, positions) for axis, positions in cuts if axis == 1 - consumer.weight_axis]
+        self._gains = self._readers(plan)
+        corrections = {c.layer.weight: c.weight for c in plan.corrections}
+        self._corrections = corrections | {
+            c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
+        }
+        self.names = tuple({**self._cuts, **self._gains, **self._corrections})
+
+    def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
+        """What becomes of a tensor; ``dense`` gives those of the dense model by name."""
+        if name in self.made:
+            weight = dense(self.made[name].weight)
+            like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
+        else:
+            like = dense(name).detach()
+        new = like
+        if name in self._gains:
+            new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
+        for axis, positions in self._cuts.get(name, ()):
+            new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
+        if name in self._corrections:
+            new = new.double() + self._corrections[name].to(new.device, torch.float64).view_as(new)
+        return new.to(like.dtype)
+
+    def _readers(self, plan: Plan) -> dict[str, list[tuple[BlockPlan, Consumer]]]:
+        """Weights and biases that gain something for neurons that are removed -> the layers that read these."""
+        found: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
+        for entry in plan.blocks:
+            # several calls of one layer fold the same constants into the same bias: once
+            consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
+            for consumer in consumers.values():
+                if not consumer.creates_bias or consumer.bias in self.made:
+                    found[consumer.bias].append((entry, consumer))
+                if entry.prediction_at(consumer.source) is not None:
+                    found[consumer.weight].append((entry, consumer))
+        return found
+
+
+def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
+    """What a layer's weight or bias gains for the neurons that one block loses, float64, in its dense shape."""
+    weight, axis, start = dense(consumer.weight), consumer.weight_axis, consumer.source.start
+    kept, pruned = torch.tensor(entry.kept) + start, torch.tensor(entry.pruned) + start
+    if name == consumer.bias:
+        return fold(weight, axis, pruned, entry.constants_at(consumer.source))
+    prediction = entry.prediction_at(consumer.source)
+    assert prediction is not None
+    return fold_columns(weight, axis, kept, pruned, prediction)
 
 
 def new_biases(plan: Plan) -> dict[str, Consumer]:

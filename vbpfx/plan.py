@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from vbpfx.allocation import ALLOCATIONS, Standing
@@ -145,8 +146,12 @@ class PlanOptions:
     @property
     def needs_covariance(self) -> bool:
         """Whether variances alone do not do."""
-        own = callable(self.criterion)
-        return own or self.criterion in NEED_COVARIANCE or self.compensation == "ridge"
+        return self.scores_need_covariance or self.compensation == "ridge"
+
+    @property
+    def scores_need_covariance(self) -> bool:
+        """Whether variances alone do not do for the scores."""
+        return callable(self.criterion) or self.criterion in NEED_COVARIANCE
 
 
 def make_plan(
@@ -189,29 +194,68 @@ def make_plan(
         CalibrationError: the statistics are of another model.
     """
     chosen = PlanOptions.of(**options)
-    blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+    deciding = Deciding(analysis, chosen, latencies)
+    blocks = deciding.blocks
     _require_statistics(blocks, statistics)
-    captured, compensation = analysis.captured, COMPENSATIONS[chosen.compensation]
     moments = {block.name: pooled(block, statistics.moments[block.name]) for block in blocks}
-    samples = _samples(captured, blocks, statistics)
-    cost = _cost(chosen.budget, captured, blocks, latencies)
-    share = chosen.budget.value if chosen.budget.kind == "ratio" else _neurons_that_cost(chosen.budget, blocks, cost)
-    scores = {
-        b.name: score(chosen.criterion, Scoring(b, moments[b.name], captured.reference, share, samples)) for b in blocks
-    }
-    prices = _prices(blocks, cost)
-    floor = floors(blocks, chosen.min_width)
-    groups = same_shape(blocks, captured.reference) if chosen.uniform else [[block] for block in blocks]
+    samples = deciding.samples(blocks[0], statistics.moments[blocks[0].name])
+    scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
 
     def plan(allocation: str, known: Sensitivity) -> Plan:
-        standing = {b.name: Standing(prices[b.name], share, known.get(b.name)) for b in blocks}
+        kept = deciding.kept(scores, allocation, known)
+        entries = [deciding.entry(b, kept[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
+        rows = max(m.count for b in blocks for m in statistics.moments[b.name])
+        return deciding.plan(entries, allocation, rows)
+
+    if chosen.allocation == "sensitivity" and callable(sensitivity):
+        sensitivity = sensitivity(plan("equal", {}))
+    known = _known(blocks, None if callable(sensitivity) else sensitivity)
+    return plan(_allocation(chosen, known), known)
+
+
+class Deciding:
+    """The steps of :func:`make_plan`, of which some see one block alone.
+
+    Attributes:
+        blocks: those that the plan may touch.
+    """
+
+    def __init__(self, analysis: Analysis, chosen: PlanOptions, latencies: Latencies | None = None) -> None:
+        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        self._chosen, self._captured = chosen, analysis.captured
+        self._cost = _cost(chosen.budget, self._captured, self.blocks, latencies)
+        by_ratio = chosen.budget.kind == "ratio"
+        self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
+        self._prices = _prices(self.blocks, self._cost)
+        self._floor = floors(self.blocks, chosen.min_width)
+
+    def samples(self, block: Block, moments: Sequence[Moments]) -> int:
+        """Number of samples that a block's statistics are of."""
+        return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0]))
+
+    def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
+        """One score per neuron; ``moments`` are :func:`pooled`."""
+        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
+
+    def kept(self, scores: Mapping[str, Tensor], allocation: str, known: Sensitivity) -> dict[str, tuple[int, ...]]:
+        """Block -> the neurons that stay, from the scores of all blocks."""
+        chosen, blocks = self._chosen, self.blocks
+        groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
+        standing = {b.name: Standing(self._prices[b.name], self._share, known.get(b.name)) for b in blocks}
         compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
-        widths = choose_widths(groups, compared, chosen.budget, floor=floor, round_to=chosen.round_to, cost=cost)
-        entries = [
-            _block_plan(block, kept_neurons(scores[block.name], widths[block.name]), moments[block.name], compensation)
-            for block in blocks
-            if widths[block.name] < block.width
-        ]
+        widths = choose_widths(
+            groups, compared, chosen.budget, floor=self._floor, round_to=chosen.round_to, cost=self._cost
+        )
+        return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
+
+    def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
+        """What becomes of a block of which so many neurons stay; ``moments`` are :func:`pooled`."""
+        return _block_plan(block, kept, moments, COMPENSATIONS[self._chosen.compensation])
+
+    def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
+        """The plan with those entries; ``rows`` is the largest number of rows that statistics are of."""
+        chosen = self._chosen
+        widths = {entry.block.name: len(entry.kept) for entry in entries}
         settings = {
             "method": chosen.method,
             "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
@@ -220,16 +264,11 @@ def make_plan(
             "budget": {chosen.budget.kind: chosen.budget.value},
             "round_to": chosen.round_to,
             "uniform": chosen.uniform,
-            "neurons": sum(block.width for block in blocks),
-            "at_floor": [block.name for block in blocks if widths[block.name] == floor[block.name] < block.width],
-            "samples": max(m.count for b in blocks for m in statistics.moments[b.name]),
+            "neurons": sum(block.width for block in self.blocks),
+            "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self._floor[b.name] < b.width],
+            "samples": rows,
         }
-        return Plan(tuple(entries), captured.fingerprint, captured.frontend, settings)
-
-    if chosen.allocation == "sensitivity" and callable(sensitivity):
-        sensitivity = sensitivity(plan("equal", {}))
-    known = _known(blocks, None if callable(sensitivity) else sensitivity)
-    return plan(_allocation(chosen, known), known)
+        return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
 
 
 def _allocation(chosen: PlanOptions, known: Sensitivity) -> str:
@@ -286,12 +325,6 @@ def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
         for index in pool:
             merged[index] = together
     return tuple(merged)
-
-
-def _samples(captured: Captured, blocks: Sequence[Block], statistics: Statistics) -> int:
-    """Number of samples that the statistics are of."""
-    block = blocks[0]
-    return max(1, statistics.moments[block.name][0].count // rows_a_sample(captured, block.sources[0]))
 
 
 def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:

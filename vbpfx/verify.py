@@ -87,6 +87,31 @@ def verify(
             f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
             f"width: use the GraphModule"
         ) from failure
+    refits = _refit_error(captured, small, plan)
+    return judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance, refits=refits)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What four networks compute of the same inputs.
+
+    Attributes:
+        dense, model, substituted, pruned: the captured graph, the model itself, the reference, the result.
+    """
+
+    dense: list[Tensor]
+    model: list[Tensor]
+    substituted: list[Tensor]
+    pruned: list[Tensor]
+
+
+def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None, refits: float = 0.0) -> Verification:
+    """Hold outputs to the tolerance; the last half of :func:`verify`.
+
+    Raises:
+        VerificationError: as there.
+    """
+    dense, pruned, substituted = outputs.dense, outputs.pruned, outputs.substituted
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
     bound = TOLERANCES.get(dtype, 1e-4) if tolerance is None else tolerance
     if [t.shape for t in pruned] != [t.shape for t in substituted]:
@@ -94,7 +119,7 @@ def verify(
             f"the pruned network returns shapes {[tuple(t.shape) for t in pruned]}, the dense one "
             f"{[tuple(t.shape) for t in substituted]}"
         )
-    fidelity = relative_error(dense, model)
+    fidelity = relative_error(dense, outputs.model)
     if not fidelity <= bound:
         raise VerificationError(
             f"the captured graph differs from the model by {fidelity:.2e} of the output's size: the model decides "
@@ -107,7 +132,6 @@ def verify(
             f"{bound:.0e}; the rewrite is wrong for one of the blocks {[e.block.name for e in plan.blocks][:8]}: please "
             f"report the model, and leave blocks out with exclude= to find which"
         )
-    refits = _refit_error(captured, small, plan)
     if not refits <= bound:
         raise VerificationError(
             f"a corrected weight of the pruned network differs by {refits:.2e} from what the plan says of it; the rewrite is "

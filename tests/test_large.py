@@ -1,0 +1,449 @@
+"""Models that do not fit in memory: what comes out of files is what the in-memory path makes, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import randomize, state
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import vbpfx
+from vbpfx import large
+from vbpfx.capture import named_tensors
+from vbpfx.loading import Loading, Loans, pieces, runnable
+from vbpfx.narrow import Changes
+from vbpfx.stored import Stored, write_shards
+from vbpfx.weightless import Weightless
+
+KIB = 2**-20  # of memory=, in GiB
+WIDTH, HIDDEN, WORDS, BLOCKS = 16, 24, 50, 4
+
+
+class Residual(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(WIDTH), nn.GELU()
+        self.first, self.second = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.act(self.first(self.norm(x))))
+
+
+class Words(nn.Module):
+    """Tied weights, statistics of a BatchNorm, and a buffer that no state dict holds."""
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.Sequential(*(Residual(HIDDEN + 2 * number) for number in range(BLOCKS)))
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("frequencies", torch.arange(WIDTH).float().sin(), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.blocks(self.embed(ids) + self.frequencies)
+        return self.head(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def _words() -> nn.Module:
+    model = randomize(Words()).eval()
+    model.frequencies.copy_(torch.arange(WIDTH).float().sin())
+    return model
+
+
+BATCHES = [torch.randint(0, WORDS, (n, 5), generator=torch.Generator().manual_seed(n)) for n in (6, 8, 3)]
+# Two blocks' weights at once; all samples, with 16 float32 at 5 positions each, at once.
+TIGHT = 16 * KIB
+
+
+def _files(model: nn.Module, folder: Path) -> list[Path]:
+    """The state dict in three files; tied weights once."""
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "head.weight"}
+    parts = [dict(list(tensors.items())[n::3]) for n in range(3)]
+    for number, part in enumerate(parts):
+        save_file(part, folder / f"{number}.safetensors")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _hollow() -> nn.Module:
+    with vbpfx.without_weights():
+        return Words()
+
+
+def _assert_same_plan(found: vbpfx.Plan, expected: vbpfx.Plan) -> None:
+    assert found.removed == expected.removed > 0
+    assert dict(found.settings) == dict(expected.settings)
+    for a, b in zip(found.blocks, expected.blocks, strict=True):
+        assert (a.block, a.kept) == (b.block, b.kept)
+        assert all(torch.equal(x, y) for x, y in zip(a.constants, b.constants, strict=True))
+        for x, y in zip(a.predictions, b.predictions, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or torch.equal(x, y)
+
+
+def _assert_files_hold(out: Path, network: nn.Module) -> None:
+    """Every parameter and buffer of the network, bit for bit, under its own name."""
+    found = named_tensors(vbpfx.load(out))
+    expected = named_tensors(network)
+    assert found.keys() >= expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "vbp": {"ratio": 0.3},
+    "rounded": {"ratio": 0.4, "round_to": 4, "exclude": "*1*"},
+    "weights in the scores": {"macs": 0.8, "criterion": "output_variance", "allocation": "normalised"},
+    "no statistics": {"params": 0.8, "criterion": "magnitude", "compensation": "none"},
+    "covariances": {"ratio": 0.4, "criterion": "greedy_obs", "allocation": "equal", "compensation": "ridge"},
+    "covariances in the fold": {"ratio": 0.4, "compensation": "ridge"},
+    "auto without reconstruction": {"ratio": 0.4, "method": "auto", "allocation": "equal", "compensation": "mean"},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_the_result_is_that_of_the_path_in_memory(case: str, tmp_path: Path) -> None:
+    model, options = _words(), {"method": "vbp"} | OPTIONS[case]
+    expected = vbpfx.prune(model, BATCHES, progress=False, **options)
+    files = _files(model, tmp_path)
+    result = vbpfx.prune_files(
+        _hollow(), BATCHES, tmp_path / "out", weights=files, memory=TIGHT, progress=False, **options
+    )
+    _assert_same_plan(result.plan, expected.plan)
+    _assert_files_hold(tmp_path / "out", expected.graph_module)
+    with torch.no_grad():
+        assert torch.equal(vbpfx.load(tmp_path / "out")(BATCHES[0]), expected.graph_module(BATCHES[0]))
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert result.verification is not None
+    assert result.verification.effect > 1e-3
+    assert result.verification.error < 1e-5
+    assert result.report.params == expected.report.params
+    assert result.report.macs == expected.report.macs
+    assert all(m.co is None for found in result.statistics.moments.values() for m in found)
+
+
+class ReadsAPart(nn.Module):
+    """Its forward takes a weight of a module that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(nn.functional.linear(x, self.first.weight, self.first.bias)))
+
+
+def _encoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True))
+
+
+@pytest.mark.parametrize("make", [_encoder, ReadsAPart])
+def test_modules_that_read_the_weights_of_others(make: Any, tmp_path: Path) -> None:
+    model, batches = randomize(make()).eval(), [torch.randn(5, 7, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = make()
+    options: dict[str, Any] = {"weights": _files(model, tmp_path), "ratio": 0.4, "progress": False}
+    expected = vbpfx.prune(model, batches, ratio=0.4, method="vbp", progress=False)
+    if make is ReadsAPart:
+        with pytest.raises(vbpfx.VerificationError, match=r"ReadsAPart does not run .*verify=False"):
+            vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        options["verify"] = False
+    result = vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
+    _assert_same_plan(result.plan, expected.plan)
+    _assert_files_hold(tmp_path / "out", expected.graph_module)
+
+
+def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
+    """Which rows enter goes by the sample's number, not by how many rows there were before."""
+    texts = [
+        torch.randint(0, WORDS, (4, length), generator=torch.Generator().manual_seed(length)) for length in (5, 9, 4)
+    ]
+    model, options = _words(), {"method": "vbp", "ratio": 0.4, "compensation": "ridge", "progress": False}
+    expected = vbpfx.prune(model, texts, **options)
+    result = vbpfx.prune_files(_hollow(), texts, tmp_path / "out", weights=_files(model, tmp_path), **options)
+    _assert_same_plan(result.plan, expected.plan)
+
+
+def test_an_artifact_in_shards_loads_into_the_class(tmp_path: Path) -> None:
+    model = _words()
+    expected = vbpfx.prune(model, BATCHES, ratio=0.3, method="vbp", progress=False)
+    files = _files(model, tmp_path)
+    vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, memory=TIGHT, ratio=0.3, progress=False)
+    loaded = vbpfx.load(tmp_path / "out", into=randomize(Words()).eval())
+    own = expected.apply_to(model)
+    assert all(torch.equal(t, named_tensors(loaded)[name]) for name, t in named_tensors(own).items())
+
+
+def test_batches_that_do_not_fit_at_once_go_through_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual stream of 17 samples, 5 positions and 16 float32 takes 5440 bytes: not in half of 8 KiB."""
+    model, ways = _words(), []
+    run = Loading.run
+    monkeypatch.setattr(
+        Loading, "run", lambda self, batches, **how: [ways.append(len(batches)), run(self, batches, **how)][1]
+    )
+    files = _files(model, tmp_path)
+    options = {"weights": files, "memory": 8 * KIB, "ratio": 0.3, "progress": False, "verify": False}
+    result = vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", **options)
+    assert ways == [1, 2]  # 4 KiB hold 12 samples, and there are 6, 8 and 3
+    _assert_same_plan(result.plan, vbpfx.prune(model, BATCHES, ratio=0.3, method="vbp", progress=False).plan)
+    with pytest.raises(vbpfx.CalibrationError, match=r"17 samples need . ways .* memory="):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "other", compensation="ridge", **options)
+
+
+def test_pieces_hold_no_more_weights_than_allowed(tmp_path: Path) -> None:
+    model = _words()
+    hollow = Weightless.of(_hollow(), _files(model, tmp_path))
+    captured = vbpfx.capture(hollow.model, BATCHES[0])
+    graph = runnable(copy.deepcopy(captured.graph_module))
+    tensors = named_tensors(graph)
+    one_block = 4 * (2 * WIDTH * (HIDDEN + 6) + HIDDEN + 6 + 2 * WIDTH)
+    assert captured.batch is not None
+    found = pieces(graph, captured.batch, one_block)
+    names = [node.name for node in graph.graph.nodes]
+    lasts = [names.index(piece.last) for piece in found]
+    assert lasts == sorted(set(lasts))
+    assert names[lasts[-1]] == "head"  # nothing behind it but the output
+    assert len(found) >= BLOCKS
+    for piece in found:
+        size = sum(4 * tensors[name].numel() for name in piece.tensors)
+        assert size <= max(one_block, 4 * WORDS * WIDTH)
+    # between blocks a sample holds the residual stream alone: 5 positions of 16 float32
+    assert max(piece.held for piece in found[:-1]) == 5 * WIDTH * 4
+
+    loans = Loans(hollow.stored, hollow.names, hollow.buffers)
+    before = state(graph)["identities"]
+    seen: list[int] = []
+
+    def look(number: int) -> None:
+        seen.append(sum(4 * t.numel() for t in dict.fromkeys(graph.parameters()) if not t.is_meta))
+
+    loading = Loading(graph, loans, captured.batch, one_block)
+    (outputs,) = loading.run([vbpfx.inputs.as_inputs(BATCHES[0], model)], before=look)
+    with torch.no_grad():
+        assert torch.equal(outputs[0], model(BATCHES[0]))
+    assert max(seen) <= max(one_block, 4 * WORDS * WIDTH)
+    assert state(graph)["identities"] == before
+    assert all(parameter.is_meta for parameter in graph.parameters())
+
+
+def test_without_weights_leaves_buffers_and_ties() -> None:
+    hollow = _hollow()
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    assert hollow.head.weight is hollow.embed.weight
+    assert torch.equal(hollow.frequencies, torch.arange(WIDTH).float().sin())
+    assert not nn.Linear(2, 2).weight.is_meta  # it is over
+
+
+def test_the_model_given_stays_as_it_was(tmp_path: Path) -> None:
+    hollow = _hollow()
+    identities, modes = state(hollow)["identities"], state(hollow)["modes"]
+    files = _files(_words(), tmp_path)
+    contents = [path.read_bytes() for path in files]
+    vbpfx.prune_files(hollow, BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
+    assert (state(hollow)["identities"], state(hollow)["modes"]) == (identities, modes)
+    assert [path.read_bytes() for path in files] == contents
+
+
+def _missing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if name != "blocks.0.first.weight"}
+
+
+def _reshaped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"blocks.0.first.weight": torch.zeros(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_missing, "they lack blocks.0.first.weight"), (_reshaped, r"blocks.0.first.weight has shape \(3, 3\)")],
+)
+def test_files_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
+    tensors = {name: t for name, t in _words().state_dict().items() if name != "head.weight"}
+    save_file(change(tensors), tmp_path / "model.safetensors")
+    with pytest.raises(vbpfx.ModelError, match=message):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=tmp_path, ratio=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model.safetensors": b"no tensors"}, "cannot read .*model.safetensors as safetensors"),
+        ({"model.safetensors.index.json": b'{"weights": 3}'}, "is no index of safetensors files"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../a.safetensors"}}'}, "outside of its folder"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "a.safetensors"}}'}, "a.safetensors as safetensors"),
+        ({}, "model.safetensors is missing"),
+    ],
+)
+def test_folders_without_weights_to_read(files: Mapping[str, bytes], message: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(vbpfx.ModelError, match=message):
+        Stored.of(tmp_path)
+
+
+def test_two_files_that_hold_the_same(tmp_path: Path) -> None:
+    for name in "ab":
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(vbpfx.ModelError, match=r"b.safetensors holds x, and so does .*a.safetensors"):
+        Stored.of([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+
+def test_buffers_whose_values_nobody_knows(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        hollow = Words()
+    with pytest.raises(vbpfx.ModelError, match=r"buffer frequencies is on the meta device .*without_weights"):
+        Weightless.of(hollow, _files(_words(), tmp_path))
+
+
+def test_models_whose_weights_are_in_memory(tmp_path: Path) -> None:
+    with pytest.raises(vbpfx.ModelError, match=r"parameter embed.weight of Words is in memory"):
+        Weightless.of(_words(), _files(_words(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"ratio": 0.3, "method": "auto"}, vbpfx.BudgetError, "gradients through the whole model"),
+        ({"ratio": 0.3, "allocation": "sensitivity"}, vbpfx.BudgetError, "once for every block"),
+        ({"latency": 0.7}, vbpfx.BudgetError, "latency="),
+        ({"ratio": 0.3, "shard_size": "20GB"}, vbpfx.ArtifactError, "18.6 GiB is held in memory .* memory=4"),
+        ({"ratio": 0.3, "shard_size": "much"}, vbpfx.ArtifactError, "shard_size='much' is no size"),
+        ({}, vbpfx.BudgetError, "exactly one budget"),
+    ],
+)
+def test_what_is_not_offered(options: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=_files(_words(), tmp_path), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_that_do_not_run_or_overflow(tmp_path: Path) -> None:
+    model = _words()
+    with torch.no_grad():
+        model.embed.weight[7] = torch.inf
+    files = _files(model, tmp_path)
+    fine = torch.ones(2, 5, dtype=torch.long)
+    common: dict[str, Any] = {"weights": files, "ratio": 0.3, "progress": False}
+    with pytest.raises(vbpfx.CalibrationError, match=r"batch 2 .* block blocks.0"):
+        vbpfx.prune_files(_hollow(), [fine, 7 * fine], tmp_path / "out", **common)
+    with pytest.raises(vbpfx.CalibrationError, match=r"batch 2 .* does not fit the model(?s:.)*that did"):
+        vbpfx.prune_files(_hollow(), [fine, WORDS * fine], tmp_path / "out", **common)
+    with pytest.raises(vbpfx.CalibrationError, match=r"empty"):
+        vbpfx.prune_files(_hollow(), [], tmp_path / "out", **common)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(vbpfx.ArtifactError, match=r"is there already"):
+        vbpfx.prune_files(_hollow(), BATCHES, out, weights=_files(_words(), tmp_path), ratio=0.3)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    files = _files(_words(), tmp_path)
+    monkeypatch.setattr(large, "save_beside_weights", full)
+    with pytest.raises(vbpfx.ArtifactError, match=r"out: No space left on device"):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_the_oracle_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _files(_words(), tmp_path)
+    true = Changes.of
+
+    def wrong(self: Changes, name: str, dense: Any) -> Tensor:
+        new = true(self, name, dense)
+        return new * 1.01 if name == "blocks.2.second.weight" else new
+
+    monkeypatch.setattr(Changes, "of", wrong)
+    with pytest.raises(vbpfx.VerificationError, match=r"differs from the substitution reference"):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    files = _files(_words(), tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    remains = tmp_path / f".out.{socket.gethostname()}-{gone.pid}.xyz"
+    remains.mkdir()
+    (remains / "model.safetensors").write_bytes(b"half")
+    vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, progress=False)
+    assert sorted(tmp_path.iterdir()) == [*files, tmp_path / "out"]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        files[0].with_name("out").stat().st_mode & 0o666
+    }
+
+
+MEASURED = """
+import resource, sys, torch, vbpfx
+from safetensors.torch import save_file
+from torch import nn
+
+def build(blocks):
+    one = lambda: nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512), nn.Softmax(-1))
+    return nn.Sequential(*(one() for _ in range(blocks)))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def prune(blocks, folder):
+    with vbpfx.without_weights():
+        model = build(blocks)
+    shapes = model.state_dict()
+    vbpfx.stored.write_shards(shapes, lambda name: torch.randn(shapes[name].shape) / 50, folder, 2**24)
+    data = [torch.randn(64, 512) for _ in range(4)]
+    vbpfx.prune_files(model, data, folder / "out", weights=folder, memory=1 / 32, ratio=0.3, progress=False)
+    return sum(4 * p.numel() for p in model.parameters()) / 2**20
+
+from pathlib import Path
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+for part in ("small", "large"):
+    (folder / part).mkdir()
+prune(2, folder / "small")  # what torch loads when it is first used
+before = peak()
+size = prune(32, folder / "large")
+print(size, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_a_model_never_is_in_memory(tmp_path: Path) -> None:
+    """32 blocks of 8 MiB with 32 MiB of memory: the dense network, the result and everything between, in a third of it."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], check=True, capture_output=True, text=True)
+    size, extra = map(float, done.stdout.split()[-2:])
+    assert 256 < size < 260
+    assert extra < size / 3
+
+
+def test_shards_are_no_larger_than_said(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((n,), n, dtype=torch.float32) for n in (10, 20, 100, 5)}
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    write_shards(shapes, tensors.__getitem__, tmp_path, 130)
+    held = {path.name: set(load_file(path)) for path in tmp_path.glob("*.safetensors")}
+    assert list(dict(sorted(held.items())).values()) == [{"t10", "t20"}, {"t100"}, {"t5"}]
+    stored = Stored.of(tmp_path)
+    assert all(torch.equal(stored.read(name), tensor) for name, tensor in tensors.items())
