@@ -69,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description="How long vbpfx itself takes.")
     add = parser.add_argument
     add("--rounds", type=int, default=5, help="default %(default)s")
-    add("--compared", nargs="*", default=list(COMPARED), help="networks of timm for the pass; default %(default)s")
+    add(
+        "--compared",
+        nargs="*",
+        default=list(COMPARED),
+        help="networks of timm for the pass, or none; default %(default)s",
+    )
     add("--observed", nargs="*", default=list(OBSERVED), help="networks of timm for the observers; default %(default)s")
     add("--batch", type=int, default=32, help="images at once; default %(default)s")
     add("--threads", type=int, nargs="*", default=[1, 2], help="of the forward passes; default %(default)s")
@@ -81,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.page:
         found = json.loads(options.out.read_text())
     else:
-        torch_pruning()
+        if options.compared:
+            torch_pruning()
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word]
         found = measure(options)
         found["machine"] = machine_line()

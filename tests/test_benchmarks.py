@@ -1,8 +1,9 @@
-"""The benchmarks of fine-tuning, calibration cost, int8, deployment and processes: small runs, and what they write."""
+"""The benchmarks of fine-tuning, calibration cost, int8, deployment, processes and speed: small runs, and what they write."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import calibration_cost
@@ -12,6 +13,9 @@ import processes
 import pytest
 import quantized
 import small_networks
+import speed
+import speed_page
+import speed_scaling
 import torch
 
 from vbpfx.demo.digits import accuracy, load_digits
@@ -120,3 +124,56 @@ def test_processes_write_what_they_measured(tmp_path: Path, capsys: pytest.Captu
     page = (tmp_path / "performance.md").read_text()
     assert f"| {found['speedup']:.2f}x | {found['machine']:.2f}x | {found['processor_speedup']:.2f}x |" in page
     assert f"{found['processor_speedup']:.2f}x by processor time" in capsys.readouterr().out
+
+
+def test_speed_writes_what_it_measured(tmp_path: Path) -> None:
+    given = [
+        "--rounds",
+        "1",
+        "--compared",
+        "--observed",
+        "test_convnext",
+        "--batch",
+        "2",
+        "--threads",
+        "1",
+        "--no-growth",
+    ]
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert speed.main([*given, *where]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    (observers,) = found["observers"]
+    # depth, channels c, side; the second layer of an MLP reads 4 c channels of 4 bytes, of 2 images
+    stages = ((1, 24, 40), (2, 32, 20), (4, 48, 10), (2, 64, 5))
+    assert observers["bytes"] == 2 * sum(depth * 4 * 4 * c * side**2 for depth, c, side in stages)
+    text = (tmp_path / "performance.md").read_text()
+    assert f"| {observers['ratio']:.3f}x | {observers['within_ratio']:.3f}x | {observers['limit']:.3f}x |" in text
+
+
+def test_the_speed_page_shows_growth_and_gpus(tmp_path: Path) -> None:
+    cubic = {"sizes": [2, 4, 8], "seconds": [0.5 * n**3 for n in (2, 4, 8)]}
+    grown = cubic | {"exponent": speed_scaling.exponent(cubic["sizes"], cubic["seconds"])}
+    large = {"parameters": 10**9, "nodes": 1000, "blocks": 40, "capture": 1.5, "analysis": 0.25}
+    row = {
+        "network": "n",
+        "ratio": 0.5,
+        "batch": 64,
+        "precision": "bf16",
+        "runtime": "eager",
+        "dense": 3.0,
+        "pruned": 2.0,
+    }
+    found = {"command": "c", "machine": "m", "pass": {}, "first": {}, "observers": [], "gpu": [row]}
+    found |= {"scaling": {"analysis": {"depth": grown}, "calibration": {"depth": grown}}, "largest": {"big": large}}
+    speed_page.write_page(found, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "| analysis | depth | 2 to 8 | 4.000 s | 256.000 s | 3.00 |" in text
+    assert "| big | 1,000 M | 1000 | 40 | 1.50 s | 0.25 s | 250 us |" in text
+    assert "| n | 50% | 64 | bf16 | eager | 3.00 ms | 2.00 ms | 1.50x |" in text
+    assert (tmp_path / "figures" / "speed-scaling.png").stat().st_size > 1000
+
+
+def test_torch_pruning_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(SystemExit, match=r"pip install 'vbpfx\[benchmarks\]'"):
+        speed.main(["--rounds", "1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,69 @@ def test_observer_skips_an_empty_batch_and_marks_a_bad_one() -> None:
     assert observer.moments is not None
     assert observer.moments.count == 2
     assert not observer.state_dict()
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where looking at a value waits for all that was asked for before."""
+    for name in ("moments", "observer", "calibrate"):
+        monkeypatch.setattr(importlib.import_module(f"vbpfx.{name}"), "answers_at_once", lambda device: False)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.usefixtures("deferred")
+def test_no_value_is_looked_at_while_batches_run(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("this would wait for the device")
+
+    data, observer = torch.randn(3, 40, 5), Observer("block", -1, 0, 5, every=every)
+    with monkeypatch.context() as patched:
+        for name in ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "numpy"):
+            patched.setattr(torch.Tensor, name, refuse)
+        for batch in data:
+            observer(batch)
+    assert observer.bad_call is None
+    assert observer.moments is not None
+    expected = data.double().flatten(0, 1).numpy()
+    np.testing.assert_allclose(observer.moments.variance, expected.var(0, ddof=1), rtol=SINGLE)
+    assert observer.moments.count == 120
+
+
+@pytest.mark.usefixtures("deferred")
+def test_a_bad_batch_is_named_at_the_end() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    captured = vbpfx.capture(model, torch.ones(2, 3))
+    observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured), covariance=False)
+    batches = [torch.ones(2, 3)] * 5
+    vbpfx.calibrate(observed, batches)
+    batches[3] = torch.full((2, 3), torch.nan)
+    with pytest.raises(
+        CalibrationError, match=r"batch 4 \(counted from 1\) makes NaN or infinite activations in block 0->2"
+    ):
+        vbpfx.calibrate(observed, batches)
+    with pytest.raises(CalibrationError, match="block 0->2: NaN or infinite"):
+        vbpfx.statistics(observed)
+
+
+@pytest.mark.parametrize("how", ["bfloat16 model", "autocast"])
+def test_half_precision_activations_have_moments_of_full_precision(how: str) -> None:
+    """The oracle is float64 arithmetic on the very activations, which are far from zero and close together."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Hardtanh(-1e3, 1e3), torch.nn.Linear(8, 2))
+    model[0].bias.data += 50.0
+    data = torch.randn(6, 500, 16)
+    model, data = (model.bfloat16(), data.bfloat16()) if how == "bfloat16 model" else (model, data)
+    captured = vbpfx.capture(model, data[0])
+    observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        vbpfx.calibrate(observed, data)
+        hidden = torch.cat([model[1](model[0](batch)) for batch in data])
+    assert hidden.dtype == torch.bfloat16
+    exact = hidden.double().numpy()
+    (moments,) = vbpfx.statistics(observed).moments["0->2"]
+    assert moments.mean.dtype == moments.m2.dtype == torch.float64
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=SINGLE)
+    np.testing.assert_allclose(moments.variance, exact.var(0, ddof=1), rtol=3 * SINGLE)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from vbpfx.calibration_file import CalibrationFile, Work
 from vbpfx.errors import CalibrationError, first_line
 from vbpfx.gathered import over_all_ranks
 from vbpfx.inputs import Inputs, as_inputs, model_device
+from vbpfx.moments import answers_at_once
+from vbpfx.observer import Observer
 from vbpfx.prepare import observers
 from vbpfx.ranks import Ranks, Sharing, joining
 
@@ -81,7 +83,8 @@ def calibrate(
 
     Raises:
         CalibrationError: there is no batch, one does not fit the model, or one makes activations that are
-            not finite. The message counts batches from 1 and names the block.
+            not finite. The message counts batches from 1 and names the block. On a GPU it comes with the next checkpoint or at
+            the end: looking at every batch would hold up the next.
         ArtifactError: the checkpoint is damaged, of another model, other settings or other data, or cannot be written.
         RankError: another rank has failed or died.
     """
@@ -93,6 +96,8 @@ def calibrate(
         observer.moments = None
     file = CalibrationFile.of(checkpoint, checkpoint_every, observed, ranks, settings or {})
     done = file.load(watching, work, device) if file else 0
+    called: list[int] = [o.calls for o in watching]
+    ran: list[int] = []
     first: Inputs | None = None
     start = seen = own = 0
     share = None if total is None else ranks.share_of(total)
@@ -119,16 +124,15 @@ def calibrate(
                     work.run(inputs, number)
                 except Exception as error:  # the model's own operators raise whatever they raise
                     raise CalibrationError(misfit(seen, inputs, first, observed, error)) from error
-                bad = next((o for o in watching if o.bad_call is not None), None)
-                if bad is not None:
-                    raise CalibrationError(
-                        f"batch {seen} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
-                        + input_is_finite(inputs)
-                    )
+                ran += [seen] * (watching[0].calls - called[0] - len(ran))
+                if answers_at_once(device):
+                    _require_finite(watching, called, ran, inputs)
                 first = first or inputs
                 advance()
                 if file and own % file.every == 0:
+                    _require_finite(watching, called, ran)
                     file.save(watching, work, own)
+        _require_finite(watching, called, ran)
         if file:
             file.finish(watching, work, own)
         if not (ranks.sums([seen])[0] if ranks.own else seen):
@@ -158,6 +162,32 @@ def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphMo
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
     fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
     return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"
+
+
+def _require_finite(
+    watching: Sequence[Observer], called: Sequence[int], ran: Sequence[int], last: Inputs | None = None
+) -> None:
+    """Raise a CalibrationError that names the first batch whose activations are not finite, and its first block.
+
+    Args:
+        called: how often every observer had been called before.
+        ran: the number of the batch of every call since then.
+        last: the last one of them, where it is the only one that can be bad.
+    """
+    found = [
+        (o.bad_call - before, o.name) for o, before in zip(watching, called, strict=True) if o.bad_call is not None
+    ]
+    if not found or not ran:
+        return
+    call, name = min(found, key=lambda entry: entry[0])
+    raise CalibrationError(
+        f"batch {ran[max(0, call)]} (counted from 1) makes NaN or infinite activations in block {name}; "
+        + (
+            input_is_finite(last)
+            if last
+            else "leave it out if its input is not finite, or run the model in a wider dtype"
+        )
+    )
 
 
 def input_is_finite(inputs: Inputs) -> str:

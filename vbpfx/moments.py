@@ -27,6 +27,8 @@ _HALF = (torch.float16, torch.bfloat16)
 # A piece of 2 MiB stays in the cache, and is long enough that calling the operators costs nothing beside it. Rows are added
 # up one after another: a piece of few channels ends before its roundings add up.
 _ELEMENTS_AT_ONCE, _ROWS_AT_ONCE = 1 << 19, 1 << 12
+# Elsewhere every operator is a launch, and sums are trees of partial ones: pieces only bound the memory for the shifted copy.
+_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,23 @@ class Moments:
         values = _samples_of_channels(values, axis)
         shift = values[:1] if values.ndim == 2 else values[:1, :, :1]
         shift = shift.float() if shift.dtype in _HALF else shift
-        step = min(_ROWS_AT_ONCE, max(1, _ELEMENTS_AT_ONCE // values[0].numel()))
+        on_cpu = values.device.type == "cpu"
+        step = max(1, (_ELEMENTS_AT_ONCE if on_cpu else _ELEMENTS_AT_ONCE_ELSEWHERE) // values[0].numel())
+        step = min(step, _ROWS_AT_ONCE if on_cpu else len(values))
         piece = torch.empty_like(values[:step], dtype=shift.dtype, memory_format=torch.contiguous_format)
-        counts, means, variances = [], [], []
+        means, variances = [], []
         for part in torch.split(values, step):
             shifted = torch.sub(part, shift, out=piece[: len(part)])
             variance, mean = _var_mean(shifted)
-            counts.append(shifted[:, 0].numel())
             means.append(mean)
             variances.append(variance)
-        n = torch.tensor(counts, dtype=torch.float64, device=values.device)[:, None]
-        local, count = torch.stack(means).double(), sum(counts)
+        each, count = values[0, 0].numel(), values[:, 0].numel()
+        n = torch.full((len(means), 1), each * step, dtype=torch.float64, device=values.device)
+        n[-1] = each * (len(values) - step * (len(means) - 1))
+        local = torch.stack(means).double()
         mean = (local * n).sum(0) / count
         m2 = (torch.stack(variances).double() * n).sum(0) + ((local - mean).square() * n).sum(0)
-        if values.dtype != torch.float64 and not bool(m2.isfinite().all()):
+        if values.dtype != torch.float64 and answers_at_once(values.device) and not bool(m2.isfinite().all()):
             return cls.of(values.double(), 1)  # squares of what is finite may leave float32
         return cls(count, mean + shift.double().flatten(), m2)
 
@@ -151,6 +156,11 @@ class Moments:
                 "prepare(..., covariance=True)"
             )
         return self.co | self.held if self.co and self.held else (self.co or self.held)  # type: ignore[return-value]
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether a value can be looked at without waiting for everything that was asked for before."""
+    return device.type == "cpu"
 
 
 def _samples_of_channels(values: Tensor, axis: int) -> Tensor:

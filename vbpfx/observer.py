@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vbpfx.moments import CoMoments, Moments
+from vbpfx.moments import CoMoments, Moments, answers_at_once
 
 # Of so many samples one is held out: its co-moments choose between fits that have not seen it.
 _HELD_OUT_EVERY = 5
@@ -35,8 +35,6 @@ class Observer(nn.Module):
         calls: number of batches seen.
         rows: the number of the next row among those of all data: its sample's number times ``rows_a_sample``. Who leaves out
             samples that another process sees moves it on.
-        bad_call: index of the first batch that held a NaN or an infinity; None without one. That
-            batch and all after it are not gathered.
     """
 
     def __init__(
@@ -55,7 +53,20 @@ class Observer(nn.Module):
         self.axis, self.start, self.width = axis, start, width
         self.moments: Moments | None = None
         self.calls = 0
-        self.bad_call: int | None = None
+        self._bad_call: int | None = None
+        self._finite: list[tuple[int, Tensor]] = []
+
+    @property
+    def bad_call(self) -> int | None:
+        """Index of the first batch that held a NaN or an infinity; None without one. That batch and all after it are not gathered.
+
+        On a GPU batches are only looked at when this is asked for: looking at each would hold up the next. If one was bad then,
+        nothing is left of what was gathered.
+        """
+        waiting, self._finite = self._finite, []
+        if waiting and not bool(torch.stack([finite for _, finite in waiting]).all()):
+            self._bad_call, self.moments = next(call for call, finite in waiting if not finite), None
+        return self._bad_call
 
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -63,24 +74,31 @@ class Observer(nn.Module):
         seen, axis = x.detach().narrow(self.axis, self.start, self.width), self.axis
         if self.every or mask is not None:
             seen, axis = as_rows(seen, axis, mask, self.masked), -1
-        if seen.numel() and self.bad_call is None:
-            batch = Moments.of(seen, axis)
-            # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
-            if bool(batch.m2.isfinite().all()):
-                batch = self._with_co_moments(batch, seen, mask) if self.every else batch
-                self.moments = batch if self.moments is None else self.moments | batch
-            else:
-                self.bad_call = self.calls
+        if seen.numel() and self._bad_call is None:
+            self._gather(seen, axis, mask)
         self.calls += 1
         self.rows += seen.numel() // self.width if mask is None else mask.shape[0] * self.rows_a_sample
         return x
 
+    def _gather(self, seen: Tensor, axis: int, mask: Tensor | None) -> None:
+        batch = Moments.of(seen, axis)
+        # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
+        finite = batch.m2.isfinite().all()
+        if not answers_at_once(seen.device):
+            self._finite.append((self.calls, finite))
+        elif not bool(finite):
+            self._bad_call = self.calls
+            return
+        batch = self._with_co_moments(batch, seen, mask) if self.every else batch
+        self.moments = batch if self.moments is None else self.moments | batch
+
     def _with_co_moments(self, batch: Moments, rows: Tensor, mask: Tensor | None) -> Moments:
         """The batch's moments with the co-moments of every so-manieth row, those of every fifth sample apart."""
-        numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask).to(rows.device)
+        numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask)
         (index,) = (numbers % self.every == 0).nonzero(as_tuple=True)
         held = is_held_out(numbers[index], self.rows_a_sample)
-        parts = (rows[index[~held]], rows[index[held]])
+        chosen, apart = (part.to(rows.device, non_blocking=True) for part in (index[~held], index[held]))
+        parts = (rows[chosen], rows[apart])
         co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
         return replace(batch, co=co, held=held_out)
 
