@@ -136,6 +136,18 @@ def test_an_exhausted_generator() -> None:
         prune(model, data)
 
 
+def test_a_loader_that_does_not_know_its_length() -> None:
+    class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return (sample for batch in batches() for sample in batch)
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=len(batches()[0]))
+    with pytest.raises(TypeError):
+        len(loader)  # though it has the method
+    model = Net()
+    assert prune(model, loader).plan.widths == prune(model, batches()).plan.widths
+
+
 def test_an_iterable_that_yields_only_once() -> None:
     class Once:
         """Not an iterator, but its data is gone after the first time."""

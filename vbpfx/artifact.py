@@ -176,7 +176,7 @@ def _graph(
 def save_beside_weights(
     graph_module: fx.GraphModule,
     plan: Plan,
-    report: Mapping[str, Any],
+    beside: Mapping[str, Write],
     folder: Path,
     *,
     stored: Mapping[str, str],
@@ -186,6 +186,7 @@ def save_beside_weights(
 
     Args:
         graph_module: the graph; its weights may be on the meta device.
+        beside: further files, by name.
         stored: name of a tensor -> the name that it has in the files.
         others: values of the graph's tensors that are not there, by name.
     """
@@ -198,7 +199,7 @@ def save_beside_weights(
     files = {
         **_plan_files(plan, folder),
         folder / "graph.json": json_writer(graph),
-        folder / "report.json": json_writer(report),
+        **{folder / name: write for name, write in beside.items()},
     }
     if rest:  # safetensors writes a file without tensors and does not read it
         files[folder / _BUFFERS] = safetensors_writer({name: tensor.clone() for name, tensor in rest.items()})

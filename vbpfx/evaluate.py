@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def evaluate(
     running = [Watched(share_parameters(network), (), "kl") for network in networks]
     devices = [model_device(network) for network in networks]
     tally = _Tally()
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = length_hint(batches) or None
     with torch.inference_mode(), progress_bar("evaluating", total, progress) as advance:
         for number, batch in enumerate(batches, start=1):
             given, labels = _without_labels(read(batch), batch)

@@ -25,6 +25,7 @@ from vbpfx.convert import convert
 from vbpfx.errors import ArtifactError, VerificationError, first_line
 from vbpfx.fake import has_fixed_batch
 from vbpfx.files import require_new, whole_folder
+from vbpfx.html_report import report_files
 from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.model_config import describe_widths, has_config
@@ -137,11 +138,11 @@ def prune_files(
         if verify:
             pruned = Loans(Stored.of(temporary), written, hollow.buffers)
             verification = _verify(captured, small, plan, example, loans, pruned, half)
-        report = make_report(captured, small, analysis, plan, verification)
+        report = make_report(captured, small, analysis, plan, verification, statistics=statistics)
         if own is not None:
             _write_configuration(hollow, own, temporary)
         network = runnable(share_parameters(small))
-        save_beside_weights(network, plan, report.to_json(), temporary, stored=written, others=hollow.buffers)
+        save_beside_weights(network, plan, report_files(report), temporary, stored=written, others=hollow.buffers)
     return PrunedFiles(folder, plan, statistics, analysis, report, verification, own is not None)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def prune_onnx(
 
     pruned = prune_captured(
         captured, data, read=read, forward=forward, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples,
-        memory=memory, total=len(calibration) if isinstance(calibration, Sized) else None, share=True, progress=progress,
+        memory=memory, total=length_hint(calibration) or None, share=True, progress=progress,
         verify=verify, **options,
     )  # fmt: skip
     observed_by = str(tallies[0]) if tallies else "torch"

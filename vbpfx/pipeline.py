@@ -6,8 +6,9 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def prune(
     captured = capture(model, few, frontend=frontend)
     return prune_captured(
         captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
-        total=len(calibration) if isinstance(calibration, Sized) else None, progress=progress, verify=verify,
+        total=length_hint(calibration) or None, progress=progress, verify=verify,
         ranks=ranks, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
         runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads, **options,
     )  # fmt: skip
