@@ -231,9 +231,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(stage: str, place: Path, monkeypa
 def test_ctrl_c_in_a_terminal(place: Path) -> None:
     """A real signal to a real process."""
     script = (
-        "import os, signal, sys, vbpfx.pipeline, vbpfx.cli\n"
+        "import os, signal, sys, time, vbpfx.pipeline, vbpfx.cli\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
-        "vbpfx.pipeline.capture = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "vbpfx.pipeline.capture = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "vbpfx.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

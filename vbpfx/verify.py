@@ -9,7 +9,7 @@ every such weight of the pruned network against what the plan says of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,8 +87,14 @@ def verify(
             f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
             f"width: use the GraphModule"
         ) from failure
+    found = judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance)
     refits = _refit_error(captured, small, plan)
-    return judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance, refits=refits)
+    if not refits <= found.tolerance:
+        raise VerificationError(
+            f"a corrected weight of the pruned network differs by {refits:.2e} from what the plan says of it; the rewrite is "
+            f"wrong: please report the model"
+        )
+    return replace(found, refits=refits)
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,11 @@ class Outputs:
     pruned: list[Tensor]
 
 
-def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None, refits: float = 0.0) -> Verification:
-    """Hold outputs to the tolerance; the last half of :func:`verify`.
+def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Verification:
+    """Hold outputs to the tolerance.
 
     Raises:
-        VerificationError: as there.
+        VerificationError: as :func:`verify`.
     """
     dense, pruned, substituted = outputs.dense, outputs.pruned, outputs.substituted
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
@@ -132,13 +138,8 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None, refit
             f"{bound:.0e}; the rewrite is wrong for one of the blocks {[e.block.name for e in plan.blocks][:8]}: please "
             f"report the model, and leave blocks out with exclude= to find which"
         )
-    if not refits <= bound:
-        raise VerificationError(
-            f"a corrected weight of the pruned network differs by {refits:.2e} from what the plan says of it; the rewrite is "
-            f"wrong: please report the model"
-        )
     effect = relative_error(substituted, dense)
-    return Verification(error, effect, fidelity, bound, str(dtype).removeprefix("torch."), refits)
+    return Verification(error, effect, fidelity, bound, str(dtype).removeprefix("torch."))
 
 
 def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:

@@ -23,9 +23,6 @@ def without_weights() -> Iterator[None]:
 
     Buffers are computed as ever: what a constructor computes and no file holds (the frequencies of rotary embeddings) is
     there. The parameters' values come from files, see :func:`vbpfx.prune_files`.
-
-    Raises:
-        Nothing of its own; what the constructors raise.
     """
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -40,10 +41,10 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         raise ExportError(
             "AOTInductor needs a C++ compiler, and there is no g++ and no clang++: install one, or set CXX"
         )
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "model.pt2"
-    with torch_threads(threads):
-        aoti_compile_and_package(export_program(network, inputs), package_path=str(path))
-        package = _Package(path, threads)
-    weakref.finalize(package, folder.cleanup)
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.pt2"
+        with torch_threads(threads):
+            aoti_compile_and_package(export_program(network, inputs), package_path=str(path))
+            package = _Package(path, threads)
+        weakref.finalize(package, stack.pop_all().close)
     return package

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -38,11 +39,11 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
         ExportError: another number of threads is asked for while a program is loaded.
     """
     edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "model.pte"
-    path.write_bytes(edge.to_executorch().buffer)
-    method = load_file(path, inputs, threads)
-    weakref.finalize(method, folder.cleanup)
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.pte"
+        path.write_bytes(edge.to_executorch().buffer)
+        method = load_file(path, inputs, threads)
+        weakref.finalize(method, stack.pop_all().close)
     return method
 
 
