@@ -148,7 +148,7 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
             to = FLOATS.get(ir.DataType(node.attributes["to"].as_int()))
             read_alike = constant.array.ndim == 1 or is_matrix(constant.array) or len(node.outputs[0].uses()) == 1
             if to is not None and constant.array.dtype.kind == "f" and read_alike:
-                b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, (node, 0))
+                b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, node)
     for node in nodes:
         if node.outputs[0] in b.values:
             continue
