@@ -245,7 +245,9 @@ def test_a_written_file_that_the_checker_rejects_never_takes_its_name(
     monkeypatch.setattr(OnnxEdit, "finish", spoiled)
     path = plain(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(vbpfx.ExportError, match=r"checker rejects the narrowed file: .*unheard_of.*nothing was written"):
+    with pytest.raises(
+        vbpfx.ExportError, match=r"checker rejects the narrowed file: .*unheard_of.*nothing was written"
+    ):
         vbpfx.prune_onnx(path, DATA, tmp_path / "out.onnx", ratio=0.5, method="vbp", progress=False)
     assert contents(tmp_path) == before
 

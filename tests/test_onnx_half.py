@@ -169,7 +169,9 @@ def test_a_cast_that_others_read_whole(name: str, how: str, tmp_path: Path) -> N
     onnx.save(model, tmp_path / "in.onnx")
     data, out = batches((6,), np.float32), tmp_path / "out.onnx"
     arguments = {"ratio": RATIO, "method": "vbp", "progress": False}
-    if name == "dense_1/kernel" and how != "a Cast of the Cast":  # one matrix is one parameter, however often it is used
+    if (
+        name == "dense_1/kernel" and how != "a Cast of the Cast"
+    ):  # one matrix is one parameter, however often it is used
         with pytest.raises(vbpfx.AnalysisError, match="no block that can be narrowed"):
             vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, **arguments)
         return
