@@ -120,6 +120,15 @@ def functions_of_another_opset(folder: Path) -> Path:
     return plain(folder, model)
 
 
+def random(folder: Path) -> Path:
+    net = Net()
+    mlp(net)
+    net.nodes[-1].output[0] = "m"
+    net.add("RandomNormalLike", ["m"], "noise")
+    net.add("Add", ["m", "noise"], "y")
+    return plain(folder, net.model(["n", 6], ["n", 5]))
+
+
 def sparse(folder: Path) -> Path:
     model = with_biases()
     stored = next(t for t in model.graph.initializer if t.name == "dense_1/kernel")
@@ -143,6 +152,7 @@ FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (quantized, vbpfx.CaptureError, r"is quantized \(DequantizeLinear, node 'dequantize'\)"),
     (custom, vbpfx.CaptureError, r"operator Swirl \(domain my.company, node 'n2_Relu'\) has no torch function.*Swirl"),
     (functions_of_another_opset, vbpfx.CaptureError, r"in.onnx cannot be inlined: Opset mismatch .*mine::Act"),
+    (random, vbpfx.CaptureError, r"draws random numbers \(RandomNormalLike, node 'n5_RandomNormalLike'\)"),
     (sparse, vbpfx.CaptureError, r"operator MatMul .*nothing makes its input 'dense_1/kernel', or it is a sparse"),
     (bfloat16, vbpfx.CaptureError, "is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert"),
 ]

@@ -19,6 +19,9 @@ OLDEST_OPSET = 13
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",
                         "MatMulInteger", "ConvInteger", "QLinearAdd", "QGemm", "MatMulNBits", "DynamicQuantizeMatMul",
                         "MatMulIntegerToFloat", "QAttention", "QLinearGlobalAveragePool"})  # fmt: skip
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
 # What protobuf holds in one message; more has to lie in a file of its own.
 _MOST_IN_ONE_FILE = 2**31 - 2**24
 _SMALLEST_OUTSIDE = 1024  # bytes of a tensor that lies in the second file
@@ -29,7 +32,7 @@ def read_model(path: Path) -> ir.Model:
 
     Raises:
         ArtifactError: it is missing, no ONNX, truncated, or its external data is.
-        CaptureError: its opset is older than 13, it is quantized, or of bfloat16.
+        CaptureError: its opset is older than 13, it is quantized, draws random numbers, or is of bfloat16.
     """
     try:
         model = ir.load(path)
@@ -63,6 +66,10 @@ def read_model(path: Path) -> ir.Model:
         if node.op_type in _QUANTIZED:
             raise CaptureError(
                 f"{path} is quantized ({node.op_type}, node {node.name!r}): prune the float network, then quantize"
+            )
+        if node.op_type in _RANDOM:
+            raise CaptureError(
+                f"{path} draws random numbers ({node.op_type}, node {node.name!r}), so no two runs of it can be compared"
             )
     for value in (*true_inputs(model), *model.graph.initializers.values()):
         if value.dtype == ir.DataType.BFLOAT16:
