@@ -3,42 +3,66 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.bench import bench_files
 from vbpfx.errors import ExportError
-from vbpfx.export.onnx import export_onnx
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes import memory, table
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.memory import peak_memory
 
-WIDTH = 1024
+WIDTH = 512
 EXAMPLE = Inputs((torch.zeros(2, WIDTH),), {})
+# what a runtime loads with its first network, whatever that is
+OWN_PARTS = 64 * 2**20
 
 
 def _mlp(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, width), nn.ReLU(), nn.Linear(width, WIDTH)).eval()
 
 
-def _bytes(network: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in network.parameters())
+def _bytes(width: int) -> int:
+    return 4 * (2 * WIDTH * width + width + WIDTH)
+
+
+def _file(width: int, path: Path) -> Path:
+    """The ONNX file of such a network, without an exporter's time."""
+    weights = {"up": (WIDTH, width), "up_bias": (width,), "down": (width, WIDTH), "down_bias": (WIDTH,)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "up", "up_bias"], ["sum"]),
+        helper.make_node("Relu", ["sum"], ["hidden"]),
+        helper.make_node("Gemm", ["hidden", "down", "down_bias"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", WIDTH]) for name in ("x", "y")]
+    stored = [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in weights.items()]
+    graph = helper.make_graph(nodes, "mlp", ends[:1], ends[1:], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
 
 
 def test_what_is_measured_is_the_network(tmp_path: Path) -> None:
-    """64 MiB of weights against 8; a large parent, whose memory a new process's ru_maxrss would begin with, is not in it."""
-    networks = [_mlp(8 * WIDTH), _mlp(WIDTH)]
-    files = [export_onnx(n, EXAMPLE, tmp_path / f"{i}.onnx") for i, n in enumerate(networks)]
+    """64 MiB of weights against 4; a large parent, whose memory a new process's ru_maxrss would begin with, is not in it."""
+    widths = [2**14, 2**10]
+    files = [_file(width, tmp_path / f"{width}.onnx") for width in widths]
     ballast = torch.ones(2**27)  # 512 MiB
     dense, pruned = (peak_memory("onnxruntime", file, EXAMPLE, 1) for file in files)
     assert ballast.sum() > 0
-    weights = [_bytes(network) for network in networks]
+    weights = [_bytes(width) for width in widths]
     # at most the file as it is read, its tensors, and the layout that the kernels want
     assert weights[0] < dense < 4 * weights[0]
     assert weights[1] < pruned < weights[0]
@@ -47,18 +71,26 @@ def test_what_is_measured_is_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["openvino", "executorch", "aotinductor"])
 def test_other_runtimes(name: str, tmp_path: Path) -> None:
+    """What each ships of a network, loaded again."""
+    width = 2**12
     try:
         taken = table.runtime(name)
-        result = vbpfx.bench(_mlp(4 * WIDTH), _mlp(WIDTH), EXAMPLE.args, runtimes=[name], batches=[2], rounds=1)
+        file = None if taken.open is None else _file(width, tmp_path / "model.onnx")
+        made = taken.compile(_mlp(width), EXAMPLE, 1) if file is None else taken.open(file, EXAMPLE, 1)
     except ExportError as error:
         pytest.skip(str(error))
+    assert made.file is not None
+    assert _bytes(width) < peak_memory(name, made.file, EXAMPLE, 1) < 4 * _bytes(width) + OWN_PARTS
+
+
+def test_bench_shows_it(tmp_path: Path) -> None:
+    files = [_file(width, tmp_path / f"{width}.onnx") for width in (2**13, 2**10)]
+    inputs = Inputs((), {"x": EXAMPLE.args[0]})
+    result = bench_files(*files, inputs, batches=[2], rounds=1)
     (row,) = result.rows
-    if row.dense.failure:
-        pytest.skip(row.dense.failure)
-    assert taken.load is not None
     assert row.dense.memory is not None
     assert row.pruned.memory is not None
-    assert row.dense.memory - row.pruned.memory > 0.9 * (_bytes(_mlp(4 * WIDTH)) - _bytes(_mlp(WIDTH)))
+    assert row.dense.memory - row.pruned.memory > 0.9 * (_bytes(2**13) - _bytes(2**10))
     assert f"{row.dense.memory / 2**20:.1f} -> {row.pruned.memory / 2**20:.1f}" in str(result)
     assert not result.problems
 
@@ -95,7 +127,7 @@ def test_no_process_without_need(case: str, tmp_path: Path, monkeypatch: pytest.
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(memory.subprocess, "run", refuse)
+    monkeypatch.setattr(memory.subprocess, "Popen", refuse)
     off = case == "switched off"
     load = (lambda *args: None) if off else None
     result = _bench_with(load, tmp_path / "none", monkeypatch, memory=not off)
@@ -112,10 +144,56 @@ def test_a_damaged_file_and_one_that_takes_too_long(tmp_path: Path) -> None:
         peak_memory("onnxruntime", file, EXAMPLE, None, patience=0.01)
 
 
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """In place of Python, what a line of shell does."""
+
+    def set_to(line: str) -> None:
+        path = tmp_path / "program"
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(memory.sys, "executable", str(path))
+
+    return set_to
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell")
+def test_what_the_process_leaves_behind_is_not_waited_for(tmp_path: Path, program: Callable[[str], None]) -> None:
+    """It ends, and something that it started goes on, with its outputs open."""
+    program("""sleep 8 &\necho '{"before": 1, "after": 3}' > "$7\"""")
+    start = time.monotonic()
+    assert peak_memory("onnxruntime", tmp_path / "none", EXAMPLE, None, patience=6) == 2
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell")
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, program: Callable[[str], None]) -> None:
+    program(f"sleep 600 &\necho $! > {tmp_path}/number\nwait")
+    with pytest.raises(ExportError, match="took over 2 s"):
+        peak_memory("onnxruntime", tmp_path / "none", EXAMPLE, None, patience=2)
+    number = int((tmp_path / "number").read_text())
+    for _ in range(50):
+        stat = Path(f"/proc/{number}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe with a name")
+def test_a_process_that_hangs_ends_by_itself(tmp_path: Path) -> None:
+    """Where nobody is left to end it: the inputs never come."""
+    os.mkfifo(tmp_path / "inputs")
+    words = ["onnxruntime", "none", str(tmp_path / "inputs"), "0", str(tmp_path / "answer"), "0.5"]
+    ended = subprocess.run([sys.executable, "-m", "vbpfx.runtimes.memory", *words], capture_output=True, timeout=120)
+    assert ended.returncode == 1
+    assert b"Timeout (0:00:00.500000)!" in ended.stderr
+
+
 def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         raise OSError("out of memory")
 
-    monkeypatch.setattr(memory.subprocess, "run", refuse)
+    monkeypatch.setattr(memory.subprocess, "Popen", refuse)
     with pytest.raises(ExportError, match="no process could be started"):
         peak_memory("onnxruntime", tmp_path / "none", EXAMPLE, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import pickle
 from pathlib import Path
@@ -112,13 +113,16 @@ def make() -> nn.Module:
     return _Net()
 
 
-@pytest.mark.parametrize("kind", ["model.safetensors", "model.pt", "wrapped.pth"])
+@pytest.mark.parametrize("kind", ["model.safetensors", "model.pt", "wrapped.pth", "timms_own.pth.tar", "ddp.pth"])
 def test_weights_from_files(kind: str, tmp_path: Path) -> None:
     weights = {name: torch.full_like(tensor, 3) for name, tensor in _Net().state_dict().items()}
     if kind.endswith("safetensors"):
         save_file(weights, tmp_path / kind)
     else:
-        torch.save({"state_dict": weights, "epoch": 3} if "wrapped" in kind else weights, tmp_path / kind)
+        prefix = "module." if kind == "ddp.pth" else ""
+        named: dict[str, Any] = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+        more = {"args": argparse.Namespace(lr=0.1)} if "timm" in kind else {}  # as timm's train.py writes it
+        torch.save({"state_dict": named, "epoch": 3, **more} if "wrapped" in kind or more else named, tmp_path / kind)
     model = load_model("test_model_names:make", tmp_path / kind)
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -142,6 +146,14 @@ def test_weights_that_do_not_fit_or_are_none(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ModelError, match=message):
             load_model("test_model_names:make", tmp_path / name)
+
+
+def test_weights_of_other_classes_than_timms_own(tmp_path: Path) -> None:
+    """As everyone has who trained one: the message says how such a model is named."""
+    model = pytest.importorskip("timm").create_model("test_vit", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "two.pth")
+    with pytest.raises(ModelError, match=r"does not fit .*head.*name it as module:callable"):
+        load_model("timm:test_vit", tmp_path / "two.pth")
 
 
 def test_a_model_that_does_not_say_what_it_takes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import Net, depthwise, mlp, with_biases
@@ -105,6 +106,40 @@ def bfloat16(folder: Path) -> Path:
     return plain(folder, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
 
 
+def functions_of_another_opset(folder: Path) -> Path:
+    node = helper.make_node("Relu", ["a"], ["b"])
+    function = helper.make_function("mine", "Act", ["a"], ["b"], [node], [helper.make_opsetid("", 13)])
+    net = Net()
+    mlp(net)
+    net.nodes[2].op_type, net.nodes[2].domain = "Act", "mine"
+    model = with_biases()
+    del model.graph.node[:]
+    model.graph.node.extend(net.nodes)
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    return plain(folder, model)
+
+
+def random(folder: Path) -> Path:
+    net = Net()
+    mlp(net)
+    net.nodes[-1].output[0] = "m"
+    net.add("RandomNormalLike", ["m"], "noise")
+    net.add("Add", ["m", "noise"], "y")
+    return plain(folder, net.model(["n", 6], ["n", 5]))
+
+
+def sparse(folder: Path) -> Path:
+    model = with_biases()
+    stored = next(t for t in model.graph.initializer if t.name == "dense_1/kernel")
+    array = numpy_helper.to_array(stored).reshape(-1)
+    model.graph.initializer.remove(stored)
+    places = numpy_helper.from_array(np.arange(len(array)))
+    entries = numpy_helper.from_array(array, "dense_1/kernel")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(entries, places, [6, 12]))
+    return plain(folder, model)
+
+
 FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (lambda folder: folder / "in.onnx", vbpfx.ArtifactError, "cannot read .*No such file"),
     (text, vbpfx.ArtifactError, "no ONNX file, or it is damaged"),
@@ -116,6 +151,9 @@ FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (without_a_block, vbpfx.AnalysisError, "no block that can be narrowed"),
     (quantized, vbpfx.CaptureError, r"is quantized \(DequantizeLinear, node 'dequantize'\)"),
     (custom, vbpfx.CaptureError, r"operator Swirl \(domain my.company, node 'n2_Relu'\) has no torch function.*Swirl"),
+    (functions_of_another_opset, vbpfx.CaptureError, r"in.onnx cannot be inlined: Opset mismatch .*mine::Act"),
+    (random, vbpfx.CaptureError, r"draws random numbers \(RandomNormalLike, node 'n5_RandomNormalLike'\)"),
+    (sparse, vbpfx.CaptureError, r"operator MatMul .*nothing makes its input 'dense_1/kernel', or it is a sparse"),
     (bfloat16, vbpfx.CaptureError, "is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert"),
 ]
 
@@ -198,6 +236,28 @@ def test_a_written_file_that_is_wrong_never_takes_its_name(tmp_path: Path, monke
     path = plain(tmp_path, net.model(["n", 6], ["n", 5]))
     before = contents(tmp_path)
     with pytest.raises(vbpfx.ExportError, match="differs from the narrowed graph by"):
+        vbpfx.prune_onnx(path, DATA, tmp_path / "out.onnx", ratio=0.5, method="vbp", progress=False)
+    assert contents(tmp_path) == before
+
+
+def test_a_written_file_that_the_checker_rejects_never_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the one that was read passes."""
+    from vbpfx.onnx_graph.edit import OnnxEdit
+
+    finish = OnnxEdit.finish
+
+    def spoiled(file: OnnxEdit, keep: Any = ()) -> None:
+        finish(file, keep)
+        file.graph[0].attributes["unheard_of"] = ir.AttrInt64("unheard_of", 1)
+
+    monkeypatch.setattr(OnnxEdit, "finish", spoiled)
+    path = plain(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(
+        vbpfx.ExportError, match=r"checker rejects the narrowed file: .*unheard_of.*nothing was written"
+    ):
         vbpfx.prune_onnx(path, DATA, tmp_path / "out.onnx", ratio=0.5, method="vbp", progress=False)
     assert contents(tmp_path) == before
 

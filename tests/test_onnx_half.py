@@ -145,6 +145,43 @@ def test_weights_alone_in_half(tmp_path: Path) -> None:
     assert pruned.parity < 1e-6
 
 
+@pytest.mark.parametrize("name", ["dense_1/kernel", "dense_1/bias"])
+@pytest.mark.parametrize("how", ["a Cast of the Cast", "the Cast", "an unknown operator"])
+def test_a_cast_that_others_read_whole(name: str, how: str, tmp_path: Path) -> None:
+    """The layer gets a Cast of its own, where the other reader is not narrowed."""
+    model = stored_in_half()
+    net = Net()
+    net.nodes = list(model.graph.node)
+    net.stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    net.nodes[-1].output[0] = "m"
+    read = name
+    if how == "a Cast of the Cast":
+        net.add("Cast", [name], "again", to=TensorProto.DOUBLE)
+        net.add("Cast", ["again"], "back", to=TensorProto.FLOAT)
+        read = "back"
+    if how == "an unknown operator":
+        net.add("Shrink", [name], "shrunk", lambd=0.01)
+        read = "shrunk"
+    net.add("Sigmoid", [read], "all")
+    net.add("ReduceMean", ["all"], "mean", keepdims=0)
+    net.add("Add", ["m", "mean"], "y")
+    model = net.model(["n", 6], ["n", 5])
+    onnx.save(model, tmp_path / "in.onnx")
+    data, out = batches((6,), np.float32), tmp_path / "out.onnx"
+    arguments = {"ratio": RATIO, "method": "vbp", "progress": False}
+    if (
+        name == "dense_1/kernel" and how != "a Cast of the Cast"
+    ):  # one matrix is one parameter, however often it is used
+        with pytest.raises(vbpfx.AnalysisError, match="no block that can be narrowed"):
+            vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, **arguments)
+        return
+    (entry,) = vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, **arguments).plan.blocks
+    hidden = np.concatenate([values(model, "h", {"x": x}) for x in data]).astype(np.float64)
+    x = batches((6,), np.float32, seed=1)[0]
+    (found,), (wanted,) = run(out, {"x": x}), run(substituted(model, "h", -1, entry.pruned, hidden.mean(0)), {"x": x})
+    assert relative(found, wanted) < 1e-3  # as in the test above
+
+
 def test_reconstruction(tmp_path: Path) -> None:
     """Layers are fitted in float32 and more; on the calibration data they come nearer than the mean alone."""
     case = CASES[0]

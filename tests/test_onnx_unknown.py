@@ -147,6 +147,29 @@ def weight_of_a_loop() -> onnx.ModelProto:
     return net.file(["n", 6], ["n", 5])
 
 
+def a_further_output() -> onnx.ModelProto:
+    """The mean that a norm hands out beside its value; the row of the norm makes the value alone."""
+    net = Strange()
+    mlp(net)
+    net.nodes[-1].output[0] = "m"
+    net.add("LayerNormalization", ["m", net.weight("scale", 5)], ["normed", "mean"])
+    net.add("Add", ["normed", "mean"], "y")
+    return net.file(["n", 6], ["n", 5])
+
+
+def only_onnx_runtime_knows_it() -> onnx.ModelProto:
+    """ONNX's checker rejects the file that is read; ONNX Runtime runs it."""
+    net = Strange()
+    mlp(net)
+    net.nodes[-1].output[0] = "m"
+    net.add("Shrink", ["m"], "shrunk", lambd=0.01)
+    net.add("Relu", ["shrunk"], "y")
+    net.weight("scale", 5)
+    model = net.file(["n", 6], ["n", 5])
+    model.graph.node[-1].CopyFrom(helper.make_node("SimplifiedLayerNormalization", ["shrunk", "scale"], ["y"]))
+    return model
+
+
 AROUND = {
     "behind the block": (behind, (6,), f"{MICROSOFT}.FusedMatMul"),
     "several values": (two_values, (3, 6), f"{MICROSOFT}.SkipLayerNormalization"),
@@ -154,6 +177,8 @@ AROUND = {
     "If": (row_by_row, (6,), "If"),
     "a bias that a Loop reads": (weight_of_a_loop, (6,), "Loop"),
     "a form that has no row": (in_a_form_of_its_own, (6,), "Slice (it takes entries backwards; only whole axes can be turned round)"),
+    "a further output": (a_further_output, (6,), "LayerNormalization (one of its further outputs is read)"),
+    "no operator of ONNX's": (only_onnx_runtime_knows_it, (6,), "Shrink"),
     "shapes that depend on data": (data_decides, (6,), "NonZero"),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ timm:NAME  torchvision:NAME  hf:NAME-or-folder  module:callable
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import pickle
@@ -24,6 +25,8 @@ from vbpfx.inputs import Inputs
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under
+_UNFIT = "does not fit"
+_PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of names
 _TOKENS = 128
 
 
@@ -47,7 +50,15 @@ def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {name!r} gives a {type(model).__name__}, expected a torch.nn.Module")
     if weights is not None:
-        load_weights(model, Path(weights))
+        try:
+            load_weights(model, Path(weights))
+        except ModelError as error:
+            if kind not in ("timm", "torchvision") or _UNFIT not in str(error):
+                raise
+            raise ModelError(
+                f"{error}; {name} has {kind}'s own number of classes and settings: for others write a function that makes the "
+                f"model, and name it as module:callable"
+            ) from error
     return model.eval()
 
 
@@ -67,26 +78,31 @@ def load_weights(model: nn.Module, path: Path) -> None:
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
-        raise ModelError(f"{path} does not fit {type(model).__name__}: {wrong[0]}{more}")
+        raise ModelError(f"{path} {_UNFIT} {type(model).__name__}: {wrong[0]}{more}")
     model.load_state_dict(found)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings():
+        # timm's training script puts its arguments beside the weights: a Namespace runs no code
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # what is wrong with a file is said once, by the error
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {path}: {first_line(error)}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ModelError(
-            f"{path} is no file of weights alone ({first_line(error)}); save model.state_dict() as safetensors or by torch.save"
+            f"{path} is no file of weights alone: it is damaged, or holds other objects, which are never loaded; save "
+            f"model.state_dict() as safetensors or by torch.save"
         ) from error
     for key in _WRAPPINGS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path} holds no state dict; save model.state_dict()")
+    for prefix in _PREFIXES:
+        if found and all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return dict(found)
 
 

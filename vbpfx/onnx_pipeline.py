@@ -158,7 +158,7 @@ def prune_onnx(
     def compare(staged: Path) -> None:
         parity[0] = _parity(staged, external, imported, captured, pruned.graph_module, samples_at_once)
 
-    write_model(model, out, external=external, check=compare)
+    write_model(model, out, source=path, external=external, check=compare)
     left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
     return _result(out, pruned, fidelity, observed_by, parity[0], left_alone)
 

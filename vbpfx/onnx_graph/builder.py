@@ -40,12 +40,12 @@ class Constant:
 
     Attributes:
         value: the initializer or constant that holds it; None for a result.
-        read_at: the node between them, and which of its inputs, where it holds it in another precision.
+        cast: the node between them, where that holds it in another precision.
     """
 
     array: Array
     value: ir.Value | None = None
-    read_at: tuple[ir.Node, int] | None = None
+    cast: ir.Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,7 @@ class Stored:
     Attributes:
         shape, dtype: of the tensor in the file.
         computed: the precision that the file computes with it in; another one where a Cast stands behind it.
+        cast: that Cast.
         uses: the inputs of nodes that it stands for.
     """
 
@@ -82,6 +83,7 @@ class Stored:
     layout: Layout
     dtype: np.dtype[Any]
     computed: np.dtype[Any]
+    cast: ir.Node | None
     uses: list[tuple[ir.Node, int]] = field(default_factory=list)
 
 
@@ -215,10 +217,10 @@ class Builder:
     def _parameter(self, value: ir.Value, user: ir.Node, index: int, layout: Layout) -> fx.Node:
         constant = self.values[value]
         assert isinstance(constant, Constant)
-        use = constant.read_at or (user, index)
+        use = (user, index)
         layout = "same" if constant.array.ndim == 1 else layout
         matrix = is_matrix(constant.array) or constant.value is None
-        key = (constant.value or constant, layout, constant.read_at if matrix else (*use, value if index < 0 else None))
+        key = (constant.value or constant, layout, constant.cast if matrix else (*use, value if index < 0 else None))
         if key not in self._parameters:
             alone = constant.value is not None and (matrix or len(constant.value.uses()) == 1)
             name = suggested(str((constant.value or value).name), user, index, alone=alone)
@@ -239,7 +241,7 @@ class Builder:
             original = constant_of(constant.value)
             assert original is not None
             self.stored[name] = Stored(
-                constant.value, constant.array.shape, layout, original.dtype, constant.array.dtype
+                constant.value, constant.array.shape, layout, original.dtype, constant.array.dtype, constant.cast
             )
         node = self.graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)

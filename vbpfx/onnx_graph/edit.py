@@ -47,6 +47,8 @@ class OnnxEdit:
         """Another tensor for the inputs that a parameter stands for."""
         value, uses = stored.value, set(stored.uses)
         name = str(value.name)
+        if stored.cast is not None:
+            uses = {(self._own_cast(stored.cast, uses), 0)}
         if value.is_graph_output() or {(use.node, use.idx) for use in value.uses()} != uses:
             new = self.store(f"{name}_narrow", array)
             for node, index in uses:
@@ -60,6 +62,19 @@ class OnnxEdit:
             producer.attributes.clear()
             producer.attributes["value"] = ir.AttrTensor("value", tensor)
         value.shape = ir.Shape(array.shape)
+
+    def _own_cast(self, cast: ir.Node, uses: Collection[tuple[ir.Node, int]]) -> ir.Node:
+        """A Cast of the same tensor that nothing but these inputs reads."""
+        read = cast.outputs[0]
+        if not read.is_graph_output() and {(use.node, use.idx) for use in read.uses()} == uses:
+            return cast
+        made = ir.Value(name=self.free_name(f"{read.name}_narrow"), type=read.type)
+        name = self.free_name(f"{made.name}_node")
+        own = ir.Node("", "Cast", [cast.inputs[0]], list(cast.attributes.values()), outputs=[made], name=name)
+        self.graph.insert_after(cast, own)
+        for node, index in uses:
+            node.replace_input_with(index, made)
+        return own
 
     def insert(
         self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: int

@@ -12,13 +12,16 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass
 
-from vbpfx.errors import ArtifactError, CaptureError, VbpfxError, first_line
+from vbpfx.errors import ArtifactError, CaptureError, ExportError, VbpfxError, first_line
 from vbpfx.files import Write, write_atomically
 
 OLDEST_OPSET = 13
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",
                         "MatMulInteger", "ConvInteger", "QLinearAdd", "QGemm", "MatMulNBits", "DynamicQuantizeMatMul",
                         "MatMulIntegerToFloat", "QAttention", "QLinearGlobalAveragePool"})  # fmt: skip
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
 # What protobuf holds in one message; more has to lie in a file of its own.
 _MOST_IN_ONE_FILE = 2**31 - 2**24
 _SMALLEST_OUTSIDE = 1024  # bytes of a tensor that lies in the second file
@@ -29,7 +32,7 @@ def read_model(path: Path) -> ir.Model:
 
     Raises:
         ArtifactError: it is missing, no ONNX, truncated, or its external data is.
-        CaptureError: its opset is older than 13, it is quantized, or of bfloat16.
+        CaptureError: its opset is older than 13, it is quantized, draws random numbers, or is of bfloat16.
     """
     try:
         model = ir.load(path)
@@ -52,13 +55,21 @@ def read_model(path: Path) -> ir.Model:
             f"onnx.version_converter, or export it anew"
         )
     if model.functions:
-        InlinePass()(model)
+        try:
+            InlinePass()(model)
+        except Exception as error:  # the pass raises a kind of its own around any other
+            said = first_line(error.__cause__ or error)
+            raise CaptureError(f"the local functions of {path} cannot be inlined: {said}") from error
     if not _is_in_order(model.graph):  # ONNX Runtime does not ask for it, and converters put nodes at the end
         model.graph.sort()
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTIZED:
             raise CaptureError(
                 f"{path} is quantized ({node.op_type}, node {node.name!r}): prune the float network, then quantize"
+            )
+        if node.op_type in _RANDOM:
+            raise CaptureError(
+                f"{path} draws random numbers ({node.op_type}, node {node.name!r}), so no two runs of it can be compared"
             )
     for value in (*true_inputs(model), *model.graph.initializers.values()):
         if value.dtype == ir.DataType.BFLOAT16:
@@ -159,16 +170,28 @@ def _mover(staged: Path) -> Write:
     return move
 
 
-def write_model(model: ir.Model, out: Path, *, external: bool, check: Callable[[Path], None]) -> None:
+def _rejection(path: Path) -> str | None:
+    """What ONNX's checker says against a file."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        return first_line(error)
+    return None
+
+
+def write_model(model: ir.Model, out: Path, *, source: Path, external: bool, check: Callable[[Path], None]) -> None:
     """Write a model, check it, and only then let it take its name.
 
     Args:
+        source: the file that it was read from. What ONNX's checker rejects in that one already, it may reject again: ONNX
+            Runtime runs operators that ONNX does not know.
         external: keep the weights in a second file, ``<name>.data``, as the source did; it is done in any case for what
             does not fit in one file.
         check: raises where the written file is not good.
 
     Raises:
         ArtifactError: it cannot be written.
+        ExportError: ONNX's checker rejects it.
     """
     sizes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = external or sizes > _MOST_IN_ONE_FILE
@@ -179,7 +202,9 @@ def write_model(model: ir.Model, out: Path, *, external: bool, check: Callable[[
                 model, staged, format="protobuf", external_data=data_file(out).name if external else None,
                 size_threshold_bytes=_SMALLEST_OUTSIDE,
             )  # fmt: skip
-            onnx.checker.check_model(str(staged))
+            rejected = _rejection(staged)
+            if rejected is not None and _rejection(source) is None:
+                raise ExportError(f"ONNX's checker rejects the narrowed file: {rejected}; nothing was written")
             check(staged)
             parts = [data_file(staged)] if data_file(staged).exists() else []
             write_atomically({out.with_name(part.name): _mover(part) for part in (*parts, staged)})

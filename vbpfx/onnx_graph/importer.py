@@ -148,7 +148,7 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
             to = FLOATS.get(ir.DataType(node.attributes["to"].as_int()))
             read_alike = constant.array.ndim == 1 or is_matrix(constant.array) or len(node.outputs[0].uses()) == 1
             if to is not None and constant.array.dtype.kind == "f" and read_alike:
-                b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, (node, 0))
+                b.values[node.outputs[0]] = Constant(constant.array.astype(to), constant.value, node)
     for node in nodes:
         if node.outputs[0] in b.values:
             continue
@@ -175,6 +175,9 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
     """The node's values; what goes wrong is said of the node."""
     b.node, b.hint = node, str(node.outputs[0].name)
     try:
+        lost = [value.name for value in node.inputs if value is not None and value not in b.values]
+        if lost:
+            raise CaptureError(f"nothing makes its input {lost[0]!r}, or it is a sparse initializer: not supported")
         if not _is_known(node):
             return unknown(b, probe)
         given = [b.values[value] for value in node.inputs if value is not None]
@@ -184,7 +187,10 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
             if node.op_type in SIZE_OPERATORS and takes_sizes(b):
                 return (SIZE_OPERATORS[node.op_type](b),)
             result = _OPERATORS[node.op_type](b)
-            return result if isinstance(result, tuple) else (result,)
+            results: tuple[Value, ...] = result if isinstance(result, tuple) else (result,)
+            if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
+                raise CaptureError("one of its further outputs is read")
+            return results
         except CaptureError as error:  # the row says what it does not know of the operator
             return unknown(b, probe, str(error))
     except Exception as error:  # torch's functions raise whatever they raise

@@ -10,11 +10,14 @@ with what the parent had, since a new program inherits it.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +38,7 @@ def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, p
         ExportError: the process fails, takes longer than ``patience`` seconds, or the platform does not tell.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "inputs.pt", Path(folder) / "answer.json"
+        given, answer, said = (Path(folder) / name for name in ("inputs.pt", "answer.json", "said.txt"))
         torch.save((inputs.args, inputs.kwargs), given)
         words = [
             sys.executable,
@@ -46,17 +49,11 @@ def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, p
             str(given),
             str(threads or 0),
             str(answer),
+            str(patience),
         ]
         paths = os.pathsep.join(path for path in (str(Path(__file__).parents[2]), *sys.path) if path)
         try:
-            done = subprocess.run(
-                words,
-                env=os.environ | {"PYTHONPATH": paths},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=patience,
-                check=False,
-            )
+            status = _run(words, os.environ | {"PYTHONPATH": paths}, said, patience)
         except subprocess.TimeoutExpired as error:
             raise ExportError(f"its memory was not measured: loading and one batch took over {patience:g} s") from error
         except OSError as error:
@@ -66,12 +63,27 @@ def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, p
         try:
             found = json.loads(answer.read_text())
         except (OSError, ValueError) as error:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
-            said = lines[-1] if lines else "it said nothing"
-            raise ExportError(
-                f"its memory was not measured: the process ended with status {done.returncode}: {said}"
-            ) from error
+            lines = said.read_text(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "it said nothing"
+            raise ExportError(f"its memory was not measured: the process ended with status {status}: {last}") from error
     return int(found["after"]) - int(found["before"])
+
+
+def _run(words: list[str], environment: Mapping[str, str], said: Path, patience: float) -> int:
+    """The exit status of a program. What it says goes to a file: a pipe would stay open with whatever it started in turn."""
+    with said.open("wb") as errors:
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(patience)
+        except BaseException:  # too long, or the user's Ctrl-C
+            if hasattr(os, "killpg"):  # not on Windows
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+            raise
 
 
 def _peak() -> int:
@@ -86,7 +98,8 @@ def _peak() -> int:
     return found if sys.platform == "darwin" else found * 1024
 
 
-def _measure(name: str, file: str, given: str, threads: str, answer: str) -> None:
+def _measure(name: str, file: str, given: str, threads: str, answer: str, patience: str) -> None:
+    faulthandler.dump_traceback_later(float(patience), exit=True)  # where nobody waits any more
     load = runtime(name).load
     assert load is not None
     inputs = Inputs(*torch.load(given, weights_only=True))
