@@ -70,7 +70,9 @@ TIGHT = 16 * KIB
 
 def _files(model: nn.Module, folder: Path) -> list[Path]:
     """The state dict in three files; tied weights once."""
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "head.weight"}
+    folder.mkdir(exist_ok=True)
+    tied = ("head.weight", "second.0.", "second.2.")
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(tied)}
     parts = [dict(list(tensors.items())[n::3]) for n in range(3)]
     for number, part in enumerate(parts):
         save_file(part, folder / f"{number}.safetensors")
@@ -165,6 +167,39 @@ def test_modules_that_read_the_weights_of_others(make: Any, tmp_path: Path) -> N
     result = vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
     _assert_same_plan(result.plan, expected.plan)
     _assert_files_hold(tmp_path / "out", expected.graph_module)
+
+
+class Twice(nn.Module):
+    """One block under two names, which the graph calls by the first; it counts its calls in a buffer that no file holds."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=False))
+        self.second = self.first
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x + self.second(x + self.first(x))
+
+
+@pytest.mark.parametrize("names", [("first",), ("second",), ("first", "second")], ids=str)
+def test_tied_weights_under_any_of_their_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    model, batches = randomize(Twice()).eval(), [torch.randn(5, WIDTH)]
+    save_file(
+        {name: t.clone() for name, t in model.state_dict().items() if name.startswith(names)},
+        tmp_path / "model.safetensors",
+    )
+    with vbpfx.without_weights():
+        hollow = Twice()
+    expected = vbpfx.prune(model, batches, ratio=0.4, method="vbp", progress=False)
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=tmp_path, ratio=0.4, progress=False)
+    assert torch.equal(vbpfx.load(tmp_path / "out")(batches[0]), expected.graph_module(batches[0]))
+    widths = {name: len(t) for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if ".0." in name}
+    (kept,) = expected.plan.widths.values()
+    assert widths == {f"{names[0]}.0.weight": kept, f"{names[0]}.0.bias": kept}
 
 
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:

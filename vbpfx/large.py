@@ -181,9 +181,13 @@ def _write_weights(
 ) -> Mapping[str, str]:
     """Write the narrowed weights; returns name -> stored name."""
     stored, changes = hollow.stored, Changes(plan)
+    # a tied tensor may be stored under another of its names than the plan's, or under several: one is written
+    changed = {hollow.names[name]: name for name in changes.names if name not in changes.made}
+    further_names = {name for name, source in hollow.names.items() if name != source}
     shapes = {
-        name: changes.of(name, lambda n: stored.shapes[hollow.names[n]]) if name in changes.names else shape
+        name: changes.of(changed[name], lambda n: stored.shapes[hollow.names[n]]) if name in changed else shape
         for name, shape in stored.shapes.items()
+        if name not in further_names
     }
     shapes |= {name: changes.of(name, lambda n: stored.shapes[hollow.names[n]]) for name in changes.made}
     dense = {name: stored.shapes[source].dtype for name, source in hollow.names.items()}
@@ -198,8 +202,8 @@ def _write_weights(
     def make(name: str) -> Tensor:
         if name in further:
             return torch.zeros(further[name].shape, dtype=further[name].dtype)
-        if name in changes.names:
-            return changes.of(name, lambda n: stored.read(hollow.names[n]))
+        if name in changed or name in changes.made:
+            return changes.of(changed.get(name, name), lambda n: stored.read(hollow.names[n]))
         return stored.read(name)
 
     write_shards(shapes | further, make, folder, limit)
