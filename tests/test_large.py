@@ -202,6 +202,15 @@ def test_tied_weights_under_any_of_their_names(names: tuple[str, ...], tmp_path:
     assert widths == {f"{names[0]}.0.weight": kept, f"{names[0]}.0.bias": kept}
 
 
+def test_buffers_that_forward_writes_stay_the_callers_own(tmp_path: Path) -> None:
+    model, batches = randomize(Twice()).eval(), [torch.randn(5, WIDTH), torch.randn(3, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = Twice()
+    files = _files(model, tmp_path / "dense")
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    assert not hollow.calls.any()
+
+
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
     """Which rows enter goes by the sample's number, not by how many rows there were before."""
     texts = [

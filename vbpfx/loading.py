@@ -43,7 +43,8 @@ class Loans:
 
     def value(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of that name in the model."""
-        found = self.buffers[name] if name in self.buffers else self.stored.read(self.names[name])
+        # a copy: forward may write to a buffer, and this one is the caller's
+        found = self.buffers[name].clone() if name in self.buffers else self.stored.read(self.names[name])
         return found.to(dtype)
 
     def knows(self, name: str) -> bool:
