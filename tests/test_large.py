@@ -211,6 +211,22 @@ def test_buffers_that_forward_writes_stay_the_callers_own(tmp_path: Path) -> Non
     assert not hollow.calls.any()
 
 
+def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> None:
+    model = randomize(Residual(HIDDEN)).eval()
+    with vbpfx.without_weights():
+        hollow = Residual(HIDDEN).half()
+    files, batches = _files(model.half(), tmp_path), [torch.randn(5, WIDTH).half()]
+    with pytest.raises(vbpfx.ModelError, match=r"norm.weight of Residual is float16 .*without \.half\(\)"):
+        vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    with vbpfx.without_weights():
+        hollow = Residual(HIDDEN)
+    batches = [batches[0].float()]
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    network = vbpfx.load(tmp_path / "out")
+    assert {p.dtype for p in network.parameters()} == {torch.float16}
+    assert network.float()(batches[0]).isfinite().all()
+
+
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
     """Which rows enter goes by the sample's number, not by how many rows there were before."""
     texts = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -79,6 +80,12 @@ class Weightless:
             raise ModelError(
                 f"parameter {real[0]} of {type(model).__name__} is in memory; build the model under "
                 f"vbpfx.without_weights(), or use vbpfx.prune"
+            )
+        half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
+        if half:
+            raise ModelError(
+                f"parameter {half[0]} of {type(model).__name__} is float16 and everything is computed on the CPU, where many "
+                f"operators do not exist in it and sums overflow: build the model without .half(); the files stay float16"
             )
         stored = Stored.of(weights)
         names = _stored_names(model, stored)
