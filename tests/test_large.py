@@ -227,6 +227,22 @@ def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> No
     assert network.float()(batches[0]).isfinite().all()
 
 
+def test_saving_over_shards(tmp_path: Path) -> None:
+    """What the shards and the buffers beside them held is not what is loaded afterwards."""
+    model, out = _words(), tmp_path / "out"
+    files, options = _files(model, tmp_path), {"ratio": 0.3, "method": "vbp", "progress": False}
+    vbpfx.prune_files(_hollow(), BATCHES, out, weights=files, shard_size=2000, **options)
+    assert (out / "model.safetensors.index.json").exists()
+    assert (out / "buffers.safetensors").exists()
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+        model.frequencies.mul_(3)
+    other = vbpfx.prune(model, BATCHES, **options)
+    other.save(out)
+    assert torch.equal(vbpfx.load(out)(BATCHES[0]), other.graph_module(BATCHES[0]))
+    assert {path.name for path in out.glob("*.safetensors*")} == {"model.safetensors", "plan.safetensors"}
+
+
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
     """Which rows enter goes by the sample's number, not by how many rows there were before."""
     texts = [
