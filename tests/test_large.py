@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import socket
 import subprocess
 import sys
@@ -344,9 +345,18 @@ def _reshaped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"blocks.0.first.weight": torch.zeros(3, 3)}
 
 
+def _quantised(dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"blocks.0.first.weight": tensors["blocks.0.first.weight"].to(dtype)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_missing, "they lack blocks.0.first.weight"), (_reshaped, r"blocks.0.first.weight has shape \(3, 3\)")],
+    [
+        (_missing, "they lack blocks.0.first.weight"),
+        (_reshaped, r"blocks.0.first.weight has shape \(3, 3\)"),
+        (functools.partial(_quantised, torch.int8), "first.weight is stored as torch.int8, and quantised"),
+        (functools.partial(_quantised, torch.float8_e4m3fn), "first.weight is stored as torch.float8_e4m3fn, and"),
+    ],
 )
 def test_files_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
     tensors = {name: t for name, t in _words().state_dict().items() if name != "head.weight"}
@@ -401,6 +411,9 @@ def test_models_whose_weights_are_in_memory(tmp_path: Path) -> None:
         ({"ratio": 0.3, "shard_size": "20GB"}, vbpfx.ArtifactError, "18.6 GiB is held in memory .* memory=4"),
         ({"ratio": 0.3, "shard_size": "much"}, vbpfx.ArtifactError, "shard_size='much' is no size"),
         ({}, vbpfx.BudgetError, "exactly one budget"),
+        ({"ratio": 0.3, "memory": 0}, vbpfx.BudgetError, "memory=0 is no number of GiB"),
+        ({"ratio": 0.3, "memory": float("nan")}, vbpfx.BudgetError, "memory=nan is no number of GiB"),
+        ({"ratio": 0.3, "memory": "4GB"}, vbpfx.BudgetError, "memory='4GB' is no number of GiB"),
     ],
 )
 def test_what_is_not_offered(options: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path) -> None:
@@ -423,6 +436,28 @@ def test_batches_that_do_not_run_or_overflow(tmp_path: Path) -> None:
     with pytest.raises(vbpfx.CalibrationError, match=r"empty"):
         vbpfx.prune_files(_hollow(), [], tmp_path / "out", **common)
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_what_a_criterion_raises_is_not_said_of_a_batch(tmp_path: Path) -> None:
+    def own(scoring: Any) -> Tensor:
+        raise ValueError("mine")
+
+    files = _files(_words(), tmp_path)
+    with pytest.raises(ValueError, match=r"^mine$"):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, criterion=own, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (lambda x: x, vbpfx.CaptureError, "expected a torch.nn.Module, got function"),
+        ("nowhere", vbpfx.ModelError, "nowhere is no folder of Hugging Face"),
+    ],
+    ids=["a function", "no folder"],
+)
+def test_what_is_no_model(model: Any, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message):
+        vbpfx.prune_files(model, BATCHES, tmp_path / "out", weights=_files(_words(), tmp_path), ratio=0.3)
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ piece by piece again, the pruned ones from the files that were written.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from vbpfx.artifact import save_beside_weights
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.convert import convert
-from vbpfx.errors import ArtifactError, VerificationError, first_line
+from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
 from vbpfx.fake import has_fixed_batch
 from vbpfx.files import require_new, whole_folder
 from vbpfx.html_report import report_files
@@ -147,6 +148,8 @@ def prune_files(
 
 
 def _shard_limit(shard_size: int | str | None, memory: float) -> int:
+    if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
+        raise BudgetError(f"memory={memory!r} is no number of GiB above 0")
     limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
     if limit > memory * 2**30:
         raise ArtifactError(
