@@ -13,7 +13,7 @@ import pytest
 import vbpfx
 
 # Raises nothing of its own.
-QUIET = {"find_blocks"}
+QUIET = {"find_blocks", "without_weights"}
 # Whose formulas are a paper's: the docstring says which.
 SOURCES = {"make_plan": "arXiv 2507.12988", "Statistics": "arXiv 2507.12988"}
 # Tensors among the fields or arguments: the docstring states shapes or units.

@@ -23,10 +23,7 @@ def without_weights() -> Iterator[None]:
     """Modules that are built inside get their parameters on the meta device, where they take no memory.
 
     Buffers are computed as ever: what a constructor computes and no file holds (the frequencies of rotary embeddings) is
-    there. The parameters' values come from files, see :func:`vbpfx.prune_files`.
-
-    Raises:
-        Nothing of its own; what the constructors raise.
+    there. The parameters' values come from files, see :func:`vbpfx.prune_files`. What the constructors raise is raised.
     """
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
