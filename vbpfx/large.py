@@ -33,7 +33,7 @@ from vbpfx.model_config import describe_widths, has_config
 from vbpfx.narrow import Changes
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
-from vbpfx.plan import PlanArguments, PlanOptions
+from vbpfx.plan_options import PlanArguments, PlanOptions
 from vbpfx.prepare import Statistics
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report

@@ -23,7 +23,8 @@ from vbpfx.inputs import Inputs
 from vbpfx.loading import Loading, Loans, Piece, runnable
 from vbpfx.moments import Moments
 from vbpfx.observer import Observer
-from vbpfx.plan import Deciding, PlanOptions, pooled
+from vbpfx.plan import Deciding, pooled
+from vbpfx.plan_options import PlanOptions
 from vbpfx.prepare import Statistics, observers, prepare
 from vbpfx.records import Block, BlockPlan, Plan
 
