@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vbpfx.capture import named_tensors
 from vbpfx.loading import Loading, Loans, pieces, runnable
 from vbpfx.narrow import Changes
 from vbpfx.stored import Stored, write_shards
+from vbpfx.verify import Outputs, judge
 from vbpfx.weightless import Weightless
 
 KIB = 2**-20  # of memory=, in GiB
@@ -210,6 +212,54 @@ def test_buffers_that_forward_writes_stay_the_callers_own(tmp_path: Path) -> Non
     files = _files(model, tmp_path / "dense")
     vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
     assert not hollow.calls.any()
+
+
+@dataclass
+class Answer:
+    half: Tensor
+    rest: tuple[Tensor, ...]
+
+
+class Answering(Residual):
+    """Its output is made by ``answer`` of what a block computes."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(HIDDEN)
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: y.chunk(2, -1),
+        lambda y: {"a": y, "b": [y.max(-1), None]},
+        lambda y: Answer(y + 1, y.chunk(2, -1)),
+    ],
+    ids=["tuple", "dict", "dataclass"],
+)
+def test_the_oracle_sees_outputs_of_any_structure(answer: Any, tmp_path: Path) -> None:
+    model, batches = randomize(Answering(answer)).eval(), [torch.randn(5, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = Answering(answer)
+    files, common = _files(model, tmp_path), {"ratio": 0.4, "progress": False}
+    expected = vbpfx.prune(model, batches, method="vbp", **common).verification
+    found = vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, **common).verification
+    assert expected is not None
+    assert found is not None
+    assert found.effect > 1e-3
+    assert found.effect == pytest.approx(expected.effect)
+
+
+def test_an_output_that_nothing_can_be_compared_of_is_not_proven() -> None:
+    kept = Outputs([], [], [], [])
+    plan = vbpfx.prune(
+        randomize(Residual(HIDDEN)), [torch.randn(5, WIDTH)], ratio=0.4, method="vbp", progress=False
+    ).plan
+    with pytest.raises(vbpfx.VerificationError, match="holds no tensor"):
+        judge(kept, plan)
 
 
 def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> None:
