@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 import vbpfx
 from vbpfx.inputs import Inputs
-from vbpfx.plan import PlanArguments
+from vbpfx.plan_options import PlanArguments
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finetuning.json"
 RATIO = 0.5

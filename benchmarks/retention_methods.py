@@ -33,7 +33,7 @@ import vbpfx
 from vbpfx.fake import graph_arguments
 from vbpfx.importance import Scoring
 from vbpfx.inputs import Inputs, as_inputs
-from vbpfx.plan import PlanArguments
+from vbpfx.plan_options import PlanArguments
 from vbpfx.report import make_report
 
 SNIP_SAMPLES = 64

@@ -521,6 +521,7 @@ def named_by_code(data: Any) -> None:
 
 
 HOSTILE = {
+    "tensors elsewhere": lambda data: data.update(files=["../model.safetensors"]),
     "os.system": call("call_function", "os.system", ["touch executed"]),
     "builtins.eval": call("call_function", "builtins.eval", [CODE]),
     "eval": call("call_function", "eval", [CODE]),

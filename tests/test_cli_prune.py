@@ -23,7 +23,7 @@ import vbpfx
 from vbpfx.artifact import load_plan
 from vbpfx.cli import app
 from vbpfx.cli.prune import Method, Place
-from vbpfx.plan import METHODS
+from vbpfx.plan_options import METHODS
 from vbpfx.runtimes.table import NAMES
 
 MLP = "cli_networks:mlp"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from vbpfx.capture import named_tensors
 from vbpfx.loading import Loading, Loans, pieces, runnable
 from vbpfx.narrow import Changes
 from vbpfx.stored import Stored, write_shards
+from vbpfx.verify import Outputs, judge
 from vbpfx.weightless import Weightless
 
 KIB = 2**-20  # of memory=, in GiB
@@ -70,7 +73,9 @@ TIGHT = 16 * KIB
 
 def _files(model: nn.Module, folder: Path) -> list[Path]:
     """The state dict in three files; tied weights once."""
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "head.weight"}
+    folder.mkdir(exist_ok=True)
+    tied = ("head.weight", "second.0.", "second.2.")
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(tied)}
     parts = [dict(list(tensors.items())[n::3]) for n in range(3)]
     for number, part in enumerate(parts):
         save_file(part, folder / f"{number}.safetensors")
@@ -165,6 +170,128 @@ def test_modules_that_read_the_weights_of_others(make: Any, tmp_path: Path) -> N
     result = vbpfx.prune_files(hollow, batches, tmp_path / "out", **options)
     _assert_same_plan(result.plan, expected.plan)
     _assert_files_hold(tmp_path / "out", expected.graph_module)
+
+
+class Twice(nn.Module):
+    """One block under two names, which the graph calls by the first; it counts its calls in a buffer that no file holds."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH, bias=False))
+        self.second = self.first
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x + self.second(x + self.first(x))
+
+
+@pytest.mark.parametrize("names", [("first",), ("second",), ("first", "second")], ids=str)
+def test_tied_weights_under_any_of_their_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    model, batches = randomize(Twice()).eval(), [torch.randn(5, WIDTH)]
+    save_file(
+        {name: t.clone() for name, t in model.state_dict().items() if name.startswith(names)},
+        tmp_path / "model.safetensors",
+    )
+    with vbpfx.without_weights():
+        hollow = Twice()
+    expected = vbpfx.prune(model, batches, ratio=0.4, method="vbp", progress=False)
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=tmp_path, ratio=0.4, progress=False)
+    assert torch.equal(vbpfx.load(tmp_path / "out")(batches[0]), expected.graph_module(batches[0]))
+    widths = {name: len(t) for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if ".0." in name}
+    (kept,) = expected.plan.widths.values()
+    assert widths == {f"{names[0]}.0.weight": kept, f"{names[0]}.0.bias": kept}
+
+
+def test_buffers_that_forward_writes_stay_the_callers_own(tmp_path: Path) -> None:
+    model, batches = randomize(Twice()).eval(), [torch.randn(5, WIDTH), torch.randn(3, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = Twice()
+    files = _files(model, tmp_path / "dense")
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    assert not hollow.calls.any()
+
+
+@dataclass
+class Answer:
+    half: Tensor
+    rest: tuple[Tensor, ...]
+
+
+class Answering(Residual):
+    """Its output is made by ``answer`` of what a block computes."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(HIDDEN)
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: y.chunk(2, -1),
+        lambda y: {"a": y, "b": [y.max(-1), None]},
+        lambda y: Answer(y + 1, y.chunk(2, -1)),
+    ],
+    ids=["tuple", "dict", "dataclass"],
+)
+def test_the_oracle_sees_outputs_of_any_structure(answer: Any, tmp_path: Path) -> None:
+    model, batches = randomize(Answering(answer)).eval(), [torch.randn(5, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = Answering(answer)
+    files, common = _files(model, tmp_path), {"ratio": 0.4, "progress": False}
+    expected = vbpfx.prune(model, batches, method="vbp", **common).verification
+    found = vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, **common).verification
+    assert expected is not None
+    assert found is not None
+    assert found.effect > 1e-3
+    assert found.effect == pytest.approx(expected.effect)
+
+
+def test_an_output_that_nothing_can_be_compared_of_is_not_proven() -> None:
+    kept = Outputs([], [], [], [])
+    plan = vbpfx.prune(
+        randomize(Residual(HIDDEN)), [torch.randn(5, WIDTH)], ratio=0.4, method="vbp", progress=False
+    ).plan
+    with pytest.raises(vbpfx.VerificationError, match="holds no tensor"):
+        judge(kept, plan)
+
+
+def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> None:
+    model = randomize(Residual(HIDDEN)).eval()
+    with vbpfx.without_weights():
+        hollow = Residual(HIDDEN).half()
+    files, batches = _files(model.half(), tmp_path), [torch.randn(5, WIDTH).half()]
+    with pytest.raises(vbpfx.ModelError, match=r"norm.weight of Residual is float16 .*without \.half\(\)"):
+        vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    with vbpfx.without_weights():
+        hollow = Residual(HIDDEN)
+    batches = [batches[0].float()]
+    vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
+    network = vbpfx.load(tmp_path / "out")
+    assert {p.dtype for p in network.parameters()} == {torch.float16}
+    assert network.float()(batches[0]).isfinite().all()
+
+
+def test_saving_over_shards(tmp_path: Path) -> None:
+    """What the shards and the buffers beside them held is not what is loaded afterwards."""
+    model, out = _words(), tmp_path / "out"
+    files, options = _files(model, tmp_path), {"ratio": 0.3, "method": "vbp", "progress": False}
+    vbpfx.prune_files(_hollow(), BATCHES, out, weights=files, shard_size=2000, **options)
+    assert (out / "model.safetensors.index.json").exists()
+    assert (out / "buffers.safetensors").exists()
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+        model.frequencies.mul_(3)
+    other = vbpfx.prune(model, BATCHES, **options)
+    other.save(out)
+    assert torch.equal(vbpfx.load(out)(BATCHES[0]), other.graph_module(BATCHES[0]))
+    assert {path.name for path in out.glob("*.safetensors*")} == {"model.safetensors", "plan.safetensors"}
 
 
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
@@ -268,9 +395,18 @@ def _reshaped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"blocks.0.first.weight": torch.zeros(3, 3)}
 
 
+def _quantised(dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"blocks.0.first.weight": tensors["blocks.0.first.weight"].to(dtype)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_missing, "they lack blocks.0.first.weight"), (_reshaped, r"blocks.0.first.weight has shape \(3, 3\)")],
+    [
+        (_missing, "they lack blocks.0.first.weight"),
+        (_reshaped, r"blocks.0.first.weight has shape \(3, 3\)"),
+        (functools.partial(_quantised, torch.int8), "first.weight is stored as torch.int8, and quantised"),
+        (functools.partial(_quantised, torch.float8_e4m3fn), "first.weight is stored as torch.float8_e4m3fn, and"),
+    ],
 )
 def test_files_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
     tensors = {name: t for name, t in _words().state_dict().items() if name != "head.weight"}
@@ -325,6 +461,9 @@ def test_models_whose_weights_are_in_memory(tmp_path: Path) -> None:
         ({"ratio": 0.3, "shard_size": "20GB"}, vbpfx.ArtifactError, "18.6 GiB is held in memory .* memory=4"),
         ({"ratio": 0.3, "shard_size": "much"}, vbpfx.ArtifactError, "shard_size='much' is no size"),
         ({}, vbpfx.BudgetError, "exactly one budget"),
+        ({"ratio": 0.3, "memory": 0}, vbpfx.BudgetError, "memory=0 is no number of GiB"),
+        ({"ratio": 0.3, "memory": float("nan")}, vbpfx.BudgetError, "memory=nan is no number of GiB"),
+        ({"ratio": 0.3, "memory": "4GB"}, vbpfx.BudgetError, "memory='4GB' is no number of GiB"),
     ],
 )
 def test_what_is_not_offered(options: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path) -> None:
@@ -347,6 +486,28 @@ def test_batches_that_do_not_run_or_overflow(tmp_path: Path) -> None:
     with pytest.raises(vbpfx.CalibrationError, match=r"empty"):
         vbpfx.prune_files(_hollow(), [], tmp_path / "out", **common)
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_what_a_criterion_raises_is_not_said_of_a_batch(tmp_path: Path) -> None:
+    def own(scoring: Any) -> Tensor:
+        raise ValueError("mine")
+
+    files = _files(_words(), tmp_path)
+    with pytest.raises(ValueError, match=r"^mine$"):
+        vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", weights=files, ratio=0.3, criterion=own, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (lambda x: x, vbpfx.CaptureError, "expected a torch.nn.Module, got function"),
+        ("nowhere", vbpfx.ModelError, "nowhere is no folder of Hugging Face"),
+    ],
+    ids=["a function", "no folder"],
+)
+def test_what_is_no_model(model: Any, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message):
+        vbpfx.prune_files(model, BATCHES, tmp_path / "out", weights=_files(_words(), tmp_path), ratio=0.3)
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

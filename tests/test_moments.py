@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vbpfx
 from vbpfx.errors import ArtifactError, CalibrationError
-from vbpfx.moments import Moments
+from vbpfx.moments import CoMoments, Moments
 from vbpfx.observer import Observer
 
 
@@ -68,6 +68,7 @@ def test_several_pieces_of_any_layout(layout: tuple[int, ...], dtype: torch.dtyp
 def test_values_whose_squares_leave_float32() -> None:
     data = torch.tensor([[1e30, 1.0], [-2e30, 3.0]])
     np.testing.assert_allclose(Moments.of(data).variance, data.double().numpy().var(0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(CoMoments.of(data).covariance, np.cov(data.double().numpy().T), rtol=1e-12)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -152,6 +152,19 @@ def test_a_function_of_the_users_is_run_every_time() -> None:
     assert second == (first[0] + 1,)
 
 
+@pytest.mark.parametrize("overload", [False, True])
+def test_an_operator_of_the_users_library_is_run_every_time(overload: bool) -> None:
+    with torch.library._scoped_library("vbpfx_counting", "DEF") as library:
+        calls = []
+        library.define("count(Tensor x) -> Tensor")
+        library.impl("count", lambda x: [calls.append(x), x.new_empty(len(x), len(calls))][1], "Meta")
+        count = torch.ops.vbpfx_counting.count
+        operator = count.default if overload else count
+        forward = Calls(lambda _, x: (operator(x), operator(x)))
+        first, second = shapes(vbpfx.capture(forward, torch.ones(3, 8), frontend="symbolic"), "count")
+    assert second == (first[0] + 1,)
+
+
 def test_what_is_reshaped_in_place_is_reshaped_under_its_own_name_alone() -> None:
     captured = vbpfx.capture(Calls(in_place), torch.ones(3, 8), frontend="symbolic")
     assert shapes(captured, "relu") == [(captured.batch, 8), (8,)]
@@ -167,11 +180,12 @@ def test_a_layer_of_the_users_is_run_every_time(monkeypatch: pytest.MonkeyPatch)
 def test_autocast_within_a_graph_counts() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    before = graph.call_function(torch.matmul, (x, x))
-    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, False))
-    within = graph.call_function(torch.matmul, (x, x))
-    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
-    graph.output((before, within))
+    products = [graph.call_function(torch.matmul, (x, x))]
+    for dtype in (torch.bfloat16, torch.float16):
+        entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", dtype, True, False))
+        products.append(graph.call_function(torch.matmul, (x, x)))
+        graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output(tuple(products))
     captured = vbpfx.capture(fx.GraphModule(nn.Module(), graph), torch.ones(3, 8, 8))
     dtypes = [node.meta["val"].dtype for node in captured.nodes.values() if node.name.startswith("matmul")]
-    assert dtypes == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float16]

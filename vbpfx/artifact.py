@@ -4,7 +4,7 @@
     model.safetensors   the pruned network's tensors under the model's own names; or several files, and an index of them, and
                         what the graph needs beside in buffers.safetensors (:mod:`vbpfx.large`)
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
-    graph.json          the graph, to run it without the model's class
+    graph.json          the graph, to run it without the model's class, and which files hold its tensors
     report.json         the figures
     report.html         the same, to look at
     model.onnx          the pruned network for a runtime, where it was asked for
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from torch import Tensor, fx, nn
 
 from vbpfx.capture import named_tensors
 from vbpfx.checkpoint import tensors_digest
-from vbpfx.errors import ArtifactError, ModelError, VbpfxError
+from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.graph_format import graph_from_json, graph_to_json
 from vbpfx.own_class import apply_plan
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
-from vbpfx.stored import INDEX, WHOLE, indexed_files
+from vbpfx.stored import INDEX, WHOLE
 
 _FORMAT = 3
 _BUFFERS = "buffers.safetensors"
@@ -144,24 +144,28 @@ def save_network(
     tensors = own | unused
     first: dict[int, str] = {}
     tied = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
-    graph = _graph(graph_module, tied, list(tensors), list(unused))
+    graph = _graph(graph_module, tied, list(tensors), list(unused), [WHOLE])
     stored = {name: tensor.clone() for name, tensor in tensors.items() if name not in tied}
     write_atomically(
         {
             **_plan_files(plan, folder),
-            folder / "model.safetensors": safetensors_writer(stored),
+            folder / WHOLE: safetensors_writer(stored),
             folder / "graph.json": json_writer(graph),
             **{folder / name: write for name, write in beside.items()},
         }
     )
+    for path in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS):
+        with suppress(OSError):  # of an artifact in shards that was here before; graph.json no longer names them
+            path.unlink()
     return folder
 
 
 def _graph(
-    graph_module: fx.GraphModule, tied: Mapping[str, str], tensors: list[str], unused: list[str]
+    graph_module: fx.GraphModule, tied: Mapping[str, str], tensors: list[str], unused: list[str], files: list[str]
 ) -> dict[str, Any]:
     """The graph, and what it has to do with the tensors in the files beside it."""
     about = {
+        "files": files,
         "tied": dict(tied),
         "tensors": sorted(tensors),
         "unused": sorted(unused),
@@ -194,8 +198,9 @@ def save_beside_weights(
     tied = {name: source for name, source in stored.items() if name != source}
     written = {*stored, *stored.values()}
     used = own.keys() | {source for name, source in tied.items() if name in own}
-    graph = _graph(graph_module, tied, [*(written | own.keys())], [*(written - used)])
     rest = {name: others.get(name, tensor) for name, tensor in own.items() if name not in stored}
+    holding = sorted(path.name for path in folder.glob("model*.safetensors")) + [_BUFFERS] * bool(rest)
+    graph = _graph(graph_module, tied, [*(written | own.keys())], [*(written - used)], holding)
     files = {
         **_plan_files(plan, folder),
         folder / "graph.json": json_writer(graph),
@@ -220,12 +225,12 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     folder = Path(folder)
     settle(folder)
     graph = read_json(folder / "graph.json")
-    tensors = _read_all_tensors(folder)
     try:
+        tensors = _read_all_tensors(folder, graph.get("files", [WHOLE]))
         tied: dict[str, str] = graph["tied"]
         missing = sorted(set(graph["tensors"]) - set(tensors) - set(tied))
         if missing:
-            raise ArtifactError(f"{folder / WHOLE} lacks {missing[0]}; save the network again")
+            raise ArtifactError(f"{folder} lacks {missing[0]}; save the network again")
         if into is not None:
             named = tensors | {name: tensors[first] for name, first in tied.items()}
             return _load_into(into, load_plan(folder), named, folder)
@@ -263,14 +268,11 @@ def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder:
     return small
 
 
-def _read_all_tensors(folder: Path) -> dict[str, Tensor]:
-    """What lies in one file, or in the shards that an index names; and what lies beside weights."""
-    try:
-        paths = indexed_files(folder) if (folder / INDEX).exists() else [folder / WHOLE]
-    except ModelError as error:
-        raise ArtifactError(f"{error}; save the network again") from error
-    paths += [folder / _BUFFERS] if (folder / _BUFFERS).exists() else []
-    return {name: tensor for path in paths for name, tensor in _read_tensors(path).items()}
+def _read_all_tensors(folder: Path, files: list[str]) -> dict[str, Tensor]:
+    """What lies in the files that graph.json names."""
+    if not all(name == Path(name).name for name in files):
+        raise ArtifactError(f"{folder / 'graph.json'} names files outside of its folder")
+    return {name: tensor for file in files for name, tensor in _read_tensors(folder / file).items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

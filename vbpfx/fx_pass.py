@@ -18,7 +18,7 @@ from vbpfx.frontends import INPUT_GUARDS
 from vbpfx.inputs import Inputs, argument_names, reader
 from vbpfx.narrow import removed_channels
 from vbpfx.pipeline import Pruned, prune, require_batches
-from vbpfx.plan import PlanArguments, PlanOptions
+from vbpfx.plan_options import PlanArguments, PlanOptions
 from vbpfx.records import Plan
 from vbpfx.verify import verify
 

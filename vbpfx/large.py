@@ -8,6 +8,7 @@ piece by piece again, the pruned ones from the files that were written.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from vbpfx.artifact import save_beside_weights
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.convert import convert
-from vbpfx.errors import ArtifactError, VerificationError, first_line
+from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
 from vbpfx.fake import has_fixed_batch
 from vbpfx.files import require_new, whole_folder
 from vbpfx.html_report import report_files
@@ -32,7 +33,7 @@ from vbpfx.model_config import describe_widths, has_config
 from vbpfx.narrow import Changes
 from vbpfx.own_class import apply_plan
 from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
-from vbpfx.plan import PlanArguments, PlanOptions
+from vbpfx.plan_options import PlanArguments, PlanOptions
 from vbpfx.prepare import Statistics
 from vbpfx.records import Plan
 from vbpfx.report import Report, make_report
@@ -147,6 +148,8 @@ def prune_files(
 
 
 def _shard_limit(shard_size: int | str | None, memory: float) -> int:
+    if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
+        raise BudgetError(f"memory={memory!r} is no number of GiB above 0")
     limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
     if limit > memory * 2**30:
         raise ArtifactError(
@@ -181,9 +184,13 @@ def _write_weights(
 ) -> Mapping[str, str]:
     """Write the narrowed weights; returns name -> stored name."""
     stored, changes = hollow.stored, Changes(plan)
+    # a tied tensor may be stored under another of its names than the plan's, or under several: one is written
+    changed = {hollow.names[name]: name for name in changes.names if name not in changes.made}
+    further_names = {name for name, source in hollow.names.items() if name != source}
     shapes = {
-        name: changes.of(name, lambda n: stored.shapes[hollow.names[n]]) if name in changes.names else shape
+        name: changes.of(changed[name], lambda n: stored.shapes[hollow.names[n]]) if name in changed else shape
         for name, shape in stored.shapes.items()
+        if name not in further_names
     }
     shapes |= {name: changes.of(name, lambda n: stored.shapes[hollow.names[n]]) for name in changes.made}
     dense = {name: stored.shapes[source].dtype for name, source in hollow.names.items()}
@@ -198,8 +205,8 @@ def _write_weights(
     def make(name: str) -> Tensor:
         if name in further:
             return torch.zeros(further[name].shape, dtype=further[name].dtype)
-        if name in changes.names:
-            return changes.of(name, lambda n: stored.read(hollow.names[n]))
+        if name in changed or name in changes.made:
+            return changes.of(changed.get(name, name), lambda n: stored.read(hollow.names[n]))
         return stored.read(name)
 
     write_shards(shapes | further, make, folder, limit)

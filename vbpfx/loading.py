@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from vbpfx.capture import named_tensors, share_parameters
 from vbpfx.edit import finish
-from vbpfx.inputs import Inputs
+from vbpfx.inputs import Inputs, tensors_in
 from vbpfx.stored import Stored
 from vbpfx.stream import Stream
 
@@ -43,7 +43,8 @@ class Loans:
 
     def value(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor of that name in the model."""
-        found = self.buffers[name] if name in self.buffers else self.stored.read(self.names[name])
+        # a copy: forward may write to a buffer, and this one is the caller's
+        found = self.buffers[name].clone() if name in self.buffers else self.stored.read(self.names[name])
         return found.to(dtype)
 
     def knows(self, name: str) -> bool:
@@ -219,7 +220,7 @@ class Loading:
                     stream.run_through(piece.last)
             behind(piece)
         values = [[stream.runs[0].env[stream.nodes[name]] for name in self._outputs] for stream in streams]
-        return [[value for value in found if isinstance(value, Tensor)] for found in values]
+        return [tensors_in(found) for found in values]
 
 
 def run_by_module(model: nn.Module, loans: Loans, inputs: Inputs) -> list[Tensor]:
@@ -245,4 +246,4 @@ def run_by_module(model: nn.Module, loans: Loans, inputs: Inputs) -> list[Tensor
         module.register_forward_hook(take_back)
     with torch.no_grad():
         output = inputs.run(copy)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors_in(output)

@@ -51,6 +51,8 @@ class CoMoments:
         centred = wide - mean.to(wide.dtype)
         left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
         m2 = (centred.T @ centred).double() - len(rows) * torch.outer(left, left)
+        if wide.dtype != torch.float64 and answers_at_once(wide.device) and not bool(m2.isfinite().all()):
+            return cls.of(wide.double())  # squares of what is finite may leave float32
         return cls(len(rows), mean.to(wide.dtype).double() + left, m2)
 
     def __or__(self, other: CoMoments) -> CoMoments:

@@ -37,7 +37,7 @@ from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
 from vbpfx.onnx_graph.runtime import open_session, session_with
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.pipeline import EXAMPLE_SAMPLES, Pruned, Run, first_batch, prune_captured
-from vbpfx.plan import PlanArguments, PlanOptions
+from vbpfx.plan_options import PlanArguments, PlanOptions
 from vbpfx.prepare import Statistics
 from vbpfx.records import Plan
 from vbpfx.report import Report

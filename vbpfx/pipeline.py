@@ -33,7 +33,8 @@ from vbpfx.inputs import Inputs, as_inputs, reader
 from vbpfx.kept import Keeping
 from vbpfx.latency import measure_latencies, measure_result
 from vbpfx.own_class import apply_plan
-from vbpfx.plan import PlanArguments, PlanOptions, make_plan
+from vbpfx.plan import make_plan
+from vbpfx.plan_options import PlanArguments, PlanOptions
 from vbpfx.prepare import Statistics, prepare, statistics
 from vbpfx.ranks import ALONE, Ranks, Sharing, joining
 from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit

@@ -45,7 +45,7 @@ class Repeated:
         if not self._usable or "out" in kwargs:
             return call()
         try:
-            key = _operator(operator), _key(args), _key(kwargs), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+            key = _operator(operator), _key(args), _key(kwargs), *map(_autocast, ("cpu", "cuda"))
         except _NoKeyError:
             return call()
         if key not in self._results:
@@ -63,13 +63,18 @@ def _name(target: Any) -> str:
     return packet if isinstance(packet, str) else str(getattr(packet, "__name__", ""))
 
 
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _operator(operator: Any) -> Hashable:
     if isinstance(operator, str):
         return operator
     if isinstance(operator, nn.Module):
         return _layer(operator)
     package = str(getattr(operator, "__module__", "")).partition(".")[0]
-    foreign = isinstance(operator, torch._ops.OpOverload) and operator.namespace != "aten"
+    of_a_library = isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    foreign = of_a_library and not str(operator).startswith("aten.")
     if foreign or package not in ("torch", "_operator", "None"):  # torch's own builtins name no module
         raise _NoKeyError
     return operator  # type: ignore[no-any-return]

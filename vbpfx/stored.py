@@ -72,14 +72,14 @@ class Stored:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         if (path / INDEX).exists():
-            return indexed_files(path)
+            return _indexed_files(path)
         path = path / WHOLE
     if not path.exists():
         raise ModelError(f"{path} is missing; pass safetensors files, or a folder with {WHOLE} or {INDEX}")
     return [path]
 
 
-def indexed_files(folder: Path) -> list[Path]:
+def _indexed_files(folder: Path) -> list[Path]:
     """The shards that a folder's index names.
 
     Raises:

@@ -23,7 +23,8 @@ from vbpfx.inputs import Inputs
 from vbpfx.loading import Loading, Loans, Piece, runnable
 from vbpfx.moments import Moments
 from vbpfx.observer import Observer
-from vbpfx.plan import Deciding, PlanOptions, pooled
+from vbpfx.plan import Deciding, pooled
+from vbpfx.plan_options import PlanOptions
 from vbpfx.prepare import Statistics, observers, prepare
 from vbpfx.records import Block, BlockPlan, Plan
 
@@ -155,17 +156,24 @@ class _Gathering:
                 self._run_way(loading, way, observed, behind)
 
     def _run_way(self, loading: Loading, way: range, observed: fx.GraphModule, behind: Callable[[Piece], None]) -> None:
-        watching, current = observers(observed), [0]
+        watching = observers(observed)
+        running: list[int] = []
 
         def before(number: int) -> None:
-            current[0] = way[number]
+            running[:] = [way[number]]
             for observer in watching:
                 observer.rows = self.starts[way[number]] * observer.rows_a_sample
 
+        def passed(piece: Piece) -> None:
+            running.clear()
+            behind(piece)
+
         try:
-            loading.run([self.batches[number] for number in way], before=before, behind=behind)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:  # what operators raise
-            number = current[0]
+            loading.run([self.batches[number] for number in way], before=before, behind=passed)
+        except Exception as error:  # the model's own operators raise whatever they raise
+            if not running:  # a weight cannot be read, or a criterion of the user's fails
+                raise
+            number = running[0]
             first = self.batches[0] if number else None
             raise CalibrationError(misfit(number + 1, self.batches[number], first, observed, error)) from error
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import VerificationError, first_line
-from vbpfx.inputs import Inputs, as_inputs, model_device
+from vbpfx.inputs import Inputs, as_inputs, model_device, tensors_in
 from vbpfx.records import Plan
 from vbpfx.substitute import as_matrix, in_dense_shape, reference_graph
 
@@ -120,6 +119,15 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
     dense, pruned, substituted = outputs.dense, outputs.pruned, outputs.substituted
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
     bound = TOLERANCES.get(dtype, 1e-4) if tolerance is None else tolerance
+    if not dense:
+        raise VerificationError(
+            "the output holds no tensor in a tuple, list, dict or dataclass, so nothing can be compared; return tensors in one of "
+            "these, or pass verify=False"
+        )
+    if len(outputs.model) != len(dense):
+        raise VerificationError(
+            f"the captured graph returns {len(dense)} tensors, the model {len(outputs.model)}: please report the model"
+        )
     if [t.shape for t in pruned] != [t.shape for t in substituted]:
         raise VerificationError(
             f"the pruned network returns shapes {[tuple(t.shape) for t in pruned]}, the dense one "
@@ -193,4 +201,4 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     finally:
         for module, training in modes.items():
             module.training = training
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors_in(output)

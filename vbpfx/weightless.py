@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from vbpfx.capture import named_tensors, share_parameters
+from vbpfx.capture import named_tensors, require_module, share_parameters
 from vbpfx.errors import ModelError, first_line
 from vbpfx.stored import Stored
 
@@ -22,7 +23,7 @@ def without_weights() -> Iterator[None]:
     """Modules that are built inside get their parameters on the meta device, where they take no memory.
 
     Buffers are computed as ever: what a constructor computes and no file holds (the frequencies of rotary embeddings) is
-    there. The parameters' values come from files, see :func:`vbpfx.prune_files`.
+    there. The parameters' values come from files, see :func:`vbpfx.prune_files`. What the constructors raise is raised.
     """
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
@@ -60,13 +61,16 @@ class Weightless:
         """A folder of Hugging Face, or a model that was built under :func:`without_weights` and its weights.
 
         Raises:
-            ModelError: a file cannot be read, does not fit the model, or the model has its weights in memory.
+            ModelError: a file cannot be read, does not fit the model or holds quantised weights, or the model has its weights
+                in memory or computes in float16.
+            CaptureError: it is no module.
         """
         folder: Path | None = None
         restored: dict[str, Any] = {}
         if isinstance(model, (str, Path)):
             folder = Path(model)
             model, restored = _of_folder(folder)
+        require_module(model)
         if weights is None:
             if folder is None:
                 raise ModelError("weights= is needed with a module: the safetensors files that hold its state dict")
@@ -76,6 +80,12 @@ class Weightless:
             raise ModelError(
                 f"parameter {real[0]} of {type(model).__name__} is in memory; build the model under "
                 f"vbpfx.without_weights(), or use vbpfx.prune"
+            )
+        half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
+        if half:
+            raise ModelError(
+                f"parameter {half[0]} of {type(model).__name__} is float16 and everything is computed on the CPU, where many "
+                f"operators do not exist in it and sums overflow: build the model without .half(); the files stay float16"
             )
         stored = Stored.of(weights)
         names = _stored_names(model, stored)
@@ -90,6 +100,8 @@ class Weightless:
 
 
 def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no folder of Hugging Face: there is no {folder / 'config.json'}")
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
@@ -125,6 +137,12 @@ def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
         f"{name} has shape {tuple(stored.shapes[source].shape)}, in the model {tuple(tensors[name].shape)}"
         for name, source in names.items()
         if stored.shapes[source].shape != tensors[name].shape
+    ]
+    wrong += [
+        f"{name} is stored as {dtype}, and quantised weights are not read: store them in bfloat16 or wider"
+        for name, source in names.items()
+        if tensors[name].is_floating_point()
+        and not ((dtype := stored.shapes[source].dtype).is_floating_point and dtype.itemsize > 1)
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""

@@ -62,7 +62,7 @@ BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "C
 
 
 class Method(str, Enum):
-    """The names of :data:`vbpfx.plan.METHODS`."""
+    """The names of :data:`vbpfx.plan_options.METHODS`."""
 
     auto = "auto"
     vbp = "vbp"
