@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 import vbpfx
 from vbpfx.artifact import load_plan
 from vbpfx.cli import app
-from vbpfx.cli.prune import Method, Place
+from vbpfx.cli.conventions import Method
+from vbpfx.cli.prune import Place
 from vbpfx.plan import METHODS
 from vbpfx.runtimes.table import NAMES
 

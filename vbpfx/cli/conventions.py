@@ -29,6 +29,13 @@ class Frontend(str, Enum):
     export = "export"
 
 
+class Method(str, Enum):
+    """The names of :data:`vbpfx.plan.METHODS`."""
+
+    auto = "auto"
+    vbp = "vbp"
+
+
 def _without_color(asked: bool) -> None:
     if asked:
         os.environ["NO_COLOR"] = "1"  # rich and typer look for it

@@ -17,6 +17,7 @@ from vbpfx.cli.conventions import (
     Debug,
     Device,
     Frontend,
+    Method,
     Model,
     Tracing,
     Weights,
@@ -59,13 +60,6 @@ torchrun --nproc-per-node 2 -m vbpfx prune hf:folder --data texts.txt --params 0
 
 
 BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
-
-
-class Method(str, Enum):
-    """The names of :data:`vbpfx.plan.METHODS`."""
-
-    auto = "auto"
-    vbp = "vbp"
 
 
 class Place(str, Enum):
