@@ -32,7 +32,9 @@ def _read_texts(path: Path) -> tuple[list[str], list[int] | None]:
     """
     try:
         lines = [
-            (n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1) if line.strip()
+            (n, line)
+            for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+            if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
