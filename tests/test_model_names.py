@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
+from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from vbpfx.errors import ModelError
 from vbpfx.model_names import file_inputs, load_model, typical_inputs
@@ -144,9 +144,21 @@ def test_weights_that_do_not_fit_or_are_none(tmp_path: Path) -> None:
             load_model("test_model_names:make", tmp_path / name)
 
 
+@pytest.mark.parametrize("damaged", [b"\x80\x02.", b"\x80\x02h\x05.", b"\x80\x02G\x00."])
+def test_whatever_torch_trips_over_is_a_model_error(damaged: bytes, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(damaged)
+    with pytest.raises(ModelError, match=r"weights\.pt is no file of weights alone"):
+        load_model("test_model_names:make", tmp_path / "weights.pt")
+
+
 def test_a_model_that_does_not_say_what_it_takes() -> None:
     with pytest.raises(ModelError, match=r"_Net does not say what its input looks like; pass --shape"):
         typical_inputs(_Net())
+    with pytest.raises(ModelError, match=r"CLIPModel does not say"):
+        typical_inputs(CLIPModel(CLIPConfig(
+            text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20},
+            vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 32},
+        )))  # fmt: skip
 
 
 def test_inputs_of_an_onnx_file(tmp_path: Path) -> None:

@@ -133,6 +133,12 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
 
 
+def note_random_weights(model: str, weights: Path | None) -> None:
+    """That nobody has trained the model, where its name says so: what is made of it is made of noise."""
+    if weights is None and model.startswith(("timm:", "torchvision:")):
+        note(f"{model} has random weights: for trained ones pass --weights FILE")
+
+
 @contextmanager
 def busy(text: str, shown: bool = True) -> Iterator[None]:
     """What takes a while, on standard error as long as it does, where somebody sees it."""

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, Device, device_named, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.conventions import (
+    Color,
+    Debug,
+    Device,
+    device_named,
+    failing_in_one_line,
+    note,
+    note_random_weights,
+    shows_progress,
+    sizes,
+)
 from vbpfx.cli.data_options import (
     DATA,
     Bad,
@@ -94,6 +104,9 @@ def evaluate(
         if dense:
             pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
         samples = open_data(data, original, **reading)
+        note_random_weights(dense or network, weights)
+        if dense and not is_folder:
+            note_random_weights(network, None)
         note(str(samples))
         found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
     if as_json:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.conventions import Color, Debug, failing_in_one_line, note, note_random_weights, shows_progress, sizes
 from vbpfx.cli.data_options import (
     DATA,
     Bad,
@@ -160,6 +160,7 @@ def finetune(
             samples = open_data(data, model, **reading)
             tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
             if ranks.first:
+                note_random_weights(dense, weights)
                 note(str(samples))
                 if tuning.as_graph:
                     note(f"trained as a graph, without dropout: {tuning.as_graph}")

@@ -26,6 +26,7 @@ from vbpfx.cli.conventions import (
     failing_in_one_line,
     fraction,
     note,
+    note_random_weights,
     shows_progress,
     sizes,
 )
@@ -192,6 +193,7 @@ def prune(
             network = load_model(model, weights).to(device_named(device))
             calibration = open_data(data, network, **reading)
         if ranks.first:
+            note_random_weights(model, weights)
             note(str(calibration))
         pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
         with busy(f"writing {out}", ranks.first):
