@@ -321,6 +321,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
         ({"bad_images": "keep"}, "bad_images='keep' is unknown"),
         ({"shape": (4, 32, 32)}, "images of shape 4x32x32: expected channels"),
         ({"crop": 1.5}, "crop must be above 0 and at most 1"),
+        ({"shape": (1, 32, 32), "mean": (0.0,) * 3, "std": (1.0,)}, "mean must be 1 number for images of 1 channel"),
         ({"std": (0.0,)}, "std must be 1 or 3 numbers"),
         ({"max_length": 8}, "max_length goes with texts"),
     ],
@@ -329,6 +330,24 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
 def test_options_that_are_none(flat: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         _open(flat, **options)
+
+
+def test_two_links_to_one_folder_are_two_folders(classed: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name, target in (("a", "bird"), ("b", "bird"), ("c", "dog")):
+        (linked / name).symlink_to(classed / target)
+    (linked / "c" / "round").symlink_to(linked)  # through another link, back to where all begins
+    data = _open(linked)
+    assert data.classes == ("a", "b", "c")
+    assert list(data.labels) == [0] * 2 + [1] * 2 + [2] * 4
+
+
+def test_one_image_is_no_plural(classed: Path) -> None:
+    assert str(_open(classed, limit=1)).startswith("1 of 12 images from")
+    for number in range(1, 2):
+        (classed / "bird" / f"{number}.png").unlink()
+    assert str(_open(classed / "bird")).startswith("1 image from")
 
 
 def test_a_link_that_leads_back_is_followed_once(flat: Path) -> None:

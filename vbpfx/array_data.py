@@ -77,6 +77,6 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     labels = None if known is None else tuple(known[number] for number in chosen)
     shapes = ", ".join(f"{name} {array.shape[1:]}".strip() for name, array in arrays.items())
     of = f" of {read.samples:,}" if len(chosen) < read.samples else ""
-    about = (f"{len(chosen):,}{of} samples from {path}: {shapes}",)
+    about = (f"{len(chosen):,}{of} {'sample' if read.samples == 1 else 'samples'} from {path}: {shapes}",)
     dataset = _Samples(arrays, labels, chosen, dtype)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _collate)

@@ -106,18 +106,22 @@ def _numbered(names: Sequence[str]) -> dict[str, list[int]]:
     return places
 
 
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether it is a link to a folder on the way to it, where one would go round for ever."""
+    if not path.is_symlink():
+        return False
+    parts = path.relative_to(folder).parts
+    way = (folder.joinpath(*parts[:length]) for length in range(len(parts)))
+    return os.path.realpath(path) in map(os.path.realpath, way)
+
+
 def _walk(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """All images beneath a folder, and all other files, in order; hidden ones left out."""
     images: list[Path] = []
     others: list[Path] = []
-    seen: set[str] = set()  # a link may lead back to where it stands
     for root, below, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(root) / name, folder)]
+        for name in files:
             if not name.startswith("."):
                 (images if name.lower().endswith(SUFFIXES) else others).append(Path(root) / name)
     return tuple(sorted(images)), tuple(sorted(others))

@@ -156,6 +156,8 @@ def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int 
     chosen = sorted(spread(known, len(texts), seed)[:limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
     of = f" of {len(texts):,}" if len(chosen) < len(texts) else ""
-    about = (f"{len(chosen):,}{of} texts from {path}, at most {tokens.length} tokens each",)
+    about = (
+        f"{len(chosen):,}{of} {'text' if len(texts) == 1 else 'texts'} from {path}, at most {tokens.length} tokens each",
+    )
     dataset = _Texts(tuple(texts[number] for number in chosen), labels)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _Tokenised(tokens))
