@@ -53,6 +53,16 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert typical_inputs(images).kwargs["pixel_values"].shape == (2, 3, 32, 32)
 
 
+def test_loading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=32)
+    ViTModel(config).save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_model(f"hf:{tmp_path}")
+    with torch.device("meta"):
+        load_model("torchvision:inception_v3")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_networks.py").write_text(
         "from torch import nn\n"

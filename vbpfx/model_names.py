@@ -9,7 +9,8 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +114,46 @@ def _of_torchvision(name: str, rest: str) -> nn.Module:
     # no downloads: detection and segmentation models would fetch a backbone
     signature = inspect.signature(models.get_model_builder(rest))
     extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}
-    model: nn.Module = models.get_model(rest, weights=None, **extra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of inception and googlenet: that other versions draw other random weights
+        model: nn.Module = models.get_model(rest, weights=None, **extra)
     return model
 
 
 def _of_transformers(name: str, rest: str) -> nn.Module:
     transformers = _package(name, "transformers", "transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(rest)
-        config.use_cache = False  # no part of one forward pass
-        known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-        kind = next(filter(None, known), transformers.AutoModel)
-        if torch.get_default_device().type == "meta":  # nobody asks for the weights
-            made: nn.Module = (
-                transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
-            )
-            return made
-        model: nn.Module = kind.from_pretrained(rest, config=config)
+        with _quiet_transformers(transformers):
+            return _from_pretrained(transformers, rest)
     except Exception as error:  # the hub, the configuration and the model class raise what they raise
         raise ModelError(
             f"transformers cannot load {rest!r} ({type(error).__name__}: {first_line(error)}); pass the name of a model, or a "
             f"folder with config.json and the weights"
         ) from error
+
+
+@contextmanager
+def _quiet_transformers(transformers: Any) -> Iterator[None]:
+    """Without its bar, which it draws where nobody sees it, too."""
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
+def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(rest)
+    config.use_cache = False  # no part of one forward pass
+    known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    kind = next(filter(None, known), transformers.AutoModel)
+    if torch.get_default_device().type == "meta":  # nobody asks for the weights
+        made: nn.Module = transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
+        return made
+    model: nn.Module = kind.from_pretrained(rest, config=config)
     return model
 
 
