@@ -151,6 +151,10 @@ LINES: dict[str, tuple[list[str], int, str]] = {
     "nothing to compare with": (["bench", "out"], 2, "pass DIR and --dense MODEL"),
     "a folder without a network": (["bench", "empty", "--dense", MLP, "--shape", "3x8x8"], 1, "cannot read empty/graph.json"),
     "an ONNX file that is not there": (["onnx", "no.onnx", "--data", "good.npy", "--out", "o.onnx", "--ratio", "0.5"], 1, "no.onnx"),
+    "a ratio of an ONNX file above 1": (["onnx", "no.onnx", "--data", "good.npy", "--out", "o.onnx", "--ratio", "1.5"], 2, "1.5 is not between 0 and 1"),
+    "a method of an ONNX file that is unknown": (
+        ["onnx", "no.onnx", "--data", "good.npy", "--out", "o.onnx", "--ratio", "0.5", "--method", "magic"], 2, "magic"
+    ),
     "a command that is unknown": (["shrink"], 2, "shrink"),
 }  # fmt: skip
 

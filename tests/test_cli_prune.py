@@ -14,6 +14,7 @@ import cli_networks
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -22,7 +23,8 @@ from typer.testing import CliRunner, Result
 import vbpfx
 from vbpfx.artifact import load_plan
 from vbpfx.cli import app
-from vbpfx.cli.prune import Method, Place
+from vbpfx.cli.conventions import Method
+from vbpfx.cli.prune import Place
 from vbpfx.plan_options import METHODS
 from vbpfx.runtimes.table import NAMES
 
@@ -71,6 +73,29 @@ def test_the_files_are_what_the_library_makes(data: torch.Tensor) -> None:
 def test_json_is_the_report_and_nothing_else(data: torch.Tensor) -> None:
     result = _prune("--ratio", "0.5", "--json")
     assert json.loads(result.stdout)["widths"] == json.loads(Path("out/report.json").read_text())["widths"]
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "finetune"])
+def test_a_model_that_nobody_trained_is_told(command: str, data: torch.Tensor) -> None:
+    """Without --weights the student of a trained network would learn from noise, and nobody would hear of it."""
+    np.save("images.npy", np.random.default_rng(0).standard_normal((3, 3, 160, 160)).astype(np.float32))
+    save_file(timm.create_model("test_vit").state_dict(), "trained.safetensors")
+    given = ["--data", "images.npy", "--batch", "3"]
+    made = ["prune", "timm:test_vit", "--ratio", "0.5", "--method", "vbp", "--out", "small", "--no-onnx", *given]
+    rest = {
+        "prune": made,
+        "eval": ["eval", "small", "--dense", "timm:test_vit", *given],
+        "finetune": ["finetune", "small", "--dense", "timm:test_vit", "--out", "tuned", "--epochs", "1", "--held-out", "0",
+                     "--no-onnx", *given],
+    }  # fmt: skip
+    trained = ["--weights", "trained.safetensors"]
+    if command != "prune":
+        assert CliRunner().invoke(app, [*made, *trained]).exit_code == 0
+    line = "timm:test_vit has random weights: for trained ones pass --weights FILE\n"
+    for weights in ([], trained):
+        result = CliRunner().invoke(app, [*rest[command], *weights])
+        assert result.exit_code == 0, result.output
+        assert (line in result.stderr) == (not weights)
 
 
 def test_options_arrive(data: torch.Tensor) -> None:

@@ -177,8 +177,8 @@ def test_classes_are_torchvisions(classed: Path) -> None:
     (classed / "cat" / ".DS_Store").write_bytes(b"\0")
     data = _open(classed)
     expected = torchvision.datasets.ImageFolder(str(classed), allow_empty=True)
-    names = [name for name in expected.classes if name not in ("empty", ".git")]
-    assert data.classes == tuple(names) == ("bird", "cat", "dog")
+    names = [name for name in expected.classes if name != ".git"]
+    assert data.classes == tuple(names) == ("bird", "cat", "dog", "empty")
     samples = [(file, label) for file, label in expected.samples if ".git" not in file]
     assert [names[label] for label in data.labels] == [expected.classes[label] for _, label in samples]
     assert [str(file) for file in data.dataset.files] == [file for file, _ in samples]
@@ -201,6 +201,26 @@ def test_names_of_classes_number_the_folders(classed: Path, tmp_path: Path) -> N
     assert list(data.labels) == [2] * 2 + [3] * 6 + [1] * 4
     names.write_text("cat\nbird\n")
     with pytest.raises(CalibrationError, match=r"the folder n00000002 of .* is no name of a class"):
+        _open(classed, classes=names)
+
+
+def test_a_folder_without_images_is_a_class_without_samples(classed: Path) -> None:
+    """As for torchvision: left out, it would number the folders behind it anew, and every label would be another class."""
+    (classed / "cow").mkdir()
+    data = _open(classed)
+    theirs = torchvision.datasets.ImageFolder(classed, allow_empty=True)
+    assert list(data.classes) == theirs.classes == ["bird", "cat", "cow", "dog"]
+    assert list(data.labels) == theirs.targets
+
+
+def test_a_folder_is_the_class_of_a_whole_line_before_that_of_a_first_word(classed: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"\xef\xbb\xbfcat\ndog house\nbird\ndog\n")  # as Windows writes UTF-8
+    assert set(_open(classed, classes=names).labels) == {0, 2, 3}
+    names.write_text("cat\ndog house\nbird\ndog rose\n")
+    with pytest.raises(
+        CalibrationError, match=r"the folder dog of .* may be line 2 or line 4 .*'dog house', 'dog rose'"
+    ):
         _open(classed, classes=names)
 
 
@@ -228,6 +248,7 @@ def test_labels_from_a_list(flat: Path, prefix: str) -> None:
         ("file,label\n0.jpg,1\n9.jpg,1\n", r"names .*9\.jpg, which does not exist \(1 such files\)"),
         ("file,label\n0.jpg,1\nnotes.md,1\n", r"names .*notes\.md, which is no image"),
         ("file,label\n0.jpg,1\n0.jpg,2\n", r"line 3: 0\.jpg has label 2 here and 1 above"),
+        ("file,label\n0.jpg,1\n\n\n1.png\n", "line 5: expected a file"),
         ("file,label\nother/x.jpg,1\n", r"names no image of .*flat: it begins with other/x\.jpg"),
         ("", "begins with nothing"),
     ],
@@ -300,6 +321,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
         ({"bad_images": "keep"}, "bad_images='keep' is unknown"),
         ({"shape": (4, 32, 32)}, "images of shape 4x32x32: expected channels"),
         ({"crop": 1.5}, "crop must be above 0 and at most 1"),
+        ({"shape": (1, 32, 32), "mean": (0.0,) * 3, "std": (1.0,)}, "mean must be 1 number for images of 1 channel"),
         ({"std": (0.0,)}, "std must be 1 or 3 numbers"),
         ({"max_length": 8}, "max_length goes with texts"),
     ],
@@ -308,6 +330,24 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
 def test_options_that_are_none(flat: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         _open(flat, **options)
+
+
+def test_two_links_to_one_folder_are_two_folders(classed: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name, target in (("a", "bird"), ("b", "bird"), ("c", "dog")):
+        (linked / name).symlink_to(classed / target)
+    (linked / "c" / "round").symlink_to(linked)  # through another link, back to where all begins
+    data = _open(linked)
+    assert data.classes == ("a", "b", "c")
+    assert list(data.labels) == [0] * 2 + [1] * 2 + [2] * 4
+
+
+def test_one_image_is_no_plural(classed: Path) -> None:
+    assert str(_open(classed, limit=1)).startswith("1 of 12 images from")
+    for number in range(1, 2):
+        (classed / "bird" / f"{number}.png").unlink()
+    assert str(_open(classed / "bird")).startswith("1 image from")
 
 
 def test_a_link_that_leads_back_is_followed_once(flat: Path) -> None:
@@ -384,6 +424,13 @@ def test_arrays(tmp_path: Path) -> None:
     assert len(set(rows)) == 4
 
 
+def test_arrays_in_the_other_byte_order(tmp_path: Path) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.save(tmp_path / "a.npy", values.astype(values.dtype.newbyteorder()))
+    (batch,) = vbpfx.open_data(tmp_path / "a.npy", nn.Linear(4, 2))
+    assert torch.equal(batch, torch.from_numpy(values))
+
+
 def test_named_arrays_and_their_labels(tmp_path: Path) -> None:
     ids, mask = np.arange(12).reshape(4, 3), np.ones((4, 3), np.int64)
     np.savez(tmp_path / "a.npz", input_ids=ids, attention_mask=mask, labels=np.array([1, 0, 1, 0]))
@@ -406,7 +453,8 @@ def test_named_arrays_and_their_labels(tmp_path: Path) -> None:
             r"labels must be one integer a sample, found float64 of shape \(3,\)",
         ),
         ({"labels": np.ones(3, np.int64)}, "holds labels alone"),
-        ({"x": np.array(["a", "b"])}, "x is of <U1; expected numbers"),
+        ({"x": np.array(["a", "b"])}, "x is of <U1; expected numbers of at most 8 bytes"),
+        ({"x": np.ones((3, 2), np.longdouble)}, r"x is of float\d+; expected numbers of at most 8 bytes"),
         ({"x": np.ones((3, 2)), "y": np.ones((4, 2))}, "holds no arrays of one number of samples"),
     ],
 )
@@ -490,6 +538,14 @@ def test_lines_of_json(bert: Path, tmp_path: Path) -> None:
     assert batch["input_ids"].shape == (3, 2)
     del rows[1]["label"]
     assert vbpfx.open_data(_texts(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), model).labels is None
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "the cat\n"), ("a.jsonl", '{"text": "the cat"}')])
+def test_a_byte_order_mark_is_no_text(bert: Path, tmp_path: Path, name: str, text: str) -> None:
+    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    (plain,) = vbpfx.open_data(_texts(tmp_path / name, text), model)
+    (marked,) = vbpfx.open_data(_texts(tmp_path / name, "\ufeff" + text), model)
+    assert torch.equal(marked["input_ids"], plain["input_ids"])
 
 
 @pytest.mark.parametrize(

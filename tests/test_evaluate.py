@@ -177,12 +177,13 @@ def test_what_is_printed(three: tuple[np.ndarray, ...]) -> None:
             r"batch 1 .*shape \(16, 3\) in the pruned network and \(16, 7\)",
         ),
         (lambda d, p, b: (d, Table(_rows(1) * math.nan), b), "the pruned network's output holds NaN"),
+        (lambda d, p, b: (Table(_rows(1) * -math.inf), p, b), "the dense network's output holds infinite values"),
         (
             lambda d, p, b: (d, p, [b[0], (b[1][0], b[1][1] + 7)]),
             r"batch 2 .*label 1\d is no class of a network with 7 outputs",
         ),
-        (lambda d, p, b: (d, p, [b[0], b[1][0]]), "batch 2 .*this batch has no labels, those before had"),
-        (lambda d, p, b: (d, p, [b[0][0], b[1]]), "batch 2 .*this batch has labels, those before had not"),
+        (lambda d, p, b: (d, p, [b[0], b[1][0]]), "batch 2 .*this batch has no labels, those before had some"),
+        (lambda d, p, b: (d, p, [b[0][0], b[1]]), "batch 2 .*this batch has labels, those before had none"),
         (lambda d, p, b: (d, p, [b[0][0] + 1000]), "batch 1 .*does not run through Table"),
     ],
 )
@@ -197,6 +198,30 @@ def test_names_must_be_those_of_the_outputs(three: tuple[np.ndarray, ...]) -> No
     dense, pruned, labels = three
     with pytest.raises(EvaluationError, match="there are 3 classes, and the network has 7 outputs"):
         _evaluate(Table(dense), Table(pruned), _batches(labels % 3), classes=["a", "b", "c"])
+
+
+def test_names_are_compared_with_the_outputs_before_hours_of_work(three: tuple[np.ndarray, ...]) -> None:
+    dense, pruned, labels = three
+    batches = iter(_batches(labels % 3))
+    with pytest.raises(EvaluationError, match="there are 3 classes"):
+        _evaluate(Table(dense), Table(pruned), batches, classes=["a", "b", "c"])
+    assert len(list(batches)) == len(_batches()) - 1
+
+
+class Moved(Table):
+    """A network of two inputs, the second of which is an integer for each sample."""
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]
+        return self.rows[(x + by) % SAMPLES]
+
+
+@pytest.mark.parametrize("inputs", [None, lambda batch: ((), {"x": batch[0], "by": batch[1]})])
+def test_what_the_network_takes_is_no_label(three: tuple[np.ndarray, ...], inputs: Any) -> None:
+    dense, pruned, labels = three
+    found = _evaluate(Moved(dense), Moved(pruned), _batches(labels), inputs=inputs)
+    assert found.dense is None
+    moved = (np.arange(SAMPLES) + labels) % SAMPLES
+    assert found.agreement == pytest.approx((dense.argmax(1) == pruned.argmax(1))[moved].mean())
 
 
 # intervals

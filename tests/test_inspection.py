@@ -147,6 +147,13 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
     assert [calls(block, analysis) for block in analysis.blocks] == [2]
 
 
+def test_the_sample_that_macs_are_of_is_said() -> None:
+    """MACs of a convolution go with the size of the image, and a name such as torchvision's inception does not say it."""
+    found = inspect_model("timm:test_vit", shape=(3, 160, 160))
+    assert str(found).splitlines()[0].endswith("MACs per sample (3x160x160)")
+    assert found.to_json()["sample"] == found.sample == "3x160x160"
+
+
 def test_steps_are_what_pruning_gives() -> None:
     found = inspect_model(MLP, shape=SHAPE)
     assert [step.ratio for step in found.steps] == list(RATIOS)

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
+from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from vbpfx.errors import ModelError
 from vbpfx.model_names import file_inputs, load_model, typical_inputs
@@ -52,6 +52,16 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=32)
     )
     assert typical_inputs(images).kwargs["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_loading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=32)
+    ViTModel(config).save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_model(f"hf:{tmp_path}")
+    with torch.device("meta"):
+        load_model("torchvision:inception_v3")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +166,21 @@ def test_weights_of_other_classes_than_timms_own(tmp_path: Path) -> None:
         load_model("timm:test_vit", tmp_path / "two.pth")
 
 
+@pytest.mark.parametrize("damaged", [b"\x80\x02.", b"\x80\x02h\x05.", b"\x80\x02G\x00."])
+def test_whatever_torch_trips_over_is_a_model_error(damaged: bytes, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(damaged)
+    with pytest.raises(ModelError, match=r"weights\.pt is no file of weights alone"):
+        load_model("test_model_names:make", tmp_path / "weights.pt")
+
+
 def test_a_model_that_does_not_say_what_it_takes() -> None:
     with pytest.raises(ModelError, match=r"_Net does not say what its input looks like; pass --shape"):
         typical_inputs(_Net())
+    with pytest.raises(ModelError, match=r"CLIPModel does not say"):
+        typical_inputs(CLIPModel(CLIPConfig(
+            text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20},
+            vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 32},
+        )))  # fmt: skip
 
 
 def test_inputs_of_an_onnx_file(tmp_path: Path) -> None:

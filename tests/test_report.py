@@ -20,6 +20,7 @@ from vbpfx.importance import Scoring
 from vbpfx.moments import Moments
 from vbpfx.report import Report
 from vbpfx.spectrum import reduced, spectra
+from vbpfx.tables import table
 
 NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
 
@@ -186,3 +187,10 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
     )
     assert len(found) == count
     assert len(json.dumps(dataclasses.replace(pruned.report, spectra=found).to_json(), indent=1)) < 300_000
+
+
+def test_titles_are_not_broken_and_percentages_stand_below_one_another() -> None:
+    title = "a title that is longer than the little table beneath it [is wide]"
+    lines = table(title, ("name", "kept"), [("a", "100.0%"), ("b", "9.7%")]).splitlines()
+    assert lines[0] == title
+    assert [line.split("│")[2] for line in lines[4:6]] == [" 100.0% ", "   9.7% "]

@@ -16,6 +16,7 @@ from vbpfx.data import Data, spread
 from vbpfx.errors import CalibrationError
 
 SUFFIXES = (".npy", ".npz")
+_BYTES = 8  # of a number: torch knows no larger ones
 _LABELS = "labels"  # the array of an .npz that is no argument
 
 
@@ -37,7 +38,8 @@ class _Samples(Dataset[Any]):
         return sample if self.labels is None else (sample, self.labels[number])
 
     def _tensor(self, values: Any) -> Tensor:
-        tensor = torch.from_numpy(np.array(values))
+        own = np.array(values)
+        tensor = torch.from_numpy(own.astype(own.dtype.newbyteorder("="), copy=False))
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
@@ -65,14 +67,16 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     if not arrays:
         raise CalibrationError(f"{path} holds labels alone")
     for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise CalibrationError(f"{path}: {name or 'the array'} is of {array.dtype}; expected numbers")
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > _BYTES:
+            raise CalibrationError(
+                f"{path}: {name or 'the array'} is of {array.dtype}; expected numbers of at most {_BYTES} bytes"
+            )
     known = None if given is None else given.tolist()
     order = spread(known, read.samples, seed)
     chosen = tuple(sorted(order[:limit]))
     labels = None if known is None else tuple(known[number] for number in chosen)
     shapes = ", ".join(f"{name} {array.shape[1:]}".strip() for name, array in arrays.items())
     of = f" of {read.samples:,}" if len(chosen) < read.samples else ""
-    about = (f"{len(chosen):,}{of} samples from {path}: {shapes}",)
+    about = (f"{len(chosen):,}{of} {'sample' if read.samples == 1 else 'samples'} from {path}: {shapes}",)
     dataset = _Samples(arrays, labels, chosen, dtype)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _collate)

@@ -39,8 +39,8 @@ def evaluate(
     Args:
         dense, pruned: networks of one output, each on its own device; they run in eval mode and stay as they were. Without
             ``pruned`` the dense network alone is evaluated, which needs labels.
-        batches: as :func:`vbpfx.prune` takes them, gone through once. Labels are a batch's second entry or its ``labels``,
-            one integer a sample.
+        batches: as :func:`vbpfx.prune` takes them, gone through once. Labels are a batch's second entry, where the network does
+            not take it, or its ``labels``: one integer a sample.
         classes: the names of the classes, in order.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
         progress: show a bar on standard error.
@@ -66,22 +66,30 @@ def evaluate(
                 tally.add(outputs, labels, mask_of(given, outputs[0]))
             except (FinetuneError, EvaluationError) as error:
                 raise EvaluationError(f"batch {number} (counted from 1): {error}") from error
+            _require_names(classes, tally.outputs)
             advance()
     if not tally.samples:
         raise EvaluationError("there is nothing to evaluate on: pass at least one batch")
-    if classes is not None and len(classes) != tally.outputs:
+    return tally.result(classes)
+
+
+def _require_names(classes: Sequence[str] | None, outputs: int) -> None:
+    if classes is not None and len(classes) != outputs:
         raise EvaluationError(
-            f"there are {counted(len(classes), 'class', 'classes')}, and the network has {counted(tally.outputs, 'output')}: labels "
+            f"there are {counted(len(classes), 'class', 'classes')}, and the network has {counted(outputs, 'output')}: labels "
             f"would not mean the same. Pass classes= with a name for each output (--classes FILE; folders are found by name)"
         )
-    return tally.result(classes)
+
+
+def _not_finite(output: Tensor) -> str:
+    return "NaN" if output.isnan().any() else "infinite values"
 
 
 def _without_labels(inputs: Inputs, batch: Any) -> tuple[Inputs, Tensor | None]:
     """The arguments of a batch without its labels, and these."""
     labels = inputs.kwargs.get("labels")
     if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
-        labels = batch[1]
+        labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
     kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
     return Inputs(inputs.args, kwargs), labels if isinstance(labels, Tensor) else None
 
@@ -103,14 +111,15 @@ class _Tally:
         if not dense.ndim or not len(dense):
             raise EvaluationError(f"the output has shape {tuple(dense.shape)}, expected logits (samples, ..., classes)")
         for name, output in zip(("dense", "pruned"), (dense, *others), strict=False):
-            if output.isnan().any():
-                raise EvaluationError(f"the {name} network's output holds NaN")
+            if not output.isfinite().all():
+                raise EvaluationError(f"the {name} network's output holds {_not_finite(output)}")
             if output.shape != dense.shape:
                 raise EvaluationError(
                     f"the output has shape {tuple(output.shape)} in the pruned network and {tuple(dense.shape)} in the dense one"
                 )
         if self.samples and (labels is None) == bool(self.labels):
-            raise EvaluationError(f"this batch has {'no labels' if labels is None else 'labels'}, those before had not")
+            here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
+            raise EvaluationError(f"this batch has {here}, those before {before}")
         if labels is None and not others:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)

@@ -111,7 +111,8 @@ def open_images(
     known = None if found.labels is None else tuple(found.labels[number] for number in chosen)
     of = f" of {len(found.files):,}" if len(chosen) < len(found.files) else ""
     spread_over = "" if known is None else f", {counted(len(set(known)), 'class', 'classes')}"
-    about = [f"{len(chosen):,}{of} images from {path}{spread_over}", f"prepared {transform.about}"]
+    things = "image" if len(found.files) == 1 else "images"
+    about = [f"{len(chosen):,}{of} {things} from {path}{spread_over}", f"prepared {transform.about}"]
     if skipped:
         about.append(f"skipped {counted(len(skipped), 'image')} that cannot be read: {some(sorted(skipped), '; ')}")
     if found.unlabelled:

@@ -1,7 +1,8 @@
 """Which images a folder holds, and of which classes.
 
 Images lie directly in the folder, or in a folder for each class, sorted by name and numbered in that order, as in
-torchvision's ``ImageFolder``. Hidden files and folders do not count; other files that are no images are told.
+torchvision's ``ImageFolder``; a folder without images is a class without samples, so that the others keep their numbers.
+Hidden files and folders do not count; other files that are no images are told.
 """
 
 from __future__ import annotations
@@ -66,44 +67,61 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
     direct = [name for name, image in zip(top, images, strict=True) if image.parent == folder]
     if len(direct) == len(images):
         return ImageFiles(images, None, shown, others)
-    folders = sorted(set(top) - set(direct))
+    holding = sorted(set(top) - set(direct))
     if direct:
         raise CalibrationError(
-            f"{folder} holds images both directly ({direct[0]}) and in folders ({folders[0]}): pass one of them"
+            f"{folder} holds images both directly ({direct[0]}) and in folders ({holding[0]}): pass one of them"
         )
-    if set(map(str.lower, folders)) <= _SPLITS:
-        raise CalibrationError(f"{folder} holds {', '.join(folders)}, which are no classes: pass one of them")
+    if set(map(str.lower, holding)) <= _SPLITS:
+        raise CalibrationError(f"{folder} holds {', '.join(holding)}, which are no classes: pass one of them")
+    folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     places = {name: place for place, name in enumerate(folders)}
     if names is not None:
-        places = _places(folders, names, folder)
+        places = _places(holding, names, folder)
     return ImageFiles(images, tuple(places[name] for name in top), shown or tuple(folders), others)
 
 
 def _places(folders: Sequence[str], names: Sequence[str], folder: Path) -> dict[str, int]:
-    places: dict[str, int] = {}
-    for place, line in enumerate(names):
-        for name in (line, line.split()[0] if line else ""):
-            places.setdefault(name, place)
-    missing = [name for name in folders if name not in places]
+    lines, words = _numbered(names), _numbered([line.split()[0] if line else "" for line in names])
+    found = {name: lines.get(name) or words.get(name, []) for name in folders}
+    if twice := [name for name in folders if len(found[name]) > 1]:
+        first, second, *_ = found[twice[0]]
+        raise CalibrationError(
+            f"the folder {twice[0]} of {folder} may be line {first + 1} or line {second + 1} of the names of classes "
+            f"({names[first]!r}, {names[second]!r}): name folders by whole lines, each of which is there once"
+        )
+    missing = [name for name in folders if not found[name]]
     if missing:
         raise CalibrationError(
             f"the folder {missing[0]} of {folder} is no name of a class ({len(missing)} such folders); the names are {', '.join(names[:3])}, ..."
         )
+    return {name: numbers[0] for name, numbers in found.items()}
+
+
+def _numbered(names: Sequence[str]) -> dict[str, list[int]]:
+    """Name -> where it stands."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
     return places
+
+
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether it is a link to a folder on the way to it, where one would go round for ever."""
+    if not path.is_symlink():
+        return False
+    parts = path.relative_to(folder).parts
+    way = (folder.joinpath(*parts[:length]) for length in range(len(parts)))
+    return os.path.realpath(path) in map(os.path.realpath, way)
 
 
 def _walk(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """All images beneath a folder, and all other files, in order; hidden ones left out."""
     images: list[Path] = []
     others: list[Path] = []
-    seen: set[str] = set()  # a link may lead back to where it stands
     for root, below, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(root) / name, folder)]
+        for name in files:
             if not name.startswith("."):
                 (images if name.lower().endswith(SUFFIXES) else others).append(Path(root) / name)
     return tuple(sorted(images)), tuple(sorted(others))

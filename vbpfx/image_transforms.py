@@ -55,6 +55,8 @@ class Overrides:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and (len(values) not in (1, 3) or (name == "std" and min(values) <= 0)):
                 raise CalibrationError(f"{name} must be 1 or 3 numbers, those of std above 0; found {list(values)}")
+            if values is not None and self.shape is not None and len(values) > self.shape[0]:
+                raise CalibrationError(f"{name} must be 1 number for images of 1 channel, found {list(values)}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
@@ -73,13 +74,25 @@ class Inspection:
     steps: tuple[Step, ...]
     analysis: Analysis = dataclasses.field(repr=False)
 
+    @property
+    def sample(self) -> str:
+        """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
+        inputs = self.analysis.captured.inputs
+        named = [*enumerate(inputs.args), *inputs.kwargs.items()]
+        sizes = {
+            name: "x".join(map(str, value.shape[1:])) or "a number"
+            for name, value in named
+            if isinstance(value, Tensor)
+        }
+        return ", ".join(size if len(sizes) == 1 else f"{name} {size}" for name, size in sizes.items())
+
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "analysis"]
         of_records = {
             name: [dataclasses.asdict(r) for r in getattr(self, name)] for name in ("blocks", "refusals", "steps")
         }
-        return {name: getattr(self, name) for name in names} | of_records
+        return {name: getattr(self, name) for name in names} | {"sample": self.sample} | of_records
 
     def __str__(self) -> str:
         calls = any(block.calls > 1 for block in self.blocks)
@@ -95,7 +108,7 @@ class Inspection:
             )
             for b in self.blocks
         ]
-        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample\n"
+        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample ({self.sample})\n"
         text += table(
             f"{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of all the model",
             columns,

@@ -18,7 +18,7 @@ def read_labels(path: Path, images: Sequence[Path], folder: Path) -> dict[Path, 
     """
     root = os.path.realpath(folder)
     known = {os.path.join(root, image.relative_to(folder)): image for image in images}
-    rows = [_labelled(path, number, row) for number, row in enumerate(_rows(path), start=2)]
+    rows = [_labelled(path, number, row) for number, row in _rows(path)]
     bases = [os.path.realpath(path.parent), root]
     named = [[os.path.normpath(os.path.join(base, name)) for _, name, _ in rows] for base in bases]
     files = max(named, key=lambda given: sum(file in known for file in given))
@@ -58,7 +58,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         CalibrationError: it cannot be read, or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read names of classes from {path}: {error}") from error
     while lines and not lines[-1].strip():
@@ -68,7 +68,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines)
 
 
-def _rows(path: Path) -> list[dict[str, str | None]]:
+def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
+    """The rows, each with the number of its line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -76,6 +77,6 @@ def _rows(path: Path) -> list[dict[str, str | None]]:
                 raise CalibrationError(
                     f"{path} begins with {','.join(reader.fieldnames or ()) or 'nothing'}; expected a line that names the columns: file,label"
                 )
-            return list(reader)
+            return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"cannot read labels from {path}: {error}") from error

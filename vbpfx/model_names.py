@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import pickle
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {path}: {first_line(error)}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # torch.load raises what it trips over in a file that is none
         raise ModelError(
             f"{path} is no file of weights alone: it is damaged, or holds other objects, which are never loaded; save "
             f"model.state_dict() as safetensors or by torch.save"
@@ -130,28 +130,46 @@ def _of_torchvision(name: str, rest: str) -> nn.Module:
     # no downloads: detection and segmentation models would fetch a backbone
     signature = inspect.signature(models.get_model_builder(rest))
     extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}
-    model: nn.Module = models.get_model(rest, weights=None, **extra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of inception and googlenet: that other versions draw other random weights
+        model: nn.Module = models.get_model(rest, weights=None, **extra)
     return model
 
 
 def _of_transformers(name: str, rest: str) -> nn.Module:
     transformers = _package(name, "transformers", "transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(rest)
-        config.use_cache = False  # no part of one forward pass
-        known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-        kind = next(filter(None, known), transformers.AutoModel)
-        if torch.get_default_device().type == "meta":  # nobody asks for the weights
-            made: nn.Module = (
-                transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
-            )
-            return made
-        model: nn.Module = kind.from_pretrained(rest, config=config)
+        with _quiet_transformers(transformers):
+            return _from_pretrained(transformers, rest)
     except Exception as error:  # the hub, the configuration and the model class raise what they raise
         raise ModelError(
             f"transformers cannot load {rest!r} ({type(error).__name__}: {first_line(error)}); pass the name of a model, or a "
             f"folder with config.json and the weights"
         ) from error
+
+
+@contextmanager
+def _quiet_transformers(transformers: Any) -> Iterator[None]:
+    """Without its bar, which it draws where nobody sees it, too."""
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
+def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(rest)
+    config.use_cache = False  # no part of one forward pass
+    known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    kind = next(filter(None, known), transformers.AutoModel)
+    if torch.get_default_device().type == "meta":  # nobody asks for the weights
+        made: nn.Module = transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
+        return made
+    model: nn.Module = kind.from_pretrained(rest, config=config)
     return model
 
 
@@ -197,9 +215,9 @@ def typical_inputs(model: nn.Module, shape: tuple[int, ...] | None = None, batch
     if type(model).__module__.startswith("torchvision."):
         return Inputs((torch.randn(batch, 3, 224, 224),), {})
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    if main == "input_ids" and config is not None:
+    if main == "input_ids" and isinstance(words := getattr(config, "vocab_size", None), int):
         tokens = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
-        ids = torch.randint(config.vocab_size, (batch, tokens))
+        ids = torch.randint(words, (batch, tokens))
         return Inputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
         return Inputs((), {"pixel_values": torch.randn(batch, getattr(config, "num_channels", 3), size, size)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from vbpfx.markup import Markup, joined, tag
 
 _WIDTH = 110
+_PERCENTAGE = re.compile(r"\s*[-+]?[\d.]+%")
 _SIGNS = ("-", "+", "\u2212")
 
 
@@ -21,16 +23,19 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
-    """A table as plain text, at most so wide; numbers are set to the right."""
+    """A table as plain text, at most so wide; numbers and percentages are set to the right."""
     rows = [list(row) for row in rows]
-    drawn = Table(title=title, title_justify="left", header_style="bold")
+    drawn = Table(header_style="bold")
     for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
     out = io.StringIO()
-    Console(file=out, width=width).print(drawn)
+    console = Console(file=out, width=width)
+    if title:  # not the table's own, which is broken at the width of the table
+        console.print(title, markup=False, highlight=False)
+    console.print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
@@ -62,6 +67,11 @@ def facts(given: Mapping[str, str]) -> Markup:
 def scrolling(label: str, content: Markup) -> Markup:
     """What is too wide for a phone scrolls by itself, by keyboard too."""
     return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def _is_number(cell: Any) -> bool:
+    """A number, or a percentage as text."""
+    return isinstance(cell, (int, float)) or (isinstance(cell, str) and _PERCENTAGE.fullmatch(cell) is not None)
 
 
 def _is_figure(cell: Any) -> bool:

@@ -32,7 +32,9 @@ def _read_texts(path: Path) -> tuple[list[str], list[int] | None]:
     """
     try:
         lines = [
-            (n, line) for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1) if line.strip()
+            (n, line)
+            for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+            if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
@@ -154,6 +156,8 @@ def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int 
     chosen = sorted(spread(known, len(texts), seed)[:limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
     of = f" of {len(texts):,}" if len(chosen) < len(texts) else ""
-    about = (f"{len(chosen):,}{of} texts from {path}, at most {tokens.length} tokens each",)
+    about = (
+        f"{len(chosen):,}{of} {'text' if len(texts) == 1 else 'texts'} from {path}, at most {tokens.length} tokens each",
+    )
     dataset = _Texts(tuple(texts[number] for number in chosen), labels)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _Tokenised(tokens))

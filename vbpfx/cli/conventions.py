@@ -29,6 +29,13 @@ class Frontend(str, Enum):
     export = "export"
 
 
+class Method(str, Enum):
+    """The names of :data:`vbpfx.plan_options.METHODS`."""
+
+    auto = "auto"
+    vbp = "vbp"
+
+
 def _without_color(asked: bool) -> None:
     if asked:
         os.environ["NO_COLOR"] = "1"  # rich and typer look for it
@@ -124,6 +131,12 @@ def say(message: str) -> None:
 def note(text: str) -> None:
     """Something worth knowing, on standard error."""
     Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
+
+
+def note_random_weights(model: str, weights: Path | None) -> None:
+    """That nobody has trained the model, where its name says so: what is made of it is made of noise."""
+    if weights is None and model.startswith(("timm:", "torchvision:")):
+        note(f"{model} has random weights: for trained ones pass --weights FILE")
 
 
 @contextmanager

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, Device, device_named, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.conventions import (
+    Color,
+    Debug,
+    Device,
+    busy,
+    device_named,
+    failing_in_one_line,
+    note,
+    note_random_weights,
+    shows_progress,
+    sizes,
+)
 from vbpfx.cli.data_options import (
     DATA,
     Bad,
@@ -84,16 +95,20 @@ def evaluate(
         "std": numbers("--std", std), "crop": crop, "max_length": max_length,
     }  # fmt: skip
     with failing_in_one_line(debug):
-        from vbpfx.data_sources import open_data
-        from vbpfx.evaluate import evaluate as run_evaluate
-        from vbpfx.model_names import load_model
+        with busy(f"loading {dense or network}"):
+            from vbpfx.data_sources import open_data
+            from vbpfx.evaluate import evaluate as run_evaluate
+            from vbpfx.model_names import load_model
 
-        place = device_named(device)
-        original = load_model(dense or network, weights).to(place)
-        pruned = None
-        if dense:
-            pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
-        samples = open_data(data, original, **reading)
+            place = device_named(device)
+            original = load_model(dense or network, weights).to(place)
+            pruned = None
+            if dense:
+                pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
+            samples = open_data(data, original, **reading)
+        note_random_weights(dense or network, weights)
+        if dense and not is_folder:
+            note_random_weights(network, None)
         note(str(samples))
         found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
     if as_json:

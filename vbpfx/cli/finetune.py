@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, failing_in_one_line, note, shows_progress, sizes
+from vbpfx.cli.conventions import (
+    Color,
+    Debug,
+    busy,
+    failing_in_one_line,
+    note,
+    note_random_weights,
+    shows_progress,
+    sizes,
+)
 from vbpfx.cli.data_options import (
     DATA,
     Bad,
@@ -156,10 +165,12 @@ def finetune(
         from vbpfx.tuned import open_tuning
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
-            model = load_model(dense, weights)
-            samples = open_data(data, model, **reading)
-            tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
+            with busy(f"loading {dense}", ranks.first):
+                model = load_model(dense, weights)
+                samples = open_data(data, model, **reading)
+                tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
             if ranks.first:
+                note_random_weights(dense, weights)
                 note(str(samples))
                 if tuning.as_graph:
                     note(f"trained as a graph, without dropout: {tuning.as_graph}")

@@ -17,6 +17,7 @@ from vbpfx.cli.conventions import (
     Debug,
     Device,
     Frontend,
+    Method,
     Model,
     Tracing,
     Weights,
@@ -25,6 +26,7 @@ from vbpfx.cli.conventions import (
     failing_in_one_line,
     fraction,
     note,
+    note_random_weights,
     shows_progress,
     sizes,
 )
@@ -59,13 +61,6 @@ torchrun --nproc-per-node 2 -m vbpfx prune hf:folder --data texts.txt --params 0
 
 
 BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
-
-
-class Method(str, Enum):
-    """The names of :data:`vbpfx.plan_options.METHODS`."""
-
-    auto = "auto"
-    vbp = "vbp"
 
 
 class Place(str, Enum):
@@ -198,6 +193,7 @@ def prune(
             network = load_model(model, weights).to(device_named(device))
             calibration = open_data(data, network, **reading)
         if ranks.first:
+            note_random_weights(model, weights)
             note(str(calibration))
         pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
         with busy(f"writing {out}", ranks.first):
