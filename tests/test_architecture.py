@@ -50,8 +50,6 @@ def test_every_public_name_is_documented(name: str) -> None:
     documented = getattr(vbpfx, name)
     assert inspect.getdoc(documented)
     assert documented.__module__.startswith("vbpfx.")
-    if inspect.isfunction(documented) and name != "save":
-        assert "Raises:" in documented.__doc__ or name in ("find_blocks",)
 
 
 def test_a_wheel_builds_and_works_outside_the_checkout(tmp_path: Path) -> None:
