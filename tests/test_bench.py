@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
     def runtime(name: str) -> Runtime:
         return Runtime(name, "torch", "", made[name]) if name in made else real(name)
 
-    monkeypatch.setattr(sys.modules["vbpfx.bench"], "runtime", runtime)  # the package's name for it is the function
+    monkeypatch.setattr(
+        importlib.import_module("vbpfx.bench"), "runtime", runtime
+    )  # the package's name for it is the function
     return clock, calls
 
 
@@ -208,13 +211,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_on_a_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(saved)
     words = ["bench", "out", "--dense", "bench_model:make", "--shape", "8", "--rounds", "1", "--batch", "2"]
-    result = CliRunner().invoke(
-        app,
-        [*words, "--no-memory", "--runtime", "onnxruntime", "--runtime", "pytorch", "--json", str(tmp_path / "f.json")],
-    )
+    runtimes = ["--no-memory", "--runtime", "onnxruntime", "--runtime", "pytorch"]
+    shutil.copytree("out", tmp_path / "out")
+    words[1] = str(tmp_path / "out")
+    alone = CliRunner().invoke(app, [*words, *runtimes, "--no-report"])
+    assert alone.exit_code == 0, alone.output
+    assert "onnxruntime" in alone.stdout
+    assert vbpfx.Report.load(tmp_path / "out").bench is None
+    result = CliRunner().invoke(app, [*words, *runtimes, "--json"])
     assert result.exit_code == 0, result.output
-    assert "onnxruntime" in result.stdout
-    found = json.loads((tmp_path / "f.json").read_text())
+    assert "report.html" in result.stderr
+    found = json.loads(result.stdout)
+    assert vbpfx.Report.load(tmp_path / "out").bench == found
+    assert "onnxruntime" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "out" / "report.json").write_text("{")
+    damaged = CliRunner().invoke(app, [*words, *runtimes])
+    assert damaged.exit_code == 0, damaged.output
+    assert "the report stays as it was" in damaged.stderr
     assert [(row["runtime"], row["batch"]) for row in found["rows"]] == [("onnxruntime", 2), ("pytorch", 2)]
     assert found["macs"] == [384, 192]
     failed = CliRunner().invoke(app, [*words[:5], "7", *words[6:]])

@@ -138,7 +138,10 @@ def test_finetune_writes_an_artifact_of_the_tuned_weights(files: Path, tmp_path:
     report = vbpfx.Report.load(tmp_path / "tuned")
     assert report.verification is None
     assert "400 samples, recipe default, 3 epochs" in report.evaluation["fine-tuning"]
-    assert "fine-tuning" in (tmp_path / "tuned" / "report.html").read_text()
+    assert report.evaluation["top-1 accuracy"][1] == scores[0]  # eval has added to it
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert "fine-tuning" in page
+    assert "top-1 accuracy" in page.lower()
 
 
 def test_finetune_is_what_python_does(files: Path, tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ def update_report(
     Raises:
         ArtifactError: the folder holds no report, or cannot be written; both files stay as they were.
     """
-    report = Report.load(folder).measured(evaluation=evaluation, bench=bench)
+    before = Report.load(folder)
+    report = before.measured(
+        evaluation={**(before.evaluation or {}), **evaluation} if evaluation else None, bench=bench
+    )
     write_atomically({Path(folder) / name: write for name, write in report_files(report).items()})
     return report
 

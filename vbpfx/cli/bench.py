@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vbpfx.cli.conventions import Debug, failing_in_one_line, sizes
+from vbpfx.cli.measured import InReport, add_to_report
 
 
 def bench(
@@ -29,7 +31,8 @@ def bench(
     memory: Annotated[bool, typer.Option(help="Measure memory, too, in processes of their own.")] = True,
     shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
     length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
+    report: InReport = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size, memory; per runtime."""
@@ -40,7 +43,6 @@ def bench(
         from vbpfx.artifact import load
         from vbpfx.bench import bench as run_bench
         from vbpfx.bench import bench_files
-        from vbpfx.files import json_writer, write_atomically
         from vbpfx.model_names import file_inputs, load_model, typical_inputs
 
         if folder is not None:
@@ -51,8 +53,8 @@ def bench(
             assert pruned is not None
             result = bench_files(dense, pruned, file_inputs(Path(dense), length),
                                  runtimes=runtimes, batches=batches, threads=threads, rounds=rounds, memory=memory)  # fmt: skip
-        if out is not None:
-            write_atomically({out: json_writer(result.to_json())})
-    typer.echo(str(result), nl=False)
+        if folder is not None and report:
+            add_to_report(folder, bench=result)
+    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result).rstrip("\n"))
     if result.problems:
         raise typer.Exit(1)

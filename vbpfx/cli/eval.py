@@ -36,6 +36,7 @@ from vbpfx.cli.data_options import (
     Workers,
     numbers,
 )
+from vbpfx.cli.measured import InReport, add_to_report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +80,7 @@ def evaluate(
     worst: Annotated[int, typer.Option(min=0, help="So many of the worst-hurt classes.")] = 10,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of what --limit chooses.")] = 0,
+    report: InReport = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     color: Color = False,
     debug: Debug = False,
@@ -111,6 +113,8 @@ def evaluate(
             note_random_weights(network, None)
         note(str(samples))
         found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
+        if is_folder and report:
+            add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})
     if as_json:
         read = {"data": str(data), "about": samples.about, "skipped": samples.skipped}
         typer.echo(json.dumps(read | found.to_json(), indent=1))
