@@ -236,6 +236,7 @@ def test_ctrl_c_in_a_terminal(place: Path) -> None:
     """A real signal to a real process."""
     script = (
         "import os, signal, sys, time, vbpfx.pipeline, vbpfx.cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts behind its back ignores it
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
         "vbpfx.pipeline.capture = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "vbpfx.cli.main()"
