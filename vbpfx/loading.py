@@ -7,7 +7,6 @@ end where that is little: in a network of blocks, at the residual stream.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from vbpfx.capture import named_tensors, share_parameters
 from vbpfx.edit import finish
 from vbpfx.inputs import Inputs, tensors_in
 from vbpfx.stored import Stored
-from vbpfx.stream import Stream
+from vbpfx.stream import Stream, held
 
 # Modules whose forward reads the weights of modules inside without calling these.
 _READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -122,7 +121,7 @@ def pieces(graph_module: fx.GraphModule, samples: int, weights: float) -> list[P
         weights: bytes of the weights of a piece; a node that alone has more is a piece of its own.
     """
     nodes = list(graph_module.graph.nodes)
-    tensors, live = named_tensors(graph_module), _live(nodes)
+    tensors, live = named_tensors(graph_module), [behind for _, behind in held(nodes)]
     nodes = [node for node in nodes if node.op != "output"]
     used = [_tensors_of(graph_module, node) for node in nodes]
     found: list[Piece] = []
@@ -153,22 +152,6 @@ def _tensors_of(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
         held = getattr(graph_module.get_submodule(owner), attribute)
         return [str(node.target)] if isinstance(held, Tensor) else []
     return []
-
-
-def _live(nodes: Sequence[fx.Node]) -> list[int]:
-    """Bytes that nodes behind each node will read; weights, which are fetched anew, are not among them."""
-    order = {node: number for number, node in enumerate(nodes)}
-    ends: dict[int, int] = defaultdict(int)
-    live, found = 0, []
-    for number, node in enumerate(nodes):
-        last = max((order[user] for user in node.users), default=number)
-        tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
-        size = 0 if node.op == "get_attr" else sum(t.numel() * t.element_size() for t in tensors)
-        live += size
-        ends[last] += size
-        live -= ends[number]
-        found.append(live)
-    return found
 
 
 class Loading:

@@ -20,21 +20,30 @@ from vbpfx.fake import graph_arguments
 from vbpfx.inputs import Inputs
 
 
-def held_bytes(captured: Captured, names: Iterable[str]) -> int:
-    """The most bytes per sample that a stream holds when it stands at any of the nodes."""
-    nodes = list(captured.graph_module.graph.nodes)
+def last_reads(nodes: Sequence[fx.Node]) -> list[int]:
+    """Position of the last node that reads each node's value; its own where none does."""
     order = {node: number for number, node in enumerate(nodes)}
-    last = {node: max((order[user] for user in node.users), default=-1) for node in nodes}
-    wanted, live, most = set(names), 0, 0
-    dropped: dict[int, int] = defaultdict(int)
-    for number, node in enumerate(nodes):
+    return [max((order[user] for user in node.users), default=number) for number, node in enumerate(nodes)]
+
+
+def held(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """Bytes that a run of the nodes holds at each of them, and behind it: values that are still to be read, weights not counted."""
+    ends: dict[int, int] = defaultdict(int)
+    live, found = 0, []
+    for number, (node, last) in enumerate(zip(nodes, last_reads(nodes), strict=True)):
         tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
         size = 0 if node.op == "get_attr" else sum(t.numel() * t.element_size() for t in tensors)
         live += size
-        if node.name in wanted:
-            most = max(most, live)
-        dropped[max(last[node], number)] += size
-        live -= dropped[number]
+        ends[last] += size
+        found.append((live, live - ends[number]))
+        live -= ends[number]
+    return found
+
+
+def held_bytes(captured: Captured, names: Iterable[str]) -> int:
+    """The most bytes per sample that a stream holds when it stands at any of the nodes."""
+    nodes, wanted = list(captured.graph_module.graph.nodes), set(names)
+    most = max((at for node, (at, _) in zip(nodes, held(nodes), strict=True) if node.name in wanted), default=0)
     return most // (captured.batch or captured.inputs.batch_size or 1)
 
 
@@ -53,7 +62,7 @@ class Stream:
         self.runs = [_Run(graph_module, batch.map(torch.clone)) for batch in batches]
         self._sequence = list(self.nodes.values())
         self._position = 0
-        self._last_read = [max((self.order[u.name] for u in node.users), default=-1) for node in self._sequence]
+        self._last_read = last_reads(self._sequence)
 
     def run_before(self, name: str) -> None:
         """Run every node that stands before a node, on all batches."""
