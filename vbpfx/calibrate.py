@@ -180,22 +180,18 @@ def _require_finite(
     if not found or not ran:
         return
     call, name = min(found, key=lambda entry: entry[0])
-    raise CalibrationError(
-        f"batch {ran[max(0, call)]} (counted from 1) makes NaN or infinite activations in block {name}; "
-        + (
-            input_is_finite(last)
-            if last
-            else "leave it out if its input is not finite, or run the model in a wider dtype"
-        )
-    )
+    raise CalibrationError(not_finite(ran[max(0, call)], name, last))
 
 
-def input_is_finite(inputs: Inputs) -> str:
-    """What to say of a batch that makes NaN or infinite activations."""
-    finite = all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point())
-    if finite:
-        return "its input is finite: the model itself overflows, run it in a wider dtype"
-    return "its input holds NaN or infinity already: leave that batch out"
+def not_finite(seen: int, block: str, inputs: Inputs | None) -> str:
+    """What to say of a batch that makes NaN or infinite activations; ``inputs`` are the batch, where it is still there."""
+    if inputs is None:
+        advice = "leave it out if its input is not finite, or run the model in a wider dtype"
+    elif all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point()):
+        advice = "its input is finite: the model itself overflows, run it in a wider dtype"
+    else:
+        advice = "its input holds NaN or infinity already: leave that batch out"
+    return f"batch {seen} (counted from 1) makes NaN or infinite activations in block {block}; {advice}"
 
 
 @contextmanager

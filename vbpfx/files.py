@@ -59,10 +59,7 @@ def write_atomically(files: Mapping[Path, Write]) -> None:
             for path, temporary in written.items():
                 temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a folder that can be written, "
-            f"on a disk with room"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if (
             len(written) == 1 or not (path.parent / _RENAMES).exists()
@@ -95,6 +92,11 @@ def settle(folder: Path) -> None:
         raise ArtifactError(f"cannot finish what was written to {folder}: {error.strerror or error}") from error
 
 
+def _unwritable(path: Path, error: Exception) -> ArtifactError:
+    said = getattr(error, "strerror", None) or error
+    return ArtifactError(f"cannot write {path}: {said}; choose a folder that can be written, on a disk with room")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the given name when all is written; otherwise nothing is left of it.
@@ -114,10 +116,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder that can be written, "
-            f"on a disk with room"
-        ) from error
+        raise _unwritable(folder, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

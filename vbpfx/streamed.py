@@ -16,7 +16,7 @@ from itertools import accumulate
 from torch import Tensor, fx
 
 from vbpfx.blocks import Analysis
-from vbpfx.calibrate import input_is_finite, misfit, progress_bar
+from vbpfx.calibrate import misfit, not_finite, progress_bar
 from vbpfx.capture import Captured
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.inputs import Inputs
@@ -180,10 +180,7 @@ class _Gathering:
     def _require_finite(self, own: Sequence[Observer]) -> None:
         bad = next((o for o in own if o.bad_call is not None), None)
         if bad is not None and bad.bad_call is not None:
-            raise CalibrationError(
-                f"batch {bad.bad_call + 1} (counted from 1) makes NaN or infinite activations in block {bad.name}; "
-                + input_is_finite(self.batches[bad.bad_call])
-            )
+            raise CalibrationError(not_finite(bad.bad_call + 1, bad.name, self.batches[bad.bad_call]))
 
 
 def samples_of(captured: Captured) -> int:
