@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import resource
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration_cost.json"
 WAYS = {"variances": "calibrate, variances", "covariances": "calibrate, covariances", "auto": "prune, `auto`"}
@@ -136,12 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in () if options.page else options.networks:
         for way in ways:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                given = (name, way, options.images, options.batch, options.threads, options.rounds)
-                found = pool.submit(_measure, *given).result()
+            given = (name, way, options.images, options.batch, options.threads, options.rounds)
+            found = in_a_process(_measure, *given)
             results.setdefault(name, {})[way] = found | {"command": _command(name, way, options)}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically({options.out: json_writer(results)})
             print(f"{name}, {way}: {found['ratio']:.2f}x, {found['gib']:.1f} GiB", flush=True)
     write_page(results, options.docs / PAGE.name)
     print(f"written: the section on calibration cost in {options.docs / PAGE.name}")

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from deployment_networks import NETWORKS
+from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
@@ -75,8 +74,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """The rows, or what ended the process."""
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_measure, network, runtimes, ratio, round_to, batch, rounds).result()
+        return in_a_process(_measure, network, runtimes, ratio, round_to, batch, rounds)
     except BrokenProcessPool:
         crash = "the process died without a message"
     except vbpfx.VbpfxError as error:

@@ -30,6 +30,7 @@ from rich.console import Console
 from torchvision.transforms import v2
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.inputs import Inputs
 from vbpfx.plan_options import PlanArguments
 
@@ -190,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(name, console)
         if found is not None:
             results[name] = found
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically({options.out: json_writer(results)})
             before, after = (found[key]["figures"]["kept"] for key in ("before", "after"))
             print(
                 f"{name}: kept {before:.1%}, tuned {after:.1%}, {found['minutes']:.1f} minutes, {found['epochs']} epochs"

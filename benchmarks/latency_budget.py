@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latency_budget.json"
 NETWORKS = ("deit_small_patch16_224", "convnext_tiny", "mixer_b16_224", "swin_tiny_patch4_window7_224")
@@ -110,11 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in () if options.page else options.networks:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(_measure, name, options).result()
+        found = in_a_process(_measure, name, options)
         results[f"{name}/{options.runtime}/{options.threads}/{options.latency:g}"] = {"network": name, **found}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically({options.out: json_writer(results)})
         print(f"{name}: asked {found['asked']:.1%}, measured {found['measured']:.1%}", flush=True)
     write_page(results, options.docs / "deployment.md")
     print("written: the section on latency budgets in deployment.md")

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
+from vbpfx.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "processes.json"
 PERFORMANCE = PAGE.parent / "performance.md"
@@ -199,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{options.network}, covariances" if options.covariance else options.network
         words += ["--covariance"] if options.covariance else []
         results[name] = found | {"command": shlex.join(words)}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically({options.out: json_writer(results)})
     if results:
         write_page(results, options.docs / PERFORMANCE.name)
         print(f"written: the section on processes in {options.docs / PERFORMANCE.name}")

@@ -28,6 +28,7 @@ from torch.export import Dim, ExportedProgram
 
 import vbpfx
 from vbpfx.export.onnx import export_onnx
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,8 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = results.get(name, {})
             kept = before.get("ways", {}) if _settings(before) == _settings(found) else {}
             results[name] = found | {"ways": kept | found["ways"]}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically({options.out: json_writer(results)})
     if not results:
         print(f"nothing measured: there is no {options.out.name}")
         return 0

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 from torch import nn
 
+from vbpfx.files import json_writer, write_atomically
 from vbpfx.inputs import Inputs
 from vbpfx.runtimes.table import NAMES, runtime
 from vbpfx.timing import Spread, alternating
@@ -101,11 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shape in SHAPES:
             if f"{shape}/{name}" in results and not options.again:
                 continue
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(_measure, name, shape, options.rounds).result()
+            found = in_a_process(_measure, name, shape, options.rounds)
             results[f"{shape}/{name}"] = found
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_atomically({options.out: json_writer(results)})
             print(name, shape, *(f"{w}:{f['over_line']:+.1%}" for w, f in found["widths"].items()), flush=True)
     write_page(results, options.docs / "deployment.md")
     print(f"written: {options.docs / 'deployment.md'}")

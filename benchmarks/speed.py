@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_process import in_a_process
 from results_page import PAGE, machine_line
 from speed_gpu import measure_gpu
 from speed_measures import COMPARED, LARGE, OBSERVED, PASSES, first_pass, observer_cost, pass_times, torch_pruning
 from speed_page import write_page
 from speed_scaling import measure_largest, measure_scaling
 
+from vbpfx.files import json_writer, write_atomically
+
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
-
-
-def in_a_process(job: Callable[..., Any], *args: Any) -> Any:
-    """What a job returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(job, *args).result()
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -92,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(options)
         found["machine"] = machine_line()
         found["command"] = shlex.join(["python", "benchmarks/speed.py", *words])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically({options.out: json_writer(found)})
     write_page(found, options.docs)
     print(f"written: the section on speed in {options.docs / 'performance.md'}")
     return 0
