@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from vbpfx.array_batches import Array, ArrayBatches
-from vbpfx.data import Data, spread
+from vbpfx.data import Data, spread, taken
 from vbpfx.errors import CalibrationError
 
 SUFFIXES = (".npy", ".npz")
@@ -76,7 +76,6 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     chosen = tuple(sorted(order[:limit]))
     labels = None if known is None else tuple(known[number] for number in chosen)
     shapes = ", ".join(f"{name} {array.shape[1:]}".strip() for name, array in arrays.items())
-    of = f" of {read.samples:,}" if len(chosen) < read.samples else ""
-    about = (f"{len(chosen):,}{of} {'sample' if read.samples == 1 else 'samples'} from {path}: {shapes}",)
+    about = (f"{taken(len(chosen), read.samples, 'sample')} from {path}: {shapes}",)
     dataset = _Samples(arrays, labels, chosen, dtype)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _collate)

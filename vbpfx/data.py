@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from vbpfx.tables import counted
+
 
 @dataclass(frozen=True)
 class Data:
@@ -65,6 +67,11 @@ def spread(labels: Sequence[int] | None, count: int, seed: int) -> list[int]:
     for number in shuffled:
         turn[number] = seen[labels[number]] = seen.get(labels[number], 0) + 1
     return sorted(shuffled, key=turn.__getitem__)
+
+
+def taken(number: int, of: int, thing: str) -> str:
+    """``128 of 1,000 images``; ``1,000 images`` where all are taken."""
+    return f"{number:,} of {counted(of, thing)}" if number < of else counted(of, thing)
 
 
 def some(names: Sequence[str], between: str, most: int = 3) -> str:

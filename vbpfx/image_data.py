@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-from vbpfx.data import Data, some, spread
+from vbpfx.data import Data, some, spread, taken
 from vbpfx.errors import CalibrationError
 from vbpfx.image_files import list_images
 from vbpfx.image_transforms import ImageTransform, Overrides, check_image, image_transform, open_image
@@ -109,10 +109,8 @@ def open_images(
         raise CalibrationError(f"none of the {len(order)} images of {path} can be read, such as {sorted(skipped)[0]}")
     chosen.sort()
     known = None if found.labels is None else tuple(found.labels[number] for number in chosen)
-    of = f" of {len(found.files):,}" if len(chosen) < len(found.files) else ""
     spread_over = "" if known is None else f", {counted(len(set(known)), 'class', 'classes')}"
-    things = "image" if len(found.files) == 1 else "images"
-    about = [f"{len(chosen):,}{of} {things} from {path}{spread_over}", f"prepared {transform.about}"]
+    about = [f"{taken(len(chosen), len(found.files), 'image')} from {path}{spread_over}", f"prepared {transform.about}"]
     if skipped:
         about.append(f"skipped {counted(len(skipped), 'image')} that cannot be read: {some(sorted(skipped), '; ')}")
     if found.unlabelled:

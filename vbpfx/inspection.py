@@ -14,6 +14,7 @@ from vbpfx.blocks import Analysis, find_blocks
 from vbpfx.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
 from vbpfx.capture import Frontend, capture, named_tensors
 from vbpfx.errors import BudgetError
+from vbpfx.figures import kept
 from vbpfx.kinds import calls, kinds
 from vbpfx.model_names import load_model, typical_inputs
 from vbpfx.records import Block, Refusal
@@ -103,8 +104,8 @@ class Inspection:
                 b.kind,
                 b.width,
                 *([b.calls] if calls else []),
-                _share(b.macs, self.macs),
-                _share(b.params, self.params),
+                kept(self.macs, b.macs),
+                kept(self.params, b.params),
             )
             for b in self.blocks
         ]
@@ -124,7 +125,7 @@ class Inspection:
             text += table(
                 "what ratios give: the same share of every block, exact widths",
                 ("ratio", "hidden neurons", "parameters", "kept", "MACs per sample", "kept"),
-                [(s.ratio, s.neurons, s.params, _share(s.params, self.params), s.macs, _share(s.macs, self.macs))
+                [(s.ratio, s.neurons, s.params, kept(self.params, s.params), s.macs, kept(self.macs, s.macs))
                  for s in self.steps],
             )  # fmt: skip
         if self.blocks and len(self.steps) < len(RATIOS):
@@ -199,7 +200,3 @@ def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> d
     floor = floors(blocks, min_width)
     budget = Budget("ratio", ratio)
     return choose_widths([[block] for block in blocks], ranks, budget, floor=floor, round_to=1, cost=None)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / max(1, whole):.1%}"

@@ -216,7 +216,7 @@ class Report:
         text += table(
             f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),
-            [(name, before, now, f"{now / before:.1%}") for name, (before, now) in self.widths.items()],
+            [(name, before, now, kept(before, now)) for name, (before, now) in self.widths.items()],
         )
         if self.settings["at_floor"]:
             text += (

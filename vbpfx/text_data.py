@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vbpfx.data import Data, spread
+from vbpfx.data import Data, spread, taken
 from vbpfx.errors import CalibrationError, first_line
 
 SUFFIXES = (".txt", ".jsonl")
@@ -155,9 +155,6 @@ def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int 
     tokens = _tokens_of(model, max_length)
     chosen = sorted(spread(known, len(texts), seed)[:limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
-    of = f" of {len(texts):,}" if len(chosen) < len(texts) else ""
-    about = (
-        f"{len(chosen):,}{of} {'text' if len(texts) == 1 else 'texts'} from {path}, at most {tokens.length} tokens each",
-    )
+    about = (f"{taken(len(chosen), len(texts), 'text')} from {path}, at most {tokens.length} tokens each",)
     dataset = _Texts(tuple(texts[number] for number in chosen), labels)
     return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _Tokenised(tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,16 +45,17 @@ def bench(
         from vbpfx.bench import bench_files
         from vbpfx.model_names import file_inputs, load_model, typical_inputs
 
+        how: dict[str, Any] = {
+            "runtimes": runtimes, "batches": batches, "threads": threads, "rounds": rounds, "memory": memory
+        }  # fmt: skip
         if folder is not None:
             model = load_model(dense, weights)
-            result = run_bench(model, load(folder), typical_inputs(model, one),
-                               runtimes=runtimes, batches=batches, threads=threads, rounds=rounds, memory=memory)  # fmt: skip
+            result = run_bench(model, load(folder), typical_inputs(model, one), **how)
+            if report:
+                add_to_report(folder, bench=result)
         else:
             assert pruned is not None
-            result = bench_files(dense, pruned, file_inputs(Path(dense), length),
-                                 runtimes=runtimes, batches=batches, threads=threads, rounds=rounds, memory=memory)  # fmt: skip
-        if folder is not None and report:
-            add_to_report(folder, bench=result)
+            result = bench_files(dense, pruned, file_inputs(Path(dense), length), **how)
     typer.echo(json.dumps(result.to_json(), indent=1) if as_json else str(result).rstrip("\n"))
     if result.problems:
         raise typer.Exit(1)

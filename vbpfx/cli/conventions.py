@@ -6,6 +6,7 @@ This file and those of the commands import nothing heavy but inside the commands
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,17 @@ def sizes(shape: str) -> tuple[int, ...] | None:
     if found is not None and min(found) < 1:
         raise typer.BadParameter(f"--shape {shape}: expected sizes of 1 and more, such as 3x224x224")
     return found
+
+
+def require_apart(checkpoint: Path | None, out: Path) -> None:
+    """Raise a typer.BadParameter where the checkpoint's folder is in the one that the result takes."""
+    if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+
+
+def command_line() -> str:
+    """The command as it was typed, for the report."""
+    return shlex.join(["vbpfx", *sys.argv[1:]])
 
 
 def device_named(name: str) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from vbpfx.cli.conventions import sizes
 
 PANEL = "Data"
 
@@ -58,7 +60,18 @@ Classes = Annotated[
 MaxLength = Annotated[int | None, typer.Option(min=1, rich_help_panel=PANEL, help="Tokens after which a text is cut.")]
 
 
-def numbers(option: str, text: str) -> tuple[float, ...] | None:
+def reading(*, bad_images: BadImages, shape: str, mean: str, std: str, **others: Any) -> dict[str, Any]:
+    """The options of a command, as :func:`vbpfx.open_data` takes them; ``others`` as they are.
+
+    Raises:
+        typer.BadParameter: one of them is not of its form.
+    """
+    return {
+        "bad_images": bad_images.value, "shape": sizes(shape), "mean": _numbers("--mean", mean), "std": _numbers("--std", std),
+    } | others  # fmt: skip
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...] | None:
     """The numbers of an option such as ``--mean 0.48,0.46,0.41``; None for none.
 
     Raises:

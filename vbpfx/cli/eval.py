@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,6 @@ from vbpfx.cli.conventions import (
     note,
     note_random_weights,
     shows_progress,
-    sizes,
 )
 from vbpfx.cli.data_options import (
     DATA,
@@ -34,7 +33,7 @@ from vbpfx.cli.data_options import (
     Shape,
     Std,
     Workers,
-    numbers,
+    reading,
 )
 from vbpfx.cli.measured import InReport, add_to_report
 
@@ -91,11 +90,10 @@ def evaluate(
         raise typer.BadParameter(
             f"{network} is a pruned network: say what to compare it with, --dense MODEL --weights FILE"
         )
-    reading: dict[str, Any] = {
-        "name": dense or network, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value,
-        "workers": workers, "labels": labels, "classes": classes, "shape": sizes(shape), "mean": numbers("--mean", mean),
-        "std": numbers("--std", std), "crop": crop, "max_length": max_length,
-    }  # fmt: skip
+    source = reading(
+        name=dense or network, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers, labels=labels, classes=classes,
+        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
+    )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {dense or network}"):
             from vbpfx.data_sources import open_data
@@ -107,7 +105,7 @@ def evaluate(
             pruned = None
             if dense:
                 pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
-            samples = open_data(data, original, **reading)
+            samples = open_data(data, original, **source)
         note_random_weights(dense or network, weights)
         if dense and not is_folder:
             note_random_weights(network, None)

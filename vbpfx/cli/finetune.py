@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -17,11 +15,12 @@ from vbpfx.cli.conventions import (
     Color,
     Debug,
     busy,
+    command_line,
     failing_in_one_line,
     note,
     note_random_weights,
+    require_apart,
     shows_progress,
-    sizes,
 )
 from vbpfx.cli.data_options import (
     DATA,
@@ -36,7 +35,7 @@ from vbpfx.cli.data_options import (
     Shape,
     Std,
     Workers,
-    numbers,
+    reading,
 )
 from vbpfx.cli.group import among_ranks
 
@@ -143,13 +142,11 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Train a pruned network to compute what the dense one computes, and write it to another folder."""
-    if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
-        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
-    reading: dict[str, Any] = {
-        "name": dense, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
-        "labels": labels, "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "crop": crop,
-        "max_length": max_length,
-    }  # fmt: skip
+    require_apart(checkpoint, out)
+    source = reading(
+        name=dense, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers, labels=labels,
+        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
+    )  # fmt: skip
     training: dict[str, Any] = {
         "recipe": recipe.value, "loss": loss.value, "labels": use_labels, "epochs": epochs, "learning_rate": learning_rate,
         "held_out": held_out, "mixed_precision": precision.value, "accumulate": accumulate, "max_seconds": max_seconds,
@@ -167,7 +164,7 @@ def finetune(
         with folder_for_artifact(out) if ranks.first else nullcontext():
             with busy(f"loading {dense}", ranks.first):
                 model = load_model(dense, weights)
-                samples = open_data(data, model, **reading)
+                samples = open_data(data, model, **source)
                 tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
             if ranks.first:
                 note_random_weights(dense, weights)
@@ -176,7 +173,7 @@ def finetune(
                     note(f"trained as a graph, without dropout: {tuning.as_graph}")
             loader = samples.loader(shuffle=True)
             done = run_finetune(tuning.student, model, loader, progress=shows_progress(), **training)
-            command = shlex.join(["vbpfx", *sys.argv[1:]])
+            command = command_line()
             measured = {"fine-tuning": _in_words(done, samples.samples, recipe.value)}
             ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, measured=measured, command=command), out)
         if ranks.first:

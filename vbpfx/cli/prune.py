@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -22,13 +20,14 @@ from vbpfx.cli.conventions import (
     Tracing,
     Weights,
     busy,
+    command_line,
     device_named,
     failing_in_one_line,
     fraction,
     note,
     note_random_weights,
+    require_apart,
     shows_progress,
-    sizes,
 )
 from vbpfx.cli.data_options import (
     DATA,
@@ -42,7 +41,7 @@ from vbpfx.cli.data_options import (
     Shape,
     Std,
     Workers,
-    numbers,
+    reading,
 )
 from vbpfx.cli.group import among_ranks
 
@@ -163,8 +162,7 @@ def prune(
         )
     if latency is not None and runtime == Place.none:
         raise typer.BadParameter("--latency is measured in a --runtime; none is no runtime")
-    if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
-        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+    require_apart(checkpoint, out)
     exact = runtime is None and method == Method.vbp
     place = None if runtime == Place.none or (exact and latency is None) else runtime or Place.onnxruntime
     options: dict[str, Any] = {
@@ -174,10 +172,10 @@ def prune(
         "checkpoint": checkpoint,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value not in (None, [])}
-    reading: dict[str, Any] = {
-        "name": model, "batch": batch, "limit": limit, "seed": seed, "bad_images": bad_images.value, "workers": workers,
-        "shape": sizes(shape), "mean": numbers("--mean", mean), "std": numbers("--std", std), "crop": crop, "max_length": max_length,
-    }  # fmt: skip
+    source = reading(
+        name=model, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers,
+        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
+    )  # fmt: skip
     with failing_in_one_line(debug), among_ranks(device, debug) as ranks, ExitStack() as stack:
         with busy(f"loading {model}", ranks.first):
             import torch
@@ -191,7 +189,7 @@ def prune(
                 stack.enter_context(folder_for_artifact(out))
             torch.manual_seed(seed)
             network = load_model(model, weights).to(device_named(device))
-            calibration = open_data(data, network, **reading)
+            calibration = open_data(data, network, **source)
         if ranks.first:
             note_random_weights(model, weights)
             note(str(calibration))
@@ -206,7 +204,7 @@ def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:
     """Write the artifact; without ``model.onnx`` where that cannot be made: hours of work need not be lost for it."""
     from vbpfx.errors import ExportError
 
-    command = shlex.join(["vbpfx", *sys.argv[1:]])
+    command = command_line()
     if onnx:
         try:
             pruned.save(out, onnx=True, command=command)
