@@ -26,7 +26,7 @@ from results_page import PAGE, machine_line, markdown_table, write_section
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.files import json_writer, write_atomically
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibration_cost.json"
 WAYS = {"variances": "calibrate, variances", "covariances": "calibrate, covariances", "auto": "prune, `auto`"}

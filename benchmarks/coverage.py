@@ -31,7 +31,7 @@ from coverage_page import write_page
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vbpfx.files import json_writer, read_json, write_atomically
+from vbpfx.storage.files import json_writer, read_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 SECONDS = 300  # of processor time per model: another program on the machine should not change a result

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import vbpfx
+from vbpfx.data.inputs import Inputs, argument_names, as_inputs
 from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
 from vbpfx.export.onnx import run_session
-from vbpfx.inputs import Inputs, argument_names, as_inputs
-from vbpfx.verify import TOLERANCES, reference_graph, relative_error
+from vbpfx.rewrite.verify import TOLERANCES, reference_graph, relative_error
 
 EXAMPLES = 1  # named axes per reason
 # Rounding can grow on the way through a network; float32 is right if it is off by no more than this many times what
@@ -204,7 +204,7 @@ def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record)
     ]
     macs = captured.macs
     record.macs = sum(macs.values())
-    # as vbpfx.budget counts them: a product is linear in each axis that its node carries or contracts
+    # as vbpfx.planning.budget counts them: a product is linear in each axis that its node carries or contracts
     touched = {node for block in analysis.blocks for node, *_ in block.carriers}
     touched |= {consumer.node for block in analysis.blocks for consumer in block.consumers}
     record.prunable = sum(count for node, count in macs.items() if node in touched) / max(1, record.macs)

@@ -14,8 +14,8 @@ from coverage_measure import ROUNDING
 from coverage_models import LARGEST, LEFT_OUT, LISTS, SIZES, left_out_torchvision, subjects
 from results_page import machine_line, markdown_table
 
-from vbpfx.files import write_atomically
-from vbpfx.verify import TOLERANCES
+from vbpfx.rewrite.verify import TOLERANCES
+from vbpfx.storage.files import write_atomically
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 STATUSES = ("ok", "no blocks", "refused", "wrong", "blind", "untyped", "broken", "timeout", "killed")

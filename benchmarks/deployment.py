@@ -24,8 +24,8 @@ from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
-from vbpfx.files import json_writer, write_atomically
 from vbpfx.runtimes.table import NAMES
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
 

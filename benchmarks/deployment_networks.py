@@ -14,7 +14,7 @@ import torch
 from exactness import randomize
 from torch import nn
 
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
 
 TOKENS = 128
 _IMAGES = (

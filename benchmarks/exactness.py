@@ -25,9 +25,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.inputs import Inputs
-from vbpfx.verify import reference_graph, relative_error
+from vbpfx.rewrite.verify import reference_graph, relative_error
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from rich.console import Console
 from torchvision.transforms import v2
 
 import vbpfx
-from vbpfx.files import json_writer, write_atomically
-from vbpfx.inputs import Inputs
-from vbpfx.plan_options import PlanArguments
+from vbpfx.data.inputs import Inputs
+from vbpfx.planning.options import PlanArguments
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "finetuning.json"
 RATIO = 0.5

@@ -29,8 +29,8 @@ from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
 from vbpfx.artifact import load_plan
-from vbpfx.capture import named_tensors
-from vbpfx.stored import Stored, write_shards
+from vbpfx.graph.capture import named_tensors
+from vbpfx.storage.tensors import Stored, write_shards
 
 PERFORMANCE = PAGE.parent / "performance.md"
 RATIO, BATCHES, SAMPLES, TOKENS = 0.3, 4, 2, 64

@@ -20,7 +20,7 @@ from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
-from vbpfx.files import json_writer, write_atomically
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "latency_budget.json"
 NETWORKS = ("deit_small_patch16_224", "convnext_tiny", "mixer_b16_224", "swin_tiny_patch4_window7_224")

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
-from vbpfx.files import json_writer, write_atomically
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "processes.json"
 PERFORMANCE = PAGE.parent / "performance.md"

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import export_onnx
-from vbpfx.files import json_writer, write_atomically
-from vbpfx.inputs import Inputs
+from vbpfx.storage.files import json_writer, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "quantized.json"

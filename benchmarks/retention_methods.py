@@ -30,11 +30,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import vbpfx
-from vbpfx.fake import graph_arguments
-from vbpfx.importance import Scoring
-from vbpfx.inputs import Inputs, as_inputs
-from vbpfx.plan_options import PlanArguments
-from vbpfx.report import make_report
+from vbpfx.data.inputs import Inputs, as_inputs
+from vbpfx.graph.fake import graph_arguments
+from vbpfx.planning.importance import Scoring
+from vbpfx.planning.options import PlanArguments
+from vbpfx.report.report import make_report
 
 SNIP_SAMPLES = 64
 _SAMPLES_AT_ONCE = 8

@@ -20,10 +20,10 @@ from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 from torch import nn
 
-from vbpfx.files import json_writer, write_atomically
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
+from vbpfx.measurement.timing import Spread, alternating
 from vbpfx.runtimes.table import NAMES, runtime
-from vbpfx.timing import Spread, alternating
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rounding.json"
 SHAPES = {"197 tokens of 384": (197, 384, 768), "128 tokens of 768": (128, 768, 1536)}  # tokens, width, hidden width

@@ -24,7 +24,7 @@ from speed_measures import COMPARED, LARGE, OBSERVED, PASSES, first_pass, observ
 from speed_page import write_page
 from speed_scaling import measure_largest, measure_scaling
 
-from vbpfx.files import json_writer, write_atomically
+from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 

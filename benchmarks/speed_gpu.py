@@ -16,9 +16,9 @@ from speed_measures import invented
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import as_inputs
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import as_inputs
-from vbpfx.timing import interleaved
+from vbpfx.measurement.timing import interleaved
 
 SUBJECTS = {"deit_base_patch16_224": 0.55, "convnext_base": 0.5}
 PRECISIONS = ("fp32", "tf32", "bf16")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.moments import Moments
-from vbpfx.observer import Observer
-from vbpfx.timing import alternating
+from vbpfx.calibration.moments import Moments
+from vbpfx.calibration.observer import Observer
+from vbpfx.measurement.timing import alternating
 
 COMPARED = ("deit_small_patch16_224", "convnext_tiny")
 LARGE = "deit_base_patch16_224"

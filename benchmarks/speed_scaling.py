@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vbpfx
-from vbpfx.timing import alternating
+from vbpfx.measurement.timing import alternating
 
 _SMALL = {"depth": 6, "width": 64, "tokens": 64, "batches": 2}
 SIZES: dict[str, Sequence[int]] = {

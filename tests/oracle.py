@@ -11,7 +11,7 @@ from exactness import randomize
 from torch import nn
 
 import vbpfx
-from vbpfx.inputs import as_inputs
+from vbpfx.data.inputs import as_inputs
 
 __all__ = ["Stages", "assert_unchanged", "double", "randomize", "stages", "state"]
 

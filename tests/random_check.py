@@ -13,9 +13,9 @@ from random_networks import Spec, batch, build
 from torch import nn
 
 import vbpfx
-from vbpfx.capture import named_tensors
+from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import AnalysisError, ArtifactError, BudgetError, CaptureError, VerificationError
-from vbpfx.inputs import as_inputs
+from vbpfx.graph.capture import named_tensors
 
 # In float64 rounding stays below 1e-12 of the output here: middles are bounded or grow linearly, weights are of natural size.
 TOLERANCE = 1e-9

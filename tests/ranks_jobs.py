@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vbpfx
-import vbpfx.meeting
+import vbpfx.distributed.meeting
 from vbpfx.artifact import save_plan
 from vbpfx.errors import VbpfxError
 
@@ -84,7 +84,7 @@ def prune(data: Any, **options: Any) -> vbpfx.Pruned:
 def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: dict[str, Any]) -> None:
     """One process of a job; writes what it raised, if it raised something of vbpfx."""
     torch.set_num_threads(1)
-    vbpfx.meeting.SILENCE, vbpfx.meeting.BEAT = 4.0, 0.2
+    vbpfx.distributed.meeting.SILENCE, vbpfx.distributed.meeting.BEAT = 4.0, 0.2
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     try:
         globals()[f"job_{job}"](rank, folder, **options)

@@ -35,6 +35,15 @@ def test_every_file_has_its_place_in_the_architecture() -> None:
     assert sorted(_layers()) == _modules()
 
 
+def test_the_files_of_a_package_stand_together() -> None:
+    """So that packages, too, import in one direction alone."""
+    packages = [name.partition("/")[0] for name in _layers() if "/" in name]
+    begun = [package for package, before in zip(packages, ["", *packages], strict=False) if package != before]
+    assert len(begun) == len(set(begun))
+    named = re.findall(r"^\*\*`(\w+)/`\*\*", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [name for name in named if name != "vbpfx"] == begun
+
+
 @pytest.mark.parametrize("name", _modules())
 def test_imports_go_up_alone(name: str) -> None:
     order = _layers()

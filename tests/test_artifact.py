@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 import vbpfx
 from vbpfx.artifact import load_plan
+from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError
-from vbpfx.inputs import as_inputs
 
 FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
 
@@ -454,7 +454,7 @@ def test_an_interrupted_write_leaves_the_old_artifact(
             raise failure
 
     other = prune(randomize(mlp()), rows(32), ratio=0.25)
-    monkeypatch.setattr("vbpfx.files.save_file", half)
+    monkeypatch.setattr("vbpfx.storage.files.save_file", half)
     with pytest.raises(ArtifactError, match=r"cannot write .*safetensors.*No space left"):
         other.save(artifact)
     assert len(calls) == which

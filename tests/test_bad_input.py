@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.calibrate import calibrate
+from vbpfx.calibration.calibrate import calibrate
+from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.errors import (
     AnalysisError,
     ArtifactError,
@@ -24,7 +25,6 @@ from vbpfx.errors import (
     VbpfxError,
     VerificationError,
 )
-from vbpfx.inputs import Inputs, as_inputs
 
 
 class Net(nn.Module):

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 import vbpfx
 from vbpfx.cli import app
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import Inputs
+from vbpfx.measurement.timing import Spread, alternating, interleaved
 from vbpfx.runtimes import table
 from vbpfx.runtimes.interface import Compiled, Runtime
-from vbpfx.timing import Spread, alternating, interleaved
 
 
 class Clock:
@@ -75,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
         return Runtime(name, "torch", "", made[name]) if name in made else real(name)
 
     monkeypatch.setattr(
-        importlib.import_module("vbpfx.bench"), "runtime", runtime
+        importlib.import_module("vbpfx.measurement.bench"), "runtime", runtime
     )  # the package's name for it is the function
     return clock, calls
 

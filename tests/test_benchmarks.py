@@ -18,8 +18,8 @@ import speed_page
 import speed_scaling
 import torch
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import accuracy, load_digits
-from vbpfx.inputs import Inputs
 
 
 def test_fine_tuning_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, REFUSED, Case
 
 import vbpfx
-from vbpfx.verify import reference_graph, relative_error
+from vbpfx.rewrite.verify import reference_graph, relative_error
 
 # float64: what rounding alone makes of a few dozen operations
 ROUNDING = 1e-12

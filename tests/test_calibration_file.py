@@ -20,9 +20,9 @@ from test_ranks import _FORKS
 
 import vbpfx
 from vbpfx.artifact import load_plan, plan_digest
-from vbpfx.calibrate import progress_bar
+from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.errors import ArtifactError, CalibrationError
-from vbpfx.files import settle
+from vbpfx.storage.files import settle
 
 BATCHES = 9
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, Attention, tokens
 
 import vbpfx
+from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.errors import CaptureError
-from vbpfx.inputs import Inputs, as_inputs
 
 BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 

@@ -17,7 +17,7 @@ import vbpfx
 from vbpfx.cli import app
 from vbpfx.demo import run
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
-from vbpfx.report import Report
+from vbpfx.report.report import Report
 
 
 @pytest.fixture(scope="module")

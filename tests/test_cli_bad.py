@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-import vbpfx.data_sources
-import vbpfx.files
+import vbpfx.data.sources
 import vbpfx.model_names
 import vbpfx.pipeline
+import vbpfx.storage.files
 from vbpfx.cli import app
 
 MLP = "cli_networks:mlp"
@@ -182,7 +182,7 @@ def test_a_folder_without_permission_is_refused_before_the_work(place: Path, mon
     def deny(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(vbpfx.files.tempfile, "TemporaryFile", deny)
+    monkeypatch.setattr(vbpfx.storage.files.tempfile, "TemporaryFile", deny)
     _require_one_line(_run(*_prune(model="cli_networks:raising", out="a/b")), 1, "cannot write a/b: Permission denied")
     assert not Path("a").exists()
 
@@ -204,23 +204,23 @@ def _stop(*_: Any, **__: Any) -> None:
 
 def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(vbpfx.files, "save_file", _full)
+        patch.setattr(vbpfx.storage.files, "save_file", _full)
         before = _files(place)
         _require_one_line(_run(*PRUNE), 1, "No space left on device")
         assert _files(place) == before
     assert _run(*PRUNE).exit_code == 0
     before = _files(place)
     assert "out/model.onnx" in before
-    monkeypatch.setattr(vbpfx.files, "save_file", _full)
+    monkeypatch.setattr(vbpfx.storage.files, "save_file", _full)
     _require_one_line(_run(*PRUNE, "--seed", "1"), 1, "No space left on device")
     assert _files(place) == before
 
 
 STAGES = {
-    "load_model": vbpfx.model_names, "open_data": vbpfx.data_sources, "capture": vbpfx.pipeline,
+    "load_model": vbpfx.model_names, "open_data": vbpfx.data.sources, "capture": vbpfx.pipeline,
     "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.pipeline, "make_plan": vbpfx.pipeline,
     "reconstruct_plan": vbpfx.pipeline, "convert": vbpfx.pipeline, "check": vbpfx.pipeline,
-    "onnx_writer": vbpfx.pipeline, "save_network": vbpfx.pipeline, "save_file": vbpfx.files,
+    "onnx_writer": vbpfx.pipeline, "save_network": vbpfx.pipeline, "save_file": vbpfx.storage.files,
 }  # fmt: skip
 
 

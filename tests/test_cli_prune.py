@@ -25,7 +25,7 @@ from vbpfx.artifact import load_plan
 from vbpfx.cli import app
 from vbpfx.cli.conventions import Method
 from vbpfx.cli.prune import Place
-from vbpfx.plan_options import METHODS
+from vbpfx.planning.options import METHODS
 from vbpfx.runtimes.table import NAMES
 
 MLP = "cli_networks:mlp"

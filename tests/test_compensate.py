@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, Case
 
 import vbpfx
-from vbpfx import compensate
+from vbpfx.calibration.moments import CoMoments, Moments
 from vbpfx.errors import ArtifactError, BudgetError, CalibrationError
-from vbpfx.importance import CRITERIA, Scoring
-from vbpfx.moments import CoMoments, Moments
+from vbpfx.planning import compensate
+from vbpfx.planning.importance import CRITERIA, Scoring
 from vbpfx.records import BlockPlan
 
 

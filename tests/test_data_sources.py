@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.data import Data, spread
+from vbpfx.data.batches import Data, spread
+from vbpfx.data.texts import _Tokens
 from vbpfx.errors import CalibrationError
-from vbpfx.text_data import _Tokens
 
 SIDE = 40
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vbpfx.elimination import elimination_costs, ridge_inverse
-from vbpfx.ridge import ridge_factor
+from vbpfx.planning.elimination import elimination_costs, ridge_inverse
+from vbpfx.planning.ridge import ridge_factor
 
 PENALTY = 1e-2
 

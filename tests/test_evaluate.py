@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
 from vbpfx.errors import EvaluationError
-from vbpfx.intervals import PairedDifference, Share
+from vbpfx.evaluation.intervals import PairedDifference, Share
 
 CLASSES, SAMPLES = 7, 60
 

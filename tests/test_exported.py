@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CalibrationError, CaptureError, ExportError
 from vbpfx.export.exported_program import export_program
-from vbpfx.inputs import Inputs
-from vbpfx.verify import relative_error
+from vbpfx.rewrite.verify import relative_error
 
 
 class Nested(nn.Module):

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, WeightedRandomSampler
 
 import vbpfx
-import vbpfx.distillation as distillation
+import vbpfx.finetuning.distillation as distillation
+from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
-from vbpfx.distillation import Distillation, Signals, choose_features, label_loss
 from vbpfx.errors import CalibrationError, CaptureError, FinetuneError
-from vbpfx.inputs import Inputs
-from vbpfx.recipes import RECIPES, Recipe, make_recipe
+from vbpfx.finetuning.distillation import Distillation, Signals, choose_features, label_loss
+from vbpfx.finetuning.recipes import RECIPES, Recipe, make_recipe
 
 ROUNDING = 1e-9
 

@@ -13,13 +13,13 @@ import torch
 from pages import HOSTILE, Element, parse, rows, two
 
 import vbpfx
-from vbpfx.bench_result import BenchResult, Row, Side
-from vbpfx.charts import common_scale
-from vbpfx.html_report import html_report, notebook_view
+from vbpfx.measurement.bench_result import BenchResult, Row, Side
+from vbpfx.measurement.timing import Spread
 from vbpfx.records import Refusal
-from vbpfx.report import Report
-from vbpfx.spectrum import Spectrum
-from vbpfx.timing import Spread
+from vbpfx.report.charts import common_scale
+from vbpfx.report.page import html_report, notebook_view
+from vbpfx.report.report import Report
+from vbpfx.report.spectrum import Spectrum
 
 QUOTED = 'a<b>&"c"'
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import vbpfx
-from vbpfx.blocks import Analysis, find_blocks
-from vbpfx.capture import capture
-from vbpfx.channel_graph import channel_graph
+from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.analysis.channel_graph import channel_graph
+from vbpfx.analysis.kinds import calls, kinds
 from vbpfx.cli import app
+from vbpfx.graph.capture import capture
 from vbpfx.inspection import RATIOS, inspect_model
-from vbpfx.kinds import calls, kinds
 from vbpfx.model_names import load_model, typical_inputs
 
 MLP = "cli_networks:mlp"

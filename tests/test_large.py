@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx import large
-from vbpfx.capture import named_tensors
-from vbpfx.loading import Loading, Loans, pieces, runnable
-from vbpfx.narrow import Changes
-from vbpfx.stored import Stored, write_shards
-from vbpfx.verify import Outputs, judge
-from vbpfx.weightless import Weightless
+from vbpfx.graph.capture import named_tensors
+from vbpfx.graph.weightless import Weightless
+from vbpfx.large import pipeline as large
+from vbpfx.large.loading import Loading, Loans, pieces, runnable
+from vbpfx.rewrite.narrow import Changes
+from vbpfx.rewrite.verify import Outputs, judge
+from vbpfx.storage.tensors import Stored, write_shards
 
 KIB = 2**-20  # of memory=, in GiB
 WIDTH, HIDDEN, WORDS, BLOCKS = 16, 24, 50, 4
@@ -361,7 +361,7 @@ def test_pieces_hold_no_more_weights_than_allowed(tmp_path: Path) -> None:
         seen.append(sum(4 * t.numel() for t in dict.fromkeys(graph.parameters()) if not t.is_meta))
 
     loading = Loading(graph, loans, captured.batch, one_block)
-    (outputs,) = loading.run([vbpfx.inputs.as_inputs(BATCHES[0], model)], before=look)
+    (outputs,) = loading.run([vbpfx.data.inputs.as_inputs(BATCHES[0], model)], before=look)
     with torch.no_grad():
         assert torch.equal(outputs[0], model(BATCHES[0]))
     assert max(seen) <= max(one_block, 4 * WORDS * WIDTH)
@@ -574,7 +574,7 @@ def prune(blocks, folder):
     with vbpfx.without_weights():
         model = build(blocks)
     shapes = model.state_dict()
-    vbpfx.stored.write_shards(shapes, lambda name: torch.randn(shapes[name].shape) / 50, folder, 2**24)
+    vbpfx.storage.tensors.write_shards(shapes, lambda name: torch.randn(shapes[name].shape) / 50, folder, 2**24)
     data = [torch.randn(64, 512) for _ in range(4)]
     vbpfx.prune_files(model, data, folder / "out", weights=folder, memory=1 / 32, ratio=0.3, progress=False)
     return sum(4 * p.numel() for p in model.parameters()) / 2**20

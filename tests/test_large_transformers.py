@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.errors import ArtifactError
-from vbpfx.stored import Stored
+from vbpfx.storage.tensors import Stored
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError, ExportError
-from vbpfx.fake import run_fake
-from vbpfx.inputs import Inputs
-from vbpfx.latency import block_network
-from vbpfx.latency_table import Latencies
+from vbpfx.graph.fake import run_fake
+from vbpfx.measurement.latency import block_network
+from vbpfx.planning.latency_table import Latencies
 from vbpfx.runtimes.interface import Compiled, Runtime
 
 # What every call of the runtime takes, in multiply-accumulates, beside those it computes.
@@ -47,7 +47,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = _Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     engine = Runtime("counted", "none", "", lambda network, inputs, threads: _Counted(clock, network, inputs))
-    monkeypatch.setattr("vbpfx.latency.find_runtime", lambda name: engine)
+    monkeypatch.setattr("vbpfx.measurement.latency.find_runtime", lambda name: engine)
 
 
 class _Residual(nn.Module):
@@ -151,7 +151,7 @@ class _Gated(nn.Module):
 )
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_block_by_itself_computes_what_it_does_in_the_network(
-    model: nn.Module, example: Tensor, frontend: vbpfx.capture.Frontend
+    model: nn.Module, example: Tensor, frontend: vbpfx.graph.capture.Frontend
 ) -> None:
     captured = vbpfx.capture(model.eval(), example, frontend=frontend)
     analysis = vbpfx.find_blocks(captured)

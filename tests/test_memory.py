@@ -19,9 +19,9 @@ from onnx import helper
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.bench import bench_files
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
-from vbpfx.inputs import Inputs
+from vbpfx.measurement.bench import bench_files
 from vbpfx.runtimes import memory, table
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.memory import peak_memory
@@ -106,7 +106,7 @@ class _Eager(Compiled):
 
 def _bench_with(load: Any, file: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> vbpfx.BenchResult:
     made = Runtime("fake", "torch", "", lambda network, inputs, threads: _Eager(network, file), load=load)
-    monkeypatch.setattr(importlib.import_module("vbpfx.bench"), "runtime", lambda name: made)
+    monkeypatch.setattr(importlib.import_module("vbpfx.measurement.bench"), "runtime", lambda name: made)
     return vbpfx.bench(_mlp(8), _mlp(4), EXAMPLE.args, runtimes=["fake"], batches=[1], rounds=1, **options)
 
 

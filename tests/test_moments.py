@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vbpfx
+from vbpfx.calibration.moments import CoMoments, Moments
+from vbpfx.calibration.observer import Observer
 from vbpfx.errors import ArtifactError, CalibrationError
-from vbpfx.moments import CoMoments, Moments
-from vbpfx.observer import Observer
 
 
 def _reduce(pieces: list[torch.Tensor]) -> Moments:

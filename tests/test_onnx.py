@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import vbpfx
+from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError, ExportError
 from vbpfx.export import onnx as exporter
-from vbpfx.inputs import as_inputs
 
 # Other kernels, the same float32: the documented bound.
 PARITY = 1e-4

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from zoo import Net
 
 import vbpfx
-from vbpfx import ops
-from vbpfx.rules import shapes
+from vbpfx.rules import ops, shapes
 
 # Takes more than one tensor, or none that is a hidden activation.
 _OTHERWISE = {"type_as", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "maximum", "minimum", "to", "type"}

@@ -16,7 +16,7 @@ from torch import nn
 
 import vbpfx
 from vbpfx.artifact import load_plan, save_plan
-from vbpfx.carry import CarriedNorm
+from vbpfx.rewrite.carry import CarriedNorm
 
 _SMALL = {"img_size": 64, "depth": 2}
 

@@ -11,9 +11,9 @@ from oracle import randomize, stages
 from torch import nn
 
 import vbpfx
-from vbpfx.budget import mac_cost, parameter_cost
 from vbpfx.errors import BudgetError
-from vbpfx.report import count_parameters
+from vbpfx.planning.budget import mac_cost, parameter_cost
+from vbpfx.report.report import count_parameters
 
 
 def _network() -> nn.Module:
@@ -181,7 +181,7 @@ def test_other_criteria(criterion: str) -> None:
     again = stages(model, DATA, **options)
     assert [e.kept for e in again.plan.blocks] == [e.kept for e in result.plan.blocks]
     if criterion == "random":
-        from vbpfx.importance import Scoring, random
+        from vbpfx.planning.importance import Scoring, random
 
         drawn = [random(Scoring(block, (), model, 0.5, 50)) for block in result.analysis.blocks]
         assert not torch.equal(drawn[0][:16], drawn[1][:16])

@@ -11,7 +11,7 @@ from pages import HOSTILE, two
 
 import vbpfx
 from vbpfx.errors import VbpfxError
-from vbpfx.report import Report
+from vbpfx.report.report import Report
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, Case, Net
 
 import vbpfx
-from vbpfx.influence import Gradients
-from vbpfx.inputs import Inputs
-from vbpfx.reconstruct import layers_beside
-from vbpfx.regression import Sums, fit
-from vbpfx.residual import find_residual_sum
-from vbpfx.stream import Stream
+from vbpfx.data.inputs import Inputs
+from vbpfx.reconstruction.influence import Gradients
+from vbpfx.reconstruction.reconstruct import layers_beside
+from vbpfx.reconstruction.regression import Sums, fit
+from vbpfx.reconstruction.residual import find_residual_sum
+from vbpfx.reconstruction.stream import Stream
 
 
 def _batches(case: Case, count: int = 6) -> list[object]:

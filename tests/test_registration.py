@@ -11,9 +11,9 @@ from oracle import double, randomize, stages
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx import ops
-from vbpfx.axes import Relation, Same, Site
 from vbpfx.errors import AnalysisError
+from vbpfx.rules import ops
+from vbpfx.rules.axes import Relation, Same, Site
 from vbpfx.rules.pointwise import elementwise
 
 # float64: what rounding alone makes of a few dozen operations

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import vbpfx
-from vbpfx import ops
-from vbpfx.fake import run_fake
+from vbpfx.graph.fake import run_fake
+from vbpfx.rules import ops
 from vbpfx.rules.pointwise import unchanged
 
 CASES = [case for cases in (zoo.FOUND, zoo.PACKED, zoo.NORMS, zoo.SHARED, zoo.REFUSED) for case in cases]

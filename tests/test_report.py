@@ -14,13 +14,13 @@ from pages import HOSTILE, two
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.calibration.moments import Moments
+from vbpfx.display.tables import table
 from vbpfx.errors import ArtifactError, ExportError
-from vbpfx.html_report import html_report, update_report
-from vbpfx.importance import Scoring
-from vbpfx.moments import Moments
-from vbpfx.report import Report
-from vbpfx.spectrum import reduced, spectra
-from vbpfx.tables import table
+from vbpfx.planning.importance import Scoring
+from vbpfx.report.page import html_report, update_report
+from vbpfx.report.report import Report
+from vbpfx.report.spectrum import reduced, spectra
 
 NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.table import NAMES, runtime
 

@@ -13,10 +13,10 @@ from oracle import randomize
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError
-from vbpfx.importance import Scoring, score
-from vbpfx.inputs import Inputs
-from vbpfx.sensitivity import _drawn_together as _drawn
+from vbpfx.measurement.sensitivity import _drawn_together as _drawn
+from vbpfx.planning.importance import Scoring, score
 
 SHARE = 0.5
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -7,19 +7,14 @@ into the layer behind. :func:`prune` is the whole way; every stage is a public f
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vbpfx.analysis.blocks import Analysis, find_blocks
     from vbpfx.artifact import load
-    from vbpfx.bench import bench
-    from vbpfx.bench_result import BenchResult
-    from vbpfx.blocks import Analysis, find_blocks
-    from vbpfx.calibrate import calibrate
-    from vbpfx.capture import Captured, capture
-    from vbpfx.convert import convert
-    from vbpfx.data_sources import open_data
+    from vbpfx.calibration.calibrate import calibrate
+    from vbpfx.calibration.prepare import Statistics, prepare, statistics
+    from vbpfx.data.sources import open_data
     from vbpfx.errors import (
         AnalysisError,
         ArtifactError,
@@ -34,25 +29,28 @@ if TYPE_CHECKING:
         VbpfxError,
         VerificationError,
     )
-    from vbpfx.evaluate import evaluate
-    from vbpfx.evaluation import Evaluation
+    from vbpfx.evaluation.evaluate import evaluate
+    from vbpfx.evaluation.result import Evaluation
     from vbpfx.exported import prune_exported
-    from vbpfx.finetune import FineTuned, finetune
+    from vbpfx.finetuning.finetune import FineTuned, finetune
     from vbpfx.fx_pass import VarianceBasedPruning
-    from vbpfx.large import PrunedFiles, prune_files
-    from vbpfx.latency import measure_latencies
-    from vbpfx.latency_table import Latencies
+    from vbpfx.graph.capture import Captured, capture
+    from vbpfx.graph.weightless import without_weights
+    from vbpfx.large.pipeline import PrunedFiles, prune_files
+    from vbpfx.measurement.bench import bench
+    from vbpfx.measurement.bench_result import BenchResult
+    from vbpfx.measurement.latency import measure_latencies
+    from vbpfx.measurement.sensitivity import sensitivities
     from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
-    from vbpfx.ops import register_operator
-    from vbpfx.own_class import apply_plan
     from vbpfx.pipeline import Pruned, prune, save
-    from vbpfx.plan import make_plan
-    from vbpfx.prepare import Statistics, prepare, statistics
+    from vbpfx.planning.latency_table import Latencies
+    from vbpfx.planning.plan import make_plan
     from vbpfx.records import Block, Plan, Refusal
-    from vbpfx.report import Report
-    from vbpfx.sensitivity import sensitivities
-    from vbpfx.verify import Verification, verify
-    from vbpfx.weightless import without_weights
+    from vbpfx.report.report import Report
+    from vbpfx.rewrite.convert import convert
+    from vbpfx.rewrite.own_class import apply_plan
+    from vbpfx.rewrite.verify import Verification, verify
+    from vbpfx.rules.ops import register_operator
 
 __version__ = "0.1.0"
 
@@ -112,62 +110,47 @@ __all__ = [
 
 # file -> the public names in it, which are imported when they are first asked for: torch takes seconds
 _HOMES = {
+    "analysis.blocks": "Analysis find_blocks",
     "artifact": "load",
-    "bench": "bench",
-    "bench_result": "BenchResult",
-    "blocks": "Analysis find_blocks",
-    "calibrate": "calibrate",
-    "capture": "Captured capture",
-    "convert": "convert",
-    "data_sources": "open_data",
+    "calibration.calibrate": "calibrate",
+    "calibration.prepare": "Statistics prepare statistics",
+    "data.sources": "open_data",
     "errors": "AnalysisError ArtifactError BudgetError CalibrationError CaptureError "
     "EvaluationError ExportError FinetuneError ModelError RankError VbpfxError VerificationError",
-    "evaluate": "evaluate",
-    "evaluation": "Evaluation",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.result": "Evaluation",
     "exported": "prune_exported",
-    "finetune": "FineTuned finetune",
+    "finetuning.finetune": "FineTuned finetune",
     "fx_pass": "VarianceBasedPruning",
-    "large": "PrunedFiles prune_files",
-    "latency": "measure_latencies",
-    "latency_table": "Latencies",
+    "graph.capture": "Captured capture",
+    "graph.weightless": "without_weights",
+    "large.pipeline": "PrunedFiles prune_files",
+    "measurement.bench": "bench",
+    "measurement.bench_result": "BenchResult",
+    "measurement.latency": "measure_latencies",
+    "measurement.sensitivity": "sensitivities",
     "onnx_pipeline": "PrunedOnnx prune_onnx",
-    "ops": "register_operator",
-    "own_class": "apply_plan",
     "pipeline": "Pruned prune save",
-    "plan": "make_plan",
-    "prepare": "Statistics prepare statistics",
+    "planning.latency_table": "Latencies",
+    "planning.plan": "make_plan",
     "records": "Block Plan Refusal",
-    "report": "Report",
-    "sensitivity": "sensitivities",
-    "verify": "Verification verify",
-    "weightless": "without_weights",
+    "report.report": "Report",
+    "rewrite.convert": "convert",
+    "rewrite.own_class": "apply_plan",
+    "rewrite.verify": "Verification verify",
+    "rules.ops": "register_operator",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
-class _Package(ModuleType):
-    """The package, whose public names stay what they are where a file has the same name (``vbpfx.prepare``)."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _HOME:
-            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-            self.__dict__[name] = value
-            return value
-        if not name.startswith("_"):
-            try:
-                return importlib.import_module(f"{__name__}.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"{__name__}.{name}":
-                    raise
+def __getattr__(name: str) -> Any:
+    """A public name, out of the file that it is in (PEP 562)."""
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # the import of a file sets it as an attribute of its package
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *__all__})
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

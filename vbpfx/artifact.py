@@ -2,7 +2,7 @@
 
     plan.json           which neurons stayed, of which blocks, of a model of which structure
     model.safetensors   the pruned network's tensors under the model's own names; or several files, and an index of them, and
-                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.large`)
+                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.large.pipeline`)
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class, and which files hold its tensors
     report.json         the figures
@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
-from vbpfx.capture import named_tensors
-from vbpfx.checkpoint import tensors_digest
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
-from vbpfx.graph_format import graph_from_json, graph_to_json
-from vbpfx.own_class import apply_plan
+from vbpfx.graph.capture import named_tensors
+from vbpfx.graph.graph_format import graph_from_json, graph_to_json
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
-from vbpfx.stored import INDEX, WHOLE
+from vbpfx.rewrite.own_class import apply_plan
+from vbpfx.storage.checkpoint import tensors_digest
+from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
+from vbpfx.storage.tensors import INDEX, WHOLE
 
 _FORMAT = 3
 _BUFFERS = "buffers.safetensors"

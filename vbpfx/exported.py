@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from vbpfx.data.inputs import Inputs, reader
 from vbpfx.export.exported_program import Contract, export_program
-from vbpfx.inputs import Inputs, reader
 from vbpfx.pipeline import prune, require_batches
 
 

@@ -9,18 +9,18 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from vbpfx.blocks import find_blocks
-from vbpfx.capture import capture, named_tensors, share_parameters
-from vbpfx.edit import finish
+from vbpfx.analysis.blocks import find_blocks
+from vbpfx.data.inputs import Inputs, argument_names, reader
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
-from vbpfx.fake import graph_arguments, renew_shapes
-from vbpfx.frontends import INPUT_GUARDS
-from vbpfx.inputs import Inputs, argument_names, reader
-from vbpfx.narrow import removed_channels
+from vbpfx.graph.capture import capture, named_tensors, share_parameters
+from vbpfx.graph.edit import finish
+from vbpfx.graph.fake import graph_arguments, renew_shapes
+from vbpfx.graph.frontends import INPUT_GUARDS
 from vbpfx.pipeline import Pruned, prune, require_batches
-from vbpfx.plan_options import PlanArguments, PlanOptions
+from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.records import Plan
-from vbpfx.verify import verify
+from vbpfx.rewrite.narrow import removed_channels
+from vbpfx.rewrite.verify import verify
 
 
 class VarianceBasedPruning(PassBase):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbpfx.blocks import Analysis, find_blocks
-from vbpfx.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
-from vbpfx.capture import Frontend, capture, named_tensors
+from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.analysis.kinds import calls, kinds
+from vbpfx.display.figures import kept
+from vbpfx.display.tables import counted, table
 from vbpfx.errors import BudgetError
-from vbpfx.figures import kept
-from vbpfx.kinds import calls, kinds
+from vbpfx.graph.capture import Frontend, capture, named_tensors
 from vbpfx.model_names import load_model, typical_inputs
+from vbpfx.planning.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
 from vbpfx.records import Block, Refusal
-from vbpfx.tables import counted, table
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -29,7 +29,7 @@ class BlockFacts:
 
     Attributes:
         name, width: as the analysis has them.
-        kind: what it is by its structure (:mod:`vbpfx.kinds`).
+        kind: what it is by its structure (:mod:`vbpfx.analysis.kinds`).
         layers: module paths of its producers and consumers.
         calls: how often the network runs it.
         macs: multiply-accumulates per sample that go with its width: all of them, were it narrowed to nothing.

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ModelError, first_line
-from vbpfx.inputs import Inputs
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under

@@ -16,13 +16,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
-from vbpfx.array_batches import ArrayBatches
-from vbpfx.blocks import Analysis
-from vbpfx.capture import Captured, captured_file
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.prepare import Statistics
+from vbpfx.data.array_batches import ArrayBatches
+from vbpfx.data.inputs import Inputs
+from vbpfx.display.tables import counted
 from vbpfx.errors import ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
-from vbpfx.frontends import quiet_logging
-from vbpfx.inputs import Inputs
+from vbpfx.graph.capture import Captured, captured_file
+from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.file import (
     fixed_batch,
     has_external_data,
@@ -37,12 +39,10 @@ from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
 from vbpfx.onnx_graph.runtime import open_session, session_with
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.pipeline import EXAMPLE_SAMPLES, Pruned, Run, first_batch, prune_captured
-from vbpfx.plan_options import PlanArguments, PlanOptions
-from vbpfx.prepare import Statistics
+from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.records import Plan
-from vbpfx.report import Report
-from vbpfx.tables import counted
-from vbpfx.verify import TOLERANCES, Verification, relative_error
+from vbpfx.report.report import Report
+from vbpfx.rewrite.verify import TOLERANCES, Verification, relative_error
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
 _CHECKED_BATCHES = (1, 3)

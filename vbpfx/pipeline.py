@@ -16,36 +16,36 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
+from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.artifact import plan_digest, save_network
-from vbpfx.bench_result import BenchResult
-from vbpfx.blocks import Analysis, find_blocks
-from vbpfx.calibrate import calibrate, run_forward
-from vbpfx.capture import Captured, Frontend, capture, require_module
-from vbpfx.checkpoint import digest
-from vbpfx.convert import convert
+from vbpfx.calibration.calibrate import calibrate, run_forward
+from vbpfx.calibration.prepare import Statistics, prepare, statistics
+from vbpfx.data.inputs import Inputs, as_inputs, reader
+from vbpfx.distributed.ranks import ALONE, Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx, onnx_writer
-from vbpfx.fake import has_fixed_batch
-from vbpfx.html_report import notebook_view, report_files
-from vbpfx.influence import Gradients, is_differentiable
-from vbpfx.inputs import Inputs, as_inputs, reader
-from vbpfx.kept import Keeping
-from vbpfx.latency import measure_latencies, measure_result
-from vbpfx.own_class import apply_plan
-from vbpfx.plan import make_plan
-from vbpfx.plan_options import PlanArguments, PlanOptions
-from vbpfx.prepare import Statistics, prepare, statistics
-from vbpfx.ranks import ALONE, Ranks, Sharing, joining
-from vbpfx.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
-from vbpfx.reconstruct import reconstruct as reconstruct_plan
+from vbpfx.graph.capture import Captured, Frontend, capture, require_module
+from vbpfx.graph.fake import has_fixed_batch
+from vbpfx.measurement.bench_result import BenchResult
+from vbpfx.measurement.latency import measure_latencies, measure_result
+from vbpfx.measurement.sensitivity import MOST_SAMPLES, sensitivities
+from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.plan import make_plan
+from vbpfx.planning.select import select_blocks, select_layers
+from vbpfx.reconstruction.influence import Gradients, is_differentiable
+from vbpfx.reconstruction.kept import Keeping
+from vbpfx.reconstruction.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
+from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
-from vbpfx.report import Report, make_report
+from vbpfx.report.page import notebook_view, report_files
+from vbpfx.report.report import Report, make_report
+from vbpfx.rewrite.convert import convert
+from vbpfx.rewrite.own_class import apply_plan
+from vbpfx.rewrite.verify import Verification
+from vbpfx.rewrite.verify import verify as check
 from vbpfx.runtimes.table import DEFAULT, best_multiple
-from vbpfx.select import select_blocks, select_layers
-from vbpfx.sensitivity import MOST_SAMPLES, sensitivities
-from vbpfx.verify import Verification
-from vbpfx.verify import verify as check
+from vbpfx.storage.checkpoint import digest
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
 EXAMPLE_SAMPLES = 4
@@ -203,7 +203,7 @@ def prune(
         example_inputs: one batch to trace with; the first of ``calibration`` by default.
         frontend: see :func:`vbpfx.capture`.
         mask: the argument that is the padding mask; ``attention_mask`` is found by itself (see :func:`vbpfx.prepare`).
-        reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruct`); by default where ``method="auto"`` is taken
+        reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruction.reconstruct`); by default where ``method="auto"`` is taken
             with its own compensation.
         refit: fit layers beside the blocks, too, that write to the residual stream (attention's output projection);
             their shapes stay. By default as ``reconstruct``. The plan and the report name them.

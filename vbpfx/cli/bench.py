@@ -41,8 +41,8 @@ def bench(
     one = sizes(shape)
     with failing_in_one_line(debug):
         from vbpfx.artifact import load
-        from vbpfx.bench import bench as run_bench
-        from vbpfx.bench import bench_files
+        from vbpfx.measurement.bench import bench as run_bench
+        from vbpfx.measurement.bench import bench_files
         from vbpfx.model_names import file_inputs, load_model, typical_inputs
 
         how: dict[str, Any] = {

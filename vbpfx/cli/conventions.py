@@ -31,7 +31,7 @@ class Frontend(str, Enum):
 
 
 class Method(str, Enum):
-    """The names of :data:`vbpfx.plan_options.METHODS`."""
+    """The names of :data:`vbpfx.planning.options.METHODS`."""
 
     auto = "auto"
     vbp = "vbp"

@@ -96,8 +96,8 @@ def evaluate(
     )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {dense or network}"):
-            from vbpfx.data_sources import open_data
-            from vbpfx.evaluate import evaluate as run_evaluate
+            from vbpfx.data.sources import open_data
+            from vbpfx.evaluation.evaluate import evaluate as run_evaluate
             from vbpfx.model_names import load_model
 
             place = device_named(device)

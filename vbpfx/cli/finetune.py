@@ -40,7 +40,7 @@ from vbpfx.cli.data_options import (
 from vbpfx.cli.group import among_ranks
 
 if TYPE_CHECKING:
-    from vbpfx.finetune import FineTuned
+    from vbpfx.finetuning.finetune import FineTuned
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -54,7 +54,7 @@ RECIPE = "Training"
 
 
 class RecipeName(str, Enum):
-    """The names of :data:`vbpfx.recipes.RECIPES`."""
+    """The names of :data:`vbpfx.finetuning.recipes.RECIPES`."""
 
     default = "default"
     few = "few"
@@ -154,12 +154,12 @@ def finetune(
     }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(_device(), debug) as ranks:
         from vbpfx.artifact import folder_for_artifact
-        from vbpfx.data_sources import open_data
-        from vbpfx.finetune import finetune as run_finetune
-        from vbpfx.inputs import as_inputs
+        from vbpfx.data.inputs import as_inputs
+        from vbpfx.data.sources import open_data
+        from vbpfx.finetuning.finetune import finetune as run_finetune
+        from vbpfx.finetuning.tuned import open_tuning
         from vbpfx.model_names import load_model
         from vbpfx.pipeline import EXAMPLE_SAMPLES
-        from vbpfx.tuned import open_tuning
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
             with busy(f"loading {dense}", ranks.first):

@@ -12,7 +12,7 @@ import typer
 from vbpfx.cli.conventions import INTERRUPTED, reason, say
 
 if TYPE_CHECKING:
-    from vbpfx.ranks import Ranks
+    from vbpfx.distributed.ranks import Ranks
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def among_ranks(device: str, debug: bool) -> Iterator[Ranks]:
     Args:
         device: where the model computes: NCCL on ``cuda``, gloo elsewhere.
     """
-    from vbpfx.ranks import ALONE, join
+    from vbpfx.distributed.ranks import ALONE, join
 
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield ALONE

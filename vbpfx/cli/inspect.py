@@ -43,8 +43,8 @@ def inspect(
 
             found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
         if graph is not None:
-            from vbpfx.channel_graph import channel_graph
-            from vbpfx.files import text_writer, write_atomically
+            from vbpfx.analysis.channel_graph import channel_graph
+            from vbpfx.storage.files import text_writer, write_atomically
 
             write_atomically({graph: text_writer(channel_graph(found.analysis, block))})
     typer.echo(json.dumps(found.to_json()) if as_json else str(found), nl=as_json)

@@ -13,9 +13,9 @@ InReport = Annotated[bool, typer.Option(help="Add what was measured to report.ht
 
 
 def add_to_report(folder: Path, **measured: Any) -> None:
-    """Add to the folder's report, as :func:`vbpfx.html_report.update_report` does, and say so; the figures count without it."""
+    """Add to the folder's report, as :func:`vbpfx.report.page.update_report` does, and say so; the figures count without it."""
     from vbpfx.errors import ArtifactError
-    from vbpfx.html_report import update_report
+    from vbpfx.report.page import update_report
 
     try:
         update_report(folder, **measured)

@@ -181,7 +181,7 @@ def prune(
             import torch
 
             from vbpfx.artifact import folder_for_artifact
-            from vbpfx.data_sources import open_data
+            from vbpfx.data.sources import open_data
             from vbpfx.model_names import load_model
             from vbpfx.pipeline import prune as run_prune
 

@@ -12,12 +12,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import vbpfx
-from vbpfx.bench import bench_files
+from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
-from vbpfx.files import json_writer, make_folder, write_atomically
-from vbpfx.inputs import Inputs
-from vbpfx.report import count_parameters
+from vbpfx.measurement.bench import bench_files
+from vbpfx.report.report import count_parameters
+from vbpfx.storage.files import json_writer, make_folder, write_atomically
 
 RATIOS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CRITERIA = ("variance", "random", "magnitude")

@@ -18,12 +18,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import share_parameters
+from vbpfx.data.inputs import Inputs, argument_names
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
-from vbpfx.fake import graph_arguments
-from vbpfx.frontends import dynamic_shapes, quiet_logging
-from vbpfx.inputs import Inputs, argument_names
-from vbpfx.verify import TOLERANCES, relative_error
+from vbpfx.graph.capture import share_parameters
+from vbpfx.graph.fake import graph_arguments
+from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
+from vbpfx.rewrite.verify import TOLERANCES, relative_error
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import share_parameters
-from vbpfx.edit import finish
+from vbpfx.data.inputs import Inputs, argument_names
 from vbpfx.errors import ExportError, first_line
-from vbpfx.fake import propagate_shapes
-from vbpfx.files import Write, write_atomically
-from vbpfx.frontends import dynamic_shapes, quiet_logging
-from vbpfx.inputs import Inputs, argument_names
+from vbpfx.graph.capture import share_parameters
+from vbpfx.graph.edit import finish
+from vbpfx.graph.fake import propagate_shapes
+from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
 from vbpfx.records import Plan
-from vbpfx.verify import relative_error
+from vbpfx.rewrite.verify import relative_error
+from vbpfx.storage.files import Write, write_atomically
 
 # Largest relative difference between ONNX Runtime and PyTorch: other kernels, the same float32.
 PARITY = 1e-4

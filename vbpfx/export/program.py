@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.capture import share_parameters
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
+from vbpfx.graph.capture import share_parameters
 
 
 class _Flat(nn.Module):

@@ -1,4 +1,4 @@
-"""Statistics over a narrowed axis, as ONNX nodes: the formulas of :mod:`vbpfx.carry` on values of the file."""
+"""Statistics over a narrowed axis, as ONNX nodes: the formulas of :mod:`vbpfx.rewrite.carry` on values of the file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from vbpfx.carry import NORMALISE, Carried
 from vbpfx.onnx_graph.edit import OnnxEdit
+from vbpfx.rewrite.carry import NORMALISE, Carried
 
 
 @dataclass(frozen=True)

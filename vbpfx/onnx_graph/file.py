@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass
 
 from vbpfx.errors import ArtifactError, CaptureError, ExportError, VbpfxError, first_line
-from vbpfx.files import Write, write_atomically
+from vbpfx.storage.files import Write, write_atomically
 
 OLDEST_OPSET = 13
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from vbpfx.errors import CaptureError, first_line
-from vbpfx.fake import sentinel
+from vbpfx.graph.fake import sentinel
 from vbpfx.onnx_graph.builder import (
     Builder,
     Constant,

@@ -14,14 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, fx
 
-from vbpfx.capture import Captured, named_tensors
 from vbpfx.errors import ExportError
-from vbpfx.narrow import carried, new_biases
+from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.onnx_graph.builder import Array, Place, Stored, constant_of
 from vbpfx.onnx_graph.carried import carry
 from vbpfx.onnx_graph.edit import OnnxEdit
 from vbpfx.onnx_graph.importer import Imported
 from vbpfx.records import Consumer, Plan
+from vbpfx.rewrite.narrow import carried, new_biases
 
 
 def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:

@@ -14,9 +14,9 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
+from vbpfx.calibration.observer import Observer
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CalibrationError
-from vbpfx.inputs import Inputs
-from vbpfx.observer import Observer
 from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.importer import Imported
 from vbpfx.onnx_graph.runtime import session_with

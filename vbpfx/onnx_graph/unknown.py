@@ -1,6 +1,6 @@
 """Operators that no table has, control flow among them: calls that ONNX Runtime computes.
 
-Such a call is one function in the graph that the table of :mod:`vbpfx.ops` does not know either: every axis of what it reads and
+Such a call is one function in the graph that the table of :mod:`vbpfx.rules.ops` does not know either: every axis of what it reads and
 makes is refused by its name, what its bodies read from the graph around them included, and the rest of the network is analysed
 as ever. The shapes of its values come from runs of the file at several sizes of batch.
 """
@@ -24,8 +24,8 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CaptureError, first_line
-from vbpfx.inputs import Inputs
 from vbpfx.onnx_graph.builder import Array, Builder, Constant, Value, is_setting, widened
 from vbpfx.onnx_graph.file import fixed_batch, true_inputs
 from vbpfx.onnx_graph.runtime import open_session, session_with

@@ -1,5 +1,5 @@
 """The rules: how operators treat the axes of their tensors.
 
-A rule is a generator over one call, a :class:`~vbpfx.axes.Site`. Its docstring is the operator's formula; it yields
+A rule is a generator over one call, a :class:`~vbpfx.rules.axes.Site`. Its docstring is the operator's formula; it yields
 which axes run channel by channel into which, which a weight makes or sums over, and which are opaque and why.
 """

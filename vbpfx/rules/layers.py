@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vbpfx.axes import Contracts, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.axes import Contracts, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
 
 
 def linear(site: Site) -> Iterator[Relation]:

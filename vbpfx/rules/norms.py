@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vbpfx.axes import Axis, Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.axes import Axis, Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
 
 
 def batch_norm(site: Site) -> Iterator[Relation]:

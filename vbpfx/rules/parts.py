@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.axes import Axis, Opaque, Operand, Part, Relation, Same, Site, SizeStated
+from vbpfx.rules.axes import Axis, Opaque, Operand, Part, Relation, Same, Site, SizeStated
 
 
 def indexing(site: Site) -> Iterator[Relation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vbpfx.axes import Relation, Same, Site
+from vbpfx.rules.axes import Relation, Same, Site
 
 
 def elementwise(site: Site) -> Iterator[Relation]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.axes import Merged, Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
+from vbpfx.rules.axes import Merged, Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
 
 
 def permutation(site: Site) -> Iterator[Relation]:

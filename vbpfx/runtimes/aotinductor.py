@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.program import export_program
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.pytorch import torch_threads
 from vbpfx.runtimes.torch_compile import Inductor

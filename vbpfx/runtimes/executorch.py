@@ -13,9 +13,9 @@ from executorch.extension.pybindings import portable_lib
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.program import export_program
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
 
 
 class Compiled(ABC):

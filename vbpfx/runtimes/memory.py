@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError, first_line
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.table import runtime
 
 # Seconds for importing a runtime, loading a file and one batch.

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnxruntime
 from torch import Tensor
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import run_session
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 

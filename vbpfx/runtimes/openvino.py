@@ -9,7 +9,7 @@ import openvino
 import torch
 from torch import Tensor
 
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 

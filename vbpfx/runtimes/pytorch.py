@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.inputs import Inputs
+from vbpfx.data.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from vbpfx.frontends import quiet_logging
+from vbpfx.graph.frontends import quiet_logging
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError, VbpfxError, first_line
 from vbpfx.export.onnx import export_onnx
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.quiet import silenced
 

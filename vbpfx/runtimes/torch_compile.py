@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.export.program import export_program
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.pytorch import torch_threads
 

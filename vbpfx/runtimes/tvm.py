@@ -17,8 +17,8 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.export.program import export_program
-from vbpfx.inputs import Inputs
 from vbpfx.runtimes.interface import Compiled
 
 

@@ -1,0 +1,1 @@
+"""The dependency analysis: what must be narrowed together."""

@@ -1,0 +1,267 @@
+"""The dependency analysis: which hidden axes can be narrowed, and why the others cannot.
+
+Every axis of every tensor is a vertex; :mod:`vbpfx.rules.ops` says which axes run channel by channel into
+which. A connected component is then everything that must be narrowed together. It is a block if weights
+produce it, weights contract it, and nothing opaque touches it: names, sizes and architectures decide
+nothing. One pass over the nodes and one over the components: linear in the size of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from vbpfx.analysis.components import Component, components
+from vbpfx.analysis.evidence import Evidence, gather
+from vbpfx.display.markup import tag
+from vbpfx.display.tables import counted, html_table, table
+from vbpfx.graph.capture import Captured
+from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
+from vbpfx.rules.axes import Axis
+from vbpfx.rules.ops import is_sum, takes_apart
+
+_Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :func:`find_blocks` found.
+
+    Attributes:
+        blocks: every axis that can be narrowed exactly, in graph order.
+        refusals: every axis that a weight produces and that cannot, with the reason.
+        captured: the graph that was analysed.
+        layers: every layer y = W x + b that works position by position and alone uses its weight, in graph order: what a
+            regression can fit anew. Their sources begin at 0.
+    """
+
+    blocks: tuple[Block, ...]
+    refusals: tuple[Refusal, ...]
+    captured: Captured = field(repr=False)
+    layers: tuple[Consumer, ...] = field(repr=False, default=())
+
+    @property
+    def neurons(self) -> int:
+        """Number of hidden neurons in all blocks."""
+        return sum(block.width for block in self.blocks)
+
+    def __str__(self) -> str:
+        return "".join(table(*content) for content in self._tables())
+
+    def _repr_html_(self) -> str:
+        blocks, (title, columns, refusals) = self._tables()
+        return html_table(*blocks) + tag("details", tag("summary", title), html_table("", columns, refusals))
+
+    def _tables(self) -> tuple[_Content, _Content]:
+        """Title, columns and rows: of the blocks, and of what was refused."""
+        blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
+        refusals = [(r.name or "(whole model)", r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
+        return (
+            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}",
+            ("block", "width", "layers"),
+            blocks,
+        ), (
+            f"{counted(len(refusals), 'axis', 'axes')} refused",
+            ("axis of", "width", "layers", "at node", "because"),
+            refusals,
+        )
+
+
+def find_blocks(captured: Captured) -> Analysis:
+    """Find every hidden channel axis that can be narrowed exactly, and every one that cannot, with its reason.
+
+    Read-only. A *hidden axis* begins at the rows of weights, passes through operators that treat channels
+    one by one, and ends at weights that sum over it.
+
+    Args:
+        captured: what :func:`capture` returned.
+    """
+    evidence = gather(captured)
+    linked = _with_parts(evidence)
+    found = [_judge(component, linked, evidence) for component in components(evidence)]
+    blocks = [entry for entry in found if isinstance(entry, Block)]
+    refusals = [entry for entry in found if isinstance(entry, Refusal)]
+    known = {name for names in evidence.produced.values() for name in names}
+    refusals += [
+        Refusal(_layer(name), evidence.sizes[Axis(name, 0, True)], (name,), *why)
+        for name, why in evidence.unread.items()
+        if name not in known
+    ]
+    order = evidence.position
+    blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
+    refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
+    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(evidence))
+
+
+def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
+    """The layers that a regression can fit anew."""
+    found = []
+    for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
+        x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
+        channel = consumer.source.axis % len(x)
+        pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
+        same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
+        own_bias = consumer.creates_bias or (
+            len(evidence.uses[consumer.bias]) == 1 and consumer.bias not in evidence.tied
+        )
+        if consumer.alone and pointwise and same_positions and own_bias:
+            found.append(consumer)
+    return tuple(sorted(found, key=lambda layer: evidence.position[layer.node]))
+
+
+def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
+    """All axes with everything that links them, for distances."""
+    graph = evidence.graph.copy()
+    graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
+    return graph
+
+
+def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> Block | Refusal | None:
+    """A component that weights produce: a block, or a refusal. None where no weight produces it."""
+    axes = component.axes
+    produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
+    if not produced:
+        return None
+    consumers = [
+        replace(consumer, source=consumer.source._replace(start=start))
+        for axis, start in component.spans
+        for consumer in evidence.contracted.get(axis, ())
+    ]
+    consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
+    reductions = [
+        replace(reduction, source=reduction.source._replace(start=start))
+        for axis, start in component.spans
+        for reduction in evidence.reduced.get(axis, ())
+    ]
+    reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
+    parameters = sorted(
+        (ParameterAxis(axis.owner, axis.dim, start) for axis, start in component.spans if axis.is_parameter),
+        key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
+    )
+    name = _enclosing(produced)
+    node, reason = _obstacle(component, consumers, parameters, linked, evidence)
+    if reason:
+        return Refusal(name, component.width, tuple(produced), node, reason)
+    literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
+    values = [(axis.owner, axis.dim, start) for axis, start in component.spans if not axis.is_parameter]
+    return Block(
+        name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
+        width=component.width,
+        producers=tuple(produced),
+        consumers=tuple(dict.fromkeys(consumers)),
+        reductions=tuple(dict.fromkeys(reductions)),
+        parameters=tuple(parameters),
+        literals=tuple(sorted(literals, key=str)),
+        carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier[0]], *carrier[1:]))),
+    )
+
+
+def _obstacle(
+    component: Component,
+    consumers: list[Consumer],
+    parameters: list[ParameterAxis],
+    linked: nx.Graph[Axis],
+    evidence: Evidence,
+) -> tuple[str, str]:
+    """The node and the reason that a component is no block; empty strings where it is one."""
+    axes = component.axes
+    opaque = [axis for axis in axes if axis in evidence.opaque]
+    if opaque:
+        producers = {axis for axis in axes if axis in evidence.produced}
+        near = nx.multi_source_dijkstra_path_length(linked.subgraph(axes), producers, weight=None)
+        first = min(opaque, key=lambda axis: (near.get(axis, len(axes)), evidence.position.get(axis.owner, -1)))
+        return evidence.opaque[first][0]
+    if not consumers:
+        return "", "no layer reads it"
+    if (stream := _residual_sum(axes, evidence)) is not None:
+        return stream, "it is a residual stream: layers that read it are added to it"
+    for name in dict.fromkeys(
+        [*(entry.name for entry in parameters), *(c.bias for c in consumers if not c.creates_bias)]
+    ):
+        if name in evidence.tied:
+            return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
+    for consumer in consumers:
+        calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
+        if not consumer.creates_bias and not calls.issuperset(evidence.uses[consumer.bias]):
+            return "", f"{consumer.bias}, which takes the fold, is shared by {len(evidence.uses[consumer.bias])} calls"
+    return "", ""
+
+
+def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
+    """The node where the axis takes in, by a sum, what a layer behind it made of it; None without one.
+
+    Such an axis could be narrowed exactly, but it is the width of the network, no block's hidden width.
+    A product with what was made of it is no such thing: squeeze-and-excite is a gate.
+    """
+    carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
+    makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
+    start = min(evidence.position[n.name] for n in carriers)
+    made_of_it: dict[fx.Node, bool] = {}
+    for node in sorted(carriers, key=lambda n: evidence.position[n.name]):
+        if node in makers:
+            made_of_it[node] = depends(node, carriers, start, evidence.position)
+            continue
+        sources = (a.all_input_nodes[0] if takes_apart(a) else a for a in node.all_input_nodes)
+        operands = {made_of_it[source] for source in sources if source in made_of_it}
+        if operands == {True, False} and is_sum(node):
+            return node.name
+        if operands or node in evidence.computed:  # an embedding's value begins an axis, too
+            made_of_it[node] = operands == {True}
+    return None
+
+
+def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
+    """Whether a node's inputs come, at whatever remove, from any of the given nodes (none before ``start``)."""
+    stack, seen = list(node.all_input_nodes), set()
+    while stack:
+        ancestor = stack.pop()
+        if ancestor in on:
+            return True
+        if ancestor not in seen and position[ancestor.name] > start:
+            seen.add(ancestor)
+            stack += ancestor.all_input_nodes
+    return False
+
+
+def _enclosing(weights: list[str]) -> str:
+    """The module path that encloses the layers of these weights."""
+    paths = [weight.split(".")[:-1] for weight in weights]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
+    """A block alone in its module goes by the module; others add their layers, their weights, their rows."""
+    choices = [
+        (
+            block.name,
+            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}",
+            "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers),
+            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}[{_range(block)}]",
+        )
+        for block in blocks
+    ]
+    common = [Counter(names) for names in zip(*choices, strict=True)]
+    named = []
+    for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):
+        free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
+        named.append(replace(block, name=next(free, f"{names[-1]}#{number}")))
+    return tuple(named)
+
+
+def _range(block: Block) -> str:
+    """Where the block stands among the rows of its first producer."""
+    start = next(entry.start for entry in block.parameters if entry.name == block.producers[0])
+    return f"{start}:{start + block.width}"
+
+
+def _layer(weight: str) -> str:
+    return weight.rpartition(".")[0] or weight

@@ -1,0 +1,124 @@
+"""A block drawn: the calls that its hidden axis runs through, from the layers that make it to those that read it."""
+
+from __future__ import annotations
+
+import difflib
+
+import networkx as nx
+from torch import Tensor, fx
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.display.markup import Markup, joined, tag
+from vbpfx.errors import AnalysisError
+from vbpfx.records import Block
+from vbpfx.rules.ops import called_module, describe
+
+_WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 300, 46, 30, 34, 20
+_FILLS = {"producer": "#cfe3f7", "carrier": "#eeeeee", "statistic": "#f7ecc4", "consumer": "#d3eed3"}
+
+
+def channel_graph(analysis: Analysis, name: str) -> str:
+    """The channel graph of a block as SVG: producers, what carries the axis, statistics, consumers, from top to bottom.
+
+    Raises:
+        AnalysisError: there is no block of that name.
+    """
+    known = {block.name: block for block in analysis.blocks}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+        raise AnalysisError(
+            f"there is no block {name!r}; " + (f"near it: {', '.join(near)}" if near else "there is none")
+        )
+    roles, edges = _parts(analysis, known[name])
+    drawn: nx.DiGraph[str] = nx.DiGraph()
+    drawn.add_nodes_from(roles)
+    drawn.add_edges_from(edges)
+    rows = [sorted(row, key=list(roles).index) for row in nx.topological_generations(drawn)]
+    across = max(map(len, rows))
+    width = 2 * _MARGIN + across * _WIDTH + (across - 1) * _ACROSS
+    places: dict[str, tuple[float, float]] = {}
+    for y, row in enumerate(rows):
+        left = (width - len(row) * _WIDTH - (len(row) - 1) * _ACROSS) / 2
+        places |= {n: (left + x * (_WIDTH + _ACROSS), 3 * _MARGIN + y * (_HEIGHT + _DOWN)) for x, n in enumerate(row)}
+    height = 4 * _MARGIN + len(rows) * (_HEIGHT + _DOWN)
+    title = f"{name or '(whole model)'}: {known[name].width} hidden channels"
+    picture = tag(
+        "svg",
+        tag("defs", tag("marker", tag("path", d="M0,0 L8,4 L0,8 z", fill="#666"), id="head", markerWidth=8,
+                        markerHeight=8, refX=8, refY=4, orient="auto", markerUnits="userSpaceOnUse")),
+        tag("rect", width=width, height=height, fill="white"),
+        tag("text", title, x=_MARGIN, y=1.6 * _MARGIN, font_size=15, font_weight="bold"),
+        *(_arrow(places[a], places[b]) for a, b in drawn.edges),
+        *(_box(analysis, n, roles[n], places[n]) for n in roles),
+        _legend(height),
+        xmlns="http://www.w3.org/2000/svg", width=width, height=height, viewBox=f"0 0 {width} {height}",
+        font_family="sans-serif", font_size=12,
+    )  # fmt: skip
+    return f"{picture}\n"
+
+
+def _parts(analysis: Analysis, block: Block) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Node -> its part in the block, in graph order; and what reads what."""
+    nodes = analysis.captured.nodes
+    carriers = {node for node, _, _ in block.carriers}
+    # chunk and split, whose value is several tensors, stand between two that carry the axis
+    carriers |= {
+        node.name
+        for node in nodes.values()
+        if not isinstance(node.meta.get("val"), Tensor)
+        and _inputs(node, carriers)
+        and {u.name for u in node.users} & carriers
+    }
+    parts = {node: "carrier" if _inputs(nodes[node], carriers) else "producer" for node in carriers}
+    parts |= {reduction.node: "statistic" for reduction in block.reductions}
+    parts |= {consumer.node: "consumer" for consumer in block.consumers}
+    ordered = {node: parts[node] for node in nodes if node in parts}
+    edges = [(source, node) for node in ordered for source in _inputs(nodes[node], set(ordered))
+             if source in carriers or ordered[node] == "carrier"]  # fmt: skip
+    return ordered, edges
+
+
+def _inputs(node: fx.Node, among: set[str]) -> list[str]:
+    return [source.name for source in node.all_input_nodes if source.name in among]
+
+
+def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -> Markup:
+    node, (x, y) = analysis.captured.nodes[name], place
+    value = node.meta.get("val")
+    module = called_module(analysis.captured.graph_module, node)
+    what = describe(node, module)
+    shape = " x ".join(str(size) for size in value.shape[1:]) if isinstance(value, Tensor) else ""
+    path = str(node.target) if node.op == "call_module" else name
+    return joined(
+        tag("rect", x=x, y=y, width=_WIDTH, height=_HEIGHT, rx=6, fill=_FILLS[part], stroke="#666"),
+        tag("text", _short(path), x=x + _WIDTH / 2, y=y + 19, text_anchor="middle", font_weight="bold"),
+        tag("text", _short(f"{what}  {shape}"), x=x + _WIDTH / 2, y=y + 36, text_anchor="middle", fill="#333"),
+    )
+
+
+def _arrow(start: tuple[float, float], end: tuple[float, float]) -> Markup:
+    """Down to the next row; past the rows between where there are any."""
+    x, y, to_x, to_y = start[0] + _WIDTH / 2, start[1] + _HEIGHT, end[0] + _WIDTH / 2, end[1]
+    past = to_y - y > _DOWN
+    if past and x == to_x:
+        aside = _WIDTH * 0.75
+        path = f"M{x},{y} C{x + aside},{y + _DOWN} {x + aside},{to_y - _DOWN} {x},{to_y}"
+    else:
+        last = to_y - _DOWN if past else y
+        path = f"M{x},{y} V{last} C{x},{last + _DOWN} {to_x},{to_y - _DOWN} {to_x},{to_y}"
+    return tag("path", d=path, fill="none", stroke="#666", marker_end="url(#head)")
+
+
+def _legend(height: float) -> Markup:
+    entries = []
+    for number, (part, fill) in enumerate(_FILLS.items()):
+        x, y = _MARGIN + number * 76, height - 1.6 * _MARGIN
+        entries += [
+            tag("rect", x=x, y=y, width=10, height=10, fill=fill, stroke="#666"),
+            tag("text", part, x=x + 14, y=y + 9),
+        ]
+    return joined(*entries)
+
+
+def _short(text: str, most: int = 44) -> str:
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"

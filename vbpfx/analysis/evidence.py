@@ -1,0 +1,297 @@
+"""What the rules say of a whole graph: one pass over its nodes, gathered by axis."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from vbpfx.analysis.mutation import read_after_mutation
+from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
+from vbpfx.analysis.sizes import read_sizes
+from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
+from vbpfx.rules.axes import (
+    Axis,
+    ComputedArgumentError,
+    Contracts,
+    Merged,
+    Names,
+    Opaque,
+    Operand,
+    Part,
+    Produces,
+    Reduces,
+    Relation,
+    Same,
+    Site,
+    SizeRead,
+    SizeStated,
+    operand_of,
+)
+from vbpfx.rules.ops import called_module, describe, rule_for, takes_apart, takes_sizes
+from vbpfx.rules.pointwise import elementwise
+
+_UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
+
+
+@dataclass
+class Evidence:
+    """What the rules said, gathered over the whole graph.
+
+    ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone.
+    """
+
+    nodes: dict[str, fx.Node]
+    position: dict[str, int]
+    graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
+    parts: list[Part] = field(default_factory=list)
+    merged: list[Merged] = field(default_factory=list)
+    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
+    computed: set[fx.Node] = field(default_factory=set)
+    biases: dict[str, Axis] = field(default_factory=dict)
+    opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
+    producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
+    contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
+    reduced: dict[Axis, list[Reduction]] = field(default_factory=lambda: defaultdict(list))
+    literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
+    uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    sizes: dict[Axis, int] = field(default_factory=dict)
+    tied: dict[str, list[str]] = field(default_factory=dict)
+
+    def first_use(self, name: str) -> int:
+        """Position of the first call that uses a parameter."""
+        return self.uses[name][0] if self.uses[name] else -1
+
+
+def gather(captured: Captured) -> Evidence:
+    """Ask every node's rule, and put the answers together."""
+    graph_module, reference = captured.graph_module, captured.reference
+    names, tied = parameter_names(graph_module, reference)
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    evidence.calls.update((enclosing_module(node)[0], node.target) for node in nodes.values())
+    for name, tensor in named_tensors(reference).items():
+        evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
+    sizes = read_sizes(graph_module.graph, names)
+    mutated = read_after_mutation(graph_module)
+    values = {node: operand_of(node, names) for node in graph_module.graph.nodes}
+    for own in values.values():
+        if own is not None and not own.is_parameter:
+            evidence.graph.add_nodes_from(own.axes)
+            evidence.sizes.update(zip(own.axes, own.shape, strict=True))
+    for node, own in values.items():
+        module = called_module(graph_module, node)
+        if node.op == "placeholder" or not evidence.computed.isdisjoint(node.all_input_nodes):
+            evidence.computed.add(node)
+        if node not in sizes:  # asking a parameter for its dtype is no use of it
+            _count_uses(node, module, names, evidence)
+        for axis in own.axes if own is not None and node in mutated else ():
+            evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
+        said = list(_relations(node, module, names, sizes))
+        for relation in said:
+            _note(relation, node, evidence)
+        if own is not None:
+            _note_unread(node, module, names, said, evidence)
+    _mark_alone(evidence)
+    return evidence
+
+
+def _mark_alone(evidence: Evidence) -> None:
+    """Say of every layer whether its call is the only thing that uses its weight."""
+    readings = Counter(consumer.weight for found in evidence.contracted.values() for consumer in found)
+    for axis, found in evidence.contracted.items():
+        evidence.contracted[axis] = [
+            replace(c, alone=readings[c.weight] == len(evidence.uses[c.weight]) == 1 and c.weight not in evidence.tied)
+            for c in found
+        ]
+
+
+def _relations(
+    node: fx.Node, module: nn.Module | None, names: Names, sizes: dict[fx.Node, SizeRead]
+) -> Iterable[Relation]:
+    """What one node says of its axes."""
+    site = Site(node, module, names, sizes)
+    if node.op == "placeholder":
+        return list(site.all_opaque("it is an input of the model"))
+    if node.op == "output":
+        return [*site.all_opaque("it reaches the output of the model"), *_sizes_used(node, sizes)]
+    if node.op == "get_attr":
+        own = operand_of(node, names)
+        return [] if own is None or own.is_parameter else list(site.all_opaque("it is a constant of the trace"))
+    if node in sizes:
+        return []
+    if node.kwargs.get("out") is not None:
+        return list(site.all_opaque("it is written into or beside an out= argument"))
+    rule = rule_for(node, module)
+    used = _sizes_used(node, sizes)
+    source = node.args[0] if node.args else None
+    name = describe(node, module)
+    if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
+        if takes_apart(source):  # the call that took it apart has said what its parts are
+            return used
+        return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
+    if operand_of(node, names) is None and not takes_apart(node):
+        return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
+    hooked: list[Relation] = []
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
+    if rule is None:
+        parametrized = module is not None and parametrize.is_parametrized(module)
+        why = "is parametrized" if parametrized else _UNLISTED
+        return [*used, *site.all_opaque(f"operator {name} {why}")]
+    if rule is not elementwise and site.operands and not site.x.ndim:
+        return [*used, *site.all_opaque(f"operator {name} takes a single number")]
+    try:
+        found = list(rule(site))
+        if takes_sizes(rule):
+            followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
+            used = [relation for relation in used if relation.axis not in followed]
+        return [*used, *hooked, *found]
+    except ComputedArgumentError as argument:
+        return [*used, *site.all_opaque(f"operator {name} computes its argument {argument}")]
+
+
+def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
+    return [
+        Opaque(axis, "its size enters a computation")
+        for argument in node.all_input_nodes
+        if argument in sizes
+        for axis in sizes[argument].axes
+    ]
+
+
+def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
+    match relation:
+        case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
+            return  # of a single number, which has no axis
+        case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
+            # broadcasting or a tensor without axes where the rule expects one: nothing is known of either
+            for axis in (a, b):
+                if axis in evidence.sizes:
+                    evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
+                    evidence.graph.add_node(axis)
+        case Contracts(source, weight, _) if source.is_parameter:
+            evidence.graph.add_edge(source, weight)
+            evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
+        case Same(a, b):
+            evidence.graph.add_edge(a, b)
+        case Part(whole, part, _):
+            evidence.graph.add_nodes_from((whole, part))
+            evidence.parts.append(relation)
+        case Merged():
+            evidence.merged.append(relation)
+        case Reduces(source, _) if source.is_parameter:
+            evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
+        case Reduces(source, kind):
+            evidence.graph.add_node(source)
+            path = enclosing_module(node)[0]
+            calls = evidence.calls[path, node.target]
+            evidence.reduced[source].append(
+                Reduction(node.name, _source(source, evidence), kind, evidence.sizes[source], path, calls)
+            )
+        case Opaque(axis, reason):
+            evidence.graph.add_node(axis)
+            evidence.opaque[axis].append((node.name, reason))
+        case Produces(out, weight):
+            evidence.graph.add_edge(out, weight)
+            _own_weight(weight, node, evidence)
+            evidence.produced[weight].append(weight.owner)
+            evidence.producing[out].append(node.name)
+        case Contracts(source, weight, bias):
+            evidence.graph.add_edge(source, weight)
+            _own_weight(weight, node, evidence)
+            if bias is not None and (not bias.is_parameter or bias.shape != _outputs(weight, evidence)):
+                evidence.opaque[source].append((node.name, "the bias of the layer that reads it is not one of its own"))
+            name = _new_bias(weight, evidence) if bias is None else bias.owner
+            if evidence.biases.setdefault(name, weight) != weight:
+                evidence.opaque[source].append((node.name, f"{name} is the bias of another layer, too"))
+            evidence.contracted[source].append(
+                Consumer(
+                    node=node.name,
+                    source=_source(source, evidence),
+                    weight=weight.owner,
+                    weight_axis=weight.dim,
+                    bias=name,
+                    creates_bias=bias is None,
+                    is_layer=is_layer(node, weight.owner),
+                )
+            )
+        case SizeStated(axis, path, start, stop, by_code):
+            evidence.graph.add_node(axis)
+            end = evidence.sizes[axis] if stop is None else stop
+            evidence.literals[axis].append(
+                SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
+            )
+
+
+def _note_unread(
+    node: fx.Node, module: nn.Module | None, names: Names, said: list[Relation], evidence: Evidence
+) -> None:
+    """Matrices that an operator reads beside a computed value without a word of what it makes of them."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return
+    values = [n.meta.get("val") for n in node.all_input_nodes if n in evidence.computed]
+    if not any(isinstance(value, Tensor) and value.is_floating_point() for value in values):
+        return
+    opaque = {relation.axis.owner: relation.reason for relation in said if isinstance(relation, Opaque)}
+    weights: list[tuple[str, str]] = []
+    for argument in node.all_input_nodes:
+        own, weight = operand_of(argument, names), _parameter_behind(argument, names, evidence)
+        if own is not None and weight is not None and weight.ndim > 1 and own.owner in opaque:
+            weights.append((weight.owner, opaque[own.owner]))
+    if module is not None and rule_for(node, module) is None:
+        own_names = names.of_module[str(node.target)].values()
+        why = f"operator {describe(node, module)} {_UNLISTED}"
+        weights += [(name, why) for name in own_names if Axis(name, 1, True) in evidence.sizes]
+    for name, reason in weights:
+        evidence.unread.setdefault(name, (node.name, reason))
+
+
+def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operand | None:
+    """The parameter that a value is, or is a view or a function of alone."""
+    while node.op != "get_attr" and node not in evidence.computed and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    operand = operand_of(node, names)
+    return operand if operand is not None and operand.is_parameter else None
+
+
+def _source(axis: Axis, evidence: Evidence) -> Source:
+    return Source(axis.owner, axis.dim - evidence.nodes[axis.owner].meta["val"].ndim, 0)
+
+
+def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:
+    if not weight.is_parameter:
+        evidence.opaque[weight].append((node.name, "the weight of the layer is a computed value"))
+
+
+def _outputs(weight: Axis, evidence: Evidence) -> tuple[int, ...]:
+    """Shape of the bias that goes with a weight: one entry per output."""
+    return (evidence.sizes[weight._replace(dim=1 - weight.dim)],)
+
+
+def _new_bias(weight: Axis, evidence: Evidence) -> str:
+    """Name of the bias that a layer without one gets: beside its weight, and nobody else's."""
+    owner, _, attribute = weight.owner.rpartition(".")
+    name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight.owner}_bias"
+    while Axis(name, 0, True) in evidence.sizes:
+        name += "_"
+    return name
+
+
+def _count_uses(node: fx.Node, module: nn.Module | None, names: Names, evidence: Evidence) -> None:
+    position = evidence.position[node.name]
+    if module is not None:
+        own = names.of_module[str(node.target)].values()
+        for name in own:
+            evidence.uses[name].append(position)
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and str(argument.target) in names.of_attribute:
+            evidence.uses[names.of_attribute[str(argument.target)]].append(position)

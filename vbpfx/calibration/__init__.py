@@ -1,0 +1,1 @@
+"""Activation statistics: an instrumented graph, and the loop that runs data through it."""

@@ -1,0 +1,216 @@
+"""Calibrate: run the user's batches through a prepared graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, fx
+
+from vbpfx.calibration.checkpoint import CalibrationFile, Work
+from vbpfx.calibration.gathered import over_all_ranks
+from vbpfx.calibration.moments import answers_at_once
+from vbpfx.calibration.observer import Observer
+from vbpfx.calibration.prepare import observers
+from vbpfx.data.inputs import Inputs, as_inputs, model_device
+from vbpfx.distributed.ranks import Ranks, Sharing, joining
+from vbpfx.errors import CalibrationError, first_line
+
+ReadBatch = Callable[[Any], Inputs]
+# The time left is that of the mean batch of so many seconds: long enough for slow batches, short enough for a change of pace.
+_PACE = 600.0
+
+
+class Forward:
+    """Forward passes, and nothing beside what the graph's observers gather."""
+
+    def __init__(self, observed: fx.GraphModule) -> None:
+        self.observed = observed
+
+    def run(self, batch: Inputs, start: int) -> None:
+        """One batch through the graph, without gradients."""
+        run_forward(self.observed, batch)
+
+    def run_before(self, batch: Inputs, start: int) -> None:
+        """Nothing: the observers have seen it."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the observers'."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+@joining
+def calibrate(
+    observed: fx.GraphModule,
+    data: Iterable[Any],
+    *,
+    read: ReadBatch | None = None,
+    work: Work | None = None,
+    total: int | None = None,
+    progress: bool = False,
+    ranks: Sharing | Ranks = "share",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Run every batch through the prepared graph, without gradients.
+
+    Where ``torch.distributed`` is initialised, every rank runs its share, and all end with the statistics of all data, as one
+    process would have gathered them (to the rounding of float64 sums).
+
+    Args:
+        observed: what :func:`vbpfx.prepare` returned.
+        data: batches; gone through once.
+        read: from a batch to the arguments of the forward call; :func:`vbpfx.data.inputs.as_inputs` by default.
+        work: what is done with a batch instead, where more is wanted than the statistics.
+        total: number of batches, where it is known.
+        progress: show a bar on standard error, with the time left where ``total`` is known.
+        ranks: of N processes, with ``"share"`` all are given the same data, in the same order, and rank r runs batches r, r + N,
+            r + 2N, ...; with ``"own"`` every one is given data of its own (a ``DistributedSampler``'s) and runs all of it; with
+            ``"alone"`` this process has nothing to do with others.
+        checkpoint, checkpoint_every: a folder; what was gathered is written there every ``checkpoint_every`` batches of a rank, and at the end. If
+            it is there already, its batches are read again but not run, and the statistics end bit for bit as without a break.
+            The data must come in the same order; that is checked by a few of its values.
+        settings: what else makes the run this run, for the checkpoint.
+
+    Raises:
+        CalibrationError: there is no batch, one does not fit the model, or one makes activations that are
+            not finite. The message counts batches from 1 and names the block. On a GPU it comes with the next checkpoint or at
+            the end: looking at every batch would hold up the next.
+        ArtifactError: the checkpoint is damaged, of another model, other settings or other data, or cannot be written.
+        RankError: another rank has failed or died.
+    """
+    assert isinstance(ranks, Ranks)  # joined
+    ranks.require_whole(data)
+    device, watching, work = model_device(observed), observers(observed), work or Forward(observed)
+    earlier, numbered = [o.moments for o in watching], [o.rows for o in watching]
+    for observer in watching:
+        observer.moments = None
+    file = CalibrationFile.of(checkpoint, checkpoint_every, observed, ranks, settings or {})
+    done = file.load(watching, work, device) if file else 0
+    called: list[int] = [o.calls for o in watching]
+    ran: list[int] = []
+    first: Inputs | None = None
+    start = seen = own = 0
+    share = None if total is None else ranks.share_of(total)
+    try:
+        with torch.no_grad(), progress_bar("calibrating", share, progress and ranks.first, done) as advance:
+            for seen, batch in enumerate(data, start=1):
+                ranks.watch()
+                inputs = read(batch) if read is not None else as_inputs(batch, observed)
+                samples = inputs.batch_size or 1
+                number = start * ranks.count + ranks.rank * samples if ranks.own else start
+                start += samples
+                if not ranks.takes(seen - 1):
+                    continue
+                own += 1
+                if file:
+                    file.note(inputs, own)
+                if own <= done:
+                    work.run_before(inputs.to(device), number)
+                    continue
+                inputs = inputs.to(device)
+                for observer, rows in zip(watching, numbered, strict=True):
+                    observer.rows = rows + number * observer.rows_a_sample
+                try:
+                    work.run(inputs, number)
+                except Exception as error:  # the model's own operators raise whatever they raise
+                    raise CalibrationError(misfit(seen, inputs, first, observed, error)) from error
+                ran += [seen] * (watching[0].calls - called[0] - len(ran))
+                if answers_at_once(device):
+                    _require_finite(watching, called, ran, inputs)
+                first = first or inputs
+                advance()
+                if file and own % file.every == 0:
+                    _require_finite(watching, called, ran)
+                    file.save(watching, work, own)
+        _require_finite(watching, called, ran)
+        if file:
+            file.finish(watching, work, own)
+        if not (ranks.sums([seen])[0] if ranks.own else seen):
+            raise CalibrationError(
+                "the calibration data is empty: pass at least one batch (an iterator that was used up yields nothing)"
+            )
+        if ranks.count > 1:
+            everyones = over_all_ranks([o.moments for o in watching], [o.width for o in watching], device, ranks)
+            for observer, moments in zip(watching, everyones, strict=True):
+                observer.moments = moments
+    finally:
+        for observer, before, rows in zip(watching, earlier, numbered, strict=True):
+            observer.moments = before | observer.moments if before and observer.moments else observer.moments or before
+            observer.rows = rows + start * observer.rows_a_sample
+
+
+def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
+    """One batch through the graph, without gradients."""
+    with torch.inference_mode():
+        inputs.run(observed)
+
+
+def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
+    """What to say of a batch that a graph does not run on; ``first`` is one that it ran on."""
+    dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
+    given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
+    cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
+    fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
+    return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"
+
+
+def _require_finite(
+    watching: Sequence[Observer], called: Sequence[int], ran: Sequence[int], last: Inputs | None = None
+) -> None:
+    """Raise a CalibrationError that names the first batch whose activations are not finite, and its first block.
+
+    Args:
+        called: how often every observer had been called before.
+        ran: the number of the batch of every call since then.
+        last: the last one of them, where it is the only one that can be bad.
+    """
+    found = [
+        (o.bad_call - before, o.name) for o, before in zip(watching, called, strict=True) if o.bad_call is not None
+    ]
+    if not found or not ran:
+        return
+    call, name = min(found, key=lambda entry: entry[0])
+    raise CalibrationError(not_finite(ran[max(0, call)], name, last))
+
+
+def not_finite(seen: int, block: str, inputs: Inputs | None) -> str:
+    """What to say of a batch that makes NaN or infinite activations; ``inputs`` are the batch, where it is still there."""
+    if inputs is None:
+        advice = "leave it out if its input is not finite, or run the model in a wider dtype"
+    elif all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point()):
+        advice = "its input is finite: the model itself overflows, run it in a wider dtype"
+    else:
+        advice = "its input holds NaN or infinity already: leave that batch out"
+    return f"batch {seen} (counted from 1) makes NaN or infinite activations in block {block}; {advice}"
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None, progress: bool, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if asked for; what is yielded moves it on by one.
+
+    Args:
+        done: what was done in an earlier run: it counts in the bar, and not in the pace.
+    """
+    if not progress:
+        yield lambda: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_PACE) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda: bar.advance(task)

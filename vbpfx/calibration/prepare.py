@@ -1,0 +1,219 @@
+"""Prepare: the instrumented graph, and the statistics it gathered."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, fx
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.analysis.masks import find_masks
+from vbpfx.calibration.moments import Moments
+from vbpfx.calibration.observer import Observer
+from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
+from vbpfx.graph.capture import Captured, share_parameters
+from vbpfx.graph.edit import insert_at_sources
+from vbpfx.records import Block, Source
+from vbpfx.storage.files import safetensors_writer, write_atomically
+
+# Covariances are taken of as many rows as keep their products below this share of the network's own.
+COVARIANCE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Activation moments per block, at everything that its consumers and statistics read (``block.sources``).
+
+    ``a | b`` is the statistics of both data sets together; order and batching do not matter (pairwise merge, Chan et al. 1983).
+    Rows are positions: batch and tokens or pixels pooled. Sums are float64 on the network's device. The variance is M2 / (n - 1),
+    as in VBP (arXiv 2507.12988).
+
+    Attributes:
+        moments: block -> one :class:`~vbpfx.calibration.moments.Moments` for each of its ``sources``: count, mean (d,), centred second
+            moment (d,), and, where asked for, the co-moments (d, d) of a share of the rows.
+    """
+
+    moments: Mapping[str, tuple[Moments, ...]]
+
+    def __or__(self, other: Statistics) -> Statistics:
+        own, others = ({n: [m.mean.shape for m in ms] for n, ms in s.moments.items()} for s in (self, other))
+        if own != others:
+            names = sorted(name for name in own.keys() | others.keys() if own.get(name) != others.get(name))
+            raise CalibrationError(
+                f"statistics of different blocks cannot be merged: block {', block '.join(names)} differ"
+            )
+        return Statistics(
+            {
+                name: tuple(a | b for a, b in zip(self.moments[name], other.moments[name], strict=True))
+                for name in self.moments
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a ``.safetensors`` file, atomically.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, list[dict[str, int]]] = {}
+        for name, sources in self.moments.items():
+            counts[name] = []
+            for index, moments in enumerate(sources):
+                own, parts = moments.to_tensors()
+                tensors |= {f"{name}/{index}/{key}": tensor for key, tensor in own.items()}
+                counts[name].append(parts)
+        write_atomically({Path(path): safetensors_writer(tensors, {"vbpfx.statistics": json.dumps(counts)})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ArtifactError: it cannot be read, or holds something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                counts = json.loads(file.metadata()["vbpfx.statistics"])
+
+                def read(prefix: str, parts: Mapping[str, int]) -> Moments:
+                    return Moments.from_tensors(lambda key: file.get_tensor(f"{prefix}/{key}"), parts)
+
+                return cls(
+                    {
+                        name: tuple(read(f"{name}/{index}", parts) for index, parts in enumerate(sources))
+                        for name, sources in counts.items()
+                    }
+                )
+        except Exception as error:  # safetensors raises its own error type, json and keys theirs
+            raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
+
+
+def prepare(
+    captured: Captured,
+    analysis: Analysis,
+    *,
+    blocks: Iterable[Block] | None = None,
+    mask: str | None = None,
+    covariance: bool | float = True,
+) -> fx.GraphModule:
+    """An instrumented copy of the captured graph, in eval mode: run your own data through it.
+
+    An :class:`~vbpfx.calibration.observer.Observer` stands at the input of every consumer, so that the statistics are
+    those of the value the layer really reads. The copy shares the model's parameters; running it
+    changes nothing of the model.
+
+    Args:
+        captured: the dense graph; it stays as it was.
+        analysis: of this graph.
+        blocks: the blocks to observe; all of the analysis by default.
+        mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
+            by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
+        covariance: gather covariances beside the variances, of every so-manieth position: of as many as keep their cost
+            below half of the network's own products, or below the share that is given. They are what regressions need;
+            ``method="vbp"`` does without.
+
+    Raises:
+        AnalysisError: there is no block to observe, or the analysis is of another model.
+    """
+    chosen = analysis.blocks if blocks is None else tuple(blocks)
+    if not chosen:
+        raise AnalysisError(no_blocks(analysis))
+    theirs = analysis.captured
+    if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
+        raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
+    observed = share_parameters(captured.graph_module)
+    widths = {source: block.width for block in chosen for source in block.sources}
+    every = rows_between(captured, widths, COVARIANCE_SHARE if covariance is True else covariance) if covariance else {}
+    masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
+
+    def observer(block: Block, index: int) -> Observer:
+        source = block.sources[index]
+        masked = masks[source].axes if source in masks else ()
+        return Observer(
+            block.name,
+            source.axis,
+            source.start,
+            block.width,
+            masked,
+            every=every.get(source, 0),
+            rows_a_sample=rows_a_sample(captured, source),
+        )
+
+    insert_at_sources(observed, chosen, observer, "observe", {source: m.node for source, m in masks.items()})
+    return observed
+
+
+def rows_a_sample(captured: Captured, source: Source) -> int:
+    """At how many positions one sample has a value there: tokens, pixels, windows."""
+    value: Tensor = captured.nodes[source.node].meta["val"]
+    return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
+
+
+def rows_between(captured: Captured, sources: Mapping[Source, int], share: float) -> dict[Source, int]:
+    """Source -> of how many rows one enters the covariances, for sources of given widths, at a share of the network's products.
+
+    The step has no divisor in common with the rows of a sample, so that all positions take their turn.
+    """
+    rows = {source: rows_a_sample(captured, source) for source in sources}
+    spent = sum(rows[source] * width**2 for source, width in sources.items())
+    step = math.ceil(spent / max(1.0, share * sum(captured.macs.values())))
+    return {source: coprime(min(step, count), count) for source, count in rows.items()}
+
+
+def coprime(step: int, count: int) -> int:
+    """The step, or a little more, so that it has no divisor in common with a count."""
+    return next((k for k in range(step, 2 * step + 2) if math.gcd(k, count) == 1), step)
+
+
+def observers(observed: fx.GraphModule) -> list[Observer]:
+    """The observers of a prepared graph: block after block, source after source.
+
+    Raises:
+        CalibrationError: the graph was not made by :func:`prepare`.
+    """
+    found = [module for module in observed.children() if isinstance(module, Observer)]
+    if not found:
+        raise CalibrationError("this graph holds no observers; pass what vbpfx.prepare returned")
+    return found
+
+
+def statistics(observed: fx.GraphModule) -> Statistics:
+    """The statistics that a prepared graph has gathered so far.
+
+    Args:
+        observed: what :func:`prepare` made, after data has run through it.
+
+    Raises:
+        CalibrationError: nothing ran through it, or an activation was not finite.
+    """
+    gathered: dict[str, list[Moments]] = {}
+    for observer in observers(observed):
+        if observer.bad_call is not None:
+            raise CalibrationError(
+                f"block {observer.name}: NaN or infinite activations in batch {observer.bad_call + 1} "
+                f"(counted from 1); remove that batch, or run the model in a wider dtype"
+            )
+        if observer.moments is None:
+            raise CalibrationError(f"block {observer.name} saw no data: run batches through the prepared graph first")
+        gathered.setdefault(observer.name, []).append(observer.moments)
+    return Statistics({name: tuple(moments) for name, moments in gathered.items()})
+
+
+def no_blocks(analysis: Analysis) -> str:
+    """Why there is nothing to prune, in words."""
+    if not analysis.refusals:
+        return "the model has no block that can be narrowed: no layer with a weight was found"
+    reasons = (f"\n  {r.name or '(whole model)'}: {r.reason} (node {r.node})" for r in analysis.refusals[:8])
+    return "the model has no block that can be narrowed; what was looked at:" + "".join(reasons)

@@ -1,0 +1,81 @@
+"""Arrays of a file as batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from vbpfx.data.array_batches import Array, ArrayBatches
+from vbpfx.data.batches import Data, spread, taken
+from vbpfx.errors import CalibrationError
+
+ARRAY_SUFFIXES = (".npy", ".npz")
+_BYTES = 8  # of a number: torch knows no larger ones
+_LABELS = "labels"  # the array of an .npz that is no argument
+
+
+@dataclass(frozen=True)
+class _Samples(Dataset[Any]):
+    """Samples of arrays by number: one array alone, or named ones."""
+
+    arrays: dict[str, Array]
+    labels: tuple[int, ...] | None
+    chosen: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, number: int) -> Any:
+        made = {name: self._tensor(array[self.chosen[number]]) for name, array in self.arrays.items()}
+        sample = next(iter(made.values())) if len(made) == 1 else made
+        return sample if self.labels is None else (sample, self.labels[number])
+
+    def _tensor(self, values: Any) -> Tensor:
+        own = np.array(values)
+        tensor = torch.from_numpy(own.astype(own.dtype.newbyteorder("="), copy=False))
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def _collate(samples: list[Any]) -> Any:
+    made = default_collate(samples)
+    return tuple(made) if isinstance(made, list) else made
+
+
+def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, batch: int) -> Data:
+    """The samples of an ``.npy`` or ``.npz``; arguments as :func:`vbpfx.open_data` takes them.
+
+    Args:
+        dtype: of numbers that are no integers.
+
+    Raises:
+        CalibrationError: the file cannot be read, or holds something else.
+    """
+    read = ArrayBatches(path, batch)
+    arrays = dict(read.arrays)
+    given = arrays.pop(_LABELS, None)
+    if given is not None and (given.ndim != 1 or given.dtype.kind not in "iu"):
+        raise CalibrationError(
+            f"{path}: labels must be one integer a sample, found {given.dtype} of shape {given.shape}"
+        )
+    if not arrays:
+        raise CalibrationError(f"{path} holds labels alone")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > _BYTES:
+            raise CalibrationError(
+                f"{path}: {name or 'the array'} is of {array.dtype}; expected numbers of at most {_BYTES} bytes"
+            )
+    known = None if given is None else given.tolist()
+    order = spread(known, read.samples, seed)
+    chosen = tuple(sorted(order[:limit]))
+    labels = None if known is None else tuple(known[number] for number in chosen)
+    shapes = ", ".join(f"{name} {array.shape[1:]}".strip() for name, array in arrays.items())
+    about = (f"{taken(len(chosen), read.samples, 'sample')} from {path}: {shapes}",)
+    dataset = _Samples(arrays, labels, chosen, dtype)
+    return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _collate)

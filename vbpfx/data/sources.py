@@ -1,0 +1,108 @@
+"""Data for a network from one path: a folder of images, arrays, or a text file.
+
+    data = open_data("photographs", model, limit=128)
+    pruned = vbpfx.prune(model, data, ratio=0.5)
+
+Which samples there are, and in which order, is settled when the path is opened; they are read batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from vbpfx.data.arrays import ARRAY_SUFFIXES, open_arrays
+from vbpfx.data.batches import Data
+from vbpfx.data.texts import TEXT_SUFFIXES, open_texts
+from vbpfx.errors import CalibrationError
+
+
+def open_data(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    name: str = "",
+    batch: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+    labels: str | Path | None = None,
+    classes: str | Path | None = None,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    shape: tuple[int, ...] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop: float | None = None,
+    max_length: int | None = None,
+    workers: int = 0,
+) -> Data:
+    """Read data for a model.
+
+    Args:
+        path: one of
+
+            - a folder of images, directly in it or in a folder for each class: prepared as the model's package says
+              (:mod:`vbpfx.data.image_transforms`);
+            - ``.npy``, or ``.npz`` with one array for each argument, samples first; an array ``labels`` is the labels;
+            - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each, for Hugging Face models.
+        model: whom it is for. Numbers that are no integers are given in its dtype.
+        name: the string that the model was loaded by, such as ``torchvision:resnet18``: a torchvision model does not know.
+        batch: samples in a batch.
+        limit: take that many samples, chosen at random, spread over the classes, in the order in which they stand.
+        seed: of that choice.
+        labels: of images: a CSV file with the columns ``file`` and ``label`` (a number).
+        classes: of images: a file with the name of a class on each line.
+        bad_images: what to do about images that cannot be read: ``"refuse"`` ends with an error when one is reached,
+            ``"skip"`` decodes all once at the beginning, and leaves them out.
+        shape, mean, std, crop: of images: in place of what the model's package says. ``shape`` is (channels, height, width),
+            ``crop`` the side of the central crop over that of the resized image.
+        max_length: of texts: tokens after which one is cut; by default the model's limit, at most 512.
+        workers: processes that read images ahead.
+
+    Raises:
+        CalibrationError: there is nothing to read, it cannot be read, or does not go with the model. Files are named.
+    """
+    path = Path(path)
+    for what, value, least in (("batch", batch, 1), ("limit", limit, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise CalibrationError(f"{what} must be at least {least}, found {value}")
+    if bad_images not in ("refuse", "skip"):
+        raise CalibrationError(f"bad_images={bad_images!r} is unknown; use 'refuse' or 'skip'")
+    of_images = {"labels": labels, "classes": classes, "shape": shape, "mean": mean, "std": std, "crop": crop}
+    for option, given in of_images.items():
+        if given is not None and not path.is_dir():
+            raise CalibrationError(f"{option} goes with a folder of images, and {path} is no folder")
+    if max_length is not None and path.suffix not in TEXT_SUFFIXES:
+        raise CalibrationError(f"max_length goes with texts ({', '.join(TEXT_SUFFIXES)}), and {path} is none")
+    if path.is_dir():
+        try:
+            from vbpfx.data.image_transforms import Overrides
+            from vbpfx.data.images import open_images  # wants Pillow, which texts and arrays need not
+        except ImportError as error:
+            raise CalibrationError(
+                f"images need Pillow and torchvision ({error}): pip install 'vbpfx[timm]'"
+            ) from error
+        return open_images(
+            path, model, name, Overrides(shape, mean, std, crop), _dtype(model), _path(labels), _path(classes),
+            limit, seed, batch, workers, skip=bad_images == "skip",
+        )  # fmt: skip
+    if not path.exists():
+        raise CalibrationError(f"{path} does not exist")
+    if path.suffix in ARRAY_SUFFIXES:
+        return open_arrays(path, _dtype(model), limit, seed, batch)
+    if path.suffix in TEXT_SUFFIXES:
+        return open_texts(path, model, max_length, limit, seed, batch)
+    expected = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES))
+    raise CalibrationError(f"{path} is of no known kind: expected a folder of images, {expected}")
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

@@ -1,0 +1,83 @@
+"""Tables: what print() shows of an analysis, a plan and a report, and the same for notebooks and pages."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vbpfx.display.markup import Markup, joined, tag
+
+_WIDTH = 110
+_PERCENTAGE = re.compile(r"\s*[-+]?[\d.]+%")
+_SIGNS = ("-", "+", "\u2212")
+
+
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
+    """A table as plain text, at most so wide; numbers and percentages are set to the right."""
+    rows = [list(row) for row in rows]
+    drawn = Table(header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    if title:  # not the table's own, which is broken at the width of the table
+        console.print(title, markup=False, highlight=False)
+    console.print(drawn)
+    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+def html_table(
+    caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str | None = None
+) -> Markup:
+    """The same as a table in HTML, whose first column names the rows; columns of numbers are of class ``number``."""
+    rows = [list(row) for row in rows]
+    kinds = ["number" if rows and all(_is_figure(row[i]) for row in rows) else None for i in range(len(columns))]
+    head = [tag("th", column, scope="col", class_=kind) for column, kind in zip(columns, kinds, strict=True)]
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row", class_=kinds[0]),
+            *(tag("td", _figure(cell), class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
+        )
+        for row in rows
+    ]
+    title = tag("caption", caption) if caption else None
+    return tag("table", title, tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_)
+
+
+def facts(given: Mapping[str, str]) -> Markup:
+    """Names with what belongs to them, as a list of descriptions."""
+    pairs = (joined(tag("dt", name), tag("dd", value)) for name, value in given.items())
+    return tag("dl", *pairs, class_="facts")
+
+
+def scrolling(label: str, content: Markup) -> Markup:
+    """What is too wide for a phone scrolls by itself, by keyboard too."""
+    return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def _is_number(cell: Any) -> bool:
+    """A number, or a percentage as text."""
+    return isinstance(cell, (int, float)) or (isinstance(cell, str) and _PERCENTAGE.fullmatch(cell) is not None)
+
+
+def _is_figure(cell: Any) -> bool:
+    """A number, or text that begins with a digit or a sign."""
+    return isinstance(cell, (int, float)) or (cell[:1] in _SIGNS or cell[:1].isdigit())
+
+
+def _figure(cell: Any) -> Any:
+    return f"{cell:,}" if isinstance(cell, (int, float)) else cell

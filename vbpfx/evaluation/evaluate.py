@@ -1,0 +1,189 @@
+"""Evaluate: what a pruned network has lost, against the dense one, on the same samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import length_hint
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.calibration.calibrate import progress_bar
+from vbpfx.data.inputs import Inputs, model_device, reader
+from vbpfx.display.tables import counted
+from vbpfx.errors import EvaluationError, FinetuneError
+from vbpfx.evaluation.intervals import PairedDifference, Share
+from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
+from vbpfx.finetuning.distillation import Watched, divergence, mask_of, sample_means
+from vbpfx.graph.capture import require_module, share_parameters
+
+_MANY = 5  # top-5
+
+
+def evaluate(
+    dense: nn.Module,
+    pruned: nn.Module | None,
+    batches: Iterable[Any],
+    *,
+    classes: Sequence[str] | None = None,
+    inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run both networks on the same samples and compare their outputs, logits over the last axis, and the labels.
+
+    Without labels: agreement and divergence alone.
+
+    Args:
+        dense, pruned: networks of one output, each on its own device; they run in eval mode and stay as they were. Without
+            ``pruned`` the dense network alone is evaluated, which needs labels.
+        batches: as :func:`vbpfx.prune` takes them, gone through once. Labels are a batch's second entry, where the network does
+            not take it, or its ``labels``: one integer a sample.
+        classes: the names of the classes, in order.
+        inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
+        progress: show a bar on standard error.
+
+    Raises:
+        EvaluationError: there is no batch, one does not run through a network, an output is not finite, or networks and
+            labels do not go together.
+        CaptureError: one of the two is no module, or cannot be copied.
+    """
+    networks = [dense] if pruned is None else [dense, pruned]
+    for network in networks:
+        require_module(network)
+    read = reader(dense, inputs)
+    running = [Watched(share_parameters(network), (), "kl") for network in networks]
+    devices = [model_device(network) for network in networks]
+    tally = _Tally()
+    total = length_hint(batches) or None
+    with torch.inference_mode(), progress_bar("evaluating", total, progress) as advance:
+        for number, batch in enumerate(batches, start=1):
+            given, labels = _without_labels(read(batch), batch)
+            try:
+                outputs = [run(given.to(device)).output.cpu() for run, device in zip(running, devices, strict=True)]
+                tally.add(outputs, labels, mask_of(given, outputs[0]))
+            except (FinetuneError, EvaluationError) as error:
+                raise EvaluationError(f"batch {number} (counted from 1): {error}") from error
+            _require_names(classes, tally.outputs)
+            advance()
+    if not tally.samples:
+        raise EvaluationError("there is nothing to evaluate on: pass at least one batch")
+    return tally.result(classes)
+
+
+def _require_names(classes: Sequence[str] | None, outputs: int) -> None:
+    if classes is not None and len(classes) != outputs:
+        raise EvaluationError(
+            f"there are {counted(len(classes), 'class', 'classes')}, and the network has {counted(outputs, 'output')}: labels "
+            f"would not mean the same. Pass classes= with a name for each output (--classes FILE; folders are found by name)"
+        )
+
+
+def _not_finite(output: Tensor) -> str:
+    return "NaN" if output.isnan().any() else "infinite values"
+
+
+def _without_labels(inputs: Inputs, batch: Any) -> tuple[Inputs, Tensor | None]:
+    """The arguments of a batch without its labels, and these."""
+    labels = inputs.kwargs.get("labels")
+    if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+        labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
+    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+    return Inputs(inputs.args, kwargs), labels if isinstance(labels, Tensor) else None
+
+
+@dataclass
+class _Tally:
+    """What is added up over batches."""
+
+    samples: int = 0
+    agreeing: float = 0.0
+    divergences: float = 0.0
+    labels: list[int] = field(default_factory=list)
+    hits: dict[tuple[int, int], list[bool]] = field(default_factory=dict)  # (network, 1 or 5) -> sample by sample
+    pruned: bool = False
+    outputs: int = 0
+
+    def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
+        dense, *others = (output.float() for output in outputs)
+        if not dense.ndim or not len(dense):
+            raise EvaluationError(f"the output has shape {tuple(dense.shape)}, expected logits (samples, ..., classes)")
+        for name, output in zip(("dense", "pruned"), (dense, *others), strict=False):
+            if not output.isfinite().all():
+                raise EvaluationError(f"the {name} network's output holds {_not_finite(output)}")
+            if output.shape != dense.shape:
+                raise EvaluationError(
+                    f"the output has shape {tuple(output.shape)} in the pruned network and {tuple(dense.shape)} in the dense one"
+                )
+        if self.samples and (labels is None) == bool(self.labels):
+            here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
+            raise EvaluationError(f"this batch has {here}, those before {before}")
+        if labels is None and not others:
+            raise EvaluationError("it has no labels, and there is no other network to compare with")
+        self.samples += len(dense)
+        self.outputs = dense.shape[-1]
+        for output in others:
+            self.pruned = True
+            same = (output.argmax(-1) == dense.argmax(-1)).double()
+            self.agreeing += sample_means(same, mask).sum().item()
+            self.divergences += sample_means(divergence(output, dense).double(), mask).sum().item()
+        if labels is not None:
+            self._count([dense, *others], labels.cpu())
+
+    def _count(self, outputs: list[Tensor], labels: Tensor) -> None:
+        shape, most = tuple(outputs[0].shape), outputs[0].shape[-1]
+        if labels.is_floating_point() or labels.shape != shape[:1] or len(shape) != 2:
+            raise EvaluationError(
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not go with logits of shape {shape}: expected "
+                f"one integer a sample"
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= most:
+            raise EvaluationError(
+                f"label {int(labels.max() if labels.max() >= most else labels.min())} is no class of a network with {most} outputs"
+            )
+        self.labels += labels.tolist()
+        for number, output in enumerate(outputs):
+            for depth in (1, _MANY) if most > _MANY else (1,):
+                found = (output.topk(depth).indices == labels[:, None]).any(-1)
+                self.hits.setdefault((number, depth), []).extend(found.tolist())
+
+    def result(self, names: Sequence[str] | None) -> Evaluation:
+        both = self.pruned
+        return Evaluation(
+            samples=self.samples,
+            dense=self._accuracy(0),
+            pruned=self._accuracy(1),
+            top1_change=self._change(1),
+            top5_change=self._change(_MANY),
+            agreement=self.agreeing / self.samples if both else None,
+            kl=self.divergences / self.samples if both else None,
+            classes=self._classes(names) if both else (),
+        )
+
+    def _accuracy(self, network: int) -> Accuracy | None:
+        if (network, 1) not in self.hits:
+            return None
+        one, many = self.hits[network, 1], self.hits.get((network, _MANY))
+        return Accuracy(Share(sum(one), len(one)), None if many is None else Share(sum(many), len(many)))
+
+    def _change(self, depth: int) -> PairedDifference | None:
+        if (1, depth) not in self.hits:
+            return None
+        seen = Counter(zip(self.hits[0, depth], self.hits[1, depth], strict=True))
+        return PairedDifference(seen[True, True], seen[True, False], seen[False, True], seen[False, False])
+
+    def _classes(self, names: Sequence[str] | None) -> tuple[ClassChange, ...]:
+        counts = Counter(self.labels)
+        dense, pruned = (
+            Counter(label for label, hit in zip(self.labels, self.hits.get((n, 1), ()), strict=False) if hit)
+            for n in (0, 1)
+        )
+        entries = [
+            ClassChange(
+                label, names[label] if names and label < len(names) else str(label), count, dense[label], pruned[label]
+            )
+            for label, count in counts.items()
+        ]
+        return tuple(sorted(entries, key=lambda e: (e.pruned - e.dense, (e.pruned - e.dense) / e.samples, e.label)))

@@ -1,0 +1,189 @@
+"""What an evaluation found, as figures and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vbpfx.display.tables import counted, table
+from vbpfx.evaluation.intervals import PairedDifference, Share
+
+_FEW = 10  # samples a class, below which what one class lost says little
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often one network is right.
+
+    Attributes:
+        top1: the label has the largest logit.
+        top5: it is among the five largest; None for networks of five classes and fewer.
+    """
+
+    top1: Share
+    top5: Share | None
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """One class: how many samples it has, and how many of them each network gets right.
+
+    Attributes:
+        label: its number; ``name`` what it is called.
+    """
+
+    label: int
+    name: str
+    samples: int
+    dense: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Dense against pruned on one set of samples. Printing it shows tables.
+
+    Attributes:
+        samples: how many.
+        dense, pruned: how often each is right; None where there are no labels, ``pruned`` also where it was not evaluated.
+        top1_change, top5_change: what pruning changed, of the same samples; None without both accuracies.
+        agreement: in which share of the samples both choose the same class; for networks that choose at every position, the
+            mean over samples of the share of positions. None without a pruned network.
+        kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
+        classes: what became of each class, the worst hurt first.
+    """
+
+    samples: int
+    dense: Accuracy | None
+    pruned: Accuracy | None
+    top1_change: PairedDifference | None
+    top5_change: PairedDifference | None
+    agreement: float | None
+    kl: float | None
+    classes: tuple[ClassChange, ...] = ()
+
+    @property
+    def retention(self) -> float | None:
+        """The pruned network's top-1 accuracy over the dense one's."""
+        if self.dense is None or self.pruned is None or not self.dense.top1.count:
+            return None
+        return self.pruned.top1.count / self.dense.top1.count
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, JSON-ready; shares from 0 to 1, intervals of 95 %."""
+        figures: dict[str, Any] = {"samples": self.samples}
+        for network in ("dense", "pruned"):
+            found: Accuracy | None = getattr(self, network)
+            if found is not None:
+                figures[network] = {"top1": _share(found.top1), "top5": _share(found.top5)}
+        changes = {"top1_change": self.top1_change, "top5_change": self.top5_change}
+        figures |= {name: _change(change) for name, change in changes.items() if change is not None}
+        others = {"retention": self.retention, "agreement": self.agreement, "kl": self.kl}
+        figures |= {name: value for name, value in others.items() if value is not None}
+        if self.classes:
+            figures["classes"] = [dataclasses.asdict(entry) for entry in self.classes]
+        return figures
+
+    def for_report(self) -> dict[str, Any]:
+        """The figures as :meth:`vbpfx.Report.measured` takes them."""
+        figures: dict[str, Any] = {"samples": self.samples}
+        if self.dense is not None and self.pruned is not None:
+            figures["top-1 accuracy"] = (self.dense.top1.value, self.pruned.top1.value)
+            if self.dense.top5 is not None and self.pruned.top5 is not None:
+                figures["top-5 accuracy"] = (self.dense.top5.value, self.pruned.top5.value)
+        if self.agreement is not None:
+            figures |= {"agreement with the dense network": self.agreement, "KL divergence from it (nats)": self.kl}
+        return figures
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, worst: int = 10) -> str:
+        """What printing shows.
+
+        Args:
+            worst: so many of the worst-hurt classes.
+        """
+        text = f"{counted(self.samples, 'sample')}; in brackets 95 % confidence intervals\n"
+        if self.dense is not None:
+            text += self._accuracies(self.dense)
+        if self.agreement is not None:
+            text += f"both choose the same class: {self.agreement:.1%}{self._agreement_interval()}\n"
+            text += f"mean KL divergence from the dense network: {self.kl:.4g} nats\n"
+        if self.retention is not None:
+            text += f"retention (pruned top-1 / dense top-1): {self.retention:.1%}\n"
+        return text + self._worst(worst)
+
+    def _accuracies(self, dense: Accuracy) -> str:
+        rows = []
+        for name in ("top1", "top5"):
+            shares = [getattr(accuracy, name) for accuracy in (dense, self.pruned) if accuracy is not None]
+            change: PairedDifference | None = getattr(self, f"{name}_change")
+            if None in shares:
+                continue
+            points = [] if change is None else [_points(change)]
+            rows.append([f"top-{name[3:]}", *map(_percent, shares), *points])
+        columns = ("accuracy", "dense", "pruned", "change in points") if self.pruned is not None else ("accuracy", "")
+        return table("", columns, rows)
+
+    def _agreement_interval(self) -> str:
+        # a mean over samples of shares of positions is no count of samples
+        count = round((self.agreement or 0) * self.samples)
+        if self.agreement != count / self.samples:
+            return ""
+        low, high = Share(count, self.samples).interval
+        return f" [{low:.1%}, {high:.1%}]"
+
+    def _worst(self, worst: int) -> str:
+        if self.pruned is None or not self.classes or not worst:
+            return ""
+        hurt = [entry for entry in self.classes if entry.pruned < entry.dense]
+        if not hurt:
+            return "no class lost samples\n"
+        rows = [
+            (
+                entry.name,
+                entry.samples,
+                entry.dense,
+                entry.pruned,
+                f"{(entry.pruned - entry.dense) / entry.samples:>+6.0%}",
+            )
+            for entry in hurt[:worst]
+        ]
+        gained = sum(entry.pruned > entry.dense for entry in self.classes)
+        title = (
+            f"Of {counted(len(self.classes), 'class', 'classes')} {len(hurt)} lost and {gained} gained samples that are classified "
+            f"rightly; the worst hurt:"
+        )
+        text = f"{title}\n" + table("", ("class", "samples", "dense right", "pruned right", "change"), rows)
+        if self.samples < _FEW * len(self.classes):
+            text += (
+                f"With {self.samples / len(self.classes):.2g} samples a class, what one class lost is mostly chance.\n"
+            )
+        return text
+
+
+def _share(share: Share | None) -> dict[str, Any] | None:
+    if share is None:
+        return None
+    return {"count": share.count, "share": share.value, "interval": list(share.interval)}
+
+
+def _change(change: PairedDifference) -> dict[str, Any]:
+    return {
+        "change": change.value,
+        "interval": list(change.interval),
+        "dense_alone": change.first,
+        "pruned_alone": change.second,
+    }
+
+
+def _percent(share: Share) -> str:
+    low, high = share.interval
+    return f"{share.value:5.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _points(change: PairedDifference) -> str:
+    low, high = change.interval
+    return f"{100 * change.value:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}]"

@@ -1,0 +1,279 @@
+"""Distillation: how far a network is from its teacher.
+
+For logits z (student) and t (teacher) of shape (batch, ..., classes), at temperature T:
+
+    KL = T^2 mean over the batch of sum_c p_c (log p_c - log q_c),   p = softmax(t / T),  q = softmax(z / T)
+
+(Hinton, Vinyals and Dean 2015; T^2 keeps the gradient's size independent of T). For outputs that are no logits, and for
+features, the mean squared error relative to the teacher's variance:
+
+    MSE = mean (s - t)^2 / mean_c Var[t_c]
+
+with the variance of every channel of the last axis over samples and positions, measured once, in float64, so that a loss
+does not depend on how data is split into batches. Predicting the teacher's mean scores 1.
+
+Means are taken within a sample first, over the positions that an ``attention_mask`` keeps, then over samples.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from vbpfx.calibration.moments import Moments
+from vbpfx.data.inputs import Inputs
+from vbpfx.errors import FinetuneError, first_line
+
+Loss = Literal["kl", "mse"]
+
+# What a model's output calls the tensor to compare.
+_NAMES: dict[str, tuple[str, ...]] = {"kl": ("logits",), "mse": ("last_hidden_state", "logits")}
+# The key of the output among the scales; no module is called so.
+OUTPUT = ""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one run of a network gave: its output, and the outputs of the modules watched, call by call."""
+
+    output: Tensor
+    features: dict[str, list[Tensor]]
+
+
+class Watched:
+    """A network whose modules' outputs are kept, run by run; :meth:`stop` takes the hooks off.
+
+    Args:
+        network: left as it is but for forward hooks.
+        names: the modules to watch.
+        loss: which output is compared.
+    """
+
+    def __init__(self, network: nn.Module, names: Iterable[str], loss: Loss) -> None:
+        self.network, self._loss = network, loss
+        self._seen: dict[str, list[Tensor]] = {}
+        self._handles = [self._watch(network.get_submodule(name), name) for name in names]
+
+    def _watch(self, module: nn.Module, name: str) -> RemovableHandle:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = _floats(output)
+            if tensors:
+                self._seen.setdefault(name, []).append(tensors[0])
+
+        return module.register_forward_hook(keep)
+
+    def __call__(self, inputs: Inputs) -> Signals:
+        """Run the network.
+
+        Raises:
+            FinetuneError: the batch does not fit, or the output holds nothing to compare.
+        """
+        self._seen = {}
+        try:
+            output = inputs.run(self.network)
+        except Exception as error:  # the model's own operators raise whatever they raise
+            raise FinetuneError(
+                f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
+                f"  the batch: {inputs.describe()}"
+            ) from error
+        return Signals(_compared(output, self._loss), self._seen)
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass
+class Distillation:
+    """The losses of a student against its teacher.
+
+    Attributes:
+        loss: of the outputs, ``kl`` or ``mse``.
+        temperature: T.
+        features: names of the modules whose outputs are compared.
+        scales: name -> the teacher's variance there, and under ``OUTPUT`` that of its output.
+    """
+
+    loss: Loss
+    temperature: float
+    features: tuple[str, ...] = ()
+    scales: dict[str, float] = field(default_factory=dict)
+
+    def measure_scales(self, runs: Iterable[tuple[Inputs, Signals]]) -> None:
+        """Take the variances from runs of the teacher; a signal that never varies is taken as it is (scale 1)."""
+        moments: dict[str, Moments] = {}
+        for inputs, signals in runs:
+            outputs = {OUTPUT: [signals.output]} if self.loss == "mse" else {}
+            for name, tensors in {**outputs, **signals.features}.items():
+                for tensor in tensors:
+                    kept = mask_of(inputs, tensor)
+                    rows = Moments.of((tensor if kept is None else tensor[kept]).detach().reshape(-1, tensor.shape[-1]))
+                    moments[name] = moments[name] | rows if name in moments else rows
+        self.scales = {name: found.variance.mean().item() or 1.0 for name, found in moments.items()}
+
+    def output_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
+        """The loss of the outputs, averaged over the batch: a scalar."""
+        ours, theirs = _comparable(student.output, teacher.output, "the output")
+        if self.loss == "mse":
+            return mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[OUTPUT]
+        found = divergence(ours, theirs, self.temperature)
+        return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found))
+
+    def feature_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
+        """The relative squared error of the features, averaged over modules and the batch: a scalar."""
+        losses = []
+        for name in self.features:
+            for mine, dense in zip(student.features[name], teacher.features[name], strict=True):
+                ours, theirs = _comparable(mine, dense, f"the output of {name}")
+                losses.append(mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[name])
+        return sum(losses[1:], losses[0]) / len(losses)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum_c p_c (log p_c - log q_c) in nats, for logits (..., classes): one number a prediction."""
+    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (batch, ..., classes) against labels (batch, ...), averaged over the batch.
+
+    A label of -100 is left out, as everywhere in PyTorch.
+    """
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        raise FinetuneError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not go with logits of shape "
+            f"{tuple(logits.shape)}: labels=True takes one integer per prediction, as the second entry of a batch"
+        )
+    wide = _wide(logits)
+    losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long(), reduction="none")
+    return mean_over_samples(losses.view(labels.shape), labels != -100)
+
+
+def mean_over_samples(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over samples of each sample's own mean, over what the mask (batch, ...) keeps of its leading axes."""
+    return values.mean() if mask is None else sample_means(values, mask).mean()
+
+
+def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Each sample's own mean over its leading axes, those that the mask (batch, ...) keeps: (batch,)."""
+    if mask is None:
+        return values.reshape(len(values), -1).mean(-1)
+    positions = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
+    positions, kept = positions.reshape(len(mask), -1), mask.reshape(len(mask), -1)
+    return positions.where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def choose_features(
+    student: nn.Module, teacher: nn.Module, example: Inputs, patterns: Sequence[str] | str | None, loss: Loss
+) -> tuple[str, ...]:
+    """The modules whose outputs are compared: those that match the patterns; without patterns, repeated blocks.
+
+    Both networks run once, in the mode they are in. Repeated blocks are the children of a list of modules of one class,
+    outermost lists first; of those the ones that both networks call, with outputs of equal shapes.
+
+    Raises:
+        FinetuneError: a pattern matches nothing, or something that cannot be compared.
+    """
+    names = [name for name, _ in student.named_modules() if name]
+    if patterns is None:
+        chosen = _repeated_blocks(student)
+    else:
+        chosen = matching(names, [patterns] if isinstance(patterns, str) else list(patterns), "features")
+    known = {name for name, _ in teacher.named_modules()}
+    comparable = []
+    common = [name for name in chosen if name in known]
+    watched = [Watched(network, common, loss) for network in (student, teacher)]
+    try:
+        ours, theirs = (one(example).features for one in watched)
+    finally:
+        for one in watched:
+            one.stop()
+    for name in chosen:
+        shapes = [[tuple(tensor.shape) for tensor in seen.get(name, [])] for seen in (ours, theirs)]
+        if shapes[0] and shapes[0] == shapes[1]:
+            comparable.append(name)
+        elif patterns is not None:
+            raise FinetuneError(
+                f"the output of {name} cannot be compared: shapes {shapes[0] or 'none'} in the student, "
+                f"{shapes[1] or 'none'} in the teacher. Choose modules that both networks call and whose width stayed "
+                f"(a captured graph calls layers alone: Pruned.apply_to makes a student that has its blocks)"
+            )
+    return tuple(comparable)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
+    """The names that match any glob pattern, in order.
+
+    Raises:
+        FinetuneError: a pattern matches nothing; near names are given.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise FinetuneError(
+                f"{option} pattern {pattern!r} matches none of {len(names)} names; near it are {', '.join(near)}"
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _repeated_blocks(network: nn.Module) -> list[str]:
+    found: list[str] = []
+    for name, module in network.named_modules():
+        children = dict(module.named_children())
+        inside = any(name.startswith(f"{block}.") or name == block for block in found)
+        kinds = {type(child) for child in children.values()}
+        if len(children) > 1 and len(kinds) == 1 and all(key.isdigit() for key in children) and not inside:
+            found += [f"{name}.{key}".removeprefix(".") for key in children]
+    return found
+
+
+def _compared(output: Any, loss: Loss) -> Tensor:
+    named = [output.get(n) if isinstance(output, Mapping) else getattr(output, n, None) for n in _NAMES[loss]]
+    tensors = [value for value in named if isinstance(value, Tensor)]
+    if not tensors and not (loss == "kl" and isinstance(output, Mapping)):
+        tensors = [tensor for tensor in _floats(output) if tensor.ndim > 1]
+    if not tensors:
+        found = f"with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        hint = (
+            "finetune(loss='mse') compares embeddings"
+            if loss == "kl"
+            else "wrap the model in one that returns a tensor"
+        )
+        raise FinetuneError(f"the model's output, a {type(output).__name__} {found}, holds no logits or values; {hint}")
+    return tensors[0]
+
+
+def _floats(output: Any) -> list[Tensor]:
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    if ours.shape != theirs.shape:
+        raise FinetuneError(
+            f"{what} has shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher; "
+            f"the teacher must be the dense network that was pruned"
+        )
+    return _wide(ours), _wide(theirs)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Losses are computed in float32 at least."""
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def mask_of(inputs: Inputs, values: Tensor) -> Tensor | None:
+    """The padding mask as booleans, where the values have its two leading axes."""
+    mask = inputs.kwargs.get("attention_mask")
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 and values.ndim >= 2 and mask.shape == values.shape[:2]
+    return mask.bool() if fits and isinstance(mask, Tensor) else None

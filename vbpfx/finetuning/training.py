@@ -1,0 +1,307 @@
+"""The training loop of a distillation: steps, measurements, the best weights, and going on after a break.
+
+One step takes ``accumulate`` batches in each process. With n_i samples in batch i, N = sum n_i and L_i the mean loss over
+its samples, the gradient is that of
+
+    L = 1/N sum_i n_i L_i,    L_i = output loss + feature_weight * feature loss (+ cross-entropy of labels),
+
+so that the result does not depend on how a step's samples are split into batches or over processes.
+
+Every step draws its random numbers (dropout, augmentation) from a seed of its own, made of the run's seed, the step and the
+process. So there is no state of a generator to save, and a run that was broken off goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from vbpfx.data.inputs import Inputs
+from vbpfx.errors import FinetuneError
+from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, label_loss
+from vbpfx.finetuning.processes import Processes, seed_everything
+from vbpfx.finetuning.recipes import Recipe
+from vbpfx.finetuning.training_data import TrainingData, chunks, seed_of
+from vbpfx.finetuning.training_state import TrainingState
+from vbpfx.storage.checkpoint import FINETUNE, digest, load_checkpoint, save_checkpoint
+
+Stop = Literal["epochs", "patience", "time"]
+
+# The teacher's variances are taken from so many batches at most.
+_SCALE_BATCHES = 8
+# What seeds are for, beside the order of the data.
+_STEP, _HELD_OUT = 1, 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is told beside its recipe.
+
+    Attributes:
+        read: from a batch to the arguments of the forward call.
+        labels: whether the labels count.
+        augment: changes the arguments of a training batch.
+        accumulate: batches a step, in each process.
+        seed: of the order and all random numbers.
+    """
+
+    read: Callable[[Any], Inputs]
+    labels: bool
+    augment: Callable[[Inputs], Inputs] | None
+    accumulate: int
+    seed: int
+
+
+class Training:
+    """A run. The network is trained in place, on the processes' device; the teacher lies there, too, in eval mode."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module,
+        trained: Sequence[nn.Parameter],
+        data: TrainingData,
+        recipe: Recipe,
+        measure: Distillation,
+        settings: Settings,
+        processes: Processes,
+    ) -> None:
+        self.network, self.teacher, self.trained, self.data = network, teacher, trained, data
+        self.recipe, self.measure, self.settings, self.processes = recipe, measure, settings, processes
+        self.optimizer = processes.prepare(
+            torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        )
+        processes.broadcast([*network.parameters(), *network.buffers()])
+        self.state = TrainingState(network, self.optimizer)
+        self.deadline = math.inf
+        self.path: Path | None = None
+        self.every: int | None = None
+        self._identity: dict[str, Any] = {}
+
+    def choose_features(self, patterns: Sequence[str] | str | None) -> None:
+        """Settle which modules' outputs are compared, and measure how much the teacher's vary."""
+        self.network.eval()
+        examples = list(itertools.islice(self._examples(), _SCALE_BATCHES))
+        if not examples:
+            raise FinetuneError("validation is empty: pass at least one batch")
+        with torch.no_grad():
+            if self.recipe.feature_weight:
+                self.measure.features = choose_features(
+                    self.network, self.teacher, examples[0], patterns, self.measure.loss
+                )
+            with self._watched(self.teacher) as teacher:
+                self.measure.measure_scales((inputs, teacher(inputs)) for inputs in examples)
+
+    def keep_in(self, folder: Path, every: int | None, resume: bool) -> None:
+        """Write checkpoints to the folder; go on from the one that is there."""
+        self.path, self.every = folder / "finetune.safetensors", every
+        self._identity = {
+            "student": digest(self.network),
+            "teacher": digest(self.teacher),
+            "recipe": asdict(self.recipe),
+            "loss": self.measure.loss,
+            "labels": self.settings.labels,
+            "features": list(self.measure.features),
+            "trained parameters": len(self.trained),
+            "batches": len(self.data.order(0)),
+            "batches a step": self.settings.accumulate * self.processes.count,
+            "seed": self.settings.seed,
+        }
+        if resume and self.path.exists():
+            tensors, data = load_checkpoint(FINETUNE, self.path, self._identity)
+            self.state.unpack(tensors, data)
+            self.measure.scales = data["scales"]
+            if self.processes.scaler is not None:
+                self.processes.scaler.load_state_dict(data["scaler"])
+
+    def run(self, max_seconds: float, progress: bool) -> Stop:
+        """Train; the best weights are in the network afterwards."""
+        self.deadline = time.monotonic() + max_seconds
+        size = self.settings.accumulate * self.processes.count
+        steps = len(chunks(self.data.order(0), size)) * self.recipe.epochs
+        with (
+            self._watched(self.network) as student,
+            self._watched(self.teacher) as teacher,
+            _bar(steps, self.state.position.step, progress and self.processes.first) as show,
+        ):
+            self._student, self._teacher = student, teacher
+            if not self.state.history:
+                self._record(None)
+                held_out = self.state.history[0].held_out_loss
+                if held_out is not None and not math.isfinite(held_out):
+                    raise FinetuneError(
+                        f"the student's loss on the held-out data is {held_out} before any step: "
+                        f"look at its outputs, and the teacher's, for NaN or infinity"
+                    )
+            stopped = self._run_epochs(steps, size, show)
+        self.state.restore_best()
+        return stopped
+
+    def _run_epochs(self, steps: int, size: int, show: Callable[[int, float], None]) -> Stop:
+        at = self.state.position
+        while at.epoch < self.recipe.epochs:
+            if self._impatient():
+                return "patience"
+            groups = chunks(self.data.order(at.epoch), size)[at.group :]
+            own = [group[self.processes.rank :: self.processes.count] for group in groups]
+            batches = self.data.read([unit for group in own for unit in group])
+            over = False
+            for number, group in enumerate(own, start=1):
+                over = self._step(itertools.islice(batches, len(group)), steps)
+                show(at.step, at.mean_loss)
+                if over and number < len(own):
+                    self._save()
+                    self._record(at.mean_loss)  # not in the checkpoint: a run without a break has no such entry
+                    return "time"
+                if self.every is not None and at.step % self.every == 0:
+                    self._save()
+            at.epoch, at.group = at.epoch + 1, 0
+            self._record(at.mean_loss)
+            at.loss = at.samples = 0.0
+            self._save()
+            if over and at.epoch < self.recipe.epochs and not self._impatient():
+                return "time"
+        return "epochs"
+
+    def _step(self, batches: Iterator[Any], steps: int) -> bool:
+        """One step of the optimizer; returns whether the time is over, in any process."""
+        at, rate = self.state.position, self.recipe.rate(self.state.position.step, steps)
+        self._seed(_STEP, at.step, self.processes.rank)
+        self.network.train()
+        self.optimizer.zero_grad()
+        loss = samples = 0.0
+        for batch in batches:
+            inputs, labels = self._read(batch)
+            if self.settings.augment is not None:
+                inputs = self.settings.augment(inputs)
+            with self.processes.autocast():
+                with torch.no_grad():
+                    target = self._teacher(inputs)
+                ours = self._student(inputs)
+                total = self.measure.output_loss(inputs, ours, target)
+                if self.measure.features:
+                    total = total + self.recipe.feature_weight * self.measure.feature_loss(inputs, ours, target)
+                if labels is not None:
+                    total = total + label_loss(ours.output, labels)
+            count = len(ours.output)
+            self.processes.backward(total * count)
+            loss, samples = loss + total.item() * count, samples + count
+        loss, samples, late = self.processes.sums([loss, samples, time.monotonic() >= self.deadline])
+        if not math.isfinite(loss):
+            raise FinetuneError(
+                f"the loss is {loss / samples} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {rate:.3g}): lower "
+                f"learning_rate, and look for NaN in the data and, with mixed_precision='fp16', for overflow ('bf16' has none)"
+            )
+        self.processes.sum_gradients(self.trained)
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                parameter.grad /= samples
+        if self.recipe.max_norm is not None:
+            self.processes.clip(self.trained, self.recipe.max_norm)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        self.optimizer.step()
+        at.group, at.step = at.group + 1, at.step + 1
+        at.loss, at.samples = at.loss + loss, at.samples + samples
+        return late > 0
+
+    def _held_out_loss(self) -> float | None:
+        if not self.data.measured:
+            return None
+        self._seed(_HELD_OUT)
+        self.network.eval()
+        loss = samples = 0.0
+        with torch.no_grad(), self.processes.autocast():
+            for batch in self.data.held(self.processes.rank, self.processes.count):
+                inputs, _ = self._read(batch)
+                ours, target = self._student(inputs), self._teacher(inputs)
+                count = len(ours.output)
+                loss, samples = (
+                    loss + self.measure.output_loss(inputs, ours, target).item() * count,
+                    samples + count,
+                )
+        loss, samples = self.processes.sums([loss, samples])
+        return loss / samples
+
+    def _record(self, train_loss: float | None) -> None:
+        # BatchNorm's running statistics are each process's own
+        self.processes.broadcast(self.network.buffers())
+        with self.state.mixed(self.recipe.mixing):
+            self.state.record(train_loss, self._held_out_loss())
+
+    def _impatient(self) -> bool:
+        patience = self.recipe.patience
+        return patience is not None and len(self.state.history) - 1 - self.state.position.best >= patience
+
+    def _read(self, batch: Any) -> tuple[Inputs, Tensor | None]:
+        """The arguments of a batch on the device, without its labels; and these, if they count."""
+        inputs = self.settings.read(batch)
+        labels = inputs.kwargs.get("labels")
+        kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+        own = Inputs(inputs.args, kwargs).to(self.processes.device)
+        if not self.settings.labels:
+            return own, None
+        if isinstance(batch, (tuple, list)) and len(batch) > 1 and labels is None:
+            labels = batch[1]
+        if not isinstance(labels, Tensor):
+            raise FinetuneError(
+                f"labels=True, and a batch (a {type(batch).__name__}) has none: pass (inputs, labels), or a mapping with labels"
+            )
+        return own, labels.to(self.processes.device)
+
+    def _examples(self) -> Iterator[Inputs]:
+        """Held-out batches, or training batches where nothing is held out; the same in every process."""
+        self._seed(_HELD_OUT)
+        batches = self.data.held(0, 1) if self.data.measured else self.data.read(self.data.order(0)[:_SCALE_BATCHES])
+        return (self._read(batch)[0] for batch in batches)
+
+    def _seed(self, *key: int) -> None:
+        seed_everything(seed_of(self.settings.seed, *key))
+
+    @contextmanager
+    def _watched(self, network: nn.Module) -> Iterator[Watched]:
+        watched = Watched(network, self.measure.features, self.measure.loss)
+        try:
+            yield watched
+        finally:
+            watched.stop()
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        self.processes.broadcast(self.network.buffers())
+        if self.processes.first:
+            tensors, data = self.state.packed()
+            scaler = self.processes.scaler
+            data |= {"scales": self.measure.scales, "scaler": scaler.state_dict() if scaler is not None else None}
+            save_checkpoint(FINETUNE, self.path, self._identity, tensors, data)
+
+
+@contextmanager
+def _bar(steps: int, done: int, progress: bool) -> Iterator[Callable[[int, float], None]]:
+    """A bar on standard error, if asked for; what is yielded takes the number of steps done and the loss."""
+    if not progress:
+        yield lambda step, loss: None
+        return
+    columns = (
+        TextColumn("fine-tuning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4g}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=steps, completed=done, loss=math.nan)
+        yield lambda step, loss: bar.update(task, completed=step, loss=loss)

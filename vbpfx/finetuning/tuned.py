@@ -1,0 +1,145 @@
+"""A pruned network that is fine-tuned: out of one artifact, into another.
+
+The plan stays as it was. It says what became of the dense network's neurons and applies to the dense model as before; the
+tuned weights stand in ``model.safetensors``, from where :func:`vbpfx.load` takes them in either form. The graph is the dense
+model's, captured anew, narrowed by the plan, with the tuned weights in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from vbpfx.artifact import load, load_plan, save_network
+from vbpfx.data.inputs import Inputs
+from vbpfx.errors import ArtifactError, VerificationError
+from vbpfx.export.onnx import onnx_writer
+from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
+from vbpfx.records import Plan
+from vbpfx.report.page import report_files
+from vbpfx.report.report import Report
+from vbpfx.rewrite.convert import convert
+from vbpfx.rewrite.narrow import require_same_structure
+from vbpfx.rewrite.verify import relative_error
+
+# Largest difference between a network in its class and its graph, relative to the output: the same numbers by other kernels.
+_SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A pruned network on its way from one artifact to another.
+
+    Attributes:
+        student: the network, to be trained: in the model's own class, or as a graph where that cannot hold it.
+        as_graph: why it is a graph; empty where it is none.
+        plan, report: of the artifact that it comes from.
+        captured: the dense model.
+    """
+
+    student: nn.Module
+    as_graph: str
+    plan: Plan
+    report: Report
+    captured: Captured
+
+    def save(
+        self,
+        tuned: nn.Module,
+        folder: Path,
+        *,
+        onnx: bool = True,
+        measured: Mapping[str, Any] | None = None,
+        command: str = "",
+    ) -> Path:
+        """Write the folder that :func:`vbpfx.load` reads; nothing is written where that goes wrong.
+
+        Args:
+            tuned: the student after training.
+            folder: where to; it may be the one that the student comes from.
+            onnx: write ``model.onnx``, too.
+            measured, command: for the report, as :meth:`vbpfx.Report.measured` takes them.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+            VerificationError: the graph does not compute what the tuned network computes.
+            ExportError: the ONNX file cannot be made.
+        """
+        graph = _with_weights(self.captured, self.plan, tuned)
+        error = _difference(graph, tuned, self.captured.inputs)
+        if not error <= _SAME:
+            raise VerificationError(
+                f"the graph with the tuned weights differs from the tuned network by {error:.1e} of the output's size (allowed "
+                f"{_SAME:.0e}); please report the model"
+            )
+        # what the oracle and an evaluation have said is of the weights before
+        report = dataclasses.replace(self.report, verification=None, evaluation=None)
+        commands = " && ".join(filter(None, (report.command, command)))
+        beside = report_files(report.measured(evaluation=measured, command=commands))
+        if onnx:
+            beside["model.onnx"] = onnx_writer(graph, self.captured.inputs, plan=self.plan)
+        return save_network(graph, tuned, self.plan, beside, folder)
+
+
+def open_tuning(folder: str | Path, dense: nn.Module, example: Inputs) -> Tuning:
+    """Read an artifact to train it.
+
+    Args:
+        folder: the artifact.
+        dense: the model that was pruned; it stays as it was.
+        example: a few samples.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, or of another model.
+        VerificationError: neither the class nor the artifact's graph computes what the plan makes of the model.
+        CaptureError: the model does not run on the samples.
+    """
+    folder = Path(folder)
+    plan, report = load_plan(folder), Report.load(folder)
+    require_same_structure(fingerprint(dense), plan, dense)
+    captured = capture(dense, example, frontend="export" if plan.frontend == "export" else "symbolic")
+    try:
+        student, as_graph = load(folder, into=dense), ""
+    except ArtifactError as reason:  # of the class: the model is the right one
+        student, as_graph = load(folder), str(reason)
+    error = _difference(_with_weights(captured, plan, student), student, captured.inputs)
+    if not error <= _SAME and not as_graph:
+        student, as_graph = load(folder), f"{type(dense).__name__} computes something else when it is narrowed"
+        error = _difference(_with_weights(captured, plan, student), student, captured.inputs)
+    if not error <= _SAME:
+        raise VerificationError(
+            f"{folder} does not hold what its plan makes of {type(dense).__name__}: outputs differ by {error:.1e} (allowed "
+            f"{_SAME:.0e}); save the pruned network again"
+        )
+    return Tuning(student, as_graph, plan, report, captured)
+
+
+def _with_weights(captured: Captured, plan: Plan, tuned: nn.Module) -> fx.GraphModule:
+    """The dense graph, narrowed, with a network's weights."""
+    graph = convert(captured, plan)
+    own, trained = named_tensors(graph), named_tensors(tuned)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name not in trained:  # a constant that tracing made
+                continue
+            if tensor.shape != trained[name].shape:
+                raise ArtifactError(
+                    f"{name} has shape {tuple(trained[name].shape)} in the network and {tuple(tensor.shape)} by the plan; they do "
+                    f"not belong together"
+                )
+            tensor.copy_(trained[name])
+    return graph
+
+
+def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    with torch.no_grad():
+        outputs = [pytree.tree_leaves(inputs.run(network)) for network in (one, other)]
+    found, expected = ([leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in outputs)
+    return relative_error(found, expected)

@@ -1,0 +1,1 @@
+"""Models as graphs whose nodes know their shapes."""

@@ -1,0 +1,213 @@
+"""Capture: a model becomes a graph whose nodes know their shapes.
+
+Nothing is traced on the caller's model: the front ends (:mod:`vbpfx.graph.frontends`) work on a copy of its modules that shares
+every tensor, so no mode, hook or attribute of the original changes even for a moment.
+
+Shapes come from one run on fake tensors (:mod:`vbpfx.graph.fake`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vbpfx.data.inputs import Inputs, as_inputs, model_device
+from vbpfx.errors import CaptureError, first_line
+from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, run_fake
+from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
+
+Model = TypeVar("Model", bound=nn.Module)
+Frontend = Literal["auto", "symbolic", "export"]
+
+_NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_module: the graph; it shares its parameters with the model and is in eval mode. Every
+            node's ``meta["val"]`` holds its value as fake tensors.
+        reference: the model in its own class: a copy of its modules that shares their tensors, in eval mode.
+        frontend: what traced it, or ``"onnx"`` where it came from a file.
+        inputs: the example inputs.
+        batch: the size that stands for the batch axis in ``meta["val"]``; None where the graph
+            works for the example's own batch size only.
+        fingerprint: hash of the model's structure (names, shapes, module classes).
+    """
+
+    graph_module: fx.GraphModule
+    reference: nn.Module
+    frontend: Literal["symbolic", "export", "onnx"]
+    inputs: Inputs
+    batch: int | None
+    fingerprint: str
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The graph's nodes by name, in order."""
+        return {node.name: node for node in self.graph_module.graph.nodes}
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates per node and sample, nodes that have none left out.
+
+        Counted by :mod:`torch.utils.flop_counter` (matrix products and convolutions, attention's two
+        products included; norms, activations and biases count nothing), where one MAC is two flops.
+        """
+        if self.batch is None:
+            return self._count_macs(self.inputs.batch_size or 1)
+        try:
+            return self._count_macs(1)
+        except Exception:  # BatchNorm on batch statistics, for one, refuses a single sample
+            return self._count_macs(self.batch)
+
+    def _count_macs(self, samples: int) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        with FlopCounterMode(display=False) as counter, unfused_attention():
+
+            def count(node: fx.Node, run: Callable[[], Any]) -> Any:
+                before = counter.get_total_flops()
+                value = run()
+                if spent := counter.get_total_flops() - before:
+                    counts[node.name] = spent // (2 * samples)
+                return value
+
+            run_fake(self.graph_module, self.inputs, samples, count)
+        return counts
+
+
+def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Captured:
+    """Trace a model into a graph whose nodes know their shapes, with a dynamic batch axis.
+
+    Args:
+        model: any module, on any device; it is left exactly as it was.
+        example_inputs: one batch: a tensor, a mapping of keyword arguments, a sequence of positional
+            arguments, or ``(args, kwargs)``. Only shapes and dtypes matter here.
+        frontend: ``"symbolic"``, ``"export"``, or ``"auto"``: symbolic first, then export.
+
+    Raises:
+        CaptureError: neither front end can trace it (the message names the line of the model's source
+            that stopped it), or the model computes in float16 on the CPU.
+    """
+    if frontend not in ("auto", "symbolic", "export"):
+        raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
+    require_module(model)
+    _refuse_half_on_cpu(model)
+    refuse_training_operators(model)
+    reference = share_parameters(model)
+    inputs = as_inputs(example_inputs, reference).to(model_device(model))
+    if not inputs.tensors:
+        raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
+    failures: list[str] = []
+    for name, trace in FRONTENDS.items():
+        if frontend not in ("auto", name):
+            continue
+        try:
+            graph_module = trace(reference, inputs)
+            with quiet_logging():
+                batch = propagate_shapes(graph_module, inputs, fixed=has_fixed_batch(reference, inputs))
+        except Exception as error:  # tracing runs the model's own code, which can raise anything
+            failures.append(f"{name}: {_explain(error, reference)}")
+            continue
+        return Captured(graph_module, reference, name, inputs, batch, fingerprint(model))
+    raise CaptureError(
+        f"{type(model).__name__} could not be traced with inputs ({inputs.describe()}).\n  "
+        + "\n  ".join(failures)
+        + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
+        "values; or pass the traceable part of the model alone."
+    )
+
+
+def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
+    """A graph that was not traced but made from a file, as if it had been captured; it is its own reference.
+
+    Raises:
+        CaptureError: it does not run on the inputs.
+    """
+    _refuse_half_on_cpu(graph_module)
+    try:
+        with quiet_logging():
+            batch = propagate_shapes(graph_module, inputs)
+    except Exception as error:  # whatever the operators raise
+        raise CaptureError(
+            f"the file's graph does not run on inputs ({inputs.describe()}): {first_line(error)}"
+        ) from error
+    return Captured(graph_module, graph_module, "onnx", inputs, batch, fingerprint(graph_module))
+
+
+def require_module(model: Any) -> None:
+    """Raise a CaptureError for anything that is no ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}; wrap functions in a module")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of all parameters and persistent buffers and the module classes."""
+    lines = [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict(keep_vars=True).items()
+             if isinstance(tensor, Tensor)]  # fmt: skip
+    lines += [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _refuse_half_on_cpu(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
+            raise CaptureError(
+                f"the model computes in float16 on the CPU (parameter {name}), where many operators do not exist "
+                f"and sums overflow; prune model.float() (or .bfloat16(), or on a GPU) and call .half() on the result"
+            )
+
+
+def share_parameters(model: Model) -> Model:
+    """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied."""
+    # an embedding with max_norm writes to its weight in forward
+    written = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in written} | plain_tensors(model)
+    try:
+        shared = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute "
+            f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
+        ) from error
+    shared.eval()
+    return shared
+
+
+def plain_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """A deepcopy memo for tensors that are neither parameters nor buffers: deepcopy cannot copy computed ones."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value.detach().clone() for value in attributes if isinstance(value, Tensor)}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name it has."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return tensors | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _explain(error: Exception, model: nn.Module) -> str:
+    """The error's first line and the innermost line of code that is neither torch's nor ours."""
+    text = first_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if os.path.exists(frame.filename) and not frame.filename.startswith(_NOT_USER_CODE):
+            return f"{type(error).__name__}: {text}\n    at {frame.filename}:{frame.lineno}: {frame.line}"
+    try:
+        place = f"{inspect.getsourcefile(type(model))}:{inspect.getsourcelines(type(model).forward)[1]}"
+    except (OSError, TypeError):
+        place = type(model).__qualname__
+    return f"{type(error).__name__}: {text}\n    in the forward of {place}"

@@ -1,0 +1,197 @@
+"""Runs of a graph on fake tensors: shapes without data, weights or arithmetic.
+
+The batch is a large prime that divides no size of the model. A reshape read at such a size cannot confuse the batch
+with another axis, and unlike symbolic shapes it never specialises (timm's Swin does); it is also faster.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from vbpfx.data.inputs import Inputs
+from vbpfx.graph.repeated import Repeated
+
+_SMALLEST_SENTINEL = 1009
+
+
+def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: bool = False) -> int | None:
+    """Write ``meta["val"]`` on every node; returns the size that stands for the batch, None where it is the inputs' own.
+
+    Args:
+        fixed: the graph is for the inputs' own batch size alone.
+    """
+
+    def record(node: fx.Node, run: Callable[[], Any]) -> Any:
+        node.meta["val"] = value = run()
+        return value
+
+    tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
+    samples = sentinel({size for tensor in tensors for size in tensor.shape})
+    if inputs.batch_size is not None and not fixed:
+        try:
+            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
+            return samples
+        except Exception:  # a graph that is tied to its batch size still works at that size
+            pass
+    run_fake(graph_module, inputs, inputs.batch_size, record, Repeated(graph_module))
+    return None
+
+
+def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
+    """Write ``meta["val"]`` on every node of a narrowed graph from the shapes that the graph's own arguments had.
+
+    Where the graph had none there will be none, nor where its shapes cannot be followed: nothing states a dense width.
+    """
+    values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode(values)
+    complete = mode is not None
+    if mode is not None:
+        try:
+            _Renewal(small, mode).run(*values, enable_io_processing=False)
+        except Exception:  # shapes that another program read off its own arguments, for one
+            complete = False
+    for node in small.graph.nodes:
+        known = node.meta.pop("tensor_meta", None)
+        if not complete:
+            node.meta.pop("val", None)
+        elif known is not None and isinstance(node.meta["val"], Tensor):
+            node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
+
+
+class _Renewal(fx.Interpreter):
+    """A run in the fake mode that a graph's shapes are of."""
+
+    def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(graph_module)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        with self.mode, torch.no_grad():
+            value = n.meta["val"] = _as_fake_tree(self.mode, super().run_node(n))
+        return value
+
+
+def run_fake(
+    graph_module: fx.GraphModule,
+    inputs: Inputs,
+    samples: int | None,
+    around: Callable[[fx.Node, Callable[[], Any]], Any],
+    repeated: Repeated | None = None,
+) -> None:
+    """Run the graph on fake tensors with a batch of that many samples.
+
+    Args:
+        around: called with every node and a function that runs it; returns its value.
+        repeated: what runs of like calls have found; without it every call is run.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        if samples is not None and inputs.is_batched(tensor):
+            shape[0] = samples
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+    class Runner(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            return around(n, lambda: self.run_call(n))
+
+        def run_call(self, n: fx.Node) -> Any:
+            def run() -> Any:
+                return _as_fake_tree(mode, super(Runner, self).run_node(n))
+
+            if repeated is None or not n.op.startswith("call"):
+                return run()
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            operator = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+            return repeated.run(operator, args, kwargs, run)
+
+    with mode, torch.no_grad():
+        example = inputs.map(fake)
+        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
+
+
+def _as_fake_tree(mode: FakeTensorMode, value: Any) -> Any:
+    """A node's value with fake tensors alone."""
+
+    def as_fake(tensor: Tensor) -> Tensor:
+        # a parameter, or what an operator hands on unchanged, is still real
+        found = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+        return found.detach() if found.requires_grad else found  # the flop counter hooks what asks for gradients
+
+    return pytree.tree_map_only(Tensor, as_fake, value)
+
+
+def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """The inputs in the order of the graph's placeholders."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    codegen = graph_module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        return _flattened(graph_module, codegen.pytree_info.in_spec, inputs)
+    named = dict(zip((str(node.target) for node in placeholders), inputs.args, strict=False)) | inputs.kwargs
+    return [
+        named[str(node.target)] if str(node.target) in named else node.args[0] if node.args else None
+        for node in placeholders
+    ]
+
+
+def _flattened(graph_module: fx.GraphModule, spec: pytree.TreeSpec, inputs: Inputs) -> list[Any]:
+    """The leaves in the order that the graph was exported with, however the arguments are passed."""
+    given = inspect.signature(graph_module.forward).bind(*inputs.args, **inputs.kwargs)
+    given.apply_defaults()
+    values: Any = list(given.arguments.values())
+    match pytree.tree_unflatten(range(spec.num_leaves), spec):
+        case (tuple() as args, dict() as kwargs):
+            values = (values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True)))
+    return list(fx._pytree.tree_flatten_spec(values, spec))
+
+
+def has_fixed_batch(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model is a graph that came with shapes, and batches cannot be cut or resized by them.
+
+    They state just the inputs' batch size, or sizes that follow from it beside the batch axes.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return False
+    try:
+        given = graph_arguments(model, inputs)
+    except (TypeError, KeyError):  # the inputs are of another graph
+        return False
+    values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
+    shapes: list[Sequence[Any]] = [
+        v.shape for v, t in zip(values, given, strict=True) if isinstance(v, Tensor) and _has_axes(v, t)
+    ]
+    if not shapes:
+        return False
+    batch = shapes[0][0]
+    if isinstance(batch, int):
+        return batch == inputs.batch_size
+    following = [
+        size.node.expr
+        for shape in shapes
+        for axis, size in enumerate(shape)
+        if isinstance(size, torch.SymInt) and not (axis == 0 and size.node.expr == batch.node.expr)
+    ]
+    return any(batch.node.expr.free_symbols & size.free_symbols for size in following)
+
+
+def _has_axes(value: Tensor, given: Any) -> bool:
+    return value.ndim > 0 and isinstance(given, Tensor) and given.ndim > 0
+
+
+def sentinel(sizes: Iterable[int]) -> int:
+    """A prime that divides none of the sizes."""
+    present = {size for size in sizes if size}
+    candidate = _SMALLEST_SENTINEL
+    while any(size % candidate == 0 for size in present) or any(candidate % f == 0 for f in range(2, 100)):
+        candidate += 2
+    return candidate

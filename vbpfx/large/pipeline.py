@@ -1,0 +1,250 @@
+"""Models that do not fit in memory: files in, files out.
+
+The model is captured on the meta device, where its weights take no memory. Calibration goes through the graph piece by piece
+(:mod:`vbpfx.large.loading`): the weights of a piece are read when its turn comes. The plan is carried out tensor by tensor
+(:class:`vbpfx.rewrite.narrow.Changes`) and written shard by shard, and the substitution oracle reads both networks' weights
+piece by piece again, the pruned ones from the files that were written.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from typing_extensions import Unpack
+
+from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.artifact import save_beside_weights
+from vbpfx.calibration.prepare import Statistics
+from vbpfx.data.inputs import Inputs, as_inputs, reader
+from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
+from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
+from vbpfx.graph.fake import has_fixed_batch
+from vbpfx.graph.weightless import Weightless
+from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
+from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
+from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
+from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.select import select_blocks
+from vbpfx.records import Plan
+from vbpfx.report.page import report_files
+from vbpfx.report.report import Report, make_report
+from vbpfx.rewrite.convert import convert
+from vbpfx.rewrite.model_config import describe_widths, has_config
+from vbpfx.rewrite.narrow import Changes
+from vbpfx.rewrite.own_class import apply_plan
+from vbpfx.rewrite.substitute import reference_graph
+from vbpfx.rewrite.verify import TOLERANCES, Outputs, Verification, judge
+from vbpfx.storage.files import require_new, whole_folder
+from vbpfx.storage.tensors import INDEX, Stored, byte_count, write_shards
+
+_CPU = torch.device("cpu")
+_LARGEST_SHARD = 5 * 10**9  # what transformers wrote for years
+# What else of a folder of Hugging Face belongs to a model: its tokenizer, how it generates.
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
+
+
+@dataclass(frozen=True)
+class PrunedFiles:
+    """The result of :func:`prune_files`. Printing it shows the report.
+
+    Attributes:
+        folder: where the pruned network is; :func:`vbpfx.load` reads it, and ``from_pretrained`` where ``hugging_face``.
+        plan, statistics, analysis, report, verification: what the stages made; the statistics hold no covariances.
+        hugging_face: whether the folder has a ``config.json`` that describes the narrowed model.
+    """
+
+    folder: Path
+    plan: Plan = field(repr=False)
+    statistics: Statistics = field(repr=False)
+    analysis: Analysis = field(repr=False)
+    report: Report
+    verification: Verification | None
+    hugging_face: bool
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def prune_files(
+    model: str | Path | nn.Module,
+    calibration: Iterable[Any],
+    out: str | Path,
+    *,
+    weights: str | Path | Iterable[str | Path] | None = None,
+    inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    example_inputs: Any = None,
+    frontend: Frontend = "auto",
+    mask: str | None = None,
+    memory: float = 4.0,
+    shard_size: int | str | None = None,
+    progress: bool = True,
+    verify: bool = True,
+    **options: Unpack[PlanArguments],
+) -> PrunedFiles:
+    """Prune a model that does not fit in memory: :func:`vbpfx.prune` from files to files.
+
+    Results are those of :func:`vbpfx.prune` with the same options. Everything is computed on the CPU, in the precision that the
+    model was built in: float32 for a folder of Hugging Face, whatever its files hold; they are written in their own.
+
+    Args:
+        model: a folder of Hugging Face (``config.json`` and safetensors, in one file or sharded), or a module that was
+            built under :func:`vbpfx.without_weights`.
+        calibration: batches as :func:`vbpfx.prune` takes them; they are held in memory.
+        out: the folder to write, which must not be there yet: ``model.safetensors`` or shards and their index, the narrowed
+            ``config.json`` and the other small files of a folder of Hugging Face where the configuration can describe the
+            result (``uniform=True``), and what :func:`vbpfx.load` needs. It appears when all of it is written.
+        weights: with a module, the safetensors files that hold its state dict, or a folder of them.
+        inputs, example_inputs, frontend, mask: see :func:`vbpfx.prune`.
+        memory: GiB for weights, and for what the batches hold between two pieces of the graph, half of it each. What PyTorch
+            needs by itself, one batch's activations, a block's covariance (where the options need it) and
+            the plan come on top. Where the batches do not fit, the graph is gone through several times.
+        shard_size: bytes of a shard, or ``"500MB"``; a shard is held in memory while it is written. By default half of
+            ``memory``, and 5 GB at most.
+        progress: show bars on standard error.
+        verify: run the substitution oracle on what was written.
+        options: as for :func:`vbpfx.make_plan`; ``method`` is ``"vbp"`` by default. What needs the whole model is not offered:
+            reconstruction (``method="auto"`` with its own compensation), ``allocation="sensitivity"``, ``latency=``.
+
+    Raises:
+        VbpfxError: one of its kinds, with what was found, where, and what to do. Nothing is left in ``out``.
+    """
+    options.setdefault("method", "vbp")
+    chosen, folder = PlanOptions.of(**options), Path(out)
+    require_streamable(chosen)
+    limit = _shard_limit(shard_size, memory)
+    require_new(folder)
+    hollow = Weightless.of(model, weights)
+    read = reader(hollow.model, inputs)
+    _, data = first_batch(calibration)
+    batches = [read(batch).to(_CPU) for batch in data]
+    example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
+    example = example if has_fixed_batch(hollow.model, example) else example.first(EXAMPLE_SAMPLES)
+    captured = capture(hollow.model, example, frontend=frontend)
+    analysis = find_blocks(captured)
+    select_blocks(analysis, chosen.include, chosen.exclude)
+    loans = Loans(hollow.stored, hollow.names, hollow.buffers)
+    half = memory * 2**30 / 2
+    plan, statistics = stream_plan(analysis, loans, batches, chosen, mask=mask, memory=half, progress=progress)
+    small, own = convert(captured, plan), _own_class(hollow, plan, loans)
+    with whole_folder(folder) as temporary:
+        written = _write_weights(hollow, plan, own, temporary, limit)
+        verification = None
+        if verify:
+            pruned = Loans(Stored.of(temporary), written, hollow.buffers)
+            verification = _verify(captured, small, plan, example, loans, pruned, half)
+        report = make_report(captured, small, analysis, plan, verification, statistics=statistics)
+        if own is not None:
+            _write_configuration(hollow, own, temporary)
+        network = runnable(share_parameters(small))
+        save_beside_weights(network, plan, report_files(report), temporary, stored=written, others=hollow.buffers)
+    return PrunedFiles(folder, plan, statistics, analysis, report, verification, own is not None)
+
+
+def _shard_limit(shard_size: int | str | None, memory: float) -> int:
+    if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
+        raise BudgetError(f"memory={memory!r} is no number of GiB above 0")
+    limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
+    if limit > memory * 2**30:
+        raise ArtifactError(
+            f"a shard of {limit / 2**30:.1f} GiB is held in memory while it is written, and memory={memory:g}: raise that, or lower "
+            f"shard_size="
+        )
+    return limit
+
+
+def _own_class(hollow: Weightless, plan: Plan, loans: Loans) -> nn.Module | None:
+    """The narrowed model in its own class, without weights, with the configuration that describes it; None without one.
+
+    Raises:
+        ArtifactError: ``uniform=True`` was asked for, and the configuration cannot describe the result.
+    """
+    if hollow.folder is None or not has_config(hollow.model):
+        return None
+    norms = {reduction.module for entry in plan.blocks for reduction in entry.block.reductions if reduction.module}
+    tried = [f"{path}.{name}" for path in norms for name, _ in hollow.model.get_submodule(path).named_parameters()]
+    try:
+        with loans.lent(hollow.model, tried):  # what a norm computes is tried on numbers
+            own = apply_plan(hollow.model, plan)
+    except ArtifactError:
+        if plan.settings["uniform"]:
+            raise
+        return None
+    return None if describe_widths(own, plan) else own
+
+
+def _write_weights(
+    hollow: Weightless, plan: Plan, own: nn.Module | None, folder: Path, limit: int
+) -> Mapping[str, str]:
+    """Write the narrowed weights; returns name -> stored name."""
+    stored, changes = hollow.stored, Changes(plan)
+    # a tied tensor may be stored under another of its names than the plan's, or under several: one is written
+    changed = {hollow.names[name]: name for name in changes.names if name not in changes.made}
+    further_names = {name for name, source in hollow.names.items() if name != source}
+    shapes = {
+        name: changes.of(changed[name], lambda n: stored.shapes[hollow.names[n]]) if name in changed else shape
+        for name, shape in stored.shapes.items()
+        if name not in further_names
+    }
+    shapes |= {name: changes.of(name, lambda n: stored.shapes[hollow.names[n]]) for name in changes.made}
+    dense = {name: stored.shapes[source].dtype for name, source in hollow.names.items()}
+    further: dict[str, Tensor] = {}
+    for name, tensor in own.named_parameters() if own is not None else ():
+        if (
+            name not in shapes and name not in hollow.names
+        ):  # zeros, where a configuration knows biases on all layers or none
+            weight = f"{name.rpartition('.')[0]}.weight"
+            further[name] = tensor.to(dense.get(weight, tensor.dtype))
+
+    def make(name: str) -> Tensor:
+        if name in further:
+            return torch.zeros(further[name].shape, dtype=further[name].dtype)
+        if name in changed or name in changes.made:
+            return changes.of(changed.get(name, name), lambda n: stored.read(hollow.names[n]))
+        return stored.read(name)
+
+    write_shards(shapes | further, make, folder, limit)
+    return {name: name for name in shapes | further} | dict(hollow.names)
+
+
+def _verify(
+    captured: Captured, small: fx.GraphModule, plan: Plan, example: Inputs, dense: Loans, pruned: Loans, memory: float
+) -> Verification:
+    """The substitution oracle, of which each network is run by itself."""
+
+    def run(network: fx.GraphModule, loans: Loans) -> list[Tensor]:
+        return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
+
+    try:
+        own = run_by_module(captured.reference, dense, example)
+    except Exception as failure:  # the model's own code raises whatever it raises
+        raise VerificationError(
+            f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "
+            f"({first_line(failure)}): it reads weights of modules that it does not call; verify=False leaves the oracle out"
+        ) from failure
+    outputs = Outputs(
+        dense=run(share_parameters(captured.graph_module), dense),
+        model=own,
+        substituted=run(reference_graph(captured, plan), dense),
+        pruned=run(share_parameters(small), pruned),
+    )
+    stored = {shape.dtype for shape in pruned.stored.shapes.values() if shape.is_floating_point()}
+    bounds = [TOLERANCES.get(dtype, 1e-4) for dtype in stored | {t.dtype for t in outputs.dense}]
+    return judge(outputs, plan, tolerance=max(bounds, default=None))
+
+
+def _write_configuration(hollow: Weightless, own: Any, folder: Path) -> None:
+    """``config.json`` of the narrowed model, and what else its folder held that is no weights."""
+    assert hollow.folder is not None
+    for name, value in hollow.restored.items():
+        setattr(own.config, name, value)
+    for path in hollow.folder.iterdir():
+        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(INDEX.partition(".")[2]):
+            shutil.copyfile(path, folder / path.name)
+    own.config.save_pretrained(folder)

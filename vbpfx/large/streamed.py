@@ -1,0 +1,204 @@
+"""The plan of a model whose weights are read piece by piece.
+
+Every piece of the graph is run on all batches, its observers gather as they do in :func:`vbpfx.calibrate`, and what a block's
+statistics are for is done as soon as the block has been passed: its covariance, of width^2 numbers, is held no longer than
+that. What stands for removed neurons by regression needs the covariance and the neurons that stay, which are known when
+all blocks have their scores: so it is a second way through the graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from torch import Tensor, fx
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.calibrate import misfit, not_finite, progress_bar
+from vbpfx.calibration.moments import Moments
+from vbpfx.calibration.observer import Observer
+from vbpfx.calibration.prepare import Statistics, observers, prepare
+from vbpfx.data.inputs import Inputs
+from vbpfx.errors import BudgetError, CalibrationError
+from vbpfx.graph.capture import Captured
+from vbpfx.large.loading import Loading, Loans, Piece, runnable
+from vbpfx.planning.options import PlanOptions
+from vbpfx.planning.plan import Deciding, pooled
+from vbpfx.records import Block, BlockPlan, Plan
+
+Finish = Callable[[Block, tuple[Moments, ...]], None]
+
+
+def require_streamable(chosen: PlanOptions) -> None:
+    """Raise a BudgetError for what needs the whole model in memory."""
+    instead = "use method='vbp', with criterion=, allocation= and compensation= of your choice, or vbpfx.prune"
+    if chosen.reconstructs:
+        raise BudgetError(
+            f"method='auto' fits layers block after block with gradients through the whole model, which does not go with weights "
+            f"that are read piece by piece: {instead}"
+        )
+    if chosen.allocation == "sensitivity":
+        raise BudgetError(f"allocation='sensitivity' runs the whole model once for every block: {instead}")
+    if chosen.budget.kind == "latency":
+        raise BudgetError(
+            f"latency= is measured on blocks whose weights are in memory: {instead}, with ratio=, macs= or params="
+        )
+
+
+def stream_plan(
+    analysis: Analysis,
+    loans: Loans,
+    batches: Sequence[Inputs],
+    chosen: PlanOptions,
+    *,
+    mask: str | None,
+    memory: float,
+    progress: bool,
+) -> tuple[Plan, Statistics]:
+    """The plan, and the statistics without covariances.
+
+    Args:
+        analysis: of the model, captured on the meta device.
+        loans: its weights.
+        memory: bytes for weights and for what batches hold between two pieces.
+
+    Raises:
+        CalibrationError: a batch does not fit the model or makes activations that are not finite; or covariances are asked
+            for and the batches do not fit in memory all at once.
+        BudgetError: the budget cannot be met.
+    """
+    deciding, captured = Deciding(analysis, chosen), analysis.captured
+    gathering = _Gathering(analysis, deciding.blocks, loans, batches, mask, memory, progress)
+    scores: dict[str, Tensor] = {}
+    moments: dict[str, tuple[Moments, ...]] = {}
+
+    def take_scores(block: Block, found: tuple[Moments, ...]) -> None:
+        moments[block.name] = tuple(replace(m, co=None, held=None) for m in found)
+        first = deciding.blocks[0]
+        samples = deciding.samples(*((first, moments[first.name]) if first.name in moments else (block, found)))
+        with loans.lent(captured.reference, list({axis.name: None for axis in block.parameters})):
+            scores[block.name] = deciding.scores(block, pooled(block, found), samples)
+
+    gathering.run("scoring", chosen.scores_need_covariance, take_scores)
+    kept = deciding.kept(scores, chosen.allocation, {})
+    narrowed = [block for block in deciding.blocks if len(kept[block.name]) < block.width]
+    entries: dict[str, BlockPlan] = {}
+
+    def take_entry(block: Block, found: tuple[Moments, ...]) -> None:
+        if block in narrowed:
+            entries[block.name] = deciding.entry(block, kept[block.name], pooled(block, found))
+
+    if chosen.compensation == "ridge":
+        gathering.run("folding", True, take_entry)
+    else:
+        for block in narrowed:
+            take_entry(block, moments[block.name])
+    rows = max(m.count for found in moments.values() for m in found)
+    plan = deciding.plan([entries[block.name] for block in narrowed], chosen.allocation, rows)
+    return plan, Statistics(moments)
+
+
+class _Gathering:
+    """Ways through the prepared graph."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        blocks: Sequence[Block],
+        loans: Loans,
+        batches: Sequence[Inputs],
+        mask: str | None,
+        memory: float,
+        progress: bool,
+    ) -> None:
+        self.analysis, self.blocks, self.loans, self.batches = analysis, {b.name: b for b in blocks}, loans, batches
+        self.mask, self.memory, self.progress = mask, memory, progress
+        self.starts = list(accumulate((batch.batch_size or 1 for batch in batches), initial=0))
+
+    def run(self, title: str, covariance: bool, finish: Finish) -> None:
+        """Gather statistics of all batches; ``finish`` is called with every block when it has been passed by all."""
+        captured = self.analysis.captured
+        observed = runnable(
+            prepare(captured, self.analysis, blocks=self.blocks.values(), mask=self.mask, covariance=covariance)
+        )
+        nodes = {str(node.target): node.name for node in observed.graph.nodes if node.op == "call_module"}
+        order = {node.name: number for number, node in enumerate(observed.graph.nodes)}
+        places: dict[str, list[tuple[str, Observer]]] = defaultdict(list)
+        for path, module in observed.named_children():
+            if isinstance(module, Observer):
+                places[module.name].append((nodes[path], module))
+        last = max((name for own in places.values() for name, _ in own), key=order.__getitem__)
+        loading = Loading(observed, self.loans, samples_of(captured), self.memory, until=last)
+        ways = _ways(self.batches, captured, loading.samples_at_once())
+        if covariance and len(ways) > 1:
+            raise CalibrationError(
+                f"{self.starts[-1]} samples need {len(ways)} ways through the model in this memory, and covariances are gathered in "
+                f"one: pass fewer samples, raise memory=, or do without (method='vbp')"
+            )
+        waiting = dict(places)
+
+        def behind(piece: Piece) -> None:
+            advance()
+            if way is not ways[-1]:
+                return
+            passed = [name for name, own in waiting.items() if all(order[n] <= order[piece.last] for n, _ in own)]
+            for name in passed:
+                own = [observer for _, observer in waiting.pop(name)]
+                self._require_finite(own)
+                finish(self.blocks[name], tuple(o.moments for o in own if o.moments is not None))
+                for observer in own:
+                    observer.moments = None
+
+        with progress_bar(title, len(ways) * len(loading.pieces), self.progress) as advance:
+            for way in ways:
+                self._run_way(loading, way, observed, behind)
+
+    def _run_way(self, loading: Loading, way: range, observed: fx.GraphModule, behind: Callable[[Piece], None]) -> None:
+        watching = observers(observed)
+        running: list[int] = []
+
+        def before(number: int) -> None:
+            running[:] = [way[number]]
+            for observer in watching:
+                observer.rows = self.starts[way[number]] * observer.rows_a_sample
+
+        def passed(piece: Piece) -> None:
+            running.clear()
+            behind(piece)
+
+        try:
+            loading.run([self.batches[number] for number in way], before=before, behind=passed)
+        except Exception as error:  # the model's own operators raise whatever they raise
+            if not running:  # a weight cannot be read, or a criterion of the user's fails
+                raise
+            number = running[0]
+            first = self.batches[0] if number else None
+            raise CalibrationError(misfit(number + 1, self.batches[number], first, observed, error)) from error
+
+    def _require_finite(self, own: Sequence[Observer]) -> None:
+        bad = next((o for o in own if o.bad_call is not None), None)
+        if bad is not None and bad.bad_call is not None:
+            raise CalibrationError(not_finite(bad.bad_call + 1, bad.name, self.batches[bad.bad_call]))
+
+
+def samples_of(captured: Captured) -> int:
+    """The batch size that a captured graph's shapes are for."""
+    return captured.batch or captured.inputs.batch_size or 1
+
+
+def _ways(batches: Sequence[Inputs], captured: Captured, at_once: int) -> list[range]:
+    """The batches divided, in order, into parts that are run through the graph together."""
+    a_sample = sum(t.numel() for t in captured.inputs.tensors) / (captured.inputs.batch_size or 1)
+    found: list[range] = []
+    start, size = 0, 0.0
+    for number, batch in enumerate(batches):
+        samples = sum(t.numel() for t in batch.tensors) / max(
+            1.0, a_sample
+        )  # of the captured size: texts differ in length
+        if number > start and size + samples > at_once:
+            found.append(range(start, number))
+            start, size = number, 0.0
+        size += samples
+    return [*found, range(start, len(batches))]

@@ -1,0 +1,1 @@
+"""What is measured: latency per block and per runtime, and what the output loses."""

@@ -1,0 +1,236 @@
+"""Bench: dense against pruned in one run, per runtime.
+
+Both networks are compiled for the same inputs and run in turn. Speed-up is the median over rounds of dense seconds over
+pruned seconds of the same round; *efficiency* is the speed-up over the ratio of MACs: 1 where the runtime turns every saved
+product into saved time. *Parity* is the largest difference of a runtime's outputs from PyTorch's over the largest output.
+
+*Memory* is what a process of its own takes for loading what is shipped and running one batch (:mod:`vbpfx.runtimes.memory`); where
+nothing is shipped that could be loaded, there is none: in this process networks and compilers cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from torch import Tensor, nn
+
+from vbpfx.data.inputs import Inputs, as_inputs
+from vbpfx.errors import CaptureError, ExportError, first_line
+from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.graph.capture import capture, share_parameters
+from vbpfx.measurement.bench_result import BenchResult, Row, Side
+from vbpfx.measurement.timing import Clock, Spread, alternating
+from vbpfx.rewrite.verify import relative_error
+from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.memory import peak_memory
+from vbpfx.runtimes.table import runtime
+
+
+def bench(
+    dense: nn.Module,
+    pruned: nn.Module,
+    inputs: Any,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    rounds: int = 15,
+    memory: bool = True,
+    clock: Clock = time.perf_counter,
+) -> BenchResult:
+    """Measure dense against pruned in the same run, interleaved.
+
+    Args:
+        dense, pruned: networks of the same arguments and outputs; they are left as they are.
+        inputs: one batch, which is repeated or cut to the batch sizes.
+        runtimes: of :data:`vbpfx.runtimes.table.NAMES`.
+        batches: batch sizes.
+        threads: numbers of threads.
+        rounds: how often each is timed.
+        memory: measure that, too: two processes for each row, which import the runtime.
+        clock: seconds; ``time.process_time`` counts what this process computes and not what it waits for, which on a busy
+            machine says more of a single thread.
+
+    Returns:
+        One row each; a runtime that cannot take a network has its message there instead of figures.
+
+    Raises:
+        ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not belong
+            together.
+    """
+    example = as_inputs(inputs, dense)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
+                 _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip
+        return _bench(sides, example, _macs(dense, pruned, example), runtimes, batches, threads, rounds, memory, clock)
+
+
+def bench_files(
+    dense: str | Path,
+    pruned: str | Path,
+    inputs: Inputs,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1,),
+    rounds: int = 15,
+    memory: bool = True,
+    clock: Clock = time.perf_counter,
+) -> BenchResult:
+    """The same for two ONNX files. The reference for parity is ONNX Runtime without its optimisations.
+
+    Raises:
+        ExportError: as :func:`bench`, or a runtime does not take ONNX files.
+    """
+    return _bench(
+        (_File(Path(dense)), _File(Path(pruned))), inputs, None, runtimes, batches, threads, rounds, memory, clock
+    )
+
+
+class _Subject(ABC):
+    """A network to compile, and what its outputs should be."""
+
+    @abstractmethod
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled: ...
+
+    @abstractmethod
+    def outputs(self, inputs: Inputs) -> list[Tensor]: ...
+
+
+class _Network(_Subject):
+    """A module; runtimes that take ONNX files share one."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs, path: Path) -> None:
+        self.network, self.inputs, self.path = share_parameters(network), inputs, path
+
+    @functools.cached_property
+    def file(self) -> Path:
+        return export_onnx(self.network, self.inputs, self.path)
+
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if runtime.open is not None:
+            return runtime.open(self.file, inputs, threads)
+        return runtime.compile(self.network, inputs, threads)
+
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
+
+
+class _File(_Subject):
+    """An ONNX file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if runtime.open is None:
+            raise ExportError(f"runtime {runtime.name} takes no ONNX file; bench the networks themselves")
+        return runtime.open(self.path, inputs, threads)
+
+    def outputs(self, inputs: Inputs) -> list[Tensor]:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return run_session(session, inputs)
+        except Exception as error:  # ONNX Runtime has its own kinds
+            raise ExportError(f"{self.path} does not run in ONNX Runtime: {first_line(error)}") from error
+
+
+def _macs(dense: nn.Module, pruned: nn.Module, inputs: Inputs) -> tuple[int, int] | None:
+    try:
+        before, after = (sum(capture(network, inputs).macs.values()) for network in (dense, pruned))
+    except CaptureError:
+        return None
+    return (before, after) if after else None
+
+
+def _bench(
+    sides: tuple[_Subject, _Subject],
+    example: Inputs,
+    macs: tuple[int, int] | None,
+    names: Sequence[str],
+    batches: Sequence[int],
+    threads: Sequence[int],
+    rounds: int,
+    memory: bool,
+    clock: Clock,
+) -> BenchResult:
+    if min((*batches, *threads, rounds)) < 1:
+        raise ExportError("batch sizes, threads and rounds must be positive")
+    chosen = [runtime(name) for name in names]  # all of them, before any is measured
+    batch_inputs = {size: example.resized(size) for size in batches}
+    expected = {size: tuple(side.outputs(inputs) for side in sides) for size, inputs in batch_inputs.items()}
+    for dense, pruned in expected.values():
+        if [t.shape for t in dense] != [t.shape for t in pruned]:
+            raise ExportError(
+                f"dense returns shapes {[tuple(t.shape) for t in dense]}, pruned {[tuple(t.shape) for t in pruned]}: they are "
+                f"not dense and pruned of one model"
+            )
+    ratio = macs[0] / macs[1] if macs else None
+    rows = [
+        _measure(taken, sides, batch_inputs[size], expected[size], count, rounds, memory, clock, ratio)
+        for taken in chosen for count in threads for size in batches
+    ]  # fmt: skip
+    return BenchResult(tuple(rows), macs, rounds, {taken.package: _version(taken.package) for taken in chosen})
+
+
+def _measure(
+    taken: Runtime,
+    sides: tuple[_Subject, _Subject],
+    inputs: Inputs,
+    expected: tuple[list[Tensor], ...],
+    threads: int,
+    rounds: int,
+    memory: bool,
+    clock: Clock,
+    ratio: float | None,
+) -> Row:
+    found: list[Side] = []
+    compiled: list[Compiled] = []
+    for side, reference in zip(sides, expected, strict=True):
+        try:
+            made = side.compile(taken, inputs, threads)
+            found.append(Side(parity=relative_error(made.run(inputs), reference), size=made.size))
+            compiled.append(made)
+        except ExportError as error:
+            found.append(Side(failure=str(error)))
+        except Exception as error:  # a runtime that compiles may still fail to run
+            found.append(Side(failure=f"{taken.name} does not run the network: {first_line(error)}"))
+    batch = inputs.batch_size or 1
+    if len(compiled) < len(sides):
+        return Row(taken.name, batch, threads, found[0], found[1], None, None)
+    runs = {name: functools.partial(made.run, inputs) for name, made in zip(("dense", "pruned"), compiled, strict=True)}
+    seconds = alternating(runs, rounds=rounds, clock=clock)
+    speedup = Spread.of([a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)])
+    held = [_memory(taken, made, inputs, threads) if memory else (None, None) for made in compiled]
+    dense, pruned = (
+        Side(Spread.of(seconds[name]), side.parity, side.size, None, *own)
+        for name, side, own in zip(("dense", "pruned"), found, held, strict=True)
+    )
+    return Row(taken.name, batch, threads, dense, pruned, speedup, speedup.median / ratio if ratio else None)
+
+
+def _memory(taken: Runtime, made: Compiled, inputs: Inputs, threads: int) -> tuple[int | None, str | None]:
+    """Bytes, or why there are none; neither where nothing can be loaded."""
+    if taken.load is None or made.file is None:
+        return None, None
+    try:
+        return peak_memory(taken.name, made.file, inputs, threads), None
+    except ExportError as error:
+        return None, str(error)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,128 @@
+"""What bench measured, and how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vbpfx.display.tables import table
+from vbpfx.export.onnx import PARITY
+from vbpfx.measurement.timing import Spread
+
+_WIDTH = 160  # of the printed table
+
+
+@dataclass(frozen=True)
+class Side:
+    """One network in one runtime.
+
+    Attributes:
+        seconds: per call; None where the runtime failed.
+        parity: largest relative difference from the reference.
+        size: bytes of what would be shipped; None where nothing is written.
+        failure: the runtime's message.
+        memory: bytes that loading what is shipped and one batch take (:mod:`vbpfx.runtimes.memory`); None where it was not
+            measured, for the reason in ``unmeasured``, if there is one.
+    """
+
+    seconds: Spread | None = None
+    parity: float | None = None
+    size: int | None = None
+    failure: str | None = None
+    memory: int | None = None
+    unmeasured: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Dense and pruned in one runtime, at one batch size and number of threads; see :mod:`vbpfx.measurement.bench`."""
+
+    runtime: str
+    batch: int
+    threads: int
+    dense: Side
+    pruned: Side
+    speedup: Spread | None
+    efficiency: float | None
+
+    @property
+    def samples_per_second(self) -> tuple[float, float] | None:
+        """Dense and pruned, by median seconds."""
+        if self.dense.seconds is None or self.pruned.seconds is None:
+            return None
+        return self.batch / self.dense.seconds.median, self.batch / self.pruned.seconds.median
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What :func:`bench` measured. Printing it shows a table.
+
+    Attributes:
+        rows: one per runtime, number of threads and batch size.
+        macs: MACs per sample ``(dense, pruned)``; None where they cannot be counted (ONNX files, networks that cannot be
+            traced).
+        rounds: how often each was timed.
+        versions: package -> version of the runtimes.
+    """
+
+    rows: tuple[Row, ...]
+    macs: tuple[int, int] | None
+    rounds: int
+    versions: dict[str, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Runtimes that failed, outputs that differ by more than 1e-4, and memory that could not be measured."""
+        found = []
+        for row in self.rows:
+            for name, side in (("dense", row.dense), ("pruned", row.pruned)):
+                where = f"{row.runtime}, {name}, batch {row.batch}"
+                if side.failure:
+                    found.append(f"{where}: {side.failure}")
+                elif side.parity is not None and not side.parity <= PARITY:
+                    found.append(f"{where}: differs by {side.parity:.1e} of the output's size, allowed {PARITY:.0e}")
+                if side.unmeasured:
+                    found.append(f"{where}: {side.unmeasured}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready dictionaries."""
+        return {
+            "macs": self.macs,
+            "rounds": self.rounds,
+            "versions": self.versions,
+            "rows": [asdict(row) | {"samples_per_second": row.samples_per_second} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        title = f"dense against pruned, medians of {self.rounds} interleaved rounds"
+        if self.macs:
+            title += f"; MACs {self.macs[0]:,} -> {self.macs[1]:,} ({self.macs[0] / self.macs[1]:.2f}x less)"
+        columns = ("runtime", "threads", "batch", "ms", "samples/s", "speed-up", "efficiency", "parity", "MB",
+                   "memory MiB")  # fmt: skip
+        text = table(title, columns, [_cells(row) for row in self.rows], width=_WIDTH)
+        return text + "".join(f"{problem}\n" for problem in self.problems)
+
+
+def _cells(row: Row) -> list[Any]:
+    cells: list[Any] = [row.runtime, row.threads, row.batch]
+    if row.speedup is None or row.dense.seconds is None or row.pruned.seconds is None or row.samples_per_second is None:
+        return [*cells, *["failed"] * 3, "-", "-", "-", "-"]
+    dense, pruned = row.dense.seconds, row.pruned.seconds
+    rate, now = row.samples_per_second
+    return [
+        *cells,
+        f"{_ms(dense)} -> {_ms(pruned)}",
+        f"{rate:.1f} -> {now:.1f}",
+        f"{row.speedup.median:.2f} ({row.speedup.lower:.2f}-{row.speedup.upper:.2f})",
+        "-" if row.efficiency is None else f"{row.efficiency:.2f}",
+        f"{row.dense.parity:.0e}, {row.pruned.parity:.0e}",
+        "-" if row.dense.size is None or row.pruned.size is None
+        else f"{row.dense.size / 1e6:.1f} -> {row.pruned.size / 1e6:.1f}",
+        "-" if row.dense.memory is None or row.pruned.memory is None
+        else f"{row.dense.memory / 2**20:.1f} -> {row.pruned.memory / 2**20:.1f}",
+    ]  # fmt: skip
+
+
+def _ms(seconds: Spread) -> str:
+    return f"{seconds.median * 1e3:.{1 if seconds.median > 0.01 else 3}f}"

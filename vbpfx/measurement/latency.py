@@ -1,0 +1,209 @@
+"""Latency as a budget: blocks measured in the runtime at several widths, and the network to hold them against.
+
+A block is cut out of the graph with everything that carries its hidden axis, from its producers to its consumers, and runs in
+the runtime by itself, so that a few percent of the network's time are measured as a whole and not as a difference. What
+a runtime does across the block's borders (fusion, caches) is then read off the network itself, narrowed everywhere alike to
+about what is wanted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.data.inputs import Inputs
+from vbpfx.errors import BudgetError
+from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.graph.fake import run_fake
+from vbpfx.measurement.timing import Clock, alternating, interleaved
+from vbpfx.planning.budget import floors
+from vbpfx.planning.latency_table import Latencies
+from vbpfx.records import Block, BlockPlan, Plan
+from vbpfx.rewrite.convert import convert
+from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.table import runtime as find_runtime
+
+# Shares of a block's width at which it is measured, its own width beside them.
+_SHARES = (0.125, 0.25, 0.5, 0.75)
+# Measurements of the whole network for the correction: the second starts from what the first has found.
+_CORRECTIONS = 2
+_ROUNDS = 21
+
+
+def measure_latencies(
+    analysis: Analysis,
+    target: float,
+    *,
+    blocks: Iterable[Block] | None = None,
+    runtime: str = "onnxruntime",
+    batch: int = 1,
+    threads: int | None = None,
+    round_to: int = 1,
+) -> Latencies:
+    """Measure what the blocks of a network cost in a runtime, for :func:`vbpfx.make_plan` with ``latency=``.
+
+    Args:
+        analysis: of the network.
+        target: the fraction of the dense latency that will be asked for: the correction is measured there.
+        blocks: the blocks that may be narrowed; all of the analysis by default.
+        runtime: a name of :data:`vbpfx.runtimes.table.NAMES`.
+        batch: samples at once.
+        threads: the runtime's threads; its own choice by default.
+        round_to: widths are multiples of it.
+
+    Raises:
+        ExportError: the runtime is not there, or does not take the network or a block of it.
+        BudgetError: no width below a block's own is a multiple of ``round_to``.
+    """
+    chosen = tuple(analysis.blocks if blocks is None else blocks)
+    captured, engine = analysis.captured, find_runtime(runtime)
+    inputs = captured.inputs.resized(batch)
+    points: dict[str, tuple[tuple[int, float], ...]] = {}
+    for group in _alike(captured, chosen):
+        found = _block_points(captured, group[0], engine, inputs, threads, round_to)
+        points |= {block.name: found for block in group}
+    dense = engine.compile(captured.graph_module, inputs, threads)
+    seconds = interleaved({"dense": partial(dense.run, inputs)}, rounds=_ROUNDS, clock=_clock(threads))["dense"]
+    latencies = Latencies(runtime, batch, threads, seconds, points)
+    for _ in range(_CORRECTIONS):
+        widths = _everywhere_alike(latencies, chosen, target, round_to)
+        small = convert(captured, _any_neurons(captured, chosen, widths), share=True)
+        measured = _ratio(engine.compile(small, inputs, threads), dense, inputs, threads)
+        alone = replace(latencies, correction=1.0)
+        latencies = replace(alone, correction=max(0.0, 1 - measured) / (1 - alone.ratio(widths)))
+    return latencies
+
+
+def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs, threads: int | None) -> float:
+    """Latency of one over that of the other: the median over rounds, in which they run side by side."""
+    runs = {"narrowed": partial(narrowed.run, inputs), "dense": partial(dense.run, inputs)}
+    seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
+    return statistics.median(a / b for a, b in zip(seconds["narrowed"], seconds["dense"], strict=True))
+
+
+def _clock(threads: int | None) -> Clock:
+    """Processor time where one thread does the work: it does not count what others do beside it."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latencies: Latencies) -> dict[str, Any]:
+    """Latency of a narrowed network over the dense one's: asked, predicted, and measured where the table was."""
+    inputs, engine = captured.inputs.resized(latencies.batch), find_runtime(latencies.runtime)
+    dense, narrowed = (engine.compile(n, inputs, latencies.threads) for n in (captured.graph_module, small))
+    return {
+        "runtime": latencies.runtime,
+        "batch": latencies.batch,
+        "threads": latencies.threads,
+        "asked": plan.settings["budget"]["latency"],
+        "predicted": latencies.ratio(plan.widths),
+        "measured": _ratio(narrowed, dense, inputs, latencies.threads),
+    }
+
+
+def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
+    """A block by itself, and inputs for it: everything that carries its axis, and the layers that contract it.
+
+    Args:
+        network: a graph that holds the block, narrowed or not.
+        values: node name -> its value at the batch that is wanted, as fake tensors.
+    """
+    inside = {name for name, _, _ in block.carriers} | {consumer.node for consumer in block.consumers}
+    order = [node for node in network.graph.nodes if node.name in inside]
+    graph, copies = fx.Graph(), {}
+    tensors: list[Tensor] = []
+
+    def within(node: fx.Node) -> fx.Node:
+        """The node's copy; tensors that come from outside become inputs, sizes of theirs are computed again."""
+        if node not in copies:
+            value = values.get(node.name)
+            if node.name not in inside and node.op != "get_attr" and isinstance(value, Tensor):
+                copies[node] = graph.placeholder(node.name)
+                copies[node].meta["val"] = value
+                fill = torch.randn if value.is_floating_point() else torch.zeros
+                tensors.append(fill(value.shape, dtype=value.dtype, device=value.device))
+            else:
+                copies[node] = graph.node_copy(node, within)
+        return copies[node]
+
+    for node in order:
+        within(node)
+    graph.output(tuple(copies[node] for node in order if node.name in {c.node for c in block.consumers}))
+    return fx.GraphModule(network, graph).eval(), Inputs(tuple(tensors), {})
+
+
+def _block_points(
+    captured: Captured, block: Block, engine: Runtime, inputs: Inputs, threads: int | None, round_to: int
+) -> tuple[tuple[int, float], ...]:
+    """(width, seconds) of one block alone."""
+    steps = (max(1, round(share * block.width / round_to)) * round_to for share in _SHARES)
+    widths = [*sorted({width for width in steps if width < block.width}), block.width]
+    if len(widths) == 1:
+        raise BudgetError(f"block {block.name}: no multiple of round_to={round_to} is below its width {block.width}")
+    runs = {}
+    for width in widths:
+        network = captured.graph_module
+        if width < block.width:
+            network = convert(captured, _any_neurons(captured, [block], {block.name: width}), share=True)
+        alone, own = block_network(network, block, _values(network, inputs))
+        runs[str(width)] = partial(engine.compile(alone, own, threads).run, own)
+    seconds = interleaved(runs, rounds=_ROUNDS, clock=_clock(threads))
+    return tuple((width, seconds[str(width)]) for width in widths)
+
+
+def _values(network: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
+    """Node name -> its value on these inputs, fake."""
+    values: dict[str, Any] = {}
+
+    def keep(node: fx.Node, run: Callable[[], Any]) -> Any:
+        values[node.name] = value = run()
+        return value
+
+    run_fake(network, inputs, inputs.batch_size, keep)
+    return values
+
+
+def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
+    """The blocks in groups that cost the same: of the same layers on values of the same shapes."""
+    tensors, nodes = named_tensors(captured.reference), captured.nodes
+    groups: dict[Any, list[Block]] = defaultdict(list)
+    for block in blocks:
+        weights = [(tuple(tensors[p.name].shape), p.axis, p.start) for p in block.parameters]
+        values = [(str(nodes[node].meta["val"].shape), nodes[node].op) for node, _, _ in block.carriers]
+        groups[block.width, tuple(weights), tuple(values)].append(block)
+    return list(groups.values())
+
+
+def _everywhere_alike(latencies: Latencies, blocks: Sequence[Block], target: float, round_to: int) -> dict[str, int]:
+    """Widths with the same share of every block at which the target is predicted, or that are the least there is."""
+    floor = floors(blocks, None)
+
+    def widths(share: float) -> dict[str, int]:
+        exact = {b.name: max(floor[b.name], round((1 - share) * b.width / round_to) * round_to) for b in blocks}
+        return {b.name: min(b.width, exact[b.name]) for b in blocks}
+
+    # of a prime: widths that a budget leaves divide by nothing in particular either, which runtimes feel
+    shares = [step / 257 for step in range(1, 241)]
+    return widths(min(shares, key=lambda share: abs(latencies.ratio(widths(share)) - target)))
+
+
+def _any_neurons(captured: Captured, blocks: Sequence[Block], widths: Mapping[str, int]) -> Plan:
+    """A plan of these widths; how long it takes does not depend on which neurons stay."""
+    entries = tuple(
+        BlockPlan(
+            block,
+            tuple(range(widths[block.name])),
+            tuple(torch.zeros(block.width - widths[block.name], dtype=torch.float64) for _ in block.sources),
+        )
+        for block in blocks
+        if widths[block.name] < block.width
+    )
+    return Plan(entries, captured.fingerprint, captured.frontend, {})

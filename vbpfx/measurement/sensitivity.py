@@ -1,0 +1,146 @@
+"""Sensitivity: what the network's output loses when one block alone gives up its share.
+
+Measured, not derived: each block in turn is narrowed as a plan says, with what the plan puts in place of what goes, while the
+others stay whole, and a few samples run through. No gradient and no label is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.calibrate import progress_bar
+from vbpfx.data.inputs import Inputs
+from vbpfx.distributed.samples import Samples
+from vbpfx.graph.capture import Captured
+from vbpfx.records import Plan
+from vbpfx.rewrite.convert import convert
+from vbpfx.rules.ops import called_module, is_linear, is_view
+
+MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
+# By how much ln D is off though measured without chance: later blocks make good some of what is lost, more of it in one place
+# than in another. The variance of a factor of about 1.6.
+_BLIND = 0.25
+
+
+def sensitivities(
+    analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Samples, *, progress: bool = False
+) -> dict[str, float]:
+    """Block -> D, how far the output moves when the plan narrows that block alone.
+
+    For a sample, averaged over its positions and summed over the floating-point outputs, d is
+
+        sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats,
+
+    where a linear layer of several outputs makes it: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
+    is |y - y_b|^2 / 2, to which the former comes down where values are small. What few samples say of a block alone is
+    uncertain, so that ln D is drawn toward the blocks' mean (empirical Bayes): with e^2 = Var[d] / (n mean(d)^2) the variance of
+    ln mean(d) by chance, v what the blocks vary by beyond that, and 1/4 for what a block alone cannot tell (that later ones
+    make good some of what it loses),
+
+        ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
+
+    Args:
+        analysis: of the dense graph.
+        plan: of the shares to compare at; blocks that it leaves whole have none.
+        batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
+            pass over them. Of several ranks' samples (:class:`vbpfx.distributed.samples.Samples`) each runs its own.
+        progress: show a bar on standard error.
+
+    Raises:
+        ArtifactError: the plan is of another model.
+        RankError: another rank has failed or died.
+    """
+    captured, samples = analysis.captured, Samples.of(batches)
+    batches, starts = _few(samples, len(plan.blocks), divisible=captured.batch is not None)
+    logits = _are_logits(captured)
+    dense = [_outputs(captured.graph_module, batch) for batch in batches]
+    numbers = [start + torch.arange(batch.batch_size or 1) for batch, start in zip(batches, starts, strict=True)]
+    rows = [_joined(numbers)]
+    with progress_bar("comparing blocks", len(plan.blocks), progress and samples.ranks.first) as advance:
+        for entry in plan.blocks:
+            small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
+            moved = [
+                _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
+                for batch, expected in zip(batches, dense, strict=True)
+            ]
+            rows.append(_joined(moved))
+            samples.ranks.watch()
+            advance()
+    order, *found = samples.ranks.gather(torch.stack(rows))
+    found = [moved[order.argsort()] for moved in found]  # as one process would have them
+    names = [entry.block.name for entry in plan.blocks]
+    return dict(zip(names, _drawn_together(found), strict=True)) if found else {}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+
+
+def _drawn_together(found: Sequence[Tensor]) -> list[float]:
+    """D of every block, from what every sample says of it."""
+    n = len(found[0])
+    mean = torch.stack([d.mean() for d in found]).clamp_min(torch.finfo(torch.float64).tiny)
+    if n < 2:
+        return mean.tolist()
+    uncertain = torch.stack([d.var() for d in found]) / (n * mean.square())
+    logs = mean.log()
+    spread = (logs.var(correction=0) - uncertain.mean()).clamp_min(0.0)
+    part = spread / (spread + uncertain + _BLIND)
+    return (logs.mean() + part * (logs - logs.mean())).exp().tolist()
+
+
+def _moved(ours: Sequence[Tensor], dense: Sequence[Tensor], logits: Sequence[bool], samples: int) -> Tensor:
+    """d for every sample of a batch, (samples,); an output that is not one of every sample counts for all."""
+    total = torch.zeros(samples, dtype=torch.float64)
+    for y, t, is_logits in zip(ours, dense, logits, strict=True):
+        if t.numel():
+            rows = _distances(y.double(), t.double(), is_logits).cpu()
+            total += rows.reshape(samples, -1).mean(1) if t.ndim and len(t) == samples else rows.mean()
+    return total
+
+
+def _distances(y: Tensor, t: Tensor, logits: bool) -> Tensor:
+    """d at every position."""
+    if logits:
+        q, r = t.log_softmax(-1), y.log_softmax(-1)
+        return torch.where(q == r, 0.0, q.exp() * (q - r)).sum(-1)  # masked logits are infinite in both
+    squares = torch.where(y == t, 0.0, y - t).square() / 2
+    return squares.sum(-1) if t.ndim > 1 else squares
+
+
+def _are_logits(captured: Captured) -> list[bool]:
+    """Of every floating-point output, in order, whether a linear layer of several outputs makes it."""
+    graph_module = captured.graph_module
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
+
+    def origin(node: fx.Node) -> fx.Node:
+        while node.all_input_nodes and is_view(node, called_module(graph_module, node)):
+            node = node.all_input_nodes[0]
+        return node
+
+    def makes_logits(node: fx.Node, value: Tensor) -> bool:
+        return is_linear(node, called_module(graph_module, node)) and value.ndim > 1 and value.shape[-1] > 1
+
+    values = [(origin(n), n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
+    return [makes_logits(node, value) for node, value in values if value.is_floating_point()]
+
+
+def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        output = batch.run(network)
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _few(samples: Samples, blocks: int, *, divisible: bool) -> tuple[list[Inputs], list[int]]:
+    """The first samples, as many as each block is measured on, and where their batches begin."""
+    wanted = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, samples.total // (2 * max(1, blocks))))
+    few = [(b, start) for b, start in zip(samples.batches, samples.starts, strict=True) if start < wanted]
+    batches = [batch.first(wanted - start) if divisible else batch for batch, start in few]
+    return batches, [start for _, start in few]

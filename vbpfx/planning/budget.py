@@ -1,0 +1,279 @@
+"""Budget: how wide every block stays.
+
+One ranking over the neurons of all blocks, lowest score first, ties by block and index; the budget says
+how far down it goes. Every block keeps at least its floor. ``ratio`` is met to the neuron; ``macs``,
+``params`` and ``latency`` by the smallest number of neurons whose removal is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.errors import BudgetError
+from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.records import Block
+
+Cost = Callable[[Mapping[str, int]], int]
+
+_KINDS = {
+    "ratio": "fraction of the hidden neurons to remove",
+    "macs": "fraction of the dense MACs to keep",
+    "params": "fraction of the dense parameters to keep",
+    "latency": "fraction of the dense latency to keep",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: one of ``ratio``, ``macs``, ``params``, ``latency``, and its value in (0, 1)."""
+
+    kind: str
+    value: float
+
+    @classmethod
+    def of(cls, **given: Any) -> Budget:
+        """The one budget among the keyword arguments that is not None.
+
+        Raises:
+            BudgetError: none or several are given, or the value is no number in (0, 1).
+        """
+        named = {kind: value for kind, value in given.items() if value is not None}
+        if len(named) != 1:
+            options = ", ".join(f"{kind}= ({meaning})" for kind, meaning in _KINDS.items())
+            found = " and ".join(f"{kind}={value!r}" for kind, value in named.items()) or "none"
+            raise BudgetError(f"exactly one budget is needed, found {found}; choose one of {options}")
+        kind, value = next(iter(named.items()))
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+            raise BudgetError(f"{kind}={value!r} is not a number between 0 and 1, exclusive: it is the {_KINDS[kind]}")
+        return cls(kind, float(value))
+
+
+def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
+    """Smallest width of every block: ``min_width``, by default a sixteenth of the block's own width."""
+    if min_width is None:
+        return {block.name: math.ceil(block.width / 16) for block in blocks}
+    return {block.name: min(min_width, block.width) for block in blocks}
+
+
+def choose_widths(
+    groups: Sequence[Sequence[Block]],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    floor: Mapping[str, int],
+    round_to: int,
+    cost: Cost | None,
+) -> dict[str, int]:
+    """The width of every block under the budget.
+
+    Args:
+        groups: the blocks; those of one group are of one width and stay so.
+        scores: one per neuron, (d,).
+        floor: smallest width per block.
+        round_to: widths are multiples of it, or the block's own width. Under ``ratio`` the total is the
+            nearest one possible; the others are never exceeded.
+        cost: MACs, parameters or latency of the whole model at given widths; None under ``ratio``.
+
+    Raises:
+        BudgetError: the budget cannot be met above the floors; the nearest that can is named.
+    """
+    heads = [group[0] for group in groups]
+    full = {head.name: head.width for head in heads}
+    lowest = {name: _rounded_up(floor[name], round_to, full[name]) for name in full}
+    # the k-th neuron to leave a group is every block's k-th: its score is what they cost on the mean
+    ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
+    order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
+    if not len(order):
+        raise BudgetError("no budget can be met: min_width and round_to leave no neuron that may go; use smaller ones")
+
+    def after(removed: int) -> dict[str, int]:
+        gone = torch.bincount(order[:removed], minlength=len(heads)).tolist()
+        return {head.name: head.width - count for head, count in zip(heads, gone, strict=True)}
+
+    def everywhere(widths: Mapping[str, int]) -> dict[str, int]:
+        return {block.name: widths[group[0].name] for group in groups for block in group}
+
+    def neurons(widths: Mapping[str, int]) -> int:
+        return sum(widths[group[0].name] * len(group) for group in groups)
+
+    smaller = "a smaller min_width" + (" or round_to" if round_to > 1 else "")
+    if cost is None:
+        total = neurons(full)
+        wanted, most = round(budget.value * total), total - neurons(after(len(order)))
+        if not wanted:
+            raise BudgetError(f"ratio={budget.value:g} removes none of {total} neurons; use {1 / total:.1g} or more")
+        if wanted > most:
+            raise BudgetError(
+                f"ratio={budget.value:g} removes {wanted} of {total} neurons, but the floors leave at most "
+                f"{most}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less, or {smaller}"
+            )
+        enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
+        exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
+        # half a step of excess: the total ends on whichever side is nearer
+        kept = total - wanted + round_to / 2
+        return everywhere(_round_widths(exact, full, lowest, round_to, lambda widths: neurons(widths) - kept))
+
+    def spent(widths: Mapping[str, int]) -> int:
+        return cost(everywhere(widths))
+
+    dense, target = spent(full), budget.value * spent(full)
+    least = spent(after(len(order)))
+    if least > target:
+        raise BudgetError(
+            f"{budget.kind}={budget.value:g} cannot be met: with every block at its floor {least / dense:.4f} of the "
+            f"dense model's {budget.kind} remain; use {budget.kind}={math.ceil(1e4 * least / dense) / 1e4:g} or more, "
+            f"or {smaller}"
+        )
+    enough = _fewest(len(order), lambda removed: spent(after(removed)) <= target)
+    return everywhere(_round_widths(after(enough), full, lowest, round_to, lambda widths: spent(widths) - target))
+
+
+def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
+    """The blocks in groups whose layers have the same shapes: what one number in a configuration describes."""
+    tensors = named_tensors(model)
+    groups: dict[Any, list[Block]] = defaultdict(list)
+    for block in blocks:
+        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start) for p in block.parameters)
+        groups[block.width, tuple(shapes)].append(block)
+    return list(groups.values())
+
+
+def _fewest(most: int, enough: Callable[[int], bool]) -> int:
+    """The smallest number up to ``most`` that is enough."""
+    few = 0
+    while few < most:
+        middle = (few + most) // 2
+        few, most = (few, middle) if enough(middle) else (middle + 1, most)
+    return most
+
+
+def _removal_order(ranked: Sequence[Tensor], removable: Sequence[int]) -> Tensor:
+    """Group number of every neuron that may go, lowest score first; the floor protects a group's own best."""
+    values = [scores[:count] for scores, count in zip(ranked, removable, strict=True)]
+    owners = [torch.full((len(part),), number) for number, part in enumerate(values)]
+    return torch.cat(owners)[torch.cat(values).argsort(stable=True)]
+
+
+def kept_neurons(scores: Tensor, width: int) -> tuple[int, ...]:
+    """Indices of the ``width`` highest scores, ascending; of equal scores the later one stays."""
+    return tuple(sorted(scores.argsort(stable=True)[len(scores) - width :].tolist()))
+
+
+def _round_widths(
+    exact: dict[str, int],
+    full: Mapping[str, int],
+    lowest: Mapping[str, int],
+    round_to: int,
+    excess: Callable[[Mapping[str, int]], float],
+) -> dict[str, int]:
+    """Round down, then give back whole steps, largest remainder first, while the excess is not positive."""
+    if round_to == 1:
+        return exact
+    widths = {name: max(lowest[name], width // round_to * round_to) for name, width in exact.items()}
+    widths = {name: exact[name] if exact[name] == full[name] else width for name, width in widths.items()}
+    for name in sorted(exact, key=lambda name: widths[name] - exact[name]):
+        wider = min(widths[name] + round_to, full[name])
+        if exact[name] > widths[name] and excess(widths | {name: wider}) <= 0:
+            widths[name] = wider
+    return widths
+
+
+def _rounded_up(width: int, step: int, full: int) -> int:
+    return min(full, math.ceil(width / step) * step)
+
+
+def require_positive(name: str, value: Any) -> int:
+    """The value, if it is a positive integer; a BudgetError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BudgetError(f"{name}={value!r} is not a positive integer")
+    return value
+
+
+def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
+    """MACs of the model per sample at given widths.
+
+    Every product is linear in each hidden axis that its node carries or contracts, so a node's count
+    scales with w / d of each.
+    """
+    values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
+    touching = _Axes()
+    for block in blocks:
+        for node, axis, _ in block.carriers:
+            touching.stand_on((node, axis), block)
+            touching.of[node][node, axis] = values[node].shape[axis]
+        for consumer in block.consumers:
+            source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim
+            touching.of[consumer.node][source, axis] = values[source].shape[axis]
+    return _multilinear(captured.macs, touching)
+
+
+def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
+    """Parameters of the model at given widths, the biases that the fold makes included."""
+    tensors = named_tensors(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    touching = _Axes()
+    for block in blocks:
+        for entry in block.parameters:
+            touching.stand_on((entry.name, entry.axis), block)
+            touching.of[entry.name][entry.name, entry.axis] = tensors[entry.name].shape[entry.axis]
+    created = {
+        consumer.bias: (consumer.weight, 1 - consumer.weight_axis)
+        for block in blocks
+        for consumer in block.consumers
+        if consumer.creates_bias
+    }
+    makers = {bias: [block for block in blocks if any(c.bias == bias for c in block.consumers)] for bias in created}
+    count = _multilinear(sizes, touching)
+
+    def cost(widths: Mapping[str, int]) -> int:
+        biases = sum(
+            touching.kept((weight, axis), tensors[weight].shape[axis], widths)
+            for bias, (weight, axis) in created.items()
+            if any(widths[block.name] < block.width for block in makers[bias])
+        )
+        return count(widths) + biases
+
+    return cost
+
+
+class _Axes:
+    """The narrowed axes that counts are proportional to.
+
+    Attributes:
+        of: node or parameter -> its narrowed axes, with their sizes.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, dict[tuple[str, int], int]] = defaultdict(dict)
+        self._blocks: dict[tuple[str, int], list[Block]] = defaultdict(list)
+
+    def stand_on(self, axis: tuple[str, int], block: Block) -> None:
+        """The block is a part of the axis; said once for every part that it is."""
+        self._blocks[axis].append(block)
+
+    def kept(self, axis: tuple[str, int], size: int, widths: Mapping[str, int]) -> int:
+        """Size of an axis afterwards."""
+        return size - sum(block.width - widths[block.name] for block in self._blocks.get(axis, ()))
+
+
+def _multilinear(counts: Mapping[str, int], touching: _Axes) -> Cost:
+    fixed = sum(count for name, count in counts.items() if name not in touching.of)
+    moving = [(counts[name], axes) for name, axes in touching.of.items() if counts.get(name)]
+
+    def cost(widths: Mapping[str, int]) -> int:
+        total = fixed
+        for count, axes in moving:
+            for axis, size in axes.items():
+                count = count * touching.kept(axis, size, widths) // size
+            total += count
+        return total
+
+    return cost

@@ -1,0 +1,136 @@
+"""The arguments of :func:`vbpfx.make_plan`: the methods by name, and the checks that need no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from vbpfx.errors import BudgetError
+from vbpfx.planning.allocation import ALLOCATIONS
+from vbpfx.planning.budget import Budget, require_positive
+from vbpfx.planning.compensate import COMPENSATIONS
+from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named combination of the parts, and the floor it comes with."""
+
+    criterion: str
+    allocation: str
+    compensation: str
+    min_width: int | None
+
+
+METHODS = {
+    # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor.
+    "vbp": Method("variance", "global", "mean", min_width=1),
+    "auto": Method("greedy_obs", "sensitivity", "ridge", min_width=None),
+}
+
+
+class PlanArguments(TypedDict, total=False):
+    """The keyword arguments of :func:`vbpfx.make_plan`, which :func:`vbpfx.prune` hands on."""
+
+    ratio: float | None
+    macs: float | None
+    params: float | None
+    latency: float | None
+    method: str
+    criterion: str | Criterion | None
+    allocation: str | None
+    compensation: str | None
+    round_to: int
+    min_width: int | None
+    uniform: bool
+    include: Sequence[str] | str | None
+    exclude: Sequence[str] | str | None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The arguments of :func:`vbpfx.make_plan`, checked."""
+
+    budget: Budget
+    method: str
+    criterion: str | Criterion
+    allocation: str
+    compensation: str
+    round_to: int
+    min_width: int | None
+    uniform: bool
+    include: Sequence[str] | str | None
+    exclude: Sequence[str] | str | None
+    own_criterion: bool
+    own_allocation: bool
+    own_compensation: bool
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        ratio: float | None = None,
+        macs: float | None = None,
+        params: float | None = None,
+        latency: float | None = None,
+        method: str = "auto",
+        criterion: str | Criterion | None = None,
+        allocation: str | None = None,
+        compensation: str | None = None,
+        round_to: int = 1,
+        min_width: int | None = None,
+        uniform: bool = False,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+    ) -> PlanOptions:
+        """Check what can be checked before any data is seen.
+
+        Raises:
+            BudgetError: one of them is out of range or unknown.
+        """
+        budget = Budget.of(ratio=ratio, macs=macs, params=params, latency=latency)
+        recipe = METHODS[_listed("method", method, METHODS)]
+        return cls(
+            budget,
+            method,
+            criterion if callable(criterion) else _listed("criterion", criterion or recipe.criterion, CRITERIA),
+            _listed("allocation", recipe.allocation if allocation is None else allocation, ALLOCATIONS),
+            _listed("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
+            require_positive("round_to", round_to),
+            recipe.min_width if min_width is None else require_positive("min_width", min_width),
+            bool(uniform),
+            include,
+            exclude,
+            criterion is None,
+            allocation is None,
+            compensation is None,
+        )
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether layers are fitted block after block, where nothing else is asked for."""
+        return self.method == "auto" and self.own_compensation
+
+    @property
+    def chooses_on_the_way(self) -> bool:
+        """Whether reconstruction chooses the neurons, rather than a criterion that was asked for."""
+        return self.own_criterion
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether variances alone do not do."""
+        return self.scores_need_covariance or self.compensation == "ridge"
+
+    @property
+    def scores_need_covariance(self) -> bool:
+        """Whether variances alone do not do for the scores."""
+        return callable(self.criterion) or self.criterion in NEED_COVARIANCE
+
+
+def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:
+    if not isinstance(value, str) or value not in table:
+        raise BudgetError(f"{name}={value!r} is unknown; choose one of {', '.join(sorted(table))}")
+    return value

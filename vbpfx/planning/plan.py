@@ -1,0 +1,242 @@
+"""Plan: from statistics and a budget to the neurons that stay and the constants that stand for the rest."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.moments import Moments
+from vbpfx.calibration.prepare import Statistics, rows_a_sample
+from vbpfx.errors import BudgetError, CalibrationError
+from vbpfx.graph.capture import Captured
+from vbpfx.planning.allocation import ALLOCATIONS, Standing
+from vbpfx.planning.budget import (
+    Budget,
+    Cost,
+    choose_widths,
+    floors,
+    kept_neurons,
+    mac_cost,
+    parameter_cost,
+    same_shape,
+)
+from vbpfx.planning.compensate import COMPENSATIONS, Compensation
+from vbpfx.planning.importance import Criterion, Scoring, score
+from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.select import select_blocks
+from vbpfx.records import Block, BlockPlan, Plan
+
+# Block -> what the output loses when it alone gives up its share.
+Sensitivity = Mapping[str, float]
+
+
+def make_plan(
+    analysis: Analysis,
+    statistics: Statistics,
+    *,
+    sensitivity: Sensitivity | Callable[[Plan], Sensitivity] | None = None,
+    latencies: Latencies | None = None,
+    **options: Unpack[PlanArguments],
+) -> Plan:
+    """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
+
+    With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025, arXiv 2507.12988):
+    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` goes by
+    greedy OBS and predicts what goes from what stays; it takes more of blocks whose loss the output hardly feels, where
+    ``sensitivity`` says which, otherwise the same share of every block (:mod:`vbpfx.planning.importance`, :mod:`vbpfx.planning.allocation`,
+    :mod:`vbpfx.planning.compensate`).
+
+    Args:
+        analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
+        ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
+        macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep; exactly one of the four.
+        method: ``"vbp"``, or ``"auto"`` (default).
+        criterion: in place of the method's: a name of :data:`vbpfx.planning.importance.CRITERIA`, or a function from
+            :class:`vbpfx.planning.importance.Scoring` to one score per neuron (the lowest go).
+        allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
+        sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
+            ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan of equal shares.
+        latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
+        compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
+        round_to: make widths multiples of it (default 1).
+        min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
+        uniform: the same width in every block of the same shape, so that one number in a configuration
+            (``intermediate_size``) describes it.
+        include, exclude: glob patterns over block names and module paths.
+
+    Raises:
+        BudgetError: the budget is missing, ambiguous, out of range or cannot be met.
+        AnalysisError: no block, or a pattern that matches none.
+        CalibrationError: the statistics are of another model.
+    """
+    chosen = PlanOptions.of(**options)
+    deciding = Deciding(analysis, chosen, latencies)
+    blocks = deciding.blocks
+    _require_statistics(blocks, statistics)
+    moments = {block.name: pooled(block, statistics.moments[block.name]) for block in blocks}
+    samples = deciding.samples(blocks[0], statistics.moments[blocks[0].name])
+    scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
+
+    def plan(allocation: str, known: Sensitivity) -> Plan:
+        kept = deciding.kept(scores, allocation, known)
+        entries = [deciding.entry(b, kept[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
+        rows = max(m.count for b in blocks for m in statistics.moments[b.name])
+        return deciding.plan(entries, allocation, rows)
+
+    if chosen.allocation == "sensitivity" and callable(sensitivity):
+        sensitivity = sensitivity(plan("equal", {}))
+    known = _known(blocks, None if callable(sensitivity) else sensitivity)
+    return plan(_allocation(chosen, known), known)
+
+
+class Deciding:
+    """The steps of :func:`make_plan`, of which some see one block alone.
+
+    Attributes:
+        blocks: those that the plan may touch.
+    """
+
+    def __init__(self, analysis: Analysis, chosen: PlanOptions, latencies: Latencies | None = None) -> None:
+        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        self._chosen, self._captured = chosen, analysis.captured
+        self._cost = _cost(chosen.budget, self._captured, self.blocks, latencies)
+        by_ratio = chosen.budget.kind == "ratio"
+        self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
+        self._prices = _prices(self.blocks, self._cost)
+        self._floor = floors(self.blocks, chosen.min_width)
+
+    def samples(self, block: Block, moments: Sequence[Moments]) -> int:
+        """Number of samples that a block's statistics are of."""
+        return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0]))
+
+    def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
+        """One score per neuron; ``moments`` are :func:`pooled`."""
+        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
+
+    def kept(self, scores: Mapping[str, Tensor], allocation: str, known: Sensitivity) -> dict[str, tuple[int, ...]]:
+        """Block -> the neurons that stay, from the scores of all blocks."""
+        chosen, blocks = self._chosen, self.blocks
+        groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
+        standing = {b.name: Standing(self._prices[b.name], self._share, known.get(b.name)) for b in blocks}
+        compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
+        widths = choose_widths(
+            groups, compared, chosen.budget, floor=self._floor, round_to=chosen.round_to, cost=self._cost
+        )
+        return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
+
+    def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
+        """What becomes of a block of which so many neurons stay; ``moments`` are :func:`pooled`."""
+        return _block_plan(block, kept, moments, COMPENSATIONS[self._chosen.compensation])
+
+    def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
+        """The plan with those entries; ``rows`` is the largest number of rows that statistics are of."""
+        chosen = self._chosen
+        widths = {entry.block.name: len(entry.kept) for entry in entries}
+        settings = {
+            "method": chosen.method,
+            "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
+            "allocation": allocation,
+            "compensation": chosen.compensation,
+            "budget": {chosen.budget.kind: chosen.budget.value},
+            "round_to": chosen.round_to,
+            "uniform": chosen.uniform,
+            "neurons": sum(block.width for block in self.blocks),
+            "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self._floor[b.name] < b.width],
+            "samples": rows,
+        }
+        return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
+
+
+def _allocation(chosen: PlanOptions, known: Sensitivity) -> str:
+    """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
+    if chosen.allocation != "sensitivity" or known:
+        return chosen.allocation
+    if chosen.own_allocation:
+        return "equal"
+    raise BudgetError(
+        "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
+        "with a plan of equal shares"
+    )
+
+
+def _known(blocks: Sequence[Block], sensitivity: Sensitivity | None) -> dict[str, float]:
+    """Block -> sensitivity; their mean for blocks that a plan of equal shares left whole."""
+    given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity} if sensitivity else {}
+    mean = sum(given.values()) / max(1, len(given))
+    return {b.name: given.get(b.name, mean) for b in blocks} if given else {}
+
+
+def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None:
+    for block in blocks:
+        if block.name not in statistics.moments:
+            raise CalibrationError(
+                f"the statistics lack block {block.name}; gather them from this model's prepared graph"
+            )
+        found = [tuple(m.mean.shape) for m in statistics.moments[block.name]]
+        if found != [(block.width,)] * len(block.sources):
+            raise CalibrationError(
+                f"block {block.name} has {len(block.sources)} inputs of width {block.width}, the statistics hold {found}; "
+                f"gather them from this model's prepared graph"
+            )
+
+
+def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies: Latencies | None) -> Cost | None:
+    if budget.kind == "latency":
+        if latencies is None:
+            raise BudgetError(
+                "latency= needs what the blocks cost in a runtime: pass latencies=vbpfx.measure_latencies(analysis, target)"
+            )
+        latencies.require(blocks)
+        return latencies.cost
+    if budget.kind == "macs":
+        return mac_cost(captured, blocks)
+    return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
+
+
+def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    """Moments per source, those of several calls of one layer merged: their neurons share what stands for them."""
+    merged = list(moments)
+    for pool in block.pools:
+        together = functools.reduce(operator.or_, (moments[index] for index in pool))
+        for index in pool:
+            merged[index] = together
+    return tuple(merged)
+
+
+def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
+    """Block -> what one of its neurons costs under the budget; 1 where the budget is neurons."""
+    if cost is None:
+        return {block.name: 1.0 for block in blocks}
+    full = {block.name: block.width for block in blocks}
+    without = {block.name: full | {block.name: block.width // 2} for block in blocks}
+    return {b.name: max(1.0, (cost(full) - cost(without[b.name])) / (b.width - b.width // 2)) for b in blocks}
+
+
+def _neurons_that_cost(budget: Budget, blocks: Sequence[Block], cost: Cost | None) -> float:
+    """About which share of the neurons has to go for a budget of MACs or parameters, each block giving the same share."""
+    assert cost is not None
+    full, half = ({b.name: max(1, int(b.width * share)) for b in blocks} for share in (1.0, 0.5))
+    return min(1.0, 0.5 * (1 - budget.value) * cost(full) / max(1, cost(full) - cost(half)))
+
+
+def _block_plan(
+    block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...], compensation: Compensation
+) -> BlockPlan:
+    stays = torch.tensor(kept)
+    goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
+    found = [
+        compensation(m, stays, goes, block.takes_prediction(source))
+        for m, source in zip(moments, block.sources, strict=True)
+    ]
+    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found))
+
+
+def _name(criterion: Criterion) -> str:
+    return getattr(criterion, "__name__", type(criterion).__name__)

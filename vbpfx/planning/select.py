@@ -1,0 +1,73 @@
+"""Which of the found blocks a plan may touch: include and exclude patterns."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.prepare import no_blocks
+from vbpfx.errors import AnalysisError
+from vbpfx.records import Block, Consumer
+
+
+def select_blocks(
+    analysis: Analysis, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
+) -> tuple[Block, ...]:
+    """The blocks that match a glob of ``include`` (all without it) and none of ``exclude``.
+
+    A pattern matches a block by the block's name or by the module path of one of its layers.
+
+    Raises:
+        AnalysisError: the model has no block, a pattern matches nothing (near ones are named), or
+            nothing is left.
+    """
+    if not analysis.blocks:
+        raise AnalysisError(no_blocks(analysis))
+    chosen = analysis.blocks
+    if include is not None:
+        chosen = tuple(b for b in chosen if b in _matching(analysis, _as_list(include), "include"))
+    if exclude is not None:
+        chosen = tuple(b for b in chosen if b not in _matching(analysis, _as_list(exclude), "exclude"))
+    if not chosen:
+        raise AnalysisError(f"include={include!r} and exclude={exclude!r} leave none of {len(analysis.blocks)} blocks")
+    return chosen
+
+
+def select_layers(
+    layers: Iterable[Consumer], include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
+) -> tuple[Consumer, ...]:
+    """The layers beside the blocks whose module path the patterns leave in, by the same rule as blocks."""
+
+    def matches(layer: Consumer, patterns: Sequence[str] | str) -> bool:
+        return any(fnmatch.fnmatchcase(layer.weight.rpartition(".")[0], pattern) for pattern in _as_list(patterns))
+
+    return tuple(
+        layer
+        for layer in layers
+        if (include is None or matches(layer, include)) and (exclude is None or not matches(layer, exclude))
+    )
+
+
+def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[Block]:
+    found: set[Block] = set()
+    for pattern in patterns:
+        matches = {b for b in analysis.blocks if any(fnmatch.fnmatchcase(n, pattern) for n in (b.name, *b.layers))}
+        if not matches and not select_layers(analysis.layers, include=pattern):
+            names = list(dict.fromkeys(name for block in analysis.blocks for name in (block.name, *block.layers)))
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise AnalysisError(
+                f"{option} pattern {pattern!r} matches none of {len(analysis.blocks)} blocks; near it are {', '.join(near)}"
+            )
+        found |= matches
+    return found
+
+
+def _as_list(patterns: Sequence[str] | str) -> list[str]:
+    listed = (
+        [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    )
+    if not listed or not all(isinstance(pattern, str) for pattern in listed):
+        raise AnalysisError(f"include and exclude take glob patterns, found {patterns!r}")
+    return listed

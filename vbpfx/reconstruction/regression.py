@@ -1,0 +1,146 @@
+"""Regression of a layer's target on its input: sums in, weights out.
+
+For rows x (d,) and targets t (out,) with weights w, the fit of t ~ V x + c that shrinks toward V0 is
+
+    V = V0 + S_rx (S_xx + lambda s I)^-1,    r = t - V0 x,    c = mean(t) - V mean(x),
+
+with S the weighted covariances and s the mean of the diagonal of S_xx (of those columns that may be used). lambda ->
+infinity leaves V0 and moves the bias alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vbpfx.distributed.ranks import Ranks
+from vbpfx.planning.ridge import ridge_factor
+
+_PANEL = 256
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Weighted means and covariances of x and t, all that a regression needs; float64."""
+
+    mean_x: Tensor
+    mean_t: Tensor
+    xx: Tensor
+    xt: Tensor
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean of |t - V x - c|^2 less the variance of t."""
+        offset = self.mean_t - weight @ self.mean_x - bias
+        return float((weight @ self.xx * weight).sum() - 2 * (weight * self.xt.T).sum() + offset.square().sum())
+
+
+class Sums:
+    """Weighted sums of x, t, x x^T and x t^T about fixed centres; what is held out is kept apart.
+
+    Args:
+        centres: of x (d,) and t (out,); by default the means of the first rows.
+    """
+
+    def __init__(self, centres: Sequence[Tensor] | None = None) -> None:
+        self._centres = centres
+        self._sums: dict[bool, tuple[Tensor, ...]] = {}
+
+    def add(self, x: Tensor, t: Tensor, weights: Tensor, held: bool = False) -> None:
+        """Add rows x (n, d) and t (n, out), with weights (n,)."""
+        x, t = (_wide(v) for v in (x, t))
+        if self._centres is None:
+            self._centres = self.centres(x, t)
+        x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
+        w = weights.to(x)
+        wx = x * w[:, None]
+        parts = tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
+        if held in self._sums:
+            parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
+        self._sums[held] = parts
+
+    @staticmethod
+    def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Fixed centres that fit rows x (n, d) and t (n, out)."""
+        return _wide(x).mean(0), _wide(t).mean(0)
+
+    def add_other_ranks(self, ranks: Ranks, inputs: int, outputs: int) -> None:
+        """Add the sums of all ranks, which are about the same centres."""
+        shapes = ((), (inputs,), (outputs,), (inputs, inputs), (inputs, outputs))
+        for held, there in zip((False, True), ranks.sums([k in self._sums for k in (False, True)]), strict=True):
+            if there:
+                own = self._sums.get(held) or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+                self._sums[held] = tuple(ranks.sum(own))
+
+    @cached_property
+    def all(self) -> Normal:
+        """Of everything that was added."""
+        return self._normal([self._sums[held] for held in (False, True) if held in self._sums])
+
+    @cached_property
+    def fitted(self) -> Normal | None:
+        """Of what was not held out; None where that is nothing."""
+        return self._normal([self._sums[False]]) if False in self._sums else None
+
+    @cached_property
+    def held(self) -> Normal | None:
+        """Of what was held out; None where that is nothing."""
+        return self._normal([self._sums[True]]) if True in self._sums else None
+
+    def _normal(self, sums: list[tuple[Tensor, ...]]) -> Normal:
+        assert self._centres is not None
+        w, x, t, xx, xt = (torch.stack(parts).sum(0).cpu() for parts in zip(*sums, strict=True))
+        x, t = x / w, t / w
+        centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
+        return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b where that is symmetric: panels right of the diagonal, and their mirror; little more than half of the products."""
+    width = a.shape[1]
+    product = a.new_empty(width, width)
+    for start in range(0, width, _PANEL):
+        stop = min(start + _PANEL, width)
+        product[start:stop, start:] = a[:, start:stop].T @ b[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
+
+
+def fit(
+    normal: Normal, toward: Tensor, penalty: float, columns: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """V (out, d) and c (out,), float64; V is zero at the columns that may not be used.
+
+    Args:
+        toward: V0, (out, d).
+        penalty: lambda, relative to the mean of the diagonal of S_xx (of x's second moments, where the bias is fixed).
+        columns: indices of the entries of x that may be used; all by default.
+        bias: c, where it is not free.
+    """
+    columns = torch.arange(len(normal.xx)) if columns is None else columns
+    fitted = torch.zeros(toward.shape, dtype=torch.float64)
+    fitted[:, columns] = toward[:, columns].double()
+    if penalty < math.inf:
+        within, across = normal.xx[columns], normal.xt[columns]
+        if bias is not None:  # moments about zero
+            within = within + torch.outer(normal.mean_x[columns], normal.mean_x)
+            across = across + torch.outer(normal.mean_x[columns], normal.mean_t - bias)
+        within, residual = within[:, columns], across - within @ fitted.T
+        fitted[:, columns] += torch.cholesky_solve(residual, ridge_factor(within, penalty)).T
+    return fitted, normal.mean_t - fitted @ normal.mean_x if bias is None else bias
+
+
+def best_penalty(sums: Sums, toward: Tensor, penalties: tuple[float, ...], columns: Tensor | None = None) -> float:
+    """The penalty whose fit errs least on what was held out; the first where nothing was."""
+    fitted, held = sums.fitted, sums.held
+    if fitted is None or held is None:
+        return penalties[0]
+    return min(penalties, key=lambda penalty: held.error(*fit(fitted, toward, penalty, columns)))

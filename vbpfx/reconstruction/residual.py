@@ -1,0 +1,143 @@
+"""Residual sums: where what a layer makes is added to a stream that goes past it.
+
+Found by structure: from a layer's value y through views, scales and dropout to a sum z = stream + s * P y + c whose other
+operand was there before the layer ran; P rearranges, s scales, c shifts entry by entry. So a wish about the sum is a wish
+about the layer: to change z by w, change y by P^T (w / s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from vbpfx.graph.capture import Captured
+from vbpfx.reconstruction.stream import Stream
+from vbpfx.rules.axes import spelling
+from vbpfx.rules.ops import called_module, is_view
+
+_SCALES = ("mul", "imul", "div", "truediv", "true_divide")
+_NOTHING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "clone", "contiguous", "detach", "alias")
+_KEEPS = (*_NOTHING, "roll", "to", "batch_norm")
+_AFFINE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class ResidualSum:
+    """Where a layer's value is added to a stream.
+
+    Attributes:
+        stream: name of the node that it is added to.
+        way: names of the nodes between the layer and the sum, in order; none where they all hand the value on as it is.
+    """
+
+    stream: str
+    way: tuple[str, ...]
+
+
+def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
+    """The residual sum that a layer's value goes to, alone; None where it goes elsewhere.
+
+    Args:
+        layer: name of the node that calls the layer.
+    """
+    start = node = captured.nodes[layer]
+    way: list[str] = []
+    while True:
+        users = [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if (stream := _other_operand(user, node)) is not None:
+            while stream > start and _hands_on(captured, stream):
+                stream = stream.all_input_nodes[0]
+            hands_on = all(_hands_on(captured, captured.nodes[name]) for name in way)
+            return ResidualSum(stream.name, () if hands_on else tuple(way)) if stream < start else None
+        if not _is_affine(captured, user, node):
+            return None
+        way.append(user.name)
+        node = user
+
+
+def pull_back(stream: Stream, batch: int, layer: str, residual: ResidualSum, y: Tensor, wish: Tensor) -> Tensor | None:
+    """By how much y should change for the sum to change by a wish; None where a value on the way is not there yet."""
+    if not residual.way:
+        return wish
+    run = stream.runs[batch]
+
+    def along(value: Tensor) -> Tensor:
+        before = stream.nodes[layer]
+        for name in residual.way:
+            node = stream.nodes[name]
+            known = {before: value} | {n: run.env[n] for n in node.all_input_nodes if n in run.env and n is not before}
+            saved, run.env = run.env, known
+            try:
+                for n in node.all_input_nodes:
+                    _compute(run, n)
+                value = run.run_node(node)
+            finally:
+                run.env = saved
+            before = node
+        return value
+
+    try:
+        with torch.enable_grad():
+            at = y.detach().clone().requires_grad_()
+            z = along(at)
+            with torch.no_grad():
+                scale = along(torch.ones_like(y)) - along(torch.zeros_like(y))
+            # vjp(w) = P^T (s w), and vjp(s 1) = P^T s^2
+            (numerator,) = torch.autograd.grad(z, at, wish.to(z), retain_graph=True)
+            (denominator,) = torch.autograd.grad(z, at, scale)
+    except (KeyError, RuntimeError):  # a size that is read later; an operator that writes into its operand
+        return None
+    return torch.where(denominator.abs() > 1e-12, numerator / denominator, 0.0)
+
+
+def _compute(run: fx.Interpreter, node: fx.Node) -> None:
+    """Put the value of a node in place that depends on parameters alone."""
+    if node not in run.env and _of_parameters(node):
+        for n in node.all_input_nodes:
+            _compute(run, n)
+        run.env[node] = run.run_node(node)
+
+
+def _of_parameters(node: fx.Node) -> bool:
+    """Whether a value does not depend on the model's inputs."""
+    return node.op == "get_attr" or (
+        node.op in ("call_function", "call_method") and all(map(_of_parameters, node.all_input_nodes))
+    )
+
+
+def _hands_on(captured: Captured, node: fx.Node) -> bool:
+    """Whether a call returns its one operand unchanged in eval mode."""
+    if node.op == "call_module":
+        module = captured.graph_module.get_submodule(str(node.target))
+        return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
+    return node.op in ("call_function", "call_method") and spelling(node).rstrip("_") in _NOTHING
+
+
+def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What a plain sum of two tensors of one shape adds to a node; None where the user is none."""
+    if user.op not in ("call_function", "call_method") or spelling(user).strip("_") not in ("add", "iadd"):
+        return None
+    if len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
+        return None
+    (other,) = (n for n in user.all_input_nodes if n is not node)
+    shapes = [v.shape if isinstance(v := n.meta.get("val"), Tensor) else None for n in (user, node, other)]
+    return other if None not in shapes and len(set(shapes)) == 1 else None
+
+
+def _is_affine(captured: Captured, user: fx.Node, node: fx.Node) -> bool:
+    """Whether a call takes every entry of a node's value to one entry of its own, by a scale and a shift."""
+    module = called_module(captured.graph_module, user)
+    if module is not None:
+        return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, *_AFFINE_MODULES))
+    if user.op not in ("call_function", "call_method"):
+        return False
+    name = spelling(user).rstrip("_")
+    if name in _SCALES:
+        others = [n for n in user.all_input_nodes if n is not node]
+        return all(map(_of_parameters, others)) and (user.args[0] is node or name in ("mul", "imul"))
+    return user.args[0] is node and (name in _KEEPS or is_view(user, None))

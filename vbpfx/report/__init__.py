@@ -1,0 +1,1 @@
+"""What a pruned network is reported to be: figures, plots, a page."""

@@ -1,0 +1,180 @@
+"""The page: a report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vbpfx.display.figures import capital, kept
+from vbpfx.display.markup import Markup, joined, tag
+from vbpfx.display.tables import counted, html_table, scrolling
+from vbpfx.measurement.bench_result import BenchResult
+from vbpfx.report.charts import bar, common_scale, describe, leaves, spectrum_chart
+from vbpfx.report.measured import cards, evaluation, latency
+from vbpfx.report.report import Report
+from vbpfx.report.sections import check, making, refitted, refused
+from vbpfx.storage.files import Write, json_writer, text_writer, write_atomically
+
+_STYLE = Path(__file__).with_name("page.css")
+_NOTEBOOK_STYLE = (
+    ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
+    ".vbpfx caption,.vbpfx th,.vbpfx td{text-align:left;font-weight:normal;padding:.15rem 1rem .15rem 0}"
+    ".vbpfx .number{text-align:right;font-variant-numeric:tabular-nums}.vbpfx caption{max-width:36rem}"
+)
+_OPEN = 24  # so many blocks a notebook shows without being asked
+
+
+def html_report(report: Report) -> str:
+    """A report as one HTML page: no script, no font, no picture from elsewhere; light or dark as the reader has it."""
+    title = f"{report.network or 'Network'}, pruned"
+    body = joined(
+        tag(
+            "header",
+            tag("p", "vbpfx report", class_="eyebrow"),
+            tag("h1", title),
+            tag("p", _summary(report), class_="lead"),
+            cards(report),
+        ),
+        tag(
+            "main",
+            *(
+                tag("section", tag("h2", heading), content)
+                for heading, content in (
+                    ("Accuracy", evaluation(report)),
+                    ("Latency", latency(report)),
+                    ("Width per block", _widths(report)),
+                    ("Activation variance", _spectra(report)),
+                    ("Not narrowed", refused(report)),
+                    ("Fitted beside the blocks", refitted(report)),
+                    ("Checked", check(report)),
+                    ("How it was made", making(report)),
+                )
+                if content is not None
+            ),
+        ),
+        tag("footer", tag("p", _made_by(report))),
+    )
+    head = joined(
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        tag("title", f"{title} - vbpfx"),
+        tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
+    )
+    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+
+
+def notebook_view(report: Report) -> str:
+    """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
+    costs = [(name, *pair, kept(*pair)) for name, pair in report.costs.items()]
+    widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
+    style = tag("style", Markup(_NOTEBOOK_STYLE))
+    return tag(
+        "div", style, html_table(_summary(report), ("", "dense", "pruned", "kept"), costs), widths, class_="vbpfx"
+    )
+
+
+def report_files(report: Report) -> dict[str, Write]:
+    """``report.json`` and ``report.html``, by name, for a commit of several files."""
+    return {"report.json": json_writer(report.to_json()), "report.html": text_writer(html_report(report))}
+
+
+def update_report(
+    folder: str | Path, *, evaluation: Mapping[str, Any] | None = None, bench: BenchResult | None = None
+) -> Report:
+    """Add what was measured to the report of a saved network; arguments as :meth:`vbpfx.Report.measured` takes them.
+
+    Raises:
+        ArtifactError: the folder holds no report, or cannot be written; both files stay as they were.
+    """
+    before = Report.load(folder)
+    report = before.measured(
+        evaluation={**(before.evaluation or {}), **evaluation} if evaluation else None, bench=bench
+    )
+    write_atomically({Path(folder) / name: write for name, write in report_files(report).items()})
+    return report
+
+
+def _summary(report: Report) -> str:
+    dense, pruned = report.neurons
+    narrowed = sum(now < before for before, now in report.widths.values())
+    return (
+        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
+        f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
+        f"of the multiply-accumulates are left."
+    )
+
+
+def _widths(report: Report) -> Markup:
+    floor = report.settings.get("at_floor")
+    return joined(
+        tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
+        scrolling("Width per block", _widths_table(report)),
+        tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
+    )
+
+
+def _widths_table(report: Report) -> Markup:
+    largest = max((before for before, _ in report.widths.values()), default=1)
+    rows = [
+        (
+            tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
+            before,
+            now,
+            kept(before, now),
+        )
+        for name, (before, now) in report.widths.items()
+    ]
+    return html_table("", ("block", "before", "now", "kept"), rows, class_="widths")
+
+
+def _spectra(report: Report) -> Markup | None:
+    if not report.spectra:
+        return None
+    scale = common_scale(report.spectra.values())
+    beyond = any(leaves(spectrum, scale) for spectrum in report.spectra.values())
+    text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
+    criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
+    honest = (
+        f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
+        if criterion == "variance"
+        else f"The criterion is {criterion}, not the variance alone: so neurons that stay and neurons that go mix."
+    )
+    return joined(
+        tag("p", text),
+        tag("p", honest, class_="note"),
+        tag(
+            "ul",
+            tag("li", _swatch(tag("rect", class_="stays", width="100%", height="100%", rx=2)), "stays"),
+            tag("li", _swatch(tag("rect", class_="goes", width="100%", height="100%", rx=2)), "goes"),
+            tag(
+                "li",
+                _swatch(tag("line", class_="cut", x1="50%", x2="50%", y1=0, y2="100%")),
+                "where a cut by variance alone would be",
+            ),
+            class_="legend",
+        ),
+        tag(
+            "div",
+            *(
+                tag(
+                    "figure",
+                    tag("figcaption", tag("code", name)),
+                    spectrum_chart(name, spectrum, scale),
+                    tag("p", capital(describe(spectrum)), class_="note"),
+                )
+                for name, spectrum in report.spectra.items()
+            ),
+            class_="charts",
+        ),
+        tag("p", "Variances beyond the scale are drawn at its ends.", class_="note") if beyond else None,
+    )
+
+
+def _swatch(shape: Markup) -> Markup:
+    return tag("svg", shape, aria_hidden="true")
+
+
+def _made_by(report: Report) -> str:
+    if not report.versions:
+        return "Made by vbpfx."
+    return f"Made by vbpfx {report.versions['vbpfx']}. The same figures, for programs, are in report.json beside this file."

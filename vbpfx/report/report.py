@@ -1,0 +1,311 @@
+"""Report: what pruning did, as figures and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.prepare import Statistics
+from vbpfx.display.figures import kept
+from vbpfx.display.tables import counted, table
+from vbpfx.errors import ArtifactError, VbpfxError
+from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.measurement.bench_result import BenchResult
+from vbpfx.records import Plan, Refusal
+from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
+from vbpfx.report.spectrum import Spectrum, spectra
+from vbpfx.rewrite.verify import Verification
+from vbpfx.runtimes.table import best_multiple
+from vbpfx.storage.files import read_json, settle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Report:
+    """Dense against pruned.
+
+    Attributes:
+        params, macs, neurons: ``(dense, pruned)``. MACs per sample as :mod:`torch.utils.flop_counter` counts
+            them: products of layers and of attention, no norms, no activations.
+        widths: per block ``(before, after)``.
+        refused: number of axes that could not be narrowed.
+        settings: how the plan was made.
+        verification: what the substitution oracle measured; None where it was switched off.
+        latency: under a latency budget: the runtime, and the latency over the dense network's as it was asked for, predicted
+            and measured on the result.
+        uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
+        network: class of the model.
+        size: bytes of all parameters and buffers ``(dense, pruned)``; None in reports that older versions wrote.
+        spectra: per block the variances of its neurons, and which of them stay.
+        refusals: the axes that could not be narrowed, with the reasons.
+        arguments: what ``prune`` was called with, as far as it differs from the defaults.
+        versions: of vbpfx, torch, Python and the platform.
+        evaluation: what was measured of both networks, as :meth:`vbpfx.Pruned.save` takes it.
+        bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
+        command: the command line that made it; empty where it was made in Python.
+    """
+
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    neurons: tuple[int, int]
+    widths: Mapping[str, tuple[int, int]]
+    refused: int
+    settings: Mapping[str, Any]
+    verification: Verification | None
+    latency: Mapping[str, Any] | None = None
+    uneven: tuple[str, ...] = ()
+    network: str = ""
+    size: tuple[int, int] | None = None
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict, repr=False)
+    refusals: tuple[Refusal, ...] = field(default=(), repr=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    bench: Mapping[str, Any] | None = None
+    command: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_json`, after JSON; what older versions did not write has its default.
+
+        Args:
+            data: the dictionaries.
+
+        Raises:
+            ArtifactError: it is no report.
+        """
+        try:
+            given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+            pairs = {name: _pair(given[name]) for name in ("params", "macs", "neurons")}
+            return cls(
+                **given
+                | pairs
+                | {
+                    "size": _pair(given["size"]) if given.get("size") else None,
+                    "widths": {name: _pair(widths) for name, widths in given["widths"].items()},
+                    "uneven": tuple(given.get("uneven", ())),
+                    "verification": Verification(**given["verification"]) if given["verification"] else None,
+                    "spectra": {name: Spectrum.from_json(s) for name, s in given.get("spectra", {}).items()},
+                    "refusals": tuple(
+                        Refusal(**r | {"producers": tuple(r["producers"])}) for r in given.get("refusals", ())
+                    ),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"the report is damaged ({type(error).__name__}: {error}); save the network again"
+            ) from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """Read ``report.json`` of a saved network.
+
+        Args:
+            folder: what :func:`vbpfx.save` wrote.
+
+        Raises:
+            ArtifactError: it is missing or damaged.
+        """
+        settle(Path(folder))
+        return cls.from_json(read_json(Path(folder) / "report.json"))
+
+    def measured(
+        self, *, evaluation: Mapping[str, Any] | None = None, bench: BenchResult | None = None, command: str = ""
+    ) -> Report:
+        """This report with what was measured afterwards; what is left out stays as it is.
+
+        Args:
+            evaluation: what a data set says of both networks: ``name -> (dense, pruned)`` for what both have, such as
+                ``{"top-1 accuracy": (0.755, 0.741)}``; any other value is shown as it is, such as ``{"agreement": 0.93,
+                "samples": 10_000, "data": "val"}``. Names with "accuracy" or "agreement" are shares of 1, shown in percent.
+            bench: what :func:`vbpfx.bench` returned.
+            command: the command line that made the network.
+
+        Raises:
+            ArtifactError: the evaluation is not JSON-ready.
+        """
+        given: dict[str, Any] = {}
+        if evaluation is not None:
+            try:
+                given["evaluation"] = json.loads(json.dumps(dict(evaluation), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ArtifactError(
+                    f"evaluation= cannot be written as JSON ({error}); pass names with numbers, pairs of numbers or text"
+                ) from error
+        if bench is not None:
+            given["bench"] = json.loads(json.dumps(bench.to_json()))
+        if command:
+            given["command"] = command
+        return dataclasses.replace(self, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready dictionaries."""
+        return dataclasses.asdict(self)
+
+    @property
+    def costs(self) -> dict[str, tuple[int, int]]:
+        """``(dense, pruned)`` of neurons, parameters and MACs, by the names they are shown under."""
+        return {"hidden neurons": self.neurons, "parameters": self.params, "MACs per sample": self.macs}
+
+    def plot_widths(self, ax: Axes | None = None) -> Axes:
+        """Bars in matplotlib: the width of every block before and now.
+
+        Args:
+            ax: where to draw; new axes by default.
+
+        Raises:
+            VbpfxError: matplotlib is not installed.
+        """
+        return plot_widths(self.widths, ax)
+
+    def plot_costs(self, ax: Axes | None = None) -> Axes:
+        """Bars in matplotlib: what is left of neurons, parameters and MACs.
+
+        Args:
+            ax: where to draw; new axes by default.
+
+        Raises:
+            VbpfxError: matplotlib is not installed.
+        """
+        return plot_costs(self.costs, ax)
+
+    def plot_spectra(self, axes: Sequence[Axes] | None = None, *, blocks: Sequence[str] | None = None) -> list[Axes]:
+        """Activation variances in matplotlib, one plot a block, and which neurons stay.
+
+        Args:
+            axes: one for each block; new ones by default.
+            blocks: names of blocks; all by default.
+
+        Raises:
+            VbpfxError: matplotlib is not installed, there are no spectra, or a block or the number of axes is wrong.
+        """
+        if unknown := [name for name in blocks or () if name not in self.spectra]:
+            raise VbpfxError(f"no spectrum of block {unknown[0]!r}; there are: {', '.join(self.spectra)}")
+        names = self.spectra if blocks is None else blocks
+        return plot_spectra({name: self.spectra[name] for name in names}, axes)
+
+    @property
+    def advice(self) -> str:
+        """What would make the network faster in ONNX Runtime, in one line; empty where nothing would."""
+        if not self.uneven:
+            return ""
+        multiple = best_multiple("onnxruntime")
+        first = ", ".join(self.uneven[:3]) + (", ..." if len(self.uneven) > 3 else "")
+        return (
+            f"{counted(len(self.uneven), 'block')} of convolutions {'has a width' if len(self.uneven) == 1 else 'have widths'} that "
+            f"{multiple} does not divide ({first}): ONNX Runtime is faster at multiples of {multiple}, which "
+            f'runtime="onnxruntime" takes'
+        )
+
+    def __str__(self) -> str:
+        rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
+        budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
+        title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
+        text = table(title, ("", "dense", "pruned", "kept"), rows)
+        text += table(
+            f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
+            ("block", "width", "now", "kept"),
+            [(name, before, now, kept(before, now)) for name, (before, now) in self.widths.items()],
+        )
+        if self.settings["at_floor"]:
+            text += (
+                f"{counted(len(self.settings['at_floor']), 'block')} at the floor (min_width): "
+                f"{', '.join(self.settings['at_floor'])}\n"
+            )
+        if refitted := self.settings.get("reconstruction", {}).get("refitted"):
+            text += f"refitted beside the blocks: {counted(len(refitted), 'layer')} ({', '.join(refitted)})\n"
+        if self.latency:
+            found = self.latency
+            text += (
+                f"latency in {found['runtime']}, batch {found['batch']}: {found['measured']:.1%} of the dense network's (asked "
+                f"{found['asked']:.1%}, predicted {found['predicted']:.1%})\n"
+            )
+        text += f"{self.advice}\n" if self.uneven else ""
+        if self.verification:
+            v = self.verification
+            text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
+            if v.refits:
+                text += f"fitted weights against the plan: {v.refits:.1e}\n"
+        return text
+
+
+def make_report(
+    captured: Captured,
+    small: fx.GraphModule,
+    analysis: Analysis,
+    plan: Plan,
+    verification: Verification | None,
+    latency: Mapping[str, Any] | None = None,
+    *,
+    statistics: Statistics | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Report:
+    """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
+    narrowed = dataclasses.replace(captured, graph_module=small)
+    total = analysis.neurons
+    return Report(
+        params=(count_parameters(captured.graph_module), count_parameters(small)),
+        macs=(sum(captured.macs.values()), sum(narrowed.macs.values())),
+        neurons=(total, total - plan.removed),
+        widths={block.name: (block.width, plan.widths.get(block.name, block.width)) for block in analysis.blocks},
+        refused=len(analysis.refusals),
+        settings=plan.settings,
+        verification=verification,
+        latency=latency,
+        uneven=_uneven(captured, plan),
+        network=type(captured.reference).__name__,
+        size=(count_bytes(captured.graph_module), count_bytes(small)),
+        spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
+        refusals=analysis.refusals,
+        arguments=arguments or {},
+        versions=_versions(),
+    )
+
+
+def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
+    """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
+    tensors, multiple = named_tensors(captured.reference), best_multiple("onnxruntime")
+    return tuple(
+        entry.block.name
+        for entry in plan.blocks
+        if entry.pruned
+        and len(entry.kept) % multiple
+        and any(tensors[parameter.name].ndim > 2 for parameter in entry.block.parameters)
+    )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_bytes(network: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in named_tensors(network).values()}.values())
+
+
+def _versions() -> dict[str, str]:
+    from vbpfx import __version__  # the package imports this file first
+
+    return {
+        "vbpfx": __version__,
+        "torch": str(torch.__version__),
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    dense, pruned = values
+    return dense, pruned

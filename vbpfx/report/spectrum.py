@@ -1,0 +1,85 @@
+"""Spectra: the activation variances of a block's neurons, highest first, and which of them stay."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbpfx.calibration.prepare import Statistics
+from vbpfx.planning.importance import summed_variance
+from vbpfx.planning.plan import pooled
+from vbpfx.records import Block, Plan
+
+# Entries of one spectrum, and of all spectra of a network: more than a chart shows, a report need not hold.
+_MOST_ENTRIES = 200
+_FEWEST_ENTRIES = 40
+_ALL_ENTRIES = 6000
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The variances of one block's N hidden neurons in descending order, reduced to n <= N entries.
+
+    Entry i stands for the ranks i N // n to (i + 1) N // n - 1 (rank 0 has the highest variance).
+
+    Attributes:
+        neurons: N.
+        variances: per entry the sample variance of one of its neurons (the highest of all in the first, the lowest in the
+            last), summed over the values that consumers read, as ``criterion="variance"`` scores it; four significant digits.
+        kept: per entry how many neurons of its ranks stay.
+        among_highest: of the K neurons that stay, how many are among the K of highest variance. All, where variance decides.
+        variance_kept: the share that the neurons that stay have in the sum of all variances.
+    """
+
+    neurons: int
+    variances: tuple[float, ...]
+    kept: tuple[int, ...]
+    among_highest: int
+    variance_kept: float
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The first rank of every entry, and N."""
+        return tuple(i * self.neurons // len(self.variances) for i in range(len(self.variances) + 1))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Spectrum:
+        """The inverse of ``dataclasses.asdict``, after JSON."""
+        return cls(**dict(data) | {"variances": tuple(data["variances"]), "kept": tuple(data["kept"])})
+
+
+def spectra(blocks: tuple[Block, ...], statistics: Statistics, plan: Plan) -> dict[str, Spectrum]:
+    """Block -> its spectrum, for every block that statistics were gathered of."""
+    kept = {entry.block.name: entry.kept for entry in plan.blocks}
+    seen = [block for block in blocks if block.name in statistics.moments]
+    entries = min(_MOST_ENTRIES, max(_FEWEST_ENTRIES, _ALL_ENTRIES // max(1, len(seen))))
+    return {
+        b.name: reduced(
+            summed_variance(b, pooled(b, statistics.moments[b.name])), kept.get(b.name, tuple(range(b.width))), entries
+        )
+        for b in seen
+    }
+
+
+def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRIES) -> Spectrum:
+    """The spectrum of neurons with these variances, (N,), of which ``kept`` stay, in at most so many entries."""
+    neurons = len(variances)
+    order = torch.argsort(variances, descending=True, stable=True)
+    stays = torch.zeros(neurons, dtype=torch.bool)
+    stays[torch.tensor(kept)] = True
+    entries = min(entries, neurons)
+    bounds = [i * neurons // entries for i in range(entries + 1)]
+    shown = [i * (neurons - 1) // max(1, entries - 1) for i in range(entries)]  # one of each entry's ranks
+    total = float(variances.sum())
+    return Spectrum(
+        neurons,
+        tuple(float(f"{v:.4g}") for v in variances[order][shown].tolist()),
+        tuple(int(stays[order[start:stop]].sum()) for start, stop in itertools.pairwise(bounds)),
+        int(stays[order[: len(kept)]].sum()),
+        float(f"{float(variances[stays].sum()) / total:.4g}") if total else 1.0,
+    )

@@ -1,0 +1,139 @@
+"""Convert: carry a plan out on the captured graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from vbpfx.errors import ArtifactError
+from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.graph.edit import finish
+from vbpfx.records import Plan
+from vbpfx.rewrite.carry import carry
+from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
+from vbpfx.rules.ops import is_matrix_product, takes_apart
+
+
+def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphModule:
+    """A new, smaller GraphModule: rows and columns of the removed neurons gone, their constants folded.
+
+    For every consumer, W' = W[:, K] + W[:, P] B and b' = b + W[:, P] a (created where the layer had no bias), plus what
+    the plan corrects.
+
+    Args:
+        captured: the dense graph; it stays as it was.
+        plan: which neurons stay (K), and a and B, which stand for the rest (P).
+        share: share the parameters that are not narrowed with the model instead of copying them; for
+            inference, or for models that hardly fit. Buffers are never shared.
+
+    Raises:
+        ArtifactError: the plan was made for another model, or on the graph of another front end.
+    """
+    require_same_structure(captured.fingerprint, plan, captured.reference)
+    if plan.frontend != captured.frontend:
+        raise ArtifactError(
+            f"the plan was made on a graph of frontend={plan.frontend!r}, this one is of {captured.frontend!r}: capture "
+            f"the model with the same front end, or use apply_plan"
+        )
+    small = narrowed(captured.graph_module, plan, share)
+    assert isinstance(small, fx.GraphModule)
+    nodes = {node.name: node for node in small.graph.nodes}
+    removed = removed_channels(plan)
+    _state_sizes(nodes, plan, removed)
+    _narrow_meta(small, removed)
+    _pass_biases(small, nodes, plan)
+    for name, (reduction, constants) in carried(plan).items():
+        carry(small, nodes[name], reduction.kind, constants)
+    finish(small)
+    return small
+
+
+def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> None:
+    """Make every number that counts channels true again."""
+    literals = {(literal.node, literal.path): literal for entry in plan.blocks for literal in entry.block.literals}
+    for name in {node for node, _ in literals}:
+        if takes_apart(nodes[name]):
+            _state_parts(nodes[name])
+    for literal in literals.values():
+        node, (field, *path) = nodes[literal.node], literal.path
+        count = literal.stop - literal.start - gone(literal, removed)
+        setattr(node, str(field), _replaced(getattr(node, str(field)), path, count))
+
+
+def _state_parts(node: fx.Node) -> None:
+    """chunk, or split by one size, as a split by the sizes of its parts."""
+    dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    if isinstance(node.target, torch._ops.OpOverload):
+        node.target = torch.ops.aten.split_with_sizes.default
+    else:
+        node.target = "split" if node.op == "call_method" else torch.split
+    node.args, node.kwargs = (node.args[0], [part.shape[dim] for part in node.meta["val"]], dim), {}
+
+
+def _replaced(value: Any, path: list[str | int], count: int) -> Any:
+    if not path:
+        return -count if value < 0 else count  # a slice may count from the end
+    head, *rest = path
+    if isinstance(value, dict):
+        return {k: _replaced(v, rest, count) if k == head else v for k, v in value.items()}
+    if isinstance(value, slice):
+        ends = {"start": value.start, "stop": value.stop}
+        ends[str(head)] = _replaced(ends[str(head)], rest, count)
+        return slice(ends["start"], ends["stop"], value.step)
+    return type(value)([_replaced(v, rest, count) if i == head else v for i, v in enumerate(value)])
+
+
+def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
+    nodes = {node.name: node for node in small.graph.nodes}
+    for (name, axis, of_parameter), positions in removed.items():
+        if of_parameter:
+            continue
+        value = nodes[name].meta["val"]
+        shape = list(value.shape)
+        shape[axis] -= len(positions)
+        with value.fake_mode:
+            nodes[name].meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+    tensors = named_tensors(small)
+    for node in nodes.values():
+        if node.op == "get_attr" and str(node.target) in tensors:
+            node.meta["val"] = node.meta["val"].fake_mode.from_tensor(tensors[str(node.target)], static_shapes=True)
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            taken = [user for user in node.users if user.target is operator.getitem and isinstance(user.args[1], int)]
+            parts = {user.args[1]: user.meta["val"] for user in taken}
+            node.meta["val"] = type(node.meta["val"])(parts.get(i, v) for i, v in enumerate(node.meta["val"]))
+
+
+def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:
+    """Functional layers take a new bias as an argument, matrix products as a sum; a module finds its own."""
+    consumers = new_biases(plan)
+    in_front = {name for name, c in consumers.items() if nodes[name].args[0] is not nodes[c.source.node]}
+    for name, consumer in consumers.items():
+        node = nodes[name]
+        if node.op == "call_module":
+            continue
+        with small.graph.inserting_before(node):
+            bias = small.graph.get_attr(consumer.bias)
+        mode = node.meta["val"].fake_mode
+        bias.meta["val"] = mode.from_tensor(small.get_parameter(consumer.bias), static_shapes=True)
+        if is_matrix_product(node):
+            _add_behind(small, node, bias, column=name in in_front)
+        elif len(node.args) > 2:
+            node.update_arg(2, bias)
+        else:
+            node.update_kwarg("bias", bias)
+
+
+def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, *, column: bool) -> None:
+    """x @ W + b, or W @ x + b[:, None] where the weight stands in front."""
+    with small.graph.inserting_after(bias):
+        if column:
+            upright = small.graph.call_function(torch.unsqueeze, (bias, -1))
+            upright.meta["val"] = bias.meta["val"].unsqueeze(-1)
+            bias = upright
+    with small.graph.inserting_after(node):
+        total = small.graph.call_function(torch.add, (node, bias))
+    total.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

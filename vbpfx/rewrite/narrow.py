@@ -1,0 +1,209 @@
+"""Narrowed tensors: what a plan makes of parameters and buffers, and what becomes of the rest.
+
+For every consumer W' = W_K + W_P B and b' = b + W_P a; what the plan corrects is added. The narrowed tensors are made first; then the module is deep-copied with them in place of the old ones. So nothing is
+ever copied twice, and the original is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.errors import ArtifactError
+from vbpfx.graph.capture import named_tensors, plain_tensors
+from vbpfx.planning.compensate import fold, fold_columns
+from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.rewrite.carry import Carried
+
+# (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
+Removed = Mapping[tuple[str, int, bool], frozenset[int]]
+
+
+def require_same_structure(found: str, plan: Plan, model: nn.Module) -> None:
+    """Raise an ArtifactError where a model's fingerprint is not the one that the plan was made for."""
+    if found != plan.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for a model of another structure than this {type(model).__name__}: parameter names, "
+            f"shapes or module classes differ; build the model as it was when it was pruned"
+        )
+
+
+def narrowed(
+    root: nn.Module, plan: Plan, share: bool, instead: Mapping[nn.Module, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of a module, narrowed, with everything folded and corrected.
+
+    Args:
+        root: the model, or its graph.
+        share: share the parameters that are not narrowed with it. Buffers are never shared.
+        instead: modules of it -> those that take their place, with the same parameters.
+    """
+    tensors = named_tensors(root)
+    replaced, created = _replacements(tensors, plan)
+    memo: dict[int, Any] = {id(tensors[name]): new for name, new in replaced.items()} | plain_tensors(root)
+    if share:
+        memo |= {id(p): p for p in root.parameters() if id(p) not in memo}
+    memo |= {id(module): copy.deepcopy(other, memo) for module, other in (instead or {}).items()}
+    small: nn.Module = copy.deepcopy(root, memo)
+    for name, bias in created.items():
+        owner, _, attribute = name.rpartition(".")
+        small.get_submodule(owner).register_parameter(attribute, bias)
+    for owner in {name.rpartition(".")[0] for name in replaced}:
+        _state_widths(small.get_submodule(owner))
+    return small
+
+
+def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
+    """Every tensor that changes, and the biases that come into being, by name."""
+    changes = Changes(plan)
+    replaced: dict[str, Tensor] = {}
+    created: dict[str, nn.Parameter] = {}
+    for name in changes.names:
+        new = changes.of(name, tensors.__getitem__)
+        if name in changes.made:
+            created[name] = nn.Parameter(new, requires_grad=tensors[changes.made[name].weight].requires_grad)
+        else:
+            like = tensors[name]
+            replaced[name] = nn.Parameter(new, like.requires_grad) if isinstance(like, nn.Parameter) else new
+    return replaced, created
+
+
+class Changes:
+    """What a plan makes of a model's tensors, each by itself.
+
+    Attributes:
+        made: biases that come into being -> the layer that gets them.
+        names: every tensor that changes or comes into being.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._cuts: dict[str, list[tuple[int, frozenset[int]]]] = defaultdict(list)
+        for (owner, axis, of_parameter), positions in removed_channels(plan).items():
+            if of_parameter:
+                self._cuts[owner].append((axis, positions))
+        self.made = {consumer.bias: consumer for consumer in new_biases(plan).values()}
+        for name, consumer in self.made.items():
+            cuts = self._cuts[consumer.weight]
+            self._cuts[name] = [(0, positions) for axis, positions in cuts if axis == 1 - consumer.weight_axis]
+        self._gains = self._readers(plan)
+        corrections = {c.layer.weight: c.weight for c in plan.corrections}
+        self._corrections = corrections | {
+            c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
+        }
+        self.names = tuple({**self._cuts, **self._gains, **self._corrections})
+
+    def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
+        """What becomes of a tensor; ``dense`` gives those of the dense model by name."""
+        if name in self.made:
+            weight = dense(self.made[name].weight)
+            like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
+        else:
+            like = dense(name).detach()
+        new = like
+        if name in self._gains:
+            new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
+        for axis, positions in self._cuts.get(name, ()):
+            new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
+        if name in self._corrections:
+            new = new.double() + self._corrections[name].to(new.device, torch.float64).view_as(new)
+        return new.to(like.dtype)
+
+    def _readers(self, plan: Plan) -> dict[str, list[tuple[BlockPlan, Consumer]]]:
+        """Weights and biases that gain something for neurons that are removed -> the layers that read these."""
+        found: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
+        for entry in plan.blocks:
+            # several calls of one layer fold the same constants into the same bias: once
+            consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
+            for consumer in consumers.values():
+                if not consumer.creates_bias or consumer.bias in self.made:
+                    found[consumer.bias].append((entry, consumer))
+                if entry.prediction_at(consumer.source) is not None:
+                    found[consumer.weight].append((entry, consumer))
+        return found
+
+
+def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
+    """What a layer's weight or bias gains for the neurons that one block loses, float64, in its dense shape."""
+    weight, axis, start = dense(consumer.weight), consumer.weight_axis, consumer.source.start
+    kept, pruned = torch.tensor(entry.kept) + start, torch.tensor(entry.pruned) + start
+    if name == consumer.bias:
+        return fold(weight, axis, pruned, entry.constants_at(consumer.source))
+    prediction = entry.prediction_at(consumer.source)
+    assert prediction is not None
+    return fold_columns(weight, axis, kept, pruned, prediction)
+
+
+def new_biases(plan: Plan) -> dict[str, Consumer]:
+    """Node -> the layer, of those that must get a bias they lack: what they fold or correct is not zero."""
+    found = {
+        consumer.node: consumer
+        for entry in plan.blocks
+        for consumer in entry.block.consumers
+        if consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
+    }
+    return found | {c.layer.node: c.layer for c in plan.corrections if c.layer.creates_bias and bool(c.bias.any())}
+
+
+def _others(positions: frozenset[int], size: int) -> Tensor:
+    """The indices 0 .. size - 1 without the given ones."""
+    kept = torch.ones(size, dtype=torch.bool)
+    kept[list(positions)] = False
+    return kept.nonzero().flatten()
+
+
+def _state_widths(layer: nn.Module) -> None:
+    """Make the numbers that a layer keeps about itself true again."""
+    match layer:
+        case nn.Linear():
+            layer.out_features, layer.in_features = layer.weight.shape
+        case nn.modules.conv._ConvTransposeNd():
+            layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        case nn.modules.conv._ConvNd():
+            depthwise = layer.groups == layer.in_channels > 1
+            layer.out_channels = layer.weight.shape[0]
+            layer.groups = layer.weight.shape[0] if depthwise else layer.groups
+            layer.in_channels = layer.weight.shape[1] * layer.groups
+        case nn.modules.batchnorm._NormBase():
+            kept = layer.weight if layer.weight is not None else layer.running_mean
+            layer.num_features = len(kept) if kept is not None else layer.num_features
+        case nn.PReLU():
+            layer.num_parameters = layer.weight.numel()
+        case nn.LayerNorm() | nn.RMSNorm():
+            layer.normalized_shape = tuple(layer.weight.shape)
+        case _ if type(layer).__module__ == "transformers.pytorch_utils":  # Conv1D, GPT-2's linear layer
+            sizes: Any = layer.weight
+            layer.nx, layer.nf = sizes.shape
+
+
+def removed_channels(plan: Plan) -> Removed:
+    """Every channel that is gone, of every axis that a block of the plan stands on."""
+    removed: dict[tuple[str, int, bool], frozenset[int]] = {}
+    for entry in plan.blocks:
+        values = [((node, axis, False), start) for node, axis, start in entry.block.carriers]
+        parameters = [((p.name, p.axis, True), p.start) for p in entry.block.parameters]
+        at = {start: frozenset(start + p for p in entry.pruned) for _, start in (*values, *parameters)}
+        for key, start in (*values, *parameters):
+            removed[key] = removed[key] | at[start] if key in removed else at[start]
+    return removed
+
+
+def gone(literal: SizeLiteral, removed: Removed) -> int:
+    """How many of the channels that a number counts are gone."""
+    positions = removed.get((literal.owner, literal.axis, literal.of_parameter), ())
+    return sum(literal.start <= p < literal.stop for p in positions)
+
+
+def carried(plan: Plan) -> dict[str, tuple[Reduction, Carried]]:
+    """Node -> the statistic it takes, and what all removed channels of its axis add to it."""
+    found: dict[str, Reduction] = {}
+    constants: dict[str, list[Tensor]] = defaultdict(list)
+    for entry in plan.blocks:
+        for reduction in entry.block.reductions:
+            found[reduction.node] = reduction
+            constants[reduction.node].append(entry.constants_at(reduction.source))
+    return {name: (r, Carried(r.size, torch.cat(constants[name]))) for name, r in found.items()}

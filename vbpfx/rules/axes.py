@@ -1,0 +1,305 @@
+"""The vocabulary of the dependency analysis: axes, and what operators say of them.
+
+A vertex is one axis of one tensor: of a node's value, or of a parameter or buffer. An operator's rule
+(:mod:`vbpfx.rules.ops`) looks at one call through a :class:`Site` and yields relations; it never sees the rest
+of the graph. :mod:`vbpfx.analysis.blocks` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Axis(NamedTuple):
+    """One axis of a tensor: ``owner`` is a node's name or a parameter's, told apart by ``is_parameter``."""
+
+    owner: str
+    dim: int
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as a rule sees it: whose it is, and its shape."""
+
+    owner: str
+    shape: tuple[int, ...]
+    is_parameter: bool = False
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def axis(self, dim: int) -> Axis:
+        """The axis; negative counts from the end."""
+        return Axis(self.owner, dim % max(1, self.ndim), self.is_parameter)
+
+    @property
+    def axes(self) -> list[Axis]:
+        """All axes, in order."""
+        return [self.axis(dim) for dim in range(self.ndim)]
+
+
+@dataclass(frozen=True)
+class Same:
+    """Channel c of one axis is channel c of the other; each depends on its own channel alone."""
+
+    a: Axis
+    b: Axis
+
+
+@dataclass(frozen=True)
+class Part:
+    """Channel c of ``part`` is channel ``start`` + c of ``whole``: a slice, a chunk, one of several joined."""
+
+    whole: Axis
+    part: Axis
+    start: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The axis holds every entry of two axes, those of the second for the first entry of the first, and so on."""
+
+    out: Axis
+    first: Axis
+    second: Axis
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """The axis cannot be narrowed through this call."""
+
+    axis: Axis
+    reason: str
+
+
+@dataclass(frozen=True)
+class Produces:
+    """Every row of ``weight`` makes one channel of ``out``."""
+
+    out: Axis
+    weight: Axis
+
+
+@dataclass(frozen=True)
+class Contracts:
+    """The call sums over ``source`` with ``weight``: the axis ends here, and a constant channel folds.
+
+    ``bias`` takes the fold; None where the call has none.
+    """
+
+    source: Axis
+    weight: Axis
+    bias: Operand | None
+
+
+@dataclass(frozen=True)
+class Reduces:
+    """The call takes a statistic over ``source``; what a constant channel adds to it can be carried along.
+
+    ``kind`` is ``"sum"`` or ``"mean"``, where the axis ends, or ``"layer_norm"`` or ``"rms_norm"``, where it goes on.
+    """
+
+    source: Axis
+    kind: Literal["sum", "mean", "layer_norm", "rms_norm"]
+
+
+@dataclass(frozen=True)
+class SizeStated:
+    """An integer among the call's arguments counts the channels ``start`` to ``stop`` of the axis (default: all).
+
+    ``by_code`` is false where the call works the number out by itself (``chunk``) and only a rewrite states it.
+    """
+
+    axis: Axis
+    path: tuple[str | int, ...]
+    start: int = 0
+    stop: int | None = None
+    by_code: bool = True
+
+
+Relation = Same | Part | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
+
+
+class SizeRead(NamedTuple):
+    """A value computed from sizes.
+
+    ``axes`` are the axes it was read from. Where ``plain`` is true it is those sizes unchanged: one
+    axis for an integer, all of them in order for a shape.
+    """
+
+    axes: tuple[Axis, ...]
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a captured model's parameters and buffers; tensors with several names go by their first.
+
+    Attributes:
+        of_attribute: ``get_attr`` target -> name.
+        of_module: leaf module path -> {attribute -> name}.
+    """
+
+    of_attribute: Mapping[str, str]
+    of_module: Mapping[str, Mapping[str, str]]
+
+
+class ComputedArgumentError(Exception):
+    """A rule asked for a constant and the call computes it; the engine turns this into a refusal."""
+
+
+# Of a matrix each of these is the transpose.
+_TRANSPOSES = ("t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims")
+
+
+class Site:
+    """One call in the graph, as an operator's rule sees it.
+
+    Args:
+        node: the call.
+        module: the leaf module, for ``call_module``.
+        names: names of parameters and buffers.
+        sizes: what is known of nodes whose value was computed from sizes.
+    """
+
+    def __init__(
+        self, node: fx.Node, module: nn.Module | None, names: Names, sizes: Mapping[fx.Node, SizeRead]
+    ) -> None:
+        self.node = node
+        self.module = module
+        self._names = names
+        self._sizes = sizes
+
+    @property
+    def name(self) -> str:
+        """The operator's bare name: of the module's class in lower case, or however the function is spelled."""
+        return type(self.module).__name__.lower() if self.module is not None else spelling(self.node)
+
+    def path(self, position: int, name: str) -> tuple[str | int, ...]:
+        """Where the call holds an argument, for :class:`SizeStated`."""
+        return ("kwargs", name) if name in self.node.kwargs else ("args", position)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position (the tensor itself is 0) or keyword, or the module's attribute."""
+        if self.module is not None:
+            return getattr(self.module, name, default)
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def constant(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument that must be known while analysing: an integer, a tuple of them, None, a flag."""
+        value = self.argument(position, name, default)
+        if any(isinstance(entry, fx.Node) for entry in (value if isinstance(value, (tuple, list)) else (value,))):
+            raise ComputedArgumentError(name)
+        return value
+
+    def operand(self, position: int, name: str) -> Operand | None:
+        """A tensor argument by position or keyword, or the module's parameter or buffer of that name."""
+        if self.module is not None:
+            own = self._names.of_module.get(str(self.node.target), {})
+            if name in own:
+                return Operand(own[name], tuple(getattr(self.module, name).shape), is_parameter=True)
+            if position > 0:
+                return None
+        value = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+        return operand_of(value, self._names) if isinstance(value, fx.Node) else None
+
+    def weight(self, position: int) -> tuple[Operand | None, bool]:
+        """A parameter among the arguments, reached directly or transposed; and whether it is transposed."""
+        node = self.node.args[position] if position < len(self.node.args) else None
+        if not isinstance(node, fx.Node):
+            return None, False
+        called = node.op in ("call_function", "call_method")
+        transposed = called and (node.args[1] if node.target is getattr else spelling(node)) in _TRANSPOSES
+        source = node.args[0] if transposed else node
+        if transposed and len(node.args) > 2 and _first_dim(node.args[1:]) == 0:
+            transposed = False  # permute(0, 1), transpose(0, 0)
+        found = operand_of(source, self._names) if isinstance(source, fx.Node) else None
+        return (found if found is not None and found.is_parameter else None), transposed
+
+    @property
+    def of_floats(self) -> bool:
+        """Whether the call makes floating-point numbers of floating-point numbers."""
+        values = [node.meta.get("val") for node in (self.node, *self.node.all_input_nodes)]
+        return all(value.is_floating_point() for value in values if isinstance(value, Tensor))
+
+    @property
+    def x(self) -> Operand:
+        """The first tensor argument."""
+        return self.operands[0]
+
+    @property
+    def out(self) -> Operand:
+        """The value of the call."""
+        operand = operand_of(self.node, self._names)
+        assert operand is not None
+        return operand
+
+    @property
+    def operands(self) -> list[Operand]:
+        """Every tensor among the arguments, nested ones included, in order."""
+        found = (operand_of(node, self._names) for node in self.node.all_input_nodes)
+        return [operand for operand in found if operand is not None]
+
+    def parts(self, position: int, name: str) -> list[Operand] | None:
+        """The entries of an argument that is a list of tensors, repeated ones included; None where it is none."""
+        value = self.argument(position, name)
+        if not isinstance(value, (list, tuple)):
+            return None
+        found = [operand_of(entry, self._names) if isinstance(entry, fx.Node) else None for entry in value]
+        return [operand for operand in found if operand is not None] if None not in found else None
+
+    def size_read(self, value: Any) -> SizeRead | None:
+        """What is known of an argument that was computed from sizes; None for anything else."""
+        return self._sizes.get(value) if isinstance(value, fx.Node) else None
+
+    def all_opaque(self, reason: str) -> Iterator[Relation]:
+        """No axis of any tensor of the call can be narrowed."""
+        out = operand_of(self.node, self._names)
+        for operand in (*self.operands, *([out] if out is not None else [])):
+            for axis in operand.axes:
+                yield Opaque(axis, reason)
+
+
+def _first_dim(dims: tuple[Any, ...]) -> Any:
+    """Which axis of a matrix stands first after permute(*dims) or transpose(*dims)."""
+    listed = dims[0] if isinstance(dims[0], (tuple, list)) else dims
+    return listed[0] % 2 if listed[0] % 2 == 0 or listed[0] == listed[1] else 1
+
+
+def operand_of(node: fx.Node, names: Names) -> Operand | None:
+    """The node's value as an operand, a parameter under its own name; None where it is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    shape = tuple(value.shape)
+    if node.op == "get_attr" and str(node.target) in names.of_attribute:
+        return Operand(names.of_attribute[str(node.target)], shape, is_parameter=True)
+    return Operand(node.name, shape)
+
+
+def spelling(node: fx.Node) -> str:
+    """The operator's bare name, however it is spelled."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return node.target.split(".")[-1] if isinstance(node.target, str) else str(node.target.__name__)
+
+
+def as_tuple(value: Any, repeat: int) -> tuple[Any, ...]:
+    """A tuple as it is; one value as often as said."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * repeat
+
+
+def leading(x: Operand, out: Operand, but: int) -> Iterator[Relation]:
+    """All axes but the last ``but`` are common to both."""
+    for dim in range(x.ndim - but):
+        yield Same(x.axis(dim), out.axis(dim))

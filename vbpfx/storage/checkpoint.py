@@ -1,0 +1,118 @@
+"""Checkpoints: a long run in one file, without pickle.
+
+Tensors lie in a safetensors file, everything else as JSON in its header. One file is one rename, so that a run that is
+killed at any moment leaves the old checkpoint or the new one, and never halves of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vbpfx.errors import ArtifactError, FinetuneError, VbpfxError
+from vbpfx.storage.files import safetensors_writer, write_atomically
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a checkpoint is of.
+
+    Attributes:
+        name: its name.
+        error: what a file that is none raises.
+        instead: what to do without it.
+    """
+
+    name: str
+    error: type[VbpfxError]
+    instead: str
+
+    @property
+    def key(self) -> str:
+        """Where a file says that it is of this kind."""
+        return f"vbpfx.{self.name}"
+
+
+FINETUNE = Kind("finetune", FinetuneError, "pass another folder, or resume=False")
+CALIBRATION = Kind("calibration", ArtifactError, "remove it, or pass another folder as checkpoint=")
+
+
+def save_checkpoint(
+    kind: Kind, path: Path, run: Mapping[str, Any], tensors: Mapping[str, Tensor], data: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        run: what makes the run this run; :func:`load_checkpoint` compares it.
+        data: the rest, as JSON can hold it.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # none may share memory
+    about = {"format": _FORMAT, "sum": _checksum(own), "run": dict(run), "data": dict(data)}
+    write_atomically({path: safetensors_writer(own, {kind.key: json.dumps(about)})})
+
+
+def load_checkpoint(kind: Kind, path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and data of a checkpoint of the same run.
+
+    Raises:
+        VbpfxError: the kind's: the file is damaged, or of a run with other networks, data or settings.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[kind.key])
+            # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 # no mapping
+        number, theirs, data = about["format"], about["run"], about["data"]
+        if number == _FORMAT and about["sum"] != _checksum(tensors):
+            raise ValueError("the checksum is not that of its tensors")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise kind.error(
+            f"{path} is no checkpoint of {kind.name}, or damaged ({type(error).__name__}: {error}); {kind.instead}"
+        ) from error
+    if number != _FORMAT:
+        raise kind.error(f"{path} has format {number}, this vbpfx reads {_FORMAT}; {kind.instead}")
+    here = json.loads(json.dumps(dict(run)))
+    other = [f"{key} is {theirs.get(key)!r} there, {value!r} here" for key, value in here.items()
+             if theirs.get(key) != value]  # fmt: skip
+    if other:
+        raise kind.error(f"{path} is of another run: {'; '.join(other)}; {kind.instead}")
+    return tensors, data
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers."""
+    return tensors_digest(dict((*network.named_parameters(), *network.named_buffers())))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(_bytes(tensor))
+    return sha.hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), found))
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
