@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import vbpfx
-from vbpfx.artifact import load_plan
+from vbpfx.artifact import load_beside, load_plan
 from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError
 
@@ -326,6 +326,18 @@ def test_a_user_function_is_saved_without_a_graph(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"calls \S*doubled.*pass into= a model of the pruned class"):
         vbpfx.load(tmp_path)
     assert_same_output(vbpfx.load(tmp_path, into=randomize(Wrapped())).eval(), pruned.graph_module, rows(3))
+    beside = load_beside(tmp_path, randomize(Wrapped()).eval())
+    assert isinstance(beside, Wrapped)
+    assert_same_output(beside, pruned.graph_module, rows(3))
+
+
+def test_beside_its_dense_model_a_network_is_the_graph_that_was_checked(artifact: Path) -> None:
+    beside = load_beside(artifact, mlp())
+    assert isinstance(beside, fx.GraphModule)
+    assert_same_output(beside, vbpfx.load(artifact), rows(3))
+    (artifact / "graph.json").write_text("[]")  # damage is no reason to take the other way
+    with pytest.raises(ArtifactError, match=r"graph\.json is damaged"):
+        load_beside(artifact, mlp())
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------

@@ -252,6 +252,17 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
         ) from error
 
 
+def load_beside(folder: Path, dense: nn.Module) -> nn.Module:
+    """A saved network to compare with its dense model: the graph, as it was checked, or the model's class where it has no graph.
+
+    Raises:
+        ArtifactError: as :func:`load`.
+    """
+    settle(folder)
+    graph = read_json(folder / "graph.json")
+    return load(folder, into=dense if isinstance(graph, dict) and "unavailable" in graph else None)
+
+
 def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
     small = apply_plan(model, plan)
     own = named_tensors(small)

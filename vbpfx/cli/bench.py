@@ -40,7 +40,7 @@ def bench(
         raise typer.BadParameter("pass DIR and --dense MODEL, or --dense FILE.onnx and --pruned FILE.onnx")
     one = sizes(shape)
     with failing_in_one_line(debug):
-        from vbpfx.artifact import load
+        from vbpfx.artifact import load_beside
         from vbpfx.measurement.bench import bench as run_bench
         from vbpfx.measurement.bench import bench_files
         from vbpfx.model_names import file_inputs, load_model, typical_inputs
@@ -50,7 +50,7 @@ def bench(
         }  # fmt: skip
         if folder is not None:
             model = load_model(dense, weights)
-            result = run_bench(model, load(folder), typical_inputs(model, one), **how)
+            result = run_bench(model, load_beside(folder, model), typical_inputs(model, one), **how)
             if report:
                 add_to_report(folder, bench=result)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -36,9 +36,6 @@ from vbpfx.cli.data_options import (
     reading,
 )
 from vbpfx.cli.measured import InReport, add_to_report
-
-if TYPE_CHECKING:
-    from torch import nn
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -96,6 +93,7 @@ def evaluate(
     )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {dense or network}"):
+            from vbpfx.artifact import load_beside
             from vbpfx.data.sources import open_data
             from vbpfx.evaluation.evaluate import evaluate as run_evaluate
             from vbpfx.model_names import load_model
@@ -104,7 +102,7 @@ def evaluate(
             original = load_model(dense or network, weights).to(place)
             pruned = None
             if dense:
-                pruned = (_load(Path(network), original) if is_folder else load_model(network)).to(place)
+                pruned = (load_beside(Path(network), original) if is_folder else load_model(network)).to(place)
             samples = open_data(data, original, **source)
         note_random_weights(dense or network, weights)
         if dense and not is_folder:
@@ -118,14 +116,3 @@ def evaluate(
         typer.echo(json.dumps(read | found.to_json(), indent=1))
     else:
         typer.echo(found.text(worst), nl=False)
-
-
-def _load(folder: Path, dense: nn.Module) -> nn.Module:
-    """The graph, as it was checked; the model's class where the graph could not be written."""
-    from vbpfx.artifact import load
-    from vbpfx.errors import ArtifactError
-
-    try:
-        return load(folder)
-    except ArtifactError:
-        return load(folder, into=dense)
