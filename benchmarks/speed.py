@@ -1,9 +1,10 @@
 """How long vbpfx itself takes, in one run: the pass beside Torch-Pruning's, observers, growth, and networks on a GPU.
 
-``python benchmarks/speed.py`` measures all of it in turn and writes the section *speed* of ``docs/performance.md``, its picture, and
-``benchmarks/results/speed.json``. On two idle cores it takes about ten minutes; ``--rounds 1`` shows whether it runs. Other processes on
-the machine disturb wall-clock times most: everything at one thread goes by processor time. Random weights and noise: what is
-computed does not depend on their values. Needs the extra ``benchmarks``.
+``python benchmarks/speed.py`` measures all of it, part by part, and writes the section *speed* of ``docs/performance.md``, its
+picture, and ``benchmarks/results/speed.json``; ``--part`` measures one anew and keeps the others. On two idle cores all of it takes
+about half an hour; ``--rounds 1`` shows whether it runs. Other processes on the machine disturb wall-clock times most: everything at one
+thread goes by processor time. Random weights and noise: what is computed does not depend on their values. Needs the extra
+``benchmarks``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,64 +30,78 @@ from vbpfx.storage.files import json_writer, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the options ask for."""
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {"pass": {}, "first": {}, "observers": []}
+def measure_pass(options: argparse.Namespace) -> dict[str, Any]:
+    """The pass and Torch-Pruning's in turn, and the first one of a process."""
+    torch_pruning()
+    found: dict[str, Any] = {"rounds": {}, "first": {}}
     for name in options.compared:
-        found["pass"][name] = pass_times(name, options.rounds)
-        print(f"{name}: pass {found['pass'][name]['seconds']}", flush=True)
+        found["rounds"][name] = pass_times(name, options.rounds)
+        print(f"{name}: pass {found['rounds'][name]['seconds']}", flush=True)
     for name in (*options.compared, *([LARGE] if options.compared == list(COMPARED) else [])):
         found["first"][name] = {way: in_a_process(first_pass, name, way) for way in PASSES}
         print(f"{name}: first pass {found['first'][name]}", flush=True)
+    return found
+
+
+def measure_observers(options: argparse.Namespace) -> dict[str, Any]:
+    """Prepared forward passes and plain ones in turn."""
+    found: dict[str, Any] = {"costs": []}
     for name in options.observed:
         for threads in options.threads:
             cost = in_a_process(observer_cost, name, options.batch, threads, options.rounds)
-            found["observers"].append({"network": name} | cost)
+            found["costs"].append({"network": name} | cost)
             print(
                 f"{name}, threads {threads}: observers {cost['ratio']:.3f}x, within {cost['within_ratio']:.3f}x, "
                 f"limit {cost['limit']:.3f}x ({cost['clock']})",
                 flush=True,
             )
-    if not options.no_growth:
-        found["scaling"] = in_a_process(measure_scaling, options.rounds)
-        for stage, quantities in found["scaling"].items():
-            print(stage, {q: round(one["exponent"], 2) for q, one in quantities.items()}, flush=True)
-        found["largest"] = in_a_process(measure_largest, min(3, options.rounds))
-    found["gpu"] = in_a_process(measure_gpu, options.rounds) if torch.cuda.is_available() else None
-    if found["gpu"] is None:
-        print("no GPU: its part is left out")
     return found
+
+
+def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Networks that grow, and the largest ones."""
+    scaling = in_a_process(measure_scaling, options.rounds)
+    for stage, quantities in scaling.items():
+        print(stage, {q: round(one["exponent"], 2) for q, one in quantities.items()}, flush=True)
+    return {"scaling": scaling, "largest": in_a_process(measure_largest, min(3, options.rounds))}
+
+
+def measure_on_a_gpu(options: argparse.Namespace) -> dict[str, Any]:
+    """Dense against pruned; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        print("no GPU: its part is left out")
+        return {"rows": None}
+    return {"rows": in_a_process(measure_gpu, options.rounds)}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "pass": measure_pass,
+    "observers": measure_observers,
+    "growth": measure_growth,
+    "gpu": measure_on_a_gpu,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description="How long vbpfx itself takes.")
     add = parser.add_argument
+    add("--part", action="append", choices=PARTS, help="once for each; default all")
     add("--rounds", type=int, default=5, help="default %(default)s")
-    add(
-        "--compared",
-        nargs="*",
-        default=list(COMPARED),
-        help="networks of timm for the pass, or none; default %(default)s",
-    )
-    add("--observed", nargs="*", default=list(OBSERVED), help="networks of timm for the observers; default %(default)s")
+    add("--compared", nargs="+", default=list(COMPARED), help="networks of timm for the pass; default %(default)s")
+    add("--observed", nargs="+", default=list(OBSERVED), help="networks of timm for the observers; default %(default)s")
     add("--batch", type=int, default=32, help="images at once; default %(default)s")
-    add("--threads", type=int, nargs="*", default=[1, 2], help="of the forward passes; default %(default)s")
-    add("--no-growth", action="store_true", help="leave out how time grows")
+    add("--threads", type=int, nargs="+", default=[1, 2], help="of the forward passes; default %(default)s")
     add("--page", action="store_true", help="measure nothing; write the page")
     add("--out", type=Path, default=RESULTS, help="the JSON file; default benchmarks/results/speed.json")
     add("--docs", type=Path, default=PAGE.parent, help="folder of performance.md; default docs")
     options = parser.parse_args(argv)
-    if options.page:
-        found = json.loads(options.out.read_text())
-    else:
-        if options.compared:
-            torch_pruning()
-        words = [word for word in (sys.argv[1:] if argv is None else argv) if word]
-        found = measure(options)
-        found["machine"] = machine_line()
-        found["command"] = shlex.join(["python", "benchmarks/speed.py", *words])
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word]
+    torch.set_num_threads(1)
+    for part in () if options.page else options.part or PARTS:
+        about = {"machine": machine_line(), "command": shlex.join(["python", "benchmarks/speed.py", *words])}
+        found[part] = PARTS[part](options) | about
         write_atomically({options.out: json_writer(found)})
     write_page(found, options.docs)
     print(f"written: the section on speed in {options.docs / 'performance.md'}")

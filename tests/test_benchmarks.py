@@ -127,27 +127,19 @@ def test_processes_write_what_they_measured(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_speed_writes_what_it_measured(tmp_path: Path) -> None:
-    given = [
-        "--rounds",
-        "1",
-        "--compared",
-        "--observed",
-        "test_convnext",
-        "--batch",
-        "2",
-        "--threads",
-        "1",
-        "--no-growth",
-    ]
+    small = ["--observed", "test_convnext", "--batch", "2", "--threads", "1", "--rounds", "1"]
     where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
-    assert speed.main([*given, *where]) == 0
+    (tmp_path / "found.json").write_text(json.dumps({"gpu": {"command": "c", "machine": "another", "rows": None}}))
+    assert speed.main(["--part", "observers", *small, *where]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    (observers,) = found["observers"]
+    (observers,) = found["observers"]["costs"]
     # depth, channels c, side; the second layer of an MLP reads 4 c channels of 4 bytes, of 2 images
     stages = ((1, 24, 40), (2, 32, 20), (4, 48, 10), (2, 64, 5))
     assert observers["bytes"] == 2 * sum(depth * 4 * 4 * c * side**2 for depth, c, side in stages)
     text = (tmp_path / "performance.md").read_text()
     assert f"| {observers['ratio']:.3f}x | {observers['within_ratio']:.3f}x | {observers['limit']:.3f}x |" in text
+    assert "--part observers --observed test_convnext" in text
+    assert "`c`  \nanother" in text  # what another run has measured stays
 
 
 def test_the_speed_page_shows_growth_and_gpus(tmp_path: Path) -> None:
@@ -163,9 +155,9 @@ def test_the_speed_page_shows_growth_and_gpus(tmp_path: Path) -> None:
         "dense": 3.0,
         "pruned": 2.0,
     }
-    found = {"command": "c", "machine": "m", "pass": {}, "first": {}, "observers": [], "gpu": [row]}
-    found |= {"scaling": {"analysis": {"depth": grown}, "calibration": {"depth": grown}}, "largest": {"big": large}}
-    speed_page.write_page(found, tmp_path)
+    growth = {"scaling": {"analysis": {"depth": grown}, "calibration": {"depth": grown}}, "largest": {"big": large}}
+    found = {"gpu": {"rows": [row]}, "growth": growth}
+    speed_page.write_page({part: one | {"command": "c", "machine": "m"} for part, one in found.items()}, tmp_path)
     text = (tmp_path / "performance.md").read_text()
     assert "| analysis | depth | 2 to 8 | 4.000 s | 256.000 s | 3.00 |" in text
     assert "| big | 1,000 M | 1000 | 40 | 1.50 s | 0.25 s | 250 us |" in text

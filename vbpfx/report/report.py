@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from vbpfx import __version__
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.display.figures import kept
@@ -296,8 +297,6 @@ def count_bytes(network: nn.Module) -> int:
 
 
 def _versions() -> dict[str, str]:
-    from vbpfx import __version__  # the package imports this file first
-
     return {
         "vbpfx": __version__,
         "torch": str(torch.__version__),
