@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import json
 import random
 import re
 import shlex
@@ -121,3 +122,21 @@ def _require_what_it_names(line: str, words: list[str]) -> None:
         assert all(extra in extras for extra in named), line
     if words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).exists() or Path(words[1]).exists(), line
+
+
+def test_the_readme_says_what_was_recorded() -> None:
+    """The table of what the ViT-Tiny keeps, from the file that the benchmark wrote."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "retention-vit_tiny.json").read_text())["results"]
+    kept = {(one["method"], one["ratio"]): one["figures"]["kept"] for one in recorded if one["calibration"] == 1000}
+    readme = (ROOT / "README.md").read_text()
+    columns = re.findall(r"(\d+) %", re.findall(r"^\| hidden neurons removed \|(.*)$", readme, re.MULTILINE)[0])
+    rows = {
+        "VBP, as published": "vbp",
+        "DVBP + OB2C": "dvbp+ob2c",
+        "OBS, one-shot": "obs",
+        'vbpfx, `method="auto"`': "auto",
+    }
+    for title, method in rows.items():
+        (line,) = [line for line in readme.splitlines() if line.replace("*", "").startswith(f"| {title} |")]
+        said = re.findall(r"([\d.]+) %", line)
+        assert said == [f"{100 * kept[method, int(percent) / 100]:.1f}" for percent in columns]
