@@ -30,6 +30,10 @@ from vbpfx.storage.files import json_writer, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
 
 
+# Which neurons go is no matter here; ``auto`` would choose them, and round widths as it does where nothing is said.
+_WIDTHS = {"method": "auto", "criterion": "variance", "allocation": "equal", "compensation": "mean", "min_width": 1}
+
+
 def _measure(
     network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
@@ -41,9 +45,8 @@ def _measure(
         model,
         [(inputs.args, inputs.kwargs)],
         ratio=ratio,
-        method="vbp",
-        allocation="equal",
-        round_to=round_to,
+        **_WIDTHS,
+        round_to=round_to or None,
         progress=False,
     )
     result = vbpfx.bench(
@@ -104,7 +107,7 @@ def _spread(value: dict[str, float] | None, digits: int = 2) -> str:
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    rounded = f" to {row['round_to']}" if row["round_to"] > 1 else ""
+    rounded = {0: " by default", 1: ""}.get(row["round_to"], f" to {row['round_to']}")
     start = [row["network"], row["runtime"], f"{row['ratio']:.0%}{rounded}"]
     if row.get("speedup") is None:
         return [*start, *["failed"] * 4, "-"]
@@ -158,7 +161,7 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 Processor time per call on one thread at a batch of one, dense and pruned in turn: medians, and quartiles of the speed-up.
 *Efficiency* is the speed-up over the ratio of MACs. *Parity* is the largest difference from PyTorch over the largest output, of the
 dense network and of the pruned one. Weights are random everywhere but in MiniLM: speed does not depend on them. Widths are not
-rounded unless the table says so.
+rounded unless the table says so (*by default*: as `vbpfx.prune` rounds, convolutions to multiples of 8 and nothing else).
 
 {markdown_table(columns, [_line(row) for row in rows])}
 {_failures(rows)}{_missing(rows)}
@@ -176,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("networks", nargs="*", metavar="NETWORK", default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}; default all")
     add("--runtime", action="append", choices=NAMES, help="once for each; default all")
     add("--ratio", action="append", type=float, help="share of the hidden neurons to remove; default 0.5")
-    add("--round-to", type=int, default=1, help="multiples that widths are rounded to; default %(default)s")
+    add("--round-to", type=int, default=1, help="multiples of widths, 0 for prune()'s own; default %(default)s")
     add("--batch", type=int, default=1, help="default %(default)s")
     add("--rounds", type=int, default=21, help="default %(default)s")
     add("--again", action="store_true", help="measure what is there, too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,3 +193,21 @@ def test_other_criteria(criterion: str) -> None:
             norms += [(float(n), f"{first}->{second}", i) for i, n in enumerate((w1**2).sum(1) + (w2**2).sum(0))]
         gone = {(name, i) for _, name, i in sorted(norms)[:40]}
         assert gone == {(e.block.name, i) for e in result.plan.blocks for i in e.pruned}
+
+
+def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
+    """Of 32 channels and more; linear layers, and convolutions under the paper's method, keep any width."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 72, 1), nn.ReLU(), nn.Conv2d(72, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32, 72), nn.ReLU(), nn.Linear(72, 4),
+    )  # fmt: skip
+    images = [torch.randn(32, 3, 2, 2)]
+
+    def widths(**options: Any) -> tuple[int, ...]:
+        result = stages(model, images, ratio=0.25, allocation="equal", **options)
+        return tuple(result.plan.widths[b.name] for b in result.analysis.blocks)
+
+    assert widths(round_to=1) == widths(method="vbp") == (54, 18, 54)
+    assert widths() == (56, 18, 54)  # 48 would miss the total of 126 by 6, 56 by 2
+    assert widths(round_to=8) == (56, 16, 56)

@@ -197,6 +197,6 @@ def _analysed(name: str, weights: str | Path | None, shape: tuple[int, ...] | No
 def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> dict[str, int]:
     """Widths where every block gives up the same share."""
     ranks = {block.name: torch.arange(1, block.width + 1, dtype=torch.float64) / block.width for block in blocks}
-    floor = floors(blocks, min_width)
+    floor, steps = floors(blocks, min_width), dict.fromkeys((block.name for block in blocks), 1)
     budget = Budget("ratio", ratio)
-    return choose_widths([[block] for block in blocks], ranks, budget, floor=floor, round_to=1, cost=None)
+    return choose_widths([[block] for block in blocks], ranks, budget, floor=floor, steps=steps, cost=None)

@@ -289,7 +289,7 @@ def prune_captured(
     )  # fmt: skip
     place = runtime or DEFAULT
     if runtime is not None or options.get("latency") is not None:
-        options.setdefault("round_to", best_multiple(place))
+        options["round_to"] = options.get("round_to") or best_multiple(place)
     chosen = PlanOptions.of(**options)
     analysis = find_blocks(captured)
     blocks = select_blocks(analysis, chosen.include, chosen.exclude)

@@ -163,11 +163,11 @@ def prune(
     if latency is not None and runtime == Place.none:
         raise typer.BadParameter("--latency is measured in a --runtime; none is no runtime")
     require_apart(checkpoint, out)
-    exact = runtime is None and method == Method.vbp
-    place = None if runtime == Place.none or (exact and latency is None) else runtime or Place.onnxruntime
+    unrounded = runtime == Place.none or (runtime is None and method == Method.vbp)
+    place = None if unrounded and latency is None else runtime or Place.onnxruntime
     options: dict[str, Any] = {
         **budgets, "method": method.value, "min_width": min_width, "include": include, "exclude": exclude,
-        "uniform": uniform or None, "round_to": 1 if exact and round_to is None else round_to,
+        "uniform": uniform or None, "round_to": 1 if unrounded and round_to is None else round_to,
         "runtime": place.value if place else None, "samples": samples, "memory": memory, "frontend": frontend.value,
         "checkpoint": checkpoint,
     }  # fmt: skip

@@ -22,6 +22,8 @@ from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.records import Block
 
 Cost = Callable[[Mapping[str, int]], int]
+# The multiple at which convolutions are fast in every runtime that was measured.
+CHANNELS = 8
 
 _KINDS = {
     "ratio": "fraction of the hidden neurons to remove",
@@ -63,13 +65,32 @@ def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
     return {block.name: min(min_width, block.width) for block in blocks}
 
 
+def width_steps(blocks: Sequence[Block], model: nn.Module, round_to: int | None) -> dict[str, int]:
+    """What the width of every block is a multiple of: ``round_to``; where it is None, 8 for convolutions of 32 channels and more.
+
+    Runtimes lay the channels of convolutions out in groups, and an odd width costs more than it saves
+    (``benchmarks/rounding.py``). Products of matrices take any width.
+    """
+    if round_to is not None:
+        return dict.fromkeys((block.name for block in blocks), round_to)
+    tensors = named_tensors(model)
+    return {
+        block.name: CHANNELS if convolves(block, tensors) and block.width >= 4 * CHANNELS else 1 for block in blocks
+    }
+
+
+def convolves(block: Block, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer of the block is a convolution; ``tensors`` are the model's, by name."""
+    return any(tensors[parameter.name].ndim > 2 for parameter in block.parameters)
+
+
 def choose_widths(
     groups: Sequence[Sequence[Block]],
     scores: Mapping[str, Tensor],
     budget: Budget,
     *,
     floor: Mapping[str, int],
-    round_to: int,
+    steps: Mapping[str, int],
     cost: Cost | None,
 ) -> dict[str, int]:
     """The width of every block under the budget.
@@ -78,7 +99,7 @@ def choose_widths(
         groups: the blocks; those of one group are of one width and stay so.
         scores: one per neuron, (d,).
         floor: smallest width per block.
-        round_to: widths are multiples of it, or the block's own width. Under ``ratio`` the total is the
+        steps: per block what its width is a multiple of, unless it stays the block's own. Under ``ratio`` the total is the
             nearest one possible; the others are never exceeded.
         cost: MACs, parameters or latency of the whole model at given widths; None under ``ratio``.
 
@@ -87,7 +108,7 @@ def choose_widths(
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
-    lowest = {name: _rounded_up(floor[name], round_to, full[name]) for name in full}
+    lowest = {name: _rounded_up(floor[name], steps[name], full[name]) for name in full}
     # the k-th neuron to leave a group is every block's k-th: its score is what they cost on the mean
     ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
     order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
@@ -104,7 +125,7 @@ def choose_widths(
     def neurons(widths: Mapping[str, int]) -> int:
         return sum(widths[group[0].name] * len(group) for group in groups)
 
-    smaller = "a smaller min_width" + (" or round_to" if round_to > 1 else "")
+    smaller = "a smaller min_width" + (" or round_to" if max(steps.values()) > 1 else "")
     if cost is None:
         total = neurons(full)
         wanted, most = round(budget.value * total), total - neurons(after(len(order)))
@@ -117,9 +138,9 @@ def choose_widths(
             )
         enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
         exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
+        kept = total - wanted
         # half a step of excess: the total ends on whichever side is nearer
-        kept = total - wanted + round_to / 2
-        return everywhere(_round_widths(exact, full, lowest, round_to, lambda widths: neurons(widths) - kept))
+        return everywhere(_round_widths(exact, full, lowest, steps, lambda widths: neurons(widths) - kept, 0.5))
 
     def spent(widths: Mapping[str, int]) -> int:
         return cost(everywhere(widths))
@@ -133,7 +154,7 @@ def choose_widths(
             f"or {smaller}"
         )
     enough = _fewest(len(order), lambda removed: spent(after(removed)) <= target)
-    return everywhere(_round_widths(after(enough), full, lowest, round_to, lambda widths: spent(widths) - target))
+    return everywhere(_round_widths(after(enough), full, lowest, steps, lambda widths: spent(widths) - target))
 
 
 def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
@@ -171,17 +192,16 @@ def _round_widths(
     exact: dict[str, int],
     full: Mapping[str, int],
     lowest: Mapping[str, int],
-    round_to: int,
+    steps: Mapping[str, int],
     excess: Callable[[Mapping[str, int]], float],
+    slack: float = 0.0,
 ) -> dict[str, int]:
-    """Round down, then give back whole steps, largest remainder first, while the excess is not positive."""
-    if round_to == 1:
-        return exact
-    widths = {name: max(lowest[name], width // round_to * round_to) for name, width in exact.items()}
+    """Round down, then give back whole steps, largest remainder first, while the excess is at most ``slack`` of the step."""
+    widths = {name: max(lowest[name], width // steps[name] * steps[name]) for name, width in exact.items()}
     widths = {name: exact[name] if exact[name] == full[name] else width for name, width in widths.items()}
     for name in sorted(exact, key=lambda name: widths[name] - exact[name]):
-        wider = min(widths[name] + round_to, full[name])
-        if exact[name] > widths[name] and excess(widths | {name: wider}) <= 0:
+        wider = min(widths[name] + steps[name], full[name])
+        if exact[name] > widths[name] and excess(widths | {name: wider}) <= slack * steps[name]:
             widths[name] = wider
     return widths
 

@@ -17,18 +17,19 @@ from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion
 
 @dataclass(frozen=True)
 class Method:
-    """A named combination of the parts, and the floor it comes with."""
+    """A named combination of the parts, and the floor and the multiple it comes with (None: by block)."""
 
     criterion: str
     allocation: str
     compensation: str
     min_width: int | None
+    round_to: int | None
 
 
 METHODS = {
-    # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor.
-    "vbp": Method("variance", "global", "mean", min_width=1),
-    "auto": Method("greedy_obs", "sensitivity", "ridge", min_width=None),
+    # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor, any width.
+    "vbp": Method("variance", "global", "mean", min_width=1, round_to=1),
+    "auto": Method("greedy_obs", "sensitivity", "ridge", min_width=None, round_to=None),
 }
 
 
@@ -43,7 +44,7 @@ class PlanArguments(TypedDict, total=False):
     criterion: str | Criterion | None
     allocation: str | None
     compensation: str | None
-    round_to: int
+    round_to: int | None
     min_width: int | None
     uniform: bool
     include: Sequence[str] | str | None
@@ -59,7 +60,7 @@ class PlanOptions:
     criterion: str | Criterion
     allocation: str
     compensation: str
-    round_to: int
+    round_to: int | None
     min_width: int | None
     uniform: bool
     include: Sequence[str] | str | None
@@ -80,7 +81,7 @@ class PlanOptions:
         criterion: str | Criterion | None = None,
         allocation: str | None = None,
         compensation: str | None = None,
-        round_to: int = 1,
+        round_to: int | None = None,
         min_width: int | None = None,
         uniform: bool = False,
         include: Sequence[str] | str | None = None,
@@ -99,7 +100,7 @@ class PlanOptions:
             criterion if callable(criterion) else _listed("criterion", criterion or recipe.criterion, CRITERIA),
             _listed("allocation", recipe.allocation if allocation is None else allocation, ALLOCATIONS),
             _listed("compensation", recipe.compensation if compensation is None else compensation, COMPENSATIONS),
-            require_positive("round_to", round_to),
+            recipe.round_to if round_to is None else require_positive("round_to", round_to),
             recipe.min_width if min_width is None else require_positive("min_width", min_width),
             bool(uniform),
             include,

@@ -25,6 +25,7 @@ from vbpfx.planning.budget import (
     mac_cost,
     parameter_cost,
     same_shape,
+    width_steps,
 )
 from vbpfx.planning.compensate import COMPENSATIONS, Compensation
 from vbpfx.planning.importance import Criterion, Scoring, score
@@ -65,7 +66,8 @@ def make_plan(
             ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan of equal shares.
         latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
-        round_to: make widths multiples of it (default 1).
+        round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions of 32 channels and more at multiples of
+            8, where runtimes are fast at them, and rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
         uniform: the same width in every block of the same shape, so that one number in a configuration
             (``intermediate_size``) describes it.
@@ -111,6 +113,7 @@ class Deciding:
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._prices = _prices(self.blocks, self._cost)
         self._floor = floors(self.blocks, chosen.min_width)
+        self._steps = width_steps(self.blocks, self._captured.reference, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Number of samples that a block's statistics are of."""
@@ -126,9 +129,7 @@ class Deciding:
         groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
         standing = {b.name: Standing(self._prices[b.name], self._share, known.get(b.name)) for b in blocks}
         compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
-        widths = choose_widths(
-            groups, compared, chosen.budget, floor=self._floor, round_to=chosen.round_to, cost=self._cost
-        )
+        widths = choose_widths(groups, compared, chosen.budget, floor=self._floor, steps=self._steps, cost=self._cost)
         return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:

@@ -21,6 +21,7 @@ from vbpfx.display.tables import counted, table
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.measurement.bench_result import BenchResult
+from vbpfx.planning.budget import convolves
 from vbpfx.records import Plan, Refusal
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.report.spectrum import Spectrum, spectra
@@ -280,9 +281,7 @@ def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
     return tuple(
         entry.block.name
         for entry in plan.blocks
-        if entry.pruned
-        and len(entry.kept) % multiple
-        and any(tensors[parameter.name].ndim > 2 for parameter in entry.block.parameters)
+        if entry.pruned and len(entry.kept) % multiple and convolves(entry.block, tensors)
     )
 
 
