@@ -82,6 +82,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
+def _command(parser: argparse.ArgumentParser, options: argparse.Namespace, part: str) -> str:
+    """The command that measures a part as it was measured."""
+    words = ["python", "benchmarks/speed.py", "--part", part, "--rounds", str(options.rounds)]
+    for name in ("compared", "observed", "batch", "threads"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description="How long vbpfx itself takes.")
@@ -97,10 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--docs", type=Path, default=PAGE.parent, help="folder of performance.md; default docs")
     options = parser.parse_args(argv)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word]
     torch.set_num_threads(1)
     for part in () if options.page else options.part or PARTS:
-        about = {"machine": machine_line(), "command": shlex.join(["python", "benchmarks/speed.py", *words])}
+        about = {"machine": machine_line(), "command": _command(parser, options, part)}
         found[part] = PARTS[part](options) | about
         write_atomically({options.out: json_writer(found)})
     write_page(found, options.docs)

@@ -138,7 +138,10 @@ def test_speed_writes_what_it_measured(tmp_path: Path) -> None:
     assert observers["bytes"] == 2 * sum(depth * 4 * 4 * c * side**2 for depth, c, side in stages)
     text = (tmp_path / "performance.md").read_text()
     assert f"| {observers['ratio']:.3f}x | {observers['within_ratio']:.3f}x | {observers['limit']:.3f}x |" in text
-    assert "--part observers --observed test_convnext" in text
+    assert (
+        "`python benchmarks/speed.py --part observers --rounds 1 --observed test_convnext --batch 2 --threads 1`"
+        in text
+    )
     assert "`c`  \nanother" in text  # what another run has measured stays
 
 
