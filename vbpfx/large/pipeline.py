@@ -24,12 +24,13 @@ from vbpfx.artifact import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader
 from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
+from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
-from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
+from vbpfx.pipeline import EXAMPLE_SAMPLES
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
