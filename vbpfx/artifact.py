@@ -32,7 +32,7 @@ from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
-from vbpfx.storage.tensors import INDEX, WHOLE
+from vbpfx.storage.tensors import INDEX, WHOLE, Stored
 
 _FORMAT = 3
 _BUFFERS = "buffers.safetensors"
@@ -189,7 +189,7 @@ def save_beside_weights(
     """Write everything of an artifact but the weights, which lie in the folder already.
 
     Args:
-        graph_module: the graph; its weights may be on the meta device.
+        graph_module: the graph; its weights may be on the meta device, and of another precision than in the files.
         beside: further files, by name.
         stored: name of a tensor -> the name that it has in the files.
         others: values of the graph's tensors that are not there, by name.
@@ -201,6 +201,12 @@ def save_beside_weights(
     rest = {name: others.get(name, tensor) for name, tensor in own.items() if name not in stored}
     holding = sorted(path.name for path in folder.glob("model*.safetensors")) + [_BUFFERS] * bool(rest)
     graph = _graph(graph_module, tied, [*(written | own.keys())], [*(written - used)], holding)
+    there = Stored.of(folder).shapes
+    graph["computed in"] = {
+        source: str(own[name].dtype).removeprefix("torch.")
+        for name, source in stored.items()
+        if name in own and own[name].dtype != there[source].dtype
+    }
     files = {
         **_plan_files(plan, folder),
         folder / "graph.json": json_writer(graph),
@@ -217,7 +223,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     Args:
         folder: what :func:`save` wrote.
         into: a dense model of the class that was pruned, with any weights: the result is a narrowed copy of
-            it with the saved weights. Without it the result is a GraphModule that needs no model class.
+            it with the saved weights, in its own precision. Without it the result is a GraphModule that needs no model class,
+            in the precision that it was pruned in, whatever its files hold (see :func:`vbpfx.prune_files`).
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or of another model.
@@ -238,8 +245,12 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             raise ArtifactError(
                 f"{folder} holds no graph ({graph['unavailable']}); pass into= a model of the pruned class"
             )
-        unused = set(graph["unused"])
-        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        unused, computed = set(graph["unused"]), graph.get("computed in", {})
+        used = {
+            name: tensor.to(getattr(torch, computed[name])) if name in computed else tensor
+            for name, tensor in tensors.items()
+            if name not in unused
+        }
         network = graph_from_json(graph, used, {n: first for n, first in tied.items() if n not in unused})
         for name in graph["frozen"]:
             network.get_parameter(name).requires_grad_(False)
