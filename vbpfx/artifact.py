@@ -36,6 +36,7 @@ from vbpfx.storage.tensors import INDEX, WHOLE, Stored
 
 _FORMAT = 3
 _BUFFERS = "buffers.safetensors"
+_CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.large.pipeline`)
 
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
@@ -137,8 +138,12 @@ def save_network(
 
     A graph that calls functions which are not torch's cannot be written: such an artifact loads into the
     model's own class only, and its ``graph.json`` says why.
+
+    Raises:
+        ArtifactError: a file cannot be written, or the folder holds somebody else's model of Hugging Face.
     """
     folder = Path(folder)
+    described = _described_widths(folder)
     own, dense = named_tensors(graph_module), named_tensors(reference)
     unused = {name: tensor for name, tensor in dense.items() if name not in own}
     tensors = own | unused
@@ -154,10 +159,34 @@ def save_network(
             **{folder / name: write for name, write in beside.items()},
         }
     )
-    for path in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS):
-        with suppress(OSError):  # of an artifact in shards that was here before; graph.json no longer names them
+    # of an artifact in shards that was here before, which graph.json no longer names
+    stale = [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS]
+    if described is not None and described != (plan.fingerprint, plan.widths):
+        stale.append(folder / _CONFIG)
+    for path in stale:
+        with suppress(OSError):
             path.unlink()
     return folder
+
+
+def _described_widths(folder: Path) -> tuple[str, dict[str, int]] | None:
+    """Of which model and widths a configuration in the folder is; None without one.
+
+    Raises:
+        ArtifactError: it is not of an artifact, whose files may be written over.
+    """
+    settle(folder)
+    if not (folder / _CONFIG).exists():
+        return None
+    if not (folder / "plan.json").exists():
+        raise ArtifactError(
+            f"{folder} holds {_CONFIG} and no plan.json: the weights beside it are another model's; choose another folder"
+        )
+    try:
+        before = load_plan(folder)
+    except ArtifactError:  # damaged, or of another format
+        return "", {}
+    return before.fingerprint, before.widths
 
 
 def _graph(
