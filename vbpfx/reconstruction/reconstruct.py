@@ -25,6 +25,7 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.distributed.samples import Samples
+from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import named_tensors
 from vbpfx.planning.elimination import PENALTY, elimination_costs
 from vbpfx.reconstruction.fitted import with_fitted
@@ -70,6 +71,9 @@ def reconstruct(
         share: m where there is data without end; less is taken where few rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
+
+    Raises:
+        CalibrationError: what the narrowed network feeds a layer is not finite.
     """
     steps = steps_of(analysis, plan, beside, choose)
     if not steps:
@@ -79,7 +83,10 @@ def reconstruct(
     run = _Reconstruction(analysis, plan, samples, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress and samples.ranks.first) as advance:
         for number, step in enumerate(steps):
-            run.take(number, step)
+            try:
+                run.take(number, step)
+            except CalibrationError as error:
+                raise CalibrationError(f"layer {step.layer.weight.rpartition('.')[0]}: {error}") from error
             advance()
     return run.result()
 
