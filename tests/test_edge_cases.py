@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.planning.ridge import ridge_factor
+from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums
 
 
@@ -58,3 +59,22 @@ def test_activations_whose_squares_leave_float32_are_reconstructed() -> None:
     assert pruned.plan.settings["compensation"] == "reconstruction"
     assert all(bool(c.weight.isfinite().all()) for c in pruned.plan.corrections)
     assert all(bool(p.isfinite().all()) for p in pruned.graph_module.parameters())
+
+
+def test_small_gradients_in_half_precision_weigh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their squares are zero in float16, and sums of squares of 8 bits in bfloat16: both are taken in float32."""
+    torch.manual_seed(0)
+    model = mlp()
+    captured = vbpfx.capture(model, data(4)[0], frontend="symbolic")
+    layer = vbpfx.find_blocks(captured).layers[0]
+    for dtype in (torch.float16, torch.bfloat16):
+        gradient = (1e-4 * torch.randn(200, layer_width := captured.nodes[layer.node].meta["val"].shape[1])).to(dtype)
+        monkeypatch.setattr(Gradients, "_gradients", lambda self, batch, g=gradient: [(layer.node, g)])
+        gradients = Gradients(captured, [layer])
+        gradients.add(captured.inputs)
+        exact = gradient.double()
+        (squares,) = gradients.squares[layer.node]
+        assert layer_width == len(gradients.products[layer.node])
+        np.testing.assert_allclose(squares, exact.square().sum(1, keepdim=True), rtol=1e-6)
+        products = exact.T @ exact
+        np.testing.assert_allclose(gradients.products[layer.node], products, rtol=0, atol=1e-6 * float(products.max()))
