@@ -78,3 +78,22 @@ def test_small_gradients_in_half_precision_weigh_rows(monkeypatch: pytest.Monkey
         np.testing.assert_allclose(squares, exact.square().sum(1, keepdim=True), rtol=1e-6)
         products = exact.T @ exact
         np.testing.assert_allclose(gradients.products[layer.node], products, rtol=0, atol=1e-6 * float(products.max()))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "samples": {"samples": [0, -1, 1.5, True]},
+    "memory": {"memory": [0, -1.0, float("nan"), float("inf"), "8"]},
+    "runtime_batch": {"runtime_batch": [0, -1, 2.0]},
+    "runtime_threads": {"runtime_threads": [0, -2]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for o in OPTIONS.values() for n, values in o.items() for v in values]
+)
+def test_numbers_that_are_out_of_range(name: str, value: Any) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("no data is read before the arguments are checked")
+
+    with pytest.raises(vbpfx.BudgetError, match=rf"{name}={value!r}".replace("-", r"\-")):
+        prune(mlp(), data(8), inputs=never, **{name: value})

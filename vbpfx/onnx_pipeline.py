@@ -125,7 +125,9 @@ def prune_onnx(
             not compute what it should. Nothing is written then.
     """
     path, out = Path(path), Path(out)
-    PlanOptions.of(**options)  # a mistake here should not cost a calibration
+    # a mistake in these should not cost a calibration
+    PlanOptions.of(**options)
+    fitting = Fitting(reconstruct, refit, samples, memory)
     model = read_model(path)
     require_writable(path, out)
     first, data = first_batch(calibration)
@@ -149,7 +151,7 @@ def prune_onnx(
         captured,
         Calibration(data, read, length_hint(calibration) or None, mask, progress),
         options,
-        fitting=Fitting(reconstruct, refit, samples, memory),
+        fitting=fitting,
         target=Target(),
         forward=forward,
         share=True,

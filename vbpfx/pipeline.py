@@ -105,7 +105,9 @@ def prune(
     if ranks.count > 1:
         ranks.meet("model", digest(model))
         ranks.meet("choice of options", in_words(options))
-    PlanOptions.of(**options)  # a mistake here should not cost a capture
+    # a mistake in these should not cost a capture
+    PlanOptions.of(**options)
+    fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:
@@ -119,8 +121,8 @@ def prune(
         captured,
         Calibration(data, read, total, mask, progress, ranks, checkpoint, checkpoint_every),
         options,
-        fitting=Fitting(reconstruct, refit, samples, memory),
-        target=Target(runtime, runtime_batch, runtime_threads),
+        fitting=fitting,
+        target=target,
         verify=verify,
     )
 

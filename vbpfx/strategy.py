@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.measurement.latency import measure_latencies
 from vbpfx.measurement.sensitivity import MOST_SAMPLES
+from vbpfx.planning.budget import require_memory, require_positive
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
@@ -29,6 +30,11 @@ class Fitting:
     samples: int | None = None
     memory: float = 8.0
 
+    def __post_init__(self) -> None:
+        require_memory(self.memory)
+        if self.samples is not None:
+            require_positive("samples", self.samples)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -37,6 +43,11 @@ class Target:
     runtime: str | None = None
     runtime_batch: int = 1
     runtime_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("runtime_batch", self.runtime_batch)
+        if self.runtime_threads is not None:
+            require_positive("runtime_threads", self.runtime_threads)
 
     def rounded(self, options: PlanArguments) -> PlanArguments:
         """The options with widths that are multiples of what the runtime is fast at, where one is asked for."""

@@ -23,13 +23,14 @@ from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.artifact import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader
-from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
+from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, first_line
 from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
+from vbpfx.planning.budget import require_memory
 from vbpfx.pipeline import EXAMPLE_SAMPLES
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
@@ -149,8 +150,7 @@ def prune_files(
 
 
 def _shard_limit(shard_size: int | str | None, memory: float) -> int:
-    if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
-        raise BudgetError(f"memory={memory!r} is no number of GiB above 0")
+    require_memory(memory)
     limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
     if limit > memory * 2**30:
         raise ArtifactError(
