@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import randomize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.artifact import plan_digest
 from vbpfx.planning.ridge import ridge_factor
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums
@@ -97,3 +100,49 @@ def test_numbers_that_are_out_of_range(name: str, value: Any) -> None:
 
     with pytest.raises(vbpfx.BudgetError, match=rf"{name}={value!r}".replace("-", r"\-")):
         prune(mlp(), data(8), inputs=never, **{name: value})
+
+
+@pytest.mark.parametrize("method", ["vbp", "auto"])
+def test_batches_without_samples_change_nothing(method: str) -> None:
+    torch.manual_seed(0)
+    model, batches, empty = mlp(), data(16, 7, 12), torch.zeros(0, 8)
+    expected = prune(model, batches, method=method, compensation="ridge" if method == "vbp" else None)
+    found = prune(
+        model,
+        [batches[0], empty, *batches[1:], empty],
+        method=method,
+        compensation="ridge" if method == "vbp" else None,
+    )
+    assert plan_digest(found.plan) == plan_digest(expected.plan)
+
+
+def test_batches_without_samples_change_nothing_in_files(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 4))
+
+    torch.manual_seed(0)
+    batches, empty = data(16, 7), torch.zeros(0, 8)
+    save_file(randomize(network()).state_dict(), tmp_path / "dense.safetensors")
+    plans = []
+    for number, given in enumerate((batches, [empty, batches[0], empty, batches[1]], [empty])):
+        with vbpfx.without_weights():
+            hollow = network()
+        options: dict[str, Any] = {"ratio": 0.4, "compensation": "ridge", "progress": False}
+        if number == 2:
+            with pytest.raises(vbpfx.CalibrationError, match="data is empty"):
+                vbpfx.prune_files(hollow, given, tmp_path / "2", weights=tmp_path / "dense.safetensors", **options)
+            assert not (tmp_path / "2").exists()
+            continue
+        out = tmp_path / str(number)
+        plans.append(vbpfx.prune_files(hollow, given, out, weights=tmp_path / "dense.safetensors", **options).plan)
+    assert plan_digest(plans[0]) == plan_digest(plans[1])
+
+
+def test_data_that_begins_without_a_sample() -> None:
+    with pytest.raises(vbpfx.CalibrationError, match="holds no sample; pass example_inputs="):
+        prune(mlp(), [torch.zeros(0, 8), *data(8)])
+
+
+def test_data_without_any_sample() -> None:
+    with pytest.raises(vbpfx.CalibrationError, match="data is empty: pass at least one batch with a sample"):
+        prune(mlp(), [torch.zeros(0, 8)], example_inputs=data(4)[0])

@@ -16,6 +16,7 @@ from vbpfx.artifact import plan_digest
 from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import as_inputs, reader
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
+from vbpfx.errors import CalibrationError
 from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
 from vbpfx.graph.capture import Captured, Frontend, capture, require_module
 from vbpfx.graph.fake import has_fixed_batch
@@ -114,6 +115,8 @@ def prune(
         first, data = first_batch(data)
         example_inputs = read(first)
     example = as_inputs(example_inputs, model)
+    if example.is_empty:
+        raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")
     few = example if has_fixed_batch(model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(model, few, frontend=frontend)
     total = length_hint(calibration) or None

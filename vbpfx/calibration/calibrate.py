@@ -106,6 +106,8 @@ def calibrate(
             for seen, batch in enumerate(data, start=1):
                 ranks.watch()
                 inputs = read(batch) if read is not None else as_inputs(batch, observed)
+                if inputs.is_empty:
+                    continue
                 samples = inputs.batch_size or 1
                 number = start * ranks.count + ranks.rank * samples if ranks.own else start
                 start += samples
@@ -135,9 +137,9 @@ def calibrate(
         _require_finite(watching, called, ran)
         if file:
             file.finish(watching, work, own)
-        if not (ranks.sums([seen])[0] if ranks.own else seen):
+        if not (ranks.sums([start])[0] if ranks.own else start):
             raise CalibrationError(
-                "the calibration data is empty: pass at least one batch (an iterator that was used up yields nothing)"
+                "the calibration data is empty: pass at least one batch with a sample (an iterator that was used up yields nothing)"
             )
         if ranks.count > 1:
             everyones = over_all_ranks([o.moments for o in watching], [o.width for o in watching], device, ranks)

@@ -8,7 +8,6 @@ piece by piece again, the pruned ones from the files that were written.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,8 +29,8 @@ from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
-from vbpfx.planning.budget import require_memory
 from vbpfx.pipeline import EXAMPLE_SAMPLES
+from vbpfx.planning.budget import require_memory
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
@@ -125,7 +124,9 @@ def prune_files(
     hollow = Weightless.of(model, weights)
     read = reader(hollow.model, inputs)
     _, data = first_batch(calibration)
-    batches = [read(batch).to(_CPU) for batch in data]
+    batches = [inputs for batch in data if not (inputs := read(batch).to(_CPU)).is_empty]
+    if not batches:
+        raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
     example = example if has_fixed_batch(hollow.model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(hollow.model, example, frontend=frontend)
