@@ -146,3 +146,22 @@ def test_data_that_begins_without_a_sample() -> None:
 def test_data_without_any_sample() -> None:
     with pytest.raises(vbpfx.CalibrationError, match="data is empty: pass at least one batch with a sample"):
         prune(mlp(), [torch.zeros(0, 8)], example_inputs=data(4)[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[4].bias[2] = value
+    with pytest.raises(
+        vbpfx.CalibrationError, match=r"batch 1 .*block 4->6; parameter 4\.bias of the model holds NaN or inf"
+    ):
+        prune(model, data(8, 8))
+
+
+def test_a_model_that_returns_nan_is_not_said_to_be_traced_wrong() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[6].bias[1] = torch.nan
+    with pytest.raises(vbpfx.VerificationError, match="the model itself returns NaN"):
+        prune(model, data(8, 8), method="vbp")
