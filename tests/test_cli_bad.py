@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 import vbpfx.data.sources
+import vbpfx.gathering
 import vbpfx.model_names
 import vbpfx.pipeline
+import vbpfx.pruned
 import vbpfx.storage.files
 from vbpfx.cli import app
 
@@ -218,9 +220,9 @@ def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytes
 
 STAGES = {
     "load_model": vbpfx.model_names, "open_data": vbpfx.data.sources, "capture": vbpfx.pipeline,
-    "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.pipeline, "make_plan": vbpfx.pipeline,
+    "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.gathering, "make_plan": vbpfx.pipeline,
     "reconstruct_plan": vbpfx.pipeline, "convert": vbpfx.pipeline, "check": vbpfx.pipeline,
-    "onnx_writer": vbpfx.pipeline, "save_network": vbpfx.pipeline, "save_file": vbpfx.storage.files,
+    "onnx_writer": vbpfx.pruned, "save_network": vbpfx.pruned, "save_file": vbpfx.storage.files,
 }  # fmt: skip
 
 
@@ -255,7 +257,7 @@ def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pyte
     def refuse(*_: Any, **__: Any) -> None:
         raise vbpfx.ExportError("no operator for it")
 
-    monkeypatch.setattr(vbpfx.pipeline, "onnx_writer", refuse)
+    monkeypatch.setattr(vbpfx.pruned, "onnx_writer", refuse)
     _require_one_line(_run(*PRUNE), 1, "out holds everything but model.onnx: no operator for it")
     assert not Path("out/model.onnx").exists()
     assert vbpfx.load("out")(torch.zeros(2, 3, 8, 8)).shape == (2, 5)

@@ -273,9 +273,33 @@ def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> No
         hollow = Residual(HIDDEN)
     batches = [batches[0].float()]
     vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, ratio=0.4, progress=False)
-    network = vbpfx.load(tmp_path / "out")
-    assert {p.dtype for p in network.parameters()} == {torch.float16}
-    assert network.float()(batches[0]).isfinite().all()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shard_size", [None, 2000])
+def test_half_precision_in_files_is_loaded_in_the_precision_of_the_pruning(
+    dtype: torch.dtype, shard_size: int | None, tmp_path: Path
+) -> None:
+    """The numbers of the files, computed as the oracle computed them; tied tensors, and buffers that lie beside them."""
+    model, out = _words(), tmp_path / "out"
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(tensor.to(dtype))
+    halves = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    del halves["head.weight"]
+    save_file(halves, tmp_path / "half.safetensors")
+    files, options = tmp_path / "half.safetensors", {"ratio": 0.3, "progress": False}
+    vbpfx.prune_files(_hollow(), BATCHES, out, weights=files, shard_size=shard_size, **options)
+    stored, expected = Stored.of(out), vbpfx.prune(model, BATCHES, method="vbp", **options).graph_module
+    assert {shape.dtype for shape in stored.shapes.values() if shape.is_floating_point()} == {dtype}
+    with torch.no_grad():
+        for name in named_tensors(expected).keys() & stored.files.keys():
+            named_tensors(expected)[name].copy_(stored.read(name))
+    for network in (vbpfx.load(out), vbpfx.load(out, into=_words()).eval()):
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert torch.equal(network(BATCHES[0]), expected(BATCHES[0]))
 
 
 def test_saving_over_shards(tmp_path: Path) -> None:

@@ -102,6 +102,39 @@ def test_bfloat16_is_computed_in_float32_and_written_in_bfloat16(tmp_path: Path)
         torch.testing.assert_close(stored.read(name).float(), tensor, rtol=2**-7 if "bias" in name else 0, atol=0)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.bfloat16
+    batch = _batches()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            vbpfx.load(out)(**batch).logits, loaded.float()(**batch).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("ratio", "stays"), [(0.3, True), (0.5, False)])
+def test_a_configuration_goes_where_other_widths_are_saved_over_it(ratio: float, stays: bool, tmp_path: Path) -> None:
+    model, out = _llama(), tmp_path / "pruned"
+    folder, options = _saved(model, tmp_path / "dense"), {"uniform": True, "progress": False}
+    vbpfx.prune_files(folder, _batches(), out, ratio=0.3, **options)
+    assert (out / "config.json").exists()
+    other = vbpfx.prune(model, _batches(), ratio=ratio, method="vbp", **options)
+    other.save(out)
+    assert (out / "config.json").exists() == stays
+    batch = _batches()[0]
+    with torch.no_grad():
+        expected = other.graph_module(**batch).logits
+        assert torch.equal(vbpfx.load(out)(**batch).logits, expected)
+        if stays:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_saved_over_a_model_of_hugging_face(tmp_path: Path) -> None:
+    model = _llama()
+    folder = _saved(model, tmp_path / "dense")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pruned = vbpfx.prune(model, _batches(), ratio=0.3, method="vbp", progress=False)
+    with pytest.raises(ArtifactError, match=r"config.json and no plan.json.*choose another folder"):
+        pruned.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_class_without_a_place_for_the_fold(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from zoo import FOUND, Case, Net
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.reconstruction.influence import Gradients
-from vbpfx.reconstruction.reconstruct import layers_beside
 from vbpfx.reconstruction.regression import Sums, fit
 from vbpfx.reconstruction.residual import find_residual_sum
+from vbpfx.reconstruction.steps import layers_beside
 from vbpfx.reconstruction.stream import Stream
 
 

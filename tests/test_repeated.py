@@ -170,6 +170,31 @@ def test_what_is_reshaped_in_place_is_reshaped_under_its_own_name_alone() -> Non
     assert shapes(captured, "relu") == [(captured.batch, 8), (8,)]
 
 
+@fx.wrap
+def reshaping(x: Tensor, how: str) -> Tensor:
+    if how == "out=":
+        torch.add(x[0], 1, out=x.resize_(0))
+    else:
+        getattr(x, how)(0)
+    return x.sum()
+
+
+@pytest.mark.parametrize("how", ["unsqueeze_", "resize_", "out="])
+@pytest.mark.parametrize("before", [False, True], ids=["first", "second"])
+def test_what_a_function_of_the_users_reshapes_in_place_is_not_the_result_of_like_calls(how: str, before: bool) -> None:
+    """Whichever of two like results it reshapes, the other one keeps its shape, and is read with it."""
+
+    def forward(_: nn.ModuleList, x: Tensor) -> Any:
+        a, b = x.relu(), x.relu()
+        total = reshaping(a if before else b, how)
+        return total, (b if before else a).sum(-1)
+
+    captured = vbpfx.capture(Calls(forward), torch.ones(1, 3, 8), frontend="symbolic")
+    kept = captured.nodes["relu_1" if before else "relu"]
+    assert tuple(kept.meta["val"].shape) == (captured.batch, 3, 8)
+    assert shapes(captured, "sum") == [(3,)]
+
+
 def test_a_layer_of_the_users_is_run_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ops._TABLE, Counting, unchanged)
     captured = vbpfx.capture(Calls(all_layers, Counting(), Counting()), torch.ones(3, 8), frontend="symbolic")

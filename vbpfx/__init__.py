@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from vbpfx.measurement.latency import measure_latencies
     from vbpfx.measurement.sensitivity import sensitivities
     from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
-    from vbpfx.pipeline import Pruned, prune, save
+    from vbpfx.pipeline import prune
     from vbpfx.planning.latency_table import Latencies
     from vbpfx.planning.plan import make_plan
+    from vbpfx.pruned import Pruned, save
     from vbpfx.records import Block, Plan, Refusal
     from vbpfx.report.report import Report
     from vbpfx.rewrite.convert import convert
@@ -130,7 +131,8 @@ _HOMES = {
     "measurement.latency": "measure_latencies",
     "measurement.sensitivity": "sensitivities",
     "onnx_pipeline": "PrunedOnnx prune_onnx",
-    "pipeline": "Pruned prune save",
+    "pipeline": "prune",
+    "pruned": "Pruned save",
     "planning.latency_table": "Latencies",
     "planning.plan": "make_plan",
     "records": "Block Plan Refusal",

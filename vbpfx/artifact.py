@@ -32,10 +32,11 @@ from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
-from vbpfx.storage.tensors import INDEX, WHOLE
+from vbpfx.storage.tensors import INDEX, WHOLE, Stored
 
 _FORMAT = 3
 _BUFFERS = "buffers.safetensors"
+_CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.large.pipeline`)
 
 
 def save_plan(plan: Plan, folder: str | Path) -> None:
@@ -137,8 +138,12 @@ def save_network(
 
     A graph that calls functions which are not torch's cannot be written: such an artifact loads into the
     model's own class only, and its ``graph.json`` says why.
+
+    Raises:
+        ArtifactError: a file cannot be written, or the folder holds somebody else's model of Hugging Face.
     """
     folder = Path(folder)
+    described = _described_widths(folder)
     own, dense = named_tensors(graph_module), named_tensors(reference)
     unused = {name: tensor for name, tensor in dense.items() if name not in own}
     tensors = own | unused
@@ -154,10 +159,34 @@ def save_network(
             **{folder / name: write for name, write in beside.items()},
         }
     )
-    for path in (*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS):
-        with suppress(OSError):  # of an artifact in shards that was here before; graph.json no longer names them
+    # of an artifact in shards that was here before, which graph.json no longer names
+    stale = [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS]
+    if described is not None and described != (plan.fingerprint, plan.widths):
+        stale.append(folder / _CONFIG)
+    for path in stale:
+        with suppress(OSError):
             path.unlink()
     return folder
+
+
+def _described_widths(folder: Path) -> tuple[str, dict[str, int]] | None:
+    """Of which model and widths a configuration in the folder is; None without one.
+
+    Raises:
+        ArtifactError: it is not of an artifact, whose files may be written over.
+    """
+    settle(folder)
+    if not (folder / _CONFIG).exists():
+        return None
+    if not (folder / "plan.json").exists():
+        raise ArtifactError(
+            f"{folder} holds {_CONFIG} and no plan.json: the weights beside it are another model's; choose another folder"
+        )
+    try:
+        before = load_plan(folder)
+    except ArtifactError:  # damaged, or of another format
+        return "", {}
+    return before.fingerprint, before.widths
 
 
 def _graph(
@@ -189,7 +218,7 @@ def save_beside_weights(
     """Write everything of an artifact but the weights, which lie in the folder already.
 
     Args:
-        graph_module: the graph; its weights may be on the meta device.
+        graph_module: the graph; its weights may be on the meta device, and of another precision than in the files.
         beside: further files, by name.
         stored: name of a tensor -> the name that it has in the files.
         others: values of the graph's tensors that are not there, by name.
@@ -201,6 +230,12 @@ def save_beside_weights(
     rest = {name: others.get(name, tensor) for name, tensor in own.items() if name not in stored}
     holding = sorted(path.name for path in folder.glob("model*.safetensors")) + [_BUFFERS] * bool(rest)
     graph = _graph(graph_module, tied, [*(written | own.keys())], [*(written - used)], holding)
+    there = Stored.of(folder).shapes
+    graph["computed in"] = {
+        source: str(own[name].dtype).removeprefix("torch.")
+        for name, source in stored.items()
+        if name in own and own[name].dtype != there[source].dtype
+    }
     files = {
         **_plan_files(plan, folder),
         folder / "graph.json": json_writer(graph),
@@ -217,7 +252,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     Args:
         folder: what :func:`save` wrote.
         into: a dense model of the class that was pruned, with any weights: the result is a narrowed copy of
-            it with the saved weights. Without it the result is a GraphModule that needs no model class.
+            it with the saved weights, in its own precision. Without it the result is a GraphModule that needs no model class,
+            in the precision that it was pruned in, whatever its files hold (see :func:`vbpfx.prune_files`).
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or of another model.
@@ -238,8 +274,12 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             raise ArtifactError(
                 f"{folder} holds no graph ({graph['unavailable']}); pass into= a model of the pruned class"
             )
-        unused = set(graph["unused"])
-        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        unused, computed = set(graph["unused"]), graph.get("computed in", {})
+        used = {
+            name: tensor.to(getattr(torch, computed[name])) if name in computed else tensor
+            for name, tensor in tensors.items()
+            if name not in unused
+        }
         network = graph_from_json(graph, used, {n: first for n, first in tied.items() if n not in unused})
         for name in graph["frozen"]:
             network.get_parameter(name).requires_grad_(False)

@@ -23,6 +23,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.display.tables import counted
 from vbpfx.errors import ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
+from vbpfx.gathering import Calibration, Run, first_batch
 from vbpfx.graph.capture import Captured, captured_file
 from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.file import (
@@ -38,11 +39,13 @@ from vbpfx.onnx_graph.importer import Imported, import_graph
 from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
 from vbpfx.onnx_graph.runtime import open_session, session_with
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
-from vbpfx.pipeline import EXAMPLE_SAMPLES, Pruned, Run, first_batch, prune_captured
+from vbpfx.pipeline import EXAMPLE_SAMPLES, prune_captured
 from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.pruned import Pruned
 from vbpfx.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.rewrite.verify import TOLERANCES, Verification, relative_error
+from vbpfx.strategy import Fitting, Target
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
 _CHECKED_BATCHES = (1, 3)
@@ -122,7 +125,9 @@ def prune_onnx(
             not compute what it should. Nothing is written then.
     """
     path, out = Path(path), Path(out)
-    PlanOptions.of(**options)  # a mistake here should not cost a calibration
+    # a mistake in these should not cost a calibration
+    PlanOptions.of(**options)
+    fitting = Fitting(reconstruct, refit, samples, memory)
     model = read_model(path)
     require_writable(path, out)
     first, data = first_batch(calibration)
@@ -143,10 +148,15 @@ def prune_onnx(
         return found
 
     pruned = prune_captured(
-        captured, data, read=read, forward=forward, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples,
-        memory=memory, total=length_hint(calibration) or None, share=True, progress=progress,
-        verify=verify, **options,
-    )  # fmt: skip
+        captured,
+        Calibration(data, read, length_hint(calibration) or None, mask, progress),
+        options,
+        fitting=fitting,
+        target=Target(),
+        forward=forward,
+        share=True,
+        verify=verify,
+    )
     observed_by = str(tallies[0]) if tallies else "torch"
     external = has_external_data(model)
     release_pages(model)

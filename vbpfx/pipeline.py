@@ -2,166 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import fx, nn
 from typing_extensions import Unpack
 
-from vbpfx.analysis.blocks import Analysis, find_blocks
-from vbpfx.artifact import plan_digest, save_network
-from vbpfx.calibration.calibrate import calibrate, run_forward
-from vbpfx.calibration.prepare import Statistics, prepare, statistics
-from vbpfx.data.inputs import Inputs, as_inputs, reader
-from vbpfx.distributed.ranks import ALONE, Ranks, Sharing, joining
+from vbpfx.analysis.blocks import find_blocks
+from vbpfx.artifact import plan_digest
+from vbpfx.calibration.prepare import prepare
+from vbpfx.data.inputs import as_inputs, reader
+from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
-from vbpfx.export.exported_program import export_program
-from vbpfx.export.onnx import export_onnx, onnx_writer
+from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
 from vbpfx.graph.capture import Captured, Frontend, capture, require_module
 from vbpfx.graph.fake import has_fixed_batch
-from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.measurement.latency import measure_latencies, measure_result
-from vbpfx.measurement.sensitivity import MOST_SAMPLES, sensitivities
-from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.measurement.latency import measure_result
+from vbpfx.measurement.sensitivity import sensitivities
+from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
-from vbpfx.planning.select import select_blocks, select_layers
-from vbpfx.reconstruction.influence import Gradients, is_differentiable
-from vbpfx.reconstruction.kept import Keeping
-from vbpfx.reconstruction.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
+from vbpfx.pruned import Pruned
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
-from vbpfx.records import Plan
-from vbpfx.report.page import notebook_view, report_files
-from vbpfx.report.report import Report, make_report
+from vbpfx.report.report import make_report
 from vbpfx.rewrite.convert import convert
-from vbpfx.rewrite.own_class import apply_plan
-from vbpfx.rewrite.verify import Verification
 from vbpfx.rewrite.verify import verify as check
-from vbpfx.runtimes.table import DEFAULT, best_multiple
 from vbpfx.storage.checkpoint import digest
+from vbpfx.strategy import Fitting, Strategy, Target
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
 EXAMPLE_SAMPLES = 4
-# What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
-_WIDTHS_COVARIANCE_SHARE = 0.25
-
-
-# Runs one batch for the observers of a prepared graph.
-Run = Callable[[Inputs], None]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The result of :func:`prune`. Printing it shows the report.
-
-    Attributes:
-        graph_module: the pruned network as a ``torch.fx.GraphModule``, in eval mode, trainable, with the
-            model's call signature and output structure.
-        plan, statistics, analysis, report, verification: what the stages made.
-        captured: the dense graph.
-        ranks: the processes that it was made on; all hold the same, and rank 0 alone writes files.
-    """
-
-    graph_module: fx.GraphModule
-    plan: Plan
-    statistics: Statistics
-    analysis: Analysis
-    report: Report
-    verification: Verification | None
-    captured: Captured
-    ranks: Ranks = ALONE
-
-    def __str__(self) -> str:
-        return str(self.report)
-
-    def __repr__(self) -> str:
-        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.report.costs.items())
-        return f"<Pruned {self.report.network}: {', '.join(parts)}>"
-
-    def _repr_html_(self) -> str:
-        return notebook_view(self.report)
-
-    def apply_to(self, model: nn.Module) -> nn.Module:
-        """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.
-
-        Args:
-            model: the model that was pruned, or another of its class and sizes.
-
-        Raises:
-            ArtifactError: the model is not of the structure that was pruned.
-            VerificationError: the class computes something else when narrowed.
-        """
-        small = apply_plan(model, self.plan)
-        if self.verification is not None:
-            frontend = self.captured.frontend
-            assert frontend != "onnx"  # what comes from a file is no Pruned
-            check(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
-        return small
-
-    def save(
-        self,
-        folder: str | Path,
-        *,
-        onnx: bool = False,
-        evaluation: Mapping[str, Any] | None = None,
-        bench: BenchResult | None = None,
-        command: str = "",
-    ) -> Path:
-        """Write ``plan.json``, ``model.safetensors``, ``graph.json``, ``report.json`` and ``report.html``, all or none.
-
-        Args:
-            folder: where to; made if need be (:mod:`vbpfx.artifact`).
-            onnx: write ``model.onnx``, too, checked as :meth:`to_onnx` checks it.
-            evaluation, bench, command: what else the report shall hold; see :meth:`vbpfx.Report.measured`.
-
-        Raises:
-            ArtifactError: a file cannot be written; what was there stays.
-            ExportError: with ``onnx=True``: the network cannot be exported, or the file does not compute what it does.
-        """
-        report = self.report.measured(evaluation=evaluation, bench=bench, command=command)
-
-        def write() -> Path:
-            beside = report_files(report)
-            if onnx:
-                beside["model.onnx"] = onnx_writer(self.graph_module, self.captured.inputs, plan=self.plan)
-            return save_network(self.graph_module, self.captured.reference, self.plan, beside, folder)
-
-        return self.ranks.write(write, Path(folder))
-
-    def to_onnx(self, path: str | Path) -> Path:
-        """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`.
-
-        Warns where convolutions have widths that ONNX Runtime is slow at.
-
-        Args:
-            path: of the file; it takes its name when everything has been checked.
-
-        Raises:
-            ExportError: the network cannot be exported, or the file does not compute what it should.
-            ArtifactError: it cannot be written.
-        """
-        if self.report.uneven:
-            warnings.warn(self.report.advice, stacklevel=2)
-        parts = self.graph_module, self.captured.inputs, path
-        return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
-
-    def to_exported_program(self, *, like: ExportedProgram | None = None) -> ExportedProgram:
-        """An ``ExportedProgram`` with a dynamic batch axis; see :mod:`vbpfx.export.exported_program`.
-
-        Args:
-            like: the program whose inputs, open sizes and ranges it shall have, where the model was pruned as its module.
-
-        Raises:
-            ExportError: torch.export cannot take the network.
-        """
-        return export_program(self.graph_module, self.captured.inputs, like=like)
 
 
 @joining
@@ -233,127 +105,72 @@ def prune(
     ranks.require_whole(calibration)
     if ranks.count > 1:
         ranks.meet("model", digest(model))
-        ranks.meet("choice of options", _in_words(options))
-    PlanOptions.of(**options)  # a mistake here should not cost a capture
+        ranks.meet("choice of options", in_words(options))
+    # a mistake in these should not cost a capture
+    PlanOptions.of(**options)
+    fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:
         first, data = first_batch(data)
         example_inputs = read(first)
     example = as_inputs(example_inputs, model)
+    if example.is_empty:
+        raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")
     few = example if has_fixed_batch(model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(model, few, frontend=frontend)
+    total = length_hint(calibration) or None
     return prune_captured(
-        captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
-        total=length_hint(calibration) or None, progress=progress, verify=verify,
-        ranks=ranks, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
-        runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads, **options,
-    )  # fmt: skip
+        captured,
+        Calibration(data, read, total, mask, progress, ranks, checkpoint, checkpoint_every),
+        options,
+        fitting=fitting,
+        target=target,
+        verify=verify,
+    )
 
 
 def prune_captured(
     captured: Captured,
-    data: Iterable[Any],
+    calibration: Calibration,
+    options: PlanArguments,
     *,
-    read: Callable[[Any], Inputs],
+    fitting: Fitting,
+    target: Target,
     forward: Callable[[fx.GraphModule], Run | None] | None = None,
-    mask: str | None = None,
-    reconstruct: bool | None = None,
-    refit: bool | None = None,
-    samples: int | None = None,
-    memory: float = 8.0,
-    total: int | None = None,
     share: bool = False,
-    progress: bool = True,
     verify: bool = True,
-    ranks: Ranks = ALONE,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 50,
-    runtime: str | None = None,
-    runtime_batch: int = 1,
-    runtime_threads: int | None = None,
-    **options: Unpack[PlanArguments],
 ) -> Pruned:
-    """The stages behind the capture, in order; arguments as :func:`prune` takes them.
+    """The stages behind the capture, in order.
 
     Args:
-        data: batches, gone through once; ``read`` makes arguments of them, ``total`` is how many there are.
         forward: from the prepared graph to what runs a batch for its observers; the graph itself where it is left out, or
             gives None.
         share: see :func:`vbpfx.convert`.
+        verify: see :func:`prune`.
     """
-    arguments = _given(
-        options, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory, runtime=runtime,
-        runtime_batch=runtime_batch, runtime_threads=runtime_threads,
-        frontend="export" if captured.frontend == "export" else "auto",
-    )  # fmt: skip
-    place = runtime or DEFAULT
-    if runtime is not None or options.get("latency") is not None:
-        options["round_to"] = options.get("round_to") or best_multiple(place)
-    chosen = PlanOptions.of(**options)
+    ranks, progress = calibration.ranks, calibration.progress
     analysis = find_blocks(captured)
-    blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-    fitting = chosen.reconstructs if reconstruct is None else reconstruct
-    beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refit or refit is None else ()
-    choosing = fitting and chosen.chooses_on_the_way
-    measuring = chosen.allocation == "sensitivity"
-    widths_alone = choosing and all(
-        chosen_on_the_way(analysis, block) for block in blocks
-    )  # is what is taken from the plan
-    if widths_alone and not measuring:
-        options |= {"criterion": "variance", "compensation": "mean"}
-    covariance = PlanOptions.of(**options).needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True)
-    observed = prepare(captured, analysis, blocks=blocks, mask=mask, covariance=covariance)
-    latencies = None
-    if chosen.budget.kind == "latency":
-        latencies = ranks.of_first(
-            lambda: measure_latencies(
-                analysis,
-                chosen.budget.value,
-                blocks=blocks,
-                runtime=place,
-                batch=runtime_batch,
-                threads=runtime_threads,
-                round_to=chosen.round_to,
-            )
-        )
-    wanted = (samples or samples_that_fit(analysis, memory)) if fitting else MOST_SAMPLES if measuring else 0
-    layers = layers_to_fit(analysis, blocks, beside) if fitting else []
-    reading = {consumer.node for block in blocks for consumer in block.consumers}  # where neurons are chosen
-    gradients = None
-    if layers and is_differentiable(captured, layers):
-        gradients = Gradients(captured, layers, observed, metrics=reading)
-    run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
-    keeping = Keeping(run, wanted, gradients, divisible=captured.batch is not None)
-    calibrate(
-        observed,
-        data,
-        read=read,
-        work=keeping,
-        total=total,
-        progress=progress,
-        ranks=ranks,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        settings={
-            "options": _in_words(options),
-            "samples": wanted,
-            "gradients": sorted(c.node for c in layers) if gradients else None,
-        },
+    strategy = Strategy.of(analysis, fitting, **target.rounded(options))
+    observed = prepare(
+        captured, analysis, blocks=strategy.blocks, mask=calibration.mask, covariance=strategy.covariance
     )
-    gathered, kept = statistics(observed), keeping.samples(ranks)
-    del run, keeping, observed  # a runtime may hold the whole network in memory
+    by_latency = strategy.chosen.budget.kind == "latency"
+    latencies = ranks.of_first(lambda: target.latencies(analysis, strategy)) if by_latency else None
+    run = forward(observed) if forward else None
+    gathered = gather(captured, observed, run, calibration, strategy)
+    del run, observed  # a runtime may hold the whole network in memory
     plan = make_plan(
         analysis,
-        gathered,
-        sensitivity=lambda alike: sensitivities(analysis, alike, kept, progress=progress),
+        gathered.statistics,
+        sensitivity=lambda alike: sensitivities(analysis, alike, gathered.samples, progress=progress),
         latencies=latencies,
-        **options,
+        **strategy.options,
     )
-    if fitting:
-        influence = gradients.influences(ranks=ranks) if gradients else {}
+    if strategy.fits:
         plan = reconstruct_plan(
-            analysis, plan, kept, influence, beside=beside, choose=choosing, mask=mask, progress=progress
+            analysis, plan, gathered.samples, gathered.influence,
+            beside=strategy.beside, choose=strategy.chooses, mask=calibration.mask, progress=progress,
         )  # fmt: skip
     if ranks.count > 1:
         ranks.meet("plan", plan_digest(plan))
@@ -361,38 +178,18 @@ def prune_captured(
     verification = check(captured, small, plan) if verify else None
     latency = ranks.of_first(lambda: measure_result(small, captured, plan, latencies)) if latencies else None
     report = make_report(
-        captured, small, analysis, plan, verification, latency, statistics=gathered, arguments=arguments
-    )
-    return Pruned(small, plan, gathered, analysis, report, verification, captured, ranks)
+        captured, small, analysis, plan, verification, latency,
+        statistics=gathered.statistics, arguments=_given(captured, calibration, options, fitting, target),
+    )  # fmt: skip
+    return Pruned(small, plan, gathered.statistics, analysis, report, verification, captured, ranks)
 
 
-def save(pruned: Pruned, folder: str | Path) -> Path:
-    """Write a pruned network to a folder, without pickle; :func:`vbpfx.load` reads it.
-
-    Args:
-        pruned: what :func:`prune` returned.
-        folder: where to; made if need be.
-
-    Raises:
-        ArtifactError: the folder cannot be written, or the network has no graph that can be stored.
-    """
-    return pruned.save(folder)
-
-
-def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The batches one after the other; a CalibrationError for what holds none."""
-    if isinstance(calibration, (Tensor, Mapping)):
-        raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")
-    try:
-        return iter(calibration)
-    except TypeError as error:
-        raise CalibrationError(
-            f"calibration is a {type(calibration).__name__}, expected an iterable of batches"
-        ) from error
-
-
-def _given(options: PlanArguments, **others: Any) -> dict[str, Any]:
+def _given(
+    captured: Captured, calibration: Calibration, options: PlanArguments, fitting: Fitting, target: Target
+) -> dict[str, Any]:
     """What differs from the defaults of :func:`prune`, JSON-ready; a function goes by its name."""
+    frontend = "export" if captured.frontend == "export" else "auto"
+    others = {"mask": calibration.mask, **vars(fitting), **vars(target), "frontend": frontend}
     defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
     given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
     return {name: _plain(value) for name, value in given.items() if value is not None}
@@ -404,19 +201,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
     return getattr(value, "__qualname__", str(value))
-
-
-def _in_words(options: PlanArguments) -> str:
-    """The budget and the method, so that runs can be compared."""
-    given = {key: getattr(value, "__qualname__", value) for key, value in sorted(options.items()) if value is not None}
-    return ", ".join(f"{key}={value!r}" for key, value in given.items())
-
-
-def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and the data with that batch still in it; the data is gone through once."""
-    iterator = require_batches(calibration)
-    missing = object()
-    first = next(iterator, missing)
-    if first is missing:
-        raise CalibrationError("the calibration data is empty: pass at least one batch")
-    return first, itertools.chain([first], iterator)

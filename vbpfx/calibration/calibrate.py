@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from vbpfx.calibration.checkpoint import CalibrationFile, Work
 from vbpfx.calibration.gathered import over_all_ranks
 from vbpfx.calibration.moments import answers_at_once
-from vbpfx.calibration.observer import Observer
 from vbpfx.calibration.prepare import observers
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
@@ -106,6 +105,8 @@ def calibrate(
             for seen, batch in enumerate(data, start=1):
                 ranks.watch()
                 inputs = read(batch) if read is not None else as_inputs(batch, observed)
+                if inputs.is_empty:
+                    continue
                 samples = inputs.batch_size or 1
                 number = start * ranks.count + ranks.rank * samples if ranks.own else start
                 start += samples
@@ -126,18 +127,18 @@ def calibrate(
                     raise CalibrationError(misfit(seen, inputs, first, observed, error)) from error
                 ran += [seen] * (watching[0].calls - called[0] - len(ran))
                 if answers_at_once(device):
-                    _require_finite(watching, called, ran, inputs)
+                    _require_finite(observed, called, ran, inputs)
                 first = first or inputs
                 advance()
                 if file and own % file.every == 0:
-                    _require_finite(watching, called, ran)
+                    _require_finite(observed, called, ran)
                     file.save(watching, work, own)
-        _require_finite(watching, called, ran)
+        _require_finite(observed, called, ran)
         if file:
             file.finish(watching, work, own)
-        if not (ranks.sums([seen])[0] if ranks.own else seen):
+        if not (ranks.sums([start])[0] if ranks.own else start):
             raise CalibrationError(
-                "the calibration data is empty: pass at least one batch (an iterator that was used up yields nothing)"
+                "the calibration data is empty: pass at least one batch with a sample (an iterator that was used up yields nothing)"
             )
         if ranks.count > 1:
             everyones = over_all_ranks([o.moments for o in watching], [o.width for o in watching], device, ranks)
@@ -165,7 +166,7 @@ def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphMo
 
 
 def _require_finite(
-    watching: Sequence[Observer], called: Sequence[int], ran: Sequence[int], last: Inputs | None = None
+    observed: fx.GraphModule, called: Sequence[int], ran: Sequence[int], last: Inputs | None = None
 ) -> None:
     """Raise a CalibrationError that names the first batch whose activations are not finite, and its first block.
 
@@ -174,18 +175,21 @@ def _require_finite(
         ran: the number of the batch of every call since then.
         last: the last one of them, where it is the only one that can be bad.
     """
-    found = [
-        (o.bad_call - before, o.name) for o, before in zip(watching, called, strict=True) if o.bad_call is not None
-    ]
+    watching = zip(observers(observed), called, strict=True)
+    found = [(o.bad_call - before, o.name) for o, before in watching if o.bad_call is not None]
     if not found or not ran:
         return
     call, name = min(found, key=lambda entry: entry[0])
-    raise CalibrationError(not_finite(ran[max(0, call)], name, last))
+    raise CalibrationError(not_finite(ran[max(0, call)], name, last, observed))
 
 
-def not_finite(seen: int, block: str, inputs: Inputs | None) -> str:
+def not_finite(seen: int, block: str, inputs: Inputs | None, observed: fx.GraphModule) -> str:
     """What to say of a batch that makes NaN or infinite activations; ``inputs`` are the batch, where it is still there."""
-    if inputs is None:
+    parameters = ((name, p) for name, p in observed.named_parameters() if not p.is_meta)
+    bad = next((name for name, parameter in parameters if not bool(parameter.isfinite().all())), None)
+    if bad is not None:
+        advice = f"parameter {bad} of the model holds NaN or infinity: load or train its weights again"
+    elif inputs is None:
         advice = "leave it out if its input is not finite, or run the model in a wider dtype"
     elif all(bool(t.isfinite().all()) for t in inputs.tensors if t.is_floating_point()):
         advice = "its input is finite: the model itself overflows, run it in a wider dtype"

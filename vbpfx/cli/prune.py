@@ -46,7 +46,7 @@ from vbpfx.cli.data_options import (
 from vbpfx.cli.group import among_ranks
 
 if TYPE_CHECKING:
-    from vbpfx.pipeline import Pruned
+    from vbpfx.pruned import Pruned
 
 EXAMPLES = """\
 [bold]Examples[/bold]

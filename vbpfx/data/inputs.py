@@ -37,6 +37,11 @@ class Inputs:
         """Size of the first axis of the first tensor that has one; None without such a tensor."""
         return next((t.shape[0] for t in self.tensors if t.ndim), None)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is a batch axis, and no sample on it."""
+        return self.batch_size == 0
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same arguments with the function applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))

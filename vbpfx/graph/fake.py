@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.graph.repeated import Repeated
+from vbpfx.graph.repeated import Repeated, ReshapedError
 
 _SMALLEST_SENTINEL = 1009
 
@@ -34,15 +34,21 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
         node.meta["val"] = value = run()
         return value
 
+    def run(samples: int | None) -> None:
+        try:
+            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
+        except ReshapedError:
+            run_fake(graph_module, inputs, samples, record)
+
     tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
     samples = sentinel({size for tensor in tensors for size in tensor.shape})
     if inputs.batch_size is not None and not fixed:
         try:
-            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
+            run(samples)
             return samples
         except Exception:  # a graph that is tied to its batch size still works at that size
             pass
-    run_fake(graph_module, inputs, inputs.batch_size, record, Repeated(graph_module))
+    run(inputs.batch_size)
     return None
 
 

@@ -2,7 +2,8 @@
 
 What decides over a result's shapes, strides and dtypes is put into a key: the operator or the layer with all it knows of itself, the
 arguments' shapes, autocast. Where something else might decide (the user's own code, values of real tensors, hooks), there is no key,
-and the call is run.
+and the call is run. Where such a call reshapes an argument in place, which may be the result of other calls, too, the graph must be run
+anew, each call by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 # These change what is known of a tensor, under every name that it has.
 _RESHAPING = frozenset({"resize_", "resize_as_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_",
@@ -24,6 +26,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 class _NoKeyError(Exception):
     """Something else may decide over the result."""
+
+
+class ReshapedError(Exception):
+    """A call has changed in place what is known of a tensor that may be the result of several calls."""
 
 
 class Repeated:
@@ -41,13 +47,18 @@ class Repeated:
             operator: a function, a method's name, or a layer.
             args, kwargs: what it is called with; a method's object comes first.
             call: runs it; its tensors must be fake.
+
+        Raises:
+            ReshapedError: it was run, and changed what is known of an argument.
         """
-        if not self._usable or "out" in kwargs:
+        if not self._usable:
             return call()
         try:
+            if "out" in kwargs:
+                raise _NoKeyError
             key = _operator(operator), _key(args), _key(kwargs), *map(_autocast, ("cpu", "cuda"))
         except _NoKeyError:
-            return call()
+            return _watched(args, kwargs, call)
         if key not in self._results:
             value = call()
             parts = value if type(value) in (tuple, list) else (value,)
@@ -55,6 +66,21 @@ class Repeated:
                 return value
             self._results[key] = value
         return self._results[key]
+
+
+def _watched(args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
+    """What a call returns; a ReshapedError where it changes what is known of an argument."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    before = [_known(tensor) for tensor in tensors]
+    value = call()
+    if before != [_known(tensor) for tensor in tensors]:
+        raise ReshapedError
+    return value
+
+
+def _known(tensor: Tensor) -> tuple[Any, ...]:
+    strided = tensor.layout is torch.strided
+    return tuple(tensor.shape), tensor.stride() if strided else None, tensor.layout, tensor.dtype, tensor.device
 
 
 def _name(target: Any) -> str:

@@ -8,7 +8,6 @@ piece by piece again, the pruned ones from the files that were written.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,13 +22,15 @@ from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.artifact import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader
-from vbpfx.errors import ArtifactError, BudgetError, VerificationError, first_line
+from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, first_line
+from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
-from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
+from vbpfx.pipeline import EXAMPLE_SAMPLES
+from vbpfx.planning.budget import require_memory
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
@@ -123,7 +124,9 @@ def prune_files(
     hollow = Weightless.of(model, weights)
     read = reader(hollow.model, inputs)
     _, data = first_batch(calibration)
-    batches = [read(batch).to(_CPU) for batch in data]
+    batches = [given for batch in data if not (given := read(batch).to(_CPU)).is_empty]
+    if not batches:
+        raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
     example = example if has_fixed_batch(hollow.model, example) else example.first(EXAMPLE_SAMPLES)
     captured = capture(hollow.model, example, frontend=frontend)
@@ -148,8 +151,7 @@ def prune_files(
 
 
 def _shard_limit(shard_size: int | str | None, memory: float) -> int:
-    if not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
-        raise BudgetError(f"memory={memory!r} is no number of GiB above 0")
+    require_memory(memory)
     limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
     if limit > memory * 2**30:
         raise ArtifactError(

@@ -146,7 +146,7 @@ class _Gathering:
             passed = [name for name, own in waiting.items() if all(order[n] <= order[piece.last] for n, _ in own)]
             for name in passed:
                 own = [observer for _, observer in waiting.pop(name)]
-                self._require_finite(own)
+                self._require_finite(own, observed)
                 finish(self.blocks[name], tuple(o.moments for o in own if o.moments is not None))
                 for observer in own:
                     observer.moments = None
@@ -177,10 +177,10 @@ class _Gathering:
             first = self.batches[0] if number else None
             raise CalibrationError(misfit(number + 1, self.batches[number], first, observed, error)) from error
 
-    def _require_finite(self, own: Sequence[Observer]) -> None:
+    def _require_finite(self, own: Sequence[Observer], observed: fx.GraphModule) -> None:
         bad = next((o for o in own if o.bad_call is not None), None)
         if bad is not None and bad.bad_call is not None:
-            raise CalibrationError(not_finite(bad.bad_call + 1, bad.name, self.batches[bad.bad_call]))
+            raise CalibrationError(not_finite(bad.bad_call + 1, bad.name, self.batches[bad.bad_call], observed))
 
 
 def samples_of(captured: Captured) -> int:

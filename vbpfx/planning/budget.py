@@ -217,6 +217,13 @@ def require_positive(name: str, value: Any) -> int:
     return value
 
 
+def require_memory(value: Any) -> float:
+    """The value, if it is a number of GiB above 0; a BudgetError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise BudgetError(f"memory={value!r} is no number of GiB above 0")
+    return float(value)
+
+
 def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     """MACs of the model per sample at given widths.
 

@@ -131,6 +131,12 @@ class PlanOptions:
         return callable(self.criterion) or self.criterion in NEED_COVARIANCE
 
 
+def in_words(options: PlanArguments) -> str:
+    """The budget and the method, so that runs can be compared."""
+    given = {key: getattr(value, "__qualname__", value) for key, value in sorted(options.items()) if value is not None}
+    return ", ".join(f"{key}={value!r}" for key, value in given.items())
+
+
 def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:
     if not isinstance(value, str) or value not in table:
         raise BudgetError(f"{name}={value!r} is unknown; choose one of {', '.join(sorted(table))}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vbpfx.errors import CalibrationError
+
 
 def ridge_factor(covariance: Tensor, penalty: float) -> Tensor:
     """Cholesky factor of C + lambda s I, (d, d) float64, with s the mean of the diagonal of C.
@@ -15,8 +17,16 @@ def ridge_factor(covariance: Tensor, penalty: float) -> Tensor:
     Args:
         covariance: C, (d, d).
         penalty: lambda, positive; s makes it free of units.
+
+    Raises:
+        CalibrationError: C holds NaN or infinity.
     """
     c = covariance.double()
+    if not bool(c.isfinite().all()):
+        raise CalibrationError(
+            "the covariances of its input are not finite: activations, or their squares, leave the precision that the model "
+            "computes in; run it in a wider dtype"
+        )
     eye = torch.eye(len(c), dtype=torch.float64, device=c.device)
     scale = float(c.diagonal().mean()) if len(c) else 0.0
     if not scale > 0:

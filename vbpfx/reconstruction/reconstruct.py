@@ -15,28 +15,26 @@ that is lost; but what cannot be predicted is then answered by shrinking the sig
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbpfx.analysis.blocks import Analysis
-from vbpfx.analysis.masks import Mask, find_masks
 from vbpfx.calibration.calibrate import progress_bar
-from vbpfx.calibration.observer import as_rows, is_held_out, row_numbers
-from vbpfx.calibration.prepare import coprime, rows_a_sample
 from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.distributed.samples import Samples
+from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import named_tensors
-from vbpfx.graph.fake import graph_arguments
 from vbpfx.planning.elimination import PENALTY, elimination_costs
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
-from vbpfx.reconstruction.residual import find_residual_sum, pull_back
-from vbpfx.reconstruction.stream import Stream, held_bytes
-from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
+from vbpfx.reconstruction.rows import LayerRows
+from vbpfx.reconstruction.steps import Step, steps_of
+from vbpfx.reconstruction.stream import Stream
+from vbpfx.records import BlockPlan, Consumer, Plan
 from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
 # m where there is data without end.
@@ -45,21 +43,6 @@ SHARE = 0.8
 _ROWS_TO_LEARN_FROM = 30
 # Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-_FEWEST_SAMPLES = 64
-_ROWS_PER_COLUMN = 64
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer on the way.
-
-    Attributes:
-        layer: the layer.
-        chooses: the plan's entry whose neurons are chosen here; None where nothing is.
-    """
-
-    layer: Consumer
-    chooses: BlockPlan | None
 
 
 def reconstruct(
@@ -88,8 +71,11 @@ def reconstruct(
         share: m where there is data without end; less is taken where few rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
+
+    Raises:
+        CalibrationError: what the narrowed network feeds a layer is not finite.
     """
-    steps = _steps(analysis, plan, beside, choose)
+    steps = steps_of(analysis, plan, beside, choose)
     if not steps:
         return plan
     device, samples = model_device(analysis.captured.reference), Samples.of(batches)
@@ -97,42 +83,12 @@ def reconstruct(
     run = _Reconstruction(analysis, plan, samples, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress and samples.ranks.first) as advance:
         for number, step in enumerate(steps):
-            run.take(number, step)
+            try:
+                run.take(number, step)
+            except CalibrationError as error:
+                raise CalibrationError(f"layer {step.layer.weight.rpartition('.')[0]}: {error}") from error
             advance()
     return run.result()
-
-
-def chosen_on_the_way(analysis: Analysis, block: Block) -> bool:
-    """Whether reconstruction chooses a block's neurons itself: layers of their own read one value, and nothing else does."""
-    fittable = {layer.node for layer in analysis.layers}
-    return len(block.sources) == 1 and not block.reductions and fittable >= {c.node for c in block.consumers}
-
-
-def samples_that_fit(analysis: Analysis, memory: float) -> int:
-    """How many samples the two streams may hold in so many GiB."""
-    a_sample = 2 * held_bytes(analysis.captured, (layer.node for layer in analysis.layers))
-    return max(_FEWEST_SAMPLES, int(memory * 2**30 / max(1, a_sample)))
-
-
-def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
-    """The layers that write to a residual stream and read no block: attention's output projections, for one."""
-    reading = {consumer.node for block in analysis.blocks for consumer in block.consumers}
-    others = (layer for layer in analysis.layers if layer.node not in reading)
-    return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
-
-
-def layers_to_fit(analysis: Analysis, blocks: Sequence[Block], beside: Sequence[Consumer]) -> list[Consumer]:
-    """The layers that reconstruction may fit when it narrows these blocks, in graph order."""
-    chosen = {c.node for block in blocks for c in block.consumers} | {layer.node for layer in beside}
-    return [layer for layer in analysis.layers if layer.node in chosen]
-
-
-def _steps(analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
-    """The layers to fit, in graph order."""
-    first = {entry.block.consumers[0].node: entry for entry in plan.blocks}
-    choosing = {node: e for node, e in first.items() if choose and chosen_on_the_way(analysis, e.block)}
-    layers = layers_to_fit(analysis, [entry.block for entry in plan.blocks], beside)
-    return [Step(layer, choosing.get(layer.node)) for layer in layers]
 
 
 class _Reconstruction:
@@ -153,14 +109,13 @@ class _Reconstruction:
         self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
-        self.samples, self.batches, self.ranks = samples, samples.batches, samples.ranks
+        self.samples, self.ranks = samples, samples.ranks
         narrowed, self.places = with_fitted(self.captured, [step.layer for step in steps])
         substitute(narrowed, list(self.decided.values()))
-        self.dense = Stream(self.captured.graph_module, self.batches)
-        self.narrow = Stream(narrowed, self.batches)
-        sources = {step.layer.source: self._width(step.layer) for step in steps}
-        self.masks = find_masks(self.captured, sources, mask)
-        self.every = {source: self._step(source, width) for source, width in sources.items()}
+        self.dense = Stream(self.captured.graph_module, samples.batches)
+        self.narrow = Stream(narrowed, samples.batches)
+        widths = {step.layer.source: self._width(step.layer) for step in steps}
+        self.rows = LayerRows(self.captured, self.dense, self.narrow, samples, widths, influence, mask)
         self.fits: list[tuple[Consumer, Tensor, Tensor]] = []
 
     def take(self, number: int, step: Step) -> None:
@@ -203,43 +158,14 @@ class _Reconstruction:
 
     def _gather(self, layer: Consumer, weight: Tensor, bias: Tensor) -> Sums:
         """The sums of a layer's regression over all batches, of all ranks."""
-        rows = self._rows(layer, weight, bias, self._share(layer, self.influence.get(layer.node)))
+        rows = self.rows.of(layer, weight, bias, self._share(layer, self.influence.get(layer.node)))
         begun = next(rows, None)
-        centres = self.ranks.of_lowest(Sums.centres(*begun[:2]) if begun else None, [(n,) for n in weight.shape[::-1]])
-        sums = Sums(centres)
-        for x, t, weights, held in itertools.chain([begun] if begun else [], rows):
-            sums.add(x, t, weights, held)
+        own = Sums.centres(begun.x, begun.t) if begun else None
+        sums = Sums(self.ranks.of_lowest(own, [(n,) for n in weight.shape[::-1]]))
+        for part in itertools.chain([begun] if begun else [], rows):
+            sums.add(*part)
         sums.add_other_ranks(self.ranks, weight.shape[1], weight.shape[0])
         return sums
-
-    def _rows(
-        self, layer: Consumer, weight: Tensor, bias: Tensor, share: float
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-        """Inputs, targets and weights of a layer's rows, and whether they are held out."""
-        source = layer.source
-        operand = self.narrow.nodes[layer.node].all_input_nodes[0].name  # what is removed is substituted in it
-        residual = find_residual_sum(self.captured, layer.node)
-        if residual is not None and not (self.dense.holds(residual.stream) and self.narrow.holds(residual.stream)):
-            residual = None
-        mask, about = self.masks.get(source), self.influence.get(layer.node)
-        a_sample = rows_a_sample(self.captured, source)
-        for number, start in enumerate(self.samples.starts):
-            x, y = self.narrow.value(number, operand), self.dense.value(number, layer.node)
-            if residual is not None:
-                lost = self.dense.value(number, residual.stream) - self.narrow.value(number, residual.stream)
-                wish = pull_back(self.dense, number, layer.node, residual, y, lost)
-                y = y if wish is None else y + wish
-            padding = self._mask(number, mask)
-            xs, ys = (as_rows(v, source.axis, padding, mask.axes if mask else ()) for v in (x, y))
-            counts = as_rows(about.weights[number], source.axis, padding, mask.axes if mask else ()) if about else None
-            numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
-            rows, weights = _sample(numbers, self.every[source], counts)
-            held = is_held_out(numbers[rows], a_sample)
-            for part, is_held in ((~held, False), (held, True)):
-                if bool(part.any()):
-                    x, y = xs[rows[part]], ys[rows[part]]
-                    own = nn.functional.linear(x, weight.to(x), bias.to(x))
-                    yield x, own + share * (y - own), weights[part], is_held
 
     def _choose(self, entry: BlockPlan, layer: Consumer, sums: Sums, weight: Tensor) -> BlockPlan:
         """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
@@ -260,13 +186,6 @@ class _Reconstruction:
         kept = tuple(c for c in range(block.width) if c not in pruned)
         means = normal.mean_x[[start + c for c in sorted(pruned)]]
         return BlockPlan(block, kept, (means,), (None,))
-
-    def _step(self, source: Source, width: int) -> int:
-        """Of how many rows one is taken: as many as there are beyond what a fit of that width needs."""
-        a_sample = rows_a_sample(self.captured, source)
-        rows = a_sample * self.samples.total
-        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
-        return coprime(step, a_sample)
 
     def _share(self, layer: Consumer, about: Influence | None) -> float:
         """m for a layer: the fewer rows carry the weight, the less of what is lost can be learnt from them."""
@@ -320,30 +239,6 @@ class _Reconstruction:
         return not layer.creates_bias or any(
             consumer.node == layer.node for entry in self.plan.blocks for consumer in entry.block.consumers
         )
-
-    def _mask(self, batch: int, mask: Mask | None) -> Tensor | None:
-        """The padding mask in one batch."""
-        if mask is None:
-            return None
-        names = [node.name for node in self.captured.graph_module.graph.nodes if node.op == "placeholder"]
-        found = graph_arguments(self.captured.graph_module, self.batches[batch])[names.index(mask.node)]
-        assert isinstance(found, Tensor)
-        return found
-
-
-def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which of a batch's rows, so numbered, enter a regression, and with what weight.
-
-    One of so many rows, whichever batch it is in; those that count for more than so many are all taken.
-    """
-    index = torch.arange(len(numbers))
-    turn = numbers % every == 0
-    if counts is None:
-        return index[turn], torch.ones(int(turn.sum()))
-    weights = counts.flatten().cpu()
-    always = weights >= every
-    chosen = turn | always
-    return index[chosen], torch.where(always, weights, weights * every)[chosen]
 
 
 def _on_what_stays(normal: Normal, weight: Tensor, columns: Tensor) -> Tensor:

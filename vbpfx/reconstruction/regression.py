@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vbpfx.calibration.moments import answers_at_once
 from vbpfx.distributed.ranks import Ranks
 from vbpfx.planning.ridge import ridge_factor
 
@@ -55,13 +56,20 @@ class Sums:
         x, t = (_wide(v) for v in (x, t))
         if self._centres is None:
             self._centres = self.centres(x, t)
-        x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
-        w = weights.to(x)
-        wx = x * w[:, None]
-        parts = tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
+        parts = self._parts(x, t, weights)
+        if x.dtype != torch.float64 and answers_at_once(x.device) and not all(bool(p.isfinite().all()) for p in parts):
+            parts = self._parts(x.double(), t.double(), weights)  # squares of what is finite may leave float32
         if held in self._sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
         self._sums[held] = parts
+
+    def _parts(self, x: Tensor, t: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """The sums over some rows, taken in the rows' precision, as float64."""
+        assert self._centres is not None
+        x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
+        w = weights.to(x)
+        wx = x * w[:, None]
+        return tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
 
     @staticmethod
     def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

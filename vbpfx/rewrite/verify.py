@@ -133,6 +133,11 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
             f"the pruned network returns shapes {[tuple(t.shape) for t in pruned]}, the dense one "
             f"{[tuple(t.shape) for t in substituted]}"
         )
+    if any(bool(t.isnan().any()) for t in outputs.model):
+        raise VerificationError(
+            "the model itself returns NaN on these inputs, so nothing can be compared: a weight or an input is not finite, or a "
+            "value overflows; mend that, or run it in a wider dtype"
+        )
     fidelity = relative_error(dense, outputs.model)
     if not fidelity <= bound:
         raise VerificationError(

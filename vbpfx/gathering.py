@@ -1,0 +1,115 @@
+"""Gathering: calibration data, gone through once, for all that the stages behind it need."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from vbpfx.calibration.calibrate import calibrate, run_forward
+from vbpfx.calibration.prepare import Statistics, statistics
+from vbpfx.data.inputs import Inputs
+from vbpfx.distributed.ranks import ALONE, Ranks
+from vbpfx.distributed.samples import Samples
+from vbpfx.errors import CalibrationError
+from vbpfx.graph.capture import Captured
+from vbpfx.planning.options import in_words
+from vbpfx.reconstruction.influence import Gradients, Influence, is_differentiable
+from vbpfx.reconstruction.kept import Keeping
+from vbpfx.strategy import Strategy
+
+# Runs one batch for the observers of a prepared graph.
+Run = Callable[[Inputs], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data, and how it is gone through.
+
+    Attributes:
+        batches: gone through once.
+        read: makes the arguments of a forward call of a batch.
+        total: how many batches there are, where that is known.
+        mask, progress, ranks, checkpoint, checkpoint_every: see :func:`vbpfx.prune`.
+    """
+
+    batches: Iterable[Any]
+    read: Callable[[Any], Inputs]
+    total: int | None = None
+    mask: str | None = None
+    progress: bool = True
+    ranks: Ranks = ALONE
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What calibration gives.
+
+    Attributes:
+        statistics: of the blocks.
+        samples: those that were kept.
+        influence: of the layers that are fitted, on these samples.
+    """
+
+    statistics: Statistics
+    samples: Samples
+    influence: Mapping[str, Influence]
+
+
+def gather(
+    captured: Captured, observed: fx.GraphModule, run: Run | None, calibration: Calibration, strategy: Strategy
+) -> Gathered:
+    """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept."""
+    gradients = None
+    if strategy.layers and is_differentiable(captured, strategy.layers):
+        reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
+        gradients = Gradients(captured, strategy.layers, observed, metrics=reading)
+    run = run or functools.partial(run_forward, observed)
+    keeping = Keeping(run, strategy.samples, gradients, divisible=captured.batch is not None)
+    calibrate(
+        observed,
+        calibration.batches,
+        read=calibration.read,
+        work=keeping,
+        total=calibration.total,
+        progress=calibration.progress,
+        ranks=calibration.ranks,
+        checkpoint=calibration.checkpoint,
+        checkpoint_every=calibration.checkpoint_every,
+        settings={
+            "options": in_words(strategy.options),
+            "samples": strategy.samples,
+            "gradients": sorted(layer.node for layer in strategy.layers) if gradients else None,
+        },
+    )
+    influence = gradients.influences(ranks=calibration.ranks) if gradients else {}
+    return Gathered(statistics(observed), keeping.samples(calibration.ranks), influence)
+
+
+def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
+    """The batches one after the other; a CalibrationError for what holds none."""
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")
+    try:
+        return iter(calibration)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, expected an iterable of batches"
+        ) from error
+
+
+def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and the data with that batch still in it; the data is gone through once."""
+    iterator = require_batches(calibration)
+    missing = object()
+    first = next(iterator, missing)
+    if first is missing:
+        raise CalibrationError("the calibration data is empty: pass at least one batch")
+    return first, itertools.chain([first], iterator)

@@ -1,0 +1,132 @@
+"""Rows: what a layer's regression is of, position by position: inputs, targets and weights, from two streams side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.analysis.masks import Mask, find_masks
+from vbpfx.calibration.observer import as_rows, is_held_out, row_numbers
+from vbpfx.calibration.prepare import coprime, rows_a_sample
+from vbpfx.distributed.samples import Samples
+from vbpfx.graph.capture import Captured
+from vbpfx.graph.fake import graph_arguments
+from vbpfx.reconstruction.influence import Influence
+from vbpfx.reconstruction.residual import ResidualSum, find_residual_sum, pull_back
+from vbpfx.reconstruction.stream import Stream
+from vbpfx.records import Consumer, Source
+
+# Of so many rows for every entry of a layer's input all are taken; of more, a share.
+_ROWS_PER_COLUMN = 64
+
+
+class Rows(NamedTuple):
+    """Some rows of one batch: inputs x (n, in), targets t (n, out), weights (n,), and whether they are held out."""
+
+    x: Tensor
+    t: Tensor
+    weights: Tensor
+    held: bool
+
+
+class LayerRows:
+    """The rows of every layer that is fitted.
+
+    Args:
+        captured: the dense graph.
+        dense, narrow: the two streams, which stand at the layer whose rows are asked for.
+        samples: what runs through them.
+        widths: source -> width of its axis, of every layer's input.
+        influence: per layer's node; rows of layers that have none count alike.
+        mask: as for :func:`vbpfx.prepare`.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        dense: Stream,
+        narrow: Stream,
+        samples: Samples,
+        widths: Mapping[Source, int],
+        influence: Mapping[str, Influence],
+        mask: str | None,
+    ) -> None:
+        self._captured, self._dense, self._narrow = captured, dense, narrow
+        self._samples, self._influence = samples, influence
+        self._masks = find_masks(captured, widths, mask)
+        self._every = {source: self._step(source, width) for source, width in widths.items()}
+
+    def of(self, layer: Consumer, weight: Tensor, bias: Tensor, share: float) -> Iterator[Rows]:
+        """The rows of a layer W x + b, batch after batch, what is held out apart.
+
+        Args:
+            share: m, the share of what separates the residual streams behind the layer that is asked of it.
+        """
+        source = layer.source
+        operand = self._narrow.nodes[layer.node].all_input_nodes[0].name  # what is removed is substituted in it
+        residual = self._residual(layer)
+        mask, about = self._masks.get(source), self._influence.get(layer.node)
+        masked = mask.axes if mask else ()
+        a_sample = rows_a_sample(self._captured, source)
+        for number, start in enumerate(self._samples.starts):
+            x, y = self._narrow.value(number, operand), self._wanted(number, layer, residual)
+            padding = self._padding(number, mask)
+            xs, ys = (as_rows(v, source.axis, padding, masked) for v in (x, y))
+            counts = as_rows(about.weights[number], source.axis, padding, masked) if about else None
+            numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
+            rows, weights = _sample(numbers, self._every[source], counts)
+            held = is_held_out(numbers[rows], a_sample)
+            for part, is_held in ((~held, False), (held, True)):
+                if bool(part.any()):
+                    x, y = xs[rows[part]], ys[rows[part]]
+                    own = nn.functional.linear(x, weight.to(x), bias.to(x))
+                    yield Rows(x, own + share * (y - own), weights[part], is_held)
+
+    def _residual(self, layer: Consumer) -> ResidualSum | None:
+        """The residual sum behind a layer, where both streams hold what it is added to."""
+        found = find_residual_sum(self._captured, layer.node)
+        held = found is not None and self._dense.holds(found.stream) and self._narrow.holds(found.stream)
+        return found if held else None
+
+    def _wanted(self, number: int, layer: Consumer, residual: ResidualSum | None) -> Tensor:
+        """The layer's value for which the residual stream behind it would be the dense one, in one batch."""
+        y = self._dense.value(number, layer.node)
+        if residual is None:
+            return y
+        lost = self._dense.value(number, residual.stream) - self._narrow.value(number, residual.stream)
+        wish = pull_back(self._dense, number, layer.node, residual, y, lost)
+        return y if wish is None else y + wish
+
+    def _step(self, source: Source, width: int) -> int:
+        """Of how many rows one is taken: as many as there are beyond what a fit of that width needs."""
+        a_sample = rows_a_sample(self._captured, source)
+        rows = a_sample * self._samples.total
+        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
+        return coprime(step, a_sample)
+
+    def _padding(self, batch: int, mask: Mask | None) -> Tensor | None:
+        """The padding mask in one batch."""
+        if mask is None:
+            return None
+        names = [node.name for node in self._captured.graph_module.graph.nodes if node.op == "placeholder"]
+        found = graph_arguments(self._captured.graph_module, self._samples.batches[batch])[names.index(mask.node)]
+        assert isinstance(found, Tensor)
+        return found
+
+
+def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which of a batch's rows, so numbered, enter a regression, and with what weight.
+
+    One of so many rows, whichever batch it is in; those that count for more than so many are all taken.
+    """
+    index = torch.arange(len(numbers))
+    turn = numbers % every == 0
+    if counts is None:
+        return index[turn], torch.ones(int(turn.sum()))
+    weights = counts.flatten().cpu()
+    always = weights >= every
+    chosen = turn | always
+    return index[chosen], torch.where(always, weights, weights * every)[chosen]

@@ -1,0 +1,128 @@
+"""Strategy: what a run of :func:`vbpfx.prune` will do, settled before any data is seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import Unpack
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.measurement.latency import measure_latencies
+from vbpfx.measurement.sensitivity import MOST_SAMPLES
+from vbpfx.planning.budget import require_memory, require_positive
+from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.select import select_blocks, select_layers
+from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
+from vbpfx.records import Block, Consumer
+from vbpfx.runtimes.table import DEFAULT, best_multiple
+
+# What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
+_WIDTHS_COVARIANCE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What is asked of the reconstruction; see :func:`vbpfx.prune`."""
+
+    reconstruct: bool | None = None
+    refit: bool | None = None
+    samples: int | None = None
+    memory: float = 8.0
+
+    def __post_init__(self) -> None:
+        require_memory(self.memory)
+        if self.samples is not None:
+            require_positive("samples", self.samples)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the network will run; see :func:`vbpfx.prune`."""
+
+    runtime: str | None = None
+    runtime_batch: int = 1
+    runtime_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("runtime_batch", self.runtime_batch)
+        if self.runtime_threads is not None:
+            require_positive("runtime_threads", self.runtime_threads)
+
+    def rounded(self, options: PlanArguments) -> PlanArguments:
+        """The options with widths that are multiples of what the runtime is fast at, where one is asked for."""
+        asked = self.runtime is not None or options.get("latency") is not None
+        if not asked or options.get("round_to") is not None:
+            return options
+        return {**options, "round_to": best_multiple(self.runtime or DEFAULT)}
+
+    def latencies(self, analysis: Analysis, strategy: Strategy) -> Latencies:
+        """What the blocks cost there, for a budget of latency."""
+        return measure_latencies(
+            analysis,
+            strategy.chosen.budget.value,
+            blocks=strategy.blocks,
+            runtime=self.runtime or DEFAULT,
+            batch=self.runtime_batch,
+            threads=self.runtime_threads,
+            round_to=strategy.chosen.round_to or 1,
+        )
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What will be done.
+
+    Attributes:
+        options: what :func:`vbpfx.make_plan` is given; ``chosen`` are the same, checked.
+        blocks: those that may be narrowed.
+        beside: layers beside the blocks that are fitted, too.
+        layers: all that are fitted, in graph order; none where nothing is.
+        fits: whether layers are fitted block after block.
+        chooses: whether neurons are chosen on the way there, rather than by the plan.
+        samples: how many calibration samples are kept for that, and for sensitivities.
+        covariance: what :func:`vbpfx.prepare` is to gather.
+    """
+
+    options: PlanArguments
+    chosen: PlanOptions
+    blocks: tuple[Block, ...]
+    beside: tuple[Consumer, ...]
+    layers: list[Consumer]
+    fits: bool
+    chooses: bool
+    samples: int
+    covariance: bool | float
+
+    @classmethod
+    def of(cls, analysis: Analysis, fitting: Fitting, **options: Unpack[PlanArguments]) -> Strategy:
+        """Settle it.
+
+        Raises:
+            VbpfxError: options that do not go together, or patterns that match nothing.
+        """
+        chosen = PlanOptions.of(**options)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        fits = chosen.reconstructs if fitting.reconstruct is None else fitting.reconstruct
+        refits = fits and (fitting.refit is None or fitting.refit)
+        beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
+        chooses = fits and chosen.chooses_on_the_way
+        measures = chosen.allocation == "sensitivity"
+        # whether nothing is taken from the plan but how wide blocks stay
+        widths_alone = chooses and all(chosen_on_the_way(analysis, block) for block in blocks)
+        if widths_alone and not measures:
+            options = {**options, "criterion": "variance", "compensation": "mean"}
+            chosen = PlanOptions.of(**options)
+        return cls(
+            options=options,
+            chosen=chosen,
+            blocks=blocks,
+            beside=beside,
+            layers=layers_to_fit(analysis, blocks, beside) if fits else [],
+            fits=fits,
+            chooses=chooses,
+            samples=(fitting.samples or samples_that_fit(analysis, fitting.memory))
+            if fits
+            else MOST_SAMPLES * measures,
+            covariance=chosen.needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True),
+        )
