@@ -77,8 +77,9 @@ class Tuning:
                 f"the graph with the tuned weights differs from the tuned network by {error:.1e} of the output's size (allowed "
                 f"{_SAME:.0e}); please report the model"
             )
+        tuning = "; then ".join(filter(None, (self.report.tuning, how)))
         # what the oracle and an evaluation have said is of the weights before
-        report = dataclasses.replace(self.report, verification=None, evaluation=None, tuning=how)
+        report = dataclasses.replace(self.report, verification=None, evaluation=None, tuning=tuning)
         commands = " && ".join(filter(None, (report.command, command)))
         beside = report_files(report.measured(command=commands))
         if onnx:
