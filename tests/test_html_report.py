@@ -130,8 +130,8 @@ def test_the_headline_says_the_figures(report: Report) -> None:
 
 
 def test_macs_are_of_a_sample(report: Report) -> None:
-    assert "of one sample: 8." in parse(html_report(report)).one("header").text
-    assert "MACs are of one sample: 8\n" in str(report)
+    assert "of one sample of shape 8." in parse(html_report(report)).one("header").text
+    assert "MACs are those of one sample of shape 8\n" in str(report)
 
 
 def test_tables_say_the_figures(report: Report) -> None:

@@ -32,7 +32,7 @@ def html_report(report: Report) -> str:
             tag("h1", title),
             tag("p", report.summary, class_="lead"),
             cards(report),
-            tag("p", f"MACs, multiply-accumulates, are of one sample: {report.sample}.", class_="note")
+            tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
             if report.sample
             else None,
         ),

@@ -241,7 +241,7 @@ class Report:
         compensated = "not compensated" if means == "none" else f"compensated by {means}"
         title = f"pruned by {self.settings['criterion']}; {compensated}; {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
-        text += f"MACs are of one sample: {self.sample}\n" if self.sample else ""
+        text += f"MACs are those of one sample of shape {self.sample}\n" if self.sample else ""
         text += table(
             f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),
