@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from pages import HOSTILE, Element, parse, rows, two
+from pages import HOSTILE, LATER, Element, parse, rows, two
 
 import vbpfx
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Spread
+from vbpfx.planning.importance import Scoring
 from vbpfx.records import Refusal
 from vbpfx.report.charts import common_scale
-from vbpfx.report.page import html_report, notebook_view
+from vbpfx.report.page import html_report
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import Spectrum
 
 QUOTED = 'a<b>&"c"'
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class Largest:
+    """A criterion that is no function."""
+
+    def __call__(self, about: Scoring) -> torch.Tensor:
+        return about.inputs[0][0].variance
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,7 @@ def test_the_page_is_one_file_that_needs_nothing_else(report: Report) -> None:
     for loaded in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "onload"):
         assert loaded not in page, loaded
     assert "width=device-width" in page
-    assert "prefers-color-scheme: dark" in page
+    assert "@media screen and (prefers-color-scheme: dark)" in page  # paper is white
 
 
 def test_names_are_text_wherever_they_stand(report: Report) -> None:
@@ -115,8 +125,13 @@ def test_the_headline_says_the_figures(report: Report) -> None:
         assert number(shown) == pytest.approx(now, rel=0.005)
         assert number(before) == pytest.approx(dense, rel=0.005)
         assert change == f"\u2212{100 * (dense - now) / dense:.1f}%"
-    assert cards["Latency, batch 8"][0] == "2.00\u202fms"
+    assert cards["Latency in onnxruntime, batch 8"][0] == "2.00\u202fms"
     assert cards["Top-1 accuracy"][0] == "60.00%"
+
+
+def test_macs_are_of_a_sample(report: Report) -> None:
+    assert "of one sample of shape 8." in parse(html_report(report)).one("header").text
+    assert "MACs are those of one sample of shape 8\n" in str(report)
 
 
 def test_tables_say_the_figures(report: Report) -> None:
@@ -125,22 +140,60 @@ def test_tables_say_the_figures(report: Report) -> None:
         [name, str(before), str(now), f"{100 * now / before:.1f}%"] for name, (before, now) in report.widths.items()
     ]
     assert f"At the floor (min_width): {QUOTED}." in found["Width per block"].text
-    scores = {row[0]: row[1:] for row in rows(found["Accuracy"].one("table"))}
+    scores = {row[0]: row[1:] for row in rows(found["Evaluation"].one("table"))}
     assert scores["Top-1 accuracy"] == ["82.62%", "60.00%", "\u221222.62 points", "72.6%"]
     assert scores["Loss"] == ["0.5", "0.75", "+50.0%", "-"]
-    assert "91.00%" in found["Accuracy"].text
-    assert "val <folder>" in found["Accuracy"].text
+    assert "91.00%" in found["Evaluation"].text
+    assert "val <folder>" in found["Evaluation"].text
     measured, failed = rows(found["Latency"].one("table"))
     assert measured[:6] == ["onnxruntime", "8", "1", "4.00\u202fms", "2.00\u202fms", "2.00 (1.75-2.25)"]
-    assert measured[7] == "5.00\u202fMB \u2192 2.50\u202fMB"
+    assert measured[7] == "5.00 \u2192 2.50\u202fMB"
     assert failed[3:] == ["-"] * 5
-    assert 'tvm, batch 1, dense: <no> backend & no "device"' in found["Latency"].text
+    assert 'tvm, dense, batch 1: <no> backend & no "device"' in found["Latency"].text
     oracle = {row[0]: row[1:] for row in rows(found["Checked"].one("table"))}
     assert report.verification is not None
     shown, allowed = oracle["Pruned network against the reference"]
     power = int(shown.split("10")[-1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
     assert float(shown[:3]) * 10.0**power == pytest.approx(report.verification.error, rel=0.05)
     assert allowed.endswith("10⁻⁴")
+
+
+def test_data_without_labels_is_under_no_heading_of_accuracy(report: Report) -> None:
+    found = sections(replace(report, evaluation={"samples": 20, "agreement with the dense network": 0.9}))
+    assert "Accuracy" not in found
+    assert "90.00%" in found["Evaluation"].text
+
+
+def test_what_is_wrong_with_a_measurement_is_said(report: Report) -> None:
+    """Outputs that differ, and memory that could not be measured, as the terminal says it."""
+    spread = Spread(0.004, 0.003, 0.005)
+    dense = Side(spread, 1e-7, None, None, 40_000_000)
+    wrong = Side(spread, 1e-2, 3_000_000, None, None, "the process was killed")
+    measured = [Row("tvm", 1, n, dense, wrong, Spread(1.0, 1.0, 1.0), None) for n in (1, 2)]
+    whole = Row("tvm", 2, 1, dense, dense, Spread(1.0, 1.0, 1.0), None)
+    bench = BenchResult((*measured, whole), None, 3, {})
+    section = sections(report.measured(bench=bench))["Latency"]
+    said = [item.text for item in section.all("li")]
+    assert said == bench.problems
+    assert "tvm, pruned, batch 1, 2 threads: differs by 1.0e-02 of the output's size, allowed 1e-04" in said
+    assert "tvm, pruned, batch 1, 2 threads: the process was killed" in said
+    assert [row[-2:] for row in rows(section.one("table"))] == [["-", "-"]] * 2 + [["-", "40.0 \u2192 40.0\u202fMB"]]
+
+
+def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None:
+    spread = Spread(0.004, 0.003, 0.005)
+    side = Side(spread, math.inf, 5_000_000)
+    bench = BenchResult((Row("tvm", 1, 1, Side(spread, 0.0), side, Spread(1.0, 1.0, 1.0), None),), None, 3, {})
+    (row,) = rows(sections(report.measured(bench=bench))["Latency"].one("table"))
+    assert "not finite" in row
+
+
+def test_headers_of_tables_say_something(report: Report) -> None:
+    for table in parse(html_report(report)).all("table"):
+        for header in table.all("th"):
+            assert header.text, "an empty header is read out as one"
+            assert header.attributes["scope"] in ("col", "row")
+        assert len(list(table.one("thead").one("tr").children)) == len(list(table.one("tbody").one("tr").children))
 
 
 def test_refusals_are_counted_by_reason(report: Report) -> None:
@@ -182,8 +235,7 @@ def test_charts_colour_what_stays(report: Report, block: int) -> None:
 
 
 def test_reports_of_older_versions_are_shown(report: Report) -> None:
-    new = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
-    old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in new}
+    old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in LATER}
     found = sections(Report.from_json(old | {"verification": None}))
     assert set(found) == {"Width per block", "Not narrowed", "Checked", "How it was made"}
     assert [heading.text for heading in found["How it was made"].all("h3")] == ["Settings"]
@@ -198,6 +250,27 @@ def test_the_python_call_makes_the_same_plan(pruned: vbpfx.Pruned) -> None:
     assert [e.kept for e in scope["pruned"].plan.blocks] == [e.kept for e in pruned.plan.blocks]
 
 
+def test_measuring_with_another_version_does_not_change_what_pruned(report: Report) -> None:
+    for measured, name in (("2.13.0", "torch"), ("2.12.0", "torch, for the latency")):
+        bench = BenchResult((), None, 3, {"torch": measured, "onnxruntime": "1"})
+        versions = {"vbpfx": "0", "torch": "2.13.0+cpu"}
+        found = sections(replace(report, versions=versions).measured(bench=bench))["How it was made"]
+        shown = list(found.all("dl"))[-1]
+        said = dict(zip([dt.text for dt in shown.all("dt")], [dd.text for dd in shown.all("dd")], strict=True))
+        assert said == versions | {"onnxruntime": "1"} | ({} if name == "torch" else {name: measured})
+
+
+@pytest.mark.parametrize("criterion", [lambda about: about.inputs[0][0].variance, Largest()])
+def test_an_own_criterion_is_shown_by_a_name_that_python_can_read(criterion: Any) -> None:
+    torch.manual_seed(0)
+    given = {"ratio": 0.4, "method": "vbp", "criterion": criterion}
+    page = sections(vbpfx.prune(two(), [torch.randn(64, 8)], progress=False, **given).report)["How it was made"]
+    call = ast.parse(page.one("pre").text).body[-1]
+    assert isinstance(call, ast.Assign)
+    assert "    criterion=Largest," in page.one("pre").text or "    criterion=criterion," in page.one("pre").text
+    assert " at 0x" not in page.text
+
+
 def test_no_variance_at_all_is_drawn(report: Report) -> None:
     dead = Spectrum(2, (0.0, 0.0), (1, 0), 1, 1.0)
     whole = Spectrum(2, (4.0, 0.0), (1, 1), 2, 1.0)
@@ -206,7 +279,46 @@ def test_no_variance_at_all_is_drawn(report: Report) -> None:
         assert "nan" not in section.text
         assert "Variances beyond the scale" in section.text
     assert "All 2 neurons stay" in section.text
+    assert "1 of 2 neurons stays; none of them varies on the calibration data" in section.text
     assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "said"),
+    [
+        (Spectrum(1, (4.0,), (1,), 1, 1.0), "Its one neuron stays"),
+        (
+            Spectrum(2, (4.0, 1.0), (1, 0), 1, 0.8),
+            "1 of 2 neurons stays, the one of highest variance; it holds 80.0% of",
+        ),
+        (
+            Spectrum(2, (4.0, 1.0), (0, 1), 0, 0.2),
+            "1 of 2 neurons stays, not the one of highest variance; it holds 20.0%",
+        ),
+    ],
+)
+def test_one_is_no_plural(report: Report, spectrum: Spectrum, said: str) -> None:
+    narrow = replace(report, neurons=(2, 1), widths={"a": (2, 1)}, spectra={"a": spectrum})
+    page = parse(html_report(narrow))
+    assert said in page.one("figure").text
+    assert "1 of 2 hidden neurons is gone from 1 block;" in page.text
+    ticks = [text.text for text in page.one("svg", "spectrum").all("text")]
+    assert ticks.count("1") == 1 + (spectrum.neurons > 1)  # the first rank, and the cut behind it
+
+
+@pytest.mark.parametrize("highest", [1.0, 1.4, 3.0, 9.0, 2e-7])
+def test_a_scale_can_be_read(report: Report, highest: float) -> None:
+    spectrum = Spectrum(3, (highest, highest / 2, highest / 3), (1, 1, 0), 2, 0.8)
+    chart = sections(replace(report, spectra={"a": spectrum}))["Activation variance"].one("svg", "spectrum")
+    labels = {text.text: float(text.attributes["y"] or 0) for text in chart.all("text") if text.text.startswith("10")}
+    assert len(labels) >= 2
+    assert all(20 < y < 165 for y in labels.values())  # between the top and the floor
+
+
+def test_a_block_that_never_varies_does_not_stretch_the_scale() -> None:
+    small = Spectrum(3, (2e-6, 1e-6, 5e-7), (1, 1, 0), 2, 0.8)
+    dead = Spectrum(3, (0.0, 0.0, 0.0), (1, 1, 0), 2, 1.0)
+    assert common_scale([small, dead]) == common_scale([small])
 
 
 def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
@@ -222,13 +334,15 @@ def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
 
 
 def test_notebooks_show_the_headline_and_the_widths(report: Report, pruned: vbpfx.Pruned) -> None:
-    view = parse(notebook_view(report))
+    view = parse(report._repr_html_())
     costs, widths = view.all("table")
     assert [row[:3] for row in rows(costs)] == [[name, f"{a:,}", f"{b:,}"] for name, (a, b) in report.costs.items()]
     assert [row[0] for row in rows(widths)] == list(report.widths)
     assert parse(pruned._repr_html_()).all("table")
     assert "<b>" not in pruned._repr_html_()
-    assert len(repr(pruned)) < 200
+    for shown in (pruned, report):
+        assert len(repr(shown)) < 200
+        assert f"parameters {report.params[0]:,} -> {report.params[1]:,}" in repr(shown)
 
 
 def test_notebooks_show_an_analysis(pruned: vbpfx.Pruned) -> None:

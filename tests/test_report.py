@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pages import HOSTILE, two
+from pages import HOSTILE, LATER, parse, two
 from torch import Tensor, nn
 
 import vbpfx
@@ -21,8 +21,6 @@ from vbpfx.planning.importance import Scoring
 from vbpfx.report.page import html_report, update_report
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import reduced, spectra
-
-NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
 
 
 def data() -> list[Tensor]:
@@ -104,6 +102,16 @@ def test_few_equal_or_dead_neurons_have_a_spectrum(values: list[float]) -> None:
     assert (spectrum.among_highest, spectrum.variance_kept) == (len(values), 1.0)
 
 
+def test_of_equal_variances_those_that_stay_rank_first() -> None:
+    """Ties are broken by index, and it is the later ones that stay."""
+    spectrum = reduced(torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0], dtype=torch.float64), (2, 3, 4))
+    assert spectrum.variances == (2.0, 2.0, 2.0, 1.0, 1.0)
+    assert spectrum.kept == (1, 1, 0, 1, 0)
+    assert spectrum.among_highest == 2
+    alike = reduced(torch.zeros(5, dtype=torch.float64), (3, 4))
+    assert (alike.kept, alike.among_highest) == ((1, 1, 0, 0, 0), 2)
+
+
 def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
     evaluation = {"top-1 accuracy": (0.75, 0.7), "samples": 100}
     pruned.save(tmp_path, evaluation=evaluation, command="vbpfx prune x")
@@ -120,7 +128,7 @@ def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path)
 
 
 def test_reports_of_older_versions_load(pruned: vbpfx.Pruned) -> None:
-    old = {key: value for key, value in json.loads(json.dumps(pruned.report.to_json())).items() if key not in NEW}
+    old = {key: value for key, value in json.loads(json.dumps(pruned.report.to_json())).items() if key not in LATER}
     old.pop("latency")
     report = Report.from_json(old)
     assert report.widths == pruned.report.widths
@@ -144,6 +152,20 @@ def test_what_is_measured_later_joins_the_report(pruned: vbpfx.Pruned, tmp_path:
     assert (report.evaluation, report.command) == ({"agreement": 0.9}, "vbpfx prune x")
     assert "90.00%" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_evaluation_on_other_data_takes_the_place_of_the_one_before(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
+    """Otherwise the accuracy of labelled images would stand beside the name of others, which have no labels."""
+    tuned = dataclasses.replace(pruned.report, tuning="400 samples, 1 epoch", verification=None)
+    dataclasses.replace(pruned, report=tuned).save(
+        tmp_path, evaluation={"top-1 accuracy": (0.8, 0.7), "samples": 650, "data": "labelled"}
+    )
+    update_report(tmp_path, evaluation={"agreement": 0.9, "samples": 20, "data": "others"})
+    report = Report.load(tmp_path)
+    assert report.evaluation == {"agreement": 0.9, "samples": 20, "data": "others"}
+    page = (tmp_path / "report.html").read_text()
+    assert "Top-1 accuracy" not in page
+    assert "Fine-tuned: 400 samples, 1 epoch." in page
 
 
 @pytest.mark.parametrize("evaluation", [{"accuracy": torch.ones(1)}, {"accuracy": float("nan")}])
@@ -176,9 +198,9 @@ def test_onnx_goes_in_the_same_commit(pruned: vbpfx.Pruned, tmp_path: Path, monk
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("count", "width"), [(12, 3072), (96, 12_288)])
+@pytest.mark.parametrize(("count", "width"), [(12, 3072), (32, 11_008), (96, 12_288), (1024, 1024)])
 def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, width: int) -> None:
-    """Twelve blocks of 3072 as in a ViT-B, and 96 of 12,288; the file as save writes it."""
+    """Blocks as in a ViT-B, a language model of 7 B, one of 175 B, and one of experts; both files as save writes them."""
     (like, *_) = pruned.analysis.blocks
     blocks = tuple(dataclasses.replace(like, name=f"blocks.{i}.mlp", width=width) for i in range(count))
     moments = Moments(100, torch.zeros(width, dtype=torch.float64), torch.rand(width, dtype=torch.float64))
@@ -186,7 +208,53 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
         blocks, vbpfx.Statistics({b.name: (moments,) for b in blocks}), dataclasses.replace(pruned.plan, blocks=())
     )
     assert len(found) == count
-    assert len(json.dumps(dataclasses.replace(pruned.report, spectra=found).to_json(), indent=1)) < 300_000
+    widths = dict.fromkeys(found, (width, width))
+    report = dataclasses.replace(pruned.report, spectra=found, widths=widths)
+    assert len(json.dumps(report.to_json(), indent=1)) < 300_000 + 1500 * max(0, count - 96)
+    page = html_report(report)
+    assert len(page.encode()) < 1_000_000
+    figures = [figure.one("figcaption").text for figure in parse(page).all("figure")]
+    assert figures == (list(found) if count <= 128 else list(found)[:: count // 128])
+    assert ("Drawn are 128 of 1,024 blocks" in page) == (count == 1024)
+
+
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        ({}, "pruned by greedy_obs, block after block; compensated by reconstruction; ratio=0.4"),
+        ({"method": "vbp"}, "pruned by variance; compensated by mean; ratio=0.4"),
+        ({"criterion": "magnitude", "compensation": "none"}, "pruned by magnitude; not compensated; ratio=0.4"),
+    ],
+)
+def test_how_it_was_pruned_is_said_in_words(given: dict[str, Any], title: str) -> None:
+    assert str(vbpfx.prune(two(), data(), ratio=0.4, progress=False, **given)).splitlines()[0] == title
+
+
+def test_names_are_no_markup_and_colours_are_never_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of classes and modules that rich would read as styles or pictures."""
+    for forced in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(forced, "1")
+    text = table("[red]", ("block[b]",), [("layers[bold]",), (":cat:",), ("[/x]",)])
+    assert [line.strip("│┃ ") for line in text.splitlines() if line[0] not in "┏┡└"] == [
+        "[red]", "block[b]", "layers[bold]", ":cat:", "[/x]"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        (f"encoder.layers.{i}.feed_forward.intermediate", 123_456_789 + i, "it is a residual stream") for i in (7, 8)
+    ]
+    given = ("a title", ("block", "width", "because"), rows)
+    piped = table(*given)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = table(*given)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "123,456,796" in shown
+    assert "123,456,797" in shown
+    assert (shown == piped) == (columns == 140)
+    assert len(piped.splitlines()) == 7  # title, head, two rows, and their lines
 
 
 def test_titles_are_not_broken_and_percentages_stand_below_one_another() -> None:

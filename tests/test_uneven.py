@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import parse
 from torch import nn
 
 import vbpfx
+from vbpfx.report.page import html_report
 
 
 def _convolutions() -> nn.Module:
@@ -20,6 +22,36 @@ def _pruned(model: nn.Module, batch: torch.Tensor, **options: object) -> vbpfx.P
     return vbpfx.prune(model, [batch], method="vbp", progress=False, **options)  # type: ignore[arg-type]
 
 
+class _Scaled(nn.Module):
+    """Linear layers around a scale of four axes, as the response norm of Hugging Face's ConvNeXt V2 has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 4)
+        self.scale = nn.Parameter(torch.rand(1, 1, 1, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu() * self.scale)  # type: ignore[no-any-return]
+
+
+class _Functional(nn.Module):
+    """Linear layers around a depthwise convolution that no module makes, as SegFormer's have one between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 4)
+        self.kernel = nn.Parameter(torch.rand(24, 1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.conv2d(self.one(x).movedim(-1, 1), self.kernel, groups=24)
+        return self.two(h.relu().movedim(1, -1))  # type: ignore[no-any-return]
+
+
+def test_layers_decide_and_no_shapes_of_parameters() -> None:
+    assert _pruned(_Scaled().eval(), IMAGES, ratio=0.5).report.uneven == ()
+    assert len(_pruned(_Functional().eval(), IMAGES, ratio=0.5).report.uneven) == 1
+
+
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,6 +60,7 @@ def test_uneven_convolutions_are_named(tmp_path: Path) -> None:
     assert list(pruned.plan.widths.values()) == [12]
     (name,) = pruned.report.uneven
     assert pruned.report.advice in str(pruned).splitlines()
+    assert f"{pruned.report.advice}." in parse(html_report(pruned.report)).text
     assert f"1 block of convolutions has a width that 8 does not divide ({name})" in pruned.report.advice
     with pytest.warns(UserWarning, match='runtime="onnxruntime"'):
         pruned.to_onnx(tmp_path / "model.onnx")
@@ -45,6 +78,7 @@ def test_nothing_is_said_without_need(case: str, tmp_path: Path) -> None:
     assert pruned.report.uneven == ()
     assert pruned.report.advice == ""
     assert "multiples of 8" not in str(pruned)
+    assert "multiples of 8" not in html_report(pruned.report)
     pruned.to_onnx(tmp_path / "model.onnx")  # a warning is an error
 
 

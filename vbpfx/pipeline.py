@@ -200,4 +200,4 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
-    return getattr(value, "__qualname__", str(value))
+    return getattr(value, "__name__", type(value).__name__)

@@ -20,7 +20,7 @@ from vbpfx.export.onnx import export_onnx, onnx_writer
 from vbpfx.graph.capture import Captured, capture
 from vbpfx.measurement.bench_result import BenchResult
 from vbpfx.records import Plan
-from vbpfx.report.page import notebook_view, report_files
+from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.rewrite.verify import Verification, verify
@@ -51,11 +51,10 @@ class Pruned:
         return str(self.report)
 
     def __repr__(self) -> str:
-        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.report.costs.items())
-        return f"<Pruned {self.report.network}: {', '.join(parts)}>"
+        return f"Pruned({self.report!r})"
 
     def _repr_html_(self) -> str:
-        return notebook_view(self.report)
+        return self.report._repr_html_()
 
     def apply_to(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.

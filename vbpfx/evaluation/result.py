@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from vbpfx.display.figures import MINUS
 from vbpfx.display.tables import counted, table
 from vbpfx.evaluation.intervals import PairedDifference, Share
 
@@ -52,6 +53,7 @@ class Evaluation:
             mean over samples of the share of positions. None without a pruned network.
         kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
         classes: what became of each class, the worst hurt first.
+        by_position: whether the networks choose at every position of a sample.
     """
 
     samples: int
@@ -61,7 +63,8 @@ class Evaluation:
     top5_change: PairedDifference | None
     agreement: float | None
     kl: float | None
-    classes: tuple[ClassChange, ...] = ()
+    classes: tuple[ClassChange, ...] = field(default=(), repr=False)
+    by_position: bool = False
 
     @property
     def retention(self) -> float | None:
@@ -92,8 +95,13 @@ class Evaluation:
             figures["top-1 accuracy"] = (self.dense.top1.value, self.pruned.top1.value)
             if self.dense.top5 is not None and self.pruned.top5 is not None:
                 figures["top-5 accuracy"] = (self.dense.top5.value, self.pruned.top5.value)
+        for name, change in (("top-1", self.top1_change), ("top-5", self.top5_change)):
+            if change is not None:
+                low, high = (f"{100 * end:+.2f}".replace("-", MINUS) for end in change.interval)
+                figures[f"95% confidence interval, {name}"] = f"{low} to {high} points"
         if self.agreement is not None:
-            figures |= {"agreement with the dense network": self.agreement, "KL divergence from it (nats)": self.kl}
+            figures["agreement with the dense network"] = self.agreement
+            figures["KL divergence from the dense network"] = f"{self.kl:.4g} nats"
         return figures
 
     def __str__(self) -> str:
@@ -105,7 +113,7 @@ class Evaluation:
         Args:
             worst: so many of the worst-hurt classes.
         """
-        text = f"{counted(self.samples, 'sample')}; in brackets 95 % confidence intervals\n"
+        text = ""
         if self.dense is not None:
             text += self._accuracies(self.dense)
         if self.agreement is not None:
@@ -113,7 +121,8 @@ class Evaluation:
             text += f"mean KL divergence from the dense network: {self.kl:.4g} nats\n"
         if self.retention is not None:
             text += f"retention (pruned top-1 / dense top-1): {self.retention:.1%}\n"
-        return text + self._worst(worst)
+        brackets = "; in brackets 95 % confidence intervals" if "[" in text else ""
+        return f"{counted(self.samples, 'sample')}{brackets}\n{text}{self._worst(worst)}"
 
     def _accuracies(self, dense: Accuracy) -> str:
         rows = []
@@ -128,11 +137,9 @@ class Evaluation:
         return table("", columns, rows)
 
     def _agreement_interval(self) -> str:
-        # a mean over samples of shares of positions is no count of samples
-        count = round((self.agreement or 0) * self.samples)
-        if self.agreement != count / self.samples:
+        if self.agreement is None or self.by_position:  # a mean of shares of positions is no count of samples
             return ""
-        low, high = Share(count, self.samples).interval
+        low, high = Share(round(self.agreement * self.samples), self.samples).interval
         return f" [{low:.1%}, {high:.1%}]"
 
     def _worst(self, worst: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
 from vbpfx.report.page import report_files
-from vbpfx.report.report import Report, make_report
+from vbpfx.report.report import Report, count_bytes, make_report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Changes
@@ -71,6 +71,9 @@ class PrunedFiles:
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def prune_files(
@@ -143,6 +146,9 @@ def prune_files(
             pruned = Loans(Stored.of(temporary), written, hollow.buffers)
             verification = _verify(captured, small, plan, example, loans, pruned, half)
         report = make_report(captured, small, analysis, plan, verification, statistics=statistics)
+        report = replace(
+            report, size=(_stored_bytes(hollow, hollow.stored), _stored_bytes(hollow, Stored.of(temporary)))
+        )
         if own is not None:
             _write_configuration(hollow, own, temporary)
         network = runnable(share_parameters(small))
@@ -213,6 +219,13 @@ def _write_weights(
 
     write_shards(shapes | further, make, folder, limit)
     return {name: name for name in shapes | further} | dict(hollow.names)
+
+
+def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
+    """Bytes of a network whose files hold these tensors, with the buffers that no file holds."""
+    further_names = {name for name, source in hollow.names.items() if name != source}
+    held = {name: shape for name, shape in stored.shapes.items() if name not in further_names}
+    return count_bytes({**held, **hollow.buffers})
 
 
 def _verify(

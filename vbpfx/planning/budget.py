@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.records import Block
+from vbpfx.rules.ops import called_module, is_convolution
 
 Cost = Callable[[Mapping[str, int]], int]
 # The multiple at which convolutions are fast in every runtime that was measured.
@@ -65,7 +66,7 @@ def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
     return {block.name: min(min_width, block.width) for block in blocks}
 
 
-def width_steps(blocks: Sequence[Block], model: nn.Module, round_to: int | None) -> dict[str, int]:
+def width_steps(captured: Captured, blocks: Sequence[Block], round_to: int | None) -> dict[str, int]:
     """What the width of every block is a multiple of: ``round_to``; where it is None, 8 for convolutions of 32 channels and more.
 
     Runtimes lay the channels of convolutions out in groups, and an odd width costs more than it saves
@@ -73,15 +74,19 @@ def width_steps(blocks: Sequence[Block], model: nn.Module, round_to: int | None)
     """
     if round_to is not None:
         return dict.fromkeys((block.name for block in blocks), round_to)
-    tensors = named_tensors(model)
+    wide = blocks_with_convolutions(captured, [block for block in blocks if block.width >= 4 * CHANNELS])
+    return {block.name: CHANNELS if block.name in wide else 1 for block in blocks}
+
+
+def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set[str]:
+    """The names of the blocks that a convolution makes, carries or reads."""
+    graph = captured.graph_module
+    convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
     return {
-        block.name: CHANNELS if convolves(block, tensors) and block.width >= 4 * CHANNELS else 1 for block in blocks
+        block.name
+        for block in blocks
+        if convolutions & {*(node for node, _, _ in block.carriers), *(consumer.node for consumer in block.consumers)}
     }
-
-
-def convolves(block: Block, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a layer of the block is a convolution; ``tensors`` are the model's, by name."""
-    return any(tensors[parameter.name].ndim > 2 for parameter in block.parameters)
 
 
 def choose_widths(

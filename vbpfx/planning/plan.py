@@ -113,7 +113,7 @@ class Deciding:
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._prices = _prices(self.blocks, self._cost)
         self._floor = floors(self.blocks, chosen.min_width)
-        self._steps = width_steps(self.blocks, self._captured.reference, chosen.round_to)
+        self._steps = width_steps(self._captured, self.blocks, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Number of samples that a block's statistics are of."""

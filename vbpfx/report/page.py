@@ -6,23 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbpfx.display.figures import capital, kept
+from vbpfx.display.figures import capital
 from vbpfx.display.markup import Markup, joined, tag
-from vbpfx.display.tables import counted, html_table, scrolling
+from vbpfx.display.tables import counted, scrolling
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.report.charts import bar, common_scale, describe, leaves, spectrum_chart
+from vbpfx.report.charts import common_scale, describe, leaves, spectrum_chart
 from vbpfx.report.measured import cards, evaluation, latency
+from vbpfx.report.notebook import widths_table
 from vbpfx.report.report import Report
 from vbpfx.report.sections import check, making, refitted, refused
+from vbpfx.report.spectrum import Spectrum
 from vbpfx.storage.files import Write, json_writer, text_writer, write_atomically
 
 _STYLE = Path(__file__).with_name("page.css")
-_NOTEBOOK_STYLE = (
-    ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
-    ".vbpfx caption,.vbpfx th,.vbpfx td{text-align:left;font-weight:normal;padding:.15rem 1rem .15rem 0}"
-    ".vbpfx .number{text-align:right;font-variant-numeric:tabular-nums}.vbpfx caption{max-width:36rem}"
-)
-_OPEN = 24  # so many blocks a notebook shows without being asked
+_MOST_CHARTS = 128
 
 
 def html_report(report: Report) -> str:
@@ -33,15 +30,18 @@ def html_report(report: Report) -> str:
             "header",
             tag("p", "vbpfx report", class_="eyebrow"),
             tag("h1", title),
-            tag("p", _summary(report), class_="lead"),
+            tag("p", report.summary, class_="lead"),
             cards(report),
+            tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
+            if report.sample
+            else None,
         ),
         tag(
             "main",
             *(
                 tag("section", tag("h2", heading), content)
                 for heading, content in (
-                    ("Accuracy", evaluation(report)),
+                    ("Evaluation", evaluation(report)),
                     ("Latency", latency(report)),
                     ("Width per block", _widths(report)),
                     ("Activation variance", _spectra(report)),
@@ -63,16 +63,6 @@ def html_report(report: Report) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
 
 
-def notebook_view(report: Report) -> str:
-    """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
-    costs = [(name, *pair, kept(*pair)) for name, pair in report.costs.items()]
-    widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
-    style = tag("style", Markup(_NOTEBOOK_STYLE))
-    return tag(
-        "div", style, html_table(_summary(report), ("", "dense", "pruned", "kept"), costs), widths, class_="vbpfx"
-    )
-
-
 def report_files(report: Report) -> dict[str, Write]:
     """``report.json`` and ``report.html``, by name, for a commit of several files."""
     return {"report.json": json_writer(report.to_json()), "report.html": text_writer(html_report(report))}
@@ -83,65 +73,49 @@ def update_report(
 ) -> Report:
     """Add what was measured to the report of a saved network; arguments as :meth:`vbpfx.Report.measured` takes them.
 
+    An evaluation takes the place of the one before: figures of two data sets would look like those of one.
+
     Raises:
         ArtifactError: the folder holds no report, or cannot be written; both files stay as they were.
     """
-    before = Report.load(folder)
-    report = before.measured(
-        evaluation={**(before.evaluation or {}), **evaluation} if evaluation else None, bench=bench
-    )
+    report = Report.load(folder).measured(evaluation=evaluation, bench=bench)
     write_atomically({Path(folder) / name: write for name, write in report_files(report).items()})
     return report
-
-
-def _summary(report: Report) -> str:
-    dense, pruned = report.neurons
-    narrowed = sum(now < before for before, now in report.widths.values())
-    return (
-        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
-        f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
-        f"of the multiply-accumulates are left."
-    )
 
 
 def _widths(report: Report) -> Markup:
     floor = report.settings.get("at_floor")
     return joined(
         tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
-        scrolling("Width per block", _widths_table(report)),
+        scrolling("Width per block", widths_table(report.widths)),
         tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
+        tag("p", f"{report.advice}.", class_="note") if report.advice else None,
     )
-
-
-def _widths_table(report: Report) -> Markup:
-    largest = max((before for before, _ in report.widths.values()), default=1)
-    rows = [
-        (
-            tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
-            before,
-            now,
-            kept(before, now),
-        )
-        for name, (before, now) in report.widths.items()
-    ]
-    return html_table("", ("block", "before", "now", "kept"), rows, class_="widths")
 
 
 def _spectra(report: Report) -> Markup | None:
     if not report.spectra:
         return None
-    scale = common_scale(report.spectra.values())
-    beyond = any(leaves(spectrum, scale) for spectrum in report.spectra.values())
+    drawn = _drawn(report.spectra)
+    scale = common_scale(drawn.values())
+    beyond = any(leaves(spectrum, scale) for spectrum in drawn.values())
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
     criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
     honest = (
         f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
         if criterion == "variance"
-        else f"The criterion is {criterion}, not the variance alone: so neurons that stay and neurons that go mix."
+        else f"The criterion is {criterion}, not this variance: neurons that stay and neurons that go mix."
+    )
+    shared = any(spectrum.neurons > len(spectrum.variances) for spectrum in drawn.values())
+    shades = " A column of several neurons is the paler the fewer of them stay." if shared else ""
+    some = (
+        f" Drawn are {len(drawn)} of {counted(len(report.spectra), 'block')}, evenly spread."
+        if len(drawn) < len(report.spectra)
+        else ""
     )
     return joined(
         tag("p", text),
-        tag("p", honest, class_="note"),
+        tag("p", honest, shades, some, class_="note"),
         tag(
             "ul",
             tag("li", _swatch(tag("rect", class_="stays", width="100%", height="100%", rx=2)), "stays"),
@@ -162,12 +136,19 @@ def _spectra(report: Report) -> Markup | None:
                     spectrum_chart(name, spectrum, scale),
                     tag("p", capital(describe(spectrum)), class_="note"),
                 )
-                for name, spectrum in report.spectra.items()
+                for name, spectrum in drawn.items()
             ),
             class_="charts",
         ),
         tag("p", "Variances beyond the scale are drawn at its ends.", class_="note") if beyond else None,
     )
+
+
+def _drawn(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+    """The spectra that are drawn: of very many blocks some, so that the page stays small."""
+    names = list(spectra)
+    count = min(_MOST_CHARTS, len(names))
+    return {name: spectra[name] for name in (names[i * len(names) // count] for i in range(count))}
 
 
 def _swatch(shape: Markup) -> Markup:

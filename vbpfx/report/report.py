@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vbpfx import __version__
 from vbpfx.analysis.blocks import Analysis
@@ -21,8 +21,9 @@ from vbpfx.display.tables import counted, table
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.planning.budget import convolves
+from vbpfx.planning.budget import blocks_with_convolutions
 from vbpfx.records import Plan, Refusal
+from vbpfx.report.notebook import notebook_view
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.report.spectrum import Spectrum, spectra
 from vbpfx.rewrite.verify import Verification
@@ -40,6 +41,7 @@ class Report:
     Attributes:
         params, macs, neurons: ``(dense, pruned)``. MACs per sample as :mod:`torch.utils.flop_counter` counts
             them: products of layers and of attention, no norms, no activations.
+        sample: sizes of the sample that MACs are of, such as 3x224x224; empty in reports that older versions wrote.
         widths: per block ``(before, after)``.
         refused: number of axes that could not be narrowed.
         settings: how the plan was made.
@@ -48,12 +50,14 @@ class Report:
             and measured on the result.
         uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
         network: class of the model.
-        size: bytes of all parameters and buffers ``(dense, pruned)``; None in reports that older versions wrote.
+        size: bytes of all parameters and buffers ``(dense, pruned)``, of :func:`vbpfx.prune_files` as files hold them; None in
+            reports that older versions wrote.
         spectra: per block the variances of its neurons, and which of them stay.
         refusals: the axes that could not be narrowed, with the reasons.
         arguments: what ``prune`` was called with, as far as it differs from the defaults.
         versions: of vbpfx, torch, Python and the platform.
         evaluation: what was measured of both networks, as :meth:`vbpfx.Pruned.save` takes it.
+        tuning: how it was fine-tuned since, in words; empty where it was not.
         bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
         command: the command line that made it; empty where it was made in Python.
     """
@@ -68,12 +72,14 @@ class Report:
     latency: Mapping[str, Any] | None = None
     uneven: tuple[str, ...] = ()
     network: str = ""
+    sample: str = ""
     size: tuple[int, int] | None = None
     spectra: Mapping[str, Spectrum] = field(default_factory=dict, repr=False)
     refusals: tuple[Refusal, ...] = field(default=(), repr=False)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    tuning: str = ""
     bench: Mapping[str, Any] | None = None
     command: str = ""
 
@@ -155,6 +161,24 @@ class Report:
         """The figures as JSON-ready dictionaries."""
         return dataclasses.asdict(self)
 
+    def __repr__(self) -> str:
+        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.costs.items())
+        return f"<Report of {self.network or 'a network'}: {', '.join(parts)}>"
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self.summary, self.costs, self.widths)
+
+    @property
+    def summary(self) -> str:
+        """What is gone and what is left, in one sentence."""
+        dense, pruned = self.neurons
+        narrowed = sum(now < before for before, now in self.widths.values())
+        return (
+            f"{dense - pruned:,} of {counted(dense, 'hidden neuron')} {'is' if dense - pruned == 1 else 'are'} gone from "
+            f"{counted(narrowed, 'block')}; {kept(*self.params)} of the parameters and {kept(*self.macs)} of the "
+            f"multiply-accumulates are left."
+        )
+
     @property
     def costs(self) -> dict[str, tuple[int, int]]:
         """``(dense, pruned)`` of neurons, parameters and MACs, by the names they are shown under."""
@@ -213,8 +237,11 @@ class Report:
     def __str__(self) -> str:
         rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
-        title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
+        means = self.settings["compensation"]
+        compensated = "not compensated" if means == "none" else f"compensated by {means}"
+        title = f"pruned by {self.settings['criterion']}; {compensated}; {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
+        text += f"MACs are those of one sample of shape {self.sample}\n" if self.sample else ""
         text += table(
             f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),
@@ -267,7 +294,8 @@ def make_report(
         latency=latency,
         uneven=_uneven(captured, plan),
         network=type(captured.reference).__name__,
-        size=(count_bytes(captured.graph_module), count_bytes(small)),
+        sample=captured.inputs.sample,
+        size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),
         spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
         refusals=analysis.refusals,
         arguments=arguments or {},
@@ -277,11 +305,12 @@ def make_report(
 
 def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
     """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
-    tensors, multiple = named_tensors(captured.reference), best_multiple("onnxruntime")
+    multiple = best_multiple("onnxruntime")
+    convolving = blocks_with_convolutions(captured, [entry.block for entry in plan.blocks])
     return tuple(
         entry.block.name
         for entry in plan.blocks
-        if entry.pruned and len(entry.kept) % multiple and convolves(entry.block, tensors)
+        if entry.pruned and len(entry.kept) % multiple and entry.block.name in convolving
     )
 
 
@@ -290,9 +319,9 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count_bytes(network: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in named_tensors(network).values()}.values())
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, those of several names once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors.values()}.values())
 
 
 def _versions() -> dict[str, str]:

@@ -54,7 +54,8 @@ def refitted(report: Report) -> Markup | None:
 def check(report: Report) -> Markup:
     """What the substitution oracle measured."""
     if (found := report.verification) is None:
-        return tag("p", "The substitution oracle did not check these weights: it was off, or they were trained since.")
+        why = "they were trained since" if report.tuning else "it was off, or they were trained since"
+        return tag("p", f"The substitution oracle did not check these weights: {why}.")
     about = (
         "The substitution oracle runs the dense network with the removed neurons replaced by what the plan says stands for "
         f"them, and compares the pruned network's output with its. Largest differences over the largest output, in {found.dtype}."
@@ -84,11 +85,18 @@ def making(report: Report) -> Markup:
         "activations seen": f"up to {settings['samples']:,} per neuron" if "samples" in settings else None,
         "reconstructed on": counted(reconstruction["samples"], "sample") if "samples" in reconstruction else None,
     }
-    versions = {**report.versions, **(report.bench["versions"] if report.bench else {})}
+    versions = dict(report.versions)
+    for package, version in (report.bench["versions"] if report.bench else {}).items():
+        if versions.get(package, version).partition("+")[0] != version.partition("+")[0]:
+            package = f"{package}, for the latency"
+        versions.setdefault(package, version)
     return joined(
         tag("h3", "On the command line") if report.command else None,
         tag("pre", tag("code", report.command), tabindex=0) if report.command else None,
-        tag("h3", "In Python") if report.arguments else None,
+        tag("p", f"Fine-tuned: {report.tuning}.") if report.tuning else None,
+        tag("h3", "In Python, before it was fine-tuned" if report.tuning else "In Python")
+        if report.arguments
+        else None,
         tag("pre", tag("code", _python(report)), tabindex=0) if report.arguments else None,
         tag("h3", "Settings"),
         facts({name: value for name, value in shown.items() if value is not None}),
@@ -104,8 +112,9 @@ def _python(report: Report) -> str:
 
 
 def _literal(name: str, value: Any) -> str:
-    own_function = name == "criterion" and value not in CRITERIA
-    return str(value) if own_function else repr(value)
+    if name != "criterion" or value in CRITERIA:
+        return repr(value)
+    return value if value.isidentifier() else "criterion"  # a function of the user's own; a lambda has no name
 
 
 def _code(text: str) -> Markup:
