@@ -25,7 +25,7 @@ from vbpfx.distributed.ranks import ALONE, Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx, onnx_writer
-from vbpfx.graph.capture import Captured, Frontend, capture, require_module
+from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.measurement.bench_result import BenchResult
 from vbpfx.measurement.latency import measure_latencies, measure_result
@@ -230,6 +230,7 @@ def prune(
     """
     assert isinstance(ranks, Ranks)  # joined
     require_module(model)
+    require_code_and_numbers(model)
     ranks.require_whole(calibration)
     if ranks.count > 1:
         ranks.meet("model", digest(model))
