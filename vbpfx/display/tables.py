@@ -32,9 +32,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     for row in rows:
         drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
     out = io.StringIO()
-    console = Console(file=out, width=width)
+    console = Console(
+        file=out, width=width, markup=False, emoji=False, highlight=False
+    )  # cells are other people's names
     if title:  # not the table's own, which is broken at the width of the table
-        console.print(title, markup=False, highlight=False)
+        console.print(title)
     console.print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
