@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -32,6 +33,53 @@ class _Branching(nn.Module):
 def branching() -> nn.Module:
     """What it does depends on its input."""
     return _Branching()
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        return self.head(self.words(tokens).mean(1) * scale)
+
+
+@dataclasses.dataclass
+class Logits:
+    """An output that torch.export does not know."""
+
+    logits: Tensor
+
+
+class _Recorded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor) -> Logits:
+        return Logits(self.mlp(x))
+
+
+def recorded() -> nn.Module:
+    """Returns a dataclass."""
+    return _Recorded()
+
+
+def hollow() -> nn.Module:
+    """Has no numbers."""
+    with torch.device("meta"):
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+
+
+def two() -> nn.Module:
+    """Takes ``tokens`` (samples, length) below 9 and ``scale`` (samples, 1)."""
+    torch.manual_seed(1)
+    return _Two()
+
+
+def wide() -> nn.Module:
+    """The MLP in float64."""
+    return mlp().double()
 
 
 def text() -> str:

@@ -14,6 +14,7 @@ from zoo import Net, mlp, parameter, tokens
 
 import vbpfx
 from vbpfx.errors import AnalysisError, ArtifactError, VerificationError
+from vbpfx.rewrite.verify import relative_error
 
 BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 
@@ -63,6 +64,76 @@ def test_rewritten_exactly(name: str, frontend: str) -> None:
         model.register_buffer("w", torch.randn(4, 12))
         model.fc2 = nn.Linear(12, 4)
     check(model, tokens(), frontend, blocks=1)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_layer_whose_weight_is_made_of_others_is_refused_by_name(norm: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    norm(model[0])
+    found = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(2, 8)))
+    reasons = [r.reason for r in found.refusals if r.producers[0].startswith("0.")]
+    assert reasons
+    assert all("remove_parametrizations" in r or "forward hooks" in r for r in reasons)
+
+
+class Padded(nn.Module):
+    """What is usual and wrong: a mean over tokens that takes padding in."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1, **options)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=mask).mean(1)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.dropout(self.fc1(x), 0.5, training=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_graph_unlike_its_model_says_why() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, 5, 8), "mask": torch.arange(5) >= torch.tensor([5, 2, 3, 4])[:, None]}
+    with pytest.raises(
+        VerificationError, match=r"fast path gives zeros at padded positions.*enable_nested_tensor=False"
+    ):
+        vbpfx.prune(Padded(), [batch], ratio=0.5, method="vbp", progress=False)
+    vbpfx.prune(Padded(enable_nested_tensor=False), [batch], ratio=0.5, method="vbp", progress=False)
+    with pytest.raises(VerificationError, match="two runs of the model differ, too: it is random in eval mode"):
+        vbpfx.prune(Noisy(), [torch.randn(4, 8)], ratio=0.5, method="vbp", progress=False)
+
+
+class Complex(nn.Module):
+    """One block of complex numbers, one of real ones, and a complex output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = (nn.Linear(*sizes, dtype=torch.complex64) for sizes in ((8, 12), (12, 8)))
+        self.fc3, self.fc4 = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc2((self.fc1(x + 0j)) * 2)
+        return torch.complex(self.fc4(self.fc3(z.real).relu()), self.fc4(self.fc3(z.imag).relu()))
+
+
+@BOTH
+def test_complex_numbers_are_refused_and_compared(frontend: str) -> None:
+    torch.manual_seed(0)
+    model = Complex()
+    captured = vbpfx.capture(model, tokens(), frontend=frontend)
+    found = vbpfx.find_blocks(captured)
+    assert [block.producers for block in found.blocks] == [("fc3.weight",)]
+    assert any("complex numbers" in refusal.reason and "fc1.weight" in refusal.producers for refusal in found.refusals)
+    assert stages(model, tokens(), frontend=frontend).small(tokens()).is_complex()
+    a = torch.tensor([3 + 4j])
+    assert relative_error([a], [a.conj()]) == pytest.approx(8 / 5)
 
 
 EXACT |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import pickle
@@ -608,3 +609,82 @@ def test_every_kind_of_rewrite_loads_without_the_class(case: zoo.Case, tmp_path:
     loaded = vbpfx.load(tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(batch), pruned.graph_module(batch))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(6, 8, batch_first=True, **options)
+        self.head = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1, :8])
+
+
+def padded(kind: str) -> nn.Module:
+    convolution = nn.Conv2d(3, 4, 3, padding=1, padding_mode=kind)
+    return nn.Sequential(convolution, nn.Conv2d(4, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 1))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(8, 2, batch_first=True), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.attention(x, x, x, need_weights=False)[0])
+
+
+def sequences(samples: int) -> Tensor:
+    return torch.randn(samples, 5, 6)
+
+
+def pictures(samples: int) -> Tensor:
+    return torch.randn(samples, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (lambda: Recurrent(nn.LSTM), sequences),
+        (lambda: Recurrent(nn.LSTM, proj_size=4, bidirectional=True, num_layers=2, bias=False), sequences),
+        (lambda: Recurrent(nn.GRU, bidirectional=True), sequences),
+        (lambda: Recurrent(nn.RNN), sequences),
+        (lambda: padded("reflect"), pictures),
+        (lambda: padded("circular"), pictures),
+        (Attending, lambda samples: torch.randn(samples, 5, 8)),
+    ],
+)
+def test_layers_that_keep_something_to_themselves(
+    make: Callable[[], nn.Module], batch: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """Recurrent layers name their weights in private, convolutions the padding that is not of zeros."""
+    torch.manual_seed(0)
+    pruned = prune(make(), batch(16), method="vbp", frontend="symbolic")
+    again = vbpfx.load(pruned.save(tmp_path / "a"))
+    assert_same_output(again, pruned.graph_module, batch(3))
+    assert_same_output(copy.deepcopy(again), pruned.graph_module, batch(3))
+
+
+class Parts(nn.Module):
+    """Reads a tensor's parts: of those, a saved graph may read ``real``, and not ``grad_fn``."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part, self.mlp = part, mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = getattr(torch.fft.fft(x), self.part)
+        return self.mlp(x if found is None else found)
+
+
+def test_a_graph_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    pruned = prune(Parts("real"), rows(16), method="vbp", frontend="symbolic")
+    assert_same_output(vbpfx.load(pruned.save(tmp_path / "real")), pruned.graph_module, rows(3))
+    grad = prune(nn.Sequential(mlp()), rows(16), method="vbp")
+    node = next(node for node in grad.graph_module.graph.nodes if node.op == "call_module")
+    with grad.graph_module.graph.inserting_before(node):
+        grad.graph_module.graph.call_function(getattr, (node.args[0], "grad_fn"))
+    vbpfx.save(grad, tmp_path / "grad")
+    assert "reads the attribute grad_fn" in json.loads((tmp_path / "grad" / "graph.json").read_text())["unavailable"]
+    assert isinstance(vbpfx.load(tmp_path / "grad", into=nn.Sequential(mlp())), nn.Sequential)

@@ -280,6 +280,43 @@ def test_a_graph_that_was_not_prepared() -> None:
         calibrate(captured.graph_module, batches())
 
 
+# ---- models that are none ------------------------------------------------------------------------------------------
+
+
+def _quantised() -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "message"),
+    [
+        (lambda: torch.compile(Net()), r"is a OptimizedModule; pass .*model\._orig_mod"),
+        (lambda: nn.DataParallel(Net()), r"is a DataParallel; pass .*model\.module"),
+        (lambda: nn.Sequential(nn.Linear(8, 4)).to("meta"), r"0\.weight is on the meta device .*prune_files"),
+        (_quantised, r"0\.weight is a Int8Tensor, quantised .*prune the plain model"),
+    ],
+)
+def test_what_hides_its_code_or_its_numbers(wrapped: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        vbpfx.prune(wrapped(), batches(), ratio=0.5, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_script() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    with pytest.raises(CaptureError, match="is a RecursiveScriptModule; pass the module that the script was made of"):
+        vbpfx.prune(script, batches(), ratio=0.5, progress=False)
+
+
+def test_images_that_nobody_normalised() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with refused(model, CalibrationError, "the model computes in torch.float32: cast the batch to it"):
+        vbpfx.prune(model, [torch.ones(4, 8, dtype=torch.uint8)], ratio=0.5, progress=False)
+
+
 # ---- budgets and options --------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_unchanged, state
@@ -236,6 +237,26 @@ def test_the_command_on_a_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, t
     assert "Traceback" not in failed.output
 
 
+@pytest.mark.parametrize("name", ["two", "wide"])
+def test_inputs_that_no_shape_describes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors, one of them integers; and a network in float64."""
+    monkeypatch.chdir(tmp_path)
+    if name == "two":
+        tokens = np.random.default_rng(0).integers(0, 9, (4, 6))
+        np.savez("data.npz", tokens=tokens, scale=np.ones((4, 1), np.float32))
+    else:
+        np.savez("data.npz", input=np.ones((4, 3, 8, 8)))
+    model = f"cli_networks:{name}"
+    how = ["--ratio", "0.5", "--method", "vbp", "--no-onnx"]
+    made = CliRunner().invoke(app, ["prune", model, "--data", "data.npz", *how, "--out", "out"])
+    assert made.exit_code == 0, made.output
+    inputs = ["--data", "data.npz"] if name == "two" else ["--shape", "3x8x8"]
+    words = ["bench", "out", "--dense", model, "--runtime", "pytorch", "--rounds", "1", "--no-memory", "--json"]
+    result = CliRunner().invoke(app, [*words, *inputs])
+    assert result.exit_code == 0, result.output
+    assert [row["batch"] for row in json.loads(result.stdout)["rows"]] == [1, 8]
+
+
 def test_the_command_on_two_files(saved: Path) -> None:
     pair = ["--dense", str(saved / "dense.onnx"), "--pruned", str(saved / "pruned.onnx")]
     result = CliRunner().invoke(app, ["bench", *pair, "--rounds", "1", "--no-memory"])
@@ -254,6 +275,8 @@ def test_the_command_on_two_files(saved: Path) -> None:
         ["out", "--dense", "a.onnx", "--pruned", "b.onnx"],
         ["out", "--dense", "timm:vit", "--shape", "3,4"],
         ["out", "--dense", "timm:vit", "--batch", "0"],
+        ["out", "--dense", "timm:vit", "--shape", "3", "--data", "a.npy"],
+        ["--dense", "a.onnx", "--pruned", "b.onnx", "--data", "a.npy"],
         ["out", "--dense", "timm:vit", "--no-such-option"],
     ],
 )

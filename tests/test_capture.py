@@ -180,6 +180,9 @@ X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         ({"a": X}, _model(lambda self, data: data), ({"a": X},), {}),
         (({"x": X}, Y), _model(lambda self, x: x), (), {"x": X}),
         (((X,), {"y": X}), _model(lambda self, x, y: x), (X,), {"y": X}),
+        ({"x": X, "labels": Y}, _model(lambda self, x: x), (), {"x": X}),
+        ({"x": X, "labels": Y}, _model(lambda self, x, labels=None: x), (), {"x": X}),
+        ({"x": X, "labels": Y}, _model(lambda self, x, labels: x), (), {"x": X, "labels": Y}),
     ],
 )
 def test_batches_become_arguments(batch: Any, model: nn.Module, args: tuple, kwargs: dict) -> None:

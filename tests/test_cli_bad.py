@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner, Result
 
+import vbpfx
 import vbpfx.data.sources
 import vbpfx.gathering
 import vbpfx.model_names
@@ -114,6 +116,7 @@ LINES: dict[str, tuple[list[str], int, str]] = {
     "a function that makes no network": (_prune(model="cli_networks:text"), 1, "expected a torch.nn.Module"),
     "a network without hidden layers": (_prune(model="cli_networks:single"), 1, "no block"),
     "a network that cannot be traced": (["inspect", "cli_networks:branching", "--shape", "8"], 1, "could not be traced"),
+    "a network without numbers": (_prune(model="cli_networks:hollow"), 1, "is on the meta device, where 1.weight has no numbers"),
     "no model": (["prune", "--data", "good.npy", "--out", "out", "--ratio", "0.5"], 2, "MODEL"),
     # weights
     "weights that are not there": (_prune("--weights", "nowhere.pt"), 1, "cannot read weights from nowhere.pt"),
@@ -248,6 +251,22 @@ def test_ctrl_c_in_a_terminal(place: Path) -> None:
     assert done.stderr.splitlines()[-1] == "vbpfx: interrupted"
     assert "Traceback" not in done.stderr
     assert not (place / "out").exists()
+
+
+def test_training_is_not_lost_where_onnx_cannot_be_made(place: Path) -> None:
+    model = "cli_networks:recorded"
+    made = _run(*_prune("--method", "vbp", model=model))
+    _require_one_line(
+        made, 1, "out holds everything but model.onnx: torch.onnx cannot export the network: RuntimeError: Found"
+    )
+    assert "\x1b" not in made.stderr
+    tune = ["finetune", "out", "--dense", model, "--data", "good.npy", "--epochs", "1", "--out", "tuned"]
+    Path("tuned").mkdir()
+    for name in ("plan.json", "graph.json", "model.onnx"):  # of an earlier result
+        Path("tuned", name).write_text("")
+    _require_one_line(_run(*tune), 1, "tuned holds everything but model.onnx")
+    assert not Path("tuned/model.onnx").exists()
+    assert isinstance(vbpfx.load("tuned", into=cli_networks.recorded()), nn.Module)
 
 
 def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,15 @@ def test_every_figure_is_what_counting_gives(three: tuple[np.ndarray, ...], kind
     assert lost[0] > 0 > lost[-1]
 
 
+def test_labels_in_a_mapping(three: tuple[np.ndarray, ...]) -> None:
+    dense, pruned, labels = three
+    pairs = _batches(labels)
+    mappings = [{"x": x, "labels": y} for x, y in pairs]
+    assert _evaluate(Table(dense), Table(pruned), mappings) == _evaluate(Table(dense), Table(pruned), pairs)
+    apart = vbpfx.evaluate(Table(dense), Table(pruned), mappings, inputs=lambda b: ((b["x"],), {}), progress=False)
+    assert apart.dense is None  # whoever says what the arguments are has no labels
+
+
 def test_without_labels(three: tuple[np.ndarray, ...]) -> None:
     dense, pruned, labels = three
     found, labelled = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,24 @@ def test_the_sample_that_macs_are_of_is_said() -> None:
     found = inspect_model("timm:test_vit", shape=(3, 160, 160))
     assert str(found).splitlines()[0].endswith("MACs per sample (3x160x160)")
     assert found.to_json()["sample"] == found.sample == "3x160x160"
+
+
+def test_data_say_what_no_shape_describes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", tokens=np.zeros((4, 6), np.int64), scale=np.ones((4, 1), np.float32))
+    found = inspect_model("cli_networks:two", data=tmp_path / "data.npz")
+    assert [(block.name, block.width) for block in found.blocks] == [("head", 16)]
+    command = ["inspect", "cli_networks:two", "--data", str(tmp_path / "data.npz"), "--json"]
+    assert json.loads(CliRunner().invoke(app, command).stdout) == json.loads(json.dumps(found.to_json()))
+
+
+def test_modules_are_imported_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is made without numbers; the tensors of the module that holds it are everybody's."""
+    (tmp_path / "with_numbers.py").write_text(
+        "import torch\nscale = torch.ones(3)\ndef build():\n    return torch.nn.Sequential(torch.nn.Linear(3, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    inspect_model("with_numbers:build", shape=(3,))
+    assert not sys.modules["with_numbers"].scale.is_meta
 
 
 def test_steps_are_what_pruning_gives() -> None:

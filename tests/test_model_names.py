@@ -15,7 +15,16 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from vbpfx.errors import ModelError
 from vbpfx.model_names import file_inputs, load_model, typical_inputs
@@ -48,6 +57,10 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
         "input_ids": (2, 40), "attention_mask": (2, 40)
     }  # fmt: skip
     assert model(**inputs.kwargs).logits.shape == (2, 2)
+    pairs = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    assert pairs(**typical_inputs(pairs).kwargs).logits.shape == (2, 128, 50)
     images = ViTModel(
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=32)
     )
@@ -72,6 +85,7 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
         "def broken():\n    raise ValueError('no luck')\n"
         "def number():\n    return 3\n"
     )
+    (tmp_path / "own_mistake.py").write_text("def build(:\n")
     monkeypatch.chdir(tmp_path)
     assert isinstance(load_model("own_networks:small"), nn.Linear)
     assert load_model("own_networks:ready").in_features == 4
@@ -79,6 +93,8 @@ def test_a_module_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
         "own_networks:broken": "calling it raised ValueError: no luck",
         "own_networks:number": "gives a int, expected a torch.nn.Module",
         "own_networks:nothing": "has no attribute 'nothing'; expected timm:NAME",
+        "own_networks.py:small": "go to the folder of own_networks.py and write own_networks:small",
+        "own_mistake:build": r"importing own_mistake raised SyntaxError: .*own_mistake.py, line 1",
     }.items():
         with pytest.raises(ModelError, match=message):
             load_model(name)
@@ -174,7 +190,7 @@ def test_whatever_torch_trips_over_is_a_model_error(damaged: bytes, tmp_path: Pa
 
 
 def test_a_model_that_does_not_say_what_it_takes() -> None:
-    with pytest.raises(ModelError, match=r"_Net does not say what its input looks like; pass --shape"):
+    with pytest.raises(ModelError, match=r"_Net does not say what its input looks like; pass --shape.*or --data"):
         typical_inputs(_Net())
     with pytest.raises(ModelError, match=r"CLIPModel does not say"):
         typical_inputs(CLIPModel(CLIPConfig(

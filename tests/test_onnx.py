@@ -334,3 +334,19 @@ def test_a_loaded_graph_is_exported_like_the_one_that_was_saved(tmp_path: Path) 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = exporter.run_session(session, inputs)
     torch.testing.assert_close(found, small.graph_module(example).detach(), rtol=PARITY, atol=PARITY)
+
+
+class OneDictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.fc2(self.fc1(batch["x"]).relu() * batch["scale"])
+
+
+def test_a_dictionary_as_the_only_argument(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(6, 8), "scale": torch.rand(6, 1)}
+    pruned = vbpfx.prune(OneDictionary(), [batch], ratio=0.5, progress=False)
+    session = onnxruntime.InferenceSession(pruned.to_onnx(tmp_path / "model.onnx"))
+    assert len(session.get_inputs()) == 2  # and their values were compared before the file was written

@@ -28,6 +28,13 @@ def data() -> list[Tensor]:
     return [torch.randn(64, 8, generator=generator) for _ in range(3)]
 
 
+def test_names_stand_in_tables_as_they_are() -> None:
+    """Classes are called what their folders are called, which to rich may be a style, an end of one, or a picture."""
+    names = ("[other]", "[/b]", "a:cat:b")
+    shown = table("[bold] title", ("name",), [(name,) for name in names])
+    assert all(name in shown for name in ("[bold] title", *names))
+
+
 @pytest.fixture(scope="module")
 def pruned() -> vbpfx.Pruned:
     torch.manual_seed(0)

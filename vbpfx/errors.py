@@ -53,6 +53,13 @@ class ExportError(VbpfxError):
     """An exported file does not run, or does not compute what the pruned network computes."""
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What an error was raised from, at whatever remove: exporters wrap what went wrong in what they were about."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none: other people's errors run on."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

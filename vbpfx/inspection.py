@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.analysis.kinds import calls, kinds
+from vbpfx.data.sources import sample_inputs
 from vbpfx.display.figures import kept
 from vbpfx.display.tables import counted, table
 from vbpfx.errors import BudgetError
@@ -130,23 +132,25 @@ def inspect_model(
     weights: str | Path | None = None,
     *,
     shape: tuple[int, ...] | None = None,
+    data: str | Path | None = None,
     frontend: Frontend = "auto",
     min_width: int | None = None,
 ) -> Inspection:
-    """Find out what can be pruned of a model, and what that would save. No data is needed.
+    """Find out what can be pruned of a model, and what that would save. No data is needed where the model says what it takes.
 
     The model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
 
     Args:
         name, weights: as :func:`vbpfx.model_names.load_model` takes them.
         shape: of one sample, where the model does not say.
+        data: samples that say it in place of a shape, as :func:`vbpfx.open_data` reads them.
         frontend: see :func:`vbpfx.capture`.
         min_width: floor of every block; by default a sixteenth of its width.
 
     Raises:
         VbpfxError: the model cannot be made, does not say what its input looks like, or cannot be traced.
     """
-    analysis = _analysed(name, weights, shape, frontend)
+    analysis = _analysed(name, weights, shape, data, frontend)
     captured, blocks = analysis.captured, analysis.blocks
     macs, params = mac_cost(captured, blocks), parameter_cost(captured.reference, blocks)
     full = {block.name: block.width for block in blocks}
@@ -172,18 +176,27 @@ def inspect_model(
     )  # fmt: skip
 
 
-def _analysed(name: str, weights: str | Path | None, shape: tuple[int, ...] | None, frontend: Frontend) -> Analysis:
+def _analysed(
+    name: str,
+    weights: str | Path | None,
+    shape: tuple[int, ...] | None,
+    data: str | Path | None,
+    frontend: Frontend,
+) -> Analysis:
+    def analysed(model: nn.Module) -> Analysis:
+        inputs = typical_inputs(model, shape) if data is None else sample_inputs(data, model, name=name)
+        return find_blocks(capture(model, inputs, frontend=frontend))
+
     if weights is None:
         try:
             with torch.device("meta"):
                 model = load_model(name)
-            return find_blocks(capture(model, typical_inputs(model, shape), frontend=frontend))
+            return analysed(model)
         except (
             Exception
         ):  # models that compute with their numbers while they are made or traced; all else comes up again
             pass
-    model = load_model(name, weights)
-    return find_blocks(capture(model, typical_inputs(model, shape), frontend=frontend))
+    return analysed(load_model(name, weights))
 
 
 def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> dict[str, int]:

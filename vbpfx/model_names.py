@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, model_dtype
 from vbpfx.errors import ModelError, first_line
+from vbpfx.graph.frontends import quiet_logging
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under
@@ -49,6 +50,9 @@ def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
     model = _MAKERS.get(kind, _of_module)(name, rest)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {name!r} gives a {type(model).__name__}, expected a torch.nn.Module")
+    empty = next((key for key, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty and torch.get_default_device().type != "meta":
+        raise ModelError(f"model {name!r} is on the meta device, where {empty} has no numbers: make it on the CPU")
     if weights is not None:
         try:
             load_weights(model, Path(weights))
@@ -106,9 +110,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
+def _imported(module: str) -> Any:
+    """The module, whose own tensors are real even where the model's are not to be."""
+    with torch.device("cpu"), quiet_logging():  # torchao, which transformers imports, logs what torch deprecates
+        return importlib.import_module(module)
+
+
 def _package(name: str, package: str, install: str) -> Any:
     try:
-        return importlib.import_module(package)
+        return _imported(package)
     except ImportError as error:
         raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install '{install}'") from error
 
@@ -164,7 +174,8 @@ def _quiet_transformers(transformers: Any) -> Iterator[None]:
 def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(rest)
     config.use_cache = False  # no part of one forward pass
-    known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    with torch.device("cpu"), quiet_logging():  # their modules are imported here, as in _imported
+        known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
     kind = next(filter(None, known), transformers.AutoModel)
     if torch.get_default_device().type == "meta":  # nobody asks for the weights
         made: nn.Module = transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
@@ -177,17 +188,27 @@ def _of_module(name: str, rest: str) -> Any:
     module, _, function = name.rpartition(":")
     sys.path.insert(0, "")
     try:
-        make = importlib.import_module(module)
+        make = _imported(module)
         for part in function.split("."):
             make = getattr(make, part)
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"model {name!r}: {first_line(error)}; expected {FORMS}") from error
+        stem = Path(module).stem
+        hint = (
+            f"go to the folder of {module} and write {stem}:{function}"
+            if module.endswith(".py")
+            else f"expected {FORMS}"
+        )
+        raise ModelError(f"model {name!r}: {first_line(error)}; {hint}") from error
+    except Exception as error:  # the user's own code
+        raise ModelError(
+            f"model {name!r}: importing {module} raised {type(error).__name__}: {first_line(error)}"
+        ) from error
     finally:
         sys.path.remove("")
     if isinstance(make, nn.Module):
         return make
     try:
-        return make()  # type: ignore[operator]
+        return make()
     except Exception as error:  # the user's own code
         raise ModelError(f"model {name!r}: calling it raised {type(error).__name__}: {first_line(error)}") from error
 
@@ -200,7 +221,7 @@ _MAKERS: dict[str, Callable[[str, str], Any]] = {
 
 
 def typical_inputs(model: nn.Module, shape: tuple[int, ...] | None = None, batch: int = 2) -> Inputs:
-    """Random inputs of the shape that the model expects, as far as it says so itself (timm, torchvision, transformers).
+    """Random inputs as the model expects them, as far as it says so itself (timm, torchvision, transformers).
 
     Args:
         shape: of one sample of the one input, in place of what the model says.
@@ -208,20 +229,27 @@ def typical_inputs(model: nn.Module, shape: tuple[int, ...] | None = None, batch
     Raises:
         ModelError: the model does not say.
     """
+    dtype = model_dtype(model)
     if shape is not None:
-        return Inputs((torch.randn(batch, *shape),), {})
+        return Inputs((torch.randn(batch, *shape, dtype=dtype),), {})
     if isinstance(found := getattr(model, "pretrained_cfg", None), Mapping) and found.get("input_size"):
-        return Inputs((torch.randn(batch, *found["input_size"]),), {})
+        return Inputs((torch.randn(batch, *found["input_size"], dtype=dtype),), {})
     if type(model).__module__.startswith("torchvision."):
-        return Inputs((torch.randn(batch, 3, 224, 224),), {})
+        return Inputs((torch.randn(batch, 3, 224, 224, dtype=dtype),), {})
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if main == "input_ids" and isinstance(words := getattr(config, "vocab_size", None), int):
         tokens = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
         ids = torch.randint(words, (batch, tokens))
-        return Inputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+        taken = inspect.signature(model.forward).parameters
+        return Inputs((), {name: tensor for name, tensor in known.items() if name in taken})
     if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
-        return Inputs((), {"pixel_values": torch.randn(batch, getattr(config, "num_channels", 3), size, size)})
-    raise ModelError(f"{type(model).__name__} does not say what its input looks like; pass --shape, such as 3x224x224")
+        pixels = torch.randn(batch, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+        return Inputs((), {"pixel_values": pixels})
+    raise ModelError(
+        f"{type(model).__name__} does not say what its input looks like; pass --shape, such as 3x224x224, or --data with samples "
+        f"of it"
+    )
 
 
 _ONNX_TYPES = {

@@ -18,7 +18,7 @@ from vbpfx.data.inputs import as_inputs, reader
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
-from vbpfx.graph.capture import Captured, Frontend, capture, require_module
+from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.measurement.latency import measure_result
 from vbpfx.measurement.sensitivity import sensitivities
@@ -102,6 +102,7 @@ def prune(
     """
     assert isinstance(ranks, Ranks)  # joined
     require_module(model)
+    require_code_and_numbers(model)
     ranks.require_whole(calibration)
     if ranks.count > 1:
         ranks.meet("model", digest(model))

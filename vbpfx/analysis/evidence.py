@@ -37,6 +37,8 @@ from vbpfx.rules.axes import (
 from vbpfx.rules.ops import called_module, describe, rule_for, takes_apart, takes_sizes
 from vbpfx.rules.pointwise import elementwise
 
+_PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
+_HOOKED = "has forward hooks, which may read or change it"
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
@@ -95,6 +97,9 @@ def gather(captured: Captured) -> Evidence:
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
+        value = node.meta.get("val")
+        for axis in own.axes if own is not None and isinstance(value, Tensor) and value.is_complex() else ():
+            evidence.opaque[axis].append((node.name, "it holds complex numbers, of which no statistics are taken"))
         said = list(_relations(node, module, names, sizes))
         for relation in said:
             _note(relation, node, evidence)
@@ -142,10 +147,10 @@ def _relations(
         return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
     hooked: list[Relation] = []
     if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-        hooked += site.all_opaque(f"layer {node.target} has forward hooks, which may read or change it")
+        hooked += site.all_opaque(f"layer {node.target} {_HOOKED}")
     if rule is None:
         parametrized = module is not None and parametrize.is_parametrized(module)
-        why = "is parametrized" if parametrized else _UNLISTED
+        why = _PARAMETRIZED if parametrized else _UNLISTED
         return [*used, *site.all_opaque(f"operator {name} {why}")]
     if rule is not elementwise and site.operands and not site.x.ndim:
         return [*used, *site.all_opaque(f"operator {name} takes a single number")]
@@ -247,9 +252,15 @@ def _note_unread(
         own, weight = operand_of(argument, names), _parameter_behind(argument, names, evidence)
         if own is not None and weight is not None and weight.ndim > 1 and own.owner in opaque:
             weights.append((weight.owner, opaque[own.owner]))
-    if module is not None and rule_for(node, module) is None:
-        own_names = names.of_module[str(node.target)].values()
+    made = module is not None and parametrize.is_parametrized(module)
+    if module is not None and (made or module._forward_pre_hooks or rule_for(node, module) is None):
+        own_names = [*names.of_module[str(node.target)].values()]
         why = f"operator {describe(node, module)} {_UNLISTED}"
+        if made:  # their weights are those of other modules, below this one
+            own_names = [f"{node.target}.{name}" for name, _ in module.named_parameters()]
+            why = f"layer {node.target} {_PARAMETRIZED}"
+        elif module._forward_pre_hooks:
+            why = f"layer {node.target} {_HOOKED}"
         weights += [(name, why) for name in own_names if Axis(name, 1, True) in evidence.sizes]
     for name, reason in weights:
         evidence.unread.setdefault(name, (node.name, reason))

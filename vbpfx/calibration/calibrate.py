@@ -159,7 +159,7 @@ def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
 def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
     """What to say of a batch that a graph does not run on; ``first`` is one that it ran on."""
     dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
-    given = {t.dtype for t in inputs.tensors if t.is_floating_point()}
+    given = {t.dtype for t in inputs.tensors if t.is_floating_point() or t.dtype == torch.uint8}  # as images are stored
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
     fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
     return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"

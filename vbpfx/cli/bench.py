@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Debug, failing_in_one_line, sizes
+from vbpfx.cli.conventions import Debug, Samples, Shape, failing_in_one_line, one_of_shape_and_data
 from vbpfx.cli.measured import InReport, add_to_report
 
 
@@ -29,7 +29,8 @@ def bench(
     threads: Annotated[list[int], typer.Option(min=1, help="Once for each number of threads.")] = [1],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 15,
     memory: Annotated[bool, typer.Option(help="Measure memory, too, in processes of their own.")] = True,
-    shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
+    shape: Shape = "",
+    data: Samples = None,
     length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
     report: InReport = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -38,9 +39,12 @@ def bench(
     """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size, memory; per runtime."""
     if not dense or (folder is None) == (pruned is None):
         raise typer.BadParameter("pass DIR and --dense MODEL, or --dense FILE.onnx and --pruned FILE.onnx")
-    one = sizes(shape)
+    one = one_of_shape_and_data(shape, data)
+    if pruned is not None and (one or data):
+        raise typer.BadParameter("--shape and --data go with DIR; ONNX files say what they take, but for --length")
     with failing_in_one_line(debug):
         from vbpfx.artifact import load_beside
+        from vbpfx.data.sources import sample_inputs
         from vbpfx.measurement.bench import bench as run_bench
         from vbpfx.measurement.bench import bench_files
         from vbpfx.model_names import file_inputs, load_model, typical_inputs
@@ -50,7 +54,8 @@ def bench(
         }  # fmt: skip
         if folder is not None:
             model = load_model(dense, weights)
-            result = run_bench(model, load_beside(folder, model), typical_inputs(model, one), **how)
+            inputs = sample_inputs(data, model, name=dense, batch=max(batches)) if data else typical_inputs(model, one)
+            result = run_bench(model, load_beside(folder, model), inputs, **how)
             if report:
                 add_to_report(folder, bench=result)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from vbpfx.errors import VbpfxError, first_line
 
@@ -49,6 +50,14 @@ Model = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="State dict of the model: safetensors, or as torch.save wrote it.")]
+Shape = Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")]
+Samples = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="In place of --shape, for inputs of any kind: samples, read as vbpfx prune reads them with --data.",
+    ),
+]
 Tracing = Annotated[Frontend, typer.Option("--frontend", help="What traces the model: auto tries both.")]
 Color = Annotated[
     bool,
@@ -80,10 +89,46 @@ def sizes(shape: str) -> tuple[int, ...] | None:
     return found
 
 
+def one_of_shape_and_data(shape: str, data: Path | None) -> tuple[int, ...] | None:
+    """The numbers in ``--shape``, as :func:`sizes` reads them, for commands that take ``--data`` in place of it.
+
+    Raises:
+        typer.BadParameter: it is none, or both are given.
+    """
+    if shape and data is not None:
+        raise typer.BadParameter("--shape and --data both say what the input looks like; pass one of them")
+    return sizes(shape)
+
+
 def require_apart(checkpoint: Path | None, out: Path) -> None:
     """Raise a typer.BadParameter where the checkpoint's folder is in the one that the result takes."""
     if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+
+
+def save_with_onnx(save: Callable[[bool], Any], out: Path, *, onnx: bool, first: bool) -> None:
+    """Write an artifact; without ``model.onnx`` where that cannot be made: hours of work need not be lost for it.
+
+    Args:
+        save: writes it, with ``model.onnx`` or without.
+        first: whether this process is the one that writes.
+
+    Raises:
+        ExportError: ``model.onnx`` cannot be made; the rest is written.
+    """
+    from vbpfx.errors import ExportError
+
+    refused: ExportError | None = None
+    try:
+        save(onnx)
+    except ExportError as error:
+        refused = error
+        if first:
+            save(False)
+    if first and (refused or not onnx):
+        (out / "model.onnx").unlink(missing_ok=True)  # of an earlier result
+    if refused:
+        raise ExportError(f"{out} holds everything but model.onnx: {refused}") from refused
 
 
 def command_line() -> str:
@@ -137,12 +182,17 @@ def reason(error: BaseException) -> str:
 
 def say(message: str) -> None:
     """One line on standard error."""
-    Console(stderr=True, soft_wrap=True).print(f"vbpfx: {message}", style="red", markup=False, highlight=False)
+    _print(f"vbpfx: {message}", "red")
 
 
 def note(text: str) -> None:
     """Something worth knowing, on standard error."""
-    Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
+    _print(text, "dim")
+
+
+def _print(text: str, style: str) -> None:
+    """The text as it is: paths and names may look like rich's own words."""
+    Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False).print(text, style=style)
 
 
 def note_random_weights(model: str, weights: Path | None) -> None:
@@ -157,7 +207,7 @@ def busy(text: str, shown: bool = True) -> Iterator[None]:
     if not (shown and shows_progress()):
         yield
         return
-    with Console(stderr=True).status(text):
+    with Console(stderr=True).status(Text(text)):
         yield
 
 

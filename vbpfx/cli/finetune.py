@@ -20,6 +20,7 @@ from vbpfx.cli.conventions import (
     note,
     note_random_weights,
     require_apart,
+    save_with_onnx,
     shows_progress,
 )
 from vbpfx.cli.data_options import (
@@ -175,7 +176,11 @@ def finetune(
             done = run_finetune(tuning.student, model, loader, progress=shows_progress(), **training)
             command = command_line()
             how = _in_words(done, samples.samples, recipe.value)
-            ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, how=how, command=command), out)
+
+            def save(onnx: bool) -> Path:
+                return ranks.write(lambda: tuning.save(done.model, out, onnx=onnx, how=how, command=command), out)
+
+            save_with_onnx(save, out, onnx=not no_onnx, first=ranks.first)
         if ranks.first:
             if done.best.epoch == 0:
                 note(f"no epoch was better on the held-out samples: {out} has the weights of {folder}; try smaller steps "

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from vbpfx.cli.conventions import Color, Debug, Frontend, Model, Tracing, Weights, busy, failing_in_one_line, sizes
+from vbpfx.cli.conventions import (
+    Color,
+    Debug,
+    Frontend,
+    Model,
+    Samples,
+    Shape,
+    Tracing,
+    Weights,
+    busy,
+    failing_in_one_line,
+    one_of_shape_and_data,
+)
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -17,6 +29,8 @@ vbpfx inspect timm:vit_tiny_patch16_224
 
 vbpfx inspect my_package.models:build --shape 3x64x64 --json
 
+vbpfx inspect my_package.models:of_two_inputs --data samples.npz
+
 vbpfx inspect torchvision:mobilenet_v3_small --block features.4 --graph block.svg
 """
 
@@ -24,7 +38,8 @@ vbpfx inspect torchvision:mobilenet_v3_small --block features.4 --graph block.sv
 def inspect(
     model: Model,
     weights: Weights = None,
-    shape: Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")] = "",
+    shape: Shape = "",
+    data: Samples = None,
     frontend: Tracing = Frontend.auto,
     min_width: Annotated[int | None, typer.Option(min=1, help="No block becomes narrower.")] = None,
     graph: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the channel graph of --block.")] = None,
@@ -36,12 +51,12 @@ def inspect(
     """Show what could be pruned of a model: blocks, their share of it, refusals with reasons, what ratios would give."""
     if bool(block) != (graph is not None):
         raise typer.BadParameter("--block and --graph go together: --block NAME --graph FILE.svg")
-    one = sizes(shape)
+    one = one_of_shape_and_data(shape, data)
     with failing_in_one_line(debug):
         with busy(f"loading {model}"):
             from vbpfx.inspection import inspect_model
 
-            found = inspect_model(model, weights, shape=one, frontend=frontend.value, min_width=min_width)
+            found = inspect_model(model, weights, shape=one, data=data, frontend=frontend.value, min_width=min_width)
         if graph is not None:
             from vbpfx.analysis.channel_graph import channel_graph
             from vbpfx.storage.files import text_writer, write_atomically

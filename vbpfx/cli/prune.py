@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from vbpfx.cli.conventions import (
     note,
     note_random_weights,
     require_apart,
+    save_with_onnx,
     shows_progress,
 )
 from vbpfx.cli.data_options import (
@@ -44,9 +45,6 @@ from vbpfx.cli.data_options import (
     reading,
 )
 from vbpfx.cli.group import among_ranks
-
-if TYPE_CHECKING:
-    from vbpfx.pruned import Pruned
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -195,25 +193,9 @@ def prune(
             note(str(calibration))
         pruned = run_prune(network, calibration, ranks=ranks, progress=shows_progress(), **options)
         with busy(f"writing {out}", ranks.first):
-            _save(pruned, out, onnx=not no_onnx)
+            command = command_line()
+            save_with_onnx(
+                lambda onnx: pruned.save(out, onnx=onnx, command=command), out, onnx=not no_onnx, first=ranks.first
+            )
     if ranks.first:
         typer.echo(json.dumps(pruned.report.to_json()) if as_json else f"{pruned}written to {out}")
-
-
-def _save(pruned: Pruned, out: Path, *, onnx: bool) -> None:
-    """Write the artifact; without ``model.onnx`` where that cannot be made: hours of work need not be lost for it."""
-    from vbpfx.errors import ExportError
-
-    command = command_line()
-    if onnx:
-        try:
-            pruned.save(out, onnx=True, command=command)
-            return
-        except ExportError as error:
-            if pruned.ranks.first:
-                pruned.save(out, command=command)
-                (out / "model.onnx").unlink(missing_ok=True)
-            raise ExportError(f"{out} holds everything but model.onnx: {error}") from error
-    pruned.save(out, command=command)
-    if pruned.ranks.first:
-        (out / "model.onnx").unlink(missing_ok=True)  # of an earlier result

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, default_collate
 
 from vbpfx.data.array_batches import Array, ArrayBatches
 from vbpfx.data.batches import Data, spread, taken
+from vbpfx.data.inputs import LABELS
 from vbpfx.errors import CalibrationError
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 _BYTES = 8  # of a number: torch knows no larger ones
-_LABELS = "labels"  # the array of an .npz that is no argument
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     """
     read = ArrayBatches(path, batch)
     arrays = dict(read.arrays)
-    given = arrays.pop(_LABELS, None)
+    given = arrays.pop(LABELS, None)
     if given is not None and (given.ndim != 1 or given.dtype.kind not in "iu"):
         raise CalibrationError(
             f"{path}: labels must be one integer a sample, found {given.dtype} of shape {given.shape}"
@@ -69,7 +69,7 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > _BYTES:
             raise CalibrationError(
-                f"{path}: {name or 'the array'} is of {array.dtype}; expected numbers of at most {_BYTES} bytes"
+                f"{path}: {name or 'the array'} is of {array.dtype}; expected real numbers of at most {_BYTES} bytes"
             )
     known = None if given is None else given.tolist()
     order = spread(known, read.samples, seed)

@@ -14,6 +14,15 @@ from torch.utils import _pytree as pytree
 
 from vbpfx.errors import CalibrationError
 
+LABELS = "labels"  # what a mapping calls them; a model that is given them returns a loss
+
+
+def named_labels(batch: Any) -> Any:
+    """The ``labels`` of a batch that is a mapping, which :func:`as_inputs` leaves out; None where there are none."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        batch = batch[0]
+    return batch.get(LABELS) if isinstance(batch, Mapping) else None
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -108,6 +117,11 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's numbers: that of its first floating-point parameter; torch's default where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
     found: list[Tensor] = []
@@ -147,7 +161,7 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     """The arguments that ``model.forward`` takes, from one batch.
 
     A tensor is the one argument. A mapping is keyword arguments (or, where the signature does not take
-    its keys, the one argument). A sequence is positional arguments, from which labels are left out:
+    its keys, the one argument); its ``labels`` are left out unless ``forward`` demands them. A sequence is positional arguments, from which labels are left out:
     what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
     with a tuple and a dictionary is taken as it is.
     """
@@ -156,6 +170,9 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     signature = inspect.signature(model.forward)
     if isinstance(batch, Mapping):
         kwargs = {str(key): value for key, value in batch.items()}
+        unlabelled = {name: value for name, value in kwargs.items() if name != LABELS}
+        if unlabelled and _binds(signature, (), unlabelled):
+            kwargs = unlabelled
         return Inputs((), kwargs) if _binds(signature, (), kwargs) else Inputs((batch,), {})
     if isinstance(batch, (tuple, list)):
         if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):

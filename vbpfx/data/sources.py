@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from vbpfx.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vbpfx.data.batches import Data
+from vbpfx.data.inputs import Inputs, as_inputs, model_dtype
 from vbpfx.data.texts import TEXT_SUFFIXES, open_texts
 from vbpfx.errors import CalibrationError
 
@@ -86,23 +86,31 @@ def open_data(
                 f"images need Pillow and torchvision ({error}): pip install 'vbpfx[timm]'"
             ) from error
         return open_images(
-            path, model, name, Overrides(shape, mean, std, crop), _dtype(model), _path(labels), _path(classes),
+            path, model, name, Overrides(shape, mean, std, crop), model_dtype(model), _path(labels), _path(classes),
             limit, seed, batch, workers, skip=bad_images == "skip",
         )  # fmt: skip
     if not path.exists():
         raise CalibrationError(f"{path} does not exist")
     if path.suffix in ARRAY_SUFFIXES:
-        return open_arrays(path, _dtype(model), limit, seed, batch)
+        return open_arrays(path, model_dtype(model), limit, seed, batch)
     if path.suffix in TEXT_SUFFIXES:
         return open_texts(path, model, max_length, limit, seed, batch)
     expected = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES))
     raise CalibrationError(f"{path} is of no known kind: expected a folder of images, {expected}")
 
 
+def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:
+    """The first samples of a path as the model's arguments, without labels: what its input looks like, where it does not say.
+
+    Args:
+        path, model, name: as :func:`open_data` takes them.
+        batch: how many; fewer where there are no more.
+
+    Raises:
+        CalibrationError: as :func:`open_data`.
+    """
+    return as_inputs(next(iter(open_data(path, model, name=name, batch=batch))), model)
+
+
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Of the model's numbers."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.calibration.calibrate import progress_bar
-from vbpfx.data.inputs import Inputs, model_device, reader
+from vbpfx.data.inputs import LABELS, Inputs, model_device, named_labels, reader
 from vbpfx.display.tables import counted
 from vbpfx.errors import EvaluationError, FinetuneError
 from vbpfx.evaluation.intervals import PairedDifference, Share
@@ -60,7 +60,7 @@ def evaluate(
     total = length_hint(batches) or None
     with torch.inference_mode(), progress_bar("evaluating", total, progress) as advance:
         for number, batch in enumerate(batches, start=1):
-            given, labels = _without_labels(read(batch), batch)
+            given, labels = _without_labels(read(batch), batch, named_labels(batch) if inputs is None else None)
             try:
                 outputs = [run(given.to(device)).output.cpu() for run, device in zip(running, devices, strict=True)]
                 tally.add(outputs, labels, mask_of(given, outputs[0]))
@@ -85,12 +85,12 @@ def _not_finite(output: Tensor) -> str:
     return "NaN" if output.isnan().any() else "infinite values"
 
 
-def _without_labels(inputs: Inputs, batch: Any) -> tuple[Inputs, Tensor | None]:
-    """The arguments of a batch without its labels, and these."""
-    labels = inputs.kwargs.get("labels")
+def _without_labels(inputs: Inputs, batch: Any, named: Any) -> tuple[Inputs, Tensor | None]:
+    """The arguments of a batch without its labels, and these; ``named`` are those that were left out already."""
+    labels = inputs.kwargs.get(LABELS, named)
     if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
         labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
-    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+    kwargs = {name: value for name, value in inputs.kwargs.items() if name != LABELS}
     return Inputs(inputs.args, kwargs), labels if isinstance(labels, Tensor) else None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs, argument_names
-from vbpfx.errors import ExportError, first_line
+from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
@@ -65,8 +65,9 @@ def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None)
     try:
         program = _to_program(network, inputs.resized(2))
     except Exception as error:  # the exporter and the model's operators raise many kinds
+        cause = root_cause(error)
         raise ExportError(
-            f"torch.onnx cannot export the network: {type(error).__name__}: {first_line(error)}"
+            f"torch.onnx cannot export the network: {type(cause).__name__}: {first_line(cause)}"
         ) from error
 
     def write(temporary: Path) -> None:
@@ -120,6 +121,10 @@ def _exportable(network: nn.Module, example: Inputs) -> nn.Module:
 
 def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
     shapes = dynamic_shapes(network, example, batch=torch.export.Dim.DYNAMIC)
+    if example.args and isinstance(example.args[-1], dict) and not example.kwargs:
+        # which the exporter would take for the keyword arguments
+        name = argument_names(network, example)[-1]
+        example = Inputs(example.args[:-1], {name: example.args[-1]})
     with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

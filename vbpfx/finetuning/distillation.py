@@ -243,13 +243,15 @@ def _compared(output: Any, loss: Loss) -> Tensor:
     if not tensors and not (loss == "kl" and isinstance(output, Mapping)):
         tensors = [tensor for tensor in _floats(output) if tensor.ndim > 1]
     if not tensors:
-        found = f"with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        found = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         hint = (
-            "finetune(loss='mse') compares embeddings"
+            "evaluations compare logits alone, and so does loss='kl' (fine-tuning takes loss='mse' for embeddings)"
             if loss == "kl"
             else "wrap the model in one that returns a tensor"
         )
-        raise FinetuneError(f"the model's output, a {type(output).__name__} {found}, holds no logits or values; {hint}")
+        raise FinetuneError(
+            f"the model's output, a {type(output).__name__}{found}, holds no logits or values (samples, ..., classes); {hint}"
+        )
     return tensors[0]
 
 

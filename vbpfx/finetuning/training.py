@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import LABELS, Inputs, named_labels
 from vbpfx.errors import FinetuneError
 from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, label_loss
 from vbpfx.finetuning.processes import Processes, seed_everything
@@ -247,8 +247,8 @@ class Training:
     def _read(self, batch: Any) -> tuple[Inputs, Tensor | None]:
         """The arguments of a batch on the device, without its labels; and these, if they count."""
         inputs = self.settings.read(batch)
-        labels = inputs.kwargs.get("labels")
-        kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+        labels = inputs.kwargs.get(LABELS, named_labels(batch))
+        kwargs = {name: value for name, value in inputs.kwargs.items() if name != LABELS}
         own = Inputs(inputs.args, kwargs).to(self.processes.device)
         if not self.settings.labels:
             return own, None

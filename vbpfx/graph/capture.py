@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
@@ -152,6 +153,33 @@ def require_module(model: Any) -> None:
     """Raise a CaptureError for anything that is no ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}; wrap functions in a module")
+
+
+# Wrappers that hide the Python code -> what to pass in their place.
+_WRAPPERS = {
+    torch._dynamo.OptimizedModule: "the model that was compiled, model._orig_mod, and compile the result",
+    nn.DataParallel: "the model in it, model.module",
+    nn.parallel.DistributedDataParallel: "the model in it, model.module",
+    torch.jit.ScriptModule: "the module that the script was made of: TorchScript has no Python code to trace",
+}
+
+
+def require_code_and_numbers(model: nn.Module) -> None:
+    """Raise a CaptureError for a wrapper without code to trace, and for weights that are quantised or have no numbers."""
+    for wrapper, instead in _WRAPPERS.items():
+        if isinstance(model, wrapper):
+            raise CaptureError(f"the model is a {type(model).__name__}; pass {instead}")
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):
+            raise CaptureError(
+                f"{name} is a {type(parameter.data).__name__}, quantised or otherwise no plain tensor: prune the plain model, and "
+                f"quantise the result"
+            )
+        if parameter.is_meta:
+            raise CaptureError(
+                f"{name} is on the meta device and has no numbers: load the weights first, or prune from files "
+                f"(vbpfx.prune_files)"
+            )
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cached_property
 from typing import Any, Literal
 
@@ -150,7 +151,12 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     example = inputs.resized(samples)
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     # without gradients: a no_grad region within the model would become a subgraph of its own
-    with warnings.catch_warnings(), unfused_attention(), quiet_logging(), torch.no_grad():
+    # and without the graph that it prints where the model's code depends on values
+    nothing = io.StringIO()
+    with (
+        warnings.catch_warnings(), unfused_attention(), quiet_logging(), torch.no_grad(),
+        redirect_stdout(nothing), redirect_stderr(nothing),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)

@@ -25,11 +25,14 @@ from torch.utils import _pytree as pytree
 
 from vbpfx.errors import ArtifactError
 
-_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "is_cuda", "data", "requires_grad"})
+_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
+                         "requires_grad"})  # fmt: skip
 _FORBIDDEN = frozenset({"load", "save", "from_file"})
 # Methods of a tensor that are no operators of ATen, and that read or convert it.
 _METHODS = frozenset({"size", "dim", "numel", "ndimension", "type", "float", "double", "half", "bfloat16", "int", "long",
                       "bool", "cpu", "cuda", "is_floating_point", "reshape_as", "new_tensor", "unflatten"})  # fmt: skip
+# What a recurrent layer keeps beside its weights: the same tensors once more.
+_MADE_OF_WEIGHTS = {"_flat_weights", "_flat_weight_refs"}
 _VARIABLE = re.compile(r"\*{0,2}[A-Za-z_]\w*")
 _PATH = re.compile(r"[^\"'\\\r\n{}]+")
 
@@ -88,6 +91,9 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict
             holder.register_parameter(attribute, tensor)
         else:
             holder.register_buffer(attribute, tensor, persistent=data["buffers"][name])
+    for module in root.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
@@ -154,7 +160,13 @@ def _functions() -> dict[str, Callable[..., Any]]:
 def _target_to_json(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
+        _target_from_json(node.op, target)  # what cannot be read back is not written
         return target
+    if target is getattr and node.args[1] not in _ATTRIBUTES:
+        raise ArtifactError(
+            f"node {node.name} reads the attribute {node.args[1]}, which a saved network may not read; capture with "
+            f"frontend='export', or load the artifact into the model's own class"
+        )
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return f"{target.namespace}::{target._opname}.{target._overloadname}"
     for name, function in _functions().items():
@@ -247,10 +259,16 @@ def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
         raise ArtifactError(f"module {name} is a {type(module).__qualname__}, which is no module of torch.nn")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ArtifactError(f"module {name} has forward hooks, which cannot be saved; remove them first")
-    plain = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+    attributes = {}
+    for key in vars(module).keys() - vars(nn.Module()).keys() - _MADE_OF_WEIGHTS:
+        try:
+            attributes[key] = _value_to_json(vars(module)[key], f"module {name}")
+        except ArtifactError:
+            if not key.startswith("_"):  # private ones may be what another package keeps there
+                raise
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
-        "attributes": {key: _value_to_json(value, f"module {name}") for key, value in plain.items()},
+        "attributes": dict(sorted(attributes.items())),
         "absent": [key for key, value in (module._parameters | module._buffers).items() if value is None],
     }
 

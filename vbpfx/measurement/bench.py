@@ -121,7 +121,13 @@ class _Network(_Subject):
         return runtime.compile(self.network, inputs, threads)
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
-        return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
+        try:
+            return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
+        except Exception as error:  # the model's own operators raise whatever they raise
+            raise ExportError(
+                f"{type(self.network).__name__} does not run on the inputs ({inputs.describe()}): {first_line(error)}; pass such "
+                f"as it takes (--shape or --data)"
+            ) from error
 
 
 class _File(_Subject):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import Inputs, as_inputs, model_device, tensors_in
 from vbpfx.errors import VerificationError, first_line
 from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.graph.frontends import unfused_attention
 from vbpfx.records import Plan
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
 
@@ -86,7 +87,10 @@ def verify(
             f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
             f"width: use the GraphModule"
         ) from failure
-    found = judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance)
+    try:
+        found = judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance)
+    except _UnlikeModelError as unlike:
+        raise _UnlikeModelError(unlike.difference, _why_unlike(captured, inputs, dense, model)) from unlike
     refits = _refit_error(captured, small, plan)
     if not refits <= found.tolerance:
         raise VerificationError(
@@ -140,10 +144,7 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
         )
     fidelity = relative_error(dense, outputs.model)
     if not fidelity <= bound:
-        raise VerificationError(
-            f"the captured graph differs from the model by {fidelity:.2e} of the output's size: the model decides "
-            f"something in Python that tracing fixed; try frontend='export', or make the decision part of the input"
-        )
+        raise _UnlikeModelError(fidelity, _DECIDES)
     error = relative_error(pruned, substituted)
     if not error <= bound:
         raise VerificationError(
@@ -153,6 +154,38 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
         )
     effect = relative_error(substituted, dense)
     return Verification(error, effect, fidelity, bound, str(dtype).removeprefix("torch."))
+
+
+_DECIDES = (
+    "the model decides something in Python that tracing fixed; try frontend='export' (--frontend export), or make the decision "
+    "part of the input"
+)
+
+
+class _UnlikeModelError(VerificationError):
+    """The captured graph does not compute what the model does, by ``difference`` of the output's size."""
+
+    def __init__(self, difference: float, why: str) -> None:
+        super().__init__(f"the captured graph differs from the model by {difference:.2e} of the output's size: {why}")
+        self.difference = difference
+
+
+def _why_unlike(captured: Captured, inputs: Inputs, dense: list[Tensor], model: list[Tensor]) -> str:
+    """Why the captured graph does not compute what the model does, and what to do."""
+    again = _run(captured.reference, inputs)
+    if relative_error(again, model) != 0.0:
+        return (
+            "two runs of the model differ, too: it is random in eval mode (dropout with training=True, noise); make "
+            "that depend on self.training"
+        )
+    with unfused_attention():
+        plain = _run(captured.reference, inputs)
+    if relative_error(dense, plain) < relative_error(dense, model):
+        return (
+            "nn.TransformerEncoder's fast path gives zeros at padded positions, which this model uses; make it with "
+            "enable_nested_tensor=False, and leave padding out of means over tokens"
+        )
+    return _DECIDES
 
 
 def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
@@ -181,7 +214,7 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """max over the tensors of max|found - expected| / max|expected|, in float64.
+    """max over the tensors of max|found - expected| / max|expected|, in float64, or complex128.
 
     Equal entries differ by nothing even where they are infinite (masked logits); any other NaN or
     infinity makes the result infinite.
@@ -190,7 +223,8 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     for a, b in zip(found, expected, strict=True):
         if not b.numel():
             continue
-        a, b = a.double(), b.double()
+        exact = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        a, b = a.to(exact), b.to(exact)
         difference = torch.where(a == b, 0.0, (a - b).abs()).max()
         scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
         worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
