@@ -26,7 +26,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
 from vbpfx.pruned import Pruned
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
-from vbpfx.report.report import make_report
+from vbpfx.report.make import make_report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.verify import verify as check
 from vbpfx.storage.checkpoint import digest
