@@ -95,6 +95,9 @@ def gather(captured: Captured) -> Evidence:
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
+        if own is not None and not own.is_parameter and node.meta["val"].is_complex():
+            for axis in own.axes:
+                evidence.opaque[axis].append((node.name, "its values are complex numbers"))
         said = list(_relations(node, module, names, sizes))
         for relation in said:
             _note(relation, node, evidence)
