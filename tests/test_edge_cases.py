@@ -187,3 +187,8 @@ def test_complex_numbers_are_left_alone(frontend: Any) -> None:
     assert set(pruned.plan.widths) <= {"rest", "rest.0->rest.2", "rest.2->rest.4", "rest.4->rest.6"}
     (refusal,) = (r for r in pruned.analysis.refusals if r.name == "first")
     assert "complex numbers" in refusal.reason
+
+
+def test_a_model_without_values_is_for_files() -> None:
+    with pytest.raises(vbpfx.CalibrationError, match=r"meta device.*vbpfx\.prune_files"):
+        prune(mlp().to("meta"), data(8))
