@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.artifact import plan_digest
+from vbpfx.plan_files import plan_digest
 from vbpfx.planning.ridge import ridge_factor
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums
