@@ -28,8 +28,8 @@ import torch
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
-from vbpfx.artifact import load_plan
 from vbpfx.graph.capture import named_tensors
+from vbpfx.plan_files import load_plan
 from vbpfx.storage.tensors import Stored, write_shards
 
 PERFORMANCE = PAGE.parent / "performance.md"

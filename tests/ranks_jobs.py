@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import vbpfx
 import vbpfx.distributed.meeting
-from vbpfx.artifact import save_plan
 from vbpfx.errors import VbpfxError
+from vbpfx.plan_files import plan_files
+from vbpfx.storage.files import write_atomically
 
 WIDTH, TOKENS = 6, 5
 
@@ -114,7 +115,7 @@ def job_prune(rank: int, folder: Path) -> None:
     for way, options in WAYS.items():
         result = pruned(**options)
         result.statistics.save(folder / f"{way} statistics {rank}")
-        save_plan(result.plan, folder / f"{way} plan {rank}")
+        write_atomically(plan_files(result.plan, folder / f"{way} plan {rank}"))
     written = (result.save(folder / "artifact") / "model.safetensors").stat()
     (folder / f"written {rank}").write_text(f"{written.st_ino} {written.st_mtime_ns}")
 

@@ -19,9 +19,9 @@ import torch
 from test_ranks import _FORKS
 
 import vbpfx
-from vbpfx.artifact import load_plan, plan_digest
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.errors import ArtifactError, CalibrationError
+from vbpfx.plan_files import load_plan, plan_digest
 from vbpfx.storage.files import settle
 
 BATCHES = 9

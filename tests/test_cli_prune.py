@@ -21,10 +21,10 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import vbpfx
-from vbpfx.artifact import load_plan
 from vbpfx.cli import app
 from vbpfx.cli.conventions import Method
 from vbpfx.cli.prune import Place
+from vbpfx.plan_files import load_plan
 from vbpfx.planning.options import METHODS
 from vbpfx.runtimes.table import NAMES
 

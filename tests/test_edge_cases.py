@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.artifact import plan_digest
+from vbpfx.plan_files import plan_digest
 from vbpfx.planning.ridge import ridge_factor
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums
@@ -165,3 +165,30 @@ def test_a_model_that_returns_nan_is_not_said_to_be_traced_wrong() -> None:
         model[6].bias[1] = torch.nan
     with pytest.raises(vbpfx.VerificationError, match="the model itself returns NaN"):
         prune(model, data(8, 8), method="vbp")
+
+
+class Complex(nn.Module):
+    """A block of complex numbers, and one of real ones behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 12, dtype=torch.complex64)
+        self.second = nn.Linear(12, 8, dtype=torch.complex64)
+        self.rest = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.second(self.first(x.to(torch.complex64)).tanh()).real)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_complex_numbers_are_left_alone(frontend: Any) -> None:
+    torch.manual_seed(0)
+    pruned = prune(Complex().eval(), data(16, 7), frontend=frontend)
+    assert set(pruned.plan.widths) <= {"rest", "rest.0->rest.2", "rest.2->rest.4", "rest.4->rest.6"}
+    (refusal,) = (r for r in pruned.analysis.refusals if r.name == "first")
+    assert "complex numbers" in refusal.reason
+
+
+def test_a_model_without_values_is_for_files() -> None:
+    with pytest.raises(vbpfx.CalibrationError, match=r"meta device.*vbpfx\.prune_files"):
+        prune(mlp().to("meta"), data(8))

@@ -15,8 +15,9 @@ from exactness import randomize
 from torch import nn
 
 import vbpfx
-from vbpfx.artifact import load_plan, save_plan
+from vbpfx.plan_files import load_plan, plan_files
 from vbpfx.rewrite.carry import CarriedNorm
+from vbpfx.storage.files import write_atomically
 
 _SMALL = {"img_size": 64, "depth": 2}
 
@@ -61,7 +62,7 @@ def test_class_plan_and_state_dict_are_the_pruned_model(family: str, tmp_path: P
     images = torch.randn(2, 3, side, side)
     plan = vbpfx.prune(model, [images], ratio=0.5, verify=False, progress=False).plan
     small = vbpfx.apply_plan(model, plan)
-    save_plan(plan, tmp_path)
+    write_atomically(plan_files(plan, tmp_path))
     fresh = _make(family).eval()
     again = vbpfx.apply_plan(fresh, load_plan(tmp_path))
     assert type(again) is type(model)

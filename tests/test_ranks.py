@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import vbpfx
-from vbpfx.artifact import load_plan
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.errors import ArtifactError, CalibrationError
+from vbpfx.plan_files import load_plan
 
 ROUNDING = 1e-12
 # Each starts as a copy of one process that has imported everything.

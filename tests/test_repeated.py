@@ -12,9 +12,11 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import vbpfx
 from vbpfx.graph.fake import run_fake
+from vbpfx.graph.frontends import unfused_attention
 from vbpfx.rules import ops
 from vbpfx.rules.pointwise import unchanged
 
@@ -29,6 +31,21 @@ def described(value: Any) -> Any:
         return leaf
 
     return pytree.tree_map(one, value)
+
+
+def counted_call_by_call(captured: vbpfx.Captured) -> dict[str, int]:
+    """MACs per node of a run of every call, one sample at a time where the graph takes one."""
+    samples, counts = 1 if captured.batch else captured.inputs.batch_size or 1, {}
+    with FlopCounterMode(display=False) as counter, unfused_attention():
+
+        def count(node: fx.Node, run: Callable[[], Any]) -> Any:
+            before = counter.get_total_flops()
+            value = run()
+            counts[node.name] = (counter.get_total_flops() - before) // (2 * samples)
+            return value
+
+        run_fake(captured.graph_module, captured.inputs, samples, count)
+    return {name: macs for name, macs in counts.items() if macs}
 
 
 def assert_as_if_all_were_run(captured: vbpfx.Captured) -> int:
@@ -46,6 +63,7 @@ def assert_as_if_all_were_run(captured: vbpfx.Captured) -> int:
 
     run_fake(captured.graph_module, captured.inputs, captured.batch or captured.inputs.batch_size, compare)
     assert not differ
+    assert captured.macs == counted_call_by_call(captured)
     return shared
 
 
@@ -193,6 +211,7 @@ def test_what_a_function_of_the_users_reshapes_in_place_is_not_the_result_of_lik
     kept = captured.nodes["relu_1" if before else "relu"]
     assert tuple(kept.meta["val"].shape) == (captured.batch, 3, 8)
     assert shapes(captured, "sum") == [(3,)]
+    assert captured.macs == counted_call_by_call(captured)
 
 
 def test_a_layer_of_the_users_is_run_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

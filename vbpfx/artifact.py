@@ -14,100 +14,25 @@ Every file is written whole or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import named_tensors
 from vbpfx.graph.graph_format import graph_from_json, graph_to_json
-from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
+from vbpfx.plan_files import load_plan, plan_files, read_tensors
+from vbpfx.records import Plan
 from vbpfx.rewrite.own_class import apply_plan
-from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.storage.tensors import INDEX, WHOLE, Stored
 
-_FORMAT = 3
 _BUFFERS = "buffers.safetensors"
 _CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.large.pipeline`)
-
-
-def save_plan(plan: Plan, folder: str | Path) -> None:
-    """Write ``plan.json`` and ``plan.safetensors``."""
-    write_atomically(_plan_files(plan, Path(folder)))
-
-
-def plan_digest(plan: Plan) -> str:
-    """SHA-256 over the neurons that stay and all numbers of a plan."""
-    kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
-    return tensors_digest(kept | _plan_tensors(plan))
-
-
-def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for number, entry in enumerate(plan.blocks):
-        for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
-            tensors[f"{number}.{index}"] = constants
-            if prediction is not None:
-                tensors[f"{number}.{index}.prediction"] = prediction
-    for number, correction in enumerate(plan.corrections):
-        tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
-    return tensors
-
-
-def _plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
-    data = {
-        "format": _FORMAT,
-        "fingerprint": plan.fingerprint,
-        "frontend": plan.frontend,
-        "settings": dict(plan.settings),
-        "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
-        "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
-    }
-    return {
-        folder / "plan.safetensors": safetensors_writer(_plan_tensors(plan)),
-        folder / "plan.json": json_writer(data),
-    }
-
-
-def load_plan(folder: str | Path) -> Plan:
-    """Read what :func:`save_plan` wrote.
-
-    Raises:
-        ArtifactError: a file is missing or damaged, or of another format.
-    """
-    folder = Path(folder)
-    settle(folder)
-    data = read_json(folder / "plan.json")
-    tensors = _read_tensors(folder / "plan.safetensors")
-    try:
-        if data["format"] != _FORMAT:
-            raise ArtifactError(
-                f"{folder} has format {data['format']}, this vbpfx reads {_FORMAT}: prune again, or use the vbpfx that wrote it"
-            )
-        entries = tuple(
-            BlockPlan(
-                block := block_from_json(entry["block"]),
-                tuple(entry["kept"]),
-                tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
-                tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
-            )
-            for number, entry in enumerate(data["blocks"])
-        )
-        corrections = tuple(
-            Correction(consumer_from_json(layer), *(tensors[f"correction.{n}.{part}"] for part in ("weight", "bias")))
-            for n, layer in enumerate(data["corrections"])
-        )
-        return Plan(entries, data["fingerprint"], data["frontend"], data["settings"], corrections)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
@@ -153,7 +78,7 @@ def save_network(
     stored = {name: tensor.clone() for name, tensor in tensors.items() if name not in tied}
     write_atomically(
         {
-            **_plan_files(plan, folder),
+            **plan_files(plan, folder),
             folder / WHOLE: safetensors_writer(stored),
             folder / "graph.json": json_writer(graph),
             **{folder / name: write for name, write in beside.items()},
@@ -237,7 +162,7 @@ def save_beside_weights(
         if name in own and own[name].dtype != there[source].dtype
     }
     files = {
-        **_plan_files(plan, folder),
+        **plan_files(plan, folder),
         folder / "graph.json": json_writer(graph),
         **{folder / name: write for name, write in beside.items()},
     }
@@ -323,12 +248,4 @@ def _read_all_tensors(folder: Path, files: list[str]) -> dict[str, Tensor]:
     """What lies in the files that graph.json names."""
     if not all(name == Path(name).name for name in files):
         raise ArtifactError(f"{folder / 'graph.json'} names files outside of its folder")
-    return {name: tensor for file in files for name, tensor in _read_tensors(folder / file).items()}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error
+    return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}

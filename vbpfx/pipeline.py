@@ -12,7 +12,6 @@ from torch import fx, nn
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import find_blocks
-from vbpfx.artifact import plan_digest
 from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import as_inputs, reader
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
@@ -22,6 +21,7 @@ from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_nu
 from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.measurement.latency import measure_result
 from vbpfx.measurement.sensitivity import sensitivities
+from vbpfx.plan_files import plan_digest
 from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
 from vbpfx.pruned import Pruned

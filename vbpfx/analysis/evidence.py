@@ -99,7 +99,9 @@ def gather(captured: Captured) -> Evidence:
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
         value = node.meta.get("val")
         for axis in own.axes if own is not None and isinstance(value, Tensor) and value.is_complex() else ():
-            evidence.opaque[axis].append((node.name, "it holds complex numbers, of which no statistics are taken"))
+            evidence.opaque[axis].append(
+                (node.name, "its values are complex numbers, of which no statistics are taken")
+            )
         said = list(_relations(node, module, names, sizes))
         for relation in said:
             _note(relation, node, evidence)

@@ -81,7 +81,7 @@ def calibrate(
         settings: what else makes the run this run, for the checkpoint.
 
     Raises:
-        CalibrationError: there is no batch, one does not fit the model, or one makes activations that are
+        CalibrationError: the model has no values, there is no batch, one does not fit the model, or one makes activations that are
             not finite. The message counts batches from 1 and names the block. On a GPU it comes with the next checkpoint or at
             the end: looking at every batch would hold up the next.
         ArtifactError: the checkpoint is damaged, of another model, other settings or other data, or cannot be written.
@@ -90,6 +90,11 @@ def calibrate(
     assert isinstance(ranks, Ranks)  # joined
     ranks.require_whole(data)
     device, watching, work = model_device(observed), observers(observed), work or Forward(observed)
+    if device.type == "meta":
+        raise CalibrationError(
+            "the model is on the meta device, where its weights have no values: load them, or prune from files to files "
+            "(vbpfx.prune_files)"
+        )
     earlier, numbered = [o.moments for o in watching], [o.rows for o in watching]
     for observer in watching:
         observer.moments = None

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.artifact import load, load_plan, save_network
+from vbpfx.artifact import load, save_network
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ArtifactError, VerificationError
 from vbpfx.export.onnx import onnx_writer
 from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
+from vbpfx.plan_files import load_plan
 from vbpfx.records import Plan
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report

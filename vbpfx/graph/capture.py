@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import os
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.errors import CaptureError, first_line
-from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, run_fake
+from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
 from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,18 +75,9 @@ class Captured:
             return self._count_macs(self.batch)
 
     def _count_macs(self, samples: int) -> dict[str, int]:
-        counts: dict[str, int] = {}
         with FlopCounterMode(display=False) as counter, unfused_attention():
-
-            def count(node: fx.Node, run: Callable[[], Any]) -> Any:
-                before = counter.get_total_flops()
-                value = run()
-                if spent := counter.get_total_flops() - before:
-                    counts[node.name] = spent // (2 * samples)
-                return value
-
-            run_fake(self.graph_module, self.inputs, samples, count)
-        return counts
+            flops = spent_by_node(self.graph_module, self.inputs, samples, counter.get_total_flops)
+        return {name: spent // (2 * samples) for name, spent in flops.items()}
 
 
 def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Captured:

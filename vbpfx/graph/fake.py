@@ -34,22 +34,32 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
         node.meta["val"] = value = run()
         return value
 
-    def run(samples: int | None) -> None:
-        try:
-            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
-        except ReshapedError:
-            run_fake(graph_module, inputs, samples, record)
-
     tensors = [*graph_module.parameters(), *graph_module.buffers(), *inputs.tensors]
     samples = sentinel({size for tensor in tensors for size in tensor.shape})
     if inputs.batch_size is not None and not fixed:
         try:
-            run(samples)
+            run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
             return samples
         except Exception:  # a graph that is tied to its batch size still works at that size
             pass
-    run(inputs.batch_size)
+    run_fake(graph_module, inputs, inputs.batch_size, record, Repeated(graph_module))
     return None
+
+
+def spent_by_node(
+    graph_module: fx.GraphModule, inputs: Inputs, samples: int, meter: Callable[[], int]
+) -> dict[str, int]:
+    """Node -> what its call spends by a meter, in a run with a batch of that many samples; nodes that spend nothing left out."""
+    repeated, spent = Repeated(graph_module, meter), dict[str, int]()
+
+    def count(node: fx.Node, run: Callable[[], Any]) -> Any:
+        before = repeated.spent
+        value = run()
+        spent[node.name] = repeated.spent - before
+        return value
+
+    run_fake(graph_module, inputs, samples, count, repeated)
+    return {name: number for name, number in spent.items() if number}
 
 
 def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
@@ -96,7 +106,8 @@ def run_fake(
     """Run the graph on fake tensors with a batch of that many samples.
 
     Args:
-        around: called with every node and a function that runs it; returns its value.
+        around: called with every node and a function that runs it; returns its value. Called with all of them a second time
+            where the results of like calls cannot be one.
         repeated: what runs of like calls have found; without it every call is run.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -121,9 +132,17 @@ def run_fake(
             operator = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
             return repeated.run(operator, args, kwargs, run)
 
-    with mode, torch.no_grad():
-        example = inputs.map(fake)
-        Runner(graph_module).run(*graph_arguments(graph_module, example), enable_io_processing=False)
+    def run_all() -> None:
+        with mode, torch.no_grad():
+            arguments = graph_arguments(graph_module, inputs.map(fake))
+            Runner(graph_module).run(*arguments, enable_io_processing=False)
+
+    try:
+        run_all()
+    except ReshapedError:
+        assert repeated is not None  # who else raises it
+        repeated.forget()
+        run_all()
 
 
 def _as_fake_tree(mode: FakeTensorMode, value: Any) -> Any:

@@ -3,7 +3,7 @@
 What decides over a result's shapes, strides and dtypes is put into a key: the operator or the layer with all it knows of itself, the
 arguments' shapes, autocast. Where something else might decide (the user's own code, values of real tensors, hooks), there is no key,
 and the call is run. Where such a call reshapes an argument in place, which may be the result of other calls, too, the graph must be run
-anew, each call by itself.
+anew, each call by itself. What a call spends by a meter (its flops) is known again with its result.
 """
 
 from __future__ import annotations
@@ -33,10 +33,19 @@ class ReshapedError(Exception):
 
 
 class Repeated:
-    """The results of a graph's calls by their keys; those of like calls are one fake tensor, which nothing may reshape in place."""
+    """The results of a graph's calls by their keys; those of like calls are one fake tensor, which nothing may reshape in place.
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._results: dict[Hashable, Any] = {}
+    Args:
+        graph_module: the graph.
+        meter: what has been spent so far.
+
+    Attributes:
+        spent: what all calls so far would have spent, had each been run.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, meter: Callable[[], int] = lambda: 0) -> None:
+        self._results: dict[Hashable, tuple[Any, int]] = {}
+        self._meter, self.spent = meter, 0
         called = (node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method"))
         self._usable = not any(_name(node.target) in _RESHAPING for node in called)
 
@@ -52,20 +61,34 @@ class Repeated:
             ReshapedError: it was run, and changed what is known of an argument.
         """
         if not self._usable:
-            return call()
+            return self._run(call)[0]
         try:
             if "out" in kwargs:
                 raise _NoKeyError
             key = _operator(operator), _key(args), _key(kwargs), *map(_autocast, ("cpu", "cuda"))
         except _NoKeyError:
-            return _watched(args, kwargs, call)
-        if key not in self._results:
-            value = call()
-            parts = value if type(value) in (tuple, list) else (value,)
-            if not all(type(part) is FakeTensor for part in parts):
-                return value
-            self._results[key] = value
-        return self._results[key]
+            return self._run(lambda: _watched(args, kwargs, call))[0]
+        if key in self._results:
+            value, spent = self._results[key]
+            self.spent += spent
+            return value
+        value, spent = self._run(call)
+        parts = value if type(value) in (tuple, list) else (value,)
+        if all(type(part) is FakeTensor for part in parts):
+            self._results[key] = value, spent
+        return value
+
+    def forget(self) -> None:
+        """Run every call by itself from now on."""
+        self._usable, self._results = False, {}
+
+    def _run(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        """What a call returns, and what it spends."""
+        before = self._meter()
+        value = call()
+        spent = self._meter() - before
+        self.spent += spent
+        return value, spent
 
 
 def _watched(args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:

@@ -1,0 +1,98 @@
+"""A plan in its two files: what stays of which blocks, and the numbers that stand for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vbpfx.errors import ArtifactError
+from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
+from vbpfx.storage.checkpoint import tensors_digest
+from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
+
+_FORMAT = 3
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over the neurons that stay and all numbers of a plan."""
+    kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
+    return tensors_digest(kept | _plan_tensors(plan))
+
+
+def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
+    """``plan.json`` and ``plan.safetensors`` of a folder, to be written."""
+    data = {
+        "format": _FORMAT,
+        "fingerprint": plan.fingerprint,
+        "frontend": plan.frontend,
+        "settings": dict(plan.settings),
+        "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
+        "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
+    }
+    return {
+        folder / "plan.safetensors": safetensors_writer(_plan_tensors(plan)),
+        folder / "plan.json": json_writer(data),
+    }
+
+
+def load_plan(folder: str | Path) -> Plan:
+    """Read what :func:`plan_files` are.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or of another format.
+    """
+    folder = Path(folder)
+    settle(folder)
+    data = read_json(folder / "plan.json")
+    tensors = read_tensors(folder / "plan.safetensors")
+    try:
+        if data["format"] != _FORMAT:
+            raise ArtifactError(
+                f"{folder} has format {data['format']}, this vbpfx reads {_FORMAT}: prune again, or use the vbpfx that wrote it"
+            )
+        entries = tuple(
+            BlockPlan(
+                block := block_from_json(entry["block"]),
+                tuple(entry["kept"]),
+                tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
+                tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
+            )
+            for number, entry in enumerate(data["blocks"])
+        )
+        corrections = tuple(
+            Correction(consumer_from_json(layer), *(tensors[f"correction.{n}.{part}"] for part in ("weight", "bias")))
+            for n, layer in enumerate(data["corrections"])
+        )
+        return Plan(entries, data["fingerprint"], data["frontend"], data["settings"], corrections)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for number, entry in enumerate(plan.blocks):
+        for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
+            tensors[f"{number}.{index}"] = constants
+            if prediction is not None:
+                tensors[f"{number}.{index}.prediction"] = prediction
+    for number, correction in enumerate(plan.corrections):
+        tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    try:
+        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error
