@@ -190,5 +190,10 @@ def test_complex_numbers_are_left_alone(frontend: Any) -> None:
 
 
 def test_a_model_without_values_is_for_files() -> None:
+    hollow, batch = mlp().to("meta"), data(8)
+    with pytest.raises(vbpfx.CaptureError, match=r"meta device.*vbpfx\.prune_files"):
+        prune(hollow, batch)
+    captured = vbpfx.capture(hollow, batch[0])
+    observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured))
     with pytest.raises(vbpfx.CalibrationError, match=r"meta device.*vbpfx\.prune_files"):
-        prune(mlp().to("meta"), data(8))
+        vbpfx.calibrate(observed, batch)
