@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_tables_say_the_figures(report: Report) -> None:
     power = int(shown.split("10")[-1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
     assert float(shown[:3]) * 10.0**power == pytest.approx(report.verification.error, rel=0.05)
     assert allowed.endswith("10⁻⁴")
+
+
+def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None:
+    spread = Spread(0.004, 0.003, 0.005)
+    side = Side(spread, math.inf, 5_000_000)
+    bench = BenchResult((Row("tvm", 1, 1, Side(spread, 0.0), side, Spread(1.0, 1.0, 1.0), None),), None, 3, {})
+    (row,) = rows(sections(report.measured(bench=bench))["Latency"].one("table"))
+    assert "not finite" in row
 
 
 def test_refusals_are_counted_by_reason(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -50,9 +51,11 @@ def change(dense: float, pruned: float) -> str:
 
 
 def scientific(number: float) -> str:
-    """Mantissa, times, a power of ten; zero as ``0``."""
+    """Mantissa, times, a power of ten; zero as ``0``, NaN and infinity in words."""
     if not number:
         return "0"
+    if not math.isfinite(number):
+        return "not finite"
     mantissa, exponent = f"{number:.1e}".split("e")
     return f"{mantissa}{_NARROW_SPACE}{_TIMES}{_NARROW_SPACE}{power_of_ten(int(exponent))}"
 
