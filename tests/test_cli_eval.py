@@ -137,10 +137,10 @@ def test_finetune_writes_an_artifact_of_the_tuned_weights(files: Path, tmp_path:
     torch.testing.assert_close(torch.from_numpy(logits), graph(split.test_images), rtol=1e-4, atol=1e-4)
     report = vbpfx.Report.load(tmp_path / "tuned")
     assert report.verification is None
-    assert "400 samples, recipe default, 3 epochs" in report.evaluation["fine-tuning"]
+    assert "400 samples, recipe default, 3 epochs" in report.tuning
     assert report.evaluation["top-1 accuracy"][1] == scores[0]  # eval has added to it
     page = (tmp_path / "tuned" / "report.html").read_text()
-    assert "fine-tuning" in page
+    assert "Fine-tuned: 400 samples" in page
     assert "top-1 accuracy" in page.lower()
 
 

@@ -191,7 +191,18 @@ def test_charts_colour_what_stays(report: Report, block: int) -> None:
 
 
 def test_reports_of_older_versions_are_shown(report: Report) -> None:
-    new = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
+    new = (
+        "network",
+        "size",
+        "spectra",
+        "refusals",
+        "arguments",
+        "versions",
+        "evaluation",
+        "tuning",
+        "bench",
+        "command",
+    )
     old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in new}
     found = sections(Report.from_json(old | {"verification": None}))
     assert set(found) == {"Width per block", "Not narrowed", "Checked", "How it was made"}

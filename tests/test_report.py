@@ -22,7 +22,7 @@ from vbpfx.report.page import html_report, update_report
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import reduced, spectra
 
-NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "bench", "command")
+NEW = ("network", "size", "spectra", "refusals", "arguments", "versions", "evaluation", "tuning", "bench", "command")
 
 
 def data() -> list[Tensor]:
@@ -144,6 +144,20 @@ def test_what_is_measured_later_joins_the_report(pruned: vbpfx.Pruned, tmp_path:
     assert (report.evaluation, report.command) == ({"agreement": 0.9}, "vbpfx prune x")
     assert "90.00%" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_evaluation_on_other_data_takes_the_place_of_the_one_before(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
+    """Otherwise the accuracy of labelled images would stand beside the name of others, which have no labels."""
+    tuned = dataclasses.replace(pruned.report, tuning="400 samples, 1 epoch", verification=None)
+    dataclasses.replace(pruned, report=tuned).save(
+        tmp_path, evaluation={"top-1 accuracy": (0.8, 0.7), "samples": 650, "data": "labelled"}
+    )
+    update_report(tmp_path, evaluation={"agreement": 0.9, "samples": 20, "data": "others"})
+    report = Report.load(tmp_path)
+    assert report.evaluation == {"agreement": 0.9, "samples": 20, "data": "others"}
+    page = (tmp_path / "report.html").read_text()
+    assert "Top-1 accuracy" not in page
+    assert "Fine-tuned: 400 samples, 1 epoch." in page
 
 
 @pytest.mark.parametrize("evaluation", [{"accuracy": torch.ones(1)}, {"accuracy": float("nan")}])

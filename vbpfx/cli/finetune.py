@@ -174,8 +174,8 @@ def finetune(
             loader = samples.loader(shuffle=True)
             done = run_finetune(tuning.student, model, loader, progress=shows_progress(), **training)
             command = command_line()
-            measured = {"fine-tuning": _in_words(done, samples.samples, recipe.value)}
-            ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, measured=measured, command=command), out)
+            how = _in_words(done, samples.samples, recipe.value)
+            ranks.write(lambda: tuning.save(done.model, out, onnx=not no_onnx, how=how, command=command), out)
         if ranks.first:
             if done.best.epoch == 0:
                 note(f"no epoch was better on the held-out samples: {out} has the weights of {folder}; try smaller steps "
@@ -192,9 +192,12 @@ def _device() -> str:
 
 
 def _in_words(done: FineTuned, samples: int, recipe: str) -> str:
+    from vbpfx.display.tables import counted
+
     start, best = done.history[0].held_out_loss, done.best.held_out_loss
     losses = f", held-out loss {start:.4g} before, {best:.4g} after" if start is not None and best is not None else ""
-    return f"{samples:,} samples, recipe {recipe}, {done.history[-1].epoch} epochs, the weights of epoch {done.best.epoch}{losses}"
+    epochs = counted(done.history[-1].epoch, "epoch")
+    return f"{counted(samples, 'sample')}, recipe {recipe}, {epochs}, the weights of epoch {done.best.epoch}{losses}"
 
 
 def _figures(done: FineTuned) -> dict[str, Any]:

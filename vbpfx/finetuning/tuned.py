@@ -8,10 +8,8 @@ model's, captured anew, narrowed by the plan, with the tuned weights in it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,7 +54,7 @@ class Tuning:
         folder: Path,
         *,
         onnx: bool = True,
-        measured: Mapping[str, Any] | None = None,
+        how: str = "",
         command: str = "",
     ) -> Path:
         """Write the folder that :func:`vbpfx.load` reads; nothing is written where that goes wrong.
@@ -65,7 +63,7 @@ class Tuning:
             tuned: the student after training.
             folder: where to; it may be the one that the student comes from.
             onnx: write ``model.onnx``, too.
-            measured, command: for the report, as :meth:`vbpfx.Report.measured` takes them.
+            how, command: for the report: how it was trained, in words, and the command line that did it.
 
         Raises:
             ArtifactError: the folder cannot be written.
@@ -79,10 +77,11 @@ class Tuning:
                 f"the graph with the tuned weights differs from the tuned network by {error:.1e} of the output's size (allowed "
                 f"{_SAME:.0e}); please report the model"
             )
+        tuning = "; then ".join(filter(None, (self.report.tuning, how)))
         # what the oracle and an evaluation have said is of the weights before
-        report = dataclasses.replace(self.report, verification=None, evaluation=None)
+        report = dataclasses.replace(self.report, verification=None, evaluation=None, tuning=tuning)
         commands = " && ".join(filter(None, (report.command, command)))
-        beside = report_files(report.measured(evaluation=measured, command=commands))
+        beside = report_files(report.measured(command=commands))
         if onnx:
             beside["model.onnx"] = onnx_writer(graph, self.captured.inputs, plan=self.plan)
         return save_network(graph, tuned, self.plan, beside, folder)

@@ -83,13 +83,12 @@ def update_report(
 ) -> Report:
     """Add what was measured to the report of a saved network; arguments as :meth:`vbpfx.Report.measured` takes them.
 
+    An evaluation takes the place of the one before: figures of two data sets would look like those of one.
+
     Raises:
         ArtifactError: the folder holds no report, or cannot be written; both files stay as they were.
     """
-    before = Report.load(folder)
-    report = before.measured(
-        evaluation={**(before.evaluation or {}), **evaluation} if evaluation else None, bench=bench
-    )
+    report = Report.load(folder).measured(evaluation=evaluation, bench=bench)
     write_atomically({Path(folder) / name: write for name, write in report_files(report).items()})
     return report
 

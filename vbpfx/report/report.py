@@ -53,6 +53,7 @@ class Report:
         arguments: what ``prune`` was called with, as far as it differs from the defaults.
         versions: of vbpfx, torch, Python and the platform.
         evaluation: what was measured of both networks, as :meth:`vbpfx.Pruned.save` takes it.
+        tuning: how it was fine-tuned since, in words; empty where it was not.
         bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
         command: the command line that made it; empty where it was made in Python.
     """
@@ -73,6 +74,7 @@ class Report:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    tuning: str = ""
     bench: Mapping[str, Any] | None = None
     command: str = ""
 

@@ -54,7 +54,8 @@ def refitted(report: Report) -> Markup | None:
 def check(report: Report) -> Markup:
     """What the substitution oracle measured."""
     if (found := report.verification) is None:
-        return tag("p", "The substitution oracle did not check these weights: it was off, or they were trained since.")
+        why = "they were trained since" if report.tuning else "it was off, or they were trained since"
+        return tag("p", f"The substitution oracle did not check these weights: {why}.")
     about = (
         "The substitution oracle runs the dense network with the removed neurons replaced by what the plan says stands for "
         f"them, and compares the pruned network's output with its. Largest differences over the largest output, in {found.dtype}."
@@ -88,7 +89,10 @@ def making(report: Report) -> Markup:
     return joined(
         tag("h3", "On the command line") if report.command else None,
         tag("pre", tag("code", report.command), tabindex=0) if report.command else None,
-        tag("h3", "In Python") if report.arguments else None,
+        tag("p", f"Fine-tuned: {report.tuning}.") if report.tuning else None,
+        tag("h3", "In Python, before it was fine-tuned" if report.tuning else "In Python")
+        if report.arguments
+        else None,
         tag("pre", tag("code", _python(report)), tabindex=0) if report.arguments else None,
         tag("h3", "Settings"),
         facts({name: value for name, value in shown.items() if value is not None}),
