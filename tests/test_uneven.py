@@ -20,6 +20,36 @@ def _pruned(model: nn.Module, batch: torch.Tensor, **options: object) -> vbpfx.P
     return vbpfx.prune(model, [batch], method="vbp", progress=False, **options)  # type: ignore[arg-type]
 
 
+class _Scaled(nn.Module):
+    """Linear layers around a scale of four axes, as the response norm of Hugging Face's ConvNeXt V2 has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 4)
+        self.scale = nn.Parameter(torch.rand(1, 1, 1, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu() * self.scale)  # type: ignore[no-any-return]
+
+
+class _Functional(nn.Module):
+    """Linear layers around a depthwise convolution that no module makes, as SegFormer's have one between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 4)
+        self.kernel = nn.Parameter(torch.rand(24, 1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.conv2d(self.one(x).movedim(-1, 1), self.kernel, groups=24)
+        return self.two(h.relu().movedim(1, -1))  # type: ignore[no-any-return]
+
+
+def test_layers_decide_and_no_shapes_of_parameters() -> None:
+    assert _pruned(_Scaled().eval(), IMAGES, ratio=0.5).report.uneven == ()
+    assert len(_pruned(_Functional().eval(), IMAGES, ratio=0.5).report.uneven) == 1
+
+
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 

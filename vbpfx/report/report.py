@@ -25,6 +25,7 @@ from vbpfx.records import Plan, Refusal
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.report.spectrum import Spectrum, spectra
 from vbpfx.rewrite.verify import Verification
+from vbpfx.rules.ops import called_module, is_convolution
 from vbpfx.runtimes.table import best_multiple
 from vbpfx.storage.files import read_json, settle
 
@@ -278,13 +279,16 @@ def make_report(
 
 def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
     """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
-    tensors, multiple = named_tensors(captured.reference), best_multiple("onnxruntime")
+    graph, multiple = captured.graph_module, best_multiple("onnxruntime")
+    convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
     return tuple(
         entry.block.name
         for entry in plan.blocks
         if entry.pruned
         and len(entry.kept) % multiple
-        and any(tensors[parameter.name].ndim > 2 for parameter in entry.block.parameters)
+        and not convolutions.isdisjoint(
+            [*(node for node, _, _ in entry.block.carriers), *(c.node for c in entry.block.consumers)]
+        )
     )
 
 

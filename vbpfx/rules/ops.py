@@ -242,6 +242,11 @@ def is_linear(node: fx.Node, module: nn.Module | None) -> bool:
     return rule_for(node, module) is linear
 
 
+def is_convolution(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the call is a convolution, depthwise ones included."""
+    return rule_for(node, module) is convolution
+
+
 _SUMS = ("add", "iadd", "sub", "isub", "rsub", "addcmul", "addcdiv", "lerp", "where", "stack")
 
 
