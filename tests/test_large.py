@@ -278,6 +278,23 @@ def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> No
     assert network.float()(batches[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_are_those_of_the_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What the model is built in, float32, is not what its files hold."""
+    with vbpfx.without_weights():
+        hollow = Residual(HIDDEN)
+    files = _files(randomize(Residual(HIDDEN)).to(dtype), tmp_path)
+    given = {"weights": files, "ratio": 0.4, "progress": False}
+    report = vbpfx.prune_files(hollow, [torch.randn(5, WIDTH)], tmp_path / "out", **given).report
+    sizes = [
+        sum(t.nbytes for f in found for t in load_file(f).values())
+        for found in (files, tmp_path.glob("out/model*.safetensors"))
+    ]
+    assert report.size == tuple(sizes)
+    if dtype == torch.float32:
+        assert report.size == tuple(4 * n for n in report.params)
+
+
 def test_saving_over_shards(tmp_path: Path) -> None:
     """What the shards and the buffers beside them held is not what is loaded afterwards."""
     model, out = _words(), tmp_path / "out"

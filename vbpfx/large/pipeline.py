@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
 from vbpfx.report.page import report_files
-from vbpfx.report.report import Report, make_report
+from vbpfx.report.report import Report, count_bytes, make_report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Changes
@@ -140,6 +140,9 @@ def prune_files(
             pruned = Loans(Stored.of(temporary), written, hollow.buffers)
             verification = _verify(captured, small, plan, example, loans, pruned, half)
         report = make_report(captured, small, analysis, plan, verification, statistics=statistics)
+        report = replace(
+            report, size=(_stored_bytes(hollow, hollow.stored), _stored_bytes(hollow, Stored.of(temporary)))
+        )
         if own is not None:
             _write_configuration(hollow, own, temporary)
         network = runnable(share_parameters(small))
@@ -211,6 +214,13 @@ def _write_weights(
 
     write_shards(shapes | further, make, folder, limit)
     return {name: name for name in shapes | further} | dict(hollow.names)
+
+
+def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
+    """Bytes of a network whose files hold these tensors, with the buffers that no file holds."""
+    further_names = {name for name, source in hollow.names.items() if name != source}
+    held = {name: shape for name, shape in stored.shapes.items() if name not in further_names}
+    return count_bytes({**held, **hollow.buffers})
 
 
 def _verify(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vbpfx import __version__
 from vbpfx.analysis.blocks import Analysis
@@ -48,7 +48,8 @@ class Report:
             and measured on the result.
         uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
         network: class of the model.
-        size: bytes of all parameters and buffers ``(dense, pruned)``; None in reports that older versions wrote.
+        size: bytes of all parameters and buffers ``(dense, pruned)``, of :func:`vbpfx.prune_files` as files hold them; None in
+            reports that older versions wrote.
         spectra: per block the variances of its neurons, and which of them stay.
         refusals: the axes that could not be narrowed, with the reasons.
         arguments: what ``prune`` was called with, as far as it differs from the defaults.
@@ -269,7 +270,7 @@ def make_report(
         latency=latency,
         uneven=_uneven(captured, plan),
         network=type(captured.reference).__name__,
-        size=(count_bytes(captured.graph_module), count_bytes(small)),
+        size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),
         spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
         refusals=analysis.refusals,
         arguments=arguments or {},
@@ -297,9 +298,9 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count_bytes(network: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in named_tensors(network).values()}.values())
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, those of several names once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors.values()}.values())
 
 
 def _versions() -> dict[str, str]:
