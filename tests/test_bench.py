@@ -120,6 +120,7 @@ def test_json_holds_the_same(fake: tuple[Clock, list[int]]) -> None:
     assert row["dense"]["seconds"] == {"median": 0.125, "lower": 0.125, "upper": 0.125}
     assert row["samples_per_second"] == [32.0, 128.0]
     assert (row["runtime"], row["batch"], row["threads"], row["efficiency"]) == ("fake", 4, 1, 1.0)
+    assert vbpfx.BenchResult.from_json(found) == result
 
 
 def test_failures_and_wrong_outputs_are_rows_and_problems(fake: tuple[Clock, list[int]]) -> None:

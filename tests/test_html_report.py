@@ -116,7 +116,7 @@ def test_the_headline_says_the_figures(report: Report) -> None:
         assert number(shown) == pytest.approx(now, rel=0.005)
         assert number(before) == pytest.approx(dense, rel=0.005)
         assert change == f"\u2212{100 * (dense - now) / dense:.1f}%"
-    assert cards["Latency, batch 8"][0] == "2.00\u202fms"
+    assert cards["Latency in onnxruntime, batch 8"][0] == "2.00\u202fms"
     assert cards["Top-1 accuracy"][0] == "60.00%"
 
 
@@ -135,13 +135,31 @@ def test_tables_say_the_figures(report: Report) -> None:
     assert measured[:6] == ["onnxruntime", "8", "1", "4.00\u202fms", "2.00\u202fms", "2.00 (1.75-2.25)"]
     assert measured[7] == "5.00\u202fMB \u2192 2.50\u202fMB"
     assert failed[3:] == ["-"] * 5
-    assert 'tvm, batch 1, dense: <no> backend & no "device"' in found["Latency"].text
+    assert 'tvm, dense, batch 1: <no> backend & no "device"' in found["Latency"].text
     oracle = {row[0]: row[1:] for row in rows(found["Checked"].one("table"))}
     assert report.verification is not None
     shown, allowed = oracle["Pruned network against the reference"]
     power = int(shown.split("10")[-1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
     assert float(shown[:3]) * 10.0**power == pytest.approx(report.verification.error, rel=0.05)
     assert allowed.endswith("10⁻⁴")
+
+
+def test_what_is_wrong_with_a_measurement_is_said(report: Report) -> None:
+    """Outputs that differ, and memory that could not be measured, as the terminal says it."""
+    spread = Spread(0.004, 0.003, 0.005)
+    dense = Side(spread, 1e-7, None, None, 40_000_000)
+    wrong = Side(spread, 1e-2, 3_000_000, None, None, "the process was killed")
+    measured = [Row("tvm", 1, n, dense, wrong, Spread(1.0, 1.0, 1.0), None) for n in (1, 2)]
+    whole = Row("tvm", 2, 1, dense, dense, Spread(1.0, 1.0, 1.0), None)
+    bench = BenchResult((*measured, whole), None, 3, {})
+    section = sections(report.measured(bench=bench))["Latency"]
+    said = [item.text for item in section.all("li")]
+    assert said == bench.problems
+    assert "tvm, pruned, batch 1, 2 threads: differs by 1.0e-02 of the output's size, allowed 1e-04" in said
+    assert "tvm, pruned, batch 1, 2 threads: the process was killed" in said
+    assert [row[-2:] for row in rows(section.one("table"))] == [["-", "-"]] * 2 + [
+        ["-", "40.0\u202fMB \u2192 40.0\u202fMB"]
+    ]
 
 
 def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vbpfx.display.tables import table
+from vbpfx.display.tables import counted, table
 from vbpfx.export.onnx import PARITY
 from vbpfx.measurement.timing import Spread
 
@@ -74,9 +75,11 @@ class BenchResult:
     def problems(self) -> list[str]:
         """Runtimes that failed, outputs that differ by more than 1e-4, and memory that could not be measured."""
         found = []
+        several = len({row.threads for row in self.rows}) > 1
         for row in self.rows:
             for name, side in (("dense", row.dense), ("pruned", row.pruned)):
                 where = f"{row.runtime}, {name}, batch {row.batch}"
+                where += f", {counted(row.threads, 'thread')}" if several else ""
                 if side.failure:
                     found.append(f"{where}: {side.failure}")
                 elif side.parity is not None and not side.parity <= PARITY:
@@ -84,6 +87,20 @@ class BenchResult:
                 if side.unmeasured:
                     found.append(f"{where}: {side.unmeasured}")
         return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BenchResult:
+        """The inverse of :meth:`to_json`, after JSON.
+
+        Args:
+            data: the dictionaries.
+        """
+        return cls(
+            tuple(_row(row) for row in data["rows"]),
+            tuple(data["macs"]) if data["macs"] else None,
+            data["rounds"],
+            dict(data["versions"]),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""
@@ -102,6 +119,15 @@ class BenchResult:
                    "memory MiB")  # fmt: skip
         text = table(title, columns, [_cells(row) for row in self.rows], width=_WIDTH)
         return text + "".join(f"{problem}\n" for problem in self.problems)
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    sides = {
+        name: Side(**data[name] | {"seconds": Spread(**data[name]["seconds"]) if data[name]["seconds"] else None})
+        for name in ("dense", "pruned")
+    }
+    place = {name: data[name] for name in ("runtime", "batch", "threads", "efficiency")}
+    return Row(**place, **sides, speedup=Spread(**data["speedup"]) if data["speedup"] else None)
 
 
 def _cells(row: Row) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vbpfx.display.figures import (
@@ -19,6 +18,7 @@ from vbpfx.display.figures import (
 )
 from vbpfx.display.markup import Markup, joined, tag
 from vbpfx.display.tables import counted, facts, html_table, scrolling
+from vbpfx.measurement.bench_result import BenchResult, Row
 from vbpfx.report.report import Report
 
 _SHARES = ("accuracy", "agreement")  # evaluations that are shares of 1, by a word of their names
@@ -35,14 +35,7 @@ def cards(report: Report) -> Markup:
         shown.append(
             ("Size of the weights", in_bytes(report.size[0]), in_bytes(*reversed(report.size)), change(*report.size))
         )
-    if row := next((row for row in _rows(report) if row["speedup"]), None):
-        dense, pruned = (row[side]["seconds"]["median"] for side in ("dense", "pruned"))
-        name = f"Latency, batch {row['batch']}"
-        shown.append((name, in_milliseconds(dense), in_milliseconds(pruned), change(dense, pruned)))
-    elif report.latency:
-        found = report.latency
-        name = f"Latency, batch {found['batch']}"
-        shown.append((name, "100%", percent(found["measured"]), change(1, found["measured"])))
+    shown += _latency_card(report)
     for name, (dense, pruned) in _measures(report).items():
         shown.append((capital(name), _score(name, dense), _score(name, pruned), _difference(name, dense, pruned)))
         break
@@ -59,6 +52,20 @@ def cards(report: Report) -> Markup:
         ),
         class_="cards",
     )
+
+
+def _latency_card(report: Report) -> list[tuple[str, str, str, str]]:
+    """What was measured first, or else what the budget asked for."""
+    bench = _bench(report)
+    for row in bench.rows if bench else ():
+        if row.dense.seconds and row.pruned.seconds:
+            dense, pruned = row.dense.seconds.median, row.pruned.seconds.median
+            name = f"Latency in {row.runtime}, batch {row.batch}"
+            return [(name, in_milliseconds(dense), in_milliseconds(pruned), change(dense, pruned))]
+    if found := report.latency:
+        name = f"Latency in {found['runtime']}, batch {found['batch']}"
+        return [(name, "100%", percent(found["measured"]), change(1, found["measured"]))]
+    return []
 
 
 def evaluation(report: Report) -> Markup | None:
@@ -99,51 +106,60 @@ def latency(report: Report) -> Markup | None:
                 f"on the result.",
             )
         )
-    if rows := _rows(report):
-        assert report.bench is not None
+    if bench := _bench(report):
         parts.append(
             tag(
                 "p",
-                f"Medians of {counted(report.bench['rounds'], 'round')}, dense and pruned in turn; in brackets the quartiles "
-                f"of the speed-up.",
+                f"Medians of {counted(bench.rounds, 'round')}, dense and pruned in turn; in brackets the quartiles of the "
+                f"speed-up. The difference of outputs is the largest from the same network's in a reference runtime, over the "
+                f"largest output; of dense and pruned, the larger.",
                 class_="note",
             )
         )
-        columns = ("runtime", "batch", "threads", "dense", "pruned", "speed-up", "difference of outputs", "size")
-        parts.append(scrolling("Latency", html_table("", columns, [_bench_row(row) for row in rows])))
-        if failures := _failures(rows):
-            parts.append(tag("ul", *(tag("li", failure) for failure in failures)))
+        columns = (
+            "runtime",
+            "batch",
+            "threads",
+            "dense",
+            "pruned",
+            "speed-up",
+            "difference of outputs",
+            "size",
+            "memory",
+        )
+        rows = [_bench_row(row) for row in bench.rows]
+        if all(row[-1] == "-" for row in rows):  # it was not measured
+            columns, rows = columns[:-1], [row[:-1] for row in rows]
+        parts.append(scrolling("Latency", html_table("", columns, rows)))
+        if bench.problems:
+            parts.append(tag("ul", *(tag("li", problem) for problem in bench.problems)))
     return joined(*parts) if parts else None
 
 
-def _bench_row(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    place = row["runtime"], row["batch"], row["threads"]
-    dense, pruned, speedup = row["dense"], row["pruned"], row["speedup"]
-    if not speedup:
-        return (*place, *["-"] * 5)
-    sizes = [in_bytes(side["size"]) for side in (dense, pruned) if side["size"] is not None]
-    parities = [side["parity"] for side in (dense, pruned) if side["parity"] is not None]
+def _bench(report: Report) -> BenchResult | None:
+    return BenchResult.from_json(report.bench) if report.bench else None
+
+
+def _bench_row(row: Row) -> tuple[Any, ...]:
+    place = row.runtime, row.batch, row.threads
+    dense, pruned, speedup = row.dense, row.pruned, row.speedup
+    if speedup is None or dense.seconds is None or pruned.seconds is None:
+        return (*place, *["-"] * 6)
+    parities = [side.parity for side in (dense, pruned) if side.parity is not None]
     return (
         *place,
-        in_milliseconds(dense["seconds"]["median"]),
-        in_milliseconds(pruned["seconds"]["median"]),
-        f"{speedup['median']:.2f} ({speedup['lower']:.2f}-{speedup['upper']:.2f})",
+        in_milliseconds(dense.seconds.median),
+        in_milliseconds(pruned.seconds.median),
+        f"{speedup.median:.2f} ({speedup.lower:.2f}-{speedup.upper:.2f})",
         scientific(max(parities)) if parities else "-",
-        " \u2192 ".join(sizes) or "-",
+        _both(dense.size, pruned.size),
+        _both(dense.memory, pruned.memory),
     )
 
 
-def _failures(rows: list[Mapping[str, Any]]) -> list[str]:
-    return [
-        f"{row['runtime']}, batch {row['batch']}, {side}: {row[side]['failure']}"
-        for row in rows
-        for side in ("dense", "pruned")
-        if row[side]["failure"]
-    ]
-
-
-def _rows(report: Report) -> list[Mapping[str, Any]]:
-    return list(report.bench["rows"]) if report.bench else []
+def _both(dense: int | None, pruned: int | None) -> str:
+    """Bytes of both networks; a dash where one of them is not known."""
+    return "-" if dense is None or pruned is None else f"{in_bytes(dense)} \u2192 {in_bytes(pruned)}"
 
 
 def _measures(report: Report) -> dict[str, tuple[float, float]]:
