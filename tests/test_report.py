@@ -203,6 +203,33 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
     assert len(json.dumps(dataclasses.replace(pruned.report, spectra=found).to_json(), indent=1)) < 300_000
 
 
+def test_names_are_no_markup_and_colours_are_never_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of classes and modules that rich would read as styles or pictures."""
+    for forced in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(forced, "1")
+    text = table("[red]", ("block[b]",), [("layers[bold]",), (":cat:",), ("[/x]",)])
+    assert [line.strip("│┃ ") for line in text.splitlines() if line[0] not in "┏┡└"] == [
+        "[red]", "block[b]", "layers[bold]", ":cat:", "[/x]"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        (f"encoder.layers.{i}.feed_forward.intermediate", 123_456_789 + i, "it is a residual stream") for i in (7, 8)
+    ]
+    given = ("a title", ("block", "width", "because"), rows)
+    piped = table(*given)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = table(*given)
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "123,456,796" in shown
+    assert "123,456,797" in shown
+    assert (shown == piped) == (columns == 140)
+    assert len(piped.splitlines()) == 8
+
+
 def test_titles_are_not_broken_and_percentages_stand_below_one_another() -> None:
     title = "a title that is longer than the little table beneath it [is wide]"
     lines = table(title, ("name", "kept"), [("a", "100.0%"), ("b", "9.7%")]).splitlines()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vbpfx.display.markup import Markup, joined, tag
 
@@ -23,18 +26,21 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
-    """A table as plain text, at most so wide; numbers and percentages are set to the right."""
+    """A table as plain text, at most so wide, and no wider than a terminal that it is printed to.
+
+    Numbers and percentages are set to the right and never broken; names stand as they are, whatever is in them.
+    """
     rows = [list(row) for row in rows]
     drawn = Table(header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in rows:
-        drawn.add_row(*(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row))
+        drawn.add_row(*(Text(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell)) for cell in row))
     out = io.StringIO()
-    console = Console(file=out, width=width)
+    console = Console(file=out, width=min(width, _terminal(width)), force_terminal=False, color_system=None)
     if title:  # not the table's own, which is broken at the width of the table
-        console.print(title, markup=False, highlight=False)
+        console.print(Text(title))
     console.print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
@@ -67,6 +73,12 @@ def facts(given: Mapping[str, str]) -> Markup:
 def scrolling(label: str, content: Markup) -> Markup:
     """What is too wide for a phone scrolls by itself, by keyboard too."""
     return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def _terminal(otherwise: int) -> int:
+    """The width of the terminal that is printed to."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size((otherwise, 24)).columns if on_terminal else otherwise
 
 
 def _is_number(cell: Any) -> bool:
