@@ -126,11 +126,11 @@ def test_tables_say_the_figures(report: Report) -> None:
         [name, str(before), str(now), f"{100 * now / before:.1f}%"] for name, (before, now) in report.widths.items()
     ]
     assert f"At the floor (min_width): {QUOTED}." in found["Width per block"].text
-    scores = {row[0]: row[1:] for row in rows(found["Accuracy"].one("table"))}
+    scores = {row[0]: row[1:] for row in rows(found["Evaluation"].one("table"))}
     assert scores["Top-1 accuracy"] == ["82.62%", "60.00%", "\u221222.62 points", "72.6%"]
     assert scores["Loss"] == ["0.5", "0.75", "+50.0%", "-"]
-    assert "91.00%" in found["Accuracy"].text
-    assert "val <folder>" in found["Accuracy"].text
+    assert "91.00%" in found["Evaluation"].text
+    assert "val <folder>" in found["Evaluation"].text
     measured, failed = rows(found["Latency"].one("table"))
     assert measured[:6] == ["onnxruntime", "8", "1", "4.00\u202fms", "2.00\u202fms", "2.00 (1.75-2.25)"]
     assert measured[7] == "5.00\u202fMB \u2192 2.50\u202fMB"
@@ -142,6 +142,12 @@ def test_tables_say_the_figures(report: Report) -> None:
     power = int(shown.split("10")[-1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
     assert float(shown[:3]) * 10.0**power == pytest.approx(report.verification.error, rel=0.05)
     assert allowed.endswith("10⁻⁴")
+
+
+def test_data_without_labels_is_under_no_heading_of_accuracy(report: Report) -> None:
+    found = sections(replace(report, evaluation={"samples": 20, "agreement with the dense network": 0.9}))
+    assert "Accuracy" not in found
+    assert "90.00%" in found["Evaluation"].text
 
 
 def test_what_is_wrong_with_a_measurement_is_said(report: Report) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vbpfx.display.figures import MINUS
 from vbpfx.display.tables import counted, table
 from vbpfx.evaluation.intervals import PairedDifference, Share
 
@@ -92,8 +93,13 @@ class Evaluation:
             figures["top-1 accuracy"] = (self.dense.top1.value, self.pruned.top1.value)
             if self.dense.top5 is not None and self.pruned.top5 is not None:
                 figures["top-5 accuracy"] = (self.dense.top5.value, self.pruned.top5.value)
+        for name, change in (("top-1", self.top1_change), ("top-5", self.top5_change)):
+            if change is not None:
+                low, high = (f"{100 * end:+.2f}".replace("-", MINUS) for end in change.interval)
+                figures[f"95% confidence interval of the {name} difference"] = f"{low} to {high} points"
         if self.agreement is not None:
-            figures |= {"agreement with the dense network": self.agreement, "KL divergence from it (nats)": self.kl}
+            figures["agreement with the dense network"] = self.agreement
+            figures["KL divergence from the dense network"] = f"{self.kl:.4g} nats"
         return figures
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ def html_report(report: Report) -> str:
             *(
                 tag("section", tag("h2", heading), content)
                 for heading, content in (
-                    ("Accuracy", evaluation(report)),
+                    ("Evaluation", evaluation(report)),
                     ("Latency", latency(report)),
                     ("Width per block", _widths(report)),
                     ("Activation variance", _spectra(report)),
