@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import parse
 from torch import nn
 
 import vbpfx
+from vbpfx.report.page import html_report
 
 
 def _convolutions() -> nn.Module:
@@ -58,6 +60,7 @@ def test_uneven_convolutions_are_named(tmp_path: Path) -> None:
     assert list(pruned.plan.widths.values()) == [12]
     (name,) = pruned.report.uneven
     assert pruned.report.advice in str(pruned).splitlines()
+    assert f"{pruned.report.advice}." in parse(html_report(pruned.report)).text
     assert f"1 block of convolutions has a width that 8 does not divide ({name})" in pruned.report.advice
     with pytest.warns(UserWarning, match='runtime="onnxruntime"'):
         pruned.to_onnx(tmp_path / "model.onnx")
@@ -75,6 +78,7 @@ def test_nothing_is_said_without_need(case: str, tmp_path: Path) -> None:
     assert pruned.report.uneven == ()
     assert pruned.report.advice == ""
     assert "multiples of 8" not in str(pruned)
+    assert "multiples of 8" not in html_report(pruned.report)
     pruned.to_onnx(tmp_path / "model.onnx")  # a warning is an error
 
 

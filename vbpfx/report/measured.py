@@ -89,9 +89,7 @@ def evaluation(report: Report) -> Markup | None:
         if name not in measures and value is not None
     }
     return joined(
-        scrolling("Evaluation", html_table("", ("", "dense", "pruned", "difference", "kept"), rows))
-        if rows
-        else None,
+        scrolling("Evaluation", html_table("", ("", "dense", "pruned", "difference", "kept"), rows)) if rows else None,
         facts(others) if others else None,
     )
 

@@ -109,6 +109,7 @@ def _widths(report: Report) -> Markup:
         tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
         scrolling("Width per block", _widths_table(report)),
         tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
+        tag("p", f"{report.advice}.", class_="note") if report.advice else None,
     )
 
 
