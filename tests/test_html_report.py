@@ -253,6 +253,35 @@ def test_no_variance_at_all_is_drawn(report: Report) -> None:
     assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
 
 
+@pytest.mark.parametrize(
+    ("spectrum", "said"),
+    [
+        (Spectrum(1, (4.0,), (1,), 1, 1.0), "Its one neuron stays"),
+        (
+            Spectrum(2, (4.0, 1.0), (1, 0), 1, 0.8),
+            "1 of 2 neurons stays, the one of highest variance; it holds 80.0% of",
+        ),
+        (
+            Spectrum(2, (4.0, 1.0), (0, 1), 0, 0.2),
+            "1 of 2 neurons stays, not the one of highest variance; it holds 20.0%",
+        ),
+    ],
+)
+def test_one_is_no_plural(report: Report, spectrum: Spectrum, said: str) -> None:
+    narrow = replace(report, neurons=(2, 1), widths={"a": (2, 1)}, spectra={"a": spectrum})
+    page = parse(html_report(narrow))
+    assert said in page.one("figure").text
+    assert "1 of 2 hidden neurons is gone from 1 block;" in page.text
+    ticks = [text.text for text in page.one("svg", "spectrum").all("text")]
+    assert ticks.count("1") == 1 + (spectrum.neurons > 1)  # the first rank, and the cut behind it
+
+
+def test_a_block_that_never_varies_does_not_stretch_the_scale() -> None:
+    small = Spectrum(3, (2e-6, 1e-6, 5e-7), (1, 1, 0), 2, 0.8)
+    dead = Spectrum(3, (0.0, 0.0, 0.0), (1, 1, 0), 2, 1.0)
+    assert common_scale([small, dead]) == common_scale([small])
+
+
 def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
     """A neuron of 600 among 200 near 1: the scale ends above the others, and the chart says how high it goes."""
     values = (600.0, *(2.0 - i / 200 for i in range(199)))

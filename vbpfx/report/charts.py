@@ -29,12 +29,12 @@ def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
     """The powers of ten that a log scale for all blocks goes from and to: outliers, a hundredth at each end, may leave it."""
     highest, lowest = [], []
     for spectrum in spectra:
-        values = [v for v in spectrum.variances if v > 0] or [1.0]
-        few = len(values) // 100
-        highest.append(values[few])
-        lowest.append(values[-1 - few])
-    top = math.log10(max(highest)) + _ROOM
-    return max(min(math.log10(min(lowest)), top - 1) - _ROOM, top - _MOST_DECADES), top
+        if values := [v for v in spectrum.variances if v > 0]:
+            few = len(values) // 100
+            highest.append(values[few])
+            lowest.append(values[-1 - few])
+    top = math.log10(max(highest, default=1.0)) + _ROOM
+    return max(min(math.log10(min(lowest, default=1.0)), top - 1) - _ROOM, top - _MOST_DECADES), top
 
 
 def leaves(spectrum: Spectrum, scale: tuple[float, float]) -> bool:
@@ -46,11 +46,15 @@ def describe(spectrum: Spectrum) -> str:
     """What the picture shows, in words."""
     kept, n = sum(spectrum.kept), spectrum.neurons
     if kept == n:
-        return f"all {n:,} neurons stay"
+        return f"all {n:,} neurons stay" if n > 1 else "its one neuron stays"
+    share = percent(spectrum.variance_kept)
+    if kept == 1:
+        rank = "the one" if spectrum.among_highest else "not the one"
+        return f"1 of {n:,} neurons stays, {rank} of highest variance; it holds {share} of the variance"
     alike = "all" if spectrum.among_highest == kept else f"{spectrum.among_highest:,}"
     return (
-        f"{kept:,} of {n:,} neurons stay, {alike} of them among the {kept:,} of highest variance; "
-        f"they hold {percent(spectrum.variance_kept)} of the variance"
+        f"{kept:,} of {n:,} neurons stay, {alike} of them among the {kept:,} of highest variance; they hold {share} of the "
+        f"variance"
     )
 
 
@@ -93,7 +97,7 @@ def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) ->
     labels = joined(
         tag("text", f"variance, up to {top:.3g}" if top > 10**high else "variance", x=0, y=9),
         tag("text", "1", x=_LEFT, y=floor + 14, text_anchor="middle"),
-        tag("text", f"{n:,}", x=right, y=floor + 14, text_anchor="end"),
+        tag("text", f"{n:,}", x=right, y=floor + 14, text_anchor="end") if n > 1 else None,
         tag("text", "neurons by rank of variance", x=(_LEFT + right) / 2, y=floor + 28, text_anchor="middle"),
     )
     return tag(

@@ -97,7 +97,8 @@ def _summary(report: Report) -> str:
     dense, pruned = report.neurons
     narrowed = sum(now < before for before, now in report.widths.values())
     return (
-        f"{dense - pruned:,} of {dense:,} hidden neurons are gone from {counted(narrowed, 'block')}; "
+        f"{dense - pruned:,} of {counted(dense, 'hidden neuron')} {'is' if dense - pruned == 1 else 'are'} gone from "
+        f"{counted(narrowed, 'block')}; "
         f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
         f"of the multiply-accumulates are left."
     )
