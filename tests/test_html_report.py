@@ -76,7 +76,7 @@ def test_the_page_is_one_file_that_needs_nothing_else(report: Report) -> None:
     for loaded in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "onload"):
         assert loaded not in page, loaded
     assert "width=device-width" in page
-    assert "prefers-color-scheme: dark" in page
+    assert "@media screen and (prefers-color-scheme: dark)" in page  # paper is white
 
 
 def test_names_are_text_wherever_they_stand(report: Report) -> None:
