@@ -10,6 +10,20 @@ from oracle import randomize
 from torch import Tensor, nn
 
 HOSTILE = "a<b>&'c"  # torch.fx itself cannot write code with a double quote in a name
+# what reports of older versions do not hold
+LATER = [
+    "network",
+    "sample",
+    "size",
+    "spectra",
+    "refusals",
+    "arguments",
+    "versions",
+    "evaluation",
+    "tuning",
+    "bench",
+    "command",
+]
 _VOID = {"meta"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import HOSTILE, Element, parse, rows, two
+from pages import HOSTILE, LATER, Element, parse, rows, two
 
 import vbpfx
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
@@ -120,6 +120,11 @@ def test_the_headline_says_the_figures(report: Report) -> None:
     assert cards["Top-1 accuracy"][0] == "60.00%"
 
 
+def test_macs_are_of_a_sample(report: Report) -> None:
+    assert "of one sample of shape 8." in parse(html_report(report)).one("header").text
+    assert "MACs are those of one sample of shape 8\n" in str(report)
+
+
 def test_tables_say_the_figures(report: Report) -> None:
     found = sections(report)
     assert rows(found["Width per block"].one("table")) == [
@@ -215,19 +220,7 @@ def test_charts_colour_what_stays(report: Report, block: int) -> None:
 
 
 def test_reports_of_older_versions_are_shown(report: Report) -> None:
-    new = (
-        "network",
-        "size",
-        "spectra",
-        "refusals",
-        "arguments",
-        "versions",
-        "evaluation",
-        "tuning",
-        "bench",
-        "command",
-    )
-    old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in new}
+    old = {key: value for key, value in json.loads(json.dumps(report.to_json())).items() if key not in LATER}
     found = sections(Report.from_json(old | {"verification": None}))
     assert set(found) == {"Width per block", "Not narrowed", "Checked", "How it was made"}
     assert [heading.text for heading in found["How it was made"].all("h3")] == ["Settings"]

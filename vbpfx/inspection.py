@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.analysis.kinds import calls, kinds
@@ -78,14 +77,7 @@ class Inspection:
     @property
     def sample(self) -> str:
         """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
-        inputs = self.analysis.captured.inputs
-        named = [*enumerate(inputs.args), *inputs.kwargs.items()]
-        sizes = {
-            name: "x".join(map(str, value.shape[1:])) or "a number"
-            for name, value in named
-            if isinstance(value, Tensor)
-        }
-        return ", ".join(size if len(sizes) == 1 else f"{name} {size}" for name, size in sizes.items())
+        return self.analysis.captured.inputs.sample
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""

@@ -75,6 +75,17 @@ class Inputs:
         # not network(...): fx's own wrapper prints the generated code when a batch does not fit
         return nn.Module.__call__(network, *own.args, **own.kwargs)
 
+    @property
+    def sample(self) -> str:
+        """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
+        named = [*enumerate(self.args), *self.kwargs.items()]
+        sizes = {
+            name: "x".join(map(str, value.shape[1 if self.is_batched(value) else 0 :])) or "a number"
+            for name, value in named
+            if isinstance(value, Tensor)
+        }
+        return ", ".join(size if len(sizes) == 1 else f"{name} {size}" for name, size in sizes.items())
+
     def describe(self) -> str:
         """Shapes and dtypes, for messages."""
         named = [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]

@@ -35,6 +35,9 @@ def html_report(report: Report) -> str:
             tag("h1", title),
             tag("p", _summary(report), class_="lead"),
             cards(report),
+            tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
+            if report.sample
+            else None,
         ),
         tag(
             "main",

@@ -40,6 +40,7 @@ class Report:
     Attributes:
         params, macs, neurons: ``(dense, pruned)``. MACs per sample as :mod:`torch.utils.flop_counter` counts
             them: products of layers and of attention, no norms, no activations.
+        sample: sizes of the sample that MACs are of, such as 3x224x224; empty in reports that older versions wrote.
         widths: per block ``(before, after)``.
         refused: number of axes that could not be narrowed.
         settings: how the plan was made.
@@ -70,6 +71,7 @@ class Report:
     latency: Mapping[str, Any] | None = None
     uneven: tuple[str, ...] = ()
     network: str = ""
+    sample: str = ""
     size: tuple[int, int] | None = None
     spectra: Mapping[str, Spectrum] = field(default_factory=dict, repr=False)
     refusals: tuple[Refusal, ...] = field(default=(), repr=False)
@@ -218,6 +220,7 @@ class Report:
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
         title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
+        text += f"MACs are those of one sample of shape {self.sample}\n" if self.sample else ""
         text += table(
             f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),
@@ -270,6 +273,7 @@ def make_report(
         latency=latency,
         uneven=_uneven(captured, plan),
         network=type(captured.reference).__name__,
+        sample=captured.inputs.sample,
         size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),
         spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
         refusals=analysis.refusals,
