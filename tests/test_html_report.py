@@ -18,7 +18,7 @@ from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Spread
 from vbpfx.records import Refusal
 from vbpfx.report.charts import common_scale
-from vbpfx.report.page import html_report, notebook_view
+from vbpfx.report.page import html_report
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import Spectrum
 
@@ -288,13 +288,15 @@ def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
 
 
 def test_notebooks_show_the_headline_and_the_widths(report: Report, pruned: vbpfx.Pruned) -> None:
-    view = parse(notebook_view(report))
+    view = parse(report._repr_html_())
     costs, widths = view.all("table")
     assert [row[:3] for row in rows(costs)] == [[name, f"{a:,}", f"{b:,}"] for name, (a, b) in report.costs.items()]
     assert [row[0] for row in rows(widths)] == list(report.widths)
     assert parse(pruned._repr_html_()).all("table")
     assert "<b>" not in pruned._repr_html_()
-    assert len(repr(pruned)) < 200
+    for shown in (pruned, report):
+        assert len(repr(shown)) < 200
+        assert f"parameters {report.params[0]:,} -> {report.params[1]:,}" in repr(shown)
 
 
 def test_notebooks_show_an_analysis(pruned: vbpfx.Pruned) -> None:

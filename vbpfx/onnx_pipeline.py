@@ -83,6 +83,9 @@ class PrunedOnnx:
             text += f"not in the operator tables, so nothing that they read or make was narrowed: {names}\n"
         return text
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
 
 def prune_onnx(
     path: str | Path,

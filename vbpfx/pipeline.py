@@ -38,7 +38,7 @@ from vbpfx.reconstruction.kept import Keeping
 from vbpfx.reconstruction.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
-from vbpfx.report.page import notebook_view, report_files
+from vbpfx.report.page import report_files
 from vbpfx.report.report import Report, make_report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.own_class import apply_plan
@@ -82,11 +82,10 @@ class Pruned:
         return str(self.report)
 
     def __repr__(self) -> str:
-        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.report.costs.items())
-        return f"<Pruned {self.report.network}: {', '.join(parts)}>"
+        return f"Pruned({self.report!r})"
 
     def _repr_html_(self) -> str:
-        return notebook_view(self.report)
+        return self.report._repr_html_()
 
     def apply_to(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.

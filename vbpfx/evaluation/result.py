@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vbpfx.display.figures import MINUS
@@ -62,7 +62,7 @@ class Evaluation:
     top5_change: PairedDifference | None
     agreement: float | None
     kl: float | None
-    classes: tuple[ClassChange, ...] = ()
+    classes: tuple[ClassChange, ...] = field(default=(), repr=False)
 
     @property
     def retention(self) -> float | None:

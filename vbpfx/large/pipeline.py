@@ -71,6 +71,9 @@ class PrunedFiles:
     def __str__(self) -> str:
         return str(self.report)
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
 
 def prune_files(
     model: str | Path | nn.Module,

@@ -6,23 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbpfx.display.figures import capital, kept
+from vbpfx.display.figures import capital
 from vbpfx.display.markup import Markup, joined, tag
-from vbpfx.display.tables import counted, html_table, scrolling
+from vbpfx.display.tables import scrolling
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.report.charts import bar, common_scale, describe, leaves, spectrum_chart
+from vbpfx.report.charts import common_scale, describe, leaves, spectrum_chart
 from vbpfx.report.measured import cards, evaluation, latency
+from vbpfx.report.notebook import widths_table
 from vbpfx.report.report import Report
 from vbpfx.report.sections import check, making, refitted, refused
 from vbpfx.storage.files import Write, json_writer, text_writer, write_atomically
 
 _STYLE = Path(__file__).with_name("page.css")
-_NOTEBOOK_STYLE = (
-    ".vbpfx .bar{display:block;width:12rem;height:.6rem}.vbpfx .track{fill:#8885}.vbpfx .stays{fill:#3b82d8}"
-    ".vbpfx caption,.vbpfx th,.vbpfx td{text-align:left;font-weight:normal;padding:.15rem 1rem .15rem 0}"
-    ".vbpfx .number{text-align:right;font-variant-numeric:tabular-nums}.vbpfx caption{max-width:36rem}"
-)
-_OPEN = 24  # so many blocks a notebook shows without being asked
 
 
 def html_report(report: Report) -> str:
@@ -33,7 +28,7 @@ def html_report(report: Report) -> str:
             "header",
             tag("p", "vbpfx report", class_="eyebrow"),
             tag("h1", title),
-            tag("p", _summary(report), class_="lead"),
+            tag("p", report.summary, class_="lead"),
             cards(report),
             tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
             if report.sample
@@ -66,16 +61,6 @@ def html_report(report: Report) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
 
 
-def notebook_view(report: Report) -> str:
-    """The headline and the widths, small enough for a notebook's cell, whatever colours the notebook has."""
-    costs = [(name, *pair, kept(*pair)) for name, pair in report.costs.items()]
-    widths = tag("details", tag("summary", "Width per block"), _widths_table(report), open=len(report.widths) <= _OPEN)
-    style = tag("style", Markup(_NOTEBOOK_STYLE))
-    return tag(
-        "div", style, html_table(_summary(report), ("", "dense", "pruned", "kept"), costs), widths, class_="vbpfx"
-    )
-
-
 def report_files(report: Report) -> dict[str, Write]:
     """``report.json`` and ``report.html``, by name, for a commit of several files."""
     return {"report.json": json_writer(report.to_json()), "report.html": text_writer(html_report(report))}
@@ -96,39 +81,14 @@ def update_report(
     return report
 
 
-def _summary(report: Report) -> str:
-    dense, pruned = report.neurons
-    narrowed = sum(now < before for before, now in report.widths.values())
-    return (
-        f"{dense - pruned:,} of {counted(dense, 'hidden neuron')} {'is' if dense - pruned == 1 else 'are'} gone from "
-        f"{counted(narrowed, 'block')}; "
-        f"{kept(*report.params)} of the parameters and {kept(*report.macs)} "
-        f"of the multiply-accumulates are left."
-    )
-
-
 def _widths(report: Report) -> Markup:
     floor = report.settings.get("at_floor")
     return joined(
         tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
-        scrolling("Width per block", _widths_table(report)),
+        scrolling("Width per block", widths_table(report.widths)),
         tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
         tag("p", f"{report.advice}.", class_="note") if report.advice else None,
     )
-
-
-def _widths_table(report: Report) -> Markup:
-    largest = max((before for before, _ in report.widths.values()), default=1)
-    rows = [
-        (
-            tag("div", tag("code", name), bar(now, before, largest), class_="named-bar"),
-            before,
-            now,
-            kept(before, now),
-        )
-        for name, (before, now) in report.widths.items()
-    ]
-    return html_table("", ("block", "before", "now", "kept"), rows, class_="widths")
 
 
 def _spectra(report: Report) -> Markup | None:

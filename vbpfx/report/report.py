@@ -22,6 +22,7 @@ from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.measurement.bench_result import BenchResult
 from vbpfx.records import Plan, Refusal
+from vbpfx.report.notebook import notebook_view
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.report.spectrum import Spectrum, spectra
 from vbpfx.rewrite.verify import Verification
@@ -159,6 +160,24 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready dictionaries."""
         return dataclasses.asdict(self)
+
+    def __repr__(self) -> str:
+        parts = (f"{name} {dense:,} -> {pruned:,}" for name, (dense, pruned) in self.costs.items())
+        return f"<Report of {self.network or 'a network'}: {', '.join(parts)}>"
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self.summary, self.costs, self.widths)
+
+    @property
+    def summary(self) -> str:
+        """What is gone and what is left, in one sentence."""
+        dense, pruned = self.neurons
+        narrowed = sum(now < before for before, now in self.widths.values())
+        return (
+            f"{dense - pruned:,} of {counted(dense, 'hidden neuron')} {'is' if dense - pruned == 1 else 'are'} gone from "
+            f"{counted(narrowed, 'block')}; {kept(*self.params)} of the parameters and {kept(*self.macs)} of the "
+            f"multiply-accumulates are left."
+        )
 
     @property
     def costs(self) -> dict[str, tuple[int, int]]:
