@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from pages import HOSTILE, LATER, Element, parse, rows, two
 import vbpfx
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Spread
+from vbpfx.planning.importance import Scoring
 from vbpfx.records import Refusal
 from vbpfx.report.charts import common_scale
 from vbpfx.report.page import html_report
@@ -24,6 +26,13 @@ from vbpfx.report.spectrum import Spectrum
 
 QUOTED = 'a<b>&"c"'
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class Largest:
+    """A criterion that is no function."""
+
+    def __call__(self, about: Scoring) -> torch.Tensor:
+        return about.inputs[0][0].variance
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +190,14 @@ def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None
     assert "not finite" in row
 
 
+def test_headers_of_tables_say_something(report: Report) -> None:
+    for table in parse(html_report(report)).all("table"):
+        for header in table.all("th"):
+            assert header.text, "an empty header is read out as one"
+            assert header.attributes["scope"] in ("col", "row")
+        assert len(list(table.one("thead").one("tr").children)) == len(list(table.one("tbody").one("tr").children))
+
+
 def test_refusals_are_counted_by_reason(report: Report) -> None:
     counts: dict[str, int] = {}
     for refusal in report.refusals:
@@ -233,6 +250,17 @@ def test_the_python_call_makes_the_same_plan(pruned: vbpfx.Pruned) -> None:
     scope: dict[str, Any] = {"calibration": [torch.randn(64, 8) for _ in range(3)], "model": pruned.captured.reference}
     exec(code, scope)
     assert [e.kept for e in scope["pruned"].plan.blocks] == [e.kept for e in pruned.plan.blocks]
+
+
+@pytest.mark.parametrize("criterion", [lambda about: about.inputs[0][0].variance, Largest()])
+def test_an_own_criterion_is_shown_by_a_name_that_python_can_read(criterion: Any) -> None:
+    torch.manual_seed(0)
+    given = {"ratio": 0.4, "method": "vbp", "criterion": criterion}
+    page = sections(vbpfx.prune(two(), [torch.randn(64, 8)], progress=False, **given).report)["How it was made"]
+    call = ast.parse(page.one("pre").text).body[-1]
+    assert isinstance(call, ast.Assign)
+    assert "    criterion=Largest," in page.one("pre").text or "    criterion=criterion," in page.one("pre").text
+    assert " at 0x" not in page.text
 
 
 def test_no_variance_at_all_is_drawn(report: Report) -> None:

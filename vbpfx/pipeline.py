@@ -402,7 +402,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
-    return getattr(value, "__qualname__", str(value))
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _in_words(options: PlanArguments) -> str:

@@ -51,7 +51,10 @@ def html_table(
     """The same as a table in HTML, whose first column names the rows; columns of numbers are of class ``number``."""
     rows = [list(row) for row in rows]
     kinds = ["number" if rows and all(_is_figure(row[i]) for row in rows) else None for i in range(len(columns))]
-    head = [tag("th", column, scope="col", class_=kind) for column, kind in zip(columns, kinds, strict=True)]
+    head = [
+        tag("th", column, scope="col", class_=kind) if column else tag("td")  # a header that says nothing is none
+        for column, kind in zip(columns, kinds, strict=True)
+    ]
     body = [
         tag(
             "tr",

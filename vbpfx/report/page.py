@@ -101,11 +101,13 @@ def _spectra(report: Report) -> Markup | None:
     honest = (
         f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
         if criterion == "variance"
-        else f"The criterion is {criterion}, not the variance alone: so neurons that stay and neurons that go mix."
+        else f"The criterion is {criterion}, not this variance: neurons that stay and neurons that go mix."
     )
+    shared = any(spectrum.neurons > len(spectrum.variances) for spectrum in report.spectra.values())
+    shades = " A column of several neurons is the paler the fewer of them stay." if shared else ""
     return joined(
         tag("p", text),
-        tag("p", honest, class_="note"),
+        tag("p", honest, shades, class_="note"),
         tag(
             "ul",
             tag("li", _swatch(tag("rect", class_="stays", width="100%", height="100%", rx=2)), "stays"),

@@ -108,8 +108,9 @@ def _python(report: Report) -> str:
 
 
 def _literal(name: str, value: Any) -> str:
-    own_function = name == "criterion" and value not in CRITERIA
-    return str(value) if own_function else repr(value)
+    if name != "criterion" or value in CRITERIA:
+        return repr(value)
+    return value if value.isidentifier() else "criterion"  # a function of the user's own; a lambda has no name
 
 
 def _code(text: str) -> Markup:
