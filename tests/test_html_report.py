@@ -252,6 +252,16 @@ def test_the_python_call_makes_the_same_plan(pruned: vbpfx.Pruned) -> None:
     assert [e.kept for e in scope["pruned"].plan.blocks] == [e.kept for e in pruned.plan.blocks]
 
 
+def test_measuring_with_another_version_does_not_change_what_pruned(report: Report) -> None:
+    for measured, name in (("2.13.0", "torch"), ("2.12.0", "torch, for the latency")):
+        bench = BenchResult((), None, 3, {"torch": measured, "onnxruntime": "1"})
+        versions = {"vbpfx": "0", "torch": "2.13.0+cpu"}
+        found = sections(replace(report, versions=versions).measured(bench=bench))["How it was made"]
+        shown = list(found.all("dl"))[-1]
+        said = dict(zip([dt.text for dt in shown.all("dt")], [dd.text for dd in shown.all("dd")], strict=True))
+        assert said == versions | {"onnxruntime": "1"} | ({} if name == "torch" else {name: measured})
+
+
 @pytest.mark.parametrize("criterion", [lambda about: about.inputs[0][0].variance, Largest()])
 def test_an_own_criterion_is_shown_by_a_name_that_python_can_read(criterion: Any) -> None:
     torch.manual_seed(0)

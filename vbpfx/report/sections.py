@@ -85,7 +85,11 @@ def making(report: Report) -> Markup:
         "activations seen": f"up to {settings['samples']:,} per neuron" if "samples" in settings else None,
         "reconstructed on": counted(reconstruction["samples"], "sample") if "samples" in reconstruction else None,
     }
-    versions = {**report.versions, **(report.bench["versions"] if report.bench else {})}
+    versions = dict(report.versions)
+    for package, version in (report.bench["versions"] if report.bench else {}).items():
+        if versions.get(package, version).partition("+")[0] != version.partition("+")[0]:
+            package = f"{package}, for the latency"
+        versions.setdefault(package, version)
     return joined(
         tag("h3", "On the command line") if report.command else None,
         tag("pre", tag("code", report.command), tabindex=0) if report.command else None,
