@@ -107,6 +107,7 @@ def test_without_labels(three: tuple[np.ndarray, ...]) -> None:
     assert (found.dense, found.pruned, found.top1_change, found.classes) == (None, None, None, ())
     assert (found.agreement, found.kl) == (labelled.agreement, labelled.kl)
     assert "accuracy" not in str(found)
+    assert "in brackets 95 % confidence intervals" in str(found)  # of the agreement
     assert set(found.to_json()) == {"samples", "agreement", "kl"}
 
 
@@ -132,6 +133,7 @@ def test_padding_does_not_count() -> None:
     same, kl = dense.argmax(-1) == pruned.argmax(-1), _kl(dense, pruned)
     assert found.agreement == pytest.approx(np.mean([same[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-12)
     assert found.kl == pytest.approx(np.mean([kl[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-6)
+    assert "brackets" not in str(found)  # of a mean over positions there is no interval
 
 
 def test_a_network_is_itself() -> None:

@@ -101,7 +101,7 @@ class Inspection:
             )
             for b in self.blocks
         ]
-        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample ({self.sample})\n"
+        text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample ({self.sample or 'of several tensors'})\n"
         text += table(
             f"{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of all the model",
             columns,

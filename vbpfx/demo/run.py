@@ -101,7 +101,10 @@ def run_demo(out: Path, console: Console) -> Path:
     )
     console.print(
         f"Report:    {out / 'report.html'}\nPlot:      {picture}\nONNX file: {small}\n"
-        f"Artifact:  {out} (vbpfx.load reads it, no pickle)"
+        f"Artifact:  {out} (vbpfx.load reads it, no pickle)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,  # paths stay in one piece
     )
     return small
 

@@ -111,7 +111,7 @@ class Evaluation:
         Args:
             worst: so many of the worst-hurt classes.
         """
-        text = f"{counted(self.samples, 'sample')}; in brackets 95 % confidence intervals\n"
+        text = ""
         if self.dense is not None:
             text += self._accuracies(self.dense)
         if self.agreement is not None:
@@ -119,7 +119,8 @@ class Evaluation:
             text += f"mean KL divergence from the dense network: {self.kl:.4g} nats\n"
         if self.retention is not None:
             text += f"retention (pruned top-1 / dense top-1): {self.retention:.1%}\n"
-        return text + self._worst(worst)
+        brackets = "; in brackets 95 % confidence intervals" if "[" in text else ""
+        return f"{counted(self.samples, 'sample')}{brackets}\n{text}{self._worst(worst)}"
 
     def _accuracies(self, dense: Accuracy) -> str:
         rows = []
