@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pages import HOSTILE, LATER, two
+from pages import HOSTILE, LATER, parse, two
 from torch import Tensor, nn
 
 import vbpfx
@@ -188,9 +188,9 @@ def test_onnx_goes_in_the_same_commit(pruned: vbpfx.Pruned, tmp_path: Path, monk
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("count", "width"), [(12, 3072), (96, 12_288)])
+@pytest.mark.parametrize(("count", "width"), [(12, 3072), (32, 11_008), (96, 12_288), (1024, 1024)])
 def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, width: int) -> None:
-    """Twelve blocks of 3072 as in a ViT-B, and 96 of 12,288; the file as save writes it."""
+    """Blocks as in a ViT-B, a language model of 7 B, one of 175 B, and one of experts; both files as save writes them."""
     (like, *_) = pruned.analysis.blocks
     blocks = tuple(dataclasses.replace(like, name=f"blocks.{i}.mlp", width=width) for i in range(count))
     moments = Moments(100, torch.zeros(width, dtype=torch.float64), torch.rand(width, dtype=torch.float64))
@@ -198,7 +198,14 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
         blocks, vbpfx.Statistics({b.name: (moments,) for b in blocks}), dataclasses.replace(pruned.plan, blocks=())
     )
     assert len(found) == count
-    assert len(json.dumps(dataclasses.replace(pruned.report, spectra=found).to_json(), indent=1)) < 300_000
+    widths = dict.fromkeys(found, (width, width))
+    report = dataclasses.replace(pruned.report, spectra=found, widths=widths)
+    assert len(json.dumps(report.to_json(), indent=1)) < 300_000 + 1500 * max(0, count - 96)
+    page = html_report(report)
+    assert len(page.encode()) < 1_000_000
+    figures = [figure.one("figcaption").text for figure in parse(page).all("figure")]
+    assert figures == (list(found) if count <= 128 else list(found)[:: count // 128])
+    assert ("Drawn are 128 of 1,024 blocks" in page) == (count == 1024)
 
 
 def test_names_are_no_markup_and_colours_are_never_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 from vbpfx.display.figures import capital
 from vbpfx.display.markup import Markup, joined, tag
-from vbpfx.display.tables import scrolling
+from vbpfx.display.tables import counted, scrolling
 from vbpfx.measurement.bench_result import BenchResult
 from vbpfx.report.charts import common_scale, describe, leaves, spectrum_chart
 from vbpfx.report.measured import cards, evaluation, latency
 from vbpfx.report.notebook import widths_table
 from vbpfx.report.report import Report
 from vbpfx.report.sections import check, making, refitted, refused
+from vbpfx.report.spectrum import Spectrum
 from vbpfx.storage.files import Write, json_writer, text_writer, write_atomically
 
 _STYLE = Path(__file__).with_name("page.css")
+_MOST_CHARTS = 128
 
 
 def html_report(report: Report) -> str:
@@ -94,8 +96,9 @@ def _widths(report: Report) -> Markup:
 def _spectra(report: Report) -> Markup | None:
     if not report.spectra:
         return None
-    scale = common_scale(report.spectra.values())
-    beyond = any(leaves(spectrum, scale) for spectrum in report.spectra.values())
+    drawn = _drawn(report.spectra)
+    scale = common_scale(drawn.values())
+    beyond = any(leaves(spectrum, scale) for spectrum in drawn.values())
     text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
     criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
     honest = (
@@ -103,11 +106,16 @@ def _spectra(report: Report) -> Markup | None:
         if criterion == "variance"
         else f"The criterion is {criterion}, not this variance: neurons that stay and neurons that go mix."
     )
-    shared = any(spectrum.neurons > len(spectrum.variances) for spectrum in report.spectra.values())
+    shared = any(spectrum.neurons > len(spectrum.variances) for spectrum in drawn.values())
     shades = " A column of several neurons is the paler the fewer of them stay." if shared else ""
+    some = (
+        f" Drawn are {len(drawn)} of {counted(len(report.spectra), 'block')}, evenly spread."
+        if len(drawn) < len(report.spectra)
+        else ""
+    )
     return joined(
         tag("p", text),
-        tag("p", honest, shades, class_="note"),
+        tag("p", honest, shades, some, class_="note"),
         tag(
             "ul",
             tag("li", _swatch(tag("rect", class_="stays", width="100%", height="100%", rx=2)), "stays"),
@@ -128,12 +136,19 @@ def _spectra(report: Report) -> Markup | None:
                     spectrum_chart(name, spectrum, scale),
                     tag("p", capital(describe(spectrum)), class_="note"),
                 )
-                for name, spectrum in report.spectra.items()
+                for name, spectrum in drawn.items()
             ),
             class_="charts",
         ),
         tag("p", "Variances beyond the scale are drawn at its ends.", class_="note") if beyond else None,
     )
+
+
+def _drawn(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+    """The spectra that are drawn: of very many blocks some, so that the page stays small."""
+    names = list(spectra)
+    count = min(_MOST_CHARTS, len(names))
+    return {name: spectra[name] for name in (names[i * len(names) // count] for i in range(count))}
 
 
 def _swatch(shape: Markup) -> Markup:
