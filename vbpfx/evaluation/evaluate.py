@@ -105,6 +105,7 @@ class _Tally:
     hits: dict[tuple[int, int], list[bool]] = field(default_factory=dict)  # (network, 1 or 5) -> sample by sample
     pruned: bool = False
     outputs: int = 0
+    by_position: bool = False
 
     def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
         dense, *others = (output.float() for output in outputs)
@@ -124,6 +125,7 @@ class _Tally:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)
         self.outputs = dense.shape[-1]
+        self.by_position = dense.ndim > 2
         for output in others:
             self.pruned = True
             same = (output.argmax(-1) == dense.argmax(-1)).double()
@@ -160,6 +162,7 @@ class _Tally:
             agreement=self.agreeing / self.samples if both else None,
             kl=self.divergences / self.samples if both else None,
             classes=self._classes(names) if both else (),
+            by_position=self.by_position,
         )
 
     def _accuracy(self, network: int) -> Accuracy | None:

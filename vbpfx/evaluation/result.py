@@ -53,6 +53,7 @@ class Evaluation:
             mean over samples of the share of positions. None without a pruned network.
         kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
         classes: what became of each class, the worst hurt first.
+        by_position: whether the networks choose at every position of a sample.
     """
 
     samples: int
@@ -63,6 +64,7 @@ class Evaluation:
     agreement: float | None
     kl: float | None
     classes: tuple[ClassChange, ...] = field(default=(), repr=False)
+    by_position: bool = False
 
     @property
     def retention(self) -> float | None:
@@ -135,11 +137,9 @@ class Evaluation:
         return table("", columns, rows)
 
     def _agreement_interval(self) -> str:
-        # a mean over samples of shares of positions is no count of samples
-        count = round((self.agreement or 0) * self.samples)
-        if self.agreement != count / self.samples:
+        if self.agreement is None or self.by_position:  # a mean of shares of positions is no count of samples
             return ""
-        low, high = Share(count, self.samples).interval
+        low, high = Share(round(self.agreement * self.samples), self.samples).interval
         return f" [{low:.1%}, {high:.1%}]"
 
     def _worst(self, worst: int) -> str:
