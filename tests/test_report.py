@@ -208,6 +208,18 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
     assert ("Drawn are 128 of 1,024 blocks" in page) == (count == 1024)
 
 
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        ({}, "pruned by greedy_obs, block after block; compensated by reconstruction; ratio=0.4"),
+        ({"method": "vbp"}, "pruned by variance; compensated by mean; ratio=0.4"),
+        ({"criterion": "magnitude", "compensation": "none"}, "pruned by magnitude; not compensated; ratio=0.4"),
+    ],
+)
+def test_how_it_was_pruned_is_said_in_words(given: dict[str, Any], title: str) -> None:
+    assert str(vbpfx.prune(two(), data(), ratio=0.4, progress=False, **given)).splitlines()[0] == title
+
+
 def test_names_are_no_markup_and_colours_are_never_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of classes and modules that rich would read as styles or pictures."""
     for forced in ("FORCE_COLOR", "TTY_COMPATIBLE"):

@@ -237,7 +237,9 @@ class Report:
     def __str__(self) -> str:
         rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
-        title = f"pruned by {self.settings['criterion']}, {self.settings['compensation']} fold, {budget}"
+        means = self.settings["compensation"]
+        compensated = "not compensated" if means == "none" else f"compensated by {means}"
+        title = f"pruned by {self.settings['criterion']}; {compensated}; {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
         text += f"MACs are those of one sample of shape {self.sample}\n" if self.sample else ""
         text += table(
