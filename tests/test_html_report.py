@@ -281,6 +281,7 @@ def test_no_variance_at_all_is_drawn(report: Report) -> None:
         assert "nan" not in section.text
         assert "Variances beyond the scale" in section.text
     assert "All 2 neurons stay" in section.text
+    assert "1 of 2 neurons stays; none of them varies on the calibration data" in section.text
     assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
 
 

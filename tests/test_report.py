@@ -102,6 +102,16 @@ def test_few_equal_or_dead_neurons_have_a_spectrum(values: list[float]) -> None:
     assert (spectrum.among_highest, spectrum.variance_kept) == (len(values), 1.0)
 
 
+def test_of_equal_variances_those_that_stay_rank_first() -> None:
+    """Ties are broken by index, and it is the later ones that stay."""
+    spectrum = reduced(torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0], dtype=torch.float64), (2, 3, 4))
+    assert spectrum.variances == (2.0, 2.0, 2.0, 1.0, 1.0)
+    assert spectrum.kept == (1, 1, 0, 1, 0)
+    assert spectrum.among_highest == 2
+    alike = reduced(torch.zeros(5, dtype=torch.float64), (3, 4))
+    assert (alike.kept, alike.among_highest) == ((1, 1, 0, 0, 0), 2)
+
+
 def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
     evaluation = {"top-1 accuracy": (0.75, 0.7), "samples": 100}
     pruned.save(tmp_path, evaluation=evaluation, command="vbpfx prune x")

@@ -47,6 +47,10 @@ def describe(spectrum: Spectrum) -> str:
     kept, n = sum(spectrum.kept), spectrum.neurons
     if kept == n:
         return f"all {n:,} neurons stay" if n > 1 else "its one neuron stays"
+    if not any(spectrum.variances):
+        return (
+            f"{kept:,} of {n:,} neurons {'stays' if kept == 1 else 'stay'}; none of them varies on the calibration data"
+        )
     share = percent(spectrum.variance_kept)
     if kept == 1:
         rank = "the one" if spectrum.among_highest else "not the one"

@@ -67,11 +67,15 @@ def spectra(blocks: tuple[Block, ...], statistics: Statistics, plan: Plan) -> di
 
 
 def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRIES) -> Spectrum:
-    """The spectrum of neurons with these variances, (N,), of which ``kept`` stay, in at most so many entries."""
+    """The spectrum of neurons with these variances, (N,), of which ``kept`` stay, in at most so many entries.
+
+    Of neurons of the same variance those that stay rank first: where variance decides, ties are no exception.
+    """
     neurons = len(variances)
-    order = torch.argsort(variances, descending=True, stable=True)
     stays = torch.zeros(neurons, dtype=torch.bool)
     stays[torch.tensor(kept)] = True
+    ties = torch.argsort(stays.int(), descending=True, stable=True)
+    order = ties[torch.argsort(variances[ties], descending=True, stable=True)]
     entries = min(entries, neurons)
     bounds = [i * neurons // entries for i in range(entries + 1)]
     shown = [i * (neurons - 1) // max(1, entries - 1) for i in range(entries)]  # one of each entry's ranks
