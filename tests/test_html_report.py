@@ -308,6 +308,15 @@ def test_one_is_no_plural(report: Report, spectrum: Spectrum, said: str) -> None
     assert ticks.count("1") == 1 + (spectrum.neurons > 1)  # the first rank, and the cut behind it
 
 
+@pytest.mark.parametrize("highest", [1.0, 1.4, 3.0, 9.0, 2e-7])
+def test_a_scale_can_be_read(report: Report, highest: float) -> None:
+    spectrum = Spectrum(3, (highest, highest / 2, highest / 3), (1, 1, 0), 2, 0.8)
+    chart = sections(replace(report, spectra={"a": spectrum}))["Activation variance"].one("svg", "spectrum")
+    labels = {text.text: float(text.attributes["y"] or 0) for text in chart.all("text") if text.text.startswith("10")}
+    assert len(labels) >= 2
+    assert all(20 < y < 165 for y in labels.values())  # between the top and the floor
+
+
 def test_a_block_that_never_varies_does_not_stretch_the_scale() -> None:
     small = Spectrum(3, (2e-6, 1e-6, 5e-7), (1, 1, 0), 2, 0.8)
     dead = Spectrum(3, (0.0, 0.0, 0.0), (1, 1, 0), 2, 1.0)

@@ -26,7 +26,10 @@ def bar(now: float, before: float, full: float) -> Markup:
 
 
 def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
-    """The powers of ten that a log scale for all blocks goes from and to: outliers, a hundredth at each end, may leave it."""
+    """The powers of ten that a log scale for all blocks goes from and to.
+
+    Outliers, a hundredth at each end, may leave it; two whole powers are always on it, to read it by.
+    """
     highest, lowest = [], []
     for spectrum in spectra:
         if values := [v for v in spectrum.variances if v > 0]:
@@ -34,7 +37,8 @@ def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
             highest.append(values[few])
             lowest.append(values[-1 - few])
     top = math.log10(max(highest, default=1.0)) + _ROOM
-    return max(min(math.log10(min(lowest, default=1.0)), top - 1) - _ROOM, top - _MOST_DECADES), top
+    low = min(math.log10(min(lowest, default=1.0)) - _ROOM, math.floor(top) - 1)
+    return max(low, top - _MOST_DECADES), top
 
 
 def leaves(spectrum: Spectrum, scale: tuple[float, float]) -> bool:
