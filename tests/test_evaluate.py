@@ -169,7 +169,7 @@ def test_what_is_printed(three: tuple[np.ndarray, ...]) -> None:
     measured = report.measured(evaluation=found.for_report())
     assert measured.evaluation["top-1 accuracy"] == [found.dense.top1.value, found.pruned.top1.value]
     for name, change in (("top-1", found.top1_change), ("top-5", found.top5_change)):
-        interval = measured.evaluation[f"95% confidence interval of the {name} difference"]
+        interval = measured.evaluation[f"95% confidence interval, {name}"]
         ends = [float(end) for end in interval.replace("\u2212", "-").removesuffix(" points").split(" to ")]
         assert ends == [pytest.approx(100 * end, abs=0.0051) for end in change.interval]
     assert measured.evaluation["KL divergence from the dense network"] == f"{found.kl:.4g} nats"

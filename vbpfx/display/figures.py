@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_NARROW_SPACE = "\u202f"
+NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
 _TIMES = "\u00d7"
 
@@ -22,12 +22,12 @@ def short(number: float, like: float | None = None) -> str:
 def in_bytes(number: float, like: float | None = None) -> str:
     """``22.9 MB``, of a million bytes each; the unit that of ``like`` where it is given."""
     unit = max(number, like or 0)
-    return f"{number:.0f}{_NARROW_SPACE}B" if unit < 1000 else _with_unit(number, unit, "B")
+    return f"{number:.0f}{NARROW_SPACE}B" if unit < 1000 else _with_unit(number, unit, "B")
 
 
 def in_milliseconds(seconds: float) -> str:
     """``3.21 ms``."""
-    return f"{_three_digits(1e3 * seconds)}{_NARROW_SPACE}ms"
+    return f"{_three_digits(1e3 * seconds)}{NARROW_SPACE}ms"
 
 
 def percent(share: float) -> str:
@@ -57,7 +57,7 @@ def scientific(number: float) -> str:
     if not math.isfinite(number):
         return "not finite"
     mantissa, exponent = f"{number:.1e}".split("e")
-    return f"{mantissa}{_NARROW_SPACE}{_TIMES}{_NARROW_SPACE}{power_of_ten(int(exponent))}"
+    return f"{mantissa}{NARROW_SPACE}{_TIMES}{NARROW_SPACE}{power_of_ten(int(exponent))}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -79,7 +79,7 @@ def capital(text: str) -> str:
 
 def _with_unit(number: float, like: float, what: str) -> str:
     factor, unit = next((f, u) for f, u in _UNITS if like >= 0.9995 * f)
-    return f"{_three_digits(number / factor)}{_NARROW_SPACE}{unit}{what}"
+    return f"{_three_digits(number / factor)}{NARROW_SPACE}{unit}{what}"
 
 
 def _three_digits(number: float) -> str:

@@ -98,7 +98,7 @@ class Evaluation:
         for name, change in (("top-1", self.top1_change), ("top-5", self.top5_change)):
             if change is not None:
                 low, high = (f"{100 * end:+.2f}".replace("-", MINUS) for end in change.interval)
-                figures[f"95% confidence interval of the {name} difference"] = f"{low} to {high} points"
+                figures[f"95% confidence interval, {name}"] = f"{low} to {high} points"
         if self.agreement is not None:
             figures["agreement with the dense network"] = self.agreement
             figures["KL divergence from the dense network"] = f"{self.kl:.4g} nats"

@@ -6,6 +6,7 @@ from typing import Any
 
 from vbpfx.display.figures import (
     MINUS,
+    NARROW_SPACE,
     capital,
     change,
     in_bytes,
@@ -159,7 +160,10 @@ def _bench_row(row: Row) -> tuple[Any, ...]:
 
 def _both(dense: int | None, pruned: int | None) -> str:
     """Bytes of both networks; a dash where one of them is not known."""
-    return "-" if dense is None or pruned is None else f"{in_bytes(dense)} \u2192 {in_bytes(pruned)}"
+    if dense is None or pruned is None:
+        return "-"
+    before, now = (in_bytes(size, like=max(dense, pruned)) for size in (dense, pruned))
+    return f"{before[: before.rindex(NARROW_SPACE)]} \u2192 {now}"  # the unit once
 
 
 def _measures(report: Report) -> dict[str, tuple[float, float]]:
