@@ -34,7 +34,7 @@ from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.planning.importance import Scoring
 from vbpfx.planning.options import PlanArguments
-from vbpfx.report.report import make_report
+from vbpfx.report.make import make_report
 
 SNIP_SAMPLES = 64
 _SAMPLES_AT_ONCE = 8

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.demo.digits import accuracy, load_digits
 from vbpfx.demo.train_digits import save_weights, seed_everything, train
-from vbpfx.report.report import count_parameters
+from vbpfx.report.make import count_parameters
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EPOCHS = 150

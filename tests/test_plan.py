@@ -13,7 +13,7 @@ from torch import nn
 import vbpfx
 from vbpfx.errors import BudgetError
 from vbpfx.planning.budget import mac_cost, parameter_cost
-from vbpfx.report.report import count_parameters
+from vbpfx.report.make import count_parameters
 
 
 def _network() -> nn.Module:

@@ -13,7 +13,7 @@ from oracle import Stages, randomize, stages
 from torch import nn
 
 import vbpfx
-from vbpfx.report.report import count_parameters
+from vbpfx.report.make import count_parameters
 
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(5))
 # Hidden widths of the blocks, of which equal ones have equal shapes; the softmax between them bounds the outputs.

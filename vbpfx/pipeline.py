@@ -38,8 +38,9 @@ from vbpfx.reconstruction.kept import Keeping
 from vbpfx.reconstruction.reconstruct import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.records import Plan
+from vbpfx.report.make import make_report
 from vbpfx.report.page import report_files
-from vbpfx.report.report import Report, make_report
+from vbpfx.report.report import Report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.rewrite.verify import Verification

@@ -16,7 +16,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
 from vbpfx.measurement.bench import bench_files
-from vbpfx.report.report import count_parameters
+from vbpfx.report.make import count_parameters
 from vbpfx.storage.files import json_writer, make_folder, write_atomically
 
 RATIOS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)

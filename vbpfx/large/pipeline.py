@@ -33,8 +33,9 @@ from vbpfx.pipeline import EXAMPLE_SAMPLES, first_batch
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Plan
+from vbpfx.report.make import count_bytes, make_report
 from vbpfx.report.page import report_files
-from vbpfx.report.report import Report, count_bytes, make_report
+from vbpfx.report.report import Report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Changes

@@ -122,12 +122,12 @@ class BenchResult:
 
 
 def _row(data: Mapping[str, Any]) -> Row:
-    sides = {
-        name: Side(**data[name] | {"seconds": Spread(**data[name]["seconds"]) if data[name]["seconds"] else None})
-        for name in ("dense", "pruned")
-    }
-    place = {name: data[name] for name in ("runtime", "batch", "threads", "efficiency")}
-    return Row(**place, **sides, speedup=Spread(**data["speedup"]) if data["speedup"] else None)
+    def spread(measured: Mapping[str, float] | None) -> Spread | None:
+        return Spread(**measured) if measured else None
+
+    dense, pruned = (Side(**data[name] | {"seconds": spread(data[name]["seconds"])}) for name in ("dense", "pruned"))
+    place = data["runtime"], data["batch"], data["threads"]
+    return Row(*place, dense, pruned, spread(data["speedup"]), data["efficiency"])
 
 
 def _cells(row: Row) -> list[Any]:

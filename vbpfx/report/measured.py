@@ -22,6 +22,7 @@ from vbpfx.display.tables import counted, facts, html_table, scrolling
 from vbpfx.measurement.bench_result import BenchResult, Row
 from vbpfx.report.report import Report
 
+_BENCH = ("runtime", "batch", "threads", "dense", "pruned", "speed-up", "difference of outputs", "size", "memory")
 _SHARES = ("accuracy", "agreement")  # evaluations that are shares of 1, by a word of their names
 
 
@@ -117,21 +118,9 @@ def latency(report: Report) -> Markup | None:
                 class_="note",
             )
         )
-        columns = (
-            "runtime",
-            "batch",
-            "threads",
-            "dense",
-            "pruned",
-            "speed-up",
-            "difference of outputs",
-            "size",
-            "memory",
-        )
-        rows = [_bench_row(row) for row in bench.rows]
-        if all(row[-1] == "-" for row in rows):  # it was not measured
-            columns, rows = columns[:-1], [row[:-1] for row in rows]
-        parts.append(scrolling("Latency", html_table("", columns, rows)))
+        shown = len(_BENCH) - all(side.memory is None for row in bench.rows for side in (row.dense, row.pruned))
+        rows = [_bench_row(row)[:shown] for row in bench.rows]
+        parts.append(scrolling("Latency", html_table("", _BENCH[:shown], rows)))
         if bench.problems:
             parts.append(tag("ul", *(tag("li", problem) for problem in bench.problems)))
     return joined(*parts) if parts else None

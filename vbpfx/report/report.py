@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
-
-from vbpfx import __version__
-from vbpfx.analysis.blocks import Analysis
-from vbpfx.calibration.prepare import Statistics
 from vbpfx.display.figures import kept
 from vbpfx.display.tables import counted, table
 from vbpfx.errors import ArtifactError, VbpfxError
-from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.records import Plan, Refusal
+from vbpfx.records import Refusal
 from vbpfx.report.notebook import notebook_view
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
-from vbpfx.report.spectrum import Spectrum, spectra
+from vbpfx.report.spectrum import Spectrum
 from vbpfx.rewrite.verify import Verification
-from vbpfx.rules.ops import called_module, is_convolution
 from vbpfx.runtimes.table import best_multiple
 from vbpfx.storage.files import read_json, settle
 
@@ -267,74 +258,6 @@ class Report:
             if v.refits:
                 text += f"fitted weights against the plan: {v.refits:.1e}\n"
         return text
-
-
-def make_report(
-    captured: Captured,
-    small: fx.GraphModule,
-    analysis: Analysis,
-    plan: Plan,
-    verification: Verification | None,
-    latency: Mapping[str, Any] | None = None,
-    *,
-    statistics: Statistics | None = None,
-    arguments: Mapping[str, Any] | None = None,
-) -> Report:
-    """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
-    narrowed = dataclasses.replace(captured, graph_module=small)
-    total = analysis.neurons
-    return Report(
-        params=(count_parameters(captured.graph_module), count_parameters(small)),
-        macs=(sum(captured.macs.values()), sum(narrowed.macs.values())),
-        neurons=(total, total - plan.removed),
-        widths={block.name: (block.width, plan.widths.get(block.name, block.width)) for block in analysis.blocks},
-        refused=len(analysis.refusals),
-        settings=plan.settings,
-        verification=verification,
-        latency=latency,
-        uneven=_uneven(captured, plan),
-        network=type(captured.reference).__name__,
-        sample=captured.inputs.sample,
-        size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),
-        spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
-        refusals=analysis.refusals,
-        arguments=arguments or {},
-        versions=_versions(),
-    )
-
-
-def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
-    """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
-    graph, multiple = captured.graph_module, best_multiple("onnxruntime")
-    convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
-    return tuple(
-        entry.block.name
-        for entry in plan.blocks
-        if entry.pruned
-        and len(entry.kept) % multiple
-        and not convolutions.isdisjoint(
-            [*(node for node, _, _ in entry.block.carriers), *(c.node for c in entry.block.consumers)]
-        )
-    )
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def count_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors, those of several names once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors.values()}.values())
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "vbpfx": __version__,
-        "torch": str(torch.__version__),
-        "Python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 def _pair(values: Any) -> tuple[int, int]:
