@@ -257,6 +257,24 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     assert len(piped.splitlines()) == 7  # title, head, two rows, and their lines
 
 
+def test_numbers_are_whole_where_a_table_hardly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``vbpfx inspect`` prints of ratios, on 60 columns: the headers are broken."""
+    columns = ("ratio", "hidden neurons", "parameters", "kept", "MACs per sample", "kept")
+    rows = [
+        (0.1, 8294, 5_362_448, "93.8%", 1_183_935_744, "94.4%"),
+        (0.9, 922, 2_524_228, "44.1%", 626_258_688, "50.0%"),
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = table("", columns, rows).splitlines()
+    assert max(map(len, lines)) <= 60
+    found = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert found == [
+        ["0.1", "8,294", "5,362,448", "93.8%", "1,183,935,744", "94.4%"],
+        ["0.9", "922", "2,524,228", "44.1%", "626,258,688", "50.0%"],
+    ]
+
+
 def test_titles_are_not_broken_and_percentages_stand_below_one_another() -> None:
     title = "a title that is longer than the little table beneath it [is wide]"
     lines = table(title, ("name", "kept"), [("a", "100.0%"), ("b", "9.7%")]).splitlines()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,8 @@ from rich.text import Text
 from vbpfx.display.markup import Markup, joined, tag
 
 _WIDTH = 110
+_FRAME = 3  # what a column takes beside its cells: a line, a space on either side
+_LEAST = 12  # a column of names
 _PERCENTAGE = re.compile(r"\s*[-+]?[\d.]+%")
 _SIGNS = ("-", "+", "\u2212")
 
@@ -28,17 +31,28 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
     """A table as plain text, at most so wide, and no wider than a terminal that it is printed to.
 
-    Numbers and percentages are set to the right and never broken; names stand as they are, whatever is in them.
+    Numbers and percentages are set to the right; where room is scarce, names and headers are broken, and numbers the last.
+    Names stand as they are, whatever is in them.
     """
     rows = [list(row) for row in rows]
-    drawn = Table(header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-        drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
-    for row in rows:
-        drawn.add_row(*(Text(f"{cell:,}" if isinstance(cell, (int, float)) else str(cell)) for cell in row))
+    width = min(width, _terminal(width))
+    cells = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    needed = [max(map(cell_len, (words, *(row[i] for row in cells)))) for i, words in enumerate(columns)]
+    scarce = sum(needed) + _FRAME * len(columns) + 1 > width
+    fixed = [
+        max(map(cell_len, (*columns[i].split(), *(row[i] for row in cells)))) if scarce and is_number else None
+        for i, is_number in enumerate(numeric)
+    ]
+    least = sum(_LEAST if size is None else size for size in fixed)
+    tight = scarce and least + _FRAME * len(columns) + 1 > width
+    drawn = Table(header_style="bold", padding=(0, 0 if tight else 1))
+    for column, is_number, size in zip(columns, numeric, fixed, strict=True):
+        drawn.add_column(Text(column), justify="right" if is_number else "left", overflow="fold", width=size)
+    for row in cells:
+        drawn.add_row(*map(Text, row))
     out = io.StringIO()
-    console = Console(file=out, width=min(width, _terminal(width)), force_terminal=False, color_system=None)
+    console = Console(file=out, width=width, force_terminal=False, color_system=None)
     if title:  # not the table's own, which is broken at the width of the table
         console.print(Text(title))
     console.print(drawn)
