@@ -280,3 +280,5 @@ def test_titles_are_not_broken_and_percentages_stand_below_one_another() -> None
     lines = table(title, ("name", "kept"), [("a", "100.0%"), ("b", "9.7%")]).splitlines()
     assert lines[0] == title
     assert [line.split("│")[2] for line in lines[4:6]] == [" 100.0% ", "   9.7% "]
+    lines = table("", ("name", "ms"), [("a", "1,234.5"), ("b", "0.25"), ("c", "2e-07")]).splitlines()
+    assert [line.split("│")[2] for line in lines[3:6]] == [" 1,234.5 ", "    0.25 ", "   2e-07 "]

@@ -9,11 +9,11 @@ import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
+from vbpfx.display.tables import table
 from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
 from vbpfx.measurement.bench import bench_files
 from vbpfx.report.make import count_parameters
@@ -85,8 +85,8 @@ def run_demo(out: Path, console: Console) -> Path:
         bar.update(task, description="drawing")
         picture = _plot(points, dense, out / "accuracy.png")
         bar.update(task, description="done")
-    console.print(_accuracy_table(points, dense))
-    console.print(_chosen_table(pruned, measured))
+    for text in (_accuracy_table(points, dense), _chosen_table(pruned, measured)):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     figures = {
         "dense_accuracy": dense,
         "points": [asdict(p) for p in points],
@@ -127,41 +127,31 @@ def _accuracy_on_runtime(path: Path, split: Split) -> float:
     return (logits.argmax(-1) == split.test_labels).double().mean().item()
 
 
-def _accuracy_table(points: list[Point], dense: float) -> Table:
-    table = Table(title=f"Test accuracy without retraining; dense {dense:.2%}", title_justify="left")
-    for column in ("removed", "parameters", "MACs", *CRITERIA, "oracle"):
-        table.add_column(column, justify="right")
+def _accuracy_table(points: list[Point], dense: float) -> str:
+    rows = []
     for ratio in RATIOS:
         row = {p.criterion: p for p in points if p.ratio == ratio}
         worst = max(p.error for p in row.values())
         first = row[CRITERIA[0]]
-        table.add_row(
-            f"{ratio:.0%}",
-            f"{first.params:,}",
-            f"{first.macs:,}",
-            *(f"{row[c].accuracy:.2%}" for c in CRITERIA),
-            f"{worst:.0e}",
-        )
-    return table
+        scores = (f"{row[c].accuracy:.2%}" for c in CRITERIA)
+        rows.append((f"{ratio:.0%}", first.params, first.macs, *scores, f"{worst:.0e}"))
+    columns = ("removed", "parameters", "MACs", *CRITERIA, "oracle")
+    return table(f"Test accuracy without retraining; dense {dense:.2%}", columns, rows)
 
 
-def _chosen_table(pruned: vbpfx.Pruned, measured: vbpfx.BenchResult) -> Table:
+def _chosen_table(pruned: vbpfx.Pruned, measured: vbpfx.BenchResult) -> str:
     report, (row,) = pruned.report, measured.rows
     sides = row.dense, row.pruned
-    table = Table(title=f"Dense against pruned at {CHOSEN:.0%} of the hidden neurons", title_justify="left")
-    for column in ("", "dense", "pruned", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, (before, after) in (("parameters", report.params), ("MACs per image", report.macs)):
-        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.2f}")
+    costs = {"parameters": report.params, "MACs per image": report.macs}
+    rows: list[tuple[str, ...]] = [
+        (name, f"{before:,}", f"{after:,}", f"{after / before:.2f}") for name, (before, after) in costs.items()
+    ]
     sizes = [side.size or 0 for side in sides]
-    table.add_row("ONNX file, KiB", *(f"{size / 1024:,.0f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f}")
+    rows.append(("ONNX file, KiB", *(f"{size / 1024:,.0f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f}"))
     seconds = [side.seconds.median for side in sides if side.seconds]
-    table.add_row(
-        f"ONNX Runtime, ms / {LATENCY_BATCH} images",
-        *(f"{1e3 * s:.2f}" for s in seconds),
-        f"{seconds[1] / seconds[0]:.2f} ({seconds[0] / seconds[1]:.2f}x faster)",
-    )
-    return table
+    speedup = f"{seconds[1] / seconds[0]:.2f} ({seconds[0] / seconds[1]:.2f}x faster)"
+    rows.append((f"ONNX Runtime, ms / {LATENCY_BATCH} images", *(f"{1e3 * s:.2f}" for s in seconds), speedup))
+    return table(f"Dense against pruned at {CHOSEN:.0%} of the hidden neurons", ("", "dense", "pruned", "ratio"), rows)
 
 
 def _plot(points: list[Point], dense: float, path: Path) -> Path:

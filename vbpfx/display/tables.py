@@ -19,7 +19,7 @@ from vbpfx.display.markup import Markup, joined, tag
 _WIDTH = 110
 _FRAME = 3  # what a column takes beside its cells: a line, a space on either side
 _LEAST = 12  # a column of names
-_PERCENTAGE = re.compile(r"\s*[-+]?[\d.]+%")
+_NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
 _SIGNS = ("-", "+", "\u2212")
 
 
@@ -99,8 +99,8 @@ def _terminal(otherwise: int) -> int:
 
 
 def _is_number(cell: Any) -> bool:
-    """A number, or a percentage as text."""
-    return isinstance(cell, (int, float)) or (isinstance(cell, str) and _PERCENTAGE.fullmatch(cell) is not None)
+    """A number, or a number or a percentage as text."""
+    return isinstance(cell, (int, float)) or (isinstance(cell, str) and _NUMBER.fullmatch(cell) is not None)
 
 
 def _is_figure(cell: Any) -> bool:
