@@ -188,6 +188,13 @@ def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None
     assert "not finite" in row
 
 
+def test_differences_stand_below_one_another(report: Report) -> None:
+    evaluation = {"top-1 accuracy": (0.5, 0.5), "top-5 accuracy": (0.75, 0.7), "errors": (0, 3)}
+    table = sections(report.measured(evaluation=evaluation))["Evaluation"].one("table")
+    assert [row[3] for row in rows(table)] == ["no change", "\u22125.00 points", "from zero"]
+    assert len(list(table.one("tbody").all("td", "number"))) == 3 * 4
+
+
 def test_headers_of_tables_say_something(report: Report) -> None:
     for table in parse(html_report(report)).all("table"):
         for header in table.all("th"):

@@ -8,6 +8,7 @@ from typing import Any
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
+SAME, FROM_ZERO = "no change", "from zero"  # in place of a difference
 _TIMES = "\u00d7"
 
 
@@ -43,9 +44,9 @@ def kept(dense: float, pruned: float) -> str:
 def change(dense: float, pruned: float) -> str:
     """``-31.0%``, with a minus sign; no change where both are equal."""
     if dense == pruned:
-        return "no change"
+        return SAME
     if not dense:
-        return "from zero"
+        return FROM_ZERO
     difference = pruned / dense - 1
     return f"{MINUS if difference < 0 else '+'}{abs(difference):.1%}"
 

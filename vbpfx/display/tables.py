@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vbpfx.display.figures import FROM_ZERO, SAME
 from vbpfx.display.markup import Markup, joined, tag
 
 _WIDTH = 110
@@ -104,8 +105,8 @@ def _is_number(cell: Any) -> bool:
 
 
 def _is_figure(cell: Any) -> bool:
-    """A number, or text that begins with a digit or a sign."""
-    return isinstance(cell, (int, float)) or (cell[:1] in _SIGNS or cell[:1].isdigit())
+    """A number, text that begins with a digit or a sign, or what stands for a figure where there is no difference."""
+    return isinstance(cell, (int, float)) or cell[:1] in _SIGNS or cell[:1].isdigit() or cell in (SAME, FROM_ZERO)
 
 
 def _figure(cell: Any) -> Any:

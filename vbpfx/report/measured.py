@@ -7,6 +7,7 @@ from typing import Any
 from vbpfx.display.figures import (
     MINUS,
     NARROW_SPACE,
+    SAME,
     capital,
     change,
     in_bytes,
@@ -181,5 +182,5 @@ def _difference(name: str, dense: float, pruned: float) -> str:
         return change(dense, pruned)
     points = round(100 * (pruned - dense), 2)
     if not points:
-        return "no change"
+        return SAME
     return f"{'+' if points > 0 else MINUS}{abs(points):.2f} points"
