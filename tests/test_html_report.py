@@ -186,6 +186,8 @@ def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None
     bench = BenchResult((Row("tvm", 1, 1, Side(spread, 0.0), side, Spread(1.0, 1.0, 1.0), None),), None, 3, {})
     (row,) = rows(sections(report.measured(bench=bench))["Latency"].one("table"))
     assert "not finite" in row
+    text = json.dumps(bench.to_json(), allow_nan=False)  # JSON has no infinity
+    assert BenchResult.from_json(json.loads(text)) == bench
 
 
 def test_differences_stand_below_one_another(report: Report) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import vbpfx
 from vbpfx.errors import BudgetError
 from vbpfx.planning.budget import mac_cost, parameter_cost
+from vbpfx.planning.options import in_words
 from vbpfx.report.make import count_parameters
 
 
@@ -211,3 +212,15 @@ def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
     assert widths(round_to=1) == widths(method="vbp") == (54, 18, 54)
     assert widths() == (56, 18, 54)  # 48 would miss the total of 126 by 6, 56 by 2
     assert widths(round_to=8) == (56, 16, 56)
+
+
+def test_a_criterion_goes_by_its_name_in_every_run() -> None:
+    class Largest:
+        def __call__(self, about: Any) -> torch.Tensor:
+            return torch.zeros(about.block.width)
+
+    def smallest(about: Any) -> torch.Tensor:
+        return torch.zeros(about.block.width)
+
+    assert in_words({"ratio": 0.5, "criterion": Largest()}) == "criterion=Largest, ratio=0.5"
+    assert in_words({"criterion": smallest, "round_to": None}) == "criterion=smallest"

@@ -142,7 +142,17 @@ def test_reports_of_older_versions_load(pruned: vbpfx.Pruned) -> None:
     assert (report.size, dict(report.spectra), report.refusals) == (None, {}, ())
 
 
-@pytest.mark.parametrize("damage", [{"params": [1]}, {"widths": 3}, {"verification": {"x": 1}}, {"spectra": {"a": {}}}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"params": [1]},
+        {"widths": 3},
+        {"verification": {"x": 1}},
+        {"spectra": {"a": {}}},
+        {"settings": {}},
+        {"bench": {"rows": []}},
+    ],
+)
 def test_a_damaged_report_is_an_artifact_error(pruned: vbpfx.Pruned, damage: dict[str, Any]) -> None:
     whole = json.loads(json.dumps(pruned.report.to_json()))
     with pytest.raises(ArtifactError, match="the report is damaged"):

@@ -22,6 +22,7 @@ from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.measurement.latency import measure_result
 from vbpfx.measurement.sensitivity import sensitivities
 from vbpfx.plan_files import plan_digest
+from vbpfx.planning.importance import name_of
 from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
 from vbpfx.pruned import Pruned
@@ -201,4 +202,4 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
-    return getattr(value, "__name__", type(value).__name__)
+    return name_of(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -108,7 +109,7 @@ class BenchResult:
             "macs": self.macs,
             "rounds": self.rounds,
             "versions": self.versions,
-            "rows": [asdict(row) | {"samples_per_second": row.samples_per_second} for row in self.rows],
+            "rows": [_dictionaries(row) for row in self.rows],
         }
 
     def __str__(self) -> str:
@@ -121,11 +122,25 @@ class BenchResult:
         return text + "".join(f"{problem}\n" for problem in self.problems)
 
 
+def _dictionaries(row: Row) -> dict[str, Any]:
+    """A row for JSON, which has no infinity: as a parity it is text there."""
+    found = asdict(row) | {"samples_per_second": row.samples_per_second}
+    for name in ("dense", "pruned"):
+        if found[name]["parity"] is not None and not math.isfinite(found[name]["parity"]):
+            found[name]["parity"] = str(found[name]["parity"])
+    return found
+
+
 def _row(data: Mapping[str, Any]) -> Row:
     def spread(measured: Mapping[str, float] | None) -> Spread | None:
         return Spread(**measured) if measured else None
 
-    dense, pruned = (Side(**data[name] | {"seconds": spread(data[name]["seconds"])}) for name in ("dense", "pruned"))
+    def side(measured: Mapping[str, Any]) -> Side:
+        parity = measured["parity"]
+        seconds, parity = spread(measured["seconds"]), None if parity is None else float(parity)
+        return Side(**{**measured, "seconds": seconds, "parity": parity})
+
+    dense, pruned = side(data["dense"]), side(data["pruned"])
     place = data["runtime"], data["batch"], data["threads"]
     return Row(*place, dense, pruned, spread(data["speedup"]), data["efficiency"])
 

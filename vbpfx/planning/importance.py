@@ -155,6 +155,12 @@ CRITERIA: Mapping[str, Criterion] = {
 NEED_COVARIANCE = ("denoised_variance", "obs", "greedy_obs")
 
 
+def name_of(criterion: Criterion) -> str:
+    """Of a function, or of the class of what is called: not where in memory it is, which no other run shares."""
+    name: str = getattr(criterion, "__name__", type(criterion).__name__)
+    return name
+
+
 def score(criterion: str | Criterion, about: Scoring) -> Tensor:
     """The scores of one block, (d,) float64 on the CPU, by a criterion's name or the user's own function.
 

@@ -12,7 +12,7 @@ from vbpfx.errors import BudgetError
 from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.budget import Budget, require_positive
 from vbpfx.planning.compensate import COMPENSATIONS
-from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion
+from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion, name_of
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class PlanOptions:
 
 def in_words(options: PlanArguments) -> str:
     """The budget and the method, so that runs can be compared."""
-    given = {key: getattr(value, "__qualname__", value) for key, value in sorted(options.items()) if value is not None}
-    return ", ".join(f"{key}={value!r}" for key, value in given.items())
+    given = {key: value for key, value in sorted(options.items()) if value is not None}
+    return ", ".join(f"{key}={name_of(value) if callable(value) else repr(value)}" for key, value in given.items())
 
 
 def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from vbpfx.planning.budget import (
     width_steps,
 )
 from vbpfx.planning.compensate import COMPENSATIONS, Compensation
-from vbpfx.planning.importance import Criterion, Scoring, score
+from vbpfx.planning.importance import Scoring, name_of, score
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
@@ -142,7 +142,7 @@ class Deciding:
         widths = {entry.block.name: len(entry.kept) for entry in entries}
         settings = {
             "method": chosen.method,
-            "criterion": chosen.criterion if isinstance(chosen.criterion, str) else _name(chosen.criterion),
+            "criterion": chosen.criterion if isinstance(chosen.criterion, str) else name_of(chosen.criterion),
             "allocation": allocation,
             "compensation": chosen.compensation,
             "budget": {chosen.budget.kind: chosen.budget.value},
@@ -237,7 +237,3 @@ def _block_plan(
         for m, source in zip(moments, block.sources, strict=True)
     ]
     return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found))
-
-
-def _name(criterion: Criterion) -> str:
-    return getattr(criterion, "__name__", type(criterion).__name__)

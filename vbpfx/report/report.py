@@ -24,6 +24,9 @@ from vbpfx.storage.files import read_json, settle
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# What is shown of how the plan was made.
+_SETTINGS = {"criterion", "compensation", "budget", "at_floor"}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -87,6 +90,10 @@ class Report:
         try:
             given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
             pairs = {name: _pair(given[name]) for name in ("params", "macs", "neurons")}
+            if lacking := _SETTINGS - set(given["settings"]):
+                raise KeyError(f"settings: {sorted(lacking)[0]}")
+            if given.get("bench"):
+                BenchResult.from_json(given["bench"])
             return cls(
                 **given
                 | pairs
