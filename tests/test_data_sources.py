@@ -109,8 +109,9 @@ def test_torchvision_says_how_its_images_are_prepared(flat: Path) -> None:
     assert torch.equal(_all(shifted), _by(expected, sorted(flat.iterdir())))
     with pytest.raises(CalibrationError, match="ResNet does not say what its images look like; pass shape="):
         vbpfx.open_data(flat, model)
-    with pytest.raises(CalibrationError, match="torchvision:fcn_resnet50 is no image classifier"):
-        vbpfx.open_data(flat, model, name="torchvision:fcn_resnet50")
+    for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn"):  # detectors' transforms take no settings
+        with pytest.raises(CalibrationError, match=f"torchvision:{name} is no image classifier"):
+            vbpfx.open_data(flat, model, name=f"torchvision:{name}")
 
 
 def test_own_models_get_what_imagenet_models_get(flat: Path) -> None:

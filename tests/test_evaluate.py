@@ -98,6 +98,13 @@ def test_every_figure_is_what_counting_gives(three: tuple[np.ndarray, ...], kind
     assert lost[0] > 0 > lost[-1]
 
 
+def test_one_sample_a_class() -> None:
+    dense, labels = np.eye(2, CLASSES) * 10, np.array([0, 1])
+    batches = [(torch.arange(2), torch.from_numpy(labels))]
+    found = _evaluate(Table(dense), Table(dense[::-1].copy()), batches)
+    assert "With 1 sample a class, what one class lost is mostly chance." in str(found)
+
+
 def test_labels_in_a_mapping(three: tuple[np.ndarray, ...]) -> None:
     dense, pruned, labels = three
     pairs = _batches(labels)

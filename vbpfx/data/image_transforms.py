@@ -126,9 +126,10 @@ def _of_torchvision(name: str, overrides: Overrides) -> ImageTransform:
             f"torchvision has no weights for {name!r} ({error}); pass shape=, mean= and std="
         ) from error
     make = weights.transforms
-    if make.func is not presets.ImageClassification:
+    preset = getattr(make, "func", make)  # a class of its own where it takes no settings
+    if preset is not presets.ImageClassification:
         raise CalibrationError(
-            f"torchvision:{name} is no image classifier: its images are prepared by {make.func.__name__}; pass arrays (.npz)"
+            f"torchvision:{name} is no image classifier: its images are prepared by {preset.__name__}; pass arrays (.npz)"
         )
     standard = make()
     changed: dict[str, Any] = {}

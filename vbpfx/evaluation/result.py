@@ -164,10 +164,9 @@ class Evaluation:
             f"rightly; the worst hurt:"
         )
         text = f"{title}\n" + table("", ("class", "samples", "dense right", "pruned right", "change"), rows)
-        if self.samples < _FEW * len(self.classes):
-            text += (
-                f"With {self.samples / len(self.classes):.2g} samples a class, what one class lost is mostly chance.\n"
-            )
+        each = self.samples / len(self.classes)
+        if each < _FEW:
+            text += f"With {each:.2g} sample{'' if each == 1 else 's'} a class, what one class lost is mostly chance.\n"
         return text
 
 
