@@ -30,7 +30,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vbpfx.calibration.moments import Moments
 from vbpfx.data.inputs import Inputs
-from vbpfx.errors import FinetuneError, first_line
+from vbpfx.distributed.meeting import exchanging
+from vbpfx.errors import FinetuneError, RankError, first_line
 
 Loss = Literal["kl", "mse"]
 
@@ -75,10 +76,14 @@ class Watched:
 
         Raises:
             FinetuneError: the batch does not fit, or the output holds nothing to compare.
+            RankError: the network is divided over processes, of which another has ended.
         """
         self._seen = {}
         try:
-            output = inputs.run(self.network)
+            with exchanging():
+                output = inputs.run(self.network)
+        except RankError:
+            raise
         except Exception as error:  # the model's own operators raise whatever they raise
             raise FinetuneError(
                 f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
