@@ -20,7 +20,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.finetuning.training import Training
 from vbpfx.finetuning.training_state import TrainingState
 
-FEATURES, CLASSES, BLOCKS = 6, 4, 3
+FEATURES, HIDDEN, CLASSES, BLOCKS = 8, 31, 4, 3
 
 
 class Block(nn.Module):
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, 15), nn.Linear(15, FEATURES)
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, FEATURES)
         self.drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:

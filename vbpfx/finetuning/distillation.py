@@ -236,7 +236,7 @@ def _repeated_blocks(network: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         children = dict(module.named_children())
         inside = any(name.startswith(f"{block}.") or name == block for block in found)
-        kinds = {type(child) for child in children.values()}
+        kinds = {type(child).forward for child in children.values()}  # a class is another where a module is sharded
         if len(children) > 1 and len(kinds) == 1 and all(key.isdigit() for key in children) and not inside:
             found += [f"{name}.{key}".removeprefix(".") for key in children]
     return found
