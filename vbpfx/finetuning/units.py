@@ -33,7 +33,7 @@ from vbpfx.graph.capture import share_parameters
 _SHARE = 8
 
 
-class _Run(TorchDispatchMode):
+class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """One run of a network, watched.
 
     Attributes:
@@ -43,7 +43,7 @@ class _Run(TorchDispatchMode):
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.called: set[nn.Module] = set()
         self.closed: set[nn.Module] = set()
         self.inside: dict[nn.Parameter, set[nn.Module]] = {}
