@@ -262,9 +262,24 @@ class Inner(nn.Module):
         return Opaque(self.fc(x + self.bias[:8]))
 
 
+class Caching(nn.Module):
+    """Returns something hidden beside a tensor, as decoders return a cache; so does its part, which is no unit therefore."""
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.inner = Caching(depth - 1) if depth else nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.inner(x)
+        y = y["logits"] if isinstance(y, dict) else y
+        return {"logits": y + self.bias[:8], "cache": Opaque(y)}
+
+
 @pytest.mark.parametrize(
     ("kind", "units"),
-    [(Attending, ["attention", "fc"]), (Tied, ["middle.0", "middle.1"]), (Writing, ["second"]), (Hiding, ["inner.fc", "fc"])],
+    [(Attending, ["attention", "fc"]), (Tied, ["middle.0", "middle.1"]), (Writing, ["second"]), (Hiding, ["inner.fc", "fc"]),
+     (Caching, ["inner.inner"])],
 )  # fmt: skip
 def test_units_are_whole_while_they_run(kind: type[nn.Module], units: list[str]) -> None:
     network = kind()

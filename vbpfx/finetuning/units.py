@@ -82,7 +82,9 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
         leaves = pytree.tree_leaves(output)
-        if any(not isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves):
+        hides = any(not isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves)
+        # losses are taken of what is seen of the network's own output; a cache beside it does no harm
+        if hides and not (module is self._network and any(isinstance(leaf, Tensor) for leaf in leaves)):
             self.closed.add(module)
         self._views += [(leaf, module) for leaf in leaves if isinstance(leaf, Tensor) and leaf._base is not None]
 
