@@ -188,25 +188,26 @@ def test_the_command_line_ends_with_a_killed_process_and_goes_on_without(tmp_pat
 # where a network can be divided
 
 
-class Attending(nn.Module):
-    """Attention reads the weight of a layer that it does not call."""
+class Reading(nn.Module):
+    """Attention reads the weight of a layer that it does not call, and the network that of a layer it calls, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.attention(x, x, x, need_weights=False)[0])
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return self.fc(y) + y @ self.fc.weight
 
 
 class Tied(nn.Module):
-    """One weight in two layers; another two are their own."""
+    """One weight in two layers, another in one and in a spare that is not called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.middle = nn.Linear(8, 8, bias=False), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        self.head = nn.Linear(8, 8, bias=False)
-        self.head.weight = self.embedding.weight
+        self.head, self.spare = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.head.weight, self.spare.weight = self.embedding.weight, self.middle[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.middle(self.embedding(x)))
@@ -278,7 +279,7 @@ class Caching(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "units"),
-    [(Attending, ["attention", "fc"]), (Tied, ["middle.0", "middle.1"]), (Writing, ["second"]), (Hiding, ["inner.fc", "fc"]),
+    [(Reading, ["attention"]), (Tied, ["middle.1"]), (Writing, ["second"]), (Hiding, ["inner.fc", "fc"]),
      (Caching, ["inner.inner"])],
 )  # fmt: skip
 def test_units_are_whole_while_they_run(kind: type[nn.Module], units: list[str]) -> None:
