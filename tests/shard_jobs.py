@@ -123,9 +123,10 @@ def train(rank: int, folder: Path) -> None:
     assert calls == 6 - rank
     done["resumed"] = finetune(student, teacher, shard=True, **checkpoint)
     done["resumed whole"] = finetune(student, teacher, **checkpoint)  # from the end
-    halves: dict[str, Any] = {"mixed_precision": "bf16", "epochs": 1, "accumulate": 4}
-    for name, options in {"half": {}, "sharded half": {"shard": True}}.items():
-        done[name] = finetune(*(network.float() for network in pair()), dtype=torch.float32, **halves, **options)
+    for name, precision in (("single", "no"), ("half", "bf16"), ("sharded half", "bf16")):
+        networks = (network.float() for network in pair())
+        options: dict[str, Any] = {"mixed_precision": precision, "shard": name.startswith("sharded"), "epochs": 1}
+        done[name] = finetune(*networks, dtype=torch.float32, accumulate=4, **options)
     for name, result in done.items():
         save_file(result.model.state_dict(), folder / f"{name} {rank}.safetensors")
     losses = {name: [[epoch.train_loss, epoch.held_out_loss] for epoch in one.history] for name, one in done.items()}
@@ -136,15 +137,20 @@ def train(rank: int, folder: Path) -> None:
 
 
 def command_line(rank: int, arguments: list[str]) -> None:
-    """The command line, killed on rank 1 behind the second epoch's checkpoint."""
-    save = Training._save
+    """The command line, killed on rank 1 in its first forward pass behind the second epoch's checkpoint."""
+    save, run = Training._save, Inputs.run
+    done = []
 
-    def save_and_end(self: Training) -> None:
+    def save_and_note(self: Training) -> None:
         save(self)
-        if rank and self.state.position.epoch == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(self.state.position.epoch)
 
-    Training._save = save_and_end  # type: ignore[method-assign]
+    def run_or_end(self: Inputs, network: nn.Module) -> Any:
+        if rank and 2 in done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(self, network)
+
+    Training._save, Inputs.run = save_and_note, run_or_end  # type: ignore[method-assign]
     sys.argv = ["vbpfx", *arguments]
     main()
 

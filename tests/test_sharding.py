@@ -140,7 +140,7 @@ def test_a_sharded_run_goes_on_bit_for_bit(trained: Path) -> None:
 def test_half_precision_is_the_same_sharded(trained: Path) -> None:
     """One step: the losses before it are equal to the last bit of float32, and AdamW's step to that of a gradient in bfloat16."""
     losses = json.loads((trained / "losses0.json").read_text())
-    assert losses["sharded half"][0] == losses["half"][0] != losses["sharded"][0]
+    assert losses["sharded half"][0] == losses["half"][0] != losses["single"][0]
     assert losses["sharded half"][1][0] == losses["half"][1][0]
     sharded, half = _weights(trained, "sharded half"), _weights(trained, "half")
     assert _difference(sharded, half) < 1e-6
