@@ -127,7 +127,7 @@ def test_each_process_holds_half(trained: Path) -> None:
 
 
 def test_a_sharded_run_goes_on_bit_for_bit(trained: Path) -> None:
-    """Broken off in its sixth step of eight; its checkpoint is whole, and a run that is not sharded goes on from it, too."""
+    """Broken off in its sixth step of eight; its last checkpoint is whole, and a run that is not sharded reads it, too."""
     sharded = _weights(trained, "sharded")
     assert _difference(_weights(trained, "resumed"), sharded) == 0
     assert _difference(_weights(trained, "resumed whole"), sharded) == 0

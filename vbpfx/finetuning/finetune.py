@@ -126,7 +126,7 @@ def finetune(
         checkpoint, checkpoint_every: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
             ``checkpoint_every`` steps, and when the time is over.
         resume: go on from the checkpoint if there is one. The result is bit for bit that of a run without a break, as far
-            as the device computes the same twice, sharded or not; random transforms in a loader's worker processes repeat only from
+            as the device computes the same twice; random transforms in a loader's worker processes repeat only from
             the start of an epoch.
         max_seconds: end with the first step that is done after this time. At least one step is made.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.

@@ -3,7 +3,7 @@
 Every parameter is cut along its first axis; a process holds one piece of it, of its gradient and of AdamW's moments. A unit
 (:mod:`vbpfx.finetuning.units`) is gathered while it runs, forward and backward, and its gradients are summed into the pieces.
 
-``accelerate``'s plugin for FSDP2 is not used: it exists for GPUs alone (on the CPU it is passed over without a word), it averages
+``accelerate``'s plugin for FSDP2 is not used: it exists for GPUs alone (on the CPU it makes DistributedDataParallel of a network), it averages
 gradients where sums are wanted, it prepares a network only with an optimizer of its own, where the teacher has none, and it chooses
 modules by class or size, of which some cannot be divided.
 """
