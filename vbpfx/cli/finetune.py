@@ -48,7 +48,7 @@ EXAMPLES = """\
 
 vbpfx finetune small/ --dense timm:deit_small_patch16_224 --weights deit.safetensors --data photos/ --out tuned
 
-torchrun --nproc-per-node 2 -m vbpfx finetune small/ --dense hf:folder --data texts.txt --loss mse --out tuned
+torchrun --nproc-per-node 2 -m vbpfx finetune small/ --dense hf:folder --data texts.txt --loss mse --shard --out tuned
 """
 
 RECIPE = "Training"
@@ -119,6 +119,12 @@ def finetune(
     accumulate: Annotated[
         int, typer.Option(min=1, rich_help_panel=RECIPE, help="Batches a step, in each process.")
     ] = 1,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", rich_help_panel=RECIPE, help="Divide both networks over the processes of torchrun (FSDP2)."
+        ),
+    ] = False,
     max_seconds: Annotated[
         float | None, typer.Option(rich_help_panel=RECIPE, help="End after that time, with what is there.")
     ] = None,
@@ -150,7 +156,7 @@ def finetune(
     )  # fmt: skip
     training: dict[str, Any] = {
         "recipe": recipe.value, "loss": loss.value, "labels": use_labels, "epochs": epochs, "learning_rate": learning_rate,
-        "held_out": held_out, "mixed_precision": precision.value, "accumulate": accumulate, "max_seconds": max_seconds,
+        "held_out": held_out, "mixed_precision": precision.value, "accumulate": accumulate, "shard": shard, "max_seconds": max_seconds,
         "checkpoint": checkpoint, "seed": seed,
     }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(_device(), debug) as ranks:

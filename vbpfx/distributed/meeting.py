@@ -180,3 +180,18 @@ def reaching() -> Iterator[None]:
             f"another rank cannot be reached ({first_line(error)}): it, or the process that holds the store (rank 0, or "
             f"torchrun), has ended"
         ) from error
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """:func:`reaching`, around work that holds exchanges among other things, whose errors stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch import distributed
+
+        # gloo raises plain ones, which begin with a place in its sources
+        if isinstance(error, distributed.DistError) or "/gloo/" in first_line(error):
+            with reaching():
+                raise
+        raise

@@ -30,7 +30,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vbpfx.calibration.moments import Moments
 from vbpfx.data.inputs import Inputs
-from vbpfx.errors import FinetuneError, first_line
+from vbpfx.distributed.meeting import exchanging
+from vbpfx.errors import FinetuneError, RankError, first_line
 
 Loss = Literal["kl", "mse"]
 
@@ -75,10 +76,14 @@ class Watched:
 
         Raises:
             FinetuneError: the batch does not fit, or the output holds nothing to compare.
+            RankError: the network is divided over processes, of which another has ended.
         """
         self._seen = {}
         try:
-            output = inputs.run(self.network)
+            with exchanging():
+                output = inputs.run(self.network)
+        except RankError:
+            raise
         except Exception as error:  # the model's own operators raise whatever they raise
             raise FinetuneError(
                 f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
@@ -231,7 +236,7 @@ def _repeated_blocks(network: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         children = dict(module.named_children())
         inside = any(name.startswith(f"{block}.") or name == block for block in found)
-        kinds = {type(child) for child in children.values()}
+        kinds = {type(child).forward for child in children.values()}  # a class is another where a module is sharded
         if len(children) > 1 and len(kinds) == 1 and all(key.isdigit() for key in children) and not inside:
             found += [f"{name}.{key}".removeprefix(".") for key in children]
     return found

@@ -9,22 +9,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vbpfx.data.inputs import Inputs, model_device, reader
 from vbpfx.display.tables import table
 from vbpfx.errors import FinetuneError
 from vbpfx.finetuning.distillation import Distillation, Loss, matching
-from vbpfx.finetuning.processes import Precision, generators_kept, processes
+from vbpfx.finetuning.processes import Precision, Processes, generators_kept, processes
 from vbpfx.finetuning.recipes import Recipe, make_recipe
+from vbpfx.finetuning.sharding import gathered, views_allowed
+from vbpfx.finetuning.sharding import shard as shard_network
 from vbpfx.finetuning.training import Settings, Stop, Training
-from vbpfx.finetuning.training_data import training_data
-from vbpfx.finetuning.training_state import Epoch
+from vbpfx.finetuning.training_data import TrainingData, training_data
+from vbpfx.finetuning.training_state import Epoch, parameters_and_buffers
 from vbpfx.graph.capture import plain_tensors, require_module, share_parameters
+from vbpfx.storage.checkpoint import digest
 from vbpfx.storage.files import make_folder
 
 
@@ -78,6 +83,7 @@ def finetune(
     augment: Callable[[Inputs], Inputs] | None = None,
     mixed_precision: Precision = "no",
     accumulate: int = 1,
+    shard: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = True,
@@ -114,6 +120,9 @@ def finetune(
         augment: changes the arguments of a training batch, for student and teacher alike.
         mixed_precision: ``"bf16"`` or ``"fp16"`` for autocast; weights stay as they are.
         accumulate: batches a step, in each process.
+        shard: divide weights, gradients and AdamW's moments of the student, and the teacher's weights, over the processes
+            (FSDP2; :mod:`vbpfx.finetuning.sharding`): each holds a piece of every parameter. ``student`` and ``teacher`` best
+            lie on the CPU, from where only pieces go to the device; the result has the student's device again, whole.
         checkpoint, checkpoint_every: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
             ``checkpoint_every`` steps, and when the time is over.
         resume: go on from the checkpoint if there is one. The result is bit for bit that of a run without a break, as far
@@ -130,7 +139,8 @@ def finetune(
 
     Raises:
         FinetuneError: the settings, networks or data do not fit, a loss is not finite, the checkpoint is of another run, or
-            accelerate is missing.
+            accelerate is missing; with ``shard=True``, there is one process, or a network cannot be divided.
+        RankError: another process has ended.
         CaptureError: student or teacher is no module, or cannot be copied.
         ArtifactError: the checkpoint cannot be written.
     """
@@ -144,19 +154,33 @@ def finetune(
         if value is not None and value < 1:
             raise FinetuneError(f"{name} must be at least 1, found {value}")
     split = training_data(data, held_out, validation, seed)
-    settings = Settings(reader(student, inputs), labels, augment, accumulate, seed)
+    settings = Settings(reader(student, inputs), labels, augment, accumulate, seed, shard)
     measure = Distillation(loss, chosen.temperature)
     network = copy.deepcopy(student, plain_tensors(student))
-    trained = _trainable(network, trainable)
+    _choose_trainable(network, trainable)
     with processes(mixed_precision) as running, generators_kept(running.device):
         dense = share_parameters(teacher)
-        if model_device(dense) != running.device:
-            dense = copy.deepcopy(dense).to(running.device)  # .to() alone would move the teacher's own parameters
-        training = Training(network.to(running.device), dense, trained, split, chosen, measure, settings, running)
-        training.choose_features(features)
-        if checkpoint is not None:
-            training.keep_in(make_folder(Path(checkpoint)), checkpoint_every, resume)
-        stopped = training.run(math.inf if max_seconds is None else max_seconds, progress)
+        running.broadcast([*network.parameters(), *network.buffers()])
+        digests = {} if checkpoint is None else {"student": digest(network), "teacher": digest(dense)}
+        if shard:
+            _shard(network, dense, settings, split, running)
+        else:
+            network.to(running.device)
+            if model_device(dense) != running.device:
+                dense = copy.deepcopy(dense).to(running.device)  # .to() alone would move the teacher's own parameters
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        training = Training(network, dense, trained, split, chosen, measure, settings, running)
+        with views_allowed() if shard else nullcontext():
+            training.choose_features(features)
+            if checkpoint is not None:
+                training.keep_in(make_folder(Path(checkpoint)), checkpoint_every, resume, digests)
+            stopped = training.run(math.inf if max_seconds is None else max_seconds, progress)
+        if shard:
+            network = copy.deepcopy(student, plain_tensors(student))
+            whole = parameters_and_buffers(network)
+            with torch.no_grad():
+                for name, tensor in gathered(training.state.tensors):
+                    whole[name].copy_(tensor)
     network.zero_grad(set_to_none=True)
     for ours, original in zip(network.parameters(), student.parameters(), strict=True):
         ours.requires_grad_(original.requires_grad)
@@ -165,8 +189,21 @@ def finetune(
     return FineTuned(network, history, history[training.state.position.best], stopped, measure.features)
 
 
-def _trainable(network: nn.Module, patterns: Sequence[str] | str | None) -> list[nn.Parameter]:
-    """The parameters to train, which alone require gradients afterwards."""
+def _shard(student: nn.Module, teacher: nn.Module, settings: Settings, data: TrainingData, running: Processes) -> None:
+    """Divide both networks over the processes, in place."""
+    if running.count == 1:
+        raise FinetuneError(
+            "shard=True divides the networks over processes, and there is one; start several with torchrun --nproc-per-node, "
+            "or leave shard out"
+        )
+    inputs = settings.read(next(data.read(data.order(0)[:1])))
+    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+    for network, trained in ((student, True), (teacher, False)):
+        shard_network(network, Inputs(inputs.args, kwargs).to(model_device(network)), running.device, trained=trained)
+
+
+def _choose_trainable(network: nn.Module, patterns: Sequence[str] | str | None) -> None:
+    """Let the parameters to train, and no others, require gradients."""
     named = dict(network.named_parameters())
     if patterns is None:
         names = [name for name, parameter in named.items() if parameter.requires_grad]
@@ -182,4 +219,3 @@ def _trainable(network: nn.Module, patterns: Sequence[str] | str | None) -> list
             f"{half[0]} is {named[half[0]].dtype}, too coarse for small steps; train student.float(), with "
             f"mixed_precision='bf16' to compute in half precision"
         )
-    return [named[name] for name in names]

@@ -1,7 +1,8 @@
 """Processes: what a training run asks of ``accelerate``.
 
 Gradients are summed by hand once a step. A wrapper of the network (DistributedDataParallel) would average gradients over
-processes, where sums over samples are wanted, and stop at a parameter that the loss does not reach.
+processes, where sums over samples are wanted, and stop at a parameter that the loss does not reach. (FSDP2 is told to sum; what it
+does with a network is asked of torch itself: :mod:`vbpfx.finetuning.sharding`.)
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbpfx.distributed.meeting import reaching
 from vbpfx.errors import FinetuneError, first_line
+from vbpfx.finetuning.sharding import is_piece
 
+T = TypeVar("T")
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -66,17 +70,34 @@ class Processes:
         self._accelerator.clip_grad_norm_(parameters, max_norm)
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the processes."""
+        """Each value summed over the processes.
+
+        Raises:
+            RankError: another process has ended.
+        """
         if self.count == 1:
             return list(values)
-        summed: Tensor = self._accelerator.reduce(
-            torch.tensor(values, dtype=torch.float64, device=self.device), reduction="sum"
-        )
+        with reaching():
+            summed: Tensor = self._accelerator.reduce(
+                torch.tensor(values, dtype=torch.float64, device=self.device), reduction="sum"
+            )
         return summed.tolist()
 
+    def evenly(self, batches: Iterator[T]) -> Iterator[T | None]:
+        """The batches of this process, and None in their place as long as another process has more."""
+        while True:
+            batch = next(batches, None)
+            if not self.sums([float(batch is not None)])[0]:
+                return
+            yield batch
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes; a parameter that has none in any process gets none."""
-        if self.count == 1:
+        """Sum gradients over the processes; a parameter that has none in any process gets none.
+
+        Those of sharded parameters are summed already.
+        """
+        parameters = [parameter for parameter in parameters if not is_piece(parameter)]
+        if self.count == 1 or not parameters:
             return
         reached = self.sums([float(parameter.grad is not None) for parameter in parameters])
         kinds: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
@@ -85,7 +106,8 @@ class Processes:
                 kinds[parameter.dtype].append(parameter)
         for group in kinds.values():
             flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in group])
-            flat = self._accelerator.reduce(flat, reduction="sum")
+            with reaching():
+                flat = self._accelerator.reduce(flat, reduction="sum")
             for parameter, summed in zip(group, flat.split([p.numel() for p in group]), strict=True):
                 parameter.grad = summed.view_as(parameter)
 
@@ -95,9 +117,10 @@ class Processes:
             return
         from accelerate.utils import broadcast
 
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                tensor.data.copy_(broadcast(tensor.detach().contiguous()))
+        with reaching():
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    tensor.data.copy_(broadcast(tensor.detach().to(self.device).contiguous()))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +28,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import LABELS, Inputs, named_labels
+from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError
 from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, label_loss
 from vbpfx.finetuning.processes import Processes, seed_everything
 from vbpfx.finetuning.recipes import Recipe
 from vbpfx.finetuning.training_data import TrainingData, chunks, seed_of
 from vbpfx.finetuning.training_state import TrainingState
-from vbpfx.storage.checkpoint import FINETUNE, digest, load_checkpoint, save_checkpoint
+from vbpfx.storage.checkpoint import FINETUNE, load_checkpoint, save_checkpoint
 
 Stop = Literal["epochs", "patience", "time"]
 
@@ -54,6 +55,7 @@ class Settings:
         augment: changes the arguments of a training batch.
         accumulate: batches a step, in each process.
         seed: of the order and all random numbers.
+        sharded: whether the networks are divided over the processes, all of which then have to run them equally often.
     """
 
     read: Callable[[Any], Inputs]
@@ -61,10 +63,14 @@ class Settings:
     augment: Callable[[Inputs], Inputs] | None
     accumulate: int
     seed: int
+    sharded: bool
 
 
 class Training:
-    """A run. The network is trained in place, on the processes' device; the teacher lies there, too, in eval mode."""
+    """A run. The network is trained in place, on the processes' device; the teacher lies there, too, in eval mode.
+
+    The network has the same weights in every process.
+    """
 
     def __init__(
         self,
@@ -82,7 +88,6 @@ class Training:
         self.optimizer = processes.prepare(
             torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         )
-        processes.broadcast([*network.parameters(), *network.buffers()])
         self.state = TrainingState(network, self.optimizer)
         self.deadline = math.inf
         self.path: Path | None = None
@@ -95,6 +100,7 @@ class Training:
         examples = list(itertools.islice(self._examples(), _SCALE_BATCHES))
         if not examples:
             raise FinetuneError("validation is empty: pass at least one batch")
+        self._stand_in = examples[0]
         with torch.no_grad():
             if self.recipe.feature_weight:
                 self.measure.features = choose_features(
@@ -103,12 +109,15 @@ class Training:
             with self._watched(self.teacher) as teacher:
                 self.measure.measure_scales((inputs, teacher(inputs)) for inputs in examples)
 
-    def keep_in(self, folder: Path, every: int | None, resume: bool) -> None:
-        """Write checkpoints to the folder; go on from the one that is there."""
+    def keep_in(self, folder: Path, every: int | None, resume: bool, digests: Mapping[str, str]) -> None:
+        """Write checkpoints to the folder; go on from the one that is there.
+
+        Args:
+            digests: of student and teacher.
+        """
         self.path, self.every = folder / "finetune.safetensors", every
         self._identity = {
-            "student": digest(self.network),
-            "teacher": digest(self.teacher),
+            **digests,
             "recipe": asdict(self.recipe),
             "loss": self.measure.loss,
             "labels": self.settings.labels,
@@ -181,9 +190,8 @@ class Training:
         self.network.train()
         self.optimizer.zero_grad()
         loss = samples = 0.0
-        for batch in batches:
-            inputs, labels = self._read(batch)
-            if self.settings.augment is not None:
+        for inputs, labels, counts in self._arguments(batches):
+            if counts and self.settings.augment is not None:
                 inputs = self.settings.augment(inputs)
             with self.processes.autocast():
                 with torch.no_grad():
@@ -194,8 +202,9 @@ class Training:
                     total = total + self.recipe.feature_weight * self.measure.feature_loss(inputs, ours, target)
                 if labels is not None:
                     total = total + label_loss(ours.output, labels)
-            count = len(ours.output)
-            self.processes.backward(total * count)
+            count = len(ours.output) * counts
+            with exchanging():
+                self.processes.backward(total * count)
             loss, samples = loss + total.item() * count, samples + count
         loss, samples, late = self.processes.sums([loss, samples, time.monotonic() >= self.deadline])
         if not math.isfinite(loss):
@@ -223,10 +232,9 @@ class Training:
         self.network.eval()
         loss = samples = 0.0
         with torch.no_grad(), self.processes.autocast():
-            for batch in self.data.held(self.processes.rank, self.processes.count):
-                inputs, _ = self._read(batch)
+            for inputs, _, counts in self._arguments(self.data.held(self.processes.rank, self.processes.count)):
                 ours, target = self._student(inputs), self._teacher(inputs)
-                count = len(ours.output)
+                count = len(ours.output) * counts
                 loss, samples = (
                     loss + self.measure.output_loss(inputs, ours, target).item() * count,
                     samples + count,
@@ -243,6 +251,12 @@ class Training:
     def _impatient(self) -> bool:
         patience = self.recipe.patience
         return patience is not None and len(self.state.history) - 1 - self.state.position.best >= patience
+
+    def _arguments(self, batches: Iterator[Any]) -> Iterator[tuple[Inputs, Tensor | None, bool]]:
+        """What :meth:`_read` makes of each batch, and whether it counts: where a process of a sharded network has none left and others
+        have, it runs what it has seen before, and its loss is taken zero times."""
+        for batch in self.processes.evenly(batches) if self.settings.sharded else batches:
+            yield (self._stand_in, None, False) if batch is None else (*self._read(batch), True)
 
     def _read(self, batch: Any) -> tuple[Inputs, Tensor | None]:
         """The arguments of a batch on the device, without its labels; and these, if they count."""
@@ -281,8 +295,8 @@ class Training:
         if self.path is None:
             return
         self.processes.broadcast(self.network.buffers())
+        tensors, data = self.state.packed(keep=self.processes.first)
         if self.processes.first:
-            tensors, data = self.state.packed()
             scaler = self.processes.scaler
             data |= {"scales": self.measure.scales, "scaler": scaler.state_dict() if scaler is not None else None}
             save_checkpoint(FINETUNE, self.path, self._identity, tensors, data)

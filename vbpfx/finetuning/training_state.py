@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbpfx.finetuning.sharding import gathered, like
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -51,6 +53,11 @@ class Position:
         return self.loss / self.samples
 
 
+def parameters_and_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
 class TrainingState:
     """Everything of a run that changes, and its form as tensors and JSON."""
 
@@ -64,7 +71,7 @@ class TrainingState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the network."""
-        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        return parameters_and_buffers(self.network)
 
     def record(self, train_loss: float | None, held_out_loss: float | None) -> None:
         """Add an entry to the history; keep the weights if none before were as good, or if nothing is held out."""
@@ -92,13 +99,18 @@ class TrainingState:
         """Give the network the best weights."""
         self._write(self._best)
 
-    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and the rest as JSON can hold it."""
+    def packed(self, *, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, whole, and the rest as JSON can hold it.
+
+        Args:
+            keep: False for a process that takes part and writes nothing; it gets no tensors.
+        """
         tensors = {f"network.{name}": tensor for name, tensor in self.tensors.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         moments = self.optimizer.state_dict()["state"]
         tensors |= {f"adamw.{n}.{key}": value for n, entry in moments.items() for key, value in entry.items()}
-        return tensors, {"position": asdict(self.position), "history": [asdict(epoch) for epoch in self.history]}
+        whole = {name: tensor.cpu() for name, tensor in gathered(tensors) if keep}
+        return whole, {"position": asdict(self.position), "history": [asdict(epoch) for epoch in self.history]}
 
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Become what :meth:`packed` gave."""
@@ -106,12 +118,14 @@ class TrainingState:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             of[kind][name] = tensor
-        self._write(of["network"])
-        self._best = {name: of["best"][name].to(tensor.device) for name, tensor in self.tensors.items()}
+        own = self.tensors
+        self._write({name: like(of["network"][name], tensor) for name, tensor in own.items()})
+        self._best = {name: like(of["best"][name].to(tensor.device), tensor) for name, tensor in own.items()}
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in of["adamw"].items():
             number, _, key = name.partition(".")
-            moments.setdefault(int(number), {})[key] = tensor
+            moments.setdefault(int(number), {})[key] = like(tensor, trained[int(number)])
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.position = Position(**data["position"])
         self.history = [Epoch(**epoch) for epoch in data["history"]]
