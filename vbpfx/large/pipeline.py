@@ -128,7 +128,7 @@ def prune_files(
     hollow = Weightless.of(model, weights)
     read = reader(hollow.model, inputs)
     _, data = first_batch(calibration)
-    batches = [given for batch in data if not (given := read(batch).to(_CPU)).is_empty]
+    batches = [found for batch in data if not (found := read(batch).to(_CPU)).is_empty]
     if not batches:
         raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)

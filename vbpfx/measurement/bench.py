@@ -15,6 +15,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
                  _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip
-        return _bench(sides, example, _macs(dense, pruned, example), runtimes, batches, threads, rounds, memory, clock)
+        how = _Conditions(runtimes, batches, threads, rounds, memory, clock)
+        return _bench(sides, example, _macs(dense, pruned, example), how)
 
 
 def bench_files(
@@ -90,9 +92,20 @@ def bench_files(
     Raises:
         ExportError: as :func:`bench`, or a runtime does not take ONNX files.
     """
-    return _bench(
-        (_File(Path(dense)), _File(Path(pruned))), inputs, None, runtimes, batches, threads, rounds, memory, clock
-    )
+    how = _Conditions(runtimes, batches, threads, rounds, memory, clock)
+    return _bench((_File(Path(dense)), _File(Path(pruned))), inputs, None, how)
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """Under what both networks are measured; see :func:`bench`."""
+
+    runtimes: Sequence[str]
+    batches: Sequence[int]
+    threads: Sequence[int]
+    rounds: int
+    memory: bool
+    clock: Clock
 
 
 class _Subject(ABC):
@@ -163,17 +176,12 @@ def _bench(
     sides: tuple[_Subject, _Subject],
     example: Inputs,
     macs: tuple[int, int] | None,
-    names: Sequence[str],
-    batches: Sequence[int],
-    threads: Sequence[int],
-    rounds: int,
-    memory: bool,
-    clock: Clock,
+    how: _Conditions,
 ) -> BenchResult:
-    if min((*batches, *threads, rounds)) < 1:
+    if min((*how.batches, *how.threads, how.rounds)) < 1:
         raise ExportError("batch sizes, threads and rounds must be positive")
-    chosen = [runtime(name) for name in names]  # all of them, before any is measured
-    batch_inputs = {size: example.resized(size) for size in batches}
+    chosen = [runtime(name) for name in how.runtimes]  # all of them, before any is measured
+    batch_inputs = {size: example.resized(size) for size in how.batches}
     expected = {size: tuple(side.outputs(inputs) for side in sides) for size, inputs in batch_inputs.items()}
     for dense, pruned in expected.values():
         if [t.shape for t in dense] != [t.shape for t in pruned]:
@@ -183,10 +191,10 @@ def _bench(
             )
     ratio = macs[0] / macs[1] if macs else None
     rows = [
-        _measure(taken, sides, batch_inputs[size], expected[size], count, rounds, memory, clock, ratio)
-        for taken in chosen for count in threads for size in batches
+        _measure(taken, sides, batch_inputs[size], expected[size], count, how, ratio)
+        for taken in chosen for count in how.threads for size in how.batches
     ]  # fmt: skip
-    return BenchResult(tuple(rows), macs, rounds, {taken.package: _version(taken.package) for taken in chosen})
+    return BenchResult(tuple(rows), macs, how.rounds, {taken.package: _version(taken.package) for taken in chosen})
 
 
 def _measure(
@@ -195,9 +203,7 @@ def _measure(
     inputs: Inputs,
     expected: tuple[list[Tensor], ...],
     threads: int,
-    rounds: int,
-    memory: bool,
-    clock: Clock,
+    how: _Conditions,
     ratio: float | None,
 ) -> Row:
     found: list[Side] = []
@@ -215,9 +221,9 @@ def _measure(
     if len(compiled) < len(sides):
         return Row(taken.name, batch, threads, found[0], found[1], None, None)
     runs = {name: functools.partial(made.run, inputs) for name, made in zip(("dense", "pruned"), compiled, strict=True)}
-    seconds = alternating(runs, rounds=rounds, clock=clock)
+    seconds = alternating(runs, rounds=how.rounds, clock=how.clock)
     speedup = Spread.of([a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)])
-    held = [_memory(taken, made, inputs, threads) if memory else (None, None) for made in compiled]
+    held = [_memory(taken, made, inputs, threads) if how.memory else (None, None) for made in compiled]
     dense, pruned = (
         Side(Spread.of(seconds[name]), side.parity, side.size, None, *own)
         for name, side, own in zip(("dense", "pruned"), found, held, strict=True)
