@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import warnings
@@ -18,7 +17,9 @@ from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.artifact import plan_digest, save_network
-from vbpfx.calibration.calibrate import calibrate, run_forward
+from vbpfx.calibration.calibrate import calibrate
+from vbpfx.calibration.compiled import Compile, compiling, forward_passes
+from vbpfx.calibration.passes import Forward
 from vbpfx.calibration.prepare import Statistics, prepare, statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader
 from vbpfx.distributed.ranks import ALONE, Ranks, Sharing, joining
@@ -179,6 +180,7 @@ def prune(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
+    compile: Compile = False,
     ranks: Sharing | Ranks = "share",
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -212,6 +214,8 @@ def prune(
         memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
+        compile: calibrate with ``torch.compile`` (see :func:`vbpfx.calibrate`), where plain forward passes are all that
+            calibration does: ``method="vbp"``, or ``reconstruct=False``, whose sensitivities are measured as ever.
         ranks: where ``torch.distributed`` is initialised: the processes share the work and all end with the same plan (see
             :func:`vbpfx.calibrate` and docs/many_processes.md).
         checkpoint, checkpoint_every: a folder, and after how many of a process's batches what calibration has gathered is
@@ -234,7 +238,12 @@ def prune(
     if ranks.count > 1:
         ranks.meet("model", digest(model))
         ranks.meet("choice of options", _in_words(options))
-    PlanOptions.of(**options)  # a mistake here should not cost a capture
+    chosen = PlanOptions.of(**options)  # a mistake here should not cost a capture
+    if compile is not False and (chosen.reconstructs if reconstruct is None else reconstruct):
+        raise CalibrationError(
+            "compile= is for forward passes alone; the reconstruction takes gradients and runs layers one by one, "
+            "which is not compiled: pass reconstruct=False or method='vbp' with it, or leave compile out"
+        )
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:
@@ -246,7 +255,7 @@ def prune(
     return prune_captured(
         captured, data, read=read, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory,
         total=length_hint(calibration) or None, progress=progress, verify=verify,
-        ranks=ranks, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+        compile=compile, ranks=ranks, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
         runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads, **options,
     )  # fmt: skip
 
@@ -266,6 +275,7 @@ def prune_captured(
     share: bool = False,
     progress: bool = True,
     verify: bool = True,
+    compile: Compile = False,
     ranks: Ranks = ALONE,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -283,8 +293,8 @@ def prune_captured(
         share: see :func:`vbpfx.convert`.
     """
     arguments = _given(
-        options, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory, runtime=runtime,
-        runtime_batch=runtime_batch, runtime_threads=runtime_threads,
+        options, mask=mask, reconstruct=reconstruct, refit=refit, samples=samples, memory=memory, compile=compile,
+        runtime=runtime, runtime_batch=runtime_batch, runtime_threads=runtime_threads,
         frontend="export" if captured.frontend == "export" else "auto",
     )  # fmt: skip
     place = runtime or DEFAULT
@@ -323,8 +333,9 @@ def prune_captured(
     gradients = None
     if layers and is_differentiable(captured, layers):
         gradients = Gradients(captured, layers, observed, metrics=reading)
-    run = (forward(observed) if forward else None) or functools.partial(run_forward, observed)
-    keeping = Keeping(run, wanted, gradients, divisible=captured.batch is not None)
+    run = forward(observed) if forward else None
+    passes = Forward(run) if run else forward_passes(observed, compile)
+    keeping = Keeping(passes, wanted, gradients, divisible=captured.batch is not None)
     calibrate(
         observed,
         data,
@@ -339,10 +350,11 @@ def prune_captured(
             "options": _in_words(options),
             "samples": wanted,
             "gradients": sorted(c.node for c in layers) if gradients else None,
+            **compiling(compile),
         },
     )
     gathered, kept = statistics(observed), keeping.samples(ranks)
-    del run, keeping, observed  # a runtime may hold the whole network in memory
+    del run, passes, keeping, observed  # a runtime may hold the whole network in memory
     plan = make_plan(
         analysis,
         gathered,
@@ -403,6 +415,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
     return getattr(value, "__qualname__", str(value))
 
 
