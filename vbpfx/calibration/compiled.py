@@ -82,7 +82,7 @@ class CompiledForward(Forward):
             return
         if model_device(self.observed).type == "cuda":
             # what one piece hands to the next is of one step: CUDA graphs keep its memory until then
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         own = batch.map(torch.clone)
         with torch.inference_mode(), quiet_logging():
             self.pieces(*graph_arguments(self.observed, own))
