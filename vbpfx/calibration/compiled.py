@@ -48,9 +48,13 @@ def forward_passes(observed: fx.GraphModule, compile: Compile) -> Forward:
     return CompiledForward(observed, {} if compile is True else compile)
 
 
-def compiling(compile: Compile) -> dict[str, str]:
+def compiling(compile: Compile) -> dict[str, str | None]:
     """What a checkpoint holds of it: statistics of compiled passes differ in their last digits."""
-    return {} if compile is False else {"compile": str(compile if compile is True else dict(sorted(compile.items())))}
+    if isinstance(compile, Mapping):
+        compiled = str({name: getattr(value, "__qualname__", value) for name, value in sorted(compile.items())})
+    else:
+        compiled = "True" if compile else None
+    return {"compile": compiled}
 
 
 class CompiledForward(Forward):
