@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from vbpfx.graph.frontends import quiet_logging
 Compile = bool | Mapping[str, Any]
 # By torch.compile's ``dynamic``: after so many compiled shapes its code is for any.
 _SHAPES_TO_OPEN = {True: 1, None: 2, False: math.inf}
+# Characters: Inductor lists all of its options where it does not know one.
+_LONGEST_REASON = 300
 
 
 def forward_passes(observed: fx.GraphModule, compile: Compile) -> Forward:
@@ -51,10 +54,9 @@ def forward_passes(observed: fx.GraphModule, compile: Compile) -> Forward:
 def compiling(compile: Compile) -> dict[str, str | None]:
     """What a checkpoint holds of it: statistics of compiled passes differ in their last digits."""
     if isinstance(compile, Mapping):
-        compiled = str({name: getattr(value, "__qualname__", value) for name, value in sorted(compile.items())})
-    else:
-        compiled = "True" if compile else None
-    return {"compile": compiled}
+        named = {name: getattr(value, "__qualname__", value) for name, value in sorted(compile.items())}
+        return {"compile": str(named)}
+    return {"compile": "True" if compile else None}
 
 
 class CompiledForward(Forward):
@@ -174,4 +176,6 @@ def _is_compilers(error: Exception) -> bool:
 
 def _reason(error: BaseException) -> str:
     """What the compiler says, in one line: of a backend's failure the backend's own words."""
-    return first_line(getattr(error, "inner_exception", None) or error)
+    return textwrap.shorten(
+        first_line(getattr(error, "inner_exception", None) or error), _LONGEST_REASON, placeholder=" ..."
+    )
