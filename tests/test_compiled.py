@@ -152,38 +152,45 @@ def test_statistics_are_those_of_plain_passes(name: str, way: str) -> None:
 
 
 class Counting:
-    """A backend that runs what it is given as it is, and counts how often it is asked."""
+    """A backend that runs what it is given as it is, and counts how often it is asked, and how often that is run."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self.ran = 0
 
     def __call__(self, graph: fx.GraphModule, example: list[Any]) -> Any:
         self.asked += 1
-        return graph.forward
+
+        def run(*values: Any) -> Any:
+            self.ran += 1
+            return graph(*values)
+
+        return run
 
 
-def counted(sizes: list[int], **options: Any) -> tuple[int, int]:
-    """How often pieces are compiled for batches of these sizes, and how many pieces there are."""
-    model = mlp().eval()
-    _, observed = prepared(model, torch.randn(4, 3, 8, 8))
-    backend = Counting()
-    vbpfx.calibrate(observed, [torch.randn(n, 3, 8, 8) for n in sizes], compile={"backend": backend} | options)
-    assert [observer.calls for observer in observers(observed)] == [len(sizes)] * 2
-    return backend.asked, 3  # in front of the two blocks' second layers, and behind
+PIECES = 3  # of the network of two blocks: in front of their second layers, and behind
 
 
 @pytest.mark.parametrize(
-    ("sizes", "times"), [([5], 0), ([5, 4, 3], 0), ([5, 5, 5, 3], 1), ([3, 5, 5, 5, 2], 1), ([5, 5, 3, 3, 4, 6, 7], 2)]
+    ("sizes", "options", "compiled", "batches"),
+    [
+        ([5], {}, 0, 0),
+        ([5, 4, 3], {}, 0, 0),
+        ([5, 5, 5, 3], {}, 1, 2),
+        ([3, 5, 5, 5, 2], {}, 1, 2),
+        ([5, 5, 3, 3, 4, 6, 7], {}, 2, 5),
+        ([5, 5, 3, 4, 6], {"dynamic": True}, 1, 4),
+        ([5, 5, 3, 3, 4, 6, 7], {"dynamic": False}, 2, 2),
+    ],
 )
-def test_shapes_are_compiled_for_when_they_come_again(sizes: list[int], times: int) -> None:
+def test_shapes_are_compiled_for_when_they_come_again(
+    sizes: list[int], options: dict[str, Any], compiled: int, batches: int
+) -> None:
     """A last smaller batch never, and once for open sizes where they vary."""
-    asked, pieces = counted(sizes)
-    assert asked == times * pieces
-
-
-def test_open_sizes_are_compiled_for_once() -> None:
-    asked, pieces = counted([5, 5, 3, 4, 6], dynamic=True)
-    assert asked == pieces
+    _, observed = prepared(mlp().eval(), torch.randn(4, 3, 8, 8))
+    backend = Counting()
+    vbpfx.calibrate(observed, [torch.randn(n, 3, 8, 8) for n in sizes], compile={"backend": backend} | options)
+    assert [observer.calls for observer in observers(observed)] == [len(sizes)] * 2
+    assert (backend.asked, backend.ran) == (compiled * PIECES, batches * PIECES)
 
 
 def test_the_prepared_graph_stays_as_it_was() -> None:
