@@ -342,6 +342,13 @@ def test_a_batch_that_does_not_fit_is_no_matter_of_the_compiler() -> None:
     batches[2] = torch.full((4, 3, 8, 8), torch.nan)
     with pytest.raises(CalibrationError, match=r"batch 3 \(counted from 1\) makes NaN or infinite activations"):
         vbpfx.calibrate(observed, batches, compile=TRACED)
+    model, words = network("texts", torch.float64)
+    _, observed = prepared(model, words[0])
+    words[2]["input_ids"][0, 0] = 50  # one more than there are; of shapes that are compiled for
+    with pytest.raises(
+        CalibrationError, match=r"batch 3 \(counted from 1\) does not fit the model: index out of range"
+    ):
+        vbpfx.calibrate(observed, words, compile=TRACED)
 
 
 @pytest.mark.parametrize("options", [{"method": "vbp"}, {"reconstruct": False}], ids=["vbp", "auto"])

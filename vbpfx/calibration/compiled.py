@@ -111,7 +111,7 @@ class _Piece(nn.Module):
 
     def __init__(self, piece: nn.Module, place: str, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.place = place
+        self.piece, self.place = piece, place
         try:
             self.compiled = torch.compile(piece, **options)
         except Exception as error:  # unknown options raise RuntimeError, KeyError, TypeError
@@ -122,8 +122,7 @@ class _Piece(nn.Module):
         try:
             return self.compiled(*values)
         except Exception as error:
-            if not _is_compilers(error):
-                raise
+            self.piece(*values)  # where the values are at fault, the operators say so themselves
             raise CalibrationError(
                 f"torch.compile cannot take the network {self.place}: {_reason(error)}; leave compile out"
             ) from error
@@ -165,13 +164,6 @@ def _refuse_shared_memory(whole: fx.GraphModule, piece_of: Mapping[fx.Node, int]
                 f"the network cannot be compiled in pieces: {value.name} is changed in place by {change} and read again on the other "
                 f"side of a block; leave compile out"
             )
-
-
-def _is_compilers(error: Exception) -> bool:
-    """Whether the compiler raised it, and not the operators."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # imported with the first compilation
-
-    return isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
 
 
 def _reason(error: BaseException) -> str:
