@@ -99,6 +99,7 @@ def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: 
 WAYS: dict[str, dict[str, Any]] = {
     "vbp": {"number": 7, "method": "vbp"},
     "ridge": {"number": 6, "method": "vbp", "compensation": "ridge"},
+    "compiled": {"number": 7, "method": "vbp", "compile": {"backend": "aot_eager"}},
     "auto": {"number": 7},
     "cut": {"number": 7, "samples": 14},
     "masked": {"number": 5, "masked": True},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import calibration_cost
+import compiled_calibration
 import deployment
 import finetuning
 import processes
@@ -65,6 +66,26 @@ def test_calibration_cost_writes_what_it_measured(tmp_path: Path) -> None:
     assert found["auto"]["images"] == 20
     assert 0.1 < found["auto"]["gib"] < 20
     assert f"| {found['auto']['ratio']:.2f}x |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_page_on_compiled_calibration_shows_what_was_measured(tmp_path: Path) -> None:
+    seconds = {"plain": [4.0, 4.5, 5.0], "compiled": [3.0, 3.25, 3.5]}
+    found = {
+        "seconds": seconds,
+        "batch": 32,
+        "speedup": 1.384,
+        "compiling": 61.5,
+        "pays after": 1575,
+        "difference": 2e-7,
+    }
+    slower = found | {"pays after": None}
+    about = {"command": "c", "machine": "m"}
+    (tmp_path / "found.json").write_text(json.dumps({"a": found | about, "b": slower | about}))
+    where = ["--out", str(tmp_path / "found.json"), "--docs", str(tmp_path)]
+    assert compiled_calibration.main(["--page", *where]) == 0
+    page = (tmp_path / "performance.md").read_text()
+    assert "| a | 32 | 3 | 4.50 s | 3.25 s | 1.38x | 62 s | 5 s | 1,575 samples | 2e-07 |" in page
+    assert "| 62 s | 5 s | never | 2e-07 |" in page
 
 
 def test_quantized_writes_what_it_measured(tmp_path: Path) -> None:

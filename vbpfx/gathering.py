@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vbpfx.calibration.calibrate import calibrate, run_forward
+from vbpfx.calibration.calibrate import calibrate
+from vbpfx.calibration.compiled import Compile, compiling, forward_passes
+from vbpfx.calibration.passes import Forward
 from vbpfx.calibration.prepare import Statistics, statistics
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
@@ -35,7 +36,7 @@ class Calibration:
         batches: gone through once.
         read: makes the arguments of a forward call of a batch.
         total: how many batches there are, where that is known.
-        mask, progress, ranks, checkpoint, checkpoint_every: see :func:`vbpfx.prune`.
+        mask, progress, ranks, checkpoint, checkpoint_every, compile: see :func:`vbpfx.prune`.
     """
 
     batches: Iterable[Any]
@@ -46,6 +47,7 @@ class Calibration:
     ranks: Ranks = ALONE
     checkpoint: str | Path | None = None
     checkpoint_every: int = 50
+    compile: Compile = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def gather(
     if strategy.layers and is_differentiable(captured, strategy.layers):
         reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
         gradients = Gradients(captured, strategy.layers, observed, metrics=reading)
-    run = run or functools.partial(run_forward, observed)
-    keeping = Keeping(run, strategy.samples, gradients, divisible=captured.batch is not None)
+    passes = Forward(run) if run else forward_passes(observed, calibration.compile)
+    keeping = Keeping(passes, strategy.samples, gradients, divisible=captured.batch is not None)
     calibrate(
         observed,
         calibration.batches,
@@ -87,6 +89,7 @@ def gather(
             "options": in_words(strategy.options),
             "samples": strategy.samples,
             "gradients": sorted(layer.node for layer in strategy.layers) if gradients else None,
+            **compiling(calibration.compile),
         },
     )
     influence = gradients.influences(ranks=calibration.ranks) if gradients else {}

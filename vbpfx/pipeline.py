@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import fx, nn
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import find_blocks
+from vbpfx.calibration.compiled import Compile
 from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import as_inputs, reader
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
@@ -52,6 +53,7 @@ def prune(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
+    compile: Compile = False,
     ranks: Sharing | Ranks = "share",
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
@@ -85,6 +87,8 @@ def prune(
         memory: GiB that the streams may hold, 8 by default.
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
+        compile: calibrate with ``torch.compile`` (see :func:`vbpfx.calibrate`), where plain forward passes are all that
+            calibration does: ``method="vbp"``, or ``reconstruct=False``, whose sensitivities are measured as ever.
         ranks: where ``torch.distributed`` is initialised: the processes share the work and all end with the same plan (see
             :func:`vbpfx.calibrate` and docs/many_processes.md).
         checkpoint, checkpoint_every: a folder, and after how many of a process's batches what calibration has gathered is
@@ -109,7 +113,12 @@ def prune(
         ranks.meet("model", digest(model))
         ranks.meet("choice of options", in_words(options))
     # a mistake in these should not cost a capture
-    PlanOptions.of(**options)
+    chosen = PlanOptions.of(**options)
+    if compile is not False and (chosen.reconstructs if reconstruct is None else reconstruct):
+        raise CalibrationError(
+            "compile= is for forward passes alone; the reconstruction takes gradients and runs layers one by one, "
+            "which is not compiled: pass reconstruct=False or method='vbp' with it, or leave compile out"
+        )
     fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
@@ -124,7 +133,7 @@ def prune(
     total = length_hint(calibration) or None
     return prune_captured(
         captured,
-        Calibration(data, read, total, mask, progress, ranks, checkpoint, checkpoint_every),
+        Calibration(data, read, total, mask, progress, ranks, checkpoint, checkpoint_every, compile),
         options,
         fitting=fitting,
         target=target,
@@ -191,7 +200,13 @@ def _given(
 ) -> dict[str, Any]:
     """What differs from the defaults of :func:`prune`, JSON-ready; a function goes by its name."""
     frontend = "export" if captured.frontend == "export" else "auto"
-    others = {"mask": calibration.mask, **vars(fitting), **vars(target), "frontend": frontend}
+    others = {
+        "mask": calibration.mask,
+        "compile": calibration.compile,
+        **vars(fitting),
+        **vars(target),
+        "frontend": frontend,
+    }
     defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
     given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
     return {name: _plain(value) for name, value in given.items() if value is not None}
@@ -202,4 +217,6 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Sequence):
         return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
     return name_of(value)

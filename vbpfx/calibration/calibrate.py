@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, fx
+from torch import fx
 
 from vbpfx.calibration.checkpoint import CalibrationFile, Work
+from vbpfx.calibration.compiled import Compile, compiling, forward_passes
 from vbpfx.calibration.gathered import over_all_ranks
 from vbpfx.calibration.moments import answers_at_once
 from vbpfx.calibration.prepare import observers
@@ -25,27 +26,6 @@ ReadBatch = Callable[[Any], Inputs]
 _PACE = 600.0
 
 
-class Forward:
-    """Forward passes, and nothing beside what the graph's observers gather."""
-
-    def __init__(self, observed: fx.GraphModule) -> None:
-        self.observed = observed
-
-    def run(self, batch: Inputs, start: int) -> None:
-        """One batch through the graph, without gradients."""
-        run_forward(self.observed, batch)
-
-    def run_before(self, batch: Inputs, start: int) -> None:
-        """Nothing: the observers have seen it."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beside the observers'."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
-
-
 @joining
 def calibrate(
     observed: fx.GraphModule,
@@ -53,6 +33,7 @@ def calibrate(
     *,
     read: ReadBatch | None = None,
     work: Work | None = None,
+    compile: Compile = False,
     total: int | None = None,
     progress: bool = False,
     ranks: Sharing | Ranks = "share",
@@ -70,6 +51,10 @@ def calibrate(
         data: batches; gone through once.
         read: from a batch to the arguments of the forward call; :func:`vbpfx.data.inputs.as_inputs` by default.
         work: what is done with a batch instead, where more is wanted than the statistics.
+        compile: run what stands between the observers compiled by ``torch.compile``; a mapping holds its arguments, such as
+            ``{"mode": "reduce-overhead"}``, which takes CUDA graphs. Batches are compiled for when their shapes come for the second
+            time, and sizes left open once two shapes were. Worth it for much data alone: see docs/performance.md. The prepared
+            graph stays as it was.
         total: number of batches, where it is known.
         progress: show a bar on standard error, with the time left where ``total`` is known.
         ranks: of N processes, with ``"share"`` all are given the same data, in the same order, and rank r runs batches r, r + N,
@@ -83,22 +68,27 @@ def calibrate(
     Raises:
         CalibrationError: the model has no values, there is no batch, one does not fit the model, or one makes activations that are
             not finite. The message counts batches from 1 and names the block. On a GPU it comes with the next checkpoint or at
-            the end: looking at every batch would hold up the next.
+            the end: looking at every batch would hold up the next. Or ``torch.compile`` cannot take the network, or not these
+            arguments.
         ArtifactError: the checkpoint is damaged, of another model, other settings or other data, or cannot be written.
         RankError: another rank has failed or died.
     """
     assert isinstance(ranks, Ranks)  # joined
     ranks.require_whole(data)
-    device, watching, work = model_device(observed), observers(observed), work or Forward(observed)
+    device, watching = model_device(observed), observers(observed)
     if device.type == "meta":
         raise CalibrationError(
             "the model is on the meta device, where its weights have no values: load them, or prune from files to files "
             "(vbpfx.prune_files)"
         )
+    if work is not None and compile is not False:
+        raise CalibrationError("work= runs the batches its own way, which compile= cannot change: pass one of them")
+    work = work or forward_passes(observed, compile)
+    settings = compiling(compile) | dict(settings or {})
     earlier, numbered = [o.moments for o in watching], [o.rows for o in watching]
     for observer in watching:
         observer.moments = None
-    file = CalibrationFile.of(checkpoint, checkpoint_every, observed, ranks, settings or {})
+    file = CalibrationFile.of(checkpoint, checkpoint_every, observed, ranks, settings)
     done = file.load(watching, work, device) if file else 0
     called: list[int] = [o.calls for o in watching]
     ran: list[int] = []
@@ -128,6 +118,8 @@ def calibrate(
                     observer.rows = rows + number * observer.rows_a_sample
                 try:
                     work.run(inputs, number)
+                except CalibrationError:
+                    raise
                 except Exception as error:  # the model's own operators raise whatever they raise
                     raise CalibrationError(misfit(seen, inputs, first, observed, error)) from error
                 ran += [seen] * (watching[0].calls - called[0] - len(ran))
@@ -153,12 +145,6 @@ def calibrate(
         for observer, before, rows in zip(watching, earlier, numbered, strict=True):
             observer.moments = before | observer.moments if before and observer.moments else observer.moments or before
             observer.rows = rows + start * observer.rows_a_sample
-
-
-def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
-    """One batch through the graph, without gradients."""
-    with torch.inference_mode():
-        inputs.run(observed)
 
 
 def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:

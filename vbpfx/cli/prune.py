@@ -146,6 +146,14 @@ def prune(
         Path | None,
         typer.Option(rich_help_panel=CALIBRATION, metavar="DIR", help="Calibration goes on from there after a break."),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            rich_help_panel=CALIBRATION,
+            help="Calibrate with torch.compile, which pays for much data; with --method vbp.",
+        ),
+    ] = False,
     no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     color: Color = False,
@@ -160,6 +168,8 @@ def prune(
         )
     if latency is not None and runtime == Place.none:
         raise typer.BadParameter("--latency is measured in a --runtime; none is no runtime")
+    if compiled and method != Method.vbp:
+        raise typer.BadParameter("--compile is for --method vbp: auto takes gradients, too, which are not compiled")
     require_apart(checkpoint, out)
     unrounded = runtime == Place.none or (runtime is None and method == Method.vbp)
     place = None if unrounded and latency is None else runtime or Place.onnxruntime
@@ -167,7 +177,7 @@ def prune(
         **budgets, "method": method.value, "min_width": min_width, "include": include, "exclude": exclude,
         "uniform": uniform or None, "round_to": 1 if unrounded and round_to is None else round_to,
         "runtime": place.value if place else None, "samples": samples, "memory": memory, "frontend": frontend.value,
-        "checkpoint": checkpoint,
+        "checkpoint": checkpoint, "compile": compiled or None,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value not in (None, [])}
     source = reading(
