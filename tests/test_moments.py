@@ -97,7 +97,9 @@ def test_observer_skips_an_empty_batch_and_marks_a_bad_one() -> None:
 def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking at a value waits for all that was asked for before."""
     for name in ("moments", "observer", "calibrate"):
-        monkeypatch.setattr(importlib.import_module(f"vbpfx.{name}"), "answers_at_once", lambda device: False)
+        monkeypatch.setattr(
+            importlib.import_module(f"vbpfx.calibration.{name}"), "answers_at_once", lambda device: False
+        )
 
 
 @pytest.mark.parametrize("every", [0, 2])

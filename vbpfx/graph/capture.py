@@ -12,6 +12,7 @@ import copy
 import hashlib
 import inspect
 import os
+import sys
 import traceback
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.errors import CaptureError, first_line
@@ -31,6 +32,11 @@ Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
 
 _NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+
+
+# Attention on the CPU, which older versions of torch do not count.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: sdpa_flop}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Captured:
             return self._count_macs(self.batch)
 
     def _count_macs(self, samples: int) -> dict[str, int]:
-        with FlopCounterMode(display=False) as counter, unfused_attention():
+        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, unfused_attention():
             flops = spent_by_node(self.graph_module, self.inputs, samples, counter.get_total_flops)
         return {name: spent // (2 * samples) for name, spent in flops.items()}
 
@@ -147,7 +153,6 @@ def require_module(model: Any) -> None:
 
 # Wrappers that hide the Python code -> what to pass in their place.
 _WRAPPERS = {
-    torch._dynamo.OptimizedModule: "the model that was compiled, model._orig_mod, and compile the result",
     nn.DataParallel: "the model in it, model.module",
     nn.parallel.DistributedDataParallel: "the model in it, model.module",
     torch.jit.ScriptModule: "the module that the script was made of: TorchScript has no Python code to trace",
@@ -156,7 +161,10 @@ _WRAPPERS = {
 
 def require_code_and_numbers(model: nn.Module) -> None:
     """Raise a CaptureError for a wrapper without code to trace, and for weights that are quantised or have no numbers."""
-    for wrapper, instead in _WRAPPERS.items():
+    wrappers = dict(_WRAPPERS)
+    if compiler := sys.modules.get("torch._dynamo"):  # whose import takes seconds; a compiled model has imported it
+        wrappers[compiler.OptimizedModule] = "the model that was compiled, model._orig_mod, and compile the result"
+    for wrapper, instead in wrappers.items():
         if isinstance(model, wrapper):
             raise CaptureError(f"the model is a {type(model).__name__}; pass {instead}")
     for name, parameter in model.named_parameters():
