@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.errors import CaptureError, first_line
@@ -34,9 +34,14 @@ Frontend = Literal["auto", "symbolic", "export"]
 _NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
-# Attention on the CPU, which older versions of torch do not count.
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """By the shapes that flop_counter hands on."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# What older versions of torch do not count.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: sdpa_flop}
+_UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _cpu_attention_flops}
 
 
 @dataclass(frozen=True)
