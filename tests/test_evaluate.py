@@ -287,3 +287,53 @@ def test_intervals_at_the_ends() -> None:
     low, high = PairedDifference(0, 10, 0, 0).interval
     assert low == -1.0
     assert high < -0.5
+
+
+class Encoder(Table):
+    """Four positions a sample, of which a mask keeps some."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return {"last_hidden_state": self.rows[x], "pooler_output": torch.zeros(len(x), 3)}
+
+
+@pytest.mark.parametrize("size", [7, SAMPLES])
+def test_embeddings_are_compared_by_their_cosine(size: int) -> None:
+    random = np.random.default_rng(3)
+    dense = random.normal(size=(SAMPLES, 4, 5))
+    pruned = dense + 0.3 * random.normal(size=dense.shape)
+    mask = np.arange(4) < random.integers(1, 5, SAMPLES)[:, None]
+    batches = [
+        {"x": x, "attention_mask": m}
+        for x, m in zip(torch.arange(SAMPLES).split(size), torch.from_numpy(mask.astype(int)).split(size), strict=True)
+    ]
+    found = _evaluate(Encoder(dense), Encoder(pruned), batches)
+    cosines = (dense * pruned).sum(-1) / np.linalg.norm(dense, axis=-1) / np.linalg.norm(pruned, axis=-1)
+    each = (cosines * mask).sum(1) / mask.sum(1)
+    assert found.cosine is not None
+    # the tables are cast to float32 once, before they are compared
+    assert found.cosine.value == pytest.approx(each.mean(), rel=1e-7)
+    assert found.cosine.error == pytest.approx(each.std(ddof=1) / math.sqrt(SAMPLES), rel=1e-5)
+    error = math.sqrt((((pruned - dense) ** 2)[mask]).sum() / (dense[mask] ** 2).sum())
+    assert found.relative_error == pytest.approx(error, rel=1e-6)
+    assert (found.agreement, found.kl, found.dense, found.classes) == (None, None, None, ())
+    low, high = each.mean() - 1.959964 * found.cosine.error, each.mean() + 1.959964 * found.cosine.error
+    line = f"cosine with the dense network's output: {each.mean():.4f} [{low:.4f}, {high:.4f}]"
+    assert line in str(found)
+    assert "choose the same class" not in str(found)
+    assert json.loads(json.dumps(found.to_json()))["cosine"]["mean"] == found.cosine.value
+    assert found.for_report()["cosine with the dense network's output"] in line
+
+
+def test_what_outputs_are_can_be_said(three: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    dense, pruned, labels = three
+    tables = Table(dense), Table(pruned)
+    assert _evaluate(*tables, _batches()).cosine is None  # one tensor is taken for logits
+    values = _evaluate(*tables, _batches(labels), compare="values")  # a folder's classes say nothing of embeddings
+    assert values.cosine is not None
+    assert (values.agreement, values.dense) == (None, None)
+    with pytest.raises(EvaluationError, match="holds no logits"):
+        _evaluate(Encoder(_rows(0)), Encoder(_rows(1)), _batches(), compare="logits")
+    with pytest.raises(EvaluationError, match="compare='cosine' is unknown; use one of logits, values"):
+        _evaluate(*tables, _batches(), compare="cosine")
+    with pytest.raises(EvaluationError, match="no other network"):
+        _evaluate(tables[0], None, _batches(labels), compare="values")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,14 @@ from vbpfx.cli.data_options import (
 )
 from vbpfx.cli.measured import InReport, add_to_report
 
+
+class Compared(str, Enum):
+    """The names of :data:`vbpfx.evaluation.evaluate.Compare`."""
+
+    logits = "logits"
+    values = "values"
+
+
 EXAMPLES = """\
 [bold]Examples[/bold]
 
@@ -54,7 +63,9 @@ def evaluate(
             help="Folder of the pruned network, to compare with --dense; or a model, alone or to compare likewise.",
         ),
     ],
-    data: Annotated[Path, typer.Option(help=f"Samples, with labels or without: then agreement alone. {DATA}")],
+    data: Annotated[
+        Path, typer.Option(help=f"Samples, with labels or without: then agreement (or the cosine) alone. {DATA}")
+    ],
     dense: Annotated[
         str,
         typer.Option(
@@ -73,6 +84,13 @@ def evaluate(
     std: Std = "",
     crop: Crop = None,
     max_length: MaxLength = None,
+    compare: Annotated[
+        Compared | None,
+        typer.Option(
+            help="What the outputs are: logits, or values such as embeddings, of which the cosine is taken. By default logits, where the "
+            "output is one tensor or has logits."
+        ),
+    ] = None,
     worst: Annotated[int, typer.Option(min=0, help="So many of the worst-hurt classes.")] = 10,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of what --limit chooses.")] = 0,
@@ -108,7 +126,8 @@ def evaluate(
         if dense and not is_folder:
             note_random_weights(network, None)
         note(str(samples))
-        found = run_evaluate(original, pruned, samples, classes=samples.classes, progress=shows_progress())
+        found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=compare.value if compare else None,
+                                 progress=shows_progress())  # fmt: skip
         if is_folder and report:
             add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})
     if as_json:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import LABELS, Inputs, model_device, named_labels, reader
 from vbpfx.display.tables import counted
 from vbpfx.errors import EvaluationError, FinetuneError
-from vbpfx.evaluation.intervals import PairedDifference, Share
+from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
 from vbpfx.finetuning.distillation import Watched, divergence, mask_of, sample_means
 from vbpfx.graph.capture import require_module, share_parameters
+
+Compare = Literal["logits", "values"]
 
 _MANY = 5  # top-5
 
@@ -30,11 +34,14 @@ def evaluate(
     *,
     classes: Sequence[str] | None = None,
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    compare: Compare | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run both networks on the same samples and compare their outputs, logits over the last axis, and the labels.
+    """Run both networks on the same samples and compare their outputs, and the labels.
 
-    Without labels: agreement and divergence alone.
+    Logits, over the last axis: accuracies where there are labels, agreement and divergence. Without labels: these two alone. Other
+    values, an encoder's embeddings y of the dense network and z of the pruned one: the cosine y z / (|y| |z|) over the last axis, and
+    sqrt(sum |z - y|^2 / sum |y|^2).
 
     Args:
         dense, pruned: networks of one output, each on its own device; they run in eval mode and stay as they were. Without
@@ -43,6 +50,8 @@ def evaluate(
             not take it, or its ``labels``: one integer a sample.
         classes: the names of the classes, in order.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
+        compare: what the outputs are: ``"logits"`` or ``"values"``. By default logits, where the output is one tensor or has
+            ``logits``. Of an output with several tensors, values are ``last_hidden_state``, or the first.
         progress: show a bar on standard error.
 
     Raises:
@@ -54,16 +63,23 @@ def evaluate(
     for network in networks:
         require_module(network)
     read = reader(dense, inputs)
-    running = [Watched(share_parameters(network), (), "kl") for network in networks]
+    if compare not in (None, *get_args(Compare)):
+        raise EvaluationError(f"compare={compare!r} is unknown; use one of {', '.join(get_args(Compare))}")
+    copies, running = [share_parameters(network) for network in networks], list[Watched]()
     devices = [model_device(network) for network in networks]
     tally = _Tally()
     total = length_hint(batches) or None
     with torch.inference_mode(), progress_bar("evaluating", total, progress) as advance:
         for number, batch in enumerate(batches, start=1):
             given, labels = _without_labels(read(batch), batch, named_labels(batch) if inputs is None else None)
+            if not running:
+                compare = compare or _holds(copies[0], given.to(devices[0]))
+                running = [Watched(network, (), "kl" if compare == "logits" else "mse") for network in copies]
             try:
                 outputs = [run(given.to(device)).output.cpu() for run, device in zip(running, devices, strict=True)]
-                tally.add(outputs, labels, mask_of(given, outputs[0]))
+                tally.add(
+                    outputs, labels if compare == "logits" else None, mask_of(given, outputs[0]), compare == "values"
+                )
             except (FinetuneError, EvaluationError) as error:
                 raise EvaluationError(f"batch {number} (counted from 1): {error}") from error
             _require_names(classes, tally.outputs)
@@ -71,6 +87,15 @@ def evaluate(
     if not tally.samples:
         raise EvaluationError("there is nothing to evaluate on: pass at least one batch")
     return tally.result(classes)
+
+
+def _holds(network: nn.Module, inputs: Inputs) -> Compare:
+    """Logits, where the network's output has them."""
+    try:
+        Watched(network, (), "kl")(inputs)
+    except FinetuneError:
+        return "values"
+    return "logits"
 
 
 def _require_names(classes: Sequence[str] | None, outputs: int) -> None:
@@ -101,13 +126,15 @@ class _Tally:
     samples: int = 0
     agreeing: float = 0.0
     divergences: float = 0.0
+    cosines: list[float] = field(default_factory=list)
+    squares: tuple[float, float] = (0.0, 0.0)  # of the difference, and of the dense network's values
     labels: list[int] = field(default_factory=list)
     hits: dict[tuple[int, int], list[bool]] = field(default_factory=dict)  # (network, 1 or 5) -> sample by sample
     pruned: bool = False
     outputs: int = 0
     by_position: bool = False
 
-    def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
+    def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None, values: bool) -> None:
         dense, *others = (output.float() for output in outputs)
         if not dense.ndim or not len(dense):
             raise EvaluationError(f"the output has shape {tuple(dense.shape)}, expected logits (samples, ..., classes)")
@@ -126,7 +153,14 @@ class _Tally:
         self.samples += len(dense)
         self.outputs = dense.shape[-1]
         self.by_position = dense.ndim > 2
-        for output in others:
+        for output in others if values else ():
+            self.cosines += sample_means(F.cosine_similarity(output.double(), dense.double(), dim=-1), mask).tolist()
+            kept = dense.new_ones(dense.shape[:-1], dtype=torch.bool) if mask is None else mask
+            pairs = ((output - dense).double()[kept], dense.double()[kept])
+            self.squares = tuple(  # type: ignore[assignment]
+                before + part.square().sum().item() for before, part in zip(self.squares, pairs, strict=True)
+            )
+        for output in () if values else others:
             self.pruned = True
             same = (output.argmax(-1) == dense.argmax(-1)).double()
             self.agreeing += sample_means(same, mask).sum().item()
@@ -163,6 +197,8 @@ class _Tally:
             kl=self.divergences / self.samples if both else None,
             classes=self._classes(names) if both else (),
             by_position=self.by_position,
+            cosine=Mean.of(self.cosines) if self.cosines else None,
+            relative_error=math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else None,
         )
 
     def _accuracy(self, network: int) -> Accuracy | None:

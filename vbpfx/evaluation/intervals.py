@@ -1,4 +1,4 @@
-"""95 % confidence intervals of shares, and of the difference of two shares of the same samples.
+"""95 % confidence intervals of shares, of the difference of two shares of the same samples, and of means.
 
 One share of n samples, k of them: Wilson's score interval (1927), with z = 1.96:
 
@@ -9,12 +9,15 @@ Newcombe's "square and add" of the two Wilson intervals (Statistics in Medicine 
 
     phi = (a d - b c) / sqrt((a + b) (c + d) (a + c) (b + d)),   whose numerator is lowered by n / 2, to 0 at least, if above 0.
 
-Both hold for few samples and for shares near 0 and 1, where intervals of the normal distribution do not.
+Both hold for few samples and for shares near 0 and 1, where intervals of the normal distribution do not. A mean of n values has that
+interval: mean +- z s / sqrt(n), with their sample deviation s.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _Z = 1.959963984540054
@@ -38,6 +41,32 @@ class Share:
         k, n = self.count, self.samples
         middle, reach = k + _Z**2 / 2, _Z * math.sqrt(k * (n - k) / n + _Z**2 / 4)
         return max(0.0, (middle - reach) / (n + _Z**2)), min(1.0, (middle + reach) / (n + _Z**2))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of so many samples' values.
+
+    Attributes:
+        value: the mean.
+        error: its standard error, s / sqrt(n); of one sample it is not known, and 0 stands here.
+        samples: how many.
+    """
+
+    value: float
+    error: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of values, one a sample."""
+        n = len(values)
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0, n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """That of the normal distribution."""
+        return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 @dataclass(frozen=True)

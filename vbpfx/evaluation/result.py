@@ -8,7 +8,7 @@ from typing import Any
 
 from vbpfx.display.figures import MINUS
 from vbpfx.display.tables import counted, table
-from vbpfx.evaluation.intervals import PairedDifference, Share
+from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 
 _FEW = 10  # samples a class, below which what one class lost says little
 
@@ -54,6 +54,8 @@ class Evaluation:
         kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
         classes: what became of each class, the worst hurt first.
         by_position: whether the networks choose at every position of a sample.
+        cosine: of outputs that are no logits: mean cosine between the two networks' values.
+        relative_error: of these: root of the summed squared difference over the dense network's own squares.
     """
 
     samples: int
@@ -65,6 +67,8 @@ class Evaluation:
     kl: float | None
     classes: tuple[ClassChange, ...] = field(default=(), repr=False)
     by_position: bool = False
+    cosine: Mean | None = None
+    relative_error: float | None = None
 
     @property
     def retention(self) -> float | None:
@@ -82,7 +86,14 @@ class Evaluation:
                 figures[network] = {"top1": _share(found.top1), "top5": _share(found.top5)}
         changes = {"top1_change": self.top1_change, "top5_change": self.top5_change}
         figures |= {name: _change(change) for name, change in changes.items() if change is not None}
-        others = {"retention": self.retention, "agreement": self.agreement, "kl": self.kl}
+        others = {
+            "retention": self.retention,
+            "agreement": self.agreement,
+            "kl": self.kl,
+            "relative_error": self.relative_error,
+        }
+        if self.cosine is not None:
+            figures["cosine"] = {"mean": self.cosine.value, "interval": list(self.cosine.interval)}
         figures |= {name: value for name, value in others.items() if value is not None}
         if self.classes:
             figures["classes"] = [dataclasses.asdict(entry) for entry in self.classes]
@@ -102,6 +113,9 @@ class Evaluation:
         if self.agreement is not None:
             figures["agreement with the dense network"] = self.agreement
             figures["KL divergence from the dense network"] = f"{self.kl:.4g} nats"
+        if self.cosine is not None:
+            figures["cosine with the dense network's output"] = _cosine(self.cosine)
+            figures["relative error of the output"] = f"{self.relative_error:.4g}"
         return figures
 
     def __str__(self) -> str:
@@ -119,6 +133,9 @@ class Evaluation:
         if self.agreement is not None:
             text += f"both choose the same class: {self.agreement:.1%}{self._agreement_interval()}\n"
             text += f"mean KL divergence from the dense network: {self.kl:.4g} nats\n"
+        if self.cosine is not None:
+            text += f"cosine with the dense network's output: {_cosine(self.cosine)}\n"
+            text += f"relative error of the output: {self.relative_error:.4g}\n"
         if self.retention is not None:
             text += f"retention (pruned top-1 / dense top-1): {self.retention:.1%}\n"
         brackets = "; in brackets 95 % confidence intervals" if "[" in text else ""
@@ -168,6 +185,11 @@ class Evaluation:
         if each < _FEW:
             text += f"With {each:.2g} sample{'' if each == 1 else 's'} a class, what one class lost is mostly chance.\n"
         return text
+
+
+def _cosine(mean: Mean) -> str:
+    low, high = mean.interval
+    return f"{mean.value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _share(share: Share | None) -> dict[str, Any] | None:

@@ -250,7 +250,7 @@ def _compared(output: Any, loss: Loss) -> Tensor:
     if not tensors:
         found = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         hint = (
-            "evaluations compare logits alone, and so does loss='kl' (fine-tuning takes loss='mse' for embeddings)"
+            "for embeddings fine-tuning takes loss='mse', and evaluations compare='values'"
             if loss == "kl"
             else "wrap the model in one that returns a tensor"
         )
