@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 import vbpfx
 from vbpfx.data.inputs import Inputs, argument_names, as_inputs
 from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
-from vbpfx.export.onnx import run_session
+from vbpfx.export.onnx import export_onnx, run_session
 from vbpfx.rewrite.verify import TOLERANCES, reference_graph, relative_error
 
 EXAMPLES = 1  # named axes per reason
@@ -178,7 +178,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
         return
     with stage("ONNX"), tempfile.TemporaryDirectory() as folder:
         try:
-            file = vbpfx.export.onnx.export_onnx(network, inputs, Path(folder) / "pruned.onnx", plan=plan)
+            file = export_onnx(network, inputs, Path(folder) / "pruned.onnx", plan=plan)
             session = onnxruntime.InferenceSession(file, _one_thread(), providers=["CPUExecutionProvider"])
             ordered = {n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
             record.onnx = relative_error(run_session(session, replace(inputs, kwargs=ordered)), expected)

@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vbpfx
+import vbpfx.model_names
 from vbpfx.cli import app
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vbpfx
+import vbpfx.model_names
 from vbpfx.data.batches import Data, spread
 from vbpfx.data.texts import _Tokens
 from vbpfx.errors import CalibrationError
@@ -454,8 +455,8 @@ def test_named_arrays_and_their_labels(tmp_path: Path) -> None:
             r"labels must be one integer a sample, found float64 of shape \(3,\)",
         ),
         ({"labels": np.ones(3, np.int64)}, "holds labels alone"),
-        ({"x": np.array(["a", "b"])}, "x is of <U1; expected numbers of at most 8 bytes"),
-        ({"x": np.ones((3, 2), np.longdouble)}, r"x is of float\d+; expected numbers of at most 8 bytes"),
+        ({"x": np.array(["a", "b"])}, "x is of <U1; expected real numbers of at most 8 bytes"),
+        ({"x": np.ones((3, 2), np.longdouble)}, r"x is of float\d+; expected real numbers of at most 8 bytes"),
         ({"x": np.ones((3, 2)), "y": np.ones((4, 2))}, "holds no arrays of one number of samples"),
     ],
 )

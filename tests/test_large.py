@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import as_inputs
 from vbpfx.graph.capture import named_tensors
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large import pipeline as large
@@ -402,7 +403,7 @@ def test_pieces_hold_no_more_weights_than_allowed(tmp_path: Path) -> None:
         seen.append(sum(4 * t.numel() for t in dict.fromkeys(graph.parameters()) if not t.is_meta))
 
     loading = Loading(graph, loans, captured.batch, one_block)
-    (outputs,) = loading.run([vbpfx.data.inputs.as_inputs(BATCHES[0], model)], before=look)
+    (outputs,) = loading.run([as_inputs(BATCHES[0], model)], before=look)
     with torch.no_grad():
         assert torch.equal(outputs[0], model(BATCHES[0]))
     assert max(seen) <= max(one_block, 4 * WORDS * WIDTH)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError, ExportError
+from vbpfx.graph.capture import Frontend
 from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.latency import block_network
 from vbpfx.planning.latency_table import Latencies
@@ -151,7 +152,7 @@ class _Gated(nn.Module):
 )
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_block_by_itself_computes_what_it_does_in_the_network(
-    model: nn.Module, example: Tensor, frontend: vbpfx.graph.capture.Frontend
+    model: nn.Module, example: Tensor, frontend: Frontend
 ) -> None:
     captured = vbpfx.capture(model.eval(), example, frontend=frontend)
     analysis = vbpfx.find_blocks(captured)
