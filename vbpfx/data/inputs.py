@@ -100,6 +100,11 @@ class Inputs:
         }
         return ", ".join(size if len(sizes) == 1 else f"{name} {size}" for name, size in sizes.items())
 
+    @property
+    def unlabelled(self) -> Inputs:
+        """The same without an argument that is called ``labels``."""
+        return Inputs(self.args, {name: value for name, value in self.kwargs.items() if name != LABELS})
+
     def describe(self) -> str:
         """Shapes and dtypes, for messages."""
         named = [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]

@@ -196,10 +196,9 @@ def _shard(student: nn.Module, teacher: nn.Module, settings: Settings, data: Tra
             "shard=True divides the networks over processes, and there is one; start several with torchrun --nproc-per-node, "
             "or leave shard out"
         )
-    inputs = settings.read(next(data.read(data.order(0)[:1])))
-    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "labels"}
+    inputs = settings.read(next(data.read(data.order(0)[:1]))).unlabelled
     for network, trained in ((student, True), (teacher, False)):
-        shard_network(network, Inputs(inputs.args, kwargs).to(model_device(network)), running.device, trained=trained)
+        shard_network(network, inputs.to(model_device(network)), running.device, trained=trained)
 
 
 def _choose_trainable(network: nn.Module, patterns: Sequence[str] | str | None) -> None:

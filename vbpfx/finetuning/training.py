@@ -262,8 +262,7 @@ class Training:
         """The arguments of a batch on the device, without its labels; and these, if they count."""
         inputs = self.settings.read(batch)
         labels = inputs.kwargs.get(LABELS, named_labels(batch))
-        kwargs = {name: value for name, value in inputs.kwargs.items() if name != LABELS}
-        own = Inputs(inputs.args, kwargs).to(self.processes.device)
+        own = inputs.unlabelled.to(self.processes.device)
         if not self.settings.labels:
             return own, None
         if isinstance(batch, (tuple, list)) and len(batch) > 1 and labels is None:
