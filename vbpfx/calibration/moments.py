@@ -46,7 +46,7 @@ class CoMoments:
     @classmethod
     def of(cls, rows: Tensor) -> CoMoments:
         """Co-moments of ``rows`` (n, d), n >= 1."""
-        wide = rows.float() if rows.dtype in _HALF else rows
+        wide = widened(rows)
         mean = wide.mean(0, dtype=torch.float64)
         centred = wide - mean.to(wide.dtype)
         left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
@@ -90,8 +90,7 @@ class Moments:
     def of(cls, values: Tensor, axis: int = -1) -> Moments:
         """Moments of every channel of ``axis`` over all other axes; any float dtype, at least one value a channel."""
         values = _samples_of_channels(values, axis)
-        shift = values[:1] if values.ndim == 2 else values[:1, :, :1]
-        shift = shift.float() if shift.dtype in _HALF else shift
+        shift = widened(values[:1] if values.ndim == 2 else values[:1, :, :1])
         on_cpu = values.device.type == "cpu"
         step = max(1, (_ELEMENTS_AT_ONCE if on_cpu else _ELEMENTS_AT_ONCE_ELSEWHERE) // values[0].numel())
         step = min(step, _ROWS_AT_ONCE if on_cpu else len(values))
@@ -158,6 +157,11 @@ class Moments:
                 "prepare(..., covariance=True)"
             )
         return self.co | self.held if self.co and self.held else (self.co or self.held)  # type: ignore[return-value]
+
+
+def widened(values: Tensor) -> Tensor:
+    """The values in float32 at least: squares and sums of half-precision ones lose too much."""
+    return values.float() if values.dtype in _HALF else values
 
 
 def answers_at_once(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from vbpfx.calibration.moments import widened
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.graph.capture import Captured
@@ -28,7 +29,6 @@ from vbpfx.records import Consumer
 # tau and rho
 TEMPER = 0.5
 METRIC_POWER = 0.25
-_HALF = (torch.float16, torch.bfloat16)  # squares of small gradients are zero there, and sums of 8 bits
 _LEAST = 1e-3  # of a row that the output does not depend on: a fit needs rows
 # The activations of so many samples are held for the backward pass.
 _SAMPLES_AT_ONCE = 16
@@ -89,8 +89,8 @@ class Gradients:
         for chunk in _chunks(self.captured, batch):
             self.generator.manual_seed(self.seed + self.samples)
             self.samples += chunk.batch_size or 1
-            for node, g in self._gradients(chunk):
-                axis, gradient = self.layers[node].source.axis, g.float() if g.dtype in _HALF else g
+            for node, own in self._gradients(chunk):
+                axis, gradient = self.layers[node].source.axis, widened(own)  # before it is squared
                 if node in self.metrics:
                     rows = gradient.movedim(axis, -1).flatten(0, -2)
                     product = (rows.T @ rows).double()

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vbpfx.calibration.moments import answers_at_once
+from vbpfx.calibration.moments import answers_at_once, widened
 from vbpfx.distributed.ranks import Ranks
 from vbpfx.planning.ridge import ridge_factor
 
@@ -53,7 +53,7 @@ class Sums:
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor, held: bool = False) -> None:
         """Add rows x (n, d) and t (n, out), with weights (n,)."""
-        x, t = (_wide(v) for v in (x, t))
+        x, t = (widened(v) for v in (x, t))
         if self._centres is None:
             self._centres = self.centres(x, t)
         parts = self._parts(x, t, weights)
@@ -74,7 +74,7 @@ class Sums:
     @staticmethod
     def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Fixed centres that fit rows x (n, d) and t (n, out)."""
-        return _wide(x).mean(0), _wide(t).mean(0)
+        return widened(x).mean(0), widened(t).mean(0)
 
     def add_other_ranks(self, ranks: Ranks, inputs: int, outputs: int) -> None:
         """Add the sums of all ranks, which are about the same centres."""
@@ -105,10 +105,6 @@ class Sums:
         x, t = x / w, t / w
         centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
         return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
 def _symmetric(a: Tensor, b: Tensor) -> Tensor:
