@@ -152,12 +152,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     # without gradients: a no_grad region within the model would become a subgraph of its own
     # and without the graph that it prints where the model's code depends on values
-    nothing = io.StringIO()
-    with (
-        warnings.catch_warnings(), unfused_attention(), quiet_logging(), torch.no_grad(),
-        redirect_stdout(nothing), redirect_stderr(nothing),
-    ):  # fmt: skip
-        warnings.simplefilter("ignore")
+    with unheard(), unfused_attention(), torch.no_grad():
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -203,6 +198,15 @@ def quiet_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """No warnings, no logging, and nothing on Python's standard output and error."""
+    nothing = io.StringIO()
+    with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings(), quiet_logging():
+        warnings.simplefilter("ignore")
+        yield
 
 
 FRONTENDS: Mapping[Literal["symbolic", "export"], Callable[[nn.Module, Inputs], fx.GraphModule]] = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 
-from vbpfx.graph.frontends import quiet_logging
+from vbpfx.graph.frontends import unheard
 
 
 @contextmanager
@@ -22,9 +20,7 @@ def silenced() -> Iterator[None]:
     try:
         for fd, _ in kept:
             os.dup2(nowhere, fd)
-        nothing = io.StringIO()  # Python's own streams need not lead to the descriptors
-        with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings(), quiet_logging():
-            warnings.simplefilter("ignore")
+        with unheard():  # Python's own streams need not lead to the descriptors
             yield
     finally:
         sys.stdout.flush()
