@@ -25,11 +25,11 @@ from torch import Tensor, fx, nn
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import named_tensors
 from vbpfx.graph.graph_format import graph_from_json, graph_to_json
-from vbpfx.plan_files import load_plan, plan_files, read_tensors
+from vbpfx.plan_files import load_plan, plan_files
 from vbpfx.records import Plan
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
-from vbpfx.storage.tensors import INDEX, WHOLE, Stored
+from vbpfx.storage.tensors import INDEX, WHOLE, Stored, read_tensors
 
 _BUFFERS = "buffers.safetensors"
 _CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.large.pipeline`)

@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vbpfx.errors import ArtifactError
 from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
 from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
+from vbpfx.storage.tensors import read_tensors
 
 _FORMAT = 3
 
@@ -83,16 +82,3 @@ def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     for number, correction in enumerate(plan.corrections):
         tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
     return tensors
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
-    try:
-        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vbpfx.errors import ArtifactError, ModelError, first_line
@@ -162,3 +163,16 @@ def _divided(shapes: Mapping[str, Tensor], limit: int) -> Iterator[Sequence[str]
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    try:
+        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error
