@@ -114,12 +114,12 @@ def prune(
         ranks.meet("choice of options", in_words(options))
     # a mistake in these should not cost a capture
     chosen = PlanOptions.of(**options)
-    if compile is not False and (chosen.reconstructs if reconstruct is None else reconstruct):
+    fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
+    if compile is not False and fitting.fits(chosen):
         raise CalibrationError(
             "compile= is for forward passes alone; the reconstruction takes gradients and runs layers one by one, "
             "which is not compiled: pass reconstruct=False or method='vbp' with it, or leave compile out"
         )
-    fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)
     if example_inputs is None:

@@ -35,6 +35,10 @@ class Fitting:
         if self.samples is not None:
             require_positive("samples", self.samples)
 
+    def fits(self, chosen: PlanOptions) -> bool:
+        """Whether layers are fitted block after block: as was said, or else as the method does."""
+        return chosen.reconstructs if self.reconstruct is None else self.reconstruct
+
 
 @dataclass(frozen=True)
 class Target:
@@ -103,7 +107,7 @@ class Strategy:
         """
         chosen = PlanOptions.of(**options)
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-        fits = chosen.reconstructs if fitting.reconstruct is None else fitting.reconstruct
+        fits = fitting.fits(chosen)
         refits = fits and (fitting.refit is None or fitting.refit)
         beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
@@ -113,6 +117,9 @@ class Strategy:
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}
             chosen = PlanOptions.of(**options)
+        samples = MOST_SAMPLES if measures else 0
+        if fits:
+            samples = fitting.samples or samples_that_fit(analysis, fitting.memory)
         return cls(
             options=options,
             chosen=chosen,
@@ -121,8 +128,6 @@ class Strategy:
             layers=layers_to_fit(analysis, blocks, beside) if fits else [],
             fits=fits,
             chooses=chooses,
-            samples=(fitting.samples or samples_that_fit(analysis, fitting.memory))
-            if fits
-            else MOST_SAMPLES * measures,
+            samples=samples,
             covariance=chosen.needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True),
         )
