@@ -1,1 +1,1 @@
-"""Dense against pruned on labelled data."""
+"""Dense against pruned on data, with labels or without."""

@@ -19,11 +19,13 @@ from vbpfx.display.tables import counted
 from vbpfx.errors import EvaluationError, FinetuneError
 from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
-from vbpfx.finetuning.distillation import Watched, divergence, mask_of, sample_means
+from vbpfx.finetuning.distillation import Loss, Watched, divergence, mask_of, sample_means
 from vbpfx.graph.capture import require_module, share_parameters
 
 Compare = Literal["logits", "values"]
 
+# The losses that are of such outputs.
+_LOSSES: dict[Compare, Loss] = {"logits": "kl", "values": "mse"}
 _MANY = 5  # top-5
 
 
@@ -65,21 +67,24 @@ def evaluate(
     read = reader(dense, inputs)
     if compare not in (None, *get_args(Compare)):
         raise EvaluationError(f"compare={compare!r} is unknown; use one of {', '.join(get_args(Compare))}")
-    copies, running = [share_parameters(network) for network in networks], list[Watched]()
+    loss = _LOSSES[compare] if compare else None
+    running = [Watched(share_parameters(network), (), loss) for network in networks]
     devices = [model_device(network) for network in networks]
     tally = _Tally()
     total = length_hint(batches) or None
     with torch.inference_mode(), progress_bar("evaluating", total, progress) as advance:
         for number, batch in enumerate(batches, start=1):
             given, labels = _without_labels(read(batch), batch, named_labels(batch) if inputs is None else None)
-            if not running:
-                compare = compare or _holds(copies[0], given.to(devices[0]))
-                running = [Watched(network, (), "kl" if compare == "logits" else "mse") for network in copies]
             try:
-                outputs = [run(given.to(device)).output.cpu() for run, device in zip(running, devices, strict=True)]
-                tally.add(
-                    outputs, labels if compare == "logits" else None, mask_of(given, outputs[0]), compare == "values"
-                )
+                outputs = []
+                for run, device in zip(running, devices, strict=True):
+                    run.loss = run.loss or running[0].loss
+                    outputs.append(run(given.to(device)).output.cpu())
+                mask = mask_of(given, outputs[0])
+                if running[0].loss == _LOSSES["values"]:
+                    tally.add_values(outputs, mask)
+                else:
+                    tally.add_logits(outputs, labels, mask)
             except (FinetuneError, EvaluationError) as error:
                 raise EvaluationError(f"batch {number} (counted from 1): {error}") from error
             _require_names(classes, tally.outputs)
@@ -87,15 +92,6 @@ def evaluate(
     if not tally.samples:
         raise EvaluationError("there is nothing to evaluate on: pass at least one batch")
     return tally.result(classes)
-
-
-def _holds(network: nn.Module, inputs: Inputs) -> Compare:
-    """Logits, where the network's output has them."""
-    try:
-        Watched(network, (), "kl")(inputs)
-    except FinetuneError:
-        return "values"
-    return "logits"
 
 
 def _require_names(classes: Sequence[str] | None, outputs: int) -> None:
@@ -115,8 +111,7 @@ def _without_labels(inputs: Inputs, batch: Any, named: Any) -> tuple[Inputs, Ten
     labels = inputs.kwargs.get(LABELS, named)
     if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
         labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
-    kwargs = {name: value for name, value in inputs.kwargs.items() if name != LABELS}
-    return Inputs(inputs.args, kwargs), labels if isinstance(labels, Tensor) else None
+    return inputs.unlabelled, labels if isinstance(labels, Tensor) else None
 
 
 @dataclass
@@ -127,15 +122,41 @@ class _Tally:
     agreeing: float = 0.0
     divergences: float = 0.0
     cosines: list[float] = field(default_factory=list)
-    squares: tuple[float, float] = (0.0, 0.0)  # of the difference, and of the dense network's values
+    lost: float = 0.0  # squared differences of values
+    whole: float = 0.0  # the dense network's values, squared
     labels: list[int] = field(default_factory=list)
     hits: dict[tuple[int, int], list[bool]] = field(default_factory=dict)  # (network, 1 or 5) -> sample by sample
     pruned: bool = False
     outputs: int = 0
     by_position: bool = False
 
-    def add(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None, values: bool) -> None:
-        dense, *others = (output.float() for output in outputs)
+    def add_logits(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
+        """A batch's logits (samples, ..., classes) of each network, and its labels."""
+        if self.samples and (labels is None) == bool(self.labels):
+            here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
+            raise EvaluationError(f"this batch has {here}, those before {before}")
+        dense, *others = self._checked(outputs, alone=labels is not None)
+        self.by_position = dense.ndim > 2
+        for output in others:
+            self.pruned = True
+            same = (output.argmax(-1) == dense.argmax(-1)).double()
+            self.agreeing += sample_means(same, mask).sum().item()
+            self.divergences += sample_means(divergence(output, dense).double(), mask).sum().item()
+        if labels is not None:
+            self._count([dense, *others], labels.cpu())
+
+    def add_values(self, outputs: list[Tensor], mask: Tensor | None) -> None:
+        """A batch's values (samples, ..., features) of each network."""
+        dense, *others = self._checked(outputs, alone=False)
+        kept = dense.new_ones(dense.shape[:-1], dtype=torch.bool) if mask is None else mask
+        for output in others:
+            self.cosines += sample_means(F.cosine_similarity(output.double(), dense.double(), dim=-1), mask).tolist()
+            self.lost += (output - dense)[kept].double().square().sum().item()
+            self.whole += dense[kept].double().square().sum().item()
+
+    def _checked(self, outputs: list[Tensor], *, alone: bool) -> list[Tensor]:
+        """The outputs in float32, whose samples count; ``alone``: whether one network's say anything."""
+        dense, *others = found = [output.float() for output in outputs]
         if not dense.ndim or not len(dense):
             raise EvaluationError(f"the output has shape {tuple(dense.shape)}, expected logits (samples, ..., classes)")
         for name, output in zip(("dense", "pruned"), (dense, *others), strict=False):
@@ -145,28 +166,11 @@ class _Tally:
                 raise EvaluationError(
                     f"the output has shape {tuple(output.shape)} in the pruned network and {tuple(dense.shape)} in the dense one"
                 )
-        if self.samples and (labels is None) == bool(self.labels):
-            here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
-            raise EvaluationError(f"this batch has {here}, those before {before}")
-        if labels is None and not others:
+        if not others and not alone:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)
         self.outputs = dense.shape[-1]
-        self.by_position = dense.ndim > 2
-        for output in others if values else ():
-            self.cosines += sample_means(F.cosine_similarity(output.double(), dense.double(), dim=-1), mask).tolist()
-            kept = dense.new_ones(dense.shape[:-1], dtype=torch.bool) if mask is None else mask
-            pairs = ((output - dense).double()[kept], dense.double()[kept])
-            self.squares = tuple(  # type: ignore[assignment]
-                before + part.square().sum().item() for before, part in zip(self.squares, pairs, strict=True)
-            )
-        for output in () if values else others:
-            self.pruned = True
-            same = (output.argmax(-1) == dense.argmax(-1)).double()
-            self.agreeing += sample_means(same, mask).sum().item()
-            self.divergences += sample_means(divergence(output, dense).double(), mask).sum().item()
-        if labels is not None:
-            self._count([dense, *others], labels.cpu())
+        return found
 
     def _count(self, outputs: list[Tensor], labels: Tensor) -> None:
         shape, most = tuple(outputs[0].shape), outputs[0].shape[-1]
@@ -198,7 +202,7 @@ class _Tally:
             classes=self._classes(names) if both else (),
             by_position=self.by_position,
             cosine=Mean.of(self.cosines) if self.cosines else None,
-            relative_error=math.sqrt(self.squares[0] / self.squares[1]) if self.squares[1] else None,
+            relative_error=math.sqrt(self.lost / self.whole) if self.whole else None,
         )
 
     def _accuracy(self, network: int) -> Accuracy | None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from vbpfx.calibration.moments import Moments
+from vbpfx.calibration.moments import Moments, widened
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError, RankError, first_line
@@ -55,11 +55,14 @@ class Watched:
     Args:
         network: left as it is but for forward hooks.
         names: the modules to watch.
-        loss: which output is compared.
+        loss: which output is compared; None for that of the first run: its logits, or else its values.
+
+    Attributes:
+        loss: the same, settled by the first run.
     """
 
-    def __init__(self, network: nn.Module, names: Iterable[str], loss: Loss) -> None:
-        self.network, self._loss = network, loss
+    def __init__(self, network: nn.Module, names: Iterable[str], loss: Loss | None) -> None:
+        self.network, self.loss = network, loss
         self._seen: dict[str, list[Tensor]] = {}
         self._handles = [self._watch(network.get_submodule(name), name) for name in names]
 
@@ -89,7 +92,8 @@ class Watched:
                 f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
                 f"  the batch: {inputs.describe()}"
             ) from error
-        return Signals(_compared(output, self._loss), self._seen)
+        self.loss = self.loss or ("kl" if _named(output, "kl") else "mse")
+        return Signals(_compared(output, self.loss), self._seen)
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -159,7 +163,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not go with logits of shape "
             f"{tuple(logits.shape)}: labels=True takes one integer per prediction, as the second entry of a batch"
         )
-    wide = _wide(logits)
+    wide = widened(logits)
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long(), reduction="none")
     return mean_over_samples(losses.view(labels.shape), labels != -100)
 
@@ -242,11 +246,17 @@ def _repeated_blocks(network: nn.Module) -> list[str]:
     return found
 
 
-def _compared(output: Any, loss: Loss) -> Tensor:
+def _named(output: Any, loss: Loss) -> list[Tensor]:
+    """The tensors of an output that a loss may be of."""
     named = [output.get(n) if isinstance(output, Mapping) else getattr(output, n, None) for n in _NAMES[loss]]
     tensors = [value for value in named if isinstance(value, Tensor)]
     if not tensors and not (loss == "kl" and isinstance(output, Mapping)):
         tensors = [tensor for tensor in _floats(output) if tensor.ndim > 1]
+    return tensors
+
+
+def _compared(output: Any, loss: Loss) -> Tensor:
+    tensors = _named(output, loss)
     if not tensors:
         found = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         hint = (
@@ -271,12 +281,7 @@ def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor
             f"{what} has shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher; "
             f"the teacher must be the dense network that was pruned"
         )
-    return _wide(ours), _wide(theirs)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Losses are computed in float32 at least."""
-    return tensor.float() if tensor.element_size() < 4 else tensor
+    return widened(ours), widened(theirs)
 
 
 def mask_of(inputs: Inputs, values: Tensor) -> Tensor | None:
