@@ -126,8 +126,8 @@ def evaluate(
         if dense and not is_folder:
             note_random_weights(network, None)
         note(str(samples))
-        found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=compare.value if compare else None,
-                                 progress=shows_progress())  # fmt: skip
+        how = compare.value if compare else None
+        found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=how, progress=shows_progress())
         if is_folder and report:
             add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})
     if as_json:

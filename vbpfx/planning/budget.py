@@ -2,7 +2,8 @@
 
 One ranking over the neurons of all blocks, lowest score first, ties by block and index; the budget says
 how far down it goes. Every block keeps at least its floor. ``ratio`` is met to the neuron; ``macs``,
-``params`` and ``latency`` by the smallest number of neurons whose removal is enough.
+``params`` and ``latency`` by the smallest number of neurons whose removal is enough. Where widths are multiples of a step, all
+of them are met as nearly as steps allow.
 """
 
 from __future__ import annotations
