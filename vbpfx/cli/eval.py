@@ -113,6 +113,7 @@ def evaluate(
         with busy(f"loading {dense or network}"):
             from vbpfx.artifact import load_beside
             from vbpfx.data.sources import open_data
+            from vbpfx.evaluation.evaluate import Compare
             from vbpfx.evaluation.evaluate import evaluate as run_evaluate
             from vbpfx.model_names import load_model
 
@@ -126,7 +127,7 @@ def evaluate(
         if dense and not is_folder:
             note_random_weights(network, None)
         note(str(samples))
-        how = compare.value if compare else None
+        how: Compare | None = compare.value if compare else None
         found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=how, progress=shows_progress())
         if is_folder and report:
             add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})
