@@ -84,6 +84,8 @@ def test_the_file_computes_what_the_plan_says(case: Case, keep_io: bool, tmp_pat
     onnx.checker.check_model(small, full_check=True)
     assert list(small.graph.input) == list(model.graph.input)
     floats = {name: array.dtype for name, array in tensors(small).items() if array.dtype.kind == "f"}
+    sizes = tuple(sum(array.nbytes for array in tensors(m).values()) for m in (model, small))
+    assert pruned.report.size == sizes
     if case.before_norm is None:  # a norm's statistics are carried in float32
         assert set(floats.values()) == {np.dtype(np.float16)}
 

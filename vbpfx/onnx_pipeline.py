@@ -32,6 +32,7 @@ from vbpfx.onnx_graph.file import (
     read_model,
     release_pages,
     require_writable,
+    stored_bytes,
     true_inputs,
     write_model,
 )
@@ -161,7 +162,7 @@ def prune_onnx(
         verify=verify,
     )
     observed_by = str(tallies[0]) if tallies else "torch"
-    external = has_external_data(model)
+    external, dense_bytes = has_external_data(model), stored_bytes(model)
     release_pages(model)
     round_as_stored(imported, pruned.plan, pruned.graph_module)
     with quiet_logging():
@@ -173,7 +174,8 @@ def prune_onnx(
 
     write_model(model, out, source=path, external=external, check=compare)
     left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
-    return _result(out, pruned, fidelity, observed_by, parity[0], left_alone)
+    size = (dense_bytes, stored_bytes(model))
+    return _result(out, pruned, size, fidelity, observed_by, parity[0], left_alone)
 
 
 def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:
@@ -183,12 +185,18 @@ def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:
 
 
 def _result(
-    out: Path, pruned: Pruned, fidelity: float, observed_by: str, parity: float, left_alone: Mapping[str, int]
+    out: Path,
+    pruned: Pruned,
+    size: tuple[int, int],
+    fidelity: float,
+    observed_by: str,
+    parity: float,
+    left_alone: Mapping[str, int],
 ) -> PrunedOnnx:
-    verification, report = pruned.verification, pruned.report
+    verification = pruned.verification
     if verification is not None:
         verification = dataclasses.replace(verification, capture=fidelity)
-        report = dataclasses.replace(report, verification=verification)
+    report = dataclasses.replace(pruned.report, size=size, verification=verification)
     return PrunedOnnx(
         out, pruned.plan, pruned.statistics, pruned.analysis, report, verification, observed_by, parity, left_alone,
         pruned.graph_module, pruned.captured,

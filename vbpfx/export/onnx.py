@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
-from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
+from vbpfx.graph.frontends import dynamic_shapes, unheard
 from vbpfx.records import Plan
 from vbpfx.rewrite.verify import relative_error
 from vbpfx.storage.files import Write, write_atomically
@@ -125,8 +122,7 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
         # which the exporter would take for the keyword arguments
         name = argument_names(network, example)[-1]
         example = Inputs(example.args[:-1], {name: example.args[-1]})
-    with warnings.catch_warnings(), quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with unheard():
         program = torch.onnx.export(
             _exportable(network, example),
             example.args,

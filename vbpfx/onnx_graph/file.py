@@ -131,6 +131,17 @@ def has_external_data(model: ir.Model) -> bool:
     return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
 
 
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all tensors that the file holds, in initializers and constants, as it stores them."""
+    stored = [value.const_value for value in model.graph.initializers.values()]
+    stored += [node.attributes["value"].as_tensor() for node in model.graph if _holds_tensor(node)]
+    return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+
+def _holds_tensor(node: ir.Node) -> bool:
+    return node.op_type == "Constant" and "value" in node.attributes
+
+
 def release_pages(model: ir.Model) -> None:
     """Let go of the pages of external data that were read so far: who needs them next reads them from the file again."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
@@ -193,8 +204,7 @@ def write_model(model: ir.Model, out: Path, *, source: Path, external: bool, che
         ArtifactError: it cannot be written.
         ExportError: ONNX's checker rejects it.
     """
-    sizes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = external or sizes > _MOST_IN_ONE_FILE
+    external = external or stored_bytes(model) > _MOST_IN_ONE_FILE
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             staged = Path(folder) / out.name

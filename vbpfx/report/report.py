@@ -44,8 +44,8 @@ class Report:
             and measured on the result.
         uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
         network: class of the model.
-        size: bytes of all parameters and buffers ``(dense, pruned)``, of :func:`vbpfx.prune_files` as files hold them; None in
-            reports that older versions wrote.
+        size: bytes of all parameters and buffers ``(dense, pruned)``, of :func:`vbpfx.prune_files` and :func:`vbpfx.prune_onnx` as
+            files hold them; None in reports that older versions wrote.
         spectra: per block the variances of its neurons, and which of them stay.
         refusals: the axes that could not be narrowed, with the reasons.
         arguments: what ``prune`` was called with, as far as it differs from the defaults.
