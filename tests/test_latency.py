@@ -91,6 +91,16 @@ def test_a_budget_out_of_reach_names_the_nearest() -> None:
 
 
 @pytest.mark.usefixtures("counted")
+def test_where_narrow_blocks_are_no_faster_no_budget_can_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that does not tell them apart, as that of a small network."""
+    monkeypatch.setattr(
+        _Counted, "run", lambda self, inputs: setattr(self.clock, "now", self.clock.now + OVERHEAD) or []
+    )
+    with pytest.raises(BudgetError, match=r"latency=0\.9 cannot be met"):
+        vbpfx.prune(_network(), [torch.randn(64, 32)], latency=0.9, method="vbp", progress=False)
+
+
+@pytest.mark.usefixtures("counted")
 def test_no_multiple_of_the_rounding_below_a_width() -> None:
     analysis = vbpfx.find_blocks(vbpfx.capture(_network(), torch.randn(2, 32)))
     with pytest.raises(BudgetError, match="no multiple of round_to=256 is below its width 256"):

@@ -218,6 +218,15 @@ def share_parameters(model: Model) -> Model:
     return shared
 
 
+def on_cpu(model: Model) -> Model:
+    """The model itself where all of it is on the CPU, otherwise a copy there, in eval mode."""
+    if all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().cpu(), p.requires_grad) for p in model.parameters()}
+    memo |= {key: tensor.cpu() for key, tensor in plain_tensors(model).items()}
+    return copy.deepcopy(model, memo).to("cpu").eval()
+
+
 def plain_tensors(model: nn.Module) -> dict[int, Tensor]:
     """A deepcopy memo for tensors that are neither parameters nor buffers: deepcopy cannot copy computed ones."""
     attributes = (value for module in model.modules() for value in vars(module).values())

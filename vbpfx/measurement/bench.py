@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.errors import CaptureError, ExportError, first_line
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.graph.capture import capture, share_parameters
+from vbpfx.graph.capture import capture, on_cpu, share_parameters
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Clock, Spread, alternating
 from vbpfx.rewrite.verify import relative_error
@@ -50,7 +51,8 @@ def bench(
     """Measure dense against pruned in the same run, interleaved.
 
     Args:
-        dense, pruned: networks of the same arguments and outputs; they are left as they are.
+        dense, pruned: networks of the same arguments and outputs; they are left as they are. Measured is on the processor: what
+            is on another device is copied.
         inputs: one batch, which is repeated or cut to the batch sizes.
         runtimes: of :data:`vbpfx.runtimes.table.NAMES`.
         batches: batch sizes.
@@ -67,7 +69,7 @@ def bench(
         ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not belong
             together.
     """
-    example = as_inputs(inputs, dense)
+    example = as_inputs(inputs, dense).to(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
                  _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip
@@ -122,7 +124,7 @@ class _Network(_Subject):
     """A module; runtimes that take ONNX files share one."""
 
     def __init__(self, network: nn.Module, inputs: Inputs, path: Path) -> None:
-        self.network, self.inputs, self.path = share_parameters(network), inputs, path
+        self.network, self.inputs, self.path = share_parameters(on_cpu(network)), inputs, path
 
     @functools.cached_property
     def file(self) -> Path:

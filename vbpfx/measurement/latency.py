@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError
-from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.graph.capture import Captured, named_tensors, on_cpu
 from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.timing import Clock, alternating, interleaved
 from vbpfx.planning.budget import floors
@@ -65,7 +65,7 @@ def measure_latencies(
         BudgetError: no width below a block's own is a multiple of ``round_to``.
     """
     chosen = tuple(analysis.blocks if blocks is None else blocks)
-    captured, engine = analysis.captured, find_runtime(runtime)
+    captured, engine = _on_cpu(analysis.captured), find_runtime(runtime)
     inputs = captured.inputs.resized(batch)
     points: dict[str, tuple[tuple[int, float], ...]] = {}
     for group in _alike(captured, chosen):
@@ -79,8 +79,14 @@ def measure_latencies(
         small = convert(captured, _any_neurons(captured, chosen, widths), share=True)
         measured = _ratio(engine.compile(small, inputs, threads), dense, inputs, threads)
         alone = replace(latencies, correction=1.0)
-        latencies = replace(alone, correction=max(0.0, 1 - measured) / (1 - alone.ratio(widths)))
+        saved = 1 - alone.ratio(widths)
+        latencies = replace(alone, correction=max(0.0, 1 - measured) / saved) if saved else alone
     return latencies
+
+
+def _on_cpu(captured: Captured) -> Captured:
+    """The same network where runtimes compute."""
+    return replace(captured, graph_module=on_cpu(captured.graph_module), inputs=captured.inputs.to(torch.device("cpu")))
 
 
 def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs, threads: int | None) -> float:
@@ -97,8 +103,9 @@ def _clock(threads: int | None) -> Clock:
 
 def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latencies: Latencies) -> dict[str, Any]:
     """Latency of a narrowed network over the dense one's: asked, predicted, and measured where the table was."""
-    inputs, engine = captured.inputs.resized(latencies.batch), find_runtime(latencies.runtime)
-    dense, narrowed = (engine.compile(n, inputs, latencies.threads) for n in (captured.graph_module, small))
+    captured, engine = _on_cpu(captured), find_runtime(latencies.runtime)
+    inputs = captured.inputs.resized(latencies.batch)
+    dense, narrowed = (engine.compile(n, inputs, latencies.threads) for n in (captured.graph_module, on_cpu(small)))
     return {
         "runtime": latencies.runtime,
         "batch": latencies.batch,
