@@ -81,7 +81,8 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same arguments with every tensor on the device."""
-        return self.map(lambda t: t.to(device, non_blocking=True))
+        # who asks for numbers on the CPU reads them at once, and would read before they are there
+        return self.map(lambda t: t.to(device, non_blocking=device.type != "cpu"))
 
     def run(self, network: nn.Module) -> Any:
         """What the network makes of the batch; of copies, since a model may write into its input."""
