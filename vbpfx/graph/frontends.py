@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs, argument_names, holds_tensor
+from vbpfx.data.inputs import Inputs, argument_names, holds_tensor, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.rules.ops import is_registered
 
@@ -108,6 +108,25 @@ def _drop_input_checks(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _follow_inputs(graph: fx.Graph, device: torch.device) -> None:
+    """Make tensors on the inputs' device, wherever that is, where torch.export wrote down the one that it was traced on."""
+    same = {device, torch.device(device.type)}
+    nodes = [node for node in graph.nodes if same & set(filter(_is_device, (*node.args, *node.kwargs.values())))]
+    inputs = graph.find_nodes(op="placeholder")
+    given = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+    if not nodes or given is None:
+        return
+    with graph.inserting_after(inputs[-1]):
+        asked = graph.call_function(getattr, (given, "device"))
+    for node in nodes:
+        node.args = tuple(asked if _is_device(v) and v in same else v for v in node.args)
+        node.kwargs = {name: asked if _is_device(v) and v in same else v for name, v in node.kwargs.items()}
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device)
+
+
 # Operator -> where it says that it trains.
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
 
@@ -158,6 +177,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
     _drop_input_checks(graph)
+    _follow_inputs(graph, model_device(model))
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
 
