@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vbpfx.errors import CalibrationError
+from vbpfx.graph.precision import full_float32
 
 _HALF = (torch.float16, torch.bfloat16)
 # A piece of 2 MiB stays in the cache, and is long enough that calling the operators costs nothing beside it. Rows are added
@@ -50,7 +51,9 @@ class CoMoments:
         mean = wide.mean(0, dtype=torch.float64)
         centred = wide - mean.to(wide.dtype)
         left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
-        m2 = (centred.T @ centred).double() - len(rows) * torch.outer(left, left)
+        with full_float32():
+            product = centred.T @ centred
+        m2 = product.double() - len(rows) * torch.outer(left, left)
         if wide.dtype != torch.float64 and answers_at_once(wide.device) and not bool(m2.isfinite().all()):
             return cls.of(wide.double())  # squares of what is finite may leave float32
         return cls(len(rows), mean.to(wide.dtype).double() + left, m2)

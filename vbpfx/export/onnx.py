@@ -20,6 +20,7 @@ from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
 from vbpfx.graph.frontends import dynamic_shapes, unheard
+from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
 from vbpfx.rewrite.verify import relative_error
 from vbpfx.storage.files import Write, write_atomically
@@ -183,7 +184,7 @@ def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for samples in _CHECKED_BATCHES:
         batch = inputs.resized(samples)
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             output = network(*batch.args, **batch.kwargs)
         expected = [leaf.cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         found = run_session(session, batch)

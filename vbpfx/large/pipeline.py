@@ -26,6 +26,7 @@ from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, fir
 from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.fake import has_fixed_batch
+from vbpfx.graph.precision import full_float32
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
@@ -235,10 +236,12 @@ def _verify(
     """The substitution oracle, of which each network is run by itself."""
 
     def run(network: fx.GraphModule, loans: Loans) -> list[Tensor]:
-        return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
+        with full_float32():
+            return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
 
     try:
-        own = run_by_module(captured.reference, dense, example)
+        with full_float32():
+            own = run_by_module(captured.reference, dense, example)
     except Exception as failure:  # the model's own code raises whatever it raises
         raise VerificationError(
             f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "

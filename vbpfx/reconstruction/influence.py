@@ -24,6 +24,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
+from vbpfx.graph.precision import full_float32
 from vbpfx.records import Consumer
 
 # tau and rho
@@ -93,7 +94,8 @@ class Gradients:
                 axis, gradient = self.layers[node].source.axis, widened(own)  # before it is squared
                 if node in self.metrics:
                     rows = gradient.movedim(axis, -1).flatten(0, -2)
-                    product = (rows.T @ rows).double()
+                    with full_float32():
+                        product = (rows.T @ rows).double()
                     self.products[node] = self.products[node] + product if node in self.products else product
                 parts[node].append(gradient.square().sum(axis, keepdim=True).float())
         for node, found in parts.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vbpfx.calibration.moments import answers_at_once, widened
 from vbpfx.distributed.ranks import Ranks
+from vbpfx.graph.precision import full_float32
 from vbpfx.planning.ridge import ridge_factor
 
 _PANEL = 256
@@ -69,7 +70,9 @@ class Sums:
         x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
         w = weights.to(x)
         wx = x * w[:, None]
-        return tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
+        with full_float32():
+            sums = w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t
+        return tuple(part.double() for part in sums)
 
     @staticmethod
     def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

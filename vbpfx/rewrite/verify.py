@@ -19,6 +19,7 @@ from vbpfx.data.inputs import Inputs, as_inputs, model_device, tensors_in
 from vbpfx.errors import VerificationError, first_line
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.graph.frontends import unfused_attention
+from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
 
@@ -235,7 +236,7 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             output = inputs.run(network)
     finally:
         for module, training in modes.items():
