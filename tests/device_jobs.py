@@ -147,7 +147,7 @@ def text_model(kind: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 40}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "llama":
-        model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, use_cache=False))
+        model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     else:
         model = transformers.BertModel(transformers.BertConfig(**sizes))
     ids = [{"input_ids": torch.randint(50, (4, 7)), "attention_mask": torch.ones(4, 7).long()} for _ in range(3)]

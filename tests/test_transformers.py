@@ -101,6 +101,53 @@ def test_the_mlps_are_found(name: str) -> None:
     _assert_blocks(name, vbpfx.find_blocks(vbpfx.capture(model, batch)), model)
 
 
+CACHING = [
+    "Llama",
+    "Mistral",
+    "Qwen3",
+    "Gemma",
+    "Phi-3",
+    "GPT-2",
+    "OPT",
+    "GPT-NeoX",
+    "BLOOM",
+    "T5 gated",
+    "BART",
+    "Whisper",
+]
+
+
+@pytest.mark.parametrize("name", CACHING)
+def test_caches_are_left_out_and_left_as_they_are(name: str, tmp_path: Path) -> None:
+    """Language models return keys and values by default, for the next token."""
+    model, batch = TRANSFORMERS[name]()
+    _set_caches(model, True)
+    assert len(model(**batch).to_tuple()) > len(_without_cache(model, batch))
+    pruned = vbpfx.prune(model, [batch], ratio=0.5, method="vbp", progress=False)
+    _assert_blocks(name, pruned.analysis, model)
+    small = pruned.apply_to(model)
+    assert all(config.use_cache for network in (model, small) for config in _cache_settings(network))
+    assert len(small(**batch).to_tuple()) == len(model(**batch).to_tuple())
+    evaluated = vbpfx.evaluate(model, pruned.graph_module, [batch], progress=False)
+    assert evaluated.agreement is not None
+
+
+def _cache_settings(model: Any) -> list[Any]:
+    """A decoder behind an encoder has a configuration of its own."""
+    return [model.config, *([model.get_decoder().config] if model.config.is_encoder_decoder else [])]
+
+
+def _set_caches(model: nn.Module, on: bool) -> None:
+    for config in _cache_settings(model):
+        config.use_cache = on
+
+
+def _without_cache(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    copied = copy.deepcopy(model)
+    _set_caches(copied, False)
+    return list(copied(**batch).to_tuple())
+
+
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_saved_and_loaded_by_hugging_face(name: str, tmp_path: Path) -> None:
     model, batch = TRANSFORMERS[name]()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.graph.capture import share_parameters
+from vbpfx.graph.capture import on_cpu, share_parameters
 
 
 class _Flat(nn.Module):
@@ -34,7 +34,7 @@ class _Flat(nn.Module):
 
 def export_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """The program of the network in eval mode, on the CPU; it takes ``inputs.tensors`` in order, of these shapes."""
-    flat = share_parameters(_Flat(network, inputs)).cpu()
+    flat = share_parameters(on_cpu(_Flat(network, inputs)))
     example = tuple(tensor.cpu() for tensor in inputs.tensors)
     with torch.no_grad():
         return torch.export.export(flat, example, strict=False)

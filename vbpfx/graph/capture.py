@@ -203,7 +203,10 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
 
 
 def share_parameters(model: Model) -> Model:
-    """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied."""
+    """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied.
+
+    A language model's copy makes no cache of keys and values: that is no part of one forward pass.
+    """
     # an embedding with max_norm writes to its weight in forward
     written = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in written} | plain_tensors(model)
@@ -214,8 +217,11 @@ def share_parameters(model: Model) -> Model:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute "
             f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
         ) from error
-    shared.eval()
-    return shared
+    for module in shared.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+    return shared.eval()
 
 
 def on_cpu(model: Model) -> Model:
