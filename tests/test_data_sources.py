@@ -542,6 +542,36 @@ def test_lines_of_json(bert: Path, tmp_path: Path) -> None:
     assert vbpfx.open_data(_texts(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), model).labels is None
 
 
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> None:
+    """Each token one place later, behind the one that answers begin with: what training gives the decoder."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, dict[str, int]] = {
+        "T5": {"d_model": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2, "d_kv": 8},
+        "Bart": {"d_model": 16, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "encoder_layers": 2, "decoder_layers": 2,
+                 "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 24},
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=20, pad_token_id=0, decoder_start_token_id=3, eos_token_id=4, bos_token_id=5, **sizes[kind]
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    model = vbpfx.model_names.load_model(f"hf:{tmp_path / 'model'}")
+    words = ["[PAD]", "[UNK]", *WORDS.split()]
+    rows = [{"text": "the cat sat", "target": "dogs ran", "label": 1}, {"text": "a mat", "target": "far", "label": 0}]
+    data = vbpfx.open_data(_texts(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows * 8))), model, batch=2, limit=16)
+    batch = next(iter(data))
+    assert set(batch) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert batch["input_ids"].shape == (2, 3)
+    assert batch["decoder_input_ids"].tolist() == [[3, words.index("dogs")], [3, words.index("far")]]
+    pruned = vbpfx.prune(model, data, ratio=0.5, method="vbp", progress=False)
+    assert {block.width for block in pruned.analysis.blocks} == {40}
+    assert len(pruned.analysis.blocks) == 4
+    with pytest.raises(CalibrationError, match=r'has a decoder, .* a "text" and its answer, a "target"'):
+        vbpfx.open_data(_texts(tmp_path / "a.txt", "the cat"), model)
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.txt", "the cat\n"), ("a.jsonl", '{"text": "the cat"}')])
 def test_a_byte_order_mark_is_no_text(bert: Path, tmp_path: Path, name: str, text: str) -> None:
     model = vbpfx.model_names.load_model(f"hf:{bert}")

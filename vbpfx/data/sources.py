@@ -47,7 +47,8 @@ def open_data(
             - a folder of images, directly in it or in a folder for each class: prepared as the model's package says
               (:mod:`vbpfx.data.image_transforms`);
             - ``.npy``, or ``.npz`` with one array for each argument, samples first; an array ``labels`` is the labels;
-            - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each, for Hugging Face models.
+            - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each, for Hugging Face models; those with an
+              encoder and a decoder need its answer, a ``target``, beside it.
         model: whom it is for. Numbers that are no integers are given in its dtype.
         name: the string that the model was loaded by, such as ``torchvision:resnet18``: a torchvision model does not know.
         batch: samples in a batch.

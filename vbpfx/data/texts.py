@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,18 @@ _USUAL_LENGTH = 512  # tokens, unless asked for more: what is longer is cut
 _LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions")
 
 
-def _read_texts(path: Path) -> tuple[list[str], list[int] | None]:
-    """The texts of a file, and their labels where all have one.
+@dataclass(frozen=True)
+class _Read:
+    """The texts of a file; labels, and the texts that answer them, where all have one."""
 
-    A line of a ``.txt`` is a text; a line of a ``.jsonl`` is an object with a ``text`` and perhaps a ``label``, a number.
+    texts: Sequence[str]
+    labels: Sequence[int] | None = None
+    targets: Sequence[str] | None = None
+
+
+def _read_texts(path: Path) -> _Read:
+    """A line of a ``.txt`` is a text; a line of a ``.jsonl`` is an object with a ``text`` and perhaps a ``label``, a number, or a ``target``, a text.
+
     Empty lines do not count.
 
     Raises:
@@ -41,10 +49,14 @@ def _read_texts(path: Path) -> tuple[list[str], list[int] | None]:
     if not lines:
         raise CalibrationError(f"{path} is empty: expected a text on each line")
     if path.suffix == ".txt":
-        return [line.strip() for _, line in lines], None
+        return _Read([line.strip() for _, line in lines])
     rows = [_row(path, number, line) for number, line in lines]
-    labels: list[Any] = [row.get("label") for row in rows]
-    return [row["text"] for row in rows], labels if all(type(label) is int for label in labels) else None
+
+    def where_all_have_one(name: str, kind: type) -> list[Any] | None:
+        found = [row.get(name) for row in rows]
+        return found if all(type(value) is kind for value in found) else None
+
+    return _Read([row["text"] for row in rows], where_all_have_one("label", int), where_all_have_one("target", str))
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -65,23 +77,32 @@ class _Tokens:
         tokenizer: the model's own.
         names: the arguments that the model takes.
         length: tokens after which a text is cut.
+        shift: of an encoder and a decoder: from the tokens of answers to those that the decoder takes, each one place later.
     """
 
     tokenizer: Any
     names: frozenset[str]
     length: int
+    shift: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, texts: Sequence[str], targets: Sequence[str] = ()) -> dict[str, Tensor]:
         """The arguments of one batch."""
-        made = self.tokenizer(
-            list(texts),
+        arguments = {name: tensor for name, tensor in self._made(list(texts)).items() if name in self.names}
+        if self.shift is not None:
+            arguments["decoder_input_ids"] = self.shift(self._made(text_target=list(targets))["input_ids"])
+        return arguments
+
+    def _made(self, *texts: list[str], **targets: list[str]) -> Mapping[str, Tensor]:
+        made: Mapping[str, Tensor] = self.tokenizer(
+            *texts,
+            **targets,
             padding=True,
             truncation=True,
             max_length=self.length,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return {name: tensor for name, tensor in made.items() if name in self.names}
+        return made
 
 
 def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
@@ -118,31 +139,41 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
     length = min(limit, _USUAL_LENGTH) if max_length is None else max_length
     if not 1 <= length <= limit:
         raise CalibrationError(f"max_length={max_length}: this model takes from 1 to {limit} tokens")
-    return _Tokens(tokenizer, frozenset(inspect.signature(model.forward).parameters), length)
+    names = frozenset(inspect.signature(model.forward).parameters)
+    answers = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) if answers else None
+    if answers and shift is None:
+        raise CalibrationError(
+            f"{type(model).__name__} does not say how its decoder's input is made of answers; pass tokens as arrays: an .npz "
+            f"with input_ids, attention_mask and decoder_input_ids"
+        )
+    return _Tokens(tokenizer, names, length, shift)
 
 
 @dataclass(frozen=True)
 class _Texts(Dataset[Any]):
-    texts: tuple[str, ...]
-    labels: tuple[int, ...] | None
+    """Each text in a tuple, with its answer or its label behind it where there is one."""
+
+    columns: tuple[tuple[Any, ...], ...]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.columns[0])
 
     def __getitem__(self, number: int) -> Any:
-        return self.texts[number] if self.labels is None else (self.texts[number], self.labels[number])
+        return tuple(column[number] for column in self.columns)
 
 
 @dataclass(frozen=True)
 class _Tokenised:
     """From texts to a batch of their tokens, with their labels where there are any."""
 
-    tokens: Callable[[Sequence[str]], dict[str, Tensor]]
+    tokens: _Tokens
 
     def __call__(self, samples: list[Any]) -> Any:
-        if isinstance(samples[0], str):
-            return self.tokens(samples)
-        return self.tokens([text for text, _ in samples]), torch.tensor([label for _, label in samples])
+        texts, *behind = zip(*samples, strict=True)
+        if self.tokens.shift is not None:
+            return self.tokens(texts, behind[0])
+        return (self.tokens(texts), torch.tensor(behind[0])) if behind else self.tokens(texts)
 
 
 def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int | None, seed: int, batch: int) -> Data:
@@ -151,10 +182,16 @@ def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int 
     Raises:
         CalibrationError: the file holds none, or the model has no tokenizer.
     """
-    texts, known = _read_texts(path)
-    tokens = _tokens_of(model, max_length)
-    chosen = sorted(spread(known, len(texts), seed)[:limit])
+    read, tokens = _read_texts(path), _tokens_of(model, max_length)
+    known = None if tokens.shift else read.labels
+    if tokens.shift and read.targets is None:
+        raise CalibrationError(
+            f'{path}: {type(model).__name__} has a decoder, which reads what was answered so far; pass a .jsonl with a "text" and its '
+            f'answer, a "target", on each line'
+        )
+    chosen = sorted(spread(known, len(read.texts), seed)[:limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
-    about = (f"{taken(len(chosen), len(texts), 'text')} from {path}, at most {tokens.length} tokens each",)
-    dataset = _Texts(tuple(texts[number] for number in chosen), labels)
-    return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _Tokenised(tokens))
+    behind = read.targets if tokens.shift else known
+    columns = [tuple(column[number] for number in chosen) for column in (read.texts, behind) if column is not None]
+    about = (f"{taken(len(chosen), len(read.texts), 'text')} from {path}, at most {tokens.length} tokens each",)
+    return Data(path, len(chosen), labels, None, (), about, batch, 0, _Texts(tuple(columns)), _Tokenised(tokens))
