@@ -137,7 +137,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
             raise ArithmeticError("the output is not finite with random weights")
     with stage("prune"):
         try:
-            single = vbpfx.prune(model, [batch], ratio=0.5, progress=False, verify=False)
+            single = vbpfx.prune(model, [batch], ratio=0.5, method="vbp", progress=False, verify=False)
         except AnalysisError:
             captured = vbpfx.capture(model, batch)
             describe(captured, vbpfx.find_blocks(captured), record)
@@ -155,8 +155,14 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
         record.rounding32 = relative_error(dense, outputs(exact, precise))
     with stage("prune, float64"):
         double = vbpfx.prune(
-            exact, [(precise.args, precise.kwargs)], inputs=lambda b: b, ratio=0.5, progress=False, verify=False
-        )
+            exact,
+            [(precise.args, precise.kwargs)],
+            inputs=lambda b: b,
+            ratio=0.5,
+            method="vbp",
+            progress=False,
+            verify=False,
+        )  # which neurons go does not matter here
     with stage("oracle, float64"):
         captured, plan64, small = double.captured, double.plan, double.graph_module
         del double

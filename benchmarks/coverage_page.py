@@ -54,7 +54,7 @@ def _introduction(lists: dict[str, list[dict[str, Any]]], measured: Results) -> 
 `python benchmarks/coverage.py`
 
 {len(measured)} models of {len(families)} families, {len(pruned)} of which have a model that was pruned and proven. {libraries}. Random
-weights of natural size, {SIZES[0]} pixels where the network takes them, half of the hidden neurons removed.
+weights of natural size, {SIZES[0]} pixels where the network takes them, half of the hidden neurons removed by variance.
 
 {markdown_table(("list", "models", *STATUSES), rows)}
 
