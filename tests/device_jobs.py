@@ -142,23 +142,39 @@ def like_the_cpu(name: str, frontend: Any, method: Any) -> dict[str, Any]:
     }
 
 
+class Placed(nn.Module):
+    """Code that asks a buffer where it is: a constant to fx's tracer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = torch.ones_like(input_ids, dtype=torch.float32, device=self.scale.device).to(self.scale.device)
+        x = (x * input_ids)[..., None].expand(-1, -1, 8) * attention_mask[..., None]
+        return self.down(torch.relu(self.up(x * self.scale)))
+
+
 def text_model(kind: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 40}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "llama":
         model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    elif kind == "own code":
+        model = Placed()
     else:
         model = transformers.BertModel(transformers.BertConfig(**sizes))
     ids = [{"input_ids": torch.randint(50, (4, 7)), "attention_mask": torch.ones(4, 7).long()} for _ in range(3)]
     return model.eval(), ids
 
 
-def saved_elsewhere(kind: str, start: str, end: str) -> dict[str, Any]:
-    """A network of transformers, pruned on one device, saved, loaded without its class and run on another."""
+def saved_elsewhere(kind: str, frontend: Any, start: str, end: str) -> dict[str, Any]:
+    """A network pruned on one device, saved, loaded without its class and run on another."""
     model, batches = text_model(kind)
     pruned = vbpfx.prune(
-        moved(model, start), batches, ratio=0.4, method="vbp", mask="attention_mask", frontend="export", progress=False
+        moved(model, start), batches, ratio=0.4, method="vbp", mask="attention_mask", frontend=frontend, progress=False
     )
     expected = outputs(pruned.graph_module, batches[1], start)
     with tempfile.TemporaryDirectory() as folder:

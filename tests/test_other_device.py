@@ -52,10 +52,12 @@ def test_the_same_network_as_on_the_cpu(run: Run, name: str, frontend: str) -> N
 
 
 @pytest.mark.parametrize(("start", "end"), [("elsewhere", "cpu"), ("cpu", "elsewhere")])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_saved_on_one_device_loaded_on_another(run: Run, kind: str, start: str, end: str) -> None:
-    """torch.export writes the device that it traces on into the graph, where masks and positions are made."""
-    found = run(device_jobs.saved_elsewhere, kind, start, end)
+@pytest.mark.parametrize(
+    ("kind", "frontend"), [("llama", "export"), ("bert", "export"), ("own code", "export"), ("own code", "symbolic")]
+)
+def test_saved_on_one_device_loaded_on_another(run: Run, kind: str, frontend: str, start: str, end: str) -> None:
+    """Tracing writes the device that the model is on into the graph, torch.export wherever masks and positions are made."""
+    found = run(device_jobs.saved_elsewhere, kind, frontend, start, end)
     assert found["difference"] < ROUNDING
     assert found["in ONNX"]
 

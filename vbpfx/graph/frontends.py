@@ -17,7 +17,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cached_property
 from typing import Any, Literal
@@ -78,6 +78,7 @@ def _trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         # fx renames an argument that it specialises (mask -> mask_1); callers keep the model's own name.
         if node.op == "placeholder":
             node.target = next((n for n in absent | constants if node.target in (n, f"{n}_1")), node.target)
+    _follow_inputs(graph, model_device(model), {name for name, value in bound.items() if isinstance(value, Tensor)})
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
@@ -108,12 +109,17 @@ def _drop_input_checks(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _follow_inputs(graph: fx.Graph, device: torch.device) -> None:
-    """Make tensors on the inputs' device, wherever that is, where torch.export wrote down the one that it was traced on."""
+def _follow_inputs(graph: fx.Graph, device: torch.device, names: Collection[Any]) -> None:
+    """Make tensors on the inputs' device, wherever that is, where tracing wrote down the one that the model was on.
+
+    Args:
+        device: of the model.
+        names: the arguments that are tensors.
+    """
     same = {device, torch.device(device.type)}
     nodes = [node for node in graph.nodes if same & set(filter(_is_device, (*node.args, *node.kwargs.values())))]
     inputs = graph.find_nodes(op="placeholder")
-    given = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+    given = next((node for node in inputs if node.target in names), None)
     if not nodes or given is None:
         return
     with graph.inserting_after(inputs[-1]):
@@ -177,7 +183,8 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
     _drop_input_checks(graph)
-    _follow_inputs(graph, model_device(model))
+    given = {node.target for node in graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)}
+    _follow_inputs(graph, model_device(model), given)
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
 
