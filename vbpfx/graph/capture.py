@@ -218,7 +218,7 @@ def share_parameters(model: Model) -> Model:
             f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
         ) from error
     for module in shared.modules():
-        config: Any = getattr(module, "config", None)
+        config: Any = vars(module).get("config")  # a class's own would not be a copy
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
     return shared.eval()

@@ -51,8 +51,8 @@ def bench(
     """Measure dense against pruned in the same run, interleaved.
 
     Args:
-        dense, pruned: networks of the same arguments and outputs; they are left as they are. Measured is on the processor: what
-            is on another device is copied.
+        dense, pruned: networks of the same arguments and outputs; they are left as they are. Both are measured on the processor;
+            one that is on another device is copied there.
         inputs: one batch, which is repeated or cut to the batch sizes.
         runtimes: of :data:`vbpfx.runtimes.table.NAMES`.
         batches: batch sizes.

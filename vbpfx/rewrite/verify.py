@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device, tensors_in
 from vbpfx.errors import VerificationError, first_line
-from vbpfx.graph.capture import Captured, named_tensors
+from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
@@ -82,7 +82,7 @@ def verify(
         ) from failure
     substituted = _run(reference_graph(captured, plan), inputs)
     try:
-        pruned = _run(small, inputs)
+        pruned = _run(share_parameters(small), inputs)
     except Exception as failure:  # likewise
         raise VerificationError(
             f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
