@@ -8,10 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +81,6 @@ def devices(network: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in (*network.parameters(), *network.buffers())}
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-
-
 def the_device() -> dict[str, Any]:
     """Whether the device is what the tests take it for."""
     here, there = torch.randn(3, 3), torch.randn(3, 3, device=NAME)
@@ -111,7 +102,7 @@ def the_device() -> dict[str, Any]:
     layer, x = nn.Conv2d(8, 8, 3), torch.randn(4, 8, 6, 6)
     exact = outputs(layer, x, "cpu")
     rounded = relative_error(outputs(moved(layer), x, NAME), exact)
-    with without_tf32():
+    with torch.backends.cudnn.flags(allow_tf32=False):
         unrounded = relative_error(outputs(moved(layer), x, NAME), exact)
     return {
         "refused": refused,
@@ -129,7 +120,7 @@ def like_the_cpu(name: str, frontend: Any, method: Any) -> dict[str, Any]:
     batches = [case.batch() for _ in range(3)]
     prune = {"ratio": 0.4, "frontend": frontend, "method": method, "progress": False}
     here = vbpfx.prune(model, batches, **prune)
-    with without_tf32():  # which would decide between neurons that matter alike
+    with torch.backends.cudnn.flags(allow_tf32=False):  # which would decide between neurons that matter alike
         there = vbpfx.prune(moved(model), batches, **prune)
         of_here = outputs(here.graph_module, batches[0], "cpu")
         of_there = outputs(there.graph_module, batches[0], NAME)
@@ -257,9 +248,3 @@ def other_functions() -> dict[str, Any]:
         "latency": latencies.dense > 0,
         "evaluations": [(e.agreement, e.kl) for e in evaluations],
     }  # fmt: skip
-
-
-if __name__ == "__main__":  # by hand, to look at one
-    with tempfile.TemporaryDirectory() as built:
-        start(build(Path(built)))
-        print(globals()[sys.argv[1]](*sys.argv[2:]))

@@ -230,18 +230,17 @@ def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
     return count_bytes({**held, **hollow.buffers})
 
 
+@full_float32()
 def _verify(
     captured: Captured, small: fx.GraphModule, plan: Plan, example: Inputs, dense: Loans, pruned: Loans, memory: float
 ) -> Verification:
     """The substitution oracle, of which each network is run by itself."""
 
     def run(network: fx.GraphModule, loans: Loans) -> list[Tensor]:
-        with full_float32():
-            return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
+        return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
 
     try:
-        with full_float32():
-            own = run_by_module(captured.reference, dense, example)
+        own = run_by_module(captured.reference, dense, example)
     except Exception as failure:  # the model's own code raises whatever it raises
         raise VerificationError(
             f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "

@@ -64,15 +64,14 @@ class Sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
         self._sums[held] = parts
 
+    @full_float32()
     def _parts(self, x: Tensor, t: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         """The sums over some rows, taken in the rows' precision, as float64."""
         assert self._centres is not None
         x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
         w = weights.to(x)
         wx = x * w[:, None]
-        with full_float32():
-            sums = w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t
-        return tuple(part.double() for part in sums)
+        return tuple(part.double() for part in (w.sum(), wx.sum(0), w @ t, _symmetric(wx, x), wx.T @ t))
 
     @staticmethod
     def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
