@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,20 @@ def described(value: Any) -> Any:
     return pytree.tree_map(one, value)
 
 
+def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two matrix products of each head: (tokens, width) by (width, keys), and (tokens, keys) by (keys, value width)."""
+    heads, (tokens, width), (keys, value_width) = math.prod(query[:-2]), query[-2:], value[-2:]
+    return 2 * heads * tokens * keys * (width + value_width)
+
+
+# Some versions of torch count nothing for attention on the CPU. Here every version counts by the formula above.
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+
+
 def counted_call_by_call(captured: vbpfx.Captured) -> dict[str, int]:
     """MACs per node of a run of every call, one sample at a time where the graph takes one."""
     samples, counts = 1 if captured.batch else captured.inputs.batch_size or 1, {}
-    with FlopCounterMode(display=False) as counter, unfused_attention():
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, unfused_attention():
 
         def count(node: fx.Node, run: Callable[[], Any]) -> Any:
             before = counter.get_total_flops()
