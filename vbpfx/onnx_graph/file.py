@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -28,10 +32,10 @@ _SMALLEST_OUTSIDE = 1024  # bytes of a tensor that lies in the second file
 
 
 def read_model(path: Path) -> ir.Model:
-    """Read an ONNX file; what lies in external data stays there, mapped into memory. Local functions are inlined.
+    """Read an ONNX file; weights that lie in external data stay there, mapped into memory. Local functions are inlined.
 
     Raises:
-        ArtifactError: it is missing, no ONNX, truncated, or its external data is.
+        ArtifactError: it is missing, no ONNX, truncated, or its external data is; or it names data outside its own folder.
         CaptureError: its opset is older than 13, it is quantized, draws random numbers, or is of bfloat16.
     """
     try:
@@ -48,6 +52,8 @@ def read_model(path: Path) -> ir.Model:
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: {first_line(error)}") from error
     if not model.graph.outputs or not model.opset_imports:
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
+    for name, tensor in _external(model):  # before anything reads what they name
+        _require_inside(path, name, tensor)
     opset = opset_of(model)
     if opset < OLDEST_OPSET:
         raise CaptureError(
@@ -77,9 +83,72 @@ def read_model(path: Path) -> ir.Model:
                 f"{path}: {value.name} is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert the file to "
                 f"float16 or float32, or prune the PyTorch model"
             )
-    for name, value in model.graph.initializers.items():
-        _require_data(path, name, value.const_value)
+    for value in _initializers(model):
+        _require_data(path, str(value.name), value.const_value)
+    _load_beside_the_graph(path, model)
     return model
+
+
+def _load_beside_the_graph(path: Path, model: ir.Model) -> None:
+    """Take into memory what Constants and the graphs in other nodes keep outside: parts of the model are run without a folder."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor) and graph is not model.graph:
+                value.const_value = _in_memory(value.const_value)
+    for _, attributes, attribute in _tensor_attributes(model):
+        if isinstance(attribute.value, ir.ExternalTensor):
+            _require_data(path, attribute.value.name or attribute.name, attribute.value)
+            attributes[attribute.name] = ir.AttrTensor(attribute.name, _in_memory(attribute.value))
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Of the graph and of all the graphs in it, such as the branches of an If."""
+    return itertools.chain.from_iterable(graph.initializers.values() for graph in model.graphs())
+
+
+def _tensor_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, Any, ir.Attr]]:
+    """The attributes that are one tensor, with the node and the mapping that they stand in."""
+    inside = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *inside):
+        for attribute in tuple(node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield node, node.attributes, attribute
+
+
+def _external(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """Everything that lies in another file, by name."""
+    for value in _initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield str(value.name), value.const_value
+    for node, _, attribute in _tensor_attributes(model):
+        if isinstance(attribute.value, ir.ExternalTensor):
+            yield attribute.value.name or str(node.outputs[0].name), attribute.value
+
+
+def _require_inside(path: Path, name: str, tensor: ir.ExternalTensor) -> None:
+    """Refuse external data outside the folder of the file: a file of unknown origin must not read others on the machine.
+
+    onnx-ir has checks of its own, some releases none, and none where the folder is the working directory.
+    """
+    location = os.fspath(tensor.location)
+    folder = path.absolute().parent
+    data = folder / location
+    named_outside = os.path.isabs(location) or not Path(os.path.normpath(data)).is_relative_to(os.path.normpath(folder))
+    if named_outside or not data.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} keeps {name} in {location!r}, which is outside the folder of the file"
+            + ("" if named_outside else f": a link leads to {data.resolve()}")
+            + "; if you trust the file, put a copy of the data into its folder, and name it there"
+        )
+    if data.is_file() and data.stat().st_nlink > 1:
+        raise ArtifactError(
+            f"{path} keeps {name} in {location!r}, which is also a file of another name (a hard link); if you trust the file, "
+            f"put a copy of the data in its place"
+        )
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _is_in_order(graph: ir.Graph) -> bool:
@@ -117,7 +186,8 @@ def _require_data(path: Path, name: str, tensor: object) -> None:
             raise ArtifactError(
                 f"{path} keeps {name} in {data.name}, which cannot be read ({error.strerror}); put it beside the file"
             ) from error
-        if size < (tensor.offset or 0) + tensor.nbytes:
+        start = tensor.offset or 0
+        if start < 0 or size < start + tensor.nbytes:
             raise ArtifactError(f"{path} keeps {name} in {data.name}, which is too short: it is truncated")
     elif isinstance(tensor, ir.TensorProtocol):
         try:
@@ -128,7 +198,7 @@ def _require_data(path: Path, name: str, tensor: object) -> None:
 
 def has_external_data(model: ir.Model) -> bool:
     """Whether the file keeps weights in another one."""
-    return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+    return any(True for _ in _external(model))
 
 
 def stored_bytes(model: ir.Model) -> int:
@@ -146,9 +216,9 @@ def release_pages(model: ir.Model) -> None:
     """Let go of the pages of external data that were read so far: who needs them next reads them from the file again."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         return
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and isinstance(value.const_value.raw, mmap.mmap):
-            value.const_value.raw.madvise(mmap.MADV_DONTNEED)
+    for _, tensor in _external(model):
+        if isinstance(tensor.raw, mmap.mmap):
+            tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def require_writable(source: Path, out: Path) -> None:
@@ -205,6 +275,10 @@ def write_model(model: ir.Model, out: Path, *, source: Path, external: bool, che
         ExportError: ONNX's checker rejects it.
     """
     external = external or stored_bytes(model) > _MOST_IN_ONE_FILE
+    for value in _initializers(model):
+        # onnx-ir would close the mapping that it copies these from, which the graphs in memory still show
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes <= _SMALLEST_OUTSIDE:
+            value.const_value = _in_memory(value.const_value)
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             staged = Path(folder) / out.name
