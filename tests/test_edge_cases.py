@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
 from vbpfx.plan_files import plan_digest
 from vbpfx.planning.ridge import ridge_factor
 from vbpfx.reconstruction.influence import Gradients
-from vbpfx.reconstruction.regression import Sums
+from vbpfx.reconstruction.regression import Sums, fit
 
 
 def mlp(hidden: int = 24) -> nn.Module:
@@ -197,3 +198,34 @@ def test_a_model_without_values_is_for_files() -> None:
     observed = vbpfx.prepare(captured, vbpfx.find_blocks(captured))
     with pytest.raises(vbpfx.CalibrationError, match=r"meta device.*vbpfx\.prune_files"):
         vbpfx.calibrate(observed, batch)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_targets_that_are_not_finite_fit_nothing(value: float) -> None:
+    x, t = torch.randn(50, 5), torch.randn(50, 3)
+    t[3, 1] = value
+    sums = Sums()
+    sums.add(x, t, torch.ones(50))
+    with pytest.raises(vbpfx.CalibrationError, match=r"not finite.*wider dtype"):
+        fit(sums.all, torch.zeros(3, 5, dtype=torch.float64), 1e-3)
+
+
+def test_gradients_whose_squares_leave_float32_weigh_nothing() -> None:
+    """A model that multiplies by 1e25 somewhere: rows count alike, no weight is NaN."""
+    model = mlp()[:3]
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter.mul_(1e-25)
+    batch = torch.randn(20, 8)
+
+    class Times(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e25 * x
+
+    captured = vbpfx.capture(nn.Sequential(*model, Times(), nn.Tanh()), batch[:4])
+    layer = next(la for la in vbpfx.find_blocks(captured).layers if la.weight == "2.weight")
+    gradients = Gradients(captured, [layer])
+    gradients.add(Inputs((batch,), {}))
+    found = gradients.influences()[layer.node]
+    assert found.metric is None
+    assert all(bool((weights == 1).all()) for weights in found.weights)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vbpfx.errors import CalibrationError
 from vbpfx.planning.elimination import elimination_costs, ridge_inverse
 from vbpfx.planning.ridge import ridge_factor
 
@@ -80,3 +81,11 @@ def test_where_nothing_varies_there_is_still_a_factor() -> None:
     added = (factor @ factor.T - indefinite).diagonal()
     scale = float(indefinite.diagonal().mean())
     torch.testing.assert_close(added, torch.full_like(added, 0.1 * scale))  # 1e-3 and 1e-2 are not enough
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_decide_nothing(value: float) -> None:
+    covariance, weight = _problem(5, 3, 0)
+    weight[1, 2] = value
+    with pytest.raises(CalibrationError, match="weights that read its neurons hold NaN or infinity"):
+        elimination_costs([(covariance, weight)])

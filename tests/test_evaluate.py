@@ -337,3 +337,18 @@ def test_what_outputs_are_can_be_said(three: tuple[np.ndarray, np.ndarray, np.nd
         _evaluate(*tables, _batches(), compare="cosine")
     with pytest.raises(EvaluationError, match="no other network"):
         _evaluate(tables[0], None, _batches(labels), compare="values")
+
+
+def test_classes_that_both_networks_rule_out(three: tuple[np.ndarray, ...]) -> None:
+    """A mask sets their logits to -inf: the figures are those of the classes that are left."""
+    dense, pruned, labels = three
+    labels = np.minimum(labels, CLASSES - 3)
+    masked = [rows.copy() for rows in (dense, pruned)]
+    for rows in masked:
+        rows[:, -2:] = -np.inf
+    found = _evaluate(Table(masked[0]), Table(masked[1]), _batches(labels))
+    left = _evaluate(Table(dense[:, :-2]), Table(pruned[:, :-2]), _batches(labels))
+    assert found.kl == pytest.approx(_kl(dense[:, :-2], pruned[:, :-2]).mean(), rel=1e-6)
+    assert (found.agreement, found.dense.top1, found.pruned.top1) == (left.agreement, left.dense.top1, left.pruned.top1)
+    with pytest.raises(EvaluationError, match="the pruned network's output holds infinite values"):
+        _evaluate(Table(dense), Table(masked[1]), _batches(labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -207,3 +208,21 @@ def test_a_runtime_brings_the_multiple_that_it_is_fast_at() -> None:
     assert all(width % 16 == 0 for width in widths(runtime="openvino"))
     assert all(width % 8 == 0 for width in widths(runtime="onnxruntime"))
     assert widths() == widths(runtime="openvino", round_to=1) != widths(runtime="openvino")
+
+
+@pytest.mark.parametrize(
+    ("dense", "seconds", "correction", "message"),
+    [
+        (0.0, 1.0, 1.0, "the whole network was measured as"),
+        (math.nan, 1.0, 1.0, "the whole network was measured as"),
+        (1.0, math.nan, 1.0, "block a was measured as"),
+        (1.0, math.inf, 1.0, "block a was measured as"),
+        (1.0, 1.0, math.nan, "the correction of a latency table is nan"),
+        (1.0, 1.0, -1.0, "the correction of a latency table is -1"),
+    ],
+)
+def test_a_table_that_could_rank_nothing_is_an_error(
+    dense: float, seconds: float, correction: float, message: str
+) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Latencies("x", 1, 1, dense, {"a": ((50, seconds), (100, 2.0))}, correction)

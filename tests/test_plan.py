@@ -12,7 +12,7 @@ from oracle import randomize, stages
 from torch import nn
 
 import vbpfx
-from vbpfx.errors import BudgetError
+from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.planning.budget import mac_cost, parameter_cost
 from vbpfx.planning.options import in_words
 from vbpfx.report.make import count_parameters
@@ -224,3 +224,16 @@ def test_a_criterion_goes_by_its_name_in_every_run() -> None:
 
     assert in_words({"ratio": 0.5, "criterion": Largest()}) == "criterion=Largest, ratio=0.5"
     assert in_words({"criterion": smallest, "round_to": None}) == "criterion=smallest"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "output_variance", "obs", "greedy_obs"])
+def test_a_score_that_is_not_finite_decides_nothing(criterion: str) -> None:
+    model = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)))
+    with torch.no_grad():
+        model[2].weight[1, 2] = torch.nan
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(4, 6)))
+    observed = vbpfx.prepare(analysis.captured, analysis)
+    vbpfx.calibrate(observed, [torch.randn(40, 6)])
+    statistics = vbpfx.statistics(observed)
+    with pytest.raises(CalibrationError, match=r"NaN or infinity"):
+        vbpfx.make_plan(analysis, statistics, ratio=0.5, criterion=criterion, allocation="equal", compensation="mean")

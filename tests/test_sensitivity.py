@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
-from vbpfx.errors import BudgetError
+from vbpfx.errors import BudgetError, CalibrationError
+from vbpfx.measurement.divergence import divergence
 from vbpfx.measurement.sensitivity import _drawn_together as _drawn
+from vbpfx.planning.allocation import ALLOCATIONS, Standing
 from vbpfx.planning.importance import Scoring, score
 
 SHARE = 0.5
@@ -211,3 +213,206 @@ def test_auto_measures_and_says_so() -> None:
     assert vbpfx.make_plan(analysis, statistics, ratio=SHARE).settings["allocation"] == "equal"
     with pytest.raises(BudgetError, match="pass sensitivity="):
         vbpfx.make_plan(analysis, statistics, ratio=SHARE, allocation="sensitivity")
+
+
+class Parallel(nn.Module):
+    """Four equal blocks that read one input, and others behind them; everything is summed up."""
+
+    def __init__(self, *others: nn.Module) -> None:
+        super().__init__()
+        one = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6))
+        self.equal = nn.ModuleList(copy.deepcopy(one) for _ in range(4))
+        self.others = nn.ModuleList(others)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + sum(block(x) for block in [*self.equal, *self.others]))
+
+
+class Gated(nn.Module):
+    """A block behind a saturated gate: the output is moved by exactly nothing, though layers of the block have weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.layers(x) + 1000) - 1
+
+
+def _zero() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6))
+    nn.init.zeros_(layers[2].weight)
+    nn.init.zeros_(layers[2].bias)
+    return layers
+
+
+def _parallel(*others: nn.Module) -> nn.Module:
+    torch.manual_seed(4)
+    return Parallel(*others).double().eval()
+
+
+@pytest.mark.parametrize("dead", [_zero, Gated], ids=["weights of zero", "saturated gate"])
+@pytest.mark.parametrize("budget", [{"ratio": 0.4}, {"macs": 0.6}])
+def test_a_block_that_moves_nothing_decides_for_no_other(dead: Any, budget: dict[str, float]) -> None:
+    """It gives all it may; four equal blocks give the same, whichever comes first in the graph."""
+    plan = vbpfx.prune(_parallel(dead()), [DATA], progress=False, **budget).plan
+    alike = [width for name, width in plan.widths.items() if name.startswith("equal")]
+    (free,) = (width for name, width in plan.widths.items() if name.startswith("others"))
+    assert free == 1  # a sixteenth of 16
+    assert len(alike) == 4
+    assert max(alike) - min(alike) <= 1
+    if "ratio" in budget:
+        assert sum(alike) == 80 - round(0.4 * 80) - free
+
+
+def test_a_block_that_moves_nothing_costs_nothing_and_leaves_the_others_as_they_are() -> None:
+    found = []
+    for others in ((), (Gated(),), (_zero(), Gated())):
+        analysis, statistics = _stages(_parallel(*others))
+        plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
+        moved = vbpfx.sensitivities(analysis, plan, [Inputs((DATA[:8],), {})])
+        assert [d for name, d in moved.items() if name.startswith("others")] == [0.0] * len(others)
+        found.append([d for name, d in moved.items() if name.startswith("equal")])
+        assert min(found[-1]) > 0
+    for equal in found[1:]:
+        assert equal == pytest.approx(found[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["dead blocks", "constant output"])
+def test_where_no_block_moves_anything_shares_are_equal(constant: bool) -> None:
+    model = _parallel(_zero())
+    for block in model.equal:
+        block.load_state_dict(model.others[0].state_dict())
+    if constant:
+
+        class Constant(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.sigmoid(x + 1000)
+
+        model = nn.Sequential(randomize(Parallel(Gated())).double(), Constant())
+    plan = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False).plan
+    assert list(plan.widths.values()) == [8] * 5
+
+
+def test_one_block_alone_meets_its_budget() -> None:
+    for block in (_zero(), randomize(_zero())):
+        plan = vbpfx.prune(nn.Sequential(block, nn.Tanh()).double(), [DATA], ratio=0.25, progress=False).plan
+        assert list(plan.widths.values()) == [12]
+
+
+@pytest.mark.parametrize("criterion", ["greedy_obs", "variance", "obs", "output_variance"])
+def test_neurons_that_never_fire_say_nothing_of_the_rest_of_their_block(criterion: str) -> None:
+    """Half of a block is constant: what that half costs is nothing, and the other half is no cheaper than anywhere else."""
+    half = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+    model = randomize(Parallel(half)).double()
+    with torch.no_grad():
+        half[0].bias[:8] = -1000.0
+        half[2].weight *= 3
+        for block in model.equal:
+            block.load_state_dict(model.equal[0].state_dict())
+    options: dict[str, Any] = {"criterion": criterion, "allocation": "sensitivity", "compensation": "mean"}
+    plan = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False, **options).plan
+    entry = next(entry for entry in plan.blocks if entry.block.name.startswith("others"))
+    assert {*range(8)} <= {*entry.pruned}  # those that never fire go
+    alike = [width for name, width in plan.widths.items() if name.startswith("equal")]
+    assert len(entry.kept) >= min(alike) - 1  # of what is left, no more than of the others
+
+
+def test_what_is_not_finite_names_the_block() -> None:
+    analysis, statistics = _stages(_two(nn.Linear(6, 5)))
+    plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
+    first, second = plan.blocks
+    broken = dataclasses.replace(second, constants=(torch.full_like(second.constants[0], torch.inf),))
+    with pytest.raises(CalibrationError, match=r"block second: with this block alone narrowed.*exclude='second'"):
+        vbpfx.sensitivities(analysis, dataclasses.replace(plan, blocks=(first, broken)), [Inputs((DATA,), {})])
+    with pytest.raises(CalibrationError, match="there are none"):
+        vbpfx.sensitivities(analysis, plan, [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_sensitivity_that_is_no_cost_is_an_error(value: float) -> None:
+    analysis, statistics = _stages(_two(nn.Linear(6, 5)))
+    with pytest.raises(BudgetError, match=f"the sensitivity of block second is {value}"):
+        vbpfx.make_plan(analysis, statistics, ratio=SHARE, sensitivity={"first": 1.0, "second": value})
+    free = vbpfx.make_plan(analysis, statistics, ratio=0.35, sensitivity={"first": 1.0, "second": 0.0})
+    assert free.widths["second"] == 1
+
+
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("rate", [0.0, 1e-300, 1e300])
+@pytest.mark.parametrize(
+    "scores",
+    [[0.0] * 4, [0, 0, 1, 2], [-3, -1, 0, 5], [-5, -4, -3, -2], [1e-320, 2e-320, 1, 2], [1e300, 2e300, 3, 4], [-1e308, 1e308, 0, 1]],
+    ids=str,
+)  # fmt: skip
+def test_what_ranks_is_finite_and_keeps_the_order_of_a_block(
+    allocation: str, rate: float, scores: list[float]
+) -> None:
+    given = torch.tensor(scores, dtype=torch.float64)
+    found = ALLOCATIONS[allocation](given, Standing(cost=3.0, share=SHARE, rate=rate))
+    assert bool(found.isfinite().all())
+    order = given.argsort(stable=True)
+    assert bool((found[order].diff() >= 0).all())
+
+
+def _divergence_by_hand(q: list[float], p: list[float]) -> float:
+    """sum of p ln(p / q) where p is not 0."""
+    dense, narrowed = (np.exp(np.array(v)) / np.exp(np.array(v)).sum() for v in (p, q))
+    there = dense > 0
+    with np.errstate(divide="ignore"):
+        return float((dense[there] * np.log(dense[there] / narrowed[there])).sum())
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "dense"),
+    [
+        ([0.3, -1.0, 2.0], [0.1, 0.2, -0.7]),
+        ([0.0, -INF, 1.0], [0.0, -INF, 1.0]),
+        ([0.5, -INF, 1.0], [0.0, -INF, 1.0]),
+        ([0.5, 3.0, 1.0], [0.0, -INF, 1.0]),
+        ([0.0, -INF, 1.0], [0.0, 0.5, 1.0]),
+    ],
+    ids=["finite", "equal", "masked alike", "masked in the dense one", "masked in the narrowed one"],
+)
+def test_divergence_where_classes_are_ruled_out(narrowed: list[float], dense: list[float]) -> None:
+    q = torch.tensor([narrowed], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([dense], dtype=torch.float64)
+    expected = _divergence_by_hand(narrowed, dense)
+    found = divergence(q, p)
+    assert found.tolist() == [pytest.approx(expected, rel=1e-12, abs=1e-15)]
+    if np.isfinite(expected):
+        found.sum().backward()
+        torch.testing.assert_close(q.grad, q.detach().softmax(-1) - p.softmax(-1), rtol=1e-12, atol=1e-15)
+
+
+def test_divergence_of_equal_rows_is_nothing_whatever_they_hold() -> None:
+    rows = torch.tensor([[-INF, -INF], [INF, 0.0], [INF, INF]], requires_grad=True)
+    found = divergence(rows, rows.detach())
+    assert found.tolist() == [0.0, 0.0, 0.0]
+    found.sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[0.0, 0.0]] * 3
+    nan = torch.tensor([[float("nan"), 0.0]])
+    assert divergence(nan, nan).isnan().all()  # what is no number is never taken for agreement
+
+
+def test_classes_that_the_bias_rules_out() -> None:
+    """Logits of -inf through the layer that makes them: the other classes are what is compared."""
+    whole = _two(nn.Linear(6, 5))
+    with torch.no_grad():
+        whole.head.bias[3] = -INF
+    without = copy.deepcopy(whole)
+    without.head = nn.Linear(6, 4).double()
+    with torch.no_grad():
+        stay = [0, 1, 2, 4]
+        without.head.weight.copy_(whole.head.weight[stay])
+        without.head.bias.copy_(whole.head.bias[stay])
+    found = []
+    for model in (whole, without):
+        analysis, statistics = _stages(model)
+        plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
+        found.append(list(vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})]).values()))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)

@@ -19,8 +19,9 @@ from vbpfx.display.tables import counted
 from vbpfx.errors import EvaluationError, FinetuneError
 from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
-from vbpfx.finetuning.distillation import Loss, Watched, divergence, mask_of, sample_means
+from vbpfx.finetuning.distillation import Loss, Watched, mask_of, sample_means
 from vbpfx.graph.capture import require_module, share_parameters
+from vbpfx.measurement.divergence import divergence
 
 Compare = Literal["logits", "values"]
 
@@ -135,7 +136,7 @@ class _Tally:
         if self.samples and (labels is None) == bool(self.labels):
             here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
             raise EvaluationError(f"this batch has {here}, those before {before}")
-        dense, *others = self._checked(outputs, alone=labels is not None)
+        dense, *others = self._checked(outputs, alone=labels is not None, ruled_out=True)
         self.by_position = dense.ndim > 2
         for output in others:
             self.pruned = True
@@ -147,25 +148,32 @@ class _Tally:
 
     def add_values(self, outputs: list[Tensor], mask: Tensor | None) -> None:
         """A batch's values (samples, ..., features) of each network."""
-        dense, *others = self._checked(outputs, alone=False)
+        dense, *others = self._checked(outputs, alone=False, ruled_out=False)
         kept = dense.new_ones(dense.shape[:-1], dtype=torch.bool) if mask is None else mask
         for output in others:
             self.cosines += sample_means(F.cosine_similarity(output.double(), dense.double(), dim=-1), mask).tolist()
             self.lost += (output - dense)[kept].double().square().sum().item()
             self.whole += dense[kept].double().square().sum().item()
 
-    def _checked(self, outputs: list[Tensor], *, alone: bool) -> list[Tensor]:
-        """The outputs in float32, whose samples count; ``alone``: whether one network's say anything."""
+    def _checked(self, outputs: list[Tensor], *, alone: bool, ruled_out: bool) -> list[Tensor]:
+        """The outputs in float32, whose samples count.
+
+        Args:
+            alone: whether one network's say anything.
+            ruled_out: whether the dense network's may hold -inf, and then the pruned one's in the same places: classes that a
+                mask rules out.
+        """
         dense, *others = found = [output.float() for output in outputs]
         if not dense.ndim or not len(dense):
             raise EvaluationError(f"the output has shape {tuple(dense.shape)}, expected logits (samples, ..., classes)")
         for name, output in zip(("dense", "pruned"), (dense, *others), strict=False):
-            if not output.isfinite().all():
-                raise EvaluationError(f"the {name} network's output holds {_not_finite(output)}")
             if output.shape != dense.shape:
                 raise EvaluationError(
                     f"the output has shape {tuple(output.shape)} in the pruned network and {tuple(dense.shape)} in the dense one"
                 )
+            excused = (dense == -torch.inf) & (output == -torch.inf) if ruled_out else torch.zeros_like(dense).bool()
+            if not (output.isfinite() | excused).all():
+                raise EvaluationError(f"the {name} network's output holds {_not_finite(output)}")
         if not others and not alone:
             raise EvaluationError("it has no labels, and there is no other network to compare with")
         self.samples += len(dense)

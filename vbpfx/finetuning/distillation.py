@@ -32,6 +32,7 @@ from vbpfx.calibration.moments import Moments, widened
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError, RankError, first_line
+from vbpfx.measurement.divergence import divergence
 
 Loss = Literal["kl", "mse"]
 
@@ -145,12 +146,6 @@ class Distillation:
                 ours, theirs = _comparable(mine, dense, f"the output of {name}")
                 losses.append(mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[name])
         return sum(losses[1:], losses[0]) / len(losses)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_c p_c (log p_c - log q_c) in nats, for logits (..., classes): one number a prediction."""
-    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ others stay whole, and a few samples run through. No gradient and no label is ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,9 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.samples import Samples
+from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
+from vbpfx.measurement.divergence import divergence
 from vbpfx.records import Plan
 from vbpfx.rewrite.convert import convert
 from vbpfx.rules.ops import called_module, is_linear, is_view
@@ -45,6 +47,10 @@ def sensitivities(
 
         ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
 
+    A block that moves the output by no more than the output's own rounding (half the squared machine epsilon times |y|^2)
+    moves nothing: its D is 0, and it takes no part in m and v. What a dense output holds that is no number (NaN, or an infinite
+    value that the narrowed network has, too) says nothing and counts as 0.
+
     Args:
         analysis: of the dense graph.
         plan: of the shares to compare at; blocks that it leaves whole have none.
@@ -54,6 +60,8 @@ def sensitivities(
 
     Raises:
         ArtifactError: the plan is of another model.
+        CalibrationError: there is no sample; or a narrowed network gives NaN or infinite values where the dense one does not, so that no distance can be
+            measured.
         RankError: another rank has failed or died.
     """
     captured, samples = analysis.captured, Samples.of(batches)
@@ -61,7 +69,11 @@ def sensitivities(
     logits = _are_logits(captured)
     dense = [_outputs(captured.graph_module, batch) for batch in batches]
     numbers = [start + torch.arange(batch.batch_size or 1) for batch, start in zip(batches, starts, strict=True)]
-    rows = [_joined(numbers)]
+    rounding = [
+        _summed([_rounding(t) for t in expected], batch.batch_size or 1)
+        for batch, expected in zip(batches, dense, strict=True)
+    ]
+    rows = [_joined(numbers), _joined(rounding)]
     with progress_bar("comparing blocks", len(plan.blocks), progress and samples.ranks.first) as advance:
         for entry in plan.blocks:
             small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
@@ -72,45 +84,77 @@ def sensitivities(
             rows.append(_joined(moved))
             samples.ranks.watch()
             advance()
-    order, *found = samples.ranks.gather(torch.stack(rows))
+    order, nothing, *found = samples.ranks.gather(torch.stack(rows))
+    if not len(order):
+        raise CalibrationError("sensitivities are measured on samples, and there are none: pass at least one batch")
     found = [moved[order.argsort()] for moved in found]  # as one process would have them
     names = [entry.block.name for entry in plan.blocks]
-    return dict(zip(names, _drawn_together(found), strict=True)) if found else {}
+    for name, moved in zip(names, found, strict=True):
+        if not bool(moved.isfinite().all()):
+            raise CalibrationError(
+                f"block {name}: with this block alone narrowed, the network's output holds NaN or infinite values where the dense "
+                f"network's does not, so what the block costs cannot be measured; leave it out with exclude={name!r}, or take "
+                f"allocation='equal', which measures nothing"
+            )
+    return dict(zip(names, _drawn_together(found, float(nothing.mean())), strict=True))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
-def _drawn_together(found: Sequence[Tensor]) -> list[float]:
-    """D of every block, from what every sample says of it."""
-    n = len(found[0])
-    mean = torch.stack([d.mean() for d in found]).clamp_min(torch.finfo(torch.float64).tiny)
-    if n < 2:
-        return mean.tolist()
-    uncertain = torch.stack([d.var() for d in found]) / (n * mean.square())
-    logs = mean.log()
-    spread = (logs.var(correction=0) - uncertain.mean()).clamp_min(0.0)
-    part = spread / (spread + uncertain + _BLIND)
-    return (logs.mean() + part * (logs - logs.mean())).exp().tolist()
+def _drawn_together(found: Sequence[Tensor], nothing: float = 0.0) -> list[float]:
+    """D of every block, from what every sample says of it; 0 where the mean is no more than ``nothing``."""
+    means = [float(d.mean()) for d in found]
+    moving = [number for number, mean in enumerate(means) if mean > max(nothing, torch.finfo(torch.float64).tiny)]
+    drawn = [0.0] * len(found)
+    if not moving:
+        return drawn
+    mean = torch.tensor([means[number] for number in moving], dtype=torch.float64)
+    logs, n = mean.log(), len(found[0])
+    if n > 1:
+        # the standard deviation is divided first: squares of small means leave the range of float64
+        relative = torch.stack([found[number].std() for number in moving]) / mean
+        uncertain = relative.square() / n
+        spread = (logs.var(correction=0) - uncertain.mean()).clamp_min(0.0)
+        part = spread / (spread + uncertain + _BLIND)
+        logs = logs.mean() + part * (logs - logs.mean())
+    for number, value in zip(moving, logs.exp().tolist(), strict=True):
+        drawn[number] = value
+    return drawn
 
 
 def _moved(ours: Sequence[Tensor], dense: Sequence[Tensor], logits: Sequence[bool], samples: int) -> Tensor:
-    """d for every sample of a batch, (samples,); an output that is not one of every sample counts for all."""
+    """d for every sample of a batch, (samples,)."""
+    distances = (
+        _distances(y.double(), t.double(), is_logits) for y, t, is_logits in zip(ours, dense, logits, strict=True)
+    )
+    return _summed(distances, samples)
+
+
+def _summed(parts: Iterable[Tensor], samples: int) -> Tensor:
+    """Distances of every output, (samples, ...) or of all samples together, as one number per sample: (samples,)."""
     total = torch.zeros(samples, dtype=torch.float64)
-    for y, t, is_logits in zip(ours, dense, logits, strict=True):
-        if t.numel():
-            rows = _distances(y.double(), t.double(), is_logits).cpu()
-            total += rows.reshape(samples, -1).mean(1) if t.ndim and len(t) == samples else rows.mean()
+    for rows in parts:
+        if rows.numel():
+            one_each = rows.ndim and len(rows) == samples
+            total += rows.cpu().reshape(samples, -1).mean(1) if one_each else rows.mean().cpu()
     return total
 
 
 def _distances(y: Tensor, t: Tensor, logits: bool) -> Tensor:
     """d at every position."""
+    y = y.where(~t.isnan(), 0.0)
+    t = t.nan_to_num(0.0, torch.inf, -torch.inf)
     if logits:
-        q, r = t.log_softmax(-1), y.log_softmax(-1)
-        return torch.where(q == r, 0.0, q.exp() * (q - r)).sum(-1)  # masked logits are infinite in both
+        return divergence(y, t).clamp_min(0.0)  # which rounding makes negative
     squares = torch.where(y == t, 0.0, y - t).square() / 2
+    return squares.sum(-1) if t.ndim > 1 else squares
+
+
+def _rounding(t: Tensor) -> Tensor:
+    """d at every position where each entry of the output is off by its own rounding."""
+    squares = (torch.where(t.isfinite(), t, 0.0).double() * torch.finfo(t.dtype).eps).square() / 2
     return squares.sum(-1) if t.ndim > 1 else squares
 
 

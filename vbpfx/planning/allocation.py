@@ -16,6 +16,10 @@ A score is an error within one block; what such an error does to the output diff
 
 Where the budget is MACs or parameters, normalised scores and m are divided by what one neuron of the block costs: the loss
 per unit gained is what ranks. Equal shares stay equal.
+
+Every result is finite, whatever the scores are. Scores of which some are negative (a criterion of one's own) are counted from
+the lowest one, where they are divided by each other. A block that costs the output nothing, D = 0, gives before all others; of
+several such blocks each gives the same share.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from torch import Tensor
 
 # tau
 TEMPER = 0.25
+# Of scores relative to the block's highest: what is below counts as a part of this, so that quotients stay finite.
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,12 @@ class Standing:
     Attributes:
         cost: of one neuron, under the budget.
         share: which share of all neurons will go, as far as it is known.
-        sensitivity: D; None where it was not measured.
+        rate: D / S, with scores relative to the block's highest (:func:`lowest`); None where D was not measured.
     """
 
     cost: float
     share: float
-    sensitivity: float | None = None
+    rate: float | None = None
 
 
 Allocation = Callable[[Tensor, Standing], Tensor]
@@ -55,7 +61,8 @@ def as_they_are(scores: Tensor, about: Standing) -> Tensor:
 
 def normalised(scores: Tensor, about: Standing) -> Tensor:
     """s_j / (mean(s) cost); (d,)."""
-    return scores / (scores.mean().clamp_min(_tiny(scores)) * about.cost)
+    relative = _relative(scores)
+    return relative / (relative.mean().clamp_min(_LEAST) * about.cost)
 
 
 def equal(scores: Tensor, about: Standing) -> Tensor:
@@ -67,15 +74,28 @@ def equal(scores: Tensor, about: Standing) -> Tensor:
 
 def by_sensitivity(scores: Tensor, about: Standing) -> Tensor:
     """s_j / s_k (s_k D / (S cost))^tau; (d,)."""
-    assert about.sensitivity is not None
-    lowest = scores.sort().values[: max(1, round(about.share * len(scores)))]
-    at = lowest[-1].clamp_min(_tiny(scores))
-    marginal = at * about.sensitivity / (lowest.sum().clamp_min(_tiny(scores)) * about.cost)
-    return scores / at * marginal**TEMPER
+    assert about.rate is not None
+    at, _ = lowest(scores, round(about.share * len(scores)))
+    marginal = max(at * about.rate / about.cost, torch.finfo(torch.float64).tiny)
+    return _above_zero(scores) / at * marginal**TEMPER
 
 
-def _tiny(scores: Tensor) -> float:
-    return torch.finfo(scores.dtype).tiny
+def lowest(scores: Tensor, count: int) -> tuple[float, float]:
+    """s_k and S, the k-th lowest score and the sum of the k lowest, relative to the highest; k is ``count``, at least 1."""
+    few = _above_zero(scores).sort().values[: max(1, count)]
+    return float(few[-1]), float(few.sum())
+
+
+def _above_zero(scores: Tensor) -> Tensor:
+    """Relative scores that are never zero: those that are alike to nothing go by their rank, so that shares are equal there."""
+    return _relative(scores) + _LEAST * equal(scores, Standing(1.0, 0.0))
+
+
+def _relative(scores: Tensor) -> Tensor:
+    """Scores over the highest one; zeros where all are zero. Where some are negative they are counted from the lowest."""
+    halves = scores / 2  # so that the difference of two of them stays in range
+    above = halves - halves.min().clamp_max(0.0)
+    return above / above.max().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 ALLOCATIONS: Mapping[str, Allocation] = {

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vbpfx.errors import CalibrationError
 from vbpfx.planning.ridge import ridge_factor
 
 # lambda, relative to the mean variance
@@ -45,9 +46,14 @@ def elimination_costs(
         penalty: lambda, relative to the mean variance.
         block: after how many neurons the factors are applied. Any number gives the same result.
 
+    Raises:
+        CalibrationError: a covariance or a weight holds NaN or infinity: nothing could be told from it.
+
     Returns:
         The indices of those that go, in order, int64, and the costs in that order, float64.
     """
+    if not all(bool(weight.isfinite().all()) for _, weight in inputs):
+        raise CalibrationError("the weights that read its neurons hold NaN or infinity; mend them, or leave it out")
     eliminations = [_Elimination(covariance, weight, penalty, block) for covariance, weight in inputs]
     width = len(inputs[0][0])
     barred = torch.zeros(width, dtype=torch.bool) if among is None else torch.ones(width, dtype=torch.bool)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.calibration.moments import Moments
-from vbpfx.errors import BudgetError
+from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import named_tensors
 from vbpfx.planning.elimination import elimination_costs, ridge_inverse
 from vbpfx.records import Block, Consumer
@@ -166,9 +166,17 @@ def score(criterion: str | Criterion, about: Scoring) -> Tensor:
 
     Raises:
         BudgetError: an own function returns something else than one finite number per neuron.
+        CalibrationError: weights or statistics of the block are so that a named criterion gives none.
     """
     if isinstance(criterion, str):
-        return CRITERIA[criterion](about)
+        scores = CRITERIA[criterion](about)
+        if not bool(scores.isfinite().all()):
+            raise CalibrationError(
+                f"block {about.block.name}: criterion {criterion!r} gives scores that are not finite, so its neurons cannot be "
+                f"ranked: weights of {', '.join(about.block.layers)} hold NaN or infinity, or their squares overflow; mend them, "
+                f"or leave the block out with exclude={about.block.name!r}"
+            )
+        return scores
     found = criterion(about)
     if not isinstance(found, Tensor) or found.shape != (about.block.width,) or not bool(found.isfinite().all()):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

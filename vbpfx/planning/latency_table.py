@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ class Latencies:
         dense: T_dense, seconds.
         points: block -> (width, seconds) in ascending order of widths, the last one the block's own width.
         correction: k, by which what blocks save alone becomes what the network saves, from a measurement of it.
+
+    Raises:
+        BudgetError: a latency is no finite number above 0, or the correction none of 0 or more.
     """
 
     runtime: str
@@ -34,6 +38,17 @@ class Latencies:
     dense: float
     points: Mapping[str, tuple[tuple[int, float], ...]]
     correction: float = 1.0
+
+    def __post_init__(self) -> None:
+        times = {"the whole network": [self.dense], **{f"block {n}": [t for _, t in p] for n, p in self.points.items()}}
+        for what, seconds in times.items():
+            if not all(0 < t < math.inf for t in seconds):
+                raise BudgetError(
+                    f"the latency of {what} was measured as {seconds} seconds: every one must be a finite number above 0; "
+                    f"measure again, with a larger batch where the clock is too coarse"
+                )
+        if not 0 <= self.correction < math.inf:
+            raise BudgetError(f"the correction of a latency table is {self.correction}, expected a finite number of 0 or more")
 
     def ratio(self, widths: Mapping[str, int]) -> float:
         """Predicted latency at these widths over the dense network's.

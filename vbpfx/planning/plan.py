@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from vbpfx.calibration.moments import Moments
 from vbpfx.calibration.prepare import Statistics, rows_a_sample
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
-from vbpfx.planning.allocation import ALLOCATIONS, Standing
+from vbpfx.planning.allocation import ALLOCATIONS, Standing, lowest
 from vbpfx.planning.budget import (
     Budget,
     Cost,
@@ -63,7 +64,9 @@ def make_plan(
             :class:`vbpfx.planning.importance.Scoring` to one score per neuron (the lowest go).
         allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
         sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
-            ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan of equal shares.
+            ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan. It is given one of equal
+            shares, and where this moves the output by nothing for some blocks, one in which these keep no more than their
+            floors: a block that moves nothing even so is free, and gives up what it may before any other gives.
         latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions of 32 channels and more at multiples of
@@ -74,9 +77,10 @@ def make_plan(
         include, exclude: glob patterns over block names and module paths.
 
     Raises:
-        BudgetError: the budget is missing, ambiguous, out of range or cannot be met.
+        BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is no finite number.
         AnalysisError: no block, or a pattern that matches none.
-        CalibrationError: the statistics are of another model.
+        CalibrationError: the statistics are of another model; or the weights of a block are not finite, so that its neurons
+            cannot be ranked.
     """
     chosen = PlanOptions.of(**options)
     deciding = Deciding(analysis, chosen, latencies)
@@ -86,16 +90,23 @@ def make_plan(
     samples = deciding.samples(blocks[0], statistics.moments[blocks[0].name])
     scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
 
-    def plan(allocation: str, known: Sensitivity) -> Plan:
-        kept = deciding.kept(scores, allocation, known)
+    def plan(kept: Mapping[str, tuple[int, ...]], allocation: str) -> Plan:
         entries = [deciding.entry(b, kept[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
         rows = max(m.count for b in blocks for m in statistics.moments[b.name])
         return deciding.plan(entries, allocation, rows)
 
+    rates: dict[str, float] = {}
     if chosen.allocation == "sensitivity" and callable(sensitivity):
-        sensitivity = sensitivity(plan("equal", {}))
-    known = _known(blocks, None if callable(sensitivity) else sensitivity)
-    return plan(_allocation(chosen, known), known)
+        equal = deciding.kept(scores, "equal", {})
+        rates = deciding.rates(scores, _of_all(blocks, sensitivity(plan(equal, "equal"))))
+        unmoved = [name for name, rate in rates.items() if rate == 0 and len(equal[name]) > deciding.floor[name]]
+        if unmoved:  # what its share says nothing about: whether the block does anything at all
+            least = deciding.at_floor(scores, unmoved)
+            rates |= deciding.rates(scores, sensitivity(plan(least, "equal")), at_floor=True)
+    elif sensitivity and not callable(sensitivity):
+        rates = deciding.rates(scores, _of_all(blocks, sensitivity))
+    allocation = _allocation(chosen, rates)
+    return plan(deciding.kept(scores, allocation, rates), allocation)
 
 
 class Deciding:
@@ -103,6 +114,7 @@ class Deciding:
 
     Attributes:
         blocks: those that the plan may touch.
+        floor: block -> its smallest width.
     """
 
     def __init__(self, analysis: Analysis, chosen: PlanOptions, latencies: Latencies | None = None) -> None:
@@ -112,7 +124,7 @@ class Deciding:
         by_ratio = chosen.budget.kind == "ratio"
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._prices = _prices(self.blocks, self._cost)
-        self._floor = floors(self.blocks, chosen.min_width)
+        self.floor = floors(self.blocks, chosen.min_width)
         self._steps = width_steps(self._captured, self.blocks, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
@@ -123,13 +135,45 @@ class Deciding:
         """One score per neuron; ``moments`` are :func:`pooled`."""
         return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
 
-    def kept(self, scores: Mapping[str, Tensor], allocation: str, known: Sensitivity) -> dict[str, tuple[int, ...]]:
-        """Block -> the neurons that stay, from the scores of all blocks."""
+    def rates(
+        self, scores: Mapping[str, Tensor], sensitivity: Sensitivity, *, at_floor: bool = False
+    ) -> dict[str, float]:
+        """Block -> D / S (:class:`vbpfx.planning.allocation.Standing`), of those whose D is known.
+
+        Args:
+            sensitivity: D, at the share of all neurons that will go; or, ``at_floor``, where the blocks keep no more than
+                their floors.
+
+        Raises:
+            BudgetError: a sensitivity is negative, or not finite.
+        """
+        found = {}
+        for block in self.blocks:
+            if block.name in sensitivity:
+                d = float(sensitivity[block.name])
+                if not 0 <= d < math.inf:
+                    raise BudgetError(
+                        f"the sensitivity of block {block.name} is {d}; it must be a finite number of 0 or more: what the output "
+                        f"loses when this block alone gives up its share"
+                    )
+                given = block.width - self.floor[block.name] if at_floor else round(self._share * block.width)
+                found[block.name] = d / lowest(scores[block.name], given)[1]
+        return found
+
+    def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Block -> the neurons that stay where the named blocks keep as few as they may, and the others all."""
+        widths = {b.name: self.floor[b.name] if b.name in narrowed else b.width for b in self.blocks}
+        return {name: kept_neurons(scores[name], width) for name, width in widths.items()}
+
+    def kept(
+        self, scores: Mapping[str, Tensor], allocation: str, rates: Mapping[str, float]
+    ) -> dict[str, tuple[int, ...]]:
+        """Block -> the neurons that stay, from the scores of all blocks, and their :meth:`rates` where the allocation takes these."""
         chosen, blocks = self._chosen, self.blocks
         groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
-        standing = {b.name: Standing(self._prices[b.name], self._share, known.get(b.name)) for b in blocks}
+        standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
         compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
-        widths = choose_widths(groups, compared, chosen.budget, floor=self._floor, steps=self._steps, cost=self._cost)
+        widths = choose_widths(groups, compared, chosen.budget, floor=self.floor, steps=self._steps, cost=self._cost)
         return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
@@ -149,15 +193,15 @@ class Deciding:
             "round_to": chosen.round_to,
             "uniform": chosen.uniform,
             "neurons": sum(block.width for block in self.blocks),
-            "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self._floor[b.name] < b.width],
+            "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self.floor[b.name] < b.width],
             "samples": rows,
         }
         return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
 
 
-def _allocation(chosen: PlanOptions, known: Sensitivity) -> str:
+def _allocation(chosen: PlanOptions, rates: Mapping[str, float]) -> str:
     """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
-    if chosen.allocation != "sensitivity" or known:
+    if chosen.allocation != "sensitivity" or rates:
         return chosen.allocation
     if chosen.own_allocation:
         return "equal"
@@ -167,9 +211,9 @@ def _allocation(chosen: PlanOptions, known: Sensitivity) -> str:
     )
 
 
-def _known(blocks: Sequence[Block], sensitivity: Sensitivity | None) -> dict[str, float]:
+def _of_all(blocks: Sequence[Block], sensitivity: Sensitivity) -> dict[str, float]:
     """Block -> sensitivity; their mean for blocks that a plan of equal shares left whole."""
-    given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity} if sensitivity else {}
+    given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity}
     mean = sum(given.values()) / max(1, len(given))
     return {b.name: given.get(b.name, mean) for b in blocks} if given else {}
 

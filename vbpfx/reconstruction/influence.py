@@ -12,6 +12,7 @@ Raw weights (tau = 1, rho = 1/2) are too extreme for as little data as there is;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -135,7 +136,7 @@ class Gradients:
         total, count = ranks.sums(
             [sum(w.double().sum().item() for w in weights), sum(weight.numel() for weight in weights)]
         )
-        if not total > 0:  # no gradient comes through, though a path does
+        if not 0 < total < math.inf:  # no gradient comes through, though a path does; or squares that leave float32
             return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
         weights = [(weight / (total / count)).float() + _LEAST for weight in weights]
         if node not in self.metrics:
@@ -143,6 +144,8 @@ class Gradients:
         outputs = self.captured.nodes[node].meta["val"].shape[self.layers[node].source.axis]
         product = self.products.get(node, torch.zeros(outputs, outputs, dtype=torch.float64))
         product = ranks.sum([product.cpu()])[0]
+        if not bool(product.isfinite().all()):
+            return Influence(tuple(weights), None)
         values, vectors = torch.linalg.eigh(product / product.diagonal().mean().clamp_min(1e-300))
         metric = (vectors * values.clamp_min(0) ** power) @ vectors.T
         return Influence(tuple(weights), metric)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vbpfx.calibration.moments import answers_at_once, widened
 from vbpfx.distributed.ranks import Ranks
+from vbpfx.errors import CalibrationError
 from vbpfx.graph.precision import full_float32
 from vbpfx.planning.ridge import ridge_factor
 
@@ -130,6 +131,9 @@ def fit(
         penalty: lambda, relative to the mean of the diagonal of S_xx (of x's second moments, where the bias is fixed).
         columns: indices of the entries of x that may be used; all by default.
         bias: c, where it is not free.
+
+    Raises:
+        CalibrationError: inputs or targets hold NaN or infinity.
     """
     columns = torch.arange(len(normal.xx)) if columns is None else columns
     fitted = torch.zeros(toward.shape, dtype=torch.float64)
@@ -140,7 +144,13 @@ def fit(
             within = within + torch.outer(normal.mean_x[columns], normal.mean_x)
             across = across + torch.outer(normal.mean_x[columns], normal.mean_t - bias)
         within, residual = within[:, columns], across - within @ fitted.T
-        fitted[:, columns] += torch.cholesky_solve(residual, ridge_factor(within, penalty)).T
+        factor = ridge_factor(within, penalty)
+        if not bool(residual.isfinite().all()):
+            raise CalibrationError(
+                "what it should compute, or its own weights, are not finite: activations leave the precision that the model "
+                "computes in; run it in a wider dtype"
+            )
+        fitted[:, columns] += torch.cholesky_solve(residual, factor).T
     return fitted, normal.mean_t - fitted @ normal.mean_x if bias is None else bias
 
 
