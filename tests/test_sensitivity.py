@@ -345,9 +345,7 @@ def test_a_sensitivity_that_is_no_cost_is_an_error(value: float) -> None:
     [[0.0] * 4, [0, 0, 1, 2], [-3, -1, 0, 5], [-5, -4, -3, -2], [1e-320, 2e-320, 1, 2], [1e300, 2e300, 3, 4], [-1e308, 1e308, 0, 1]],
     ids=str,
 )  # fmt: skip
-def test_what_ranks_is_finite_and_keeps_the_order_of_a_block(
-    allocation: str, rate: float, scores: list[float]
-) -> None:
+def test_what_ranks_is_finite_and_keeps_the_order_of_a_block(allocation: str, rate: float, scores: list[float]) -> None:
     given = torch.tensor(scores, dtype=torch.float64)
     found = ALLOCATIONS[allocation](given, Standing(cost=3.0, share=SHARE, rate=rate))
     assert bool(found.isfinite().all())

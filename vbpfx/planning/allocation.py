@@ -77,7 +77,8 @@ def by_sensitivity(scores: Tensor, about: Standing) -> Tensor:
     assert about.rate is not None
     at, _ = lowest(scores, round(about.share * len(scores)))
     marginal = max(at * about.rate / about.cost, torch.finfo(torch.float64).tiny)
-    return _above_zero(scores) / at * marginal**TEMPER
+    weight: float = marginal**TEMPER
+    return _above_zero(scores) / at * weight
 
 
 def lowest(scores: Tensor, count: int) -> tuple[float, float]:

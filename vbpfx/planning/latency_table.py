@@ -48,7 +48,9 @@ class Latencies:
                     f"measure again, with a larger batch where the clock is too coarse"
                 )
         if not 0 <= self.correction < math.inf:
-            raise BudgetError(f"the correction of a latency table is {self.correction}, expected a finite number of 0 or more")
+            raise BudgetError(
+                f"the correction of a latency table is {self.correction}, expected a finite number of 0 or more"
+            )
 
     def ratio(self, widths: Mapping[str, int]) -> float:
         """Predicted latency at these widths over the dense network's.
