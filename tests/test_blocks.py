@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracle import double, randomize, stages
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import FOUND, REFUSED, Case
 
@@ -79,3 +81,55 @@ def test_printing_the_analysis_names_blocks_and_reasons() -> None:
     text = str(vbpfx.find_blocks(vbpfx.capture(FOUND[10].make(), FOUND[10].batch())))
     assert "mlp" in text
     assert "reshape splits or merges it" in text
+
+
+class _Positions(nn.Module):
+    """A block over data, added to what a block over positions computes: of a table, a parameter, or a size."""
+
+    def __init__(self, positions: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own, self.real = (nn.Sequential(nn.Linear(d, 12), nn.ReLU(), nn.Linear(12, 8)) for d in (2, 8))
+        self.positions, self.query = positions, nn.Parameter(torch.randn(5, 2))
+        self.register_buffer("table", torch.randn(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.real(x + self.own(self.positions(self, x)))
+
+
+def _written(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros_like(x[..., :2])
+    table[..., 0] = x[..., 0]
+    return table
+
+
+WITHOUT_DATA = {
+    "a buffer": lambda m, x: m.table,
+    "a parameter": lambda m, x: m.query,
+    "a size": lambda m, x: torch.arange(x.shape[1])[:, None].expand(-1, 2).float(),
+    "zeros like the data": lambda m, x: torch.zeros_like(x[..., :2]),
+    "a table in the data's form": lambda m, x: m.table.to(x).expand_as(x[..., :2]),
+}
+WITH_DATA = {
+    "data": lambda m, x: x[..., :2],
+    "a table and data": lambda m, x: m.table * x.mean(-1, keepdim=True),
+    "zeros that data is written into": _written,
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_a_block_that_no_input_reaches_is_left_out_of_the_budget(name: str, frontend: str) -> None:
+    torch.manual_seed(0)
+    model, batch = _Positions(WITHOUT_DATA[name]).eval(), torch.randn(16, 5, 8)
+    result = stages(model, batch, frontend=frontend)
+    assert result.plan.widths == {"real": 6}, "the real block takes all of the budget"
+    (refusal,) = (r for r in result.analysis.refusals if r.name == "own.0")
+    assert refusal.width == 12
+    assert "no input of the model reaches it" in refusal.reason
+    assert not any(layer.weight.startswith("own") for layer in result.analysis.layers), "nor is it fitted anew"
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_a_block_that_data_reaches_somewhere_stays_a_block(name: str) -> None:
+    model, batch = _Positions(WITH_DATA[name]).eval(), torch.randn(16, 5, 8)
+    assert {b.name for b in stages(model, batch).analysis.blocks} == {"own", "real"}

@@ -20,10 +20,14 @@ from vbpfx.analysis.evidence import Evidence, gather
 from vbpfx.display.markup import tag
 from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
-from vbpfx.records import Block, Consumer, ParameterAxis, Refusal
+from vbpfx.records import Block, Consumer, ParameterAxis, Reduction, Refusal
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.ops import is_sum, takes_apart
 
+_SEES_NO_DATA = (
+    "no input of the model reaches it: it is made of parameters and constants, so that no data says which of its channels "
+    "matter (what it computes can be stored in its place)"
+)
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -35,8 +39,8 @@ class Analysis:
         blocks: every axis that can be narrowed exactly, in graph order.
         refusals: every axis that a weight produces and that cannot, with the reason.
         captured: the graph that was analysed.
-        layers: every layer y = W x + b that works position by position and alone uses its weight, in graph order: what a
-            regression can fit anew. Their sources begin at 0.
+        layers: every layer y = W x + b that works position by position on what comes from the model's inputs and alone uses
+            its weight, in graph order: what a regression can fit anew. Their sources begin at 0.
     """
 
     blocks: tuple[Block, ...]
@@ -108,7 +112,8 @@ def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
         own_bias = consumer.creates_bias or (
             len(evidence.uses[consumer.bias]) == 1 and consumer.bias not in evidence.tied
         )
-        if consumer.alone and pointwise and same_positions and own_bias:
+        sees_data = evidence.nodes[consumer.source.node] in evidence.fed
+        if sees_data and consumer.alone and pointwise and same_positions and own_bias:
             found.append(consumer)
     return tuple(sorted(found, key=lambda layer: evidence.position[layer.node]))
 
@@ -143,7 +148,7 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
         key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
     )
     name = _enclosing(produced)
-    node, reason = _obstacle(component, consumers, parameters, linked, evidence)
+    node, reason = _obstacle(component, consumers, reductions, parameters, linked, evidence)
     if reason:
         return Refusal(name, component.width, tuple(produced), node, reason)
     literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
@@ -163,6 +168,7 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
 def _obstacle(
     component: Component,
     consumers: list[Consumer],
+    reductions: list[Reduction],
     parameters: list[ParameterAxis],
     linked: nx.Graph[Axis],
     evidence: Evidence,
@@ -177,6 +183,9 @@ def _obstacle(
         return evidence.opaque[first][0]
     if not consumers:
         return "", "no layer reads it"
+    readers: list[Consumer | Reduction] = [*consumers, *reductions]
+    if evidence.fed.isdisjoint(evidence.nodes[reader.source.node] for reader in readers):
+        return consumers[0].source.node, _SEES_NO_DATA
     if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
     for name in dict.fromkeys(

@@ -11,7 +11,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from vbpfx.analysis.mutation import read_after_mutation
+from vbpfx.analysis.mutation import changed_by, read_after_mutation
 from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
 from vbpfx.analysis.sizes import read_sizes
 from vbpfx.graph.capture import Captured, named_tensors
@@ -34,7 +34,7 @@ from vbpfx.rules.axes import (
     SizeStated,
     operand_of,
 )
-from vbpfx.rules.ops import called_module, describe, rule_for, takes_apart, takes_sizes
+from vbpfx.rules.ops import called_module, describe, operands_read, rule_for, takes_apart, takes_sizes
 from vbpfx.rules.pointwise import elementwise
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
@@ -46,7 +46,8 @@ _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 class Evidence:
     """What the rules said, gathered over the whole graph.
 
-    ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone.
+    ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone; ``fed`` are
+    those among them whose values do: what sees data.
     """
 
     nodes: dict[str, fx.Node]
@@ -57,6 +58,7 @@ class Evidence:
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
+    fed: set[fx.Node] = field(default_factory=set)
     biases: dict[str, Axis] = field(default_factory=dict)
     opaque: dict[Axis, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -93,6 +95,8 @@ def gather(captured: Captured) -> Evidence:
         module = called_module(graph_module, node)
         if node.op == "placeholder" or not evidence.computed.isdisjoint(node.all_input_nodes):
             evidence.computed.add(node)
+        if node.op == "placeholder" or (node not in sizes and not evidence.fed.isdisjoint(operands_read(node))):
+            evidence.fed.update((node, *changed_by(node, graph_module)))
         if node not in sizes:  # asking a parameter for its dtype is no use of it
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():

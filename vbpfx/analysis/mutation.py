@@ -7,6 +7,7 @@ different things, and so would its statistics.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     for node in graph_module.graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         module = called_module(graph_module, node)
-        changes = source is not None and isinstance(node.meta.get("val"), Tensor) and _is_in_place(node, module)
+        changes = source is not None and isinstance(node.meta.get("val"), Tensor) and is_in_place(node, module)
         root[node] = node
         if source is not None and (changes or is_view(node, module)):
             root[node] = root[source]
@@ -55,7 +56,20 @@ def _apart(a: tuple[fx.Node, Any] | None, b: tuple[fx.Node, Any] | None) -> bool
     return a is not None and b is not None and a[0] is b[0] and a[1] != b[1]
 
 
-def _is_in_place(node: fx.Node, module: Any) -> bool:
+def changed_by(node: fx.Node, graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The values whose memory a call changes: its first operand, and what that is a view of."""
+    changed: list[fx.Node] = []
+    operand = node.args[0] if node.args else None
+    if node.target is operator.setitem or is_in_place(node, called_module(graph_module, node)):
+        while isinstance(operand, fx.Node):
+            changed.append(operand)
+            view = is_view(operand, called_module(graph_module, operand))
+            operand = operand.args[0] if view and operand.args else None
+    return changed
+
+
+def is_in_place(node: fx.Node, module: Any) -> bool:
+    """Whether the call changes its first operand."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = spelling(node)

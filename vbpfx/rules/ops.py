@@ -222,6 +222,23 @@ def is_view(node: fx.Node, module: nn.Module | None) -> bool:
     return rule_for(node, module) in _VIEWS or spelling(node) in _HAND_ON
 
 
+# Calls that take nothing of one operand but its sizes, type and device -> which operand that is.
+_TAKES_THE_FORM_ALONE = dict.fromkeys(
+    ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+     "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"), 0,
+) | dict.fromkeys(("expand_as", "view_as", "reshape_as", "type_as", "to"), 1)  # fmt: skip
+
+
+def operands_read(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call whose values it reads, not their sizes, types and devices alone."""
+    read = node.all_input_nodes
+    if node.op in ("call_function", "call_method"):
+        place = _TAKES_THE_FORM_ALONE.get(spelling(node))
+        if place is not None and place < len(node.args):
+            read = [operand for operand in read if operand is not node.args[place]]
+    return read
+
+
 def takes_sizes(rule: Rule | None) -> bool:
     """Whether a rule reads size arguments itself."""
     return rule in (regrouping, expansion, norm_over_last)
