@@ -298,3 +298,58 @@ def test_an_output_of_one_number_has_gradients() -> None:
     gradients.add(captured.inputs)  # the spread of one number is no number, and torch warns of it
     assert all(bool(square.isfinite().all()) for found in gradients.squares.values() for square in found)
     assert any(bool((square > 0).any()) for found in gradients.squares.values() for square in found)
+
+
+class FromOneVector(nn.Module):
+    """A gate that is computed of one vector: a parameter, or the mean of all samples."""
+
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.rest = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4))
+        self.query, self.of_data = nn.Parameter(torch.randn(8)), of_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(x * self.gate(x.mean(0) if self.of_data else self.query))
+
+
+@pytest.mark.parametrize("of_data", [False, True])
+def test_hidden_values_of_one_axis(of_data: bool) -> None:
+    model = randomize(FromOneVector(of_data)).double()
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(40, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
+    pruned = vbpfx.prune(model, data, ratio=0.5, progress=False, exclude=None if of_data else "rest")
+    assert "gate" in pruned.plan.widths or of_data
+    found = vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, data[0], tolerance=1e-9)
+    with torch.no_grad():
+        lost = (pruned.graph_module(data[0]) - model(data[0])).norm() / model(data[0]).norm()
+    if not of_data:  # what stands for constants is exact
+        assert lost < 1e-9
+    assert found.error < 1e-9
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_influence_keeps_rows_in_the_order_of_the_value(time_first: bool) -> None:
+    """Gradients are taken of a few samples at a time; their weights stand where the samples stand in the whole batch."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if time_first:
+                x = x.transpose(0, 1)
+            return torch.tanh((x * x + self.block(x)).sum(0 if time_first else 1))
+
+    model = randomize(Sequence())
+    batch = torch.randn(40, 3, 5)
+    captured = vbpfx.capture(model, batch[:4])
+    layer = next(la for la in vbpfx.find_blocks(captured).layers if la.weight == "block.2.weight")
+    whole, parts = Gradients(captured, [layer]), Gradients(captured, [layer])
+    whole.add(Inputs((batch,), {}), 0)
+    for start in (0, 16, 32):
+        parts.add(Inputs((batch[start : start + 16],), {}), start)
+    expected = torch.cat(parts.squares[layer.node], 1 if time_first else 0)
+    torch.testing.assert_close(whole.squares[layer.node][0], expected, rtol=0, atol=0)
+    assert expected.shape == ((3, 40, 1) if time_first else (40, 3, 1))

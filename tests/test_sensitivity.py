@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import randomize
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
@@ -414,3 +415,35 @@ def test_classes_that_the_bias_rules_out() -> None:
         plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
         found.append(list(vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})]).values()))
     assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda y: y.chunk(2, -1),
+        lambda y: torch.split(y, [2, 4], -1),
+        lambda y: y.unbind(1),
+        lambda y: {"both": y.chunk(2, 1), "rest": (2 * y,)},
+    ],
+    ids=["chunk", "split", "unbind", "nested"],
+)
+def test_outputs_that_are_parts_of_one_another(parts: Any) -> None:
+    """A mean and a spread, for one: half the squared distance, summed over the parts."""
+
+    class Parts(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return parts(x)
+
+    model = _two(nn.Sequential(nn.Linear(6, 6), Parts()))
+    analysis, statistics = _stages(model)
+    plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
+    found = vbpfx.sensitivities(analysis, plan, [Inputs((DATA[:8],), {})])
+    moved = []
+    with torch.no_grad():
+        dense = tree_leaves(model(DATA[:8]))
+        for entry in plan.blocks:
+            small = vbpfx.convert(analysis.captured, dataclasses.replace(plan, blocks=(entry,)))
+            apart = zip(tree_leaves(small(DATA[:8])), dense, strict=True)
+            moved.append(sum((a - b).square().reshape(8, -1).sum(1) / 2 for a, b in apart).numpy())
+    assert list(found.values()) == pytest.approx(_drawn_together(moved), rel=1e-9)
+    assert vbpfx.prune(model, [DATA], ratio=SHARE, progress=False).plan.removed == 16

@@ -172,8 +172,10 @@ def _are_logits(captured: Captured) -> list[bool]:
     def makes_logits(node: fx.Node, value: Tensor) -> bool:
         return is_linear(node, called_module(graph_module, node)) and value.ndim > 1 and value.shape[-1] > 1
 
-    values = [(origin(n), n.meta["val"]) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
-    return [makes_logits(node, value) for node, value in values if value.is_floating_point()]
+    # a call may return several tensors (chunk, split): they are parts of what a layer makes, no logits
+    values = [(origin(n), leaf, leaf is n.meta["val"]) for n in nodes for leaf in pytree.tree_leaves(n.meta.get("val"))]
+    floats = [entry for entry in values if isinstance(entry[1], Tensor) and entry[1].is_floating_point()]
+    return [alone and makes_logits(node, value) for node, value, alone in floats]
 
 
 def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:

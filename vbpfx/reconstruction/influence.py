@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vbpfx.calibration.moments import widened
+from vbpfx.calibration.observer import as_rows
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.graph.capture import Captured
@@ -94,14 +95,14 @@ class Gradients:
             for node, own in self._gradients(chunk):
                 axis, gradient = self.layers[node].source.axis, widened(own)  # before it is squared
                 if node in self.metrics:
-                    rows = gradient.movedim(axis, -1).flatten(0, -2)
+                    rows = as_rows(gradient, axis)
                     with full_float32():
                         product = (rows.T @ rows).double()
                     self.products[node] = self.products[node] + product if node in self.products else product
                 parts[node].append(gradient.square().sum(axis, keepdim=True).float())
         for node, found in parts.items():
             if found:
-                self.squares[node].append(torch.cat(found))
+                self.squares[node].append(_joined(found, _batch_axis(self.captured, node)))
         self.batches += 1
 
     def influences(
@@ -175,6 +176,20 @@ class Gradients:
         return [
             (n, g.detach().nan_to_num(0.0, 0.0, 0.0)) for n, g in zip(seen, gradients, strict=True) if g is not None
         ]
+
+
+def _batch_axis(captured: Captured, node: str) -> int | None:
+    """The axis of a node's value on which samples stand, alone or merged with others; None where there is none.
+
+    Graphs are captured with a prime number of samples, which no other size is a multiple of but by merging.
+    """
+    batch, shape = captured.batch, captured.nodes[node].meta["val"].shape
+    return next((axis for axis, size in enumerate(shape) if batch and size and size % batch == 0), None)
+
+
+def _joined(parts: Sequence[Tensor], axis: int | None) -> Tensor:
+    """Squares of gradients from a few samples at a time as those of the whole batch; what has no samples has one mean."""
+    return torch.stack(list(parts)).mean(0) if axis is None else torch.cat(list(parts), axis)
 
 
 def _spread(value: Tensor) -> Tensor:
