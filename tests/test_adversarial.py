@@ -66,17 +66,6 @@ def test_rewritten_exactly(name: str, frontend: str) -> None:
     check(model, tokens(), frontend, blocks=1)
 
 
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-def test_a_layer_whose_weight_is_made_of_others_is_refused_by_name(norm: Any) -> None:
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
-    norm(model[0])
-    found = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(2, 8)))
-    reasons = [r.reason for r in found.refusals if r.producers[0].startswith("0.")]
-    assert reasons
-    assert all("remove_parametrizations" in r or "forward hooks" in r for r in reasons)
-
-
 class Padded(nn.Module):
     """What is usual and wrong: a mean over tokens that takes padding in."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from oracle import double, randomize, stages
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -133,3 +135,100 @@ def test_a_block_that_no_input_reaches_is_left_out_of_the_budget(name: str, fron
 def test_a_block_that_data_reaches_somewhere_stays_a_block(name: str) -> None:
     model, batch = _Positions(WITH_DATA[name]).eval(), torch.randn(16, 5, 8)
     assert {b.name for b in stages(model, batch).analysis.blocks} == {"own", "real"}
+
+
+def _two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+
+class _Translator(nn.Module):
+    """nn.Transformer inside a model: an encoder and a decoder."""
+
+    def __init__(self, head: nn.Module | None) -> None:
+        super().__init__()
+        self.t, self.head = nn.Transformer(8, 2, 1, 1, 12, batch_first=True), head
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        made = self.t(a, b)
+        return made if self.head is None else self.head(made)
+
+
+@pytest.mark.parametrize("head", [_two_layers(), None], ids=["with a head", "alone"])
+def test_the_layers_of_a_transformer_inside_a_model_are_found(head: nn.Module | None) -> None:
+    model = randomize(_Translator(head)).double().eval()
+    batch = (torch.randn(4, 5, 8).double(), torch.randn(4, 7, 8).double())
+    pruned = vbpfx.prune(model, [batch], ratio=0.5, method="vbp", progress=False, min_width=1)
+    found = {block.name: block.width for block in pruned.analysis.blocks}
+    assert found == {"t.encoder.layers.0": 12, "t.decoder.layers.0": 12} | ({"head": 12} if head else {})
+    assert pruned.verification.error < ROUNDING
+
+
+def test_a_module_that_runs_another_in_parallel_or_compiled_is_looked_into() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(16, 8)
+    plain = nn.Sequential(_two_layers(), nn.LayerNorm(8), _two_layers())
+    expected = vbpfx.prune(plain, [batch], ratio=0.5, method="vbp", progress=False)
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for wrap, inner in ((nn.DataParallel, "module"), (torch.compile, "_orig_mod")):
+            model = nn.Sequential(wrap(plain[0]), *plain[1:])
+            pruned = vbpfx.prune(model, [batch], ratio=0.5, method="vbp", progress=False)
+            widths = {name.replace(f".{inner}", ""): width for name, width in pruned.plan.widths.items()}
+            assert widths == expected.plan.widths
+            torch.testing.assert_close(pruned.graph_module(batch), expected.graph_module(batch), rtol=0, atol=1e-6)
+    finally:
+        torch.compiler.set_stance("default")
+
+
+class _Leaves(nn.Module):
+    """Layers of torch.nn that hold weights, return several values, and stand in no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.recurrent = nn.MultiheadAttention(8, 2, batch_first=True), nn.LSTM(8, 8, 2)
+        self.mlp = _two_layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.recurrent(self.attention(x, x, x)[0])[0])
+
+
+def test_a_layer_without_a_row_is_refused_by_name_with_all_its_weights() -> None:
+    analysis = vbpfx.find_blocks(vbpfx.capture(_Leaves(), torch.randn(4, 5, 8), frontend="symbolic"))
+    assert [block.name for block in analysis.blocks] == ["mlp"]
+    found = {(r.name, r.width): (set(r.producers), r.reason) for r in analysis.refusals}
+    weights, reason = found["recurrent", 32]
+    assert weights == {f"recurrent.weight_{kind}_l{layer}" for kind in ("ih", "hh") for layer in (0, 1)}
+    assert "operator LSTM is not in the operator table" in reason
+    assert found["attention", 24][0] == {"attention.in_proj_weight"}
+    assert found["attention", 8][0] == {"attention.out_proj.weight"}, "it lies one module deeper"
+
+
+@pytest.mark.filterwarnings("ignore")  # both are deprecated, and still in models
+def test_quantised_and_scripted_layers_are_refused_by_name() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(_two_layers().eval(), {nn.Linear})
+    with pytest.raises(vbpfx.AnalysisError, match=r"0: layer 0 is quantised \(Linear\): prune the plain model"):
+        vbpfx.prune(quantised, [torch.randn(4, 8)], ratio=0.5, progress=False)
+    model = nn.Sequential(torch.jit.trace(_two_layers(), torch.randn(4, 8)), _two_layers())
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(4, 8)))
+    assert [block.name for block in analysis.blocks] == ["1"]
+    assert any(r.name == "0" and "layer 0 is TorchScript" in r.reason for r in analysis.refusals)
+
+
+PLAIN = {
+    "weight_norm": (nn.utils.weight_norm, r"made by weight_norm.*torch\.nn\.utils\.remove_weight_norm"),
+    "spectral_norm": (nn.utils.spectral_norm, r"made by spectral_norm.*torch\.nn\.utils\.remove_spectral_norm"),
+    "mask": (lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.3), r"masked.*prune\.remove\(layer, 'weight'\)"),
+    "parametrized": (nn.utils.parametrizations.weight_norm, r"parametrize\.remove_parametrizations"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_made_before_every_call_is_named_once_with_the_way_to_undo_it(name: str) -> None:
+    make, reason = PLAIN[name]
+    model = _two_layers()
+    make(model[0])
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(4, 8)))
+    (refusal,) = (r for r in analysis.refusals if r.producers[0].startswith("0."))
+    assert refusal.name == "0"
+    assert re.search(reason, refusal.reason), refusal.reason

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import randomize, stages
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from zoo import FOUND, Attention, tokens
 
@@ -196,3 +196,45 @@ def test_inputs_are_resized_along_the_batch_alone() -> None:
     assert inputs.resized(5).args[0].tolist() == [0, 1, 2, 0, 1]
     assert inputs.resized(5).args[1].shape == (7,)
     assert inputs.first(2).args[0].tolist() == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed", "ignore::FutureWarning:torch.distributed")
+def test_a_model_divided_over_processes_is_named_with_the_way_to_gather_it() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        second = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+        fully_shard(second, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        first = nn.Sequential(
+            FullyShardedDataParallel(nn.Linear(8, 12), device_id=torch.device("cpu")), nn.Linear(12, 4)
+        )
+        for model, where in ((second, r"0\.weight is divided.*FSDP2"), (first, "module 0 is divided.*FullySharded")):
+            with pytest.raises(CaptureError, match=f"{where}.*get_model_state_dict"):
+                vbpfx.prune(model, [torch.randn(4, 8)], ratio=0.5, progress=False, ranks="alone")
+    finally:
+        dist.destroy_process_group()
+
+
+class _Remembers(nn.Module):
+    """Forward leaves what it computed in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.seen, self.all = nn.Linear(8, 12), nn.Linear(12, 4), None, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.fc1(x)
+        return self.fc2(self.seen.relu())
+
+
+@pytest.mark.parametrize("attribute", ["seen", "all"])
+def test_a_fake_tensor_that_a_trace_left_in_the_model_is_named(attribute: str) -> None:
+    model, outer = _Remembers(), nn.Module()
+    with FakeTensorMode():
+        left = torch.empty(4, 12)
+    setattr(model, attribute, left if attribute == "seen" else [left])
+    outer.inner, outer.forward = model, model.forward
+    with pytest.raises(CaptureError, match=rf"inner\.{attribute} holds a fake tensor"):
+        vbpfx.capture(outer, torch.randn(4, 8))

@@ -8,7 +8,7 @@ nothing. One pass over the nodes and one over the components: linear in the size
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import networkx as nx
 from torch import fx
 
 from vbpfx.analysis.components import Component, components
-from vbpfx.analysis.evidence import Evidence, gather
+from vbpfx.analysis.evidence import Evidence, Unread, gather
 from vbpfx.display.markup import tag
 from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
@@ -90,11 +90,11 @@ def find_blocks(captured: Captured) -> Analysis:
     blocks = [entry for entry in found if isinstance(entry, Block)]
     refusals = [entry for entry in found if isinstance(entry, Refusal)]
     known = {name for names in evidence.produced.values() for name in names}
-    refusals += [
-        Refusal(_layer(name), evidence.sizes[Axis(name, 0, True)], (name,), *why)
-        for name, why in evidence.unread.items()
-        if name not in known
-    ]
+    unread: dict[Unread, list[str]] = defaultdict(list)
+    for weight, why in evidence.unread.items():
+        if weight not in known:
+            unread[why].append(weight)
+    refusals += [Refusal(why.owner, why.width, tuple(names), why.node, why.reason) for why, names in unread.items()]
     order = evidence.position
     blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -38,8 +39,22 @@ from vbpfx.rules.ops import called_module, describe, operands_read, rule_for, ta
 from vbpfx.rules.pointwise import elementwise
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
-_HOOKED = "has forward hooks, which may read or change it"
+# Where hooks come from that make a weight before every call -> what they are, and what makes the layer plain.
+_REMOVED_BY = {
+    "torch.nn.utils.weight_norm": "has its {name} made by weight_norm before every call (torch.nn.utils.remove_weight_norm makes it plain)",
+    "torch.nn.utils.spectral_norm": "has its {name} made by spectral_norm before every call (torch.nn.utils.remove_spectral_norm makes it plain)",
+    "torch.nn.utils.prune": "has its {name} masked before every call (torch.nn.utils.prune.remove(layer, '{name}') makes it plain)",
+}
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
+
+
+class Unread(NamedTuple):
+    """A weight of which nothing is known: whose it is, its rows, the node that reads it, and why."""
+
+    owner: str
+    width: int
+    node: str
+    reason: str
 
 
 @dataclass
@@ -55,7 +70,7 @@ class Evidence:
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
     parts: list[Part] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
-    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
     fed: set[fx.Node] = field(default_factory=set)
@@ -109,7 +124,7 @@ def gather(captured: Captured) -> Evidence:
         said = list(_relations(node, module, names, sizes))
         for relation in said:
             _note(relation, node, evidence)
-        if own is not None:
+        if node not in sizes:
             _note_unread(node, module, names, said, evidence)
     _mark_alone(evidence)
     return evidence
@@ -151,13 +166,10 @@ def _relations(
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
     if operand_of(node, names) is None and not takes_apart(node):
         return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
-    hooked: list[Relation] = []
-    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-        hooked += site.all_opaque(f"layer {node.target} {_HOOKED}")
+    why = _obstacle_of(node, module) if module is not None else ""
     if rule is None:
-        parametrized = module is not None and parametrize.is_parametrized(module)
-        why = _PARAMETRIZED if parametrized else _UNLISTED
-        return [*used, *site.all_opaque(f"operator {name} {why}")]
+        return [*used, *site.all_opaque(why or f"operator {name} {_UNLISTED}")]
+    hooked = list(site.all_opaque(why)) if why else []
     if rule is not elementwise and site.operands and not site.x.ndim:
         return [*used, *site.all_opaque(f"operator {name} takes a single number")]
     try:
@@ -258,18 +270,49 @@ def _note_unread(
         own, weight = operand_of(argument, names), _parameter_behind(argument, names, evidence)
         if own is not None and weight is not None and weight.ndim > 1 and own.owner in opaque:
             weights.append((weight.owner, opaque[own.owner]))
-    made = module is not None and parametrize.is_parametrized(module)
-    if module is not None and (made or module._forward_pre_hooks or rule_for(node, module) is None):
-        own_names = [*names.of_module[str(node.target)].values()]
-        why = f"operator {describe(node, module)} {_UNLISTED}"
-        if made:  # their weights are those of other modules, below this one
-            own_names = [f"{node.target}.{name}" for name, _ in module.named_parameters()]
-            why = f"layer {node.target} {_PARAMETRIZED}"
-        elif module._forward_pre_hooks:
-            why = f"layer {node.target} {_HOOKED}"
-        weights += [(name, why) for name in own_names if Axis(name, 1, True) in evidence.sizes]
     for name, reason in weights:
-        evidence.unread.setdefault(name, (node.name, reason))
+        evidence.unread.setdefault(name, Unread(_owner(name), evidence.sizes[Axis(name, 0, True)], node.name, reason))
+    if module is not None and (reason := _obstacle_of(node, module)):
+        _note_leaf(node, module, reason, evidence)
+
+
+def _note_leaf(node: fx.Node, module: nn.Module, reason: str, evidence: Evidence) -> None:
+    """All matrices of a layer that is called as a whole and whose rule cannot say what it makes of them."""
+    path = str(node.target)
+    for below, tensor in named_tensors(module).items():
+        if tensor.ndim > 1:
+            evidence.unread.setdefault(f"{path}.{below}", Unread(path, len(tensor), node.name, reason))
+    if not named_tensors(module) and module.state_dict():  # packed, as quantised weights are
+        value = node.meta.get("val")
+        width = value.shape[-1] if isinstance(value, Tensor) and value.ndim else 1
+        evidence.unread.setdefault(f"{path}.weight", Unread(path, width, node.name, reason))
+
+
+def _owner(weight: str) -> str:
+    return weight.rpartition(".")[0] or weight
+
+
+def _obstacle_of(node: fx.Node, module: nn.Module) -> str:
+    """Why nothing is known of a layer that is called as a whole; an empty string where its rule speaks for it."""
+    if parametrize.is_parametrized(module):
+        return f"layer {node.target} {_PARAMETRIZED}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"layer {node.target} {_hooked(module)}"
+    if type(module).__module__.startswith("torch.ao.nn"):
+        return f"layer {node.target} is quantised ({type(module).__name__}): prune the plain model, and quantise the result"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"layer {node.target} is TorchScript, which has no Python code to trace: put the module in that the script was made of"
+    return "" if rule_for(node, module) is not None else f"operator {describe(node, module)} {_UNLISTED}"
+
+
+def _hooked(module: nn.Module) -> str:
+    """What a layer's hooks are, and what makes it plain."""
+    for hook in module._forward_pre_hooks.values():
+        maker = type(hook).__module__
+        if maker in _REMOVED_BY:
+            name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
+            return _REMOVED_BY[maker].format(name=name)
+    return "has forward hooks, which may read or change it"
 
 
 def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operand | None:

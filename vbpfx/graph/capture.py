@@ -15,11 +15,12 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
@@ -108,6 +109,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
     require_module(model)
     _refuse_half_on_cpu(model)
+    _refuse_fake(model)
     refuse_training_operators(model)
     reference = share_parameters(model)
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
@@ -156,6 +158,14 @@ def require_module(model: Any) -> None:
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}; wrap functions in a module")
 
 
+def _wrappers() -> dict[type[nn.Module], str]:
+    """Modules that run another one, on other devices, in other processes or compiled -> the attribute that holds it."""
+    found: dict[type[nn.Module], str] = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
+    if compiler := sys.modules.get("torch._dynamo"):  # whose import takes seconds; a compiled module has imported it
+        found[compiler.OptimizedModule] = "_orig_mod"
+    return found
+
+
 # Wrappers that hide the Python code -> what to pass in their place.
 _WRAPPERS = {
     nn.DataParallel: "the model in it, model.module",
@@ -172,6 +182,7 @@ def require_code_and_numbers(model: nn.Module) -> None:
     for wrapper, instead in wrappers.items():
         if isinstance(model, wrapper):
             raise CaptureError(f"the model is a {type(model).__name__}; pass {instead}")
+    _refuse_divided(model)
     for name, parameter in model.named_parameters():
         if is_traceable_wrapper_subclass(parameter):
             raise CaptureError(
@@ -183,6 +194,47 @@ def require_code_and_numbers(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no numbers: load the weights first, or prune from files "
                 f"(vbpfx.prune_files)"
             )
+
+
+_GATHER = (
+    "gather it into the plain model first: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)) gives its weights whole, and a model that was never divided takes them"
+)
+
+
+def _refuse_divided(model: nn.Module) -> None:
+    """Raise a CaptureError for a model whose weights are divided over processes."""
+    modules = {name: sys.modules.get(name) for name in ("torch.distributed.fsdp", "torch.distributed.tensor")}
+    if fsdp := modules["torch.distributed.fsdp"]:
+        for name, module in model.named_modules():
+            if isinstance(module, fsdp.FullyShardedDataParallel):
+                where = f"module {name}" if name else "the model"
+                raise CaptureError(f"{where} is divided over processes (FullyShardedDataParallel): {_GATHER}")
+    if tensor := modules["torch.distributed.tensor"]:
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, tensor.DTensor):
+                raise CaptureError(f"{name} is divided over processes (a DTensor, as FSDP2 makes them): {_GATHER}")
+
+
+def _refuse_fake(model: nn.Module) -> None:
+    """Raise a CaptureError where the model holds fake tensors, which an earlier trace has left."""
+    for path, module in model.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for attribute, value in held.items():
+            if not attribute.startswith("_") or isinstance(value, Tensor):
+                leaves = (
+                    value
+                    if isinstance(value, (list, tuple))
+                    else value.values()
+                    if isinstance(value, dict)
+                    else (value,)
+                )
+                if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+                    name = f"{path}.{attribute}".lstrip(".")
+                    raise CaptureError(
+                        f"{name} holds a fake tensor, which has no numbers: forward stores a tensor there, and an earlier trace "
+                        f"(torch.export, torch.fx) has left its own. Set it to None, or make the model anew, before pruning"
+                    )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -205,7 +257,8 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
 def share_parameters(model: Model) -> Model:
     """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied.
 
-    A language model's copy makes no cache of keys and values: that is no part of one forward pass.
+    A language model's copy makes no cache of keys and values: that is no part of one forward pass. Within a copy,
+    ``DataParallel``, ``DistributedDataParallel`` and compiled modules run the module that they wrap.
     """
     # an embedding with max_norm writes to its weight in forward
     written = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
@@ -217,11 +270,19 @@ def share_parameters(model: Model) -> Model:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove the attribute "
             f"that copy.deepcopy cannot copy (a lock, a generator, an open file) before pruning"
         ) from error
+    wrappers = _wrappers()
     for module in shared.modules():
+        for wrapper, attribute in wrappers.items():
+            if isinstance(module, wrapper):
+                module.forward = partial(_call, getattr(module, attribute))
         config: Any = vars(module).get("config")  # a class's own would not be a copy
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
     return shared.eval()
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def on_cpu(model: Model) -> Model:

@@ -31,16 +31,20 @@ from vbpfx.data.inputs import Inputs, argument_names, holds_tensor, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.rules.ops import is_registered
 
+# Modules of torch.nn that run others in their own code.
+_COMPOSITE = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer,
+    nn.DataParallel, nn.parallel.DistributedDataParallel,
+)  # fmt: skip
+
 
 class _Tracer(fx.Tracer):
     """fx's tracer, but composite modules of ``torch.nn`` are traced through, so that a block inside is seen."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        composite = isinstance(
-            m,
-            (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder),
-        )
-        return is_registered(m) or (not composite and super().is_leaf_module(m, module_qualified_name))
+        if isinstance(m, torch.jit.ScriptModule):  # no Python code, so nothing to trace
+            return True
+        return is_registered(m) or (not isinstance(m, _COMPOSITE) and super().is_leaf_module(m, module_qualified_name))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """As fx's own, which goes through all modules whenever a parameter is read."""
