@@ -218,6 +218,22 @@ def summed() -> onnx.ModelProto:
     return net.model(["n", 6], ["n", 5])
 
 
+def resized(*, by_size: bool) -> onnx.ModelProto:
+    """A Resize between two convolutions: by scales, or to sizes of which one states how many channels there are."""
+    net = Net()
+    net.add("Conv", ["x", net.weight("W", 12, 4, 1, 1)], "c")
+    net.add("Relu", ["c"], "r")
+    if by_size:
+        net.add("Shape", ["x"], "shape")
+        net.add("Gather", ["shape", net.integers("first", 0)], "n")
+        net.add("Concat", ["n", net.integers("width", 12, 5, 9)], "sizes", axis=0)
+        net.add("Resize", ["r", "", "", "sizes"], "h", mode="linear")
+    else:
+        net.add("Resize", ["r", "", net.vector("scales", 1, 1, 2, 2)], "h", coordinate_transformation_mode="asymmetric")
+    net.add("Conv", ["h", net.weight("V", 5, 12, 1, 1)], "y")
+    return net.model(["n", 4, 4, 4], ["n", 5, *((5, 9) if by_size else (8, 8))])
+
+
 def shared_matrix() -> onnx.ModelProto:
     """Two inputs of one pair of layers: one weight, two calls."""
     net = Net()
@@ -244,6 +260,8 @@ CASES = (
     Case("LayerNormalization", lambda: normed("LayerNormalization"), (6,), hidden="normed", before_norm="h"),
     Case("RMSNormalization", lambda: normed("RMSNormalization"), (6,), hidden="normed", before_norm="h"),
     Case("sum and mean", summed, (6,)),
+    Case("Resize by scales", lambda: resized(by_size=False), (4, 4, 4), axis=1),
+    Case("Resize to sizes", lambda: resized(by_size=True), (4, 4, 4), axis=1),
     Case("one weight, two calls", shared_matrix, (6,)),
 )  # fmt: skip
 

@@ -287,6 +287,11 @@ def _positions() -> None:
           dw=lambda d: nn.Conv1d(d.width, d.width, 3, padding=1, groups=d.width))  # fmt: skip
     entry("average pool", lambda m, h, x: m.pool(h), _layouts("images"), pool=lambda d: nn.AvgPool2d(3, 1, 1))
     entry("max pool", lambda m, h, x: F.max_pool2d(h, 3, 1, 1), _layouts("images"))
+    entry(
+        "sampled at places",
+        lambda m, h, x: F.grid_sample(h, x[:, :2].movedim(1, -1).tanh(), align_corners=False),
+        _layouts("images"),
+    )
     entry("adaptive pool", lambda m, h, x: h * F.adaptive_avg_pool2d(h, 1), _layouts("images"))
     entry(
         "tokens mixed by attention", lambda m, h, x: (x @ x.transpose(1, 2)).tanh().softmax(-1) @ h, _layouts("tokens")

@@ -64,7 +64,7 @@ def with_half_of_its_data(folder: Path) -> Path:
 
 def old(folder: Path) -> Path:
     model = with_biases()
-    model.opset_import[0].version = 11
+    model.opset_import[0].version = 6
     return plain(folder, model)
 
 
@@ -147,7 +147,7 @@ FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (truncated, vbpfx.ArtifactError, "no ONNX file, or it is damaged"),
     (without_data, vbpfx.ArtifactError, "keeps dense_1/kernel in weights.bin, which cannot be read"),
     (with_half_of_its_data, vbpfx.ArtifactError, "in weights.bin, which is too short"),
-    (old, vbpfx.CaptureError, "opset 11, the oldest that is supported is 13"),
+    (old, vbpfx.CaptureError, "opset 6, the oldest that is supported is 7"),
     (without_a_block, vbpfx.AnalysisError, "no block that can be narrowed"),
     (quantized, vbpfx.CaptureError, r"is quantized \(DequantizeLinear, node 'dequantize'\)"),
     (custom, vbpfx.CaptureError, r"operator Swirl \(domain my.company, node 'n2_Relu'\) has no torch function.*Swirl"),

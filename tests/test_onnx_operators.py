@@ -32,6 +32,10 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
+def vector(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 X = floats(5, 4, 6)  # what most operators are given: the first axis is the batch's
 IMAGES = floats(5, 4, 8, 8)
 BOOLS = X > 0
@@ -75,15 +79,21 @@ def each(names: str, *args: Any, **kwargs: Any) -> list[Call]:
     return [Call(name, *args, **kwargs) for name in names.split()]
 
 
-def batch_of_x() -> tuple[onnx.NodeProto, ...]:
-    """The number of samples, as exporters read it: a vector of one entry named ``n``."""
-    return (helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Slice", ["shape", "c0", "c1"], ["n"]))
+def batch_of_x(names: str = "c0 c1") -> tuple[onnx.NodeProto, ...]:
+    """The number of samples, as exporters read it: a vector of one entry named ``n``; ``names`` are those of 0 and 1."""
+    return (helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Slice", ["shape", *names.split()], ["n"]))
 
 
 SAME_SIZE = (floats(4, 6),)
 CALLS = [
     *each("Identity Dropout Relu Sigmoid Tanh Softplus Softsign Selu HardSwish Elu Celu HardSigmoid LeakyRelu Erf Neg Abs"),
     *each("Exp Sin Cos Sign Floor Ceil Round IsNaN"),
+    *each("Tan Sinh Cosh Atan Asinh ThresholdedRelu Shrink"),
+    *each("Asin Acos Atanh", np.tanh(X)),
+    Call("Acosh", 1 + positive(5, 4, 6)),
+    Call("ThresholdedRelu", attributes={"alpha": 0.3}),
+    Call("Shrink", attributes={"bias": 0.2, "lambd": 0.3}),
+    Call("Mean", further=(*SAME_SIZE, np.float32(0.2))),
     *each("Mish", opset=18),
     *each("Sqrt Reciprocal Log", positive(5, 4, 6)),
     *each("LeakyRelu Elu Celu HardSigmoid", attributes={"alpha": 0.3}),
@@ -179,6 +189,24 @@ CALLS = [
     Call("AveragePool", IMAGES, (), {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1], "count_include_pad": 1}),
     Call("MaxPool", IMAGES, (), {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
     Call("MaxPool", IMAGES, (), {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER", "ceil_mode": 1}),
+    Call("LpPool", IMAGES, (), {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1], "p": 3}),
+    *each("GlobalLpPool", IMAGES),
+    Call("ReduceLogSum", positive(5, 4, 6), attributes={"axes": [1]}),
+    *[Call("GridSample", IMAGES, (np.tanh(floats(1, 3, 7, 2)), ints(0), ints(1), ints(3, 7, 2)), {"mode": m, "padding_mode": p, "align_corners": a}, ["x", "g"],
+           opset=16, before=(*batch_of_x(names="c1 c2"), helper.make_node("Concat", ["n", "c3"], ["t"], axis=0),
+           helper.make_node("Expand", ["c0", "t"], ["g"])))
+      for m, p, a in (("bilinear", "zeros", 0), ("nearest", "border", 1))],
+    *[Call("Resize", IMAGES, (None, vector(1, 1, *scale)), {"mode": mode, "coordinate_transformation_mode": how})
+      for mode in ("nearest", "linear", "cubic") for how in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+      for scale in ((2, 3), (0.6, 1.25))],
+    *[Call("Resize", IMAGES, (None, vector(1, 1, 1.5, 0.3)), {"nearest_mode": mode})
+      for mode in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")],
+    *[Call("Resize", IMAGES, (ints(0), ints(2), ints(5, 11)), {"mode": mode}, ["x", "", "", "t"], before=(
+      *batch_of_x(), helper.make_node("Concat", ["n", "c2"], ["t"], axis=0))) for mode in ("nearest", "linear")],
+    Call("Resize", IMAGES, (None, vector(1, 1, 1.7, 1.7)), {"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1}),
+    Call("Resize", IMAGES, (None, vector(), ints(9, 11)), {"mode": "linear", "axes": [2, 3]}, opset=18),
+    Call("Resize", IMAGES, (None, vector(1, 1, 1.3, 0.7)), {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"}, opset=19),
+    Call("Resize", X, (None, vector(1, 1, 2))),
     Call("Shape"),
     Call("Shape", attributes={"start": -2, "end": 3}),
     Call("Size"),

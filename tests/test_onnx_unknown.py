@@ -162,23 +162,23 @@ def only_onnx_runtime_knows_it() -> onnx.ModelProto:
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
-    net.add("Shrink", ["m"], "shrunk", lambd=0.01)
-    net.add("Relu", ["shrunk"], "y")
+    net.add("MeanVarianceNormalization", ["m"], "centred", axes=[1])
+    net.add("Relu", ["centred"], "y")
     net.weight("scale", 5)
     model = net.file(["n", 6], ["n", 5])
-    model.graph.node[-1].CopyFrom(helper.make_node("SimplifiedLayerNormalization", ["shrunk", "scale"], ["y"]))
+    model.graph.node[-1].CopyFrom(helper.make_node("SimplifiedLayerNormalization", ["centred", "scale"], ["y"]))
     return model
 
 
 AROUND = {
     "behind the block": (behind, (6,), f"{MICROSOFT}.FusedMatMul"),
     "several values": (two_values, (3, 6), f"{MICROSOFT}.SkipLayerNormalization"),
-    "twice the batch": (with_a_batch_of_its_own, (6,), "Resize"),
+    "twice the batch": (with_a_batch_of_its_own, (6,), "Resize (there are no positions behind samples and channels)"),
     "If": (row_by_row, (6,), "If"),
     "a bias that a Loop reads": (weight_of_a_loop, (6,), "Loop"),
     "a form that has no row": (in_a_form_of_its_own, (6,), "Slice (it takes entries backwards; only whole axes can be turned round)"),
     "a further output": (a_further_output, (6,), "LayerNormalization (one of its further outputs is read)"),
-    "no operator of ONNX's": (only_onnx_runtime_knows_it, (6,), "Shrink"),
+    "no operator of ONNX's": (only_onnx_runtime_knows_it, (6,), "MeanVarianceNormalization"),
     "shapes that depend on data": (data_decides, (6,), "NonZero"),
 }  # fmt: skip
 

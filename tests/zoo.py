@@ -314,6 +314,7 @@ FOUND = [
     Case("concatenated positions", mlp(lambda m, x: m.fc2(torch.cat([m.fc1(x).relu()[:, 1:], m.t.expand(x.shape[0], -1, -1)], 1)), t=parameter(1, 1, 12)), tokens, {"fc1->fc2": 12}),
     Case("fused attention over tokens", mlp(lambda m, x: m.fc2(F.scaled_dot_product_attention(x, x * 2, m.fc1(x).relu()))), tokens, {"fc1->fc2": 12}),
     Case("einsum over tokens", mlp(lambda m, x: m.fc2(torch.einsum("bnm,bmc->bnc", torch.softmax(x @ x.transpose(1, 2), -1), m.fc1(x).relu()))), tokens, {"fc1->fc2": 12}),
+    Case("sampled at places of a grid", lambda: Net(lambda m, x: m.out(F.grid_sample(m.first(x), x[:, :2].movedim(1, -1).tanh(), align_corners=False)), first=nn.Conv2d(4, 12, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
     Case("padded, rolled, repeated", lambda: Net(lambda m, x: m.out(F.interpolate(F.pad(m.first(x), (1, 2)).roll(1, -1), scale_factor=2).repeat(1, 1, 1, 2)), first=nn.Conv2d(4, 12, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
     Case("padded by computed amounts", lambda: Net(lambda m, x: m.out(F.pad(m.first(x).relu(), (0, -x.shape[2] % 4, 0, -x.shape[3] % 4))), first=nn.Conv2d(4, 12, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
     Case("instance norm", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.InstanceNorm2d(12, affine=True), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(12, 3, 1)), images, {"0->4": 12}),

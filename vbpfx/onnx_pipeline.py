@@ -21,7 +21,7 @@ from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.array_batches import ArrayBatches
 from vbpfx.data.inputs import Inputs
 from vbpfx.display.tables import counted
-from vbpfx.errors import ExportError, VerificationError, first_line
+from vbpfx.errors import CaptureError, ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
 from vbpfx.gathering import Calibration, Run, first_batch
 from vbpfx.graph.capture import Captured, captured_file
@@ -40,6 +40,7 @@ from vbpfx.onnx_graph.importer import Imported, import_graph
 from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
 from vbpfx.onnx_graph.runtime import open_session, session_with
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
+from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.pipeline import EXAMPLE_SAMPLES, prune_captured
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.pruned import Pruned
@@ -115,7 +116,7 @@ def prune_onnx(
     ``<out>.data``.
 
     Args:
-        path: the file: opset 13 or newer, not quantized. What it stores and computes in float16 stays float16.
+        path: the file: opset 7 or newer, not quantized; what is older than opset 13 is converted to that. What it stores and computes in float16 stays float16.
         calibration: batches without labels: arrays or tensors (where the file has one input), mappings by the names of its
             inputs, or sequences in their order.
         out: the file to write; it takes its name when everything has been checked. It may be ``path`` where that keeps its
@@ -207,14 +208,35 @@ def _require_fidelity(model: ir.Model, path: Path, imported: Imported, captured:
     """How far the graph that the file was read as is from the file itself."""
     inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # what is not finite is calibration's to name
     expected = run(session_with(model, path.parent, ()), inputs, imported.arguments)
-    error = relative_error(_outputs(captured.graph_module, inputs), expected)
     allowed = _allowed(imported)
+    if (opset := converted_from(model)) is not None:
+        _require_same(path, opset, inputs, imported, expected, allowed)
+    error = relative_error(_outputs(captured.graph_module, inputs), expected)
     if not error <= allowed:
         raise VerificationError(
             f"{path} was read as a graph that differs from it by {error:.2e} of the output's size (allowed {allowed:.0e}); "
             f"please report the model"
         )
     return error
+
+
+def _require_same(
+    path: Path, opset: int, inputs: Inputs, imported: Imported, converted: list[Tensor], allowed: float
+) -> None:
+    """Hold what a file of an earlier opset was converted to against the file as it is, in ONNX Runtime."""
+    try:
+        original = run(open_session(str(path)), inputs, imported.arguments)
+    except Exception as error:  # ONNX Runtime has many kinds
+        raise CaptureError(
+            f"{path} is of opset {opset}; ONNX Runtime does not run it as it is, so that what ONNX's version converter made of it "
+            f"cannot be checked: {first_line(error)}"
+        ) from error
+    difference = relative_error(converted, original)
+    if not difference <= allowed:
+        raise CaptureError(
+            f"{path} is of opset {opset}, and what ONNX's version converter makes of it differs from it by {difference:.2e} of the output's "
+            f"size (allowed {allowed:.0e}); export it anew with opset {READ_FROM} or a newer one"
+        )
 
 
 def _allowed(imported: Imported) -> float:

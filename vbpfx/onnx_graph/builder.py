@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -60,11 +60,12 @@ Value = fx.Node | Constant | Sizes
 
 @dataclass(frozen=True)
 class Place:
-    """Where the file states a number: entry ``index`` of a node's input, or an attribute."""
+    """Where the file states a number: entry ``index`` of the ``length`` entries of a node's input, or an attribute."""
 
     node: ir.Node
     where: int | str
     index: int = 0
+    length: int = 1
 
 
 @dataclass
@@ -140,6 +141,8 @@ class Builder:
 
     def states(self, node: fx.Node, path: Path, place: Place | None) -> None:
         """Keep where the file states a number among a call's arguments."""
+        if place is not None and isinstance(place.where, int) and self.has(place.where):
+            place = replace(place, length=len(self.numbers(place.where)))
         self.places[node.name, path] = place
 
     # ------------------------------------------------------------------ the inputs of the node at hand

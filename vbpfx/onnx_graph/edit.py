@@ -126,7 +126,10 @@ class OnnxEdit:
             for output in node.outputs:
                 if output not in kept and node not in keep:
                     output.shape = None
+        stated = {output: output.shape for output in self.graph.outputs}
         ShapeInferencePass()(self.model)
+        for output, shape in stated.items():  # the pass names open axes
+            output.shape = shape
 
 
 def _tensor(name: str, array: Array) -> ir.TensorProtocol:

@@ -113,6 +113,17 @@ def _sum(b: Builder) -> Value:
     return found
 
 
+def _mean(b: Builder) -> Value:
+    return b.emit(torch.div, _sum(b), len(b.node.inputs))
+
+
+def _shrink(b: Builder) -> Value:
+    """x + bias below -lambd, x - bias above lambd, 0 between."""
+    x, bias, bound = b.tensor(0), b.attribute("bias", 0.0), b.attribute("lambd", 0.5)
+    below = b.emit(torch.where, b.emit(torch.lt, x, -bound), b.emit(torch.add, x, bias), 0.0)
+    return b.emit(torch.where, b.emit(torch.gt, x, bound), b.emit(torch.sub, x, bias), below)
+
+
 def _clip(b: Builder) -> Value:
     bounds = {}
     for index, name in ((1, "min"), (2, "max")):
@@ -176,6 +187,10 @@ def _celu(b: Builder) -> Value:
     return b.emit(F.celu, b.tensor(0), b.attribute("alpha", 1.0))
 
 
+def _thresholded_relu(b: Builder) -> Value:
+    return b.emit(F.threshold, b.tensor(0), b.attribute("alpha", 1.0), 0.0)
+
+
 def _hard_sigmoid(b: Builder) -> Value:
     scaled = b.emit(torch.mul, b.tensor(0), b.attribute("alpha", 0.2))
     return b.emit(torch.clamp, b.emit(torch.add, scaled, b.attribute("beta", 0.5)), min=0.0, max=1.0)
@@ -212,6 +227,8 @@ ELEMENTWISE: Mapping[str, Callable[[Builder], Value]] = {
     "Elu": _elu,
     "Celu": _celu,
     "HardSigmoid": _hard_sigmoid,
+    "ThresholdedRelu": _thresholded_relu,
+    "Shrink": _shrink,
     "PRelu": _prelu,
     "Clip": _clip,
     "Erf": _unary(torch.erf),
@@ -223,6 +240,15 @@ ELEMENTWISE: Mapping[str, Callable[[Builder], Value]] = {
     "Log": _unary(torch.log),
     "Sin": _unary(torch.sin),
     "Cos": _unary(torch.cos),
+    "Tan": _unary(torch.tan),
+    "Sinh": _unary(torch.sinh),
+    "Cosh": _unary(torch.cosh),
+    "Asin": _unary(torch.asin),
+    "Acos": _unary(torch.acos),
+    "Atan": _unary(torch.atan),
+    "Asinh": _unary(torch.asinh),
+    "Acosh": _unary(torch.acosh),
+    "Atanh": _unary(torch.atanh),
     "Sign": _unary(torch.sign),
     "Floor": _unary(torch.floor),
     "Ceil": _unary(torch.ceil),
@@ -236,6 +262,7 @@ ELEMENTWISE: Mapping[str, Callable[[Builder], Value]] = {
     "Pow": _power,
     "Mod": _modulo,
     "Sum": _sum,
+    "Mean": _mean,
     "Min": _extreme(torch.minimum, "max"),
     "Max": _extreme(torch.maximum, "min"),
     "Equal": _binary(torch.eq),

@@ -17,9 +17,10 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass
 
 from vbpfx.errors import ArtifactError, CaptureError, ExportError, VbpfxError, first_line
+from vbpfx.onnx_graph.axes import open_negative_sizes
+from vbpfx.onnx_graph.versions import converted
 from vbpfx.storage.files import Write, write_atomically
 
-OLDEST_OPSET = 13
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv",
                         "MatMulInteger", "ConvInteger", "QLinearAdd", "QGemm", "MatMulNBits", "DynamicQuantizeMatMul",
                         "MatMulIntegerToFloat", "QAttention", "QLinearGlobalAveragePool"})  # fmt: skip
@@ -35,8 +36,7 @@ def read_model(path: Path) -> ir.Model:
     """Read an ONNX file; weights that lie in external data stay there, mapped into memory. Local functions are inlined.
 
     Raises:
-        ArtifactError: it is missing, no ONNX, truncated, or its external data is; or it names data outside its own folder.
-        CaptureError: its opset is older than 13, it is quantized, draws random numbers, or is of bfloat16.
+    _load_beside_the_graph(path, model)
     """
     try:
         model = ir.load(path)
@@ -54,18 +54,17 @@ def read_model(path: Path) -> ir.Model:
         raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
     for name, tensor in _external(model):  # before anything reads what they name
         _require_inside(path, name, tensor)
-    opset = opset_of(model)
-    if opset < OLDEST_OPSET:
-        raise CaptureError(
-            f"{path} is of opset {opset}, the oldest that is supported is {OLDEST_OPSET}: convert it with "
-            f"onnx.version_converter, or export it anew"
-        )
+    for value in _initializers(model):
+        _require_data(path, str(value.name), value.const_value)
     if model.functions:
         try:
             InlinePass()(model)
         except Exception as error:  # the pass raises a kind of its own around any other
             said = first_line(error.__cause__ or error)
             raise CaptureError(f"the local functions of {path} cannot be inlined: {said}") from error
+    _load_beside_the_graph(path, model)
+    open_negative_sizes(model)
+    model = converted(model, path)
     if not _is_in_order(model.graph):  # ONNX Runtime does not ask for it, and converters put nodes at the end
         model.graph.sort()
     for node in model.graph.all_nodes():
@@ -83,9 +82,6 @@ def read_model(path: Path) -> ir.Model:
                 f"{path}: {value.name} is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert the file to "
                 f"float16 or float32, or prune the PyTorch model"
             )
-    for value in _initializers(model):
-        _require_data(path, str(value.name), value.const_value)
-    _load_beside_the_graph(path, model)
     return model
 
 
@@ -159,11 +155,6 @@ def _is_in_order(graph: ir.Graph) -> bool:
         if any(value is not None and value.producer() in waiting for value in node.inputs):
             return False
     return True
-
-
-def opset_of(model: ir.Model) -> int:
-    """The version of ONNX's own operators that the file is written in; 0 where it names none."""
-    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def true_inputs(model: ir.Model) -> list[ir.Value]:

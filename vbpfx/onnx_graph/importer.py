@@ -33,18 +33,21 @@ from vbpfx.onnx_graph.builder import (
     is_setting,
 )
 from vbpfx.onnx_graph.elementwise import ELEMENTWISE, FLOATS
-from vbpfx.onnx_graph.file import opset_of, true_inputs
+from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.layers import LAYERS
 from vbpfx.onnx_graph.reductions import REDUCTIONS
+from vbpfx.onnx_graph.resize import RESIZE
 from vbpfx.onnx_graph.shapes import SHAPES
 from vbpfx.onnx_graph.sizes import SIZE_OPERATORS, count, shape, takes_sizes
 from vbpfx.onnx_graph.unknown import OnnxCall, Probe, unknown
+from vbpfx.onnx_graph.versions import opset_of
 
 _OPERATORS: Mapping[str, Callable[[Builder], Any]] = {
     **ELEMENTWISE,
     **LAYERS,
     **SHAPES,
     **REDUCTIONS,
+    **RESIZE,
     "Shape": shape,
     "Size": count,
 }

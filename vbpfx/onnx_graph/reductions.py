@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ from vbpfx.onnx_graph.builder import Builder, Value, one_entry, shape_of
 from vbpfx.onnx_graph.layers import padding_of
 
 
-def _reduction(function: Callable[..., Any], *ahead: Any, squared: bool = False) -> Callable[[Builder], Value]:
+def _reduction(
+    function: Callable[..., Any], *ahead: Any, squared: bool = False, behind: Callable[..., Any] | None = None
+) -> Callable[[Builder], Value]:
     def reduce(b: Builder) -> Value:
         x, axes = b.tensor(0), b.integers(1, "axes")
         if not axes and b.attribute("noop_with_empty_axes", 0):
@@ -23,7 +26,8 @@ def _reduction(function: Callable[..., Any], *ahead: Any, squared: bool = False)
         dims = axes or list(range(len(shape_of(x))))
         x = b.emit(torch.square, x) if squared else x
         dim = dims[0] if len(dims) == 1 else dims
-        return b.emit(function, x, *ahead, dim, bool(b.attribute("keepdims", 1)))
+        found = b.emit(function, x, *ahead, dim, bool(b.attribute("keepdims", 1)))
+        return found if behind is None else b.emit(behind, found)
 
     return reduce
 
@@ -86,6 +90,29 @@ def _average_pool(b: Builder) -> Value:
     return b.emit(function, x, kernel, stride, padding, bool(b.attribute("ceil_mode", 0)), counting)
 
 
+def _global_lp_pool(b: Builder) -> Value:
+    x = b.tensor(0)
+    return b.emit(torch.linalg.vector_norm, x, b.attribute("p", 2), list(range(2, len(shape_of(x)))), True)
+
+
+def _lp_pool(b: Builder) -> Value:
+    """(sum over the window of |x|^p)^(1/p)."""
+    p, ceil = b.attribute("p", 2), b.attribute("ceil_mode", 0)
+    x, kernel, stride, padding, dilation = _window(b, 0.0, uneven=True)
+    if ceil or any(step != 1 for step in dilation):
+        raise CaptureError("windows with gaps, or rounded up in number, are not supported")
+    function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]
+    powers = b.emit(torch.pow, b.emit(torch.abs, x), p)
+    mean = b.emit(function, powers, kernel, stride, padding, False, True)
+    return b.emit(torch.pow, b.emit(torch.mul, mean, math.prod(kernel)), 1 / p)
+
+
+def _grid_sample(b: Builder) -> Value:
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(given := b.attribute("mode", "linear"), given)
+    padding, aligned = b.attribute("padding_mode", "zeros"), bool(b.attribute("align_corners", 0))
+    return b.emit(F.grid_sample, b.tensor(0), b.tensor(1), mode, padding, aligned)
+
+
 def _max_pool(b: Builder) -> Value:
     x, kernel, stride, padding, dilation = _window(b, float("-inf"), uneven=True)
     function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(kernel)]
@@ -114,6 +141,7 @@ REDUCTIONS: Mapping[str, Callable[[Builder], Any]] = {
     "ReduceMax": _reduction(torch.amax),
     "ReduceMin": _reduction(torch.amin),
     "ReduceLogSumExp": _reduction(torch.logsumexp),
+    "ReduceLogSum": _reduction(torch.sum, behind=torch.log),
     "ReduceL2": _reduction(torch.linalg.vector_norm, 2),
     "ReduceL1": _l1,
     "ReduceProd": _product,
@@ -128,4 +156,7 @@ REDUCTIONS: Mapping[str, Callable[[Builder], Any]] = {
     "LpNormalization": _lp_norm,
     "AveragePool": _average_pool,
     "MaxPool": _max_pool,
+    "LpPool": _lp_pool,
+    "GlobalLpPool": _global_lp_pool,
+    "GridSample": _grid_sample,
 }

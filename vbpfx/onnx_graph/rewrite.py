@@ -92,7 +92,7 @@ def _as_stored(tensor: Tensor, stored: Stored) -> Array:
 def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:
     """Make every number in the file that counts channels true again."""
     narrowed = {node.name: node for node in small.graph.nodes}
-    changes: dict[tuple[ir.Node, int], dict[int, int]] = defaultdict(dict)
+    changes: dict[tuple[ir.Node, int, int], dict[int, int]] = defaultdict(dict)
     for entry in plan.blocks:
         for literal in entry.block.literals:
             place = imported.places.get((literal.node, literal.path), ...)
@@ -104,23 +104,23 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
             match place:
                 case Place(node=node, where=str(name)):
                     node.attributes[name] = ir.AttrInt64(name, after)
-                case Place(node=node, where=int(where), index=index):
-                    changes[node, where][index] = after - before
+                case Place(node=node, where=int(where), index=index, length=length):
+                    changes[node, where, length][index] = after - before
                 case _:
                     raise ExportError(
                         f"the size that {literal.node} states has no place in the file; leave block {entry.block.name} out"
                     )
-    for (node, where), differences in changes.items():
+    for (node, where, length), differences in changes.items():
         if where >= len(node.inputs) or node.inputs[where] is None:  # a Split without sizes
             fx_node = next(n for n in narrowed.values() if imported.made_by.get(n.name, (None,))[0] is node)
             sizes: Any = fx_node.args[1]
             node.attributes.pop("num_outputs", None)
             file.set_input(node, where, file.store(f"{node.name}_sizes", np.array(sizes, np.int64)))
             continue
-        _change(file, node, where, differences)
+        _change(file, node, where, length, differences)
 
 
-def _change(file: OnnxEdit, node: ir.Node, where: int, differences: dict[int, int]) -> None:
+def _change(file: OnnxEdit, node: ir.Node, where: int, length: int, differences: dict[int, int]) -> None:
     """Other numbers in a node's input: a new constant where it is one, a sum where it is computed."""
     value = node.inputs[where]
     assert value is not None
@@ -131,7 +131,6 @@ def _change(file: OnnxEdit, node: ir.Node, where: int, differences: dict[int, in
             new.reshape(-1)[index] += difference
         node.replace_input_with(where, file.store(f"{value.name}_narrow", new))
         return
-    length = max(differences) + 1 if value.shape is None or value.shape.is_dynamic() else int(value.shape[0])  # type: ignore[arg-type]
     delta = np.zeros(length, np.int64)
     for index, difference in differences.items():
         delta[index] = difference

@@ -40,7 +40,7 @@ def norm_over_last(site: Site) -> Iterator[Relation]:
     if normalized == 1:
         yield Reduces(x.axis(-1), "rms_norm" if "rms" in site.name else "layer_norm")
         if site.module is None:
-            yield _normalized_size(site, x.axis(-1), sizes[0])
+            yield _stated_size(site, x.axis(-1), sizes[0], "normalized_shape")
     for back in range(1, normalized + 1):
         if normalized > 1:
             yield Opaque(x.axis(-back), "a norm takes its statistics across it")
@@ -48,8 +48,8 @@ def norm_over_last(site: Site) -> Iterator[Relation]:
         yield from (Same(x.axis(-back), p.axis(-back)) for p in scale_and_shift if p is not None)
 
 
-def _normalized_size(site: Site, axis: Axis, size: Any) -> Relation:
-    """What a functional norm states of the size of its axis: a number, or a size read from a tensor."""
+def _stated_size(site: Site, axis: Axis, size: Any, argument: str) -> Relation:
+    """What a call states of the size of its axis, first in its second argument: a number, or a size read from a tensor."""
     if isinstance(size, Axis):
         return Same(axis, size)
     read = site.size_read(size)
@@ -57,8 +57,8 @@ def _normalized_size(site: Site, axis: Axis, size: Any) -> Relation:
         return Same(axis, read.axes[0])
     if not isinstance(size, int):
         return Opaque(axis, "its size is stated by a computed number")
-    path = site.path(1, "normalized_shape")
-    return SizeStated(axis, path if isinstance(site.argument(1, "normalized_shape"), int) else (*path, 0))
+    path = site.path(1, argument)
+    return SizeStated(axis, path if isinstance(site.argument(1, argument), int) else (*path, 0))
 
 
 def group_norm(site: Site) -> Iterator[Relation]:
@@ -109,6 +109,28 @@ def pooling(site: Site) -> Iterator[Relation]:
     for dim in range(x.ndim - positions, x.ndim):
         yield Opaque(x.axis(dim), f"{site.name} mixes the positions along it")
         yield Opaque(out.axis(dim), f"{site.name} mixes the positions along it")
+
+
+def sampling(site: Site) -> Iterator[Relation]:
+    """grid_sample: every channel read at the places that a grid names."""
+    x, out = site.x, site.out
+    yield from leading(x, out, but=x.ndim - 2)
+    for operand, reason in (
+        (x, "grid_sample mixes the positions along it"),
+        (site.operand(1, "grid"), "it is a grid of places"),
+    ):
+        for axis in operand.axes[2 if operand is x else 0 :] if operand is not None else ():
+            yield Opaque(axis, reason)
+    for axis in out.axes[2:]:
+        yield Opaque(axis, "grid_sample mixes the positions along it")
+
+
+def resizing(site: Site) -> Iterator[Relation]:
+    """Positions taken anew, every channel by itself; ``sizes`` may state how many channels there are, and stay."""
+    yield from pooling(site)
+    sizes = site.argument(1, "sizes")
+    if sizes is not None and sizes[0] is not None:
+        yield _stated_size(site, site.x.axis(1), sizes[0], "sizes")
 
 
 def instance_norm(site: Site) -> Iterator[Relation]:

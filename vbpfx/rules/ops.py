@@ -36,7 +36,9 @@ from vbpfx.rules.norms import (
     padding,
     pooling,
     reduction,
+    resizing,
     rolling,
+    sampling,
 )
 from vbpfx.rules.parts import aten_slice, concatenation, glu, indexing, narrowing, select, splitting, stack
 from vbpfx.rules.pointwise import elementwise, prelu, unchanged
@@ -128,6 +130,7 @@ _methods_and_functions(
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
 )  # fmt: skip
+_row(sampling, F.grid_sample, aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d)
 _methods_and_functions(rolling, "roll", "flip")
 _methods_and_functions(padding, "pad")
 _methods_and_functions(permutation, "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t")
@@ -241,7 +244,7 @@ def operands_read(node: fx.Node) -> list[fx.Node]:
 
 def takes_sizes(rule: Rule | None) -> bool:
     """Whether a rule reads size arguments itself."""
-    return rule in (regrouping, expansion, norm_over_last)
+    return rule in (regrouping, expansion, norm_over_last, resizing)
 
 
 def takes_apart(node: fx.Node) -> bool:
