@@ -74,7 +74,7 @@ def gather(
         reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
         gradients = Gradients(captured, strategy.layers, observed, metrics=reading)
     passes = Forward(run) if run else forward_passes(observed, calibration.compile)
-    keeping = Keeping(passes, strategy.samples, gradients, divisible=captured.batch is not None)
+    keeping = Keeping(passes, strategy.samples, gradients, divisible=captured.divisible)
     calibrate(
         observed,
         calibration.batches,

@@ -19,7 +19,6 @@ from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
 from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
-from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.measurement.latency import measure_result
 from vbpfx.measurement.sensitivity import sensitivities
 from vbpfx.plan_files import plan_digest
@@ -128,12 +127,21 @@ def prune(
     example = as_inputs(example_inputs, model)
     if example.is_empty:
         raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")
-    few = example if has_fixed_batch(model, example) else example.first(EXAMPLE_SAMPLES)
-    captured = capture(model, few, frontend=frontend)
+    captured = capture(model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
     total = length_hint(calibration) or None
     return prune_captured(
         captured,
-        Calibration(data, read, total, mask, progress, ranks, checkpoint, checkpoint_every, compile),
+        Calibration(
+            data,
+            lambda batch: read(batch).along(captured.inputs),
+            total,
+            mask,
+            progress,
+            ranks,
+            checkpoint,
+            checkpoint_every,
+            compile,
+        ),
         options,
         fitting=fitting,
         target=target,

@@ -29,6 +29,7 @@ class Observer(nn.Module):
         every: of so many rows one enters the co-moments; 0 for none. Which ones does not depend on how the data is split
             into batches, nor on which process sees them.
         rows_a_sample: how many rows a sample has; a little more or less where its length varies.
+        samples: the axis of the tensor that the samples are on.
 
     Attributes:
         moments: what was gathered; None before the first sample.
@@ -46,10 +47,11 @@ class Observer(nn.Module):
         masked: tuple[int, ...] = (),
         every: int = 0,
         rows_a_sample: int = 1,
+        samples: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.masked, self.every, self.rows_a_sample = name, masked, every, rows_a_sample
-        self.rows = 0
+        self.rows, self.samples = 0, samples
         self.axis, self.start, self.width = axis, start, width
         self.moments: Moments | None = None
         self.calls = 0
@@ -73,7 +75,7 @@ class Observer(nn.Module):
         """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
         seen, axis = x.detach().narrow(self.axis, self.start, self.width), self.axis
         if self.every or mask is not None:
-            seen, axis = as_rows(seen, axis, mask, self.masked), -1
+            seen, axis = as_rows(seen, axis, mask, self.masked, self.samples), -1
         if seen.numel() and self._bad_call is None:
             self._gather(seen, axis, mask)
         self.calls += 1
@@ -124,15 +126,19 @@ def is_held_out(numbers: Tensor, rows_a_sample: int) -> Tensor:
     return numbers // rows_a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
-def as_rows(x: Tensor, axis: int, mask: Tensor | None = None, masked: tuple[int, ...] = ()) -> Tensor:
+def as_rows(x: Tensor, axis: int, mask: Tensor | None = None, masked: tuple[int, ...] = (), samples: int = 0) -> Tensor:
     """A value as rows of channels (n, d), sample after sample; padding left out.
 
     Args:
         axis: the channel axis.
         mask: (B, T), zero for padding; ``masked`` are the axes of the value that its axes are, counted from the end, one
             where they are merged.
+        samples: the axis that the samples are on.
     """
     if mask is not None:
         seen = x.movedim((*masked, axis), (*range(len(masked)), -1))
         return seen[mask.bool() if len(masked) == 2 else mask.bool().flatten()].flatten(0, -2)
-    return x.movedim(axis, -1).flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    if x.ndim < 2:
+        return x.unsqueeze(0)
+    ahead = (samples,) if samples != axis % x.ndim else ()
+    return x.movedim((*ahead, axis), (*range(len(ahead)), -1)).flatten(0, -2)

@@ -149,6 +149,7 @@ def prepare(
             masked,
             every=every.get(source, 0),
             rows_a_sample=rows_a_sample(captured, source),
+            samples=captured.samples_axis(source.node) or 0,
         )
 
     insert_at_sources(observed, chosen, observer, "observe", {source: m.node for source, m in masks.items()})

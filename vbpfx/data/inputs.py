@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,31 @@ def named_labels(batch: Any) -> Any:
     return batch.get(LABELS) if isinstance(batch, Mapping) else None
 
 
+# An argument, by its place or its name, and which of the tensors in it.
+Place = tuple[int | str, int]
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one forward call; tensors may be nested in tuples, lists and dictionaries."""
+    """The arguments of one forward call; tensors may be nested in tuples, lists and dictionaries.
+
+    Attributes:
+        args, kwargs: the arguments.
+        axes: which axis of each tensor holds the samples; None for a tensor that is not one of every sample. Where nobody has
+            looked (None for all of them), it is taken to be the first axis of every tensor that is as long there as the
+            first tensor. :func:`vbpfx.graph.batch_axis.find_batch_axes` looks.
+        coupled: samples influence one another, so that no part of a batch says what the model makes of the whole.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    axes: Mapping[Place, int | None] | None = None
+    coupled: bool = False
+
+    @property
+    def named(self) -> list[tuple[int | str, Any]]:
+        """Every argument with its place or its name, in order."""
+        return [*enumerate(self.args), *self.kwargs.items()]
 
     @property
     def leaves(self) -> list[Any]:
@@ -37,14 +57,29 @@ class Inputs:
         return list(pytree.tree_leaves((self.args, self.kwargs)))
 
     @property
+    def placed(self) -> dict[Place, Tensor]:
+        """Every tensor among the arguments with its place, in order."""
+        found = ((name, [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]) for name, value in self.named)
+        return {(name, number): tensor for name, tensors in found for number, tensor in enumerate(tensors)}
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments, in order."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        return list(self.placed.values())
+
+    @property
+    def batch_axes(self) -> dict[Place, int]:
+        """The axis of the samples of every tensor that has one."""
+        if self.axes is not None:
+            return {place: axis for place in self.placed if (axis := self.axes.get(place)) is not None}
+        samples = next((t.shape[0] for t in self.tensors if t.ndim), None)
+        return {place: 0 for place, t in self.placed.items() if t.ndim and t.shape[0] == samples}
 
     @property
     def batch_size(self) -> int | None:
-        """Size of the first axis of the first tensor that has one; None without such a tensor."""
-        return next((t.shape[0] for t in self.tensors if t.ndim), None)
+        """How many samples there are; None where no tensor has an axis of samples."""
+        placed = self.placed
+        return next((placed[place].shape[axis] for place, axis in self.batch_axes.items()), None)
 
     @property
     def is_empty(self) -> bool:
@@ -54,11 +89,28 @@ class Inputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same arguments with the function applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
-    def is_batched(self, tensor: Tensor) -> bool:
-        """Whether the tensor's first axis is the batch axis (as long as the first tensor's)."""
-        return tensor.ndim > 0 and tensor.shape[0] == self.batch_size
+    def each(self, function: Callable[[Any, int | None], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with every value in them replaced by what the function makes of it and its axis of samples."""
+        axes = self.batch_axes
+
+        def of(name: int | str, value: Any) -> Any:
+            number = itertools.count()
+            return pytree.tree_map(
+                lambda leaf: function(leaf, axes.get((name, next(number))) if isinstance(leaf, Tensor) else None), value
+            )
+
+        return tuple(of(n, v) for n, v in enumerate(self.args)), {n: of(n, v) for n, v in self.kwargs.items()}
+
+    def along(self, other: Inputs) -> Inputs:
+        """The same arguments with samples on the axes that another batch of the model has them on."""
+        if other.axes is None:
+            return self
+        axes, own = dict(other.axes), list(self.placed)
+        if axes.keys() != set(own) and len(axes) == len(own):  # the same arguments, by name here and by place there
+            axes = dict(zip(own, axes.values(), strict=True))
+        return replace(self, axes=axes, coupled=other.coupled)
 
     def first(self, samples: int) -> Inputs:
         """At most that many samples of the batch."""
@@ -66,18 +118,20 @@ class Inputs:
 
     def samples(self, start: int, stop: int) -> Inputs:
         """Those samples of the batch."""
-        return self.map(lambda t: t[start:stop] if self.is_batched(t) else t)
+        return self._along_samples(lambda t, axis: t[(slice(None),) * axis + (slice(start, stop),)])
+
+    def select(self, index: Sequence[int]) -> Inputs:
+        """The samples of those numbers, in that order."""
+        return self._along_samples(lambda t, axis: t.index_select(axis, torch.tensor(index, device=t.device)))
 
     def resized(self, samples: int) -> Inputs:
         """The batch repeated or cut to exactly that many samples."""
+        size = self.batch_size
+        return self.select([number % size for number in range(samples)]) if size else self
 
-        def resize(tensor: Tensor) -> Tensor:
-            if not self.is_batched(tensor):
-                return tensor
-            index = torch.arange(samples, device=tensor.device) % tensor.shape[0]
-            return tensor.index_select(0, index)
-
-        return self.map(resize)
+    def _along_samples(self, function: Callable[[Tensor, int], Tensor]) -> Inputs:
+        args, kwargs = self.each(lambda leaf, axis: leaf if axis is None else function(leaf, axis))
+        return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device) -> Inputs:
         """The same arguments with every tensor on the device."""
@@ -93,10 +147,11 @@ class Inputs:
     @property
     def sample(self) -> str:
         """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
-        named = [*enumerate(self.args), *self.kwargs.items()]
+        axes = self.batch_axes
         sizes = {
-            name: "x".join(map(str, value.shape[1 if self.is_batched(value) else 0 :])) or "a number"
-            for name, value in named
+            name: "x".join(str(size) for dim, size in enumerate(value.shape) if dim != axes.get((name, 0)))
+            or "a number"
+            for name, value in self.named
             if isinstance(value, Tensor)
         }
         return ", ".join(size if len(sizes) == 1 else f"{name} {size}" for name, size in sizes.items())
@@ -104,13 +159,12 @@ class Inputs:
     @property
     def unlabelled(self) -> Inputs:
         """The same without an argument that is called ``labels``."""
-        return Inputs(self.args, {name: value for name, value in self.kwargs.items() if name != LABELS})
+        return replace(self, kwargs={name: value for name, value in self.kwargs.items() if name != LABELS})
 
     def describe(self) -> str:
         """Shapes and dtypes, for messages."""
-        named = [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]
         parts = []
-        for name, value in named:
+        for name, value in self.named:
             tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
             parts += [f"{name}: {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors]
         return "; ".join(parts) or "no tensors"

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.errors import CaptureError, first_line
+from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
 from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
 
@@ -67,6 +68,19 @@ class Captured:
     batch: int | None
     fingerprint: str
 
+    @property
+    def divisible(self) -> bool:
+        """Whether the graph takes any number of samples, and makes of each what it is by itself: then batches may be cut."""
+        return self.batch is not None and not self.inputs.coupled
+
+    def samples_axis(self, value: str | Tensor) -> int | None:
+        """The axis that samples are on, alone or merged with another, of a node's value or a part of it; None where there is none.
+
+        The batch of ``meta["val"]`` is a prime, of which no other size is a multiple but by merging.
+        """
+        shape = (self.nodes[value].meta["val"] if isinstance(value, str) else value).shape
+        return next((dim for dim, size in enumerate(shape) if self.batch and size and size % self.batch == 0), None)
+
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:
         """The graph's nodes by name, in order."""
@@ -92,14 +106,19 @@ class Captured:
         return {name: spent // (2 * samples) for name, spent in flops.items()}
 
 
-def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto", samples: int | None = None
+) -> Captured:
     """Trace a model into a graph whose nodes know their shapes, with a dynamic batch axis.
+
+    Which axis of every input is the batch is found by a few runs of the model (:mod:`vbpfx.graph.batch_axis`).
 
     Args:
         model: any module, on any device; it is left exactly as it was.
         example_inputs: one batch: a tensor, a mapping of keyword arguments, a sequence of positional
             arguments, or ``(args, kwargs)``. Only shapes and dtypes matter here.
         frontend: ``"symbolic"``, ``"export"``, or ``"auto"``: symbolic first, then export.
+        samples: at most so many samples of the batch are kept; by default all.
 
     Raises:
         CaptureError: neither front end can trace it (the message names the line of the model's source
@@ -115,6 +134,11 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
     if not inputs.tensors:
         raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
+    _require_plain_tensors(inputs)
+    fixed = has_fixed_batch(reference, inputs)
+    if not fixed:
+        inputs = find_batch_axes(share_parameters(model), inputs)
+        inputs = inputs if samples is None else inputs.first(samples)
     failures: list[str] = []
     for name, trace in FRONTENDS.items():
         if frontend not in ("auto", name):
@@ -122,7 +146,7 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         try:
             graph_module = trace(reference, inputs)
             with quiet_logging():
-                batch = propagate_shapes(graph_module, inputs, fixed=has_fixed_batch(reference, inputs))
+                batch = propagate_shapes(graph_module, inputs, fixed=fixed)
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
             continue
@@ -133,6 +157,19 @@ def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto
         + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
         "values; or pass the traceable part of the model alone."
     )
+
+
+def _require_plain_tensors(inputs: Inputs) -> None:
+    """Raise a CaptureError for arguments whose entries do not lie side by side: no graph of theirs can be made."""
+    for (name, _), tensor in inputs.placed.items():
+        if tensor.layout is not torch.strided:
+            kind = str(tensor.layout).removeprefix("torch.")
+            which = f"number {name + 1}" if isinstance(name, int) else name
+            raise CaptureError(
+                f"argument {which} is a sparse or nested tensor ({kind}, {tuple(tensor.shape)}), which cannot be traced: pass "
+                f"it as a plain tensor (tensor.to_dense()), or its parts (indices and values; an edge list) with a model that puts "
+                f"them together by index_add or scatter_add"
+            )
 
 
 def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:

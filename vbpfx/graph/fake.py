@@ -112,11 +112,13 @@ def run_fake(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(tensor: Tensor) -> Tensor:
-        shape = list(tensor.shape)
-        if samples is not None and inputs.is_batched(tensor):
-            shape[0] = samples
-        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    def fake(leaf: Any, axis: int | None) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = list(leaf.shape)
+        if samples is not None and axis is not None:
+            shape[axis] = samples
+        return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
     class Runner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -134,7 +136,8 @@ def run_fake(
 
     def run_all() -> None:
         with mode, torch.no_grad():
-            arguments = graph_arguments(graph_module, inputs.map(fake))
+            args, kwargs = inputs.each(fake)
+            arguments = graph_arguments(graph_module, Inputs(args, kwargs))
             Runner(graph_module).run(*arguments, enable_io_processing=False)
 
     try:

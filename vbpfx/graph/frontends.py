@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs, argument_names, holds_tensor, model_device
 from vbpfx.errors import CaptureError
@@ -199,13 +198,13 @@ def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, A
     Texts differ in length too; such an axis stays open wherever the model lets it.
     """
 
-    def dynamic(leaf: Any) -> dict[int, Any] | None:
+    def dynamic(leaf: Any, axis: int | None) -> dict[int, Any] | None:
         if not isinstance(leaf, Tensor):
             return None
         lengths = {} if leaf.is_floating_point() else dict.fromkeys(range(leaf.ndim), torch.export.Dim.AUTO)
-        return lengths | ({0: batch} if example.is_batched(leaf) else {})
+        return lengths | ({} if axis is None else {axis: batch})
 
-    args, kwargs = pytree.tree_map(dynamic, (example.args, example.kwargs))
+    args, kwargs = example.each(dynamic)
     return dict(zip(argument_names(model, example), args, strict=False)) | dict(kwargs)
 
 

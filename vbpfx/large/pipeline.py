@@ -25,7 +25,6 @@ from vbpfx.data.inputs import Inputs, as_inputs, reader
 from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, first_line
 from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
-from vbpfx.graph.fake import has_fixed_batch
 from vbpfx.graph.precision import full_float32
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
@@ -133,8 +132,9 @@ def prune_files(
     if not batches:
         raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
-    example = example if has_fixed_batch(hollow.model, example) else example.first(EXAMPLE_SAMPLES)
-    captured = capture(hollow.model, example, frontend=frontend)
+    captured = capture(hollow.model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
+    example, *batches = [batch.along(captured.inputs) for batch in (example, *batches)]
+    example = example.first(captured.inputs.batch_size or 0)
     analysis = find_blocks(captured)
     select_blocks(analysis, chosen.include, chosen.exclude)
     loans = Loans(hollow.stored, hollow.names, hollow.buffers)

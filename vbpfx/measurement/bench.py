@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.errors import CaptureError, ExportError, first_line
 from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.capture import capture, on_cpu, share_parameters
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Clock, Spread, alternating
@@ -69,7 +70,7 @@ def bench(
         ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not belong
             together.
     """
-    example = as_inputs(inputs, dense).to(torch.device("cpu"))
+    example = find_batch_axes(on_cpu(share_parameters(dense)), as_inputs(inputs, dense).to(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
         sides = (_Network(dense, example, Path(folder) / "dense.onnx"),
                  _Network(pruned, example, Path(folder) / "pruned.onnx"))  # fmt: skip

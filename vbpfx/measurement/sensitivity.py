@@ -65,9 +65,10 @@ def sensitivities(
         RankError: another rank has failed or died.
     """
     captured, samples = analysis.captured, Samples.of(batches)
-    batches, starts = _few(samples, len(plan.blocks), divisible=captured.batch is not None)
+    batches, starts = _few(samples, len(plan.blocks), divisible=captured.divisible)
     logits = _are_logits(captured)
-    dense = [_outputs(captured.graph_module, batch) for batch in batches]
+    axes = [captured.samples_axis(value) or 0 for _, value, _ in _float_outputs(captured)]
+    dense = [_outputs(captured.graph_module, batch, axes) for batch in batches]
     numbers = [start + torch.arange(batch.batch_size or 1) for batch, start in zip(batches, starts, strict=True)]
     rounding = [
         _summed([_rounding(t) for t in expected], batch.batch_size or 1)
@@ -78,7 +79,7 @@ def sensitivities(
         for entry in plan.blocks:
             small = convert(captured, replace(plan, blocks=(entry,), corrections=()), share=True)
             moved = [
-                _moved(_outputs(small, batch), expected, logits, batch.batch_size or 1)
+                _moved(_outputs(small, batch, axes), expected, logits, batch.batch_size or 1)
                 for batch, expected in zip(batches, dense, strict=True)
             ]
             rows.append(_joined(moved))
@@ -161,8 +162,6 @@ def _rounding(t: Tensor) -> Tensor:
 def _are_logits(captured: Captured) -> list[bool]:
     """Of every floating-point output, in order, whether a linear layer of several outputs makes it."""
     graph_module = captured.graph_module
-    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
-    nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
 
     def origin(node: fx.Node) -> fx.Node:
         while node.all_input_nodes and is_view(node, called_module(graph_module, node)):
@@ -172,16 +171,26 @@ def _are_logits(captured: Captured) -> list[bool]:
     def makes_logits(node: fx.Node, value: Tensor) -> bool:
         return is_linear(node, called_module(graph_module, node)) and value.ndim > 1 and value.shape[-1] > 1
 
-    # a call may return several tensors (chunk, split): they are parts of what a layer makes, no logits
-    values = [(origin(n), leaf, leaf is n.meta["val"]) for n in nodes for leaf in pytree.tree_leaves(n.meta.get("val"))]
-    floats = [entry for entry in values if isinstance(entry[1], Tensor) and entry[1].is_floating_point()]
-    return [alone and makes_logits(node, value) for node, value, alone in floats]
+    return [alone and makes_logits(origin(node), value) for node, value, alone in _float_outputs(captured)]
 
 
-def _outputs(network: fx.GraphModule, batch: Inputs) -> list[Tensor]:
+def _float_outputs(captured: Captured) -> list[tuple[fx.Node, Tensor, bool]]:
+    """Every floating-point output, in order: its node, its value, and whether it is all that the node returns.
+
+    A call may return several tensors (chunk, split): they are parts of what a layer makes, no logits.
+    """
+    (output,) = (node for node in captured.graph_module.graph.nodes if node.op == "output")
+    nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
+    values = [(n, leaf, leaf is n.meta["val"]) for n in nodes for leaf in pytree.tree_leaves(n.meta.get("val"))]
+    return [entry for entry in values if isinstance(entry[1], Tensor) and entry[1].is_floating_point()]
+
+
+def _outputs(network: fx.GraphModule, batch: Inputs, axes: Sequence[int]) -> list[Tensor]:
+    """The floating-point outputs, with the axis of the samples ahead where another is the last."""
     with torch.no_grad():
         output = batch.run(network)
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.movedim(axis, 0) if axis < t.ndim - 1 else t for t, axis in zip(found, axes, strict=True)]
 
 
 def _few(samples: Samples, blocks: int, *, divisible: bool) -> tuple[list[Inputs], list[int]]:

@@ -102,7 +102,7 @@ class Gradients:
                 parts[node].append(gradient.square().sum(axis, keepdim=True).float())
         for node, found in parts.items():
             if found:
-                self.squares[node].append(_joined(found, _batch_axis(self.captured, node)))
+                self.squares[node].append(_joined(found, self.captured.samples_axis(node)))
         self.batches += 1
 
     def influences(
@@ -178,15 +178,6 @@ class Gradients:
         ]
 
 
-def _batch_axis(captured: Captured, node: str) -> int | None:
-    """The axis of a node's value on which samples stand, alone or merged with others; None where there is none.
-
-    Graphs are captured with a prime number of samples, which no other size is a multiple of but by merging.
-    """
-    batch, shape = captured.batch, captured.nodes[node].meta["val"].shape
-    return next((axis for axis, size in enumerate(shape) if batch and size and size % batch == 0), None)
-
-
 def _joined(parts: Sequence[Tensor], axis: int | None) -> Tensor:
     """Squares of gradients from a few samples at a time as those of the whole batch; what has no samples has one mean."""
     return torch.stack(list(parts)).mean(0) if axis is None else torch.cat(list(parts), axis)
@@ -209,8 +200,8 @@ def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
 
 
 def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:
-    """The batch in pieces of a few samples, where the graph takes any number."""
+    """The batch in pieces of a few samples, where the graph makes of each what it is by itself."""
     samples = batch.batch_size
-    if captured.batch is None or samples is None:
+    if not captured.divisible or samples is None:
         return [batch]
     return [batch.samples(start, start + _SAMPLES_AT_ONCE) for start in range(0, samples, _SAMPLES_AT_ONCE)]

@@ -71,11 +71,12 @@ class LayerRows:
         mask, about = self._masks.get(source), self._influence.get(layer.node)
         masked = mask.axes if mask else ()
         a_sample = rows_a_sample(self._captured, source)
+        on = self._captured.samples_axis(source.node) or 0
         for number, start in enumerate(self._samples.starts):
             x, y = self._narrow.value(number, operand), self._wanted(number, layer, residual)
             padding = self._padding(number, mask)
-            xs, ys = (as_rows(v, source.axis, padding, masked) for v in (x, y))
-            counts = as_rows(about.weights[number], source.axis, padding, masked) if about else None
+            xs, ys = (as_rows(v, source.axis, padding, masked, on) for v in (x, y))
+            counts = as_rows(about.weights[number], source.axis, padding, masked, on) if about else None
             numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
             rows, weights = _sample(numbers, self._every[source], counts)
             held = is_held_out(numbers[rows], a_sample)

@@ -71,8 +71,10 @@ def verify(
             finite, or differ by more than the tolerance.
     """
     device = model_device(captured.reference)
-    inputs = captured.inputs if example_inputs is None else as_inputs(example_inputs, captured.reference).to(device)
-    if not inputs.batch_size:
+    inputs = captured.inputs
+    if example_inputs is not None:
+        inputs = as_inputs(example_inputs, captured.reference).to(device).along(captured.inputs)
+    if inputs.is_empty:
         raise VerificationError("the example inputs hold no sample: nothing can be compared")
     try:
         dense, model = _run(captured.graph_module, inputs), _run(captured.reference, inputs)
