@@ -16,8 +16,6 @@ import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CaptureError
 from vbpfx.graph.batch_axis import find_batch_axes
-from vbpfx.reconstruction.influence import Gradients
-from vbpfx.reconstruction.steps import layers_to_fit
 
 
 class Computing(nn.Module):
@@ -188,22 +186,6 @@ def test_sequence_first_encoders_are_pruned_as_those_whose_batch_comes_first(mas
         rtol=1e-9,
         atol=1e-9,
     )
-
-
-def test_gradients_of_a_sequence_first_network_stay_with_their_samples() -> None:
-    """Twenty samples are run in two parts; each has what it has where the two are batches of their own."""
-    torch.manual_seed(0)
-    captured = vbpfx.capture(double(encoder()), torch.randn(5, 4, 8, dtype=torch.float64))
-    analysis = vbpfx.find_blocks(captured)
-    layers = layers_to_fit(analysis, analysis.blocks, ())
-    batch = Inputs((torch.randn(5, 20, 8, dtype=torch.float64),), {}).along(captured.inputs)
-    whole, parts = Gradients(captured, layers), Gradients(captured, layers)
-    whole.add(batch, 0)
-    parts.add(batch.samples(0, 16), 0)
-    parts.add(batch.samples(16, 20), 16)
-    assert layers
-    for node, found in whole.squares.items():
-        assert torch.equal(found[0], torch.cat(parts.squares[node], 1))
 
 
 def test_the_batch_of_a_sequence_first_network_stays_open_in_files(tmp_path: Any) -> None:

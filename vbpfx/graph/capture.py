@@ -74,9 +74,12 @@ class Captured:
         return self.batch is not None and not self.inputs.coupled
 
     def samples_axis(self, value: str | Tensor) -> int | None:
-        """The axis that samples are on, alone or merged with another, of a node's value or a part of it; None where there is none.
+        """The axis that samples are on, alone or merged with another; None where there is none.
 
         The batch of ``meta["val"]`` is a prime, of which no other size is a multiple but by merging.
+
+        Args:
+            value: a node's name, or its value in ``meta["val"]`` or a part of that.
         """
         shape = (self.nodes[value].meta["val"] if isinstance(value, str) else value).shape
         return next((dim for dim, size in enumerate(shape) if self.batch and size and size % self.batch == 0), None)
