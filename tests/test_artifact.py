@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import inspect
 import json
 import pickle
+import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +29,7 @@ import vbpfx
 from vbpfx.artifact import load_beside
 from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError
+from vbpfx.graph.fields import Fields
 from vbpfx.plan_files import load_plan
 
 FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
@@ -502,7 +507,7 @@ def test_saving_over_an_artifact_replaces_all_of_it(artifact: Path) -> None:
 # ---- hostile graphs -------------------------------------------------------------------------------------------------
 
 
-def call(op: str, target: str, args: list[Any], kwargs: list[Any] | None = None) -> Callable[[Any], None]:
+def call(op: str, target: Any, args: list[Any], kwargs: list[Any] | None = None) -> Callable[[Any], None]:
     """Insert a node in front of the output, which returns it."""
 
     def edit(data: Any) -> None:
@@ -532,6 +537,31 @@ def named_by_code(data: Any) -> None:
     name = f'1"), exec("{dotless}"), getattr(self, "1'
     data["modules"][name] = data["modules"]["0"]
     next(node for node in data["nodes"] if node["op"] == "call_module")["target"] = name
+
+
+# A module of Python's own that nothing here imports, and that does nothing when it is.
+HARMLESS = "wsgiref.validate"
+HARMLESS_ENUM = {"__enum__": True, "fqn": f"{HARMLESS}:Kind", "name": "A"}
+HARMLESS_FACTORY = {"default_factory_module": HARMLESS, "default_factory_name": "Kind", "dict_context": []}
+
+
+def old_tree(kind: str, context: str) -> str:
+    """A container without children, as PyTorch writes it."""
+    return json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
+
+
+def old_dict(context: Any) -> str:
+    return old_tree("builtins.dict", json.dumps(context))
+
+
+def of_old_text(result: str) -> dict[str, Any]:
+    arguments = pytree.treespec_dumps(pytree.tree_structure(((0,), {})))
+    return {"arguments": ["self", "input_1"], "in": arguments, "out": result}
+
+
+def new_tree(result: Any) -> dict[str, Any]:
+    arguments = {"tuple": [{"tuple": ["leaf"]}, {"dict": []}]}
+    return {"arguments": ["self", "input_1"], "in": arguments, "out": result}
 
 
 HOSTILE = {
@@ -580,6 +610,27 @@ HOSTILE = {
             "out": pytree.treespec_dumps(pytree.tree_structure(0)),
         }
     ),
+    "a module in a specification": lambda data: data.update(pytree=of_old_text(old_dict(HARMLESS_ENUM))),
+    "a factory in a specification": lambda data: data.update(
+        pytree=of_old_text(old_tree("collections.defaultdict", json.dumps(HARMLESS_FACTORY)))
+    ),
+    "a class in a specification": lambda data: data.update(
+        pytree=of_old_text(old_tree("collections.namedtuple", json.dumps(f"{HARMLESS}.Kind")))
+    ),
+    "a module among values": on_node("output", args={"tuple": [{"torch": "onnx"}]}),
+    "a module as a dtype": lambda data: data.update({"computed in": {"0.weight": "onnx"}}),
+    "a module of torch.nn": module(**{"class": "torch.nn.modules.utils.consume_prefix_in_state_dict_if_present"}),
+    "a special attribute": module(attributes={"__class__": None}),
+    "a named tuple of code": lambda data: data.update(pytree=new_tree({"namedtuple": ["T", [[f"x={CODE}", "leaf"]]]})),
+    "a named tuple called by code": call("call_function", {"namedtuple": [f"T {CODE}", ["x"]]}, [X]),
+    "a field of code": lambda data: data.update(pytree=new_tree({"fields": [[CODE, "leaf"]]})),
+    "a private field": lambda data: data.update(pytree=new_tree({"fields": [["__class__", "leaf"]]})),
+    "a field that is there twice": lambda data: data.update(
+        pytree=new_tree({"namedtuple": ["T", [["x", "leaf"], ["x", "leaf"]]]})
+    ),
+    "a result of no operator": lambda data: data.update(pytree=new_tree({"returned": ["system", ["leaf"]]})),
+    "a key that is no text": lambda data: data.update(pytree=new_tree({"dict": [[None, "leaf"]]})),
+    "no container": lambda data: data.update(pytree=new_tree({"set": ["leaf"]})),
     "no tree": lambda data: data.update(pytree={"arguments": ["self", "x"], "in": "[1, {}]", "out": "x"}),
 }
 
@@ -592,12 +643,17 @@ def test_a_hostile_graph_is_an_artifact_error(
     empty.mkdir()
     monkeypatch.chdir(empty)
     edit_json(artifact / "graph.json", HOSTILE[attack])
+    asked: list[str] = []
+    load, importing = vbpfx.load, importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *_: asked.append(name) or importing(name))
     error: Exception | None = None
     try:
-        vbpfx.load(artifact)(rows(2))  # what is written into the code may run at the first call only
+        load(artifact)(rows(2))  # what is written into the code may run at the first call only
     except Exception as raised:
         error = raised
     assert list(empty.iterdir()) == [], "the file was executed"
+    assert asked == [], "a module was imported by the name in the file"
+    assert HARMLESS not in sys.modules
     assert isinstance(error, ArtifactError), f"load() gave {error!r}"
 
 
@@ -689,3 +745,155 @@ def test_a_graph_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     vbpfx.save(grad, tmp_path / "grad")
     assert "reads the attribute grad_fn" in json.loads((tmp_path / "grad" / "graph.json").read_text())["unavailable"]
     assert isinstance(vbpfx.load(tmp_path / "grad", into=nn.Sequential(mlp())), nn.Sequential)
+
+
+def test_a_plan_states_numbers_among_arguments_alone(artifact: Path) -> None:
+    """Where a number of channels stands comes from plan.json, and is written there."""
+
+    def edit(data: Any) -> None:
+        literal = {"node": "input_1", "path": ["target"], "axis": 1, "start": 0, "stop": 1}
+        data["blocks"][0]["block"]["literals"] = [literal]
+
+    edit_json(artifact / "plan.json", edit)
+    with pytest.raises(ArtifactError, match=r"'target'.*no place among a call's arguments"):
+        load_plan(artifact)
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+    deep: Any = None
+    loss: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    low: Tensor
+    high: Tensor
+
+
+RESULTS: dict[str, Callable[[Tensor], Any]] = {
+    "dataclass": lambda y: Scores(y, (y + 1, {"a": y * 2})),
+    "dataclass in a dataclass": lambda y: Scores(y, Scores(y + 1)),
+    "named tuple": lambda y: Pair(y, y + 1),
+    "named tuple in a dictionary": lambda y: {"pair": Pair(y, y + 1), 7: [y * 2]},
+    "ordered": lambda y: OrderedDict(b=y, a=y + 1),
+    "returned by an operator": lambda y: torch.max(y, 1),
+}
+
+
+class Returning(nn.Module):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make, self.mlp = make, mlp()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.mlp(x))
+
+
+def described(value: Any) -> Any:
+    """A result as nested names and tensors, whatever its classes are called."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Fields):
+        return [(name, described(getattr(value, name))) for name in vars(value)]
+    if dataclasses.is_dataclass(value):
+        return [(f.name, described(getattr(value, f.name))) for f in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return [(key, described(entry)) for key, entry in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(name, described(getattr(value, name))) for name in value._fields]
+    return [described(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def assert_same_names_and_numbers(found: Any, expected: Any) -> None:
+    names, leaves = [], []
+    for value in (found, expected):
+        flat, structure = pytree.tree_flatten(
+            described(value), is_leaf=lambda leaf: isinstance(leaf, (Tensor, str, int))
+        )
+        names.append((structure, [leaf for leaf in flat if not isinstance(leaf, Tensor)]))
+        leaves.append([leaf for leaf in flat if isinstance(leaf, Tensor)])
+    assert names[0] == names[1]
+    assert len(leaves[0]) > 0
+    assert all(map(torch.equal, *leaves))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("kind", RESULTS)
+def test_results_come_back_with_their_names(kind: str, frontend: str, tmp_path: Path) -> None:
+    model = randomize(Returning(RESULTS[kind]))
+    pruned = prune(model, rows(16), frontend=frontend)
+    assert pruned.plan.removed > 0
+    loaded, x = vbpfx.load(pruned.save(tmp_path)), rows(3)
+    assert_same_names_and_numbers(run(loaded, x), run(pruned.graph_module, x))
+    assert_same_names_and_numbers(run(copy.deepcopy(loaded), x), run(pruned.graph_module, x))
+    own = described(run(pruned.apply_to(model), x))
+    assert [type(leaf) for leaf in pytree.tree_leaves(own)] == [
+        type(leaf) for leaf in pytree.tree_leaves(described(run(loaded, x)))
+    ]
+
+
+def test_named_fields_are_read_as_those_of_transformers_are() -> None:
+    fields = Fields(loss=None, logits=torch.ones(2), deep=torch.zeros(3))
+    assert fields.loss is None
+    assert list(fields) == ["logits", "deep"]
+    assert len(fields) == 2
+    assert "loss" not in fields
+    assert fields["logits"] is fields.logits is fields[0] is fields[:1][0]
+    with pytest.raises(AttributeError):
+        _ = fields.nothing
+    doubled = pytree.tree_map(lambda t: t * 2, fields)
+    assert torch.equal(doubled.logits, torch.full((2,), 2.0))
+    assert doubled.loss is None
+    assert repr(Fields(a=1)) == "Fields(a=1)"
+
+
+def test_results_of_transformers_need_no_transformers_to_load(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 13,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    batch = {"input_ids": torch.randint(13, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.long)}
+    pruned = prune(model, batch, method="vbp")
+    pruned.save(tmp_path)
+    assert "transformers" not in (tmp_path / "graph.json").read_text()
+    found, expected = run(vbpfx.load(tmp_path), batch), run(pruned.graph_module, batch)
+    assert isinstance(found, Fields)
+    assert list(found) == list(expected.keys()) == ["logits"]
+    assert torch.equal(found.logits, expected.logits)
+    assert found.hidden_states is None
+
+
+def test_a_result_that_a_file_cannot_describe_is_refused_by_name(tmp_path: Path) -> None:
+    pruned = prune(Returning(lambda y: defaultdict(list, a=y)), rows(16), frontend="export")
+    pruned.save(tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"collections\.defaultdict, which a file cannot describe: let forward .* dictionaries"
+    ):
+        vbpfx.load(tmp_path)
+
+
+def test_what_earlier_versions_wrote_is_read_where_it_names_nothing(tmp_path: Path) -> None:
+    """They wrote PyTorch's own text; tuples, lists and dictionaries in it are read, classes are not."""
+    pruned = prune(randomize(Nested()), rows(16), frontend="export")
+    pruned.save(tmp_path)
+    info = pruned.graph_module.graph._codegen.pytree_info
+    old = {"in": pytree.treespec_dumps(info.in_spec), "out": pytree.treespec_dumps(info.out_spec)}
+    edit_json(tmp_path / "graph.json", lambda data: data["pytree"].update(old))
+    assert_same_output(vbpfx.load(tmp_path), pruned.graph_module, rows(3))
+    named = json.dumps(
+        [1, {"type": "somewhere.Output", "context": '["logits"]', "children_spec": [json.loads(old["in"])[1]]}]
+    )
+    edit_json(tmp_path / "graph.json", lambda data: data["pytree"].update(out=named))
+    with pytest.raises(
+        ArtifactError, match=r"somewhere\.Output.*no longer looked up: prune and save the network again"
+    ):
+        vbpfx.load(tmp_path)

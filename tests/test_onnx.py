@@ -350,3 +350,57 @@ def test_a_dictionary_as_the_only_argument(tmp_path: Path) -> None:
     pruned = vbpfx.prune(OneDictionary(), [batch], ratio=0.5, progress=False)
     session = onnxruntime.InferenceSession(pruned.to_onnx(tmp_path / "model.onnx"))
     assert len(session.get_inputs()) == 2  # and their values were compared before the file was written
+
+
+@dataclass
+class Found:
+    logits: Tensor
+    boxes: dict[str, Tensor]
+    loss: Tensor | None = None
+
+
+class Detecting(nn.Module):
+    """Results called like a value in between (``relu``) and like an input (``x``)."""
+
+    def __init__(self, as_dataclass: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.as_dataclass = nn.Linear(8, 12), nn.Linear(12, 4), as_dataclass
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc2(self.fc1(x).relu())
+        return (
+            Found(y, {"low": y - 1, "high": y + 1}) if self.as_dataclass else {"relu": y, "x": y * 2, "linear": y * 3}
+        )
+
+
+@pytest.mark.parametrize("form", ["graph", "own class", "loaded"])
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("as_dataclass", [False, True])
+def test_results_have_their_names_in_the_file(frontend: str, form: str, as_dataclass: bool, tmp_path: Path) -> None:
+    model = randomize(Detecting(as_dataclass))
+    pruned = prune(model, torch.randn(16, 8), frontend=frontend)
+    network = pruned.graph_module if form == "graph" else pruned.apply_to(model).eval()
+    if form == "loaded":
+        network = vbpfx.load(pruned.save(tmp_path / "saved")).eval()
+    before = dict(vars(network))
+    path = exporter.export_onnx(network, pruned.captured.inputs, tmp_path / "model.onnx", plan=pruned.plan)
+    assert vars(network).keys() == before.keys()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 8)
+    y = small_logits(pruned, x)
+    wanted = (
+        {"logits": y, "boxes.low": y - 1, "boxes.high": y + 1}
+        if as_dataclass
+        else {"relu": y, "x_output": y * 2, "linear": y * 3}
+    )
+    names = [entry.name for entry in session.get_outputs()]
+    assert names == list(wanted)
+    for name, found in zip(names, session.run(None, {"x": x.numpy()}), strict=True):
+        np.testing.assert_allclose(found, wanted[name].numpy(), rtol=PARITY, atol=PARITY)
+
+
+def small_logits(pruned: vbpfx.Pruned, x: Tensor) -> Tensor:
+    """The narrowed layers, by hand."""
+    w = dict(pruned.graph_module.named_parameters())
+    with torch.no_grad():
+        return F.linear(F.linear(x, w["fc1.weight"], w["fc1.bias"]).relu(), w["fc2.weight"], w["fc2.bias"])

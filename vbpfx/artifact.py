@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import named_tensors
-from vbpfx.graph.graph_format import graph_from_json, graph_to_json
+from vbpfx.graph.graph_format import dtype_from_json, graph_from_json, graph_to_json
 from vbpfx.plan_files import load_plan, plan_files
 from vbpfx.records import Plan
 from vbpfx.rewrite.own_class import apply_plan
@@ -201,7 +201,7 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
             )
         unused, computed = set(graph["unused"]), graph.get("computed in", {})
         used = {
-            name: tensor.to(getattr(torch, computed[name])) if name in computed else tensor
+            name: tensor.to(dtype_from_json(computed[name])) if name in computed else tensor
             for name, tensor in tensors.items()
             if name not in unused
         }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import Inputs, model_dtype
 from vbpfx.errors import ModelError, first_line
 from vbpfx.graph.frontends import quiet_logging
+from vbpfx.graph.weightless import architecture
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under
@@ -172,11 +173,10 @@ def _quiet_transformers(transformers: Any) -> Iterator[None]:
 
 
 def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(rest)
+    config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)
     config.use_cache = False  # no part of one forward pass
     with torch.device("cpu"), quiet_logging():  # their modules are imported here, as in _imported
-        known = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-    kind = next(filter(None, known), transformers.AutoModel)
+        kind = architecture(transformers, config) or transformers.AutoModel
     if torch.get_default_device().type == "meta":  # nobody asks for the weights
         made: nn.Module = transformers.AutoModel.from_config(config) if kind is transformers.AutoModel else kind(config)
         return made

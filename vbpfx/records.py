@@ -7,7 +7,7 @@ copies of the graph and serialise to JSON.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -323,6 +323,13 @@ def block_to_json(block: Block) -> dict[str, Any]:
     return dataclasses.asdict(block)
 
 
+def _path_from_json(path: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Where a number stands; only among arguments, since numbers are written there."""
+    if not path or path[0] not in ("args", "kwargs"):
+        raise ValueError(f"a number stands at {path!r}, which is no place among a call's arguments")
+    return tuple(path)
+
+
 def block_from_json(data: Mapping[str, Any]) -> Block:
     """The inverse of :func:`block_to_json`."""
     return Block(
@@ -332,6 +339,6 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         consumers=tuple(consumer_from_json(consumer) for consumer in data["consumers"]),
         reductions=tuple(Reduction(**r | {"source": Source(*r["source"])}) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
-        literals=tuple(SizeLiteral(**entry | {"path": tuple(entry["path"])}) for entry in data["literals"]),
+        literals=tuple(SizeLiteral(**entry | {"path": _path_from_json(entry["path"])}) for entry in data["literals"]),
         carriers=tuple((node, axis, start) for node, axis, start in data["carriers"]),
     )

@@ -158,7 +158,7 @@ def _of_transformers(model: nn.Module, overrides: Overrides) -> ImageTransform:
     folder = getattr(model, "name_or_path", "")
     config = getattr(model, "config", None)
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder) if folder else None
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False) if folder else None
     except (OSError, ValueError, ImportError):  # no preprocessor_config.json, or one of no known kind
         processor = None
     if processor is None:

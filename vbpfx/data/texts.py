@@ -120,7 +120,7 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up from the configuration alone
             raise OSError("there are no words in it")
     except Exception as error:  # the hub, the files and the packages behind a tokenizer raise what they raise

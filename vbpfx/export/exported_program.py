@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs, argument_names
+from vbpfx.data.inputs import Inputs, argument_names, tensors_in
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.fake import graph_arguments
@@ -216,7 +216,7 @@ def _require_equal(program: ExportedProgram, network: nn.Module, example: Inputs
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors_in(output)
 
 
 def _refuse_writes(program: ExportedProgram, module: fx.GraphModule) -> None:

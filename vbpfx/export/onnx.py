@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs, argument_names
+from vbpfx.data.inputs import Inputs, argument_names, tensors_in
 from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
-from vbpfx.graph.frontends import dynamic_shapes, unheard
+from vbpfx.graph.fields import without_classes
+from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
 from vbpfx.rewrite.verify import relative_error
@@ -83,14 +84,14 @@ def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None)
 
 
 def _exportable(network: nn.Module, example: Inputs) -> nn.Module:
-    """A graph with its fused attention in a form that the exporter takes; other networks as they are.
+    """A copy that shares the network's parameters; of a graph, with its fused attention in a form that the exporter takes.
 
     The exporter takes attention apart. It knows four axes alone, and its result lies otherwise in memory than the fused
     kernel's, which a view that was traced behind the kernel does not allow for.
     """
+    network = share_parameters(network)
     if not isinstance(network, fx.GraphModule):
         return network
-    network = share_parameters(network)
     graph = network.graph
     if not all("val" in node.meta for node in graph.nodes if node.op != "output"):  # as vbpfx.load returns it
         propagate_shapes(network, example)
@@ -123,9 +124,10 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
         # which the exporter would take for the keyword arguments
         name = argument_names(network, example)[-1]
         example = Inputs(example.args[:-1], {name: example.args[-1]})
-    with unheard():
+    exportable = _exportable(network, example)
+    with unheard(), neutral_results(exportable):
         program = torch.onnx.export(
-            _exportable(network, example),
+            exportable,
             example.args,
             kwargs=example.kwargs,
             dynamic_shapes=shapes,
@@ -133,7 +135,58 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
             verbose=False,
         )
     assert program is not None
+    _name_outputs(program, _output_names(network, example))
     return program
+
+
+def _output_names(network: nn.Module, example: Inputs) -> list[str]:
+    """What the network calls its results, in order: keys of dictionaries and names of fields, places inside of them behind a dot.
+
+    Empty where results have no names.
+    """
+    with torch.no_grad(), full_float32():
+        output = without_classes(example.run(network))
+    try:
+        found = pytree.tree_flatten_with_path(output)[0]
+    except ValueError:  # a container that says nothing of its names
+        return []
+    paths = [path for path, leaf in found if isinstance(leaf, Tensor)]
+    if not all(path and isinstance(path[0], (pytree.MappingKey, pytree.GetAttrKey)) for path in paths):
+        return []
+    return [".".join(map(_step, path)) for path in paths]
+
+
+def _step(key: Any) -> str:
+    match key:
+        case pytree.MappingKey():
+            return str(key.key)
+        case pytree.GetAttrKey():
+            return str(key.name)
+    return str(getattr(key, "idx", key))
+
+
+def _name_outputs(program: torch.onnx.ONNXProgram, names: list[str]) -> None:
+    """Give the file's outputs these names; a value in between that is called so gets another."""
+    graph = program.model.graph
+    inner = {value.name: value for node in graph.all_nodes() for value in node.outputs if value not in graph.outputs}
+    given = {*graph.initializers, *(value.name for value in graph.inputs)}
+    taken = {*inner, *given, *names}
+    if len(names) != len(graph.outputs) or len({id(value) for value in graph.outputs}) < len(names):
+        return
+    for value, name in zip(graph.outputs, names, strict=True):
+        if name in given:
+            name = name if value in graph.inputs else _free(f"{name}_output", taken)
+        elif name in inner:
+            inner[name].name = _free(f"{name}_inner", taken)
+        value.name = name
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, or a little more, that nothing has yet; it is taken from then on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def initializer_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -186,7 +239,7 @@ def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
         batch = inputs.resized(samples)
         with torch.no_grad(), full_float32():
             output = network(*batch.args, **batch.kwargs)
-        expected = [leaf.cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        expected = [tensor.cpu() for tensor in tensors_in(output)]
         found = run_session(session, batch)
         error = relative_error(found, expected)
         if not error <= PARITY:

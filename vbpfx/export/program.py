@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import on_cpu, share_parameters
 
 
@@ -29,7 +29,7 @@ class _Flat(nn.Module):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         output = self.network(*args, **kwargs)
-        return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        return tuple(tensors_in(output))
 
 
 def export_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:

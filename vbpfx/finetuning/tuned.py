@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from vbpfx.artifact import load, save_network
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.errors import ArtifactError, VerificationError
 from vbpfx.export.onnx import onnx_writer
 from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
@@ -140,6 +139,5 @@ def _with_weights(captured: Captured, plan: Plan, tuned: nn.Module) -> fx.GraphM
 
 def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
     with torch.no_grad():
-        outputs = [pytree.tree_leaves(inputs.run(network)) for network in (one, other)]
-    found, expected = ([leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in outputs)
+        found, expected = (tensors_in(inputs.run(network)) for network in (one, other))
     return relative_error(found, expected)

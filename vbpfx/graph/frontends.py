@@ -13,6 +13,7 @@ What is a graph of known layers and operators already is not traced again: its o
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -28,6 +29,7 @@ from torch import Tensor, fx, nn
 
 from vbpfx.data.inputs import Inputs, argument_names, holds_tensor, model_device
 from vbpfx.errors import CaptureError
+from vbpfx.graph.fields import without_classes
 from vbpfx.rules.ops import is_registered
 
 # Modules of torch.nn that run others in their own code.
@@ -180,7 +182,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     # without gradients: a no_grad region within the model would become a subgraph of its own
     # and without the graph that it prints where the model's code depends on values
-    with unheard(), unfused_attention(), torch.no_grad():
+    with unheard(), unfused_attention(), torch.no_grad(), neutral_results(model):
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -190,6 +192,24 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     _follow_inputs(graph, model_device(model), given)
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
+
+
+@contextmanager
+def neutral_results(model: nn.Module) -> Iterator[None]:
+    """The model returns :class:`~vbpfx.graph.fields.Fields` for dataclasses, which torch.export takes for unknown objects otherwise."""
+    own, before = model.forward, vars(model).get("forward")
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return without_classes(own(*args, **kwargs))
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, Any]:

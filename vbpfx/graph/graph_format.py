@@ -3,27 +3,30 @@
 Nodes are written as names and arguments, leaf modules as their class in ``torch.nn`` and their plain
 attributes; tensors go to safetensors beside it. Reading executes nothing that the file brings: a target
 must be a function that takes tensors (``torch.overrides`` lists them), an arithmetic operator, an ATen
-operator or a public Tensor method, a module must be a class of ``torch.nn.modules``, and every name that
-enters the generated code must be an identifier.
+operator or a public Tensor method, a module must be a class of ``torch.nn.modules``, a container one of those that
+:mod:`vbpfx.graph.tree_format` lists, and every name that enters the generated code must be an identifier. All of them are
+looked up in lists that are made before the file is read, so nothing is imported because a file names it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib
 import keyword
 import math
 import operator
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
-from torch.utils import _pytree as pytree
 
 from vbpfx.errors import ArtifactError
+from vbpfx.graph.fields import Fields
+from vbpfx.graph.tree_format import field_name, named_tuple, spec_from_json, spec_to_json
 
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
                          "requires_grad"})  # fmt: skip
@@ -60,8 +63,8 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
         assert info.out_spec is not None
         data["pytree"] = {
             "arguments": list(info.orig_args),
-            "in": pytree.treespec_dumps(info.in_spec),
-            "out": pytree.treespec_dumps(info.out_spec),
+            "in": spec_to_json(info.in_spec),
+            "out": spec_to_json(info.out_spec),
         }
     return data
 
@@ -108,7 +111,7 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict
         nodes[entry["name"]] = node
     if "pytree" in data:
         described = data["pytree"]
-        specs = (pytree.treespec_loads(described["in"]), pytree.treespec_loads(described["out"]))
+        specs = (spec_from_json(described["in"]), spec_from_json(described["out"]))
         graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(described["arguments"], *specs)))
     graph.lint()
     return fx.GraphModule(root, graph, data["name"]).eval()
@@ -153,11 +156,11 @@ def _functions() -> dict[str, Callable[..., Any]]:
         found.pop(f"operator.{callers}", None)
     factories = ("arange", "zeros", "ones", "full", "linspace", "empty", "eye")  # they take no tensor
     found |= {f"torch.{name}": getattr(torch, name) for name in factories}
-    found |= {"getattr": getattr, "torch._assert": torch._assert, "assert_is_none": _assert_is_none}
+    found |= {"getattr": getattr, "torch._assert": torch._assert, "assert_is_none": _assert_is_none, "fields": Fields}
     return {name: function for name, function in found.items() if name.rpartition(".")[2] not in _FORBIDDEN}
 
 
-def _target_to_json(node: fx.Node) -> str:
+def _target_to_json(node: fx.Node) -> Any:
     target = node.target
     if isinstance(target, str):
         _target_from_json(node.op, target)  # what cannot be read back is not written
@@ -167,6 +170,13 @@ def _target_to_json(node: fx.Node) -> str:
             f"node {node.name} reads the attribute {node.args[1]}, which a saved network may not read; capture with "
             f"frontend='export', or load the artifact into the model's own class"
         )
+    if isinstance(target, type) and dataclasses.is_dataclass(target) and not node.args:
+        for name in node.kwargs:
+            field_name(name)
+        return "fields"  # which any class can be read as
+    if isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields"):
+        named_tuple(target.__name__, target._fields)
+        return {"namedtuple": [target.__name__, list(target._fields)]}
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return f"{target.namespace}::{target._opname}.{target._overloadname}"
     for name, function in _functions().items():
@@ -179,7 +189,11 @@ def _target_to_json(node: fx.Node) -> str:
     )
 
 
-def _target_from_json(op: str, target: str) -> Any:
+def _target_from_json(op: str, target: Any) -> Any:
+    if isinstance(target, dict) and op == "call_function":
+        return named_tuple(*target["namedtuple"])
+    if not isinstance(target, str):
+        raise ArtifactError(f"the graph calls {target!r}, which a saved network may not call")
     if op == "call_method":
         operators = target in _METHODS or hasattr(torch.ops.aten, target)
         if target.startswith("_") or target in _FORBIDDEN or not (operators and hasattr(Tensor, target)):
@@ -244,9 +258,7 @@ def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
         case "slice":
             return slice(*(_value_from_json(entry, nodes) for entry in held))
         case "torch":
-            found = getattr(torch, held, None)
-            if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
-                return found
+            return _of_torch(held)
         case "device":
             return torch.device(held)
         case "ellipsis":
@@ -254,8 +266,46 @@ def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
     raise ArtifactError(f"the graph holds a value of an unknown kind {kind!r}")
 
 
+@functools.cache
+def _constants() -> dict[str, Any]:
+    """torch's types of numbers and layouts, by name."""
+    kinds = (torch.dtype, torch.layout, torch.memory_format)
+    return {name: value for name, value in vars(torch).items() if isinstance(value, kinds)}
+
+
+def _of_torch(name: Any) -> Any:
+    # not getattr(torch, name), which imports what it does not find
+    if name not in _constants():
+        raise ArtifactError(f"the graph holds torch.{name}, which is no dtype or layout")
+    return _constants()[name]
+
+
+def dtype_from_json(name: Any) -> torch.dtype:
+    """The dtype of a name in a file.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = _of_torch(name)
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"the graph holds torch.{name}, which is no dtype")
+    return found
+
+
+@functools.cache
+def _module_classes() -> dict[str, type[nn.Module]]:
+    """The modules of ``torch.nn`` that are imported with torch, by the full name of their class."""
+    files = [value for value in vars(nn.modules).values() if isinstance(value, types.ModuleType)]
+    kinds = [kind for file in files for kind in vars(file).values() if isinstance(kind, type)]
+    return {
+        f"{kind.__module__}.{kind.__qualname__}": kind
+        for kind in kinds
+        if issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn.modules.")
+    }
+
+
 def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
-    if not type(module).__module__.startswith("torch.nn.modules."):
+    if _module_classes().get(f"{type(module).__module__}.{type(module).__qualname__}") is not type(module):
         raise ArtifactError(f"module {name} is a {type(module).__qualname__}, which is no module of torch.nn")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ArtifactError(f"module {name} has forward hooks, which cannot be saved; remove them first")
@@ -274,15 +324,16 @@ def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 def _module_from_json(name: str, data: dict[str, Any]) -> nn.Module:
-    path, _, class_name = data["class"].rpartition(".")
-    if not path.startswith("torch.nn.modules."):
-        raise ArtifactError(f"module {name} claims class {data['class']}, which is no module of torch.nn")
-    found = getattr(importlib.import_module(path), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == path):
-        raise ArtifactError(f"module {name} claims class {data['class']}, which this PyTorch does not have")
+    found = _module_classes().get(data["class"])
+    if found is None:
+        raise ArtifactError(
+            f"module {name} claims class {data['class']}, which is no module of torch.nn in this PyTorch"
+        )
     module: nn.Module = found.__new__(found)
     nn.Module.__init__(module)
     for key, value in data["attributes"].items():
+        if key.startswith("__"):
+            raise ArtifactError(f"module {name} sets {key}, which is no attribute that a saved network may set")
         setattr(module, key, _value_from_json(value, {}))
     for key in data["absent"]:
         module.register_parameter(key, None)

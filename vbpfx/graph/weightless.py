@@ -107,21 +107,32 @@ def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except ImportError as error:
         raise ModelError(f"a folder of Hugging Face needs transformers ({error}): pip install transformers") from error
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         restored = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
         config.use_cache = False  # no part of one forward pass
-        kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-        kind = next(filter(None, kinds))
+        kind = architecture(transformers, config)
+        if kind is None:
+            raise ModelError(f"{folder / 'config.json'} names no architecture that transformers has")
         with without_weights():
             model: nn.Module = kind(config)
-    except StopIteration:
-        raise ModelError(f"{folder / 'config.json'} names no architecture that transformers has") from None
+    except ModelError:
+        raise
     except Exception as error:  # the configuration and the class raise what they raise
         raise ModelError(
             f"transformers cannot build a model from {folder} ({type(error).__name__}: {first_line(error)}); pass a folder with "
             f"config.json and safetensors"
         ) from error
     return model, restored
+
+
+def architecture(transformers: Any, config: Any) -> Any:
+    """The first of the classes that a configuration names which is one of transformers' models; None without one.
+
+    Whatever else a configuration names is not called.
+    """
+    found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    models = (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))
+    return next(models, None)
 
 
 def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:

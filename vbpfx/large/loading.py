@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import named_tensors, share_parameters
 from vbpfx.graph.edit import finish
+from vbpfx.graph.fields import returned_nodes
 from vbpfx.reconstruction.stream import Stream, held
 from vbpfx.storage.tensors import Stored
 
@@ -175,8 +175,7 @@ class Loading:
             found = [piece for n, piece in enumerate(found) if not n or order[found[n - 1].last] < order[until]]
         self.pieces = found
         self.held = max((piece.held for piece in found[:-1]), default=0)
-        (output,) = graph_module.graph.find_nodes(op="output")
-        self._outputs = [n.name for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)] if not until else []
+        self._outputs = [node.name for node in returned_nodes(graph_module.graph)] if not until else []
 
     def samples_at_once(self) -> int:
         """How many samples the batches of one way through the graph may have together."""

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.calibrate import progress_bar
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
+from vbpfx.graph.fields import returned_nodes
 from vbpfx.measurement.divergence import divergence
 from vbpfx.records import Plan
 from vbpfx.rewrite.convert import convert
@@ -179,17 +179,16 @@ def _float_outputs(captured: Captured) -> list[tuple[fx.Node, Tensor, bool]]:
 
     A call may return several tensors (chunk, split): they are parts of what a layer makes, no logits.
     """
-    (output,) = (node for node in captured.graph_module.graph.nodes if node.op == "output")
-    nodes = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
-    values = [(n, leaf, leaf is n.meta["val"]) for n in nodes for leaf in pytree.tree_leaves(n.meta.get("val"))]
-    return [entry for entry in values if isinstance(entry[1], Tensor) and entry[1].is_floating_point()]
+    nodes = returned_nodes(captured.graph_module.graph)
+    values = [(n, tensor, tensor is n.meta["val"]) for n in nodes for tensor in tensors_in(n.meta.get("val"))]
+    return [entry for entry in values if entry[1].is_floating_point()]
 
 
 def _outputs(network: fx.GraphModule, batch: Inputs, axes: Sequence[int]) -> list[Tensor]:
     """The floating-point outputs, with the axis of the samples ahead where another is the last."""
     with torch.no_grad():
         output = batch.run(network)
-    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = [t for t in tensors_in(output) if t.is_floating_point()]
     return [t.movedim(axis, 0) if axis < t.ndim - 1 else t for t, axis in zip(found, axes, strict=True)]
 
 

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from vbpfx.calibration.moments import widened
 from vbpfx.calibration.observer import as_rows
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
@@ -167,7 +166,7 @@ class Gradients:
         arguments = graph_arguments(self.graph_module, batch.map(torch.clone))
         with torch.enable_grad():
             output = Watching(self.graph_module).run(*arguments, enable_io_processing=False)
-            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            leaves = [t for t in tensors_in(output) if t.requires_grad]
             if not leaves:
                 return []
             directions = [torch.randn(t.shape, generator=self.generator).to(t) / (_spread(t) + 1e-12) for t in leaves]

@@ -83,7 +83,12 @@ def _replaced(value: Any, path: list[str | int], count: int) -> Any:
         ends = {"start": value.start, "stop": value.stop}
         ends[str(head)] = _replaced(ends[str(head)], rest, count)
         return slice(ends["start"], ends["stop"], value.step)
-    return type(value)([_replaced(v, rest, count) if i == head else v for i, v in enumerate(value)])
+    return _made_like(value, [_replaced(v, rest, count) if i == head else v for i, v in enumerate(value)])
+
+
+def _made_like(value: Any, entries: list[Any]) -> Any:
+    """The entries in a sequence of the value's kind; named tuples take them one by one."""
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
@@ -103,7 +108,7 @@ def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
         if isinstance(node.meta.get("val"), (tuple, list)):
             taken = [user for user in node.users if user.target is operator.getitem and isinstance(user.args[1], int)]
             parts = {user.args[1]: user.meta["val"] for user in taken}
-            node.meta["val"] = type(node.meta["val"])(parts.get(i, v) for i, v in enumerate(node.meta["val"]))
+            node.meta["val"] = _made_like(node.meta["val"], [parts.get(i, v) for i, v in enumerate(node.meta["val"])])
 
 
 def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:

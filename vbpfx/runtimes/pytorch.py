@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.runtimes.interface import Compiled
 
 
@@ -31,7 +30,7 @@ class _Eager(Compiled):
     def run(self, inputs: Inputs) -> list[Tensor]:
         with torch_threads(self.threads), torch.inference_mode():
             output = inputs.run(self.network)
-        return [leaf.cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return [tensor.cpu() for tensor in tensors_in(output)]
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:

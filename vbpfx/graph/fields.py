@@ -1,0 +1,103 @@
+"""Results with named fields that need no class of the model's: what a dataclass becomes in a graph that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+class Fields(Mapping[str, Any]):
+    """Named values in order: ``result.logits``, ``result["logits"]`` and ``result[0]`` are the same.
+
+    It stands for a result that is a dataclass, such as the ``ModelOutput`` of transformers, wherever that class may be missing or
+    unknown: in saved networks, and in what exporters are given. As in transformers, a field without a value is None as an attribute,
+    and is passed over by everything else: names, places, :func:`torch.utils._pytree.tree_flatten`.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+    def __getitem__(self, key: Any) -> Any:
+        present = _present(self)
+        return present[key] if isinstance(key, str) else tuple(present.values())[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_present(self))
+
+    def __len__(self) -> int:
+        return len(_present(self))
+
+    def __repr__(self) -> str:
+        return f"Fields({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+def _present(fields: Fields) -> dict[str, Any]:
+    return {name: value for name, value in vars(fields).items() if value is not None}
+
+
+def _flatten(fields: Fields) -> tuple[list[Any], Any]:
+    context = [(name, value is not None) for name, value in vars(fields).items()]
+    return list(_present(fields).values()), tuple(context)
+
+
+def _flatten_with_keys(fields: Fields) -> tuple[list[tuple[Any, Any]], Any]:
+    values, context = _flatten(fields)
+    names = [name for name, there in context if there]
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], context
+
+
+def _unflatten(values: Iterable[Any], context: Any) -> Fields:
+    left = iter(values)
+    return Fields(**{name: next(left) if there else None for name, there in context})
+
+
+pytree.register_pytree_node(
+    Fields, _flatten, _unflatten, serialized_type_name="vbpfx.Fields", flatten_with_keys_fn=_flatten_with_keys
+)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass that PyTorch's trees do not look into."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def without_classes(value: Any) -> Any:
+    """The value with :class:`Fields` in the place of dataclasses that PyTorch's trees take for leaves."""
+
+    def neutral(leaf: Any) -> Any:
+        if not is_record(leaf):
+            return leaf
+        return Fields(**{entry.name: without_classes(getattr(leaf, entry.name)) for entry in dataclasses.fields(leaf)})
+
+    return pytree.tree_map(neutral, value)
+
+
+def returned_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose values a graph returns, in order; in the place of a node that only names its arguments, these."""
+    (output,) = graph.find_nodes(op="output")
+    found: list[fx.Node] = []
+
+    def collect(value: Any) -> None:
+        for node in pytree.tree_leaves(value):
+            if not isinstance(node, fx.Node):
+                continue
+            if node.op == "call_function" and makes_record(node.target):
+                collect((node.args, node.kwargs))
+            else:
+                found.append(node)
+
+    collect(output.args)
+    return found
+
+
+def makes_record(target: Any) -> bool:
+    """Whether what a graph calls is a dataclass, a named tuple, or :class:`Fields`."""
+    return isinstance(target, type) and (
+        target is Fields
+        or dataclasses.is_dataclass(target)
+        or (issubclass(target, tuple) and hasattr(target, "_fields"))
+    )

@@ -1,0 +1,188 @@
+"""The structure of a network's arguments and results as JSON, and safely back.
+
+What PyTorch calls a tree specification says how tensors lie in tuples, lists and dictionaries. Its own reader resolves and imports
+names that stand in the text, so here is a format that has none: a leaf is ``"leaf"``, everything else a dictionary with one key.
+
+    {"tuple": [...]}   {"list": [...]}   {"dict": [[key, ...], ...]}   {"ordered": [[key, ...], ...]}
+    {"fields": [[name, ... or null], ...]}        named fields: a dataclass, such as the results of transformers
+    {"namedtuple": [name, [[field, ...], ...]]}   a tuple with named places
+    {"returned": [name, [...]]}                   what an operator of torch returns, such as ``torch.return_types.max``
+
+A dataclass comes back as :class:`vbpfx.graph.fields.Fields`, a named tuple as one of the same name and fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import keyword
+from collections import OrderedDict, namedtuple
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from vbpfx.errors import ArtifactError
+from vbpfx.graph.fields import Fields, is_record
+
+_LEAF = "leaf"
+_MAPPINGS: dict[str, type] = {"dict": dict, "ordered": OrderedDict}
+_SEQUENCES: dict[str, type] = {"tuple": tuple, "list": list}
+
+
+@functools.cache
+def _returned() -> dict[str, type]:
+    """The named results of torch's operators, by name."""
+    return {kind.__name__: kind for kind in torch.return_types.all_return_types}
+
+
+def spec_to_json(spec: pytree.TreeSpec) -> Any:
+    """A tree specification as plain data.
+
+    Raises:
+        ArtifactError: it holds a container that a file cannot describe.
+    """
+    leaves = [torch.empty(0) for _ in range(spec.num_leaves)]
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    met: list[int] = []
+
+    def described(value: Any) -> Any:
+        if id(value) in places:
+            met.append(places[id(value)])
+            return _LEAF
+        kind = type(value)
+        for name, plain in _SEQUENCES.items():
+            if kind is plain:
+                return {name: [described(entry) for entry in value]}
+        for name, plain in _MAPPINGS.items():
+            if kind is plain and all(type(key) in (str, int) for key in value):
+                return {name: [[key, described(entry)] for key, entry in value.items()]}
+        if _returned().get(kind.__name__) is kind:
+            return {"returned": [kind.__name__, [described(entry) for entry in value]]}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {
+                "namedtuple": [kind.__name__, [[n, described(v)] for n, v in zip(value._fields, value, strict=True)]]
+            }
+        if isinstance(value, Fields) or is_record(value):
+            names = (
+                list(vars(value)) if isinstance(value, Fields) else [field.name for field in dataclasses.fields(value)]
+            )
+            held = {name: getattr(value, name) for name in names}
+            return {"fields": [[n, None if entry is None else described(entry)] for n, entry in held.items()]}
+        raise ArtifactError(_indescribable(kind))
+
+    data = described(pytree.tree_unflatten(leaves, spec))
+    if met != list(range(len(leaves))):  # a class that keeps tensors elsewhere than in its fields
+        raise ArtifactError(_indescribable(spec.type))
+    spec_from_json(data)  # what cannot be read back is not written
+    return data
+
+
+def _indescribable(kind: type) -> str:
+    return (
+        f"an argument or the result of the network is a {kind.__module__}.{kind.__qualname__}, which a file cannot describe: let "
+        f"forward take and return tensors in tuples, lists, dictionaries, named tuples or dataclasses, or load the artifact "
+        f"into the model's own class"
+    )
+
+
+def spec_from_json(data: Any) -> pytree.TreeSpec:
+    """The inverse of :func:`spec_to_json`; nothing that the data names is looked up anywhere but in closed lists.
+
+    Raises:
+        ArtifactError: it is no structure of the containers that a file can describe.
+    """
+    if isinstance(data, str) and data != _LEAF:
+        data = _of_old_text(data)
+    return pytree.tree_structure(_example(data))
+
+
+def _example(data: Any) -> Any:
+    """A value of that structure, whose leaves are zeros."""
+    if data == _LEAF:
+        return 0
+    match data:
+        case {"tuple": list(held)}:
+            return tuple(map(_example, held))
+        case {"list": list(held)}:
+            return list(map(_example, held))
+        case {"dict": list(held)}:
+            return {_key(key): _example(value) for key, value in held}
+        case {"ordered": list(held)}:
+            return OrderedDict((_key(key), _example(value)) for key, value in held)
+        case {"fields": list(held)}:
+            return Fields(**{field_name(n): None if value is None else _example(value) for n, value in held})
+        case {"namedtuple": [name, list(held)]}:
+            return named_tuple(name, [n for n, _ in held])(*(_example(value) for _, value in held))
+        case {"returned": [name, list(held)]} if name in _returned():
+            return _returned()[name](map(_example, held))
+    raise ArtifactError(
+        f"the graph's arguments or results are described as {str(data)[:80]}, which is no structure of tuples, lists, dictionaries and "
+        f"named fields; save the network again"
+    )
+
+
+def _key(key: Any) -> str | int:
+    if type(key) in (str, int):
+        found: str | int = key
+        return found
+    raise ArtifactError(
+        f"the graph's arguments or results hold a dictionary with the key {key!r}, which is no text or number"
+    )
+
+
+def field_name(name: Any) -> str:
+    """The name, if a field may be called so.
+
+    Raises:
+        ArtifactError: it is no identifier, or begins with an underscore.
+    """
+    if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_"):
+        return name
+    raise ArtifactError(
+        f"the graph holds the field {name!r}: names of fields are identifiers that do not begin with an underscore"
+    )
+
+
+def named_tuple(name: Any, fields: Sequence[Any]) -> type[tuple[Any, ...]]:
+    """A new named tuple.
+
+    Raises:
+        ArtifactError: a name is none, or there twice.
+    """
+    names = [field_name(field) for field in fields]
+    if len(set(names)) < len(names):
+        raise ArtifactError(f"the graph holds a named tuple with a field that is there twice: {', '.join(names)}")
+    made: type[tuple[Any, ...]] = namedtuple(field_name(name), names)  # type: ignore[misc]
+    return made
+
+
+_OLD_SEQUENCES = {"builtins.tuple": "tuple", "builtins.list": "list"}
+_OLD_MAPPINGS = {"builtins.dict": "dict", "collections.OrderedDict": "ordered"}
+
+
+def _of_old_text(text: str) -> Any:
+    """What earlier versions wrote in PyTorch's own format, where it holds nothing but tuples, lists and dictionaries."""
+    version, tree = json.loads(text)
+    if version != 1:
+        raise ArtifactError(
+            f"the graph's arguments are described in format {version!r}, expected 1; save the network again"
+        )
+    return _translated(tree)
+
+
+def _translated(tree: Any) -> Any:
+    kind, held = tree["type"], [_translated(child) for child in tree["children_spec"]]
+    if kind is None and not held:
+        return _LEAF
+    if kind in _OLD_SEQUENCES:
+        return {_OLD_SEQUENCES[kind]: held}
+    if kind in _OLD_MAPPINGS:
+        keys = json.loads(tree["context"])
+        return {_OLD_MAPPINGS[kind]: [[key, value] for key, value in zip(keys, held, strict=True)]}
+    raise ArtifactError(
+        f"the graph's arguments or results hold a {kind}, which an earlier version of vbpfx wrote down by its name; names in files are no "
+        f"longer looked up: prune and save the network again, or pass into= a model of the pruned class"
+    )
