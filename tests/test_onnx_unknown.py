@@ -54,20 +54,26 @@ def behind() -> onnx.ModelProto:
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
-    net.add("FusedMatMul", ["m", net.weight("F", 5, 4)], "y", domain=MICROSOFT, alpha=0.5)
+    net.add("CDist", ["m", net.weight("places", 4, 5)], "y", domain=MICROSOFT, metric="euclidean")
     return net.file(["n", 6], ["n", 4])
 
 
 def two_values() -> onnx.ModelProto:
-    """An operator of four values, two of which are not made, between two tokens' worth of layers."""
+    """An operator of three values, one of which is not made, behind a token's layers."""
     net = Strange()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Relu", ["m"], "h")
     net.add("MatMul", ["h", net.weight("V", 12, 6)], "v")
-    inputs = ["x", "v", net.weight("scale", 6), net.weight("shift", 6)]
-    net.add("SkipLayerNormalization", inputs, ["normed", "", "", "joined"], domain=MICROSOFT)
-    net.add("Add", ["normed", "joined"], "y")
-    return net.file(["n", 3, 6], ["n", 3, 6])
+    net.add("Transpose", ["v"], "steps", perm=[1, 0, 2])
+    net.add(
+        "LSTM",
+        ["steps", net.weight("input", 1, 24, 6), net.weight("state", 1, 24, 6)],
+        ["", "last", "cell"],
+        hidden_size=6,
+    )
+    net.add("Add", ["last", "cell"], "both")
+    net.add("Squeeze", ["both", net.integers("first", 0)], "y")
+    return net.file(["n", 3, 6], ["n", 6])
 
 
 def with_a_batch_of_its_own() -> onnx.ModelProto:
@@ -171,8 +177,8 @@ def only_onnx_runtime_knows_it() -> onnx.ModelProto:
 
 
 AROUND = {
-    "behind the block": (behind, (6,), f"{MICROSOFT}.FusedMatMul"),
-    "several values": (two_values, (3, 6), f"{MICROSOFT}.SkipLayerNormalization"),
+    "behind the block": (behind, (6,), f"{MICROSOFT}.CDist"),
+    "several values": (two_values, (3, 6), "LSTM"),
     "twice the batch": (with_a_batch_of_its_own, (6,), "Resize (there are no positions behind samples and channels)"),
     "If": (row_by_row, (6,), "If"),
     "a bias that a Loop reads": (weight_of_a_loop, (6,), "Loop"),
@@ -237,12 +243,13 @@ def two_blocks(strange: Callable[[Net], None]) -> onnx.ModelProto:
 
 
 def reads_the_hidden_axis(net: Net) -> None:
-    net.add("FusedMatMul", ["h", net.weight("F", 12, 5)], "f", domain=MICROSOFT)
+    net.add("CDist", ["h", net.weight("places", 5, 12)], "f", domain=MICROSOFT, metric="euclidean")
     net.add("Add", ["z", "f"], "y")
 
 
 def reads_the_weight(net: Net) -> None:
-    net.add("FusedMatMul", ["x", "dense_1/kernel"], "f", domain=MICROSOFT)
+    net.add("MeanVarianceNormalization", ["dense_1/kernel"], "normed", axes=[0])
+    net.add("MatMul", ["x", "normed"], "f")
     net.add("ReduceMean", ["f"], "mean", axes=[1])
     net.add("Add", ["z", "mean"], "y")
 
@@ -312,7 +319,7 @@ def test_shapes_of_its_values_stay_in_the_file(tmp_path: Path) -> None:
     net = Strange()
     net.nodes = [
         *model.graph.node[:-1],
-        helper.make_node("FusedMatMul", ["m", "F"], ["f"], domain=MICROSOFT),
+        helper.make_node("CDist", ["m", "places"], ["f"], domain=MICROSOFT, metric="euclidean"),
         helper.make_node("Relu", ["f"], ["y"]),
     ]
     net.stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,14 @@ import onnx_ir as ir
 import torch
 
 from vbpfx.onnx_graph.edit import OnnxEdit
+from vbpfx.onnx_graph.layers import SKIP_EPSILON
 from vbpfx.rewrite.carry import NORMALISE, Carried
+
+# Norms of a sum: the inputs that are their scale and shift, and those that are added to the first.
+_NORMS_OF_SUMS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "SkipLayerNormalization": ((2, 3), (1, 4)),
+    "SkipSimplifiedLayerNormalization": ((2,), (1, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,20 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
 
     def make(before: ir.Node) -> ir.Value:
         out, h = (_Term(file, before, value, dtype) for value in (node.outputs[0], source))
+        scaling, added = _NORMS_OF_SUMS.get(node.op_type, ((1, 2), ()))
         if kind == "sum":
             return (out + carried.sum).value
         if kind == "mean":
             share = (carried.size - len(carried.constants)) / carried.size
             return (out * share + carried.sum / carried.size).value
-        eps = node.attributes.get("epsilon")
+        for value in (node.inputs[index] for index in added if index < len(node.inputs)):
+            h = h + value if value is not None else h
+        eps, usual = node.attributes.get("epsilon"), SKIP_EPSILON if added else 1e-5
         result = NORMALISE[kind](
-            h.of(np.float32) if dtype == np.float16 else h, carried, 1e-5 if eps is None else eps.as_float()
+            h.of(np.float32) if dtype == np.float16 else h, carried, usual if eps is None else eps.as_float()
         )
         result = result.of(dtype)  # sums of squares leave float16's range
-        for index, combine in ((1, _Term.__mul__), (2, _Term.__add__)):
+        for index, combine in zip(scaling, (_Term.__mul__, _Term.__add__), strict=False):
             if index < len(node.inputs) and node.inputs[index] is not None:
                 result = combine(result, node.inputs[index])
         return result.value  # type: ignore[no-any-return]

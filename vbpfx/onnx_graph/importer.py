@@ -53,9 +53,10 @@ _OPERATORS: Mapping[str, Callable[[Builder], Any]] = {
 }
 # Operators of other domains than ONNX's own that stand in the table.
 _CONTRIBUTED = {
-    "com.microsoft": {"Gelu", "FastGelu", "BiasGelu", "QuickGelu"},
+    "com.microsoft": {"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "FusedConv", "FusedGemm", "FusedMatMul",
+                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"},
     "ai.onnx.ml": {"ArrayFeatureExtractor"},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

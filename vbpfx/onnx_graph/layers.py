@@ -14,6 +14,8 @@ from torch import fx
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, pairs, shape_of
 
+SKIP_EPSILON = 1e-12  # what ONNX Runtime adds to the variance where SkipLayerNormalization does not say
+
 
 def _matmul(b: Builder) -> Value:
     """A product with a matrix of the file is a linear layer, with the sum behind it as its bias."""
@@ -41,7 +43,7 @@ def _is_right_factor_alone(b: Builder, weight: Constant) -> bool:
                 waiting.append(user.outputs[0])
             elif (
                 user.graph is not b.node.graph
-                or user.op_type not in ("MatMul", "Gemm")
+                or user.op_type not in ("MatMul", "Gemm", "FusedGemm")
                 or index != 1
                 or _attribute(user, "transB", 0)
             ):
@@ -104,6 +106,45 @@ def _convolution(b: Builder) -> Value:
     return node
 
 
+def _fused_convolution(b: Builder) -> Value:
+    """Of ONNX Runtime's optimizer: act(W x + b + z), with the sum and the activation where there are any."""
+    y = _convolution(b)
+    if b.has(3):
+        y = b.emit(torch.add, y, b.tensor(3))
+    return _activated(b, y)
+
+
+def _fused_gemm(b: Builder) -> Value:
+    """Of ONNX Runtime's optimizer: act(A B + C), where the activation stands directly behind a layer."""
+    y = _gemm(b)
+    if isinstance(y, fx.Node) and y.target is not F.linear and b.attribute("activation", ""):
+        raise CaptureError("what its activation reads is no layer with a bias of its own")
+    return _activated(b, y)
+
+
+def _activated(b: Builder, x: Value) -> Value:
+    """The activation that an operator names in its attributes: ``activation_params``, or one attribute for each number."""
+    name = b.attribute("activation", "")
+    if not name:
+        return x
+    if name not in _ACTIVATIONS:
+        raise CaptureError(f"its activation {name} is not supported")
+    function, defaults = _ACTIVATIONS[name]
+    given = list(b.attribute("activation_params") or ())
+    given = given or [b.attribute(f"activation_{key}", value) for key, value in defaults.items()]
+    return b.emit(function, x, *(float(number) for number in given))
+
+
+# Name -> function, and what its numbers are called, with what they are where they are left out.
+_ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, float]]] = {
+    "Relu": (torch.relu, {}),
+    "Sigmoid": (torch.sigmoid, {}),
+    "Tanh": (torch.tanh, {}),
+    "LeakyRelu": (F.leaky_relu, {"alpha": 0.01}),
+    "Clip": (torch.clamp, {"min": float("-inf"), "max": float("inf")}),
+}
+
+
 def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any, fill: float = 0.0) -> tuple[fx.Node, Any]:
     """The input and the padding that torch's function takes; uneven padding goes in front."""
     before, after = padding_of(b, x, kernel, stride, dilation)
@@ -150,13 +191,40 @@ def _rms_norm(b: Builder) -> Value:
 
 
 def _norm(b: Builder, function: Callable[..., Any], eps: float, *bias: fx.Node | None) -> Value:
-    x, weight = b.tensor(0), b.tensor(1)
+    return _normed(b, function, b.tensor(0), b.tensor(1), *bias, eps=eps)
+
+
+def _normed(
+    b: Builder, function: Callable[..., Any], x: fx.Node, weight: fx.Node, *bias: fx.Node | None, eps: float
+) -> Value:
     sizes = shape_of(x)[b.attribute("axis", -1) :]
     if shape_of(weight) != sizes:
         raise CaptureError(f"its scale has the shape {shape_of(weight)}, expected {tuple(sizes)}")
     node = b.emit(function, x, list(sizes), weight, *bias, eps)
     b.states(node, ("args", 1, 0), None)  # the file states the axis, not its size
     return node
+
+
+def _skip_norm(*, mean: bool) -> Callable[[Builder], tuple[Value, ...]]:
+    """Of ONNX Runtime: the norm of x + skip (+ bias), and, as a fourth value, that sum."""
+
+    def norm(b: Builder) -> tuple[Value, ...]:
+        if any(value.uses() or value.is_graph_output() for value in b.node.outputs[1:3]):
+            raise CaptureError("the statistics that it hands out are read")
+        total, bias = b.emit(torch.add, b.tensor(0), b.tensor(1)), 4 if mean else 3
+        total = b.emit(torch.add, total, b.tensor(bias)) if b.has(bias) else total
+        shift = (b.tensor(3) if b.has(3) else None,) if mean else ()
+        normed = _normed(
+            b,
+            F.layer_norm if mean else F.rms_norm,
+            total,
+            b.tensor(2),
+            *shift,
+            eps=b.attribute("epsilon", SKIP_EPSILON),
+        )
+        return normed, total, total, total
+
+    return norm
 
 
 def _batch_norm(b: Builder) -> Value:
@@ -190,6 +258,18 @@ def _attention(b: Builder) -> Value:
     return b.emit(F.scaled_dot_product_attention, query, key, value, mask, 0.0, causal, scale=scale, **grouped)
 
 
+def _fused_matmul(b: Builder) -> Value:
+    """Of ONNX Runtime: alpha A B, either factor transposed."""
+    if b.attribute("transBatchA", 0) or b.attribute("transBatchB", 0):
+        raise CaptureError("the axes in front of its matrices are transposed")
+    factors = [b.tensor(0), b.tensor(1)]
+    for i, name in enumerate(("transA", "transB")):
+        if b.attribute(name, 0):
+            factors[i] = b.emit(torch.transpose, factors[i], -1, -2)
+    product, alpha = b.emit(torch.matmul, *factors), b.attribute("alpha", 1.0)
+    return product if alpha == 1 else b.emit(torch.mul, product, alpha)
+
+
 def _einsum(b: Builder) -> Value:
     return b.emit(torch.einsum, b.attribute("equation"), *(b.tensor(i) for i in range(len(b.node.inputs))))
 
@@ -199,14 +279,19 @@ def _attribute(node: ir.Node, name: str, default: Any) -> Any:
     return default if found is None else found.value
 
 
-LAYERS: Mapping[str, Callable[[Builder], Value]] = {
+LAYERS: Mapping[str, Callable[[Builder], Any]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "FusedMatMul": _fused_matmul,
+    "FusedGemm": _fused_gemm,
     "Conv": _convolution,
+    "FusedConv": _fused_convolution,
     "ConvTranspose": _transposed_convolution,
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _rms_norm,
     "SimplifiedLayerNormalization": _rms_norm,
+    "SkipLayerNormalization": _skip_norm(mean=True),
+    "SkipSimplifiedLayerNormalization": _skip_norm(mean=False),
     "BatchNormalization": _batch_norm,
     "InstanceNormalization": _instance_norm,
     "GroupNormalization": _group_norm,

@@ -150,7 +150,9 @@ def _add_bias(file: OnnxEdit, imported: Imported, layer: fx.Node, consumer: Cons
     """A bias for a layer that has none."""
     node = imported.made_by[layer.name][0]
     scale = node.attributes.get("alpha")
-    takes_bias = node.op_type in ("Conv", "Gemm") and (len(node.inputs) < 3 or node.inputs[2] is None)
+    takes_bias = node.op_type in ("Conv", "Gemm", "FusedConv", "FusedGemm") and (
+        len(node.inputs) < 3 or node.inputs[2] is None
+    )
     if takes_bias and (scale is None or scale.value == 1):
         node.attributes.pop("beta", None)
         file.set_input(node, 2, file.store(consumer.bias, array))
