@@ -369,7 +369,43 @@ SHARED = [
     Case("addmm", lambda: Net(lambda m, x: torch.addmm(m.b2, torch.addmm(m.b1, x.flatten(0, 1), m.w1).relu(), m.w2), b1=parameter(12), b2=parameter(4), w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}),
 ]  # fmt: skip
 
-FOUND += PACKED + NORMS + SHARED
+STATED = "states the hidden width 12 as a number"
+INTERLEAVED = [
+    Case("every other entry", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., 1::2])), tokens, {"fc1->fc2": 12}),
+    Case("every third entry", lambda: Net(lambda m, x: m.fc2((h := m.fc1(x))[..., ::3].sigmoid() * h[..., 1::3] + h[..., 2::3]), fc1=nn.Linear(8, 36), fc2=nn.Linear(12, 8)), tokens, {"fc1->fc2": 12}),
+    Case("interleaved, with a norm in front", packed(lambda m, x: m.fc2((h := m.norm(m.fc1(x)))[..., ::2].sigmoid() * h[..., 1::2]), norm=nn.LayerNorm(24)), tokens, {"fc1->fc2": 12}),
+    Case("interleaved, and read as a whole", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., 1::2]) + m.fc3(h), fc3=nn.Linear(24, 8)), tokens, {"fc1->fc3": 12}),
+    Case("interleaved parts of a part", lambda: Net(lambda m, x: m.fc2((h := m.fc1(x)[..., :24])[..., ::2].sigmoid() * h[..., 1::2]) + m.fc3(m.fc1(x)[..., 24:].relu()), fc1=nn.Linear(8, 31), fc2=nn.Linear(12, 8), fc3=nn.Linear(7, 8)), tokens, {"fc1->fc2": 12, "fc1->fc3": 7}, own="states the hidden width"),
+    Case("interleaved, unbound", packed(lambda m, x: m.fc2((p := m.fc1(x).view(x.shape[0], 5, 12, 2).unbind(-1))[0].relu() * p[1])), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("interleaved, entries of a view", packed(lambda m, x: m.fc2((p := m.fc1(x).unflatten(-1, (-1, 2)))[..., 0].relu() * p.select(-1, 1))), tokens, {"fc1->fc2": 12}),
+    Case("maxout", packed(lambda m, x: m.fc2(m.fc1(x).view(-1, 5, 12, 2).amax(-1))), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("maxout over parts", packed(lambda m, x: m.fc2(torch.max(m.fc1(x).view(-1, 5, 2, 12), 2)[0])), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("maxout of channels", lambda: Net(lambda m, x: m.out(m.first(x).unflatten(1, (2, -1)).max(1).values), first=nn.Conv2d(4, 24, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
+    Case("mean of parts", packed(lambda m, x: m.fc2(m.fc1(x).tanh().unflatten(-1, (2, -1)).mean(2))), tokens, {"fc1->fc2": 12}),
+]  # fmt: skip
+
+ALONG_POSITIONS = [
+    Case("largest over positions", mlp(lambda m, x: m.fc2(torch.max(m.fc1(x), 1)[0])), tokens, {"fc1->fc2": 12}),
+    Case("largest over positions, by name", mlp(lambda m, x: m.fc2(m.fc1(x).max(1, keepdim=True).values + m.fc1(x).tanh())), tokens, {"fc1->fc2": 12}),
+    Case("median and smallest over positions", mlp(lambda m, x: m.fc2(m.fc1(x).median(dim=1)[0] + torch.min(m.fc1(x).tanh(), dim=1).values)), tokens, {"fc1->fc2": 12}),
+    Case("sorted and cumulative over positions", mlp(lambda m, x: m.fc2(m.fc1(x).sort(dim=1)[0] + m.fc1(x).cummax(1)[0])), tokens, {"fc1->fc2": 12}),
+    Case("the largest few over positions", mlp(lambda m, x: m.fc2(m.fc1(x).topk(2, 1).values.sum(1) + m.fc1(x).kthvalue(2, 1)[0])), tokens, {"fc1->fc2": 12}),
+    Case("larger of two", lambda: Net(lambda m, x: m.out(torch.max(m.a(x), m.b(x)).min(m.c)), a=nn.Linear(8, 12), b=nn.Linear(8, 12), c=parameter(12), out=nn.Linear(12, 8)), tokens, {"a->out": 12}),
+]  # fmt: skip
+
+SPLIT = [
+    Case("tensor_split", packed(lambda m, x: m.fc2((g := m.fc1(x).tensor_split(2, -1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}),
+    Case("tensor_split at", packed(lambda m, x: m.fc2((g := torch.tensor_split(m.fc1(x), (12,), dim=2))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("tensor_split by name", packed(lambda m, x: m.fc2((g := torch.tensor_split(m.fc1(x), sections=2, dim=-1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}),
+    Case("dsplit", packed(lambda m, x: m.fc2((g := m.fc1(x).dsplit(2))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}),
+    Case("hsplit at", packed(lambda m, x: m.fc2((g := torch.hsplit(m.fc1(x[:, 0]), [12]))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("vsplit", packed(lambda m, x: m.fc2((g := m.fc1(x[:, 0]).T.vsplit(2))[0].T.tanh() * g[1].T)), tokens, {"fc1->fc2": 12}),
+    Case("split_with_sizes", packed(lambda m, x: m.fc2((g := m.fc1(x).split_with_sizes([12, 12], -1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}, own=STATED),
+    Case("unsafe_chunk", packed(lambda m, x: m.fc2((g := m.fc1(x).unsafe_chunk(2, -1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}),
+    Case("unsafe_split", packed(lambda m, x: m.fc2((g := m.fc1(x).unsafe_split(12, -1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}, own=STATED),
+]  # fmt: skip
+
+FOUND += PACKED + NORMS + SHARED + INTERLEAVED + ALONG_POSITIONS + SPLIT
 
 REFUSED = [
     Case("output", mlp(lambda m, x: (m.fc2(h := m.fc1(x).relu()), h)), tokens, {}, {"fc1": "reaches the output"}),
@@ -379,6 +415,11 @@ REFUSED = [
     Case("sorted", mlp(lambda m, x: m.fc2(m.fc1(x).sort(-1).values)), tokens, {}, {"fc1": "sort"}),
     Case("flipped", mlp(lambda m, x: m.fc2(m.fc1(x).flip(-1))), tokens, {}, {"fc1": "flip moves the channels"}),
     Case("unlisted", mlp(lambda m, x: m.fc2(torch.special.entr(m.fc1(x).abs()))), tokens, {}, {"fc1": "operator special_entr is not in the operator table (see docs/adding_an_operator.md)"}, ("symbolic",)),
+    Case("interleaved, and cut in two", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., :12])), tokens, {}, {"fc1": "parts of it that cut these apart"}),
+    Case("every other entry of an odd number", lambda: Net(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].tanh()) + h[..., 1::2].sum(-1, keepdim=True), fc1=nn.Linear(8, 13), fc2=nn.Linear(7, 8)), tokens, {}, {"fc1": "every so many entries of it are taken"}),
+    Case("largest of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max(-1, keepdim=True).values), tokens, {}, {"fc1": "max reduces it"}),
+    Case("topk of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).topk(8, -1).values), tokens, {}, {"fc1": "topk compares the channels along it"}),
+    Case("largest of all", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max()), tokens, {}, {"fc1": "max reduces it"}),
     Case("heads", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (3, 4)).relu().flatten(2))), tokens, {}, {"fc1": "splits or merges"}),
     Case("size in arithmetic", mlp(lambda m, x: m.fc2((h := m.fc1(x)) / h.shape[-1])), tokens, {}, {"fc1": "its size enters"}, ("symbolic",)),
     Case("size of another axis", lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu().reshape(x.shape)), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)), tokens, {}, {"fc1": "it is an input"}, ("symbolic",)),

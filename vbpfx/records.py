@@ -7,7 +7,7 @@ copies of the graph and serialise to JSON.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +18,10 @@ import torch
 from vbpfx.errors import ArtifactError
 
 
+def _at(start: int, step: int, channels: Iterable[int]) -> torch.Tensor:
+    return start + step * torch.tensor(tuple(channels), dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class ParameterAxis:
     """One axis of a parameter or buffer that is sliced when the block is narrowed.
@@ -26,11 +30,17 @@ class ParameterAxis:
         name: the parameter's name in the model's ``state_dict``.
         axis: the axis of that tensor that holds the hidden axis.
         start: where on it the block's channel 0 stands. Packed gates have one entry per part.
+        step: from one channel to the next. Interleaved gates have one entry for each of so many.
     """
 
     name: str
     axis: int
     start: int = 0
+    step: int = 1
+
+    def at(self, channels: Iterable[int]) -> torch.Tensor:
+        """Where some of the block's channels stand on the axis."""
+        return _at(self.start, self.step, channels)
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,30 @@ class Source(NamedTuple):
     Attributes:
         node: name of the node.
         axis: the axis of its value, counted from its end (-1 is the last).
-        start: where on that axis the block's channel 0 stands.
+        start: where on that axis the block's channel 0 stands; ``step`` is from one channel to the next.
     """
 
     node: str
     axis: int
     start: int
+    step: int = 1
+
+    def at(self, channels: Iterable[int]) -> torch.Tensor:
+        """Where some of the block's channels stand on the axis."""
+        return _at(self.start, self.step, channels)
+
+
+class Carrier(NamedTuple):
+    """A value that carries the hidden axis; ``start`` and ``step`` as of :class:`ParameterAxis`."""
+
+    node: str
+    axis: int
+    start: int
+    step: int = 1
+
+    def at(self, channels: Iterable[int]) -> torch.Tensor:
+        """Where some of the block's channels stand on the axis."""
+        return _at(self.start, self.step, channels)
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,7 @@ class Block:
         reductions: the statistics that are taken over it.
         parameters: every parameter and buffer axis that is sliced with it.
         literals: every integer in the graph that depends on its width.
-        carriers: ``(node, axis, start)`` of every value that carries the hidden axis, in graph order.
+        carriers: every value that carries the hidden axis, in graph order.
     """
 
     name: str
@@ -138,7 +166,7 @@ class Block:
     reductions: tuple[Reduction, ...]
     parameters: tuple[ParameterAxis, ...]
     literals: tuple[SizeLiteral, ...]
-    carriers: tuple[tuple[str, int, int], ...]
+    carriers: tuple[Carrier, ...]
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:
@@ -340,5 +368,5 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         reductions=tuple(Reduction(**r | {"source": Source(*r["source"])}) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
         literals=tuple(SizeLiteral(**entry | {"path": _path_from_json(entry["path"])}) for entry in data["literals"]),
-        carriers=tuple((node, axis, start) for node, axis, start in data["carriers"]),
+        carriers=tuple(Carrier(*carrier) for carrier in data["carriers"]),
     )

@@ -20,7 +20,7 @@ from vbpfx.analysis.evidence import Evidence, Unread, gather
 from vbpfx.display.markup import tag
 from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
-from vbpfx.records import Block, Consumer, ParameterAxis, Reduction, Refusal
+from vbpfx.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.ops import is_sum, takes_apart
 
@@ -96,7 +96,7 @@ def find_blocks(captured: Captured) -> Analysis:
             unread[why].append(weight)
     refusals += [Refusal(why.owner, why.width, tuple(names), why.node, why.reason) for why, names in unread.items()]
     order = evidence.position
-    blocks.sort(key=lambda block: (order[block.carriers[0][0]], block.carriers[0][2]))
+    blocks.sort(key=lambda block: (order[block.carriers[0].node], block.carriers[0].start))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
     return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(evidence))
 
@@ -122,6 +122,7 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     """All axes with everything that links them, for distances."""
     graph = evidence.graph.copy()
     graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
+    graph.add_edges_from((link.whole, link.part) for link in evidence.grouped)
     return graph
 
 
@@ -132,19 +133,23 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
     if not produced:
         return None
     consumers = [
-        replace(consumer, source=consumer.source._replace(start=start))
-        for axis, start in component.spans
+        replace(consumer, source=consumer.source._replace(start=start, step=step))
+        for axis, start, step in component.spans
         for consumer in evidence.contracted.get(axis, ())
     ]
     consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
     reductions = [
-        replace(reduction, source=reduction.source._replace(start=start))
-        for axis, start in component.spans
+        replace(reduction, source=reduction.source._replace(start=start, step=step))
+        for axis, start, step in component.spans
         for reduction in evidence.reduced.get(axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
     parameters = sorted(
-        (ParameterAxis(axis.owner, axis.dim, start) for axis, start in component.spans if axis.is_parameter),
+        (
+            ParameterAxis(axis.owner, axis.dim, start, step)
+            for axis, start, step in component.spans
+            if axis.is_parameter
+        ),
         key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
     )
     name = _enclosing(produced)
@@ -152,7 +157,9 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
     if reason:
         return Refusal(name, component.width, tuple(produced), node, reason)
     literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
-    values = [(axis.owner, axis.dim, start) for axis, start in component.spans if not axis.is_parameter]
+    values = [
+        Carrier(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
+    ]
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
         width=component.width,
@@ -161,7 +168,7 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
         reductions=tuple(dict.fromkeys(reductions)),
         parameters=tuple(parameters),
         literals=tuple(sorted(literals, key=str)),
-        carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier[0]], *carrier[1:]))),
+        carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))),
     )
 
 
@@ -268,8 +275,8 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
 
 def _range(block: Block) -> str:
     """Where the block stands among the rows of its first producer."""
-    start = next(entry.start for entry in block.parameters if entry.name == block.producers[0])
-    return f"{start}:{start + block.width}"
+    first = next(entry for entry in block.parameters if entry.name == block.producers[0])
+    return f"{first.start}:{first.start + first.step * block.width}"
 
 
 def _layer(weight: str) -> str:

@@ -60,7 +60,7 @@ def channel_graph(analysis: Analysis, name: str) -> str:
 def _parts(analysis: Analysis, block: Block) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Node -> its part in the block, in graph order; and what reads what."""
     nodes = analysis.captured.nodes
-    carriers = {node for node, _, _ in block.carriers}
+    carriers = {carrier.node for carrier in block.carriers}
     # chunk and split, whose value is several tensors, stand between two that carry the axis
     carriers |= {
         node.name

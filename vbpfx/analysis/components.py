@@ -3,11 +3,15 @@
 Axes that run channel by channel into one another over their whole length form a *group*. Groups that are parts of
 others (chunks of a packed gate, what a concatenation joins) are cut where the parts begin and end, until every cut has
 reached every group that it concerns. The segments in between are the vertices, and a component of segments is
-one hidden axis: its channel c stands at ``start + c`` of every axis it touches, in some of them several times.
+one hidden axis: its channel c stands at ``start + step c`` of every axis it touches, in some of them several times.
+
+Where an axis is read in an interleaved way, several of its channels go with one of the part's. The segments of one component
+are then of unlike lengths, and the longer ones hold so many channels more for each of the component's.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,22 +24,33 @@ from vbpfx.analysis.evidence import Evidence
 from vbpfx.rules.axes import Axis
 
 
+class Span(NamedTuple):
+    """Channel c of a component is channel ``start`` + ``step`` c of the axis."""
+
+    axis: Axis
+    start: int
+    step: int
+
+
+_MISFIT = "every so many entries of it are taken, and parts of it that cut these apart"
+
+
 @dataclass(frozen=True)
 class Component:
     """Channels that live and die together.
 
     Attributes:
         width: their number d.
-        spans: ``(axis, start)``: channel c is channel start + c of the axis.
+        spans: where it stands.
     """
 
     width: int
-    spans: tuple[tuple[Axis, int], ...]
+    spans: tuple[Span, ...]
 
     @property
     def axes(self) -> set[Axis]:
         """The axes that hold it."""
-        return {axis for axis, _ in self.spans}
+        return {span.axis for span in self.spans}
 
 
 class _Segment(NamedTuple):
@@ -47,11 +62,12 @@ class _Segment(NamedTuple):
 
 
 class _Link(NamedTuple):
-    """Channel c of group ``part`` is channel ``start`` + c of group ``whole``."""
+    """Channel c of group ``part`` is the ``step`` channels from ``start`` + ``step`` c on of group ``whole``."""
 
     whole: int
     part: int
     start: int
+    step: int
 
 
 def components(evidence: Evidence) -> Iterator[Component]:
@@ -59,19 +75,37 @@ def components(evidence: Evidence) -> Iterator[Component]:
     groups = list(nx.connected_components(evidence.graph))
     number = {axis: index for index, group in enumerate(groups) for axis in group}
     size = [evidence.sizes[next(iter(group))] for group in groups]
-    links = list(dict.fromkeys(_Link(number[p.whole], number[p.part], p.start) for p in evidence.parts))
+    links = [_Link(number[p.whole], number[p.part], p.start, 1) for p in evidence.parts]
+    taken_at: dict[_Link, str] = {}
+    for entry in evidence.grouped:
+        whole, part = number[entry.whole], number[entry.part]
+        taken_at[_Link(whole, part, 0, size[whole] // size[part])] = entry.part.owner
+    links = list(dict.fromkeys((*links, *taken_at)))
     cuts = _cuts(links, size)
     graph: nx.Graph[_Segment] = nx.Graph()
     for index in range(len(groups)):
         graph.add_nodes_from(_segments(index, cuts.get(index, {0, size[index]}), 0, size[index]))
     for link in links:
-        stop = link.start + size[link.part]
-        for segment in _segments(link.whole, cuts[link.whole], link.start, stop):
-            graph.add_edge(segment, _Segment(link.part, segment.start - link.start, segment.stop - link.start))
+        stop = link.start + link.step * size[link.part]
+        segments = _segments(link.whole, cuts[link.whole], link.start, stop)
+        if any((end - link.start) % link.step for segment in segments for end in (segment.start, segment.stop)):
+            for axis in (*groups[link.whole], *groups[link.part]):
+                evidence.opaque[axis].append((taken_at[link], _MISFIT))
+            continue
+        for segment in segments:
+            start, stop = ((end - link.start) // link.step for end in (segment.start, segment.stop))
+            graph.add_edge(segment, _Segment(link.part, start, stop))
     for found in nx.connected_components(graph):
-        first = next(iter(found))
-        spans = tuple((axis, s.start) for s in sorted(found) for axis in groups[s.group])
-        yield Component(first.stop - first.start, spans)
+        width = math.gcd(*(segment.stop - segment.start for segment in found))
+        yield Component(width, tuple(_spans(sorted(found), width, groups)))
+
+
+def _spans(segments: list[_Segment], width: int, groups: list[set[Axis]]) -> Iterator[Span]:
+    """Where a component's channels stand: once in every segment of its own length, several times in longer ones."""
+    for segment in segments:
+        step = (segment.stop - segment.start) // width
+        for axis in groups[segment.group]:
+            yield from (Span(axis, segment.start + first, step) for first in range(step))
 
 
 def _cuts(links: list[_Link], size: list[int]) -> dict[int, set[int]]:
@@ -82,14 +116,16 @@ def _cuts(links: list[_Link], size: list[int]) -> dict[int, set[int]]:
         for group in (link.whole, link.part):
             cuts[group] |= {0, size[group]}
             touching[group].append(link)
-        cuts[link.whole] |= {link.start, link.start + size[link.part]}
+        cuts[link.whole] |= {link.start, link.start + link.step * size[link.part]}
     waiting = dict.fromkeys(links)
     while waiting:
         link = next(iter(waiting))
         del waiting[link]
         whole, part = cuts[link.whole], cuts[link.part]
-        down = {c - link.start for c in whole if link.start <= c <= link.start + size[link.part]} - part
-        up = {c + link.start for c in part} - whole
+        stop = link.start + link.step * size[link.part]
+        within = [c - link.start for c in whole if link.start <= c <= stop]
+        down = {c // link.step for c in within if c % link.step == 0} - part
+        up = {link.start + link.step * c for c in part} - whole
         part |= down
         whole |= up
         waiting |= dict.fromkeys([*(touching[link.part] if down else ()), *(touching[link.whole] if up else ())])

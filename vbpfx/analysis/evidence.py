@@ -21,6 +21,7 @@ from vbpfx.rules.axes import (
     Axis,
     ComputedArgumentError,
     Contracts,
+    Grouped,
     Merged,
     Names,
     Opaque,
@@ -69,6 +70,7 @@ class Evidence:
     position: dict[str, int]
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
     parts: list[Part] = field(default_factory=list)
+    grouped: list[Grouped] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
     unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
@@ -209,6 +211,9 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Part(whole, part, _):
             evidence.graph.add_nodes_from((whole, part))
             evidence.parts.append(relation)
+        case Grouped(whole, part):
+            evidence.graph.add_nodes_from((whole, part))
+            evidence.grouped.append(relation)
         case Merged():
             evidence.merged.append(relation)
         case Reduces(source, _) if source.is_parameter:

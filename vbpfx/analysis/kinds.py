@@ -39,7 +39,7 @@ def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token
     else:
         base = "MLP"
     mixing = "token-mixing " if any(map(is_token_axis, _read_by(block.producers, evidence))) else ""
-    spans = [(node, axis) for node, axis, _ in block.carriers]
+    spans = [(carrier.node, carrier.axis) for carrier in block.carriers]
     multiplied = _multiplies_two(block, evidence)
     excited = multiplied and _makes_again(block, evidence)
     gated = (multiplied and not excited) or len(set(spans)) < len(spans)
@@ -55,7 +55,7 @@ def _read_by(weights: tuple[str, ...], evidence: Evidence) -> list[Axis]:
 def _multiplies_two(block: Block, evidence: Evidence) -> bool:
     """Whether two values of the axis that different layers made are multiplied; x * sigmoid(x) is no gate."""
     makers: dict[fx.Node, frozenset[str]] = {}
-    for name, axis, _ in block.carriers:
+    for name, axis, *_ in block.carriers:
         node = evidence.nodes[name]
         operands = [makers[source] for source in node.all_input_nodes if source in makers]
         if is_product(node) and len(operands) > 1 and operands[0] != operands[1]:
@@ -67,9 +67,9 @@ def _multiplies_two(block: Block, evidence: Evidence) -> bool:
 
 def _makes_again(block: Block, evidence: Evidence) -> bool:
     """Whether a layer that makes the axis reads, at whatever remove, what was there of it before."""
-    carriers = {evidence.nodes[name] for name, _, _ in block.carriers}
+    carriers = {evidence.nodes[carrier.node] for carrier in block.carriers}
     makers = {
-        evidence.nodes[n] for node, axis, _ in block.carriers for n in evidence.producing.get(Axis(node, axis), ())
+        evidence.nodes[n] for node, axis, *_ in block.carriers for n in evidence.producing.get(Axis(node, axis), ())
     }
     start = min(evidence.position[node.name] for node in carriers)
     return any(depends(maker, carriers, start, evidence.position) for maker in makers)

@@ -38,8 +38,7 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
             root[node] = root[source]
             if source in part:
                 part[node] = part[source]
-            elif takes_apart(source):
-                index: Any = node.args[1]
+            elif takes_apart(source) and isinstance(index := node.args[1], int):
                 part[node] = (source, index % len(source.meta["val"]))
         if changes:
             for alias in aliases[root[node]]:

@@ -22,7 +22,7 @@ class Observer(nn.Module):
     Args:
         name: what it observes, for messages.
         axis: the channel axis of the tensor it will see.
-        start: the first channel on that axis that is observed; ``width`` is how many are.
+        start: the first channel on that axis that is observed; ``width`` is how many are, ``step`` is from one to the next.
         masked: the axes of the tensor that a mask's samples and tokens are, if it is called with one: counted from the
             end, one axis where they are merged.
 
@@ -48,11 +48,12 @@ class Observer(nn.Module):
         every: int = 0,
         rows_a_sample: int = 1,
         samples: int = 0,
+        step: int = 1,
     ) -> None:
         super().__init__()
         self.name, self.masked, self.every, self.rows_a_sample = name, masked, every, rows_a_sample
         self.rows, self.samples = 0, samples
-        self.axis, self.start, self.width = axis, start, width
+        self.axis, self.start, self.width, self.step = axis, start, width, step
         self.moments: Moments | None = None
         self.calls = 0
         self._bad_call: int | None = None
@@ -73,7 +74,9 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
-        seen, axis = x.detach().narrow(self.axis, self.start, self.width), self.axis
+        seen, axis = x.detach().narrow(self.axis, self.start, (self.width - 1) * self.step + 1), self.axis
+        if self.step > 1:
+            seen = seen.unfold(axis, 1, self.step).squeeze(-1)
         if self.every or mask is not None:
             seen, axis = as_rows(seen, axis, mask, self.masked, self.samples), -1
         if seen.numel() and self._bad_call is None:

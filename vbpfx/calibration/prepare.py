@@ -147,6 +147,7 @@ def prepare(
             source.start,
             block.width,
             masked,
+            step=source.step,
             every=every.get(source, 0),
             rows_a_sample=rows_a_sample(captured, source),
             samples=captured.samples_axis(source.node) or 0,

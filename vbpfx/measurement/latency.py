@@ -123,7 +123,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
         network: a graph that holds the block, narrowed or not.
         values: node name -> its value at the batch that is wanted, as fake tensors.
     """
-    inside = {name for name, _, _ in block.carriers} | {consumer.node for consumer in block.consumers}
+    inside = {carrier.node for carrier in block.carriers} | {consumer.node for consumer in block.consumers}
     order = [node for node in network.graph.nodes if node.name in inside]
     graph, copies = fx.Graph(), {}
     tensors: list[Tensor] = []
@@ -183,8 +183,8 @@ def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
     tensors, nodes = named_tensors(captured.reference), captured.nodes
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        weights = [(tuple(tensors[p.name].shape), p.axis, p.start) for p in block.parameters]
-        values = [(str(nodes[node].meta["val"].shape), nodes[node].op) for node, _, _ in block.carriers]
+        weights = [(tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters]
+        values = [(str(nodes[c.node].meta["val"].shape), nodes[c.node].op) for c in block.carriers]
         groups[block.width, tuple(weights), tuple(values)].append(block)
     return list(groups.values())
 

@@ -86,7 +86,8 @@ def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set
     return {
         block.name
         for block in blocks
-        if convolutions & {*(node for node, _, _ in block.carriers), *(consumer.node for consumer in block.consumers)}
+        if convolutions
+        & {*(carrier.node for carrier in block.carriers), *(consumer.node for consumer in block.consumers)}
     }
 
 
@@ -168,7 +169,7 @@ def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
     tensors = named_tensors(model)
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start) for p in block.parameters)
+        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters)
         groups[block.width, tuple(shapes)].append(block)
     return list(groups.values())
 
@@ -239,7 +240,7 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
     touching = _Axes()
     for block in blocks:
-        for node, axis, _ in block.carriers:
+        for node, axis, *_ in block.carriers:
             touching.stand_on((node, axis), block)
             touching.of[node][node, axis] = values[node].shape[axis]
         for consumer in block.consumers:

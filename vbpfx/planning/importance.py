@@ -70,7 +70,7 @@ Criterion = Callable[[Scoring], Tensor]
 def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     """The columns of a consumer's weight at a block's channels, (out, d) float64; windows count as further outputs."""
     weight = named_tensors(model)[consumer.weight].detach().double().cpu()
-    own = weight.narrow(consumer.weight_axis, consumer.source.start, width)
+    own = weight.index_select(consumer.weight_axis, consumer.source.at(range(width)))
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)
 
 
@@ -131,7 +131,7 @@ def magnitude(about: Scoring) -> Tensor:
     for entry in block.parameters:
         if entry.name in weights:
             weight = tensors[entry.name].detach().double().cpu()
-            own = weight.narrow(entry.axis, entry.start, block.width)
+            own = weight.index_select(entry.axis, entry.at(range(block.width)))
             total += own.movedim(entry.axis, 0).flatten(1).square().sum(1)
     return total
 

@@ -170,21 +170,21 @@ class _Reconstruction:
     def _choose(self, entry: BlockPlan, layer: Consumer, sums: Sums, weight: Tensor) -> BlockPlan:
         """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
         block, normal = entry.block, sums.all
-        start = block.consumers[0].source.start
+        among = block.consumers[0].source.at(range(block.width))
         everything, _ = fit(normal, weight, PENALTY)
         about = self.influence.get(layer.node)
         if about is not None and about.metric is not None:
             everything = about.metric @ everything
         others = [self._matrix(other) for other in block.consumers[1:]]
-        among = torch.arange(start, start + block.width)
         gone = self._gone(layer)
         present = torch.tensor([c for c in range(weight.shape[1]) if c not in gone])
         place = {int(c): i for i, c in enumerate(present)}
         inputs = [(normal.xx[present][:, present], torch.cat([everything, *others])[:, present])]
         order, _ = elimination_costs(inputs, len(entry.pruned), torch.tensor([place[int(c)] for c in among]))
-        pruned = {int(present[i]) - start for i in order}
+        channel = {int(c): i for i, c in enumerate(among)}
+        pruned = {channel[int(present[i])] for i in order}
         kept = tuple(c for c in range(block.width) if c not in pruned)
-        means = normal.mean_x[[start + c for c in sorted(pruned)]]
+        means = normal.mean_x[among[sorted(pruned)]]
         return BlockPlan(block, kept, (means,), (None,))
 
     def _share(self, layer: Consumer, about: Influence | None) -> float:
@@ -207,8 +207,7 @@ class _Reconstruction:
         for entry in self.decided.values():
             for consumer in entry.block.consumers:
                 if consumer.node == layer.node:
-                    start = consumer.source.start
-                    pruned, kept = torch.tensor(entry.pruned) + start, torch.tensor(entry.kept) + start
+                    pruned, kept = consumer.source.at(entry.pruned), consumer.source.at(entry.kept)
                     prediction = entry.prediction_at(consumer.source)
                     if prediction is not None:
                         folded[:, kept] += weight[:, pruned] @ prediction.double()

@@ -15,6 +15,7 @@ from vbpfx.records import Plan
 from vbpfx.rewrite.carry import carry
 from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
 from vbpfx.rules.ops import is_matrix_product, takes_apart
+from vbpfx.rules.parts import split_axis
 
 
 def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphModule:
@@ -65,12 +66,13 @@ def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> Non
 
 def _state_parts(node: fx.Node) -> None:
     """chunk, or split by one size, as a split by the sizes of its parts."""
-    dim: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    dim = split_axis(node)
     if isinstance(node.target, torch._ops.OpOverload):
         node.target = torch.ops.aten.split_with_sizes.default
     else:
         node.target = "split" if node.op == "call_method" else torch.split
-    node.args, node.kwargs = (node.args[0], [part.shape[dim] for part in node.meta["val"]], dim), {}
+    source = node.all_input_nodes[0]
+    node.args, node.kwargs = (source, [part.shape[dim] for part in node.meta["val"]], dim), {}
 
 
 def _replaced(value: Any, path: list[str | int], count: int) -> Any:

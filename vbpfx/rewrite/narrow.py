@@ -129,8 +129,8 @@ class Changes:
 
 def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
     """What a layer's weight or bias gains for the neurons that one block loses, float64, in its dense shape."""
-    weight, axis, start = dense(consumer.weight), consumer.weight_axis, consumer.source.start
-    kept, pruned = torch.tensor(entry.kept) + start, torch.tensor(entry.pruned) + start
+    weight, axis = dense(consumer.weight), consumer.weight_axis
+    kept, pruned = consumer.source.at(entry.kept), consumer.source.at(entry.pruned)
     if name == consumer.bias:
         return fold(weight, axis, pruned, entry.constants_at(consumer.source))
     prediction = entry.prediction_at(consumer.source)
@@ -184,11 +184,15 @@ def removed_channels(plan: Plan) -> Removed:
     """Every channel that is gone, of every axis that a block of the plan stands on."""
     removed: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
-        values = [((node, axis, False), start) for node, axis, start in entry.block.carriers]
-        parameters = [((p.name, p.axis, True), p.start) for p in entry.block.parameters]
-        at = {start: frozenset(start + p for p in entry.pruned) for _, start in (*values, *parameters)}
-        for key, start in (*values, *parameters):
-            removed[key] = removed[key] | at[start] if key in removed else at[start]
+        values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
+        parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters]
+        at = {
+            (start, step): frozenset(start + step * p for p in entry.pruned)
+            for _, start, step in (*values, *parameters)
+        }
+        for key, *place in (*values, *parameters):
+            gone_there = at[place[0], place[1]]
+            removed[key] = removed[key] | gone_there if key in removed else gone_there
     return removed
 
 

@@ -127,6 +127,8 @@ def _unequal_chunks(literals: tuple[SizeLiteral, ...], removed: Removed) -> str 
             sizes[literal.node][literal.path[-1]] = literal.stop - literal.start - gone(literal, removed)
     for node, parts in sizes.items():
         wanted = [parts[index] for index in sorted(parts)]
-        if wanted != [len(part) for part in torch.empty(sum(wanted)).chunk(len(wanted))]:
+        whole = torch.empty(sum(wanted))
+        cuts = (whole.chunk(len(wanted)), whole.tensor_split(len(wanted)))
+        if any(wanted != [len(part) for part in parts_of_it] for parts_of_it in cuts):
             return node
     return None

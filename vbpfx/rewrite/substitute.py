@@ -24,7 +24,7 @@ class Substitute(nn.Module):
         super().__init__()
         source = entry.block.sources[index]
         self.axis = source.axis
-        self.pruned, self.kept = (torch.tensor(channels) + source.start for channels in (entry.pruned, entry.kept))
+        self.pruned, self.kept = source.at(entry.pruned), source.at(entry.kept)
         self.constants, self.prediction = entry.constants[index], entry.predictions[index]
 
     def forward(self, h: Tensor) -> Tensor:
@@ -119,11 +119,11 @@ def removed_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[in
     """The indices of one axis of a parameter that are gone, ascending."""
     return sorted(
         {
-            parameter.start + p
+            int(position)
             for entry in entries
             for parameter in entry.block.parameters
             if (parameter.name, parameter.axis) == (name, axis)
-            for p in entry.pruned
+            for position in parameter.at(entry.pruned)
         }
     )
 

@@ -202,16 +202,14 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
         found = as_matrix(narrow[layer.weight], layer)
         rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
         for entry in plan.blocks:
-            pruned, kept = torch.tensor(entry.pruned), torch.tensor(entry.kept)
             for consumer in entry.block.consumers:
                 prediction = entry.prediction_at(consumer.source)
                 if consumer.weight == layer.weight and prediction is not None:
-                    start = consumer.source.start
-                    original = as_matrix(dense[layer.weight], layer)[:, pruned + start]
-                    expected[:, kept + start] += original @ prediction.double()
+                    original = as_matrix(dense[layer.weight], layer)[:, consumer.source.at(entry.pruned)]
+                    expected[:, consumer.source.at(entry.kept)] += original @ prediction.double()
             for parameter in entry.block.parameters:
                 if parameter.name == layer.weight:
-                    (columns if parameter.axis == layer.weight_axis else rows)[pruned + parameter.start] = False
+                    (columns if parameter.axis == layer.weight_axis else rows)[parameter.at(entry.pruned)] = False
         worst = max(worst, relative_error([found], [expected[rows][:, columns]]))
     return worst
 

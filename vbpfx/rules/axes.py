@@ -64,6 +64,18 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """Channel c of ``part`` goes with k consecutive channels of ``whole``, k c to k c + k - 1, where ``whole`` is k times as long.
+
+    Every k-th entry of an axis, or a view that puts k of them on an axis of their own: what one of them says of channel c,
+    the others say of it, too, so that they stay or go together.
+    """
+
+    whole: Axis
+    part: Axis
+
+
+@dataclass(frozen=True)
 class Merged:
     """The axis holds every entry of two axes, those of the second for the first entry of the first, and so on."""
 
@@ -125,7 +137,7 @@ class SizeStated:
     by_code: bool = True
 
 
-Relation = Same | Part | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
+Relation = Same | Part | Grouped | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
 
 
 class SizeRead(NamedTuple):

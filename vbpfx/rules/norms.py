@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vbpfx.rules.axes import Axis, Opaque, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
+from torch import Tensor
+
+from vbpfx.rules.axes import Axis, Opaque, Operand, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.pointwise import elementwise
 
 
 def batch_norm(site: Site) -> Iterator[Relation]:
@@ -98,6 +101,40 @@ def reduction(site: Site) -> Iterator[Relation]:
             yield Opaque(x.axis(dim), f"{site.name} reduces it")
     for position, dim in enumerate(kept):
         yield Same(x.axis(dim), out.axis(dim if out.ndim == x.ndim else position))
+
+
+# Operators of several values, those that keep the axis they go along, and where they state which one it is.
+_KEEP_THE_AXIS = frozenset({"sort", "topk", "cummax", "cummin"})
+_SECOND = frozenset({"kthvalue", "topk"})
+
+
+def extremum(site: Site) -> Iterator[Relation]:
+    """max, min, median, sort, topk... along ``dim``: values and where they stood; every other axis is kept.
+
+    The call's value is a tuple; what is said here is of the entries that are taken out of it.
+    """
+    x, name = site.x, site.name
+    if isinstance(site.node.meta["val"], Tensor) and name in ("max", "min") and len(site.operands) == 2:
+        yield from elementwise(site)
+        return
+    place = 2 if name in _SECOND else 1
+    given = site.constant(place, "dim", -1 if name in ("sort", *_SECOND) else None)
+    if isinstance(site.node.meta["val"], Tensor) or not isinstance(given, int) or isinstance(given, bool):
+        yield from site.all_opaque(f"{name} reduces it")
+        return
+    dim, keeps = given % x.ndim, name in _KEEP_THE_AXIS
+    yield Opaque(x.axis(dim), f"{name} compares the channels along it" if keeps else f"{name} reduces it")
+    for user in site.node.users:
+        if not isinstance(user.meta.get("val"), Tensor):
+            yield from site.all_opaque(f"{name} hands its values on together")
+            continue
+        out = Operand(user.name, tuple(user.meta["val"].shape))
+        same_axes = out.ndim == x.ndim
+        for position, axis in enumerate(d for d in range(x.ndim) if same_axes or d != dim):
+            if axis != dim:
+                yield Same(x.axis(axis), out.axis(position))
+            elif keeps:
+                yield Opaque(out.axis(position), f"{name} compares the channels along it")
 
 
 def pooling(site: Site) -> Iterator[Relation]:

@@ -30,6 +30,7 @@ from vbpfx.rules.layers import (
 from vbpfx.rules.norms import (
     along_one_axis,
     batch_norm,
+    extremum,
     group_norm,
     instance_norm,
     norm_over_last,
@@ -115,6 +116,9 @@ _row(along_one_axis, nn.Softmax, nn.LogSoftmax)
 _methods_and_functions(along_one_axis, "softmax", "log_softmax", "cumsum", "cumprod")
 _methods_and_functions(reduction, "mean", "sum", "amax", "amin", "std", "var", "logsumexp", "norm")
 _row(reduction, torch.linalg.vector_norm, aten.linalg_vector_norm)
+_methods_and_functions(
+    extremum, "max", "min", "median", "nanmedian", "mode", "kthvalue", "sort", "topk", "cummax", "cummin"
+)
 _methods_and_functions(along_one_axis, "normalize")
 _row(
     pooling,
@@ -154,8 +158,20 @@ _methods_and_functions(repetition_of_entries, "repeat_interleave")
 _row(indexing, operator.getitem)
 _row(aten_slice, aten.slice)
 _methods_and_functions(narrowing, "narrow")
-_methods_and_functions(splitting, "chunk", "split", "unbind")
-_row(splitting, aten.split_with_sizes)
+_methods_and_functions(
+    splitting,
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "hsplit",
+    "vsplit",
+    "dsplit",
+    "unbind",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+)
 _row(glu, nn.GLU, F.glu, aten.glu)
 _row(select, aten.select, "select", torch.select)
 _methods_and_functions(concatenation, "cat", "concat")
@@ -248,8 +264,8 @@ def takes_sizes(rule: Rule | None) -> bool:
 
 
 def takes_apart(node: fx.Node) -> bool:
-    """Whether the call makes a tuple of consecutive parts of one tensor."""
-    return node.op in ("call_function", "call_method") and rule_for(node, None) is splitting
+    """Whether the call makes a tuple of one tensor, of which its rule says what the entries are."""
+    return node.op in ("call_function", "call_method") and rule_for(node, None) in (splitting, extremum)
 
 
 def is_matrix_product(node: fx.Node) -> bool:

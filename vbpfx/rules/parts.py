@@ -9,7 +9,19 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.rules.axes import Axis, Opaque, Operand, Part, Relation, Same, Site, SizeStated
+from vbpfx.rules.axes import (
+    Axis,
+    ComputedArgumentError,
+    Grouped,
+    Opaque,
+    Operand,
+    Part,
+    Relation,
+    Same,
+    Site,
+    SizeStated,
+    spelling,
+)
 
 
 def indexing(site: Site) -> Iterator[Relation]:
@@ -70,12 +82,12 @@ def select(site: Site) -> Iterator[Relation]:
 
 
 def splitting(site: Site) -> Iterator[Relation]:
-    """chunk, split, unbind: consecutive parts along one axis, or its entries one by one.
+    """chunk, split, tensor_split, unbind...: consecutive parts along one axis, or its entries one by one.
 
     The call's value is a tuple; what is said here is of the parts that are taken out of it.
     """
     x, name = site.x, site.name
-    dim = site.constant(1 if name == "unbind" else 2, "dim", 0) % x.ndim
+    dim = split_axis(site.node)
     parts = site.node.meta["val"]
     if any(user.target is not operator.getitem or not isinstance(user.args[1], int) for user in site.node.users):
         yield from site.all_opaque(f"{name} hands its parts on together")
@@ -94,7 +106,30 @@ def splitting(site: Site) -> Iterator[Relation]:
         yield Opaque(x.axis(dim), "unbind takes its entries one by one")
         return
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
-        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, by_code=name != "chunk")
+        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, by_code=not _counts_parts(site))
+
+
+def split_axis(node: fx.Node) -> int:
+    """The axis that a call takes apart.
+
+    Raises:
+        ComputedArgumentError: the call computes it.
+    """
+    name, ndim = spelling(node), node.all_input_nodes[0].meta["val"].ndim
+    along = {"hsplit": min(1, ndim - 1), "vsplit": 0, "dsplit": 2}
+    place = 1 if name == "unbind" else 2
+    dim: Any = along.get(name, node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0))
+    if isinstance(dim, fx.Node):
+        raise ComputedArgumentError("dim")
+    return int(dim % ndim)
+
+
+def _counts_parts(site: Site) -> bool:
+    """Whether the call states into how many parts, and works out by itself how long they are."""
+    if site.name in ("chunk", "unsafe_chunk"):
+        return True
+    given = site.node.args[1] if len(site.node.args) > 1 else next(iter(site.node.kwargs.values()), None)
+    return site.name in ("tensor_split", "hsplit", "vsplit", "dsplit") and isinstance(given, int)
 
 
 def glu(site: Site) -> Iterator[Relation]:
@@ -145,6 +180,8 @@ def _sliced(
     start, stop, step = taken.indices(size)
     if (start, stop, step) == (0, size, 1):
         yield Same(x, out)
+    elif 1 < step < size and size % step == 0 and start < step and len(range(start, stop, step)) == size // step:
+        yield Grouped(x, out)  # what the call states of it are no more than its ends
     elif step != 1 or stop <= start:
         yield Opaque(x, "every so many entries of it are taken")
         yield Opaque(out, "it is every so many entries of another axis")

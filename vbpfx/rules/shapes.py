@@ -8,7 +8,19 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.rules.axes import Merged, Opaque, Operand, Part, Relation, Same, Site, SizeStated, as_tuple, spelling
+from vbpfx.rules.axes import (
+    Grouped,
+    Merged,
+    Opaque,
+    Operand,
+    Part,
+    Relation,
+    Same,
+    Site,
+    SizeStated,
+    as_tuple,
+    spelling,
+)
 
 
 def permutation(site: Site) -> Iterator[Relation]:
@@ -34,11 +46,16 @@ def regrouping(site: Site) -> Iterator[Relation]:
     """
     x, out = site.x, site.out
     kept = _kept_whole(x.shape, out.shape)
-    stacked = _stacked_parts(site, x, out)
+    stacked, grouped = _taken_apart(site, x, out)
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
-        if dim not in kept and dim not in stacked and size != 1:
+        if dim not in kept and dim not in stacked and dim not in grouped and size != 1:
             yield Opaque(axis, f"{site.name} splits or merges it")
     whole = set(kept.values())
+    for dim, position in grouped.items():
+        whole |= {position, position + 1}
+        yield Opaque(out.axis(position + 1), "its entries are taken one by one")
+        yield Grouped(x.axis(dim), out.axis(position))
+        yield from _stated(site, out, position)
     for dim, position in stacked.items():
         whole |= {position, position + 1}
         yield Opaque(out.axis(position), "its entries are taken one by one")
@@ -166,29 +183,41 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
     return kept
 
 
-def _stacked_parts(site: Site, x: Operand, out: Operand) -> dict[int, int]:
-    """Input axis of k d channels -> output axis k, where it becomes (k, d) and every reader takes one of the k.
+def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], dict[int, int]]:
+    """Input axis -> the first of the two output axes that it becomes, where readers take one of them apart.
 
-    That is a packed gate. Attention's heads look alike but go on side by side: no single entry is read.
+    First those that become (k, d): k parts of d channels, side by side. Then those that become (d, k): d channels of k
+    entries, interleaved. Every reader takes one of the k entries, or makes one of all k. That is a packed gate, or maxout.
+    Attention's heads look alike but go on side by side: no single entry is read.
     """
-    found = {}
+    stacked: dict[int, int] = {}
+    grouped: dict[int, int] = {}
+    users = site.node.users
     for dim, size in enumerate(x.shape):
         for position in range(out.ndim - 1):
-            count, width = out.shape[position : position + 2]
-            splits = math.prod(x.shape[:dim]) == math.prod(out.shape[:position]) and 1 < count < size == count * width
-            users = site.node.users
-            if splits and users and all(_takes_one(user, position, out.ndim) for user in users):
-                found[dim] = position
-    return found
+            first, second = out.shape[position : position + 2]
+            splits = math.prod(x.shape[:dim]) == math.prod(out.shape[:position]) and 1 < first < size == first * second
+            for found, entries in ((stacked, position), (grouped, position + 1)):
+                if splits and users and all(_takes_one(user, entries, out.ndim) for user in users):
+                    found.setdefault(dim, position)
+    return stacked, {dim: position for dim, position in grouped.items() if dim not in stacked}
+
+
+# Operators that make one entry of all along an axis.
+_OF_ALL = frozenset({"max", "amax", "min", "amin", "sum", "mean", "logsumexp", "std", "var", "norm", "median", "prod"})
 
 
 def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
-    """Whether a call reads single entries along an axis, never the whole of it."""
+    """Whether a call reads single entries along an axis, or makes one of all; never does the axis itself go on."""
     name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
     if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
         return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
     if name in ("unbind", "select"):
         return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
+    if name in _OF_ALL:
+        along = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else None)
+        dims = as_tuple(along, 1)
+        return not isinstance(along, bool) and all(isinstance(d, int) and d % ndim == dim for d in dims) and bool(dims)
     if name != "getitem" or not given:
         return False
     index = given[0] if isinstance(given[0], tuple) else (given[0],)
