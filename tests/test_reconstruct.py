@@ -15,9 +15,12 @@ from zoo import FOUND, Case, Net
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
+from vbpfx.plan_files import load_plan, plan_digest
+from vbpfx.planning.compensate import PENALTIES
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums, fit
 from vbpfx.reconstruction.residual import find_residual_sum
+from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import layers_beside
 from vbpfx.reconstruction.stream import Stream
 
@@ -318,14 +321,10 @@ def test_hidden_values_of_one_axis(of_data: bool) -> None:
     model = randomize(FromOneVector(of_data)).double()
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(40, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
-    pruned = vbpfx.prune(model, data, ratio=0.5, progress=False, exclude=None if of_data else "rest")
-    assert "gate" in pruned.plan.widths or of_data
+    pruned = vbpfx.prune(model, data, ratio=0.5, progress=False, min_width=8)
+    assert ("gate" in pruned.plan.widths) == of_data  # what sees no data takes no part
     found = vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, data[0], tolerance=1e-9)
-    with torch.no_grad():
-        lost = (pruned.graph_module(data[0]) - model(data[0])).norm() / model(data[0]).norm()
-    if not of_data:  # what stands for constants is exact
-        assert lost < 1e-9
-    assert found.error < 1e-9
+    assert found.effect > 1e-6
 
 
 @pytest.mark.parametrize("time_first", [False, True])
@@ -353,3 +352,150 @@ def test_influence_keeps_rows_in_the_order_of_the_value(time_first: bool) -> Non
     expected = torch.cat(parts.squares[layer.node], 1 if time_first else 0)
     torch.testing.assert_close(whole.squares[layer.node][0], expected, rtol=0, atol=0)
     assert expected.shape == ((3, 40, 1) if time_first else (40, 3, 1))
+
+
+class Tower(nn.Module):
+    """Two blocks, one of them gated, on a stream of 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6))
+        self.up, self.gate, self.down = nn.Linear(6, 20), nn.Linear(6, 20), nn.Linear(20, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.down(self.up(x) * torch.sigmoid(self.gate(x)))
+
+
+class Siamese(nn.Module):
+    """Both inputs go through one tower: called twice, or called once on both."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.tower, self.twice = Tower(), twice
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if self.twice:
+            return self.tower(a), self.tower(b)
+        y = self.tower(torch.cat([a, b]))
+        return y[: a.shape[0]], y[a.shape[0] :]
+
+
+class Again(nn.Module):
+    """One tower three times, each on what the one before made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = Tower()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(torch.tanh(self.tower(torch.tanh(self.tower(x)))))
+
+
+def _pairs(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(40, 6, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [(draw(), draw() + 3) for _ in range(count)]
+
+
+def _lost(pruned: vbpfx.Pruned, model: nn.Module, batch: tuple[Tensor, ...]) -> float:
+    with torch.no_grad():
+        ours, dense = (torch.cat(pytree.tree_leaves(n(*batch))) for n in (pruned.graph_module, model))
+    return float((ours - dense).norm() / (dense - dense.mean(0)).norm())
+
+
+def test_a_block_that_is_called_twice_is_fitted_as_if_it_were_called_once_on_both(tmp_path: Path) -> None:
+    two, one = (randomize(Siamese(twice)).double() for twice in (True, False))
+    one.load_state_dict(two.state_dict())
+    (test,) = _pairs(1, seed=1)
+    auto = {m: vbpfx.prune(m, _pairs(8), ratio=0.5, progress=False, allocation="equal") for m in (two, one)}
+    simple = vbpfx.prune(two, _pairs(8), ratio=0.5, progress=False, method="vbp", allocation="equal")
+    twice, once, vbp = _lost(auto[two], two, test), _lost(auto[one], one, test), _lost(simple, two, test)
+    assert twice == pytest.approx(once, rel=0.1)
+    assert twice < 0.6 * vbp
+    pruned = auto[two]
+    (fitted,) = (c for c in pruned.plan.corrections if c.layer.weight == "tower.one.2.weight")
+    assert len(fitted.calls) == 2
+    # the oracle at both calls of every layer, on the graph and on the model's own class, and behind a file
+    for network in (pruned.graph_module, pruned.apply_to(two)):
+        found = vbpfx.verify(pruned.captured, network, pruned.plan, test, tolerance=1e-9)
+        assert found.effect > 1e-3
+    pruned.save(tmp_path / "saved")
+    plan = load_plan(tmp_path / "saved")
+    vbpfx.verify(pruned.captured, vbpfx.convert(pruned.captured, plan), plan, test, tolerance=1e-9)
+    assert plan_digest(plan) == plan_digest(pruned.plan)
+
+
+def test_predictions_of_blocks_that_are_called_twice_are_those_of_both_calls_together() -> None:
+    """B = C_PK (C_KK + lambda s I)^-1 and a = mu_P - B mu_K, over the rows of both calls."""
+    model = randomize(Siamese(True)).double()
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, _pairs(1)[0]))
+    observed = vbpfx.prepare(analysis.captured, analysis, covariance=1e9)  # of every row
+    vbpfx.calibrate(observed, _pairs(8))
+    plan = vbpfx.make_plan(analysis, vbpfx.statistics(observed), ratio=0.5, allocation="equal")
+    entry = next(entry for entry in plan.blocks if entry.block.name == "tower.one")
+    with torch.no_grad():
+        h = model.tower.one[:2](torch.cat([x for pair in _pairs(8) for x in pair])).numpy()
+    c, mu = np.cov(h.T), h.mean(0)
+    kept, pruned = list(entry.kept), list(entry.pruned)
+    within, across = c[np.ix_(kept, kept)], c[np.ix_(pruned, kept)]
+    scale = np.diag(within).mean()
+    tried = [across @ np.linalg.inv(within + penalty * scale * np.eye(len(kept))) for penalty in PENALTIES[:-1]]
+    for constants, prediction in zip(entry.constants, entry.predictions, strict=True):
+        nearest = min(tried, key=lambda b: np.abs(b - prediction.numpy()).max())
+        np.testing.assert_allclose(prediction, nearest, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(constants, mu[pruned] - nearest @ mu[kept], rtol=1e-6, atol=1e-9)
+
+
+def test_a_block_whose_calls_follow_each_other_is_predicted_from_all_of_them() -> None:
+    """No order of computation has the inputs of all calls before the first: the one-shot plan stays, with its predictions."""
+    model = randomize(Again()).double()
+    data = [a for a, _ in _pairs(8)]
+    pruned, simple = (
+        vbpfx.prune(model, data, ratio=0.3, progress=False, method=m, allocation="equal") for m in ("auto", "vbp")
+    )
+    assert {len(entry.predictions) for entry in pruned.plan.blocks} == {3}
+    assert all(b is not None for entry in pruned.plan.blocks for b in entry.predictions)
+    found = vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, data[0], tolerance=1e-9)
+    assert found.effect > 1e-3
+    test = (_pairs(1, seed=1)[0][0],)
+    assert _lost(pruned, model, test) < _lost(simple, model, test)
+
+
+@pytest.mark.parametrize("model", [Siamese(True), Siamese(False), Again()], ids=["siamese", "once", "again"])
+def test_calls_of_one_layer_stand_side_by_side(model: nn.Module) -> None:
+    inputs = _pairs(1)[0]
+    analysis = vbpfx.find_blocks(vbpfx.capture(model.double(), inputs if isinstance(model, Siamese) else inputs[0]))
+    order = schedule(analysis)
+    position = {node.name: n for n, node in enumerate(order.captured.graph_module.graph.nodes)}
+    assert position.keys() == analysis.captured.nodes.keys()
+    order.captured.graph_module.graph.lint()  # every value is computed before it is read
+    for calls in order.layers:
+        first = position[calls[0].node]
+        assert [position[call.node] for call in calls] == [*range(first, first + len(calls))]
+    expected = {"siamese": 2, "once": 1}
+    if isinstance(model, Again):
+        assert order.layers == ()
+    else:
+        assert [len(calls) for calls in order.layers] == [expected["siamese" if model.twice else "once"]] * 5
+        assert [calls[0].weight for calls in order.layers] == sorted({layer.weight for layer in analysis.layers}, key=lambda w: min(position[la.node] for la in analysis.layers if la.weight == w))  # fmt: skip
+
+
+def test_what_is_changed_in_place_keeps_its_order() -> None:
+    class InPlace(Siamese):
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tower(torch.relu_(2 * a)), self.tower(torch.relu_(2 * b))
+
+    model = randomize(InPlace(True)).double()
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, _pairs(1)[0]))
+    assert schedule(analysis).layers == ()
+    pruned = vbpfx.prune(model, _pairs(4), ratio=0.5, progress=False)
+    vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, _pairs(1)[0], tolerance=1e-9)
+
+
+def test_one_weight_takes_one_prediction() -> None:
+    model = randomize(Siamese(True)).double()
+    plan = vbpfx.prune(model, _pairs(4), ratio=0.5, progress=False, allocation="equal", reconstruct=False).plan
+    entry = plan.blocks[0]
+    with pytest.raises(vbpfx.ArtifactError, match="one weight can only take one"):
+        dataclasses.replace(entry, predictions=(entry.predictions[0], 2 * entry.predictions[0]))

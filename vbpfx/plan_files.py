@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
         "settings": dict(plan.settings),
         "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
         "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
+        "further_calls": [[dataclasses.asdict(c) for c in correction.further] for correction in plan.corrections],
     }
     return {
         folder / "plan.safetensors": safetensors_writer(_plan_tensors(plan)),
@@ -64,21 +67,33 @@ def load_plan(folder: str | Path) -> Plan:
             for number, entry in enumerate(data["blocks"])
         )
         corrections = tuple(
-            Correction(consumer_from_json(layer), *(tensors[f"correction.{n}.{part}"] for part in ("weight", "bias")))
-            for n, layer in enumerate(data["corrections"])
+            Correction(
+                consumer_from_json(layer),
+                tensors[f"correction.{n}.weight"],
+                tensors[f"correction.{n}.bias"],
+                tuple(consumer_from_json(call) for call in further),
+            )
+            for n, (layer, further) in enumerate(zip(data["corrections"], _further_calls(data), strict=True))
         )
         return Plan(entries, data["fingerprint"], data["frontend"], data["settings"], corrections)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 
 
+def _further_calls(data: Mapping[str, Any]) -> list[Any]:
+    """Of every correction the other calls of its layer; plans that were written before there were any say nothing of them."""
+    further: list[Any] = data.get("further_calls", [[]] * len(data["corrections"]))
+    return further
+
+
 def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for number, entry in enumerate(plan.blocks):
         for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
-            tensors[f"{number}.{index}"] = constants
+            # calls of one layer may share theirs, and safetensors takes no memory twice
+            tensors[f"{number}.{index}"] = constants.clone()
             if prediction is not None:
-                tensors[f"{number}.{index}.prediction"] = prediction
+                tensors[f"{number}.{index}.prediction"] = prediction.clone()
     for number, correction in enumerate(plan.corrections):
         tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
     return tensors

@@ -108,7 +108,7 @@ class Consumer:
         bias: name of b; where ``creates_bias`` is true the layer has none and the fold makes one
             under this name.
         is_layer: whether the call is a layer of ``torch.nn``, whose class adds its bias by itself.
-        alone: whether no other call uses the weight, so that its columns may change.
+        alone: whether nothing but calls of this layer uses the weight, so that its columns may change.
     """
 
     node: str
@@ -181,25 +181,31 @@ class Block:
     def takes_prediction(self, source: Source) -> bool:
         """Whether what is removed there may be predicted from what stays.
 
-        Every weight that reads it must be its own, and no statistic may be taken of it: those count constants.
+        Every weight that reads it must be a layer's own, and no statistic may be taken of it: those count constants. Where
+        a layer reads it that is called elsewhere, too, the same must hold there (:attr:`pools`).
 
         Args:
             source: one of :attr:`sources`.
         """
-        return not any(r.source == source for r in self.reductions) and all(
-            consumer.alone for consumer in self.consumers if consumer.source == source
+        index = self.sources.index(source)
+        together = next(({self.sources[i] for i in pool} for pool in self.pools if index in pool), {source})
+        return not any(r.source in together for r in self.reductions) and all(
+            consumer.alone for consumer in self.consumers if consumer.source in together
         )
 
     @property
     def pools(self) -> tuple[tuple[int, ...], ...]:
-        """The consumers' inputs, as indices into :attr:`sources`, grouped where one bias takes the fold of several.
+        """The consumers' inputs, as indices into :attr:`sources`, grouped where one weight or bias takes the fold of several.
 
-        A layer that is called several times has one bias: what stands for a removed neuron must be the same at
-        every call.
+        A layer that is called several times has one weight and one bias: what stands for a removed neuron must be the
+        same at every call.
         """
         joined = nx.Graph()
         for consumer in self.consumers:
-            joined.add_edge(("bias", consumer.bias, consumer.source.start), self.sources.index(consumer.source))
+            for name in (consumer.bias, consumer.weight):
+                joined.add_edge(
+                    (name, consumer.source.start, consumer.source.step), self.sources.index(consumer.source)
+                )
         pools = (sorted(i for i in found if isinstance(i, int)) for found in nx.connected_components(joined))
         return tuple(sorted(tuple(pool) for pool in pools))
 
@@ -275,6 +281,20 @@ class BlockPlan:
                     f"block {self.block.name}: what is removed at {source.node} can only be replaced by constants, the plan "
                     f"predicts it"
                 )
+        self._require_one_prediction_a_layer()
+
+    def _require_one_prediction_a_layer(self) -> None:
+        for first, *others in self.block.pools:
+            a, b = self.constants[first], self.predictions[first]
+            for other in others:
+                c, d = self.constants[other], self.predictions[other]
+                same = b is d if b is None or d is None else torch.equal(b, d)
+                if not same or (b is not None and not torch.equal(a, c)):
+                    raise ArtifactError(
+                        f"block {self.block.name}: a layer that is called several times reads it at {self.block.sources[first].node} and "
+                        f"{self.block.sources[other].node}, where the plan puts different predictions in place of what is removed; one "
+                        f"weight can only take one"
+                    )
 
     def constants_at(self, source: Source) -> torch.Tensor:
         """What stands for the removed neurons at one of the block's sources."""
@@ -299,11 +319,18 @@ class Correction:
         layer: the layer; ``source`` is all of its input axis.
         weight: dW, in the shape of the narrowed weight.
         bias: db, in the shape of the narrowed bias.
+        further: the other calls of a layer that is called several times; ``layer`` is the first.
     """
 
     layer: Consumer
     weight: torch.Tensor
     bias: torch.Tensor
+    further: tuple[Consumer, ...] = ()
+
+    @property
+    def calls(self) -> tuple[Consumer, ...]:
+        """All calls of the layer."""
+        return (self.layer, *self.further)
 
 
 @dataclass(frozen=True)

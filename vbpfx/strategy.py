@@ -13,6 +13,7 @@ from vbpfx.planning.budget import require_memory, require_positive
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
+from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.records import Block, Consumer
 from vbpfx.runtimes.table import DEFAULT, best_multiple
@@ -107,25 +108,25 @@ class Strategy:
         """
         chosen = PlanOptions.of(**options)
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-        fits = fitting.fits(chosen)
+        fits, order = fitting.fits(chosen), schedule(analysis)
         refits = fits and (fitting.refit is None or fitting.refit)
         beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
         measures = chosen.allocation == "sensitivity"
         # whether nothing is taken from the plan but how wide blocks stay
-        widths_alone = chooses and all(chosen_on_the_way(analysis, block) for block in blocks)
+        widths_alone = chooses and all(chosen_on_the_way(order, block) for block in blocks)
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}
             chosen = PlanOptions.of(**options)
         samples = MOST_SAMPLES if measures else 0
         if fits:
-            samples = fitting.samples or samples_that_fit(analysis, fitting.memory)
+            samples = fitting.samples or samples_that_fit(order, fitting.memory)
         return cls(
             options=options,
             chosen=chosen,
             blocks=blocks,
             beside=beside,
-            layers=layers_to_fit(analysis, blocks, beside) if fits else [],
+            layers=layers_to_fit(order, analysis, blocks, beside) if fits else [],
             fits=fits,
             chooses=chooses,
             samples=samples,

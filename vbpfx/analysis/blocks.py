@@ -40,7 +40,8 @@ class Analysis:
         refusals: every axis that a weight produces and that cannot, with the reason.
         captured: the graph that was analysed.
         layers: every layer y = W x + b that works position by position on what comes from the model's inputs and alone uses
-            its weight, in graph order: what a regression can fit anew. Their sources begin at 0.
+            its weight, in graph order: what a regression can fit anew. Of a layer that is called several times there is one
+            entry per call. Their sources begin at 0.
     """
 
     blocks: tuple[Block, ...]
@@ -102,20 +103,23 @@ def find_blocks(captured: Captured) -> Analysis:
 
 
 def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
-    """The layers that a regression can fit anew."""
-    found = []
+    """The layers that a regression can fit anew, call by call: those of which every call is one that it can."""
+    found: list[Consumer] = []
+    calls = Counter(consumer.weight for consumers in evidence.contracted.values() for consumer in consumers)
     for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
         x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
         channel = consumer.source.axis % len(x)
         pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
         same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
         own_bias = consumer.creates_bias or (
-            len(evidence.uses[consumer.bias]) == 1 and consumer.bias not in evidence.tied
+            len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
         sees_data = evidence.nodes[consumer.source.node] in evidence.fed
         if sees_data and consumer.alone and pointwise and same_positions and own_bias:
             found.append(consumer)
-    return tuple(sorted(found, key=lambda layer: evidence.position[layer.node]))
+    fittable = Counter(layer.weight for layer in found)
+    complete = [layer for layer in found if fittable[layer.weight] == calls[layer.weight]]
+    return tuple(sorted(complete, key=lambda layer: evidence.position[layer.node]))
 
 
 def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:

@@ -133,11 +133,17 @@ def gather(captured: Captured) -> Evidence:
 
 
 def _mark_alone(evidence: Evidence) -> None:
-    """Say of every layer whether its call is the only thing that uses its weight."""
-    readings = Counter(consumer.weight for found in evidence.contracted.values() for consumer in found)
+    """Say of every layer whether its own calls are all that uses its weight."""
+    readings = Counter(
+        (consumer.weight, consumer.weight_axis) for found in evidence.contracted.values() for consumer in found
+    )
     for axis, found in evidence.contracted.items():
         evidence.contracted[axis] = [
-            replace(c, alone=readings[c.weight] == len(evidence.uses[c.weight]) == 1 and c.weight not in evidence.tied)
+            replace(
+                c,
+                alone=readings[c.weight, c.weight_axis] == len(evidence.uses[c.weight])
+                and c.weight not in evidence.tied,
+            )
             for c in found
         ]
 

@@ -276,8 +276,13 @@ def _block_plan(
 ) -> BlockPlan:
     stays = torch.tensor(kept)
     goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
-    found = [
-        compensation(m, stays, goes, block.takes_prediction(source))
-        for m, source in zip(moments, block.sources, strict=True)
-    ]
+    once: dict[
+        tuple[int, bool], tuple[Tensor, Tensor | None]
+    ] = {}  # pooled moments are one object, and so is what stands for them
+    found = []
+    for m, source in zip(moments, block.sources, strict=True):
+        key = (id(m), block.takes_prediction(source))
+        if key not in once:
+            once[key] = compensation(m, stays, goes, key[1])
+        found.append(once[key])
     return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found))

@@ -32,14 +32,14 @@ class Fitted(nn.Module):
         return y.movedim(-1, self.axis)
 
 
-def with_fitted(captured: Captured, layers: Sequence[Consumer]) -> tuple[fx.GraphModule, list[Fitted]]:
-    """A copy of the graph in which the layers are :class:`Fitted`, under their own nodes' names."""
+def with_fitted(captured: Captured, calls: Sequence[Consumer]) -> tuple[fx.GraphModule, dict[str, Fitted]]:
+    """A copy of the graph in which the calls of layers are :class:`Fitted`, under their own nodes' names, and these by node."""
     graph_module = share_parameters(captured.graph_module)
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    places = []
-    for number, layer in enumerate(layers):
-        places.append(Fitted(layer))
-        graph_module.add_submodule(f"fitted_{number}", places[-1])
+    places = {}
+    for number, layer in enumerate(calls):
+        places[layer.node] = Fitted(layer)
+        graph_module.add_submodule(f"fitted_{number}", places[layer.node])
         node = nodes[layer.node]
         node.op, node.target, node.args, node.kwargs = (
             "call_module",

@@ -41,8 +41,9 @@ class Influence:
     """How much the places of one layer's value count.
 
     Attributes:
-        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean is about 1.
-        metric: M (out, out), float64; None for a layer that was to have none.
+        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean over all calls
+            of the layer is about 1.
+        metric: M (out, out), float64, of all calls of the layer; None for a layer that was to have none.
     """
 
     weights: tuple[Tensor, ...]
@@ -133,8 +134,10 @@ class Gradients:
 
     def _influence(self, node: str, temper: float, power: float, ranks: Ranks) -> Influence:
         weights = [square**temper for square in self.squares[node]]
+        calls = [other for other, layer in self.layers.items() if layer.weight == self.layers[node].weight]
+        every = weights if len(calls) == 1 else [square**temper for call in calls for square in self.squares[call]]
         total, count = ranks.sums(
-            [sum(w.double().sum().item() for w in weights), sum(weight.numel() for weight in weights)]
+            [sum(w.double().sum().item() for w in every), sum(weight.numel() for weight in every)]
         )
         if not 0 < total < math.inf:  # no gradient comes through, though a path does; or squares that leave float32
             return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
@@ -142,7 +145,8 @@ class Gradients:
         if node not in self.metrics:
             return Influence(tuple(weights), None)
         outputs = self.captured.nodes[node].meta["val"].shape[self.layers[node].source.axis]
-        product = self.products.get(node, torch.zeros(outputs, outputs, dtype=torch.float64))
+        zero = torch.zeros(outputs, outputs, dtype=torch.float64)
+        product = torch.stack([self.products.get(call, zero) for call in calls]).sum(0)
         product = ranks.sum([product.cpu()])[0]
         if not bool(product.isfinite().all()):
             return Influence(tuple(weights), None)

@@ -26,12 +26,13 @@ from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
-from vbpfx.graph.capture import named_tensors
+from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.elimination import PENALTY, elimination_costs
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
 from vbpfx.reconstruction.rows import LayerRows
+from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
 from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
 from vbpfx.records import BlockPlan, Consumer, Plan
@@ -62,7 +63,7 @@ def reconstruct(
     Args:
         analysis: of the model that the plan was made for.
         plan: whose widths are kept. Blocks that cannot be chosen anew on the way (norms over the hidden axis, several
-            sources, layers called several times) stay as they are in it.
+            sources, layers of which one call needs the value of another) stay as they are in it.
         batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory. Of
             several ranks' samples each runs its own, and all come to the same plan.
         influence: per layer's node, on these batches; rows and outputs of layers that have none count alike.
@@ -75,16 +76,17 @@ def reconstruct(
     Raises:
         CalibrationError: what the narrowed network feeds a layer is not finite.
     """
-    steps = steps_of(analysis, plan, beside, choose)
+    order = schedule(analysis)
+    steps = steps_of(order, analysis, plan, beside, choose)
     if not steps:
         return plan
     device, samples = model_device(analysis.captured.reference), Samples.of(batches)
     samples = replace(samples, batches=tuple(batch.to(device) for batch in samples.batches))
-    run = _Reconstruction(analysis, plan, samples, steps, influence, share, mask)
+    run = _Reconstruction(order.captured, plan, samples, steps, influence, share, mask)
     with progress_bar("reconstructing", len(steps), progress and samples.ranks.first) as advance:
-        for number, step in enumerate(steps):
+        for step in steps:
             try:
-                run.take(number, step)
+                run.take(step)
             except CalibrationError as error:
                 raise CalibrationError(f"layer {step.layer.weight.rpartition('.')[0]}: {error}") from error
             advance()
@@ -96,7 +98,7 @@ class _Reconstruction:
 
     def __init__(
         self,
-        analysis: Analysis,
+        captured: Captured,
         plan: Plan,
         samples: Samples,
         steps: Sequence[Step],
@@ -104,29 +106,31 @@ class _Reconstruction:
         share: float,
         mask: str | None,
     ) -> None:
-        self.captured, self.plan, self.share, self.influence = analysis.captured, plan, share, influence
+        self.captured, self.plan, self.share, self.influence = captured, plan, share, influence
         self.tensors = named_tensors(self.captured.reference)
         self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
         self.samples, self.ranks = samples, samples.ranks
-        narrowed, self.places = with_fitted(self.captured, [step.layer for step in steps])
+        calls = [call for step in steps for call in step.calls]
+        narrowed, self.places = with_fitted(self.captured, calls)
         substitute(narrowed, list(self.decided.values()))
+        bring_together(narrowed, [step.calls for step in steps])
         self.dense = Stream(self.captured.graph_module, samples.batches)
         self.narrow = Stream(narrowed, samples.batches)
-        widths = {step.layer.source: self._width(step.layer) for step in steps}
+        widths = {call.source: self._width(call) for call in calls}
         self.rows = LayerRows(self.captured, self.dense, self.narrow, samples, widths, influence, mask)
-        self.fits: list[tuple[Consumer, Tensor, Tensor]] = []
+        self.fits: list[tuple[Calls, Tensor, Tensor]] = []
 
-    def take(self, number: int, step: Step) -> None:
-        """Bring both streams to a layer, fit it, and put the fit in its place."""
+    def take(self, step: Step) -> None:
+        """Bring both streams to a layer, fit it on the rows of all its calls, and put the fit in its places."""
         layer = step.layer
         self.narrow.run_before(layer.node)
-        self.dense.run_through(layer.node)
+        self.dense.run_through(step.calls[-1].node)
         weight, bias = self._matrix(layer), self._bias(layer)
-        sums = self._gather(layer, weight, bias)
+        sums = self._gather(step.calls, weight, bias)
         if step.chooses is not None:
-            entry = self._choose(step.chooses, layer, sums, weight)
+            entry = self._choose(step.chooses, step.calls, sums, weight)
             self.decided[entry.block.name] = entry
         folded, shifted, gone = self._folded(layer, weight, bias)
         columns = torch.tensor([c for c in range(weight.shape[1]) if c not in gone])
@@ -134,15 +138,17 @@ class _Reconstruction:
         free = None if self._takes_bias(layer) else bias
         penalty = best_penalty(sums, toward, PENALTIES, columns)
         fitted, intercept = fit(sums.all, toward, penalty, columns, free)
-        self.fits.append((layer, fitted - folded, intercept - shifted))
-        self.places[number].set(fitted, intercept, columns)
+        self.fits.append((step.calls, fitted - folded, intercept - shifted))
+        for call in step.calls:
+            self.places[call.node].set(fitted, intercept, columns)
 
     def result(self) -> Plan:
         """The plan with everything that was chosen and fitted."""
         blocks = tuple(self.decided[entry.block.name] for entry in self.plan.blocks)
         plan = replace(self.plan, blocks=blocks)
         corrections = tuple(
-            in_narrow_shape(layer, weight, bias, self.tensors[layer.weight], plan) for layer, weight, bias in self.fits
+            in_narrow_shape(calls, weight, bias, self.tensors[calls[0].weight], plan)
+            for calls, weight, bias in self.fits
         )
         done = replace(plan, corrections=corrections)
         how = {
@@ -156,9 +162,10 @@ class _Reconstruction:
         }
         return replace(done, settings={**plan.settings, **how})
 
-    def _gather(self, layer: Consumer, weight: Tensor, bias: Tensor) -> Sums:
-        """The sums of a layer's regression over all batches, of all ranks."""
-        rows = self.rows.of(layer, weight, bias, self._share(layer, self.influence.get(layer.node)))
+    def _gather(self, calls: Calls, weight: Tensor, bias: Tensor) -> Sums:
+        """The sums of a layer's regression over all its calls in all batches, of all ranks."""
+        share = self._share(calls)
+        rows = itertools.chain.from_iterable(self.rows.of(call, weight, bias, share) for call in calls)
         begun = next(rows, None)
         own = Sums.centres(begun.x, begun.t) if begun else None
         sums = Sums(self.ranks.of_lowest(own, [(n,) for n in weight.shape[::-1]]))
@@ -167,15 +174,16 @@ class _Reconstruction:
         sums.add_other_ranks(self.ranks, weight.shape[1], weight.shape[0])
         return sums
 
-    def _choose(self, entry: BlockPlan, layer: Consumer, sums: Sums, weight: Tensor) -> BlockPlan:
+    def _choose(self, entry: BlockPlan, calls: Calls, sums: Sums, weight: Tensor) -> BlockPlan:
         """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
         block, normal = entry.block, sums.all
         among = block.consumers[0].source.at(range(block.width))
         everything, _ = fit(normal, weight, PENALTY)
-        about = self.influence.get(layer.node)
+        layer = calls[0]
+        about = self.influence.get(layer.node)  # whose metric is of all calls
         if about is not None and about.metric is not None:
             everything = about.metric @ everything
-        others = [self._matrix(other) for other in block.consumers[1:]]
+        others = [self._matrix(c) for c in {c.weight: c for c in block.consumers if c.weight != layer.weight}.values()]
         gone = self._gone(layer)
         present = torch.tensor([c for c in range(weight.shape[1]) if c not in gone])
         place = {int(c): i for i, c in enumerate(present)}
@@ -185,17 +193,18 @@ class _Reconstruction:
         pruned = {channel[int(present[i])] for i in order}
         kept = tuple(c for c in range(block.width) if c not in pruned)
         means = normal.mean_x[among[sorted(pruned)]]
-        return BlockPlan(block, kept, (means,), (None,))
+        return BlockPlan(block, kept, (means,) * len(block.sources))
 
-    def _share(self, layer: Consumer, about: Influence | None) -> float:
+    def _share(self, calls: Calls) -> float:
         """m for a layer: the fewer rows carry the weight, the less of what is lost can be learnt from them."""
-        if about is None:
+        known = [self.influence[call.node] for call in calls if call.node in self.influence]
+        if len(known) < len(calls):
             return self.share
-        weights = [weights.double() for weights in about.weights]
+        weights = [weights.double() for about in known for weights in about.weights]
         moments = [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
         total, squares = self.ranks.sums(moments)
         effective = total**2 / max(squares, 1e-300)
-        return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(layer))
+        return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(calls[0]))
 
     def _kept_width(self, layer: Consumer) -> int:
         """How many entries of a layer's input will be left."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.reconstruction.residual import find_residual_sum
+from vbpfx.reconstruction.schedule import Calls, Schedule
 from vbpfx.reconstruction.stream import held_bytes
-from vbpfx.records import Block, BlockPlan, Consumer, Plan
+from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 
 _FEWEST_SAMPLES = 64
 
@@ -18,36 +20,54 @@ class Step:
     """One layer on the way.
 
     Attributes:
-        layer: the layer.
+        calls: all calls of the layer.
         chooses: the plan's entry whose neurons are chosen here; None where nothing is.
     """
 
-    layer: Consumer
+    calls: Calls
     chooses: BlockPlan | None
 
+    @property
+    def layer(self) -> Consumer:
+        """The first call."""
+        return self.calls[0]
 
-def steps_of(analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
-    """The layers to fit, in graph order.
+
+def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
+    """The layers to fit, in the order of computation.
 
     Args:
+        order: of this analysis.
         beside: layers beside the blocks that are fitted, too.
         choose: choose neurons on the way, of the blocks that admit it.
     """
-    first = {entry.block.consumers[0].node: entry for entry in plan.blocks}
-    choosing = {node: e for node, e in first.items() if choose and chosen_on_the_way(analysis, e.block)}
-    layers = layers_to_fit(analysis, [entry.block for entry in plan.blocks], beside)
-    return [Step(layer, choosing.get(layer.node)) for layer in layers]
+    choosing = {e.block.name: e for e in plan.blocks if choose and chosen_on_the_way(order, e.block)}
+    reading = {c.node: name for name, e in choosing.items() for c in e.block.consumers}
+    fitted = {layer.node for layer in layers_to_fit(order, analysis, [entry.block for entry in plan.blocks], beside)}
+    steps = []
+    for calls in order.layers:
+        if calls[0].node in fitted:
+            steps.append(Step(calls, choosing.pop(reading.get(calls[0].node, ""), None)))
+    return steps
 
 
-def chosen_on_the_way(analysis: Analysis, block: Block) -> bool:
-    """Whether reconstruction chooses a block's neurons itself: layers of their own read one value, and nothing else does."""
-    fittable = {layer.node for layer in analysis.layers}
-    return len(block.sources) == 1 and not block.reductions and fittable >= {c.node for c in block.consumers}
+def chosen_on_the_way(order: Schedule, block: Block) -> bool:
+    """Whether reconstruction chooses a block's neurons itself: layers of their own read it, and nothing else does.
+
+    Where it is read at several calls, every layer must be called at all of them: there one fit does for all.
+    """
+    fittable = {layer.node for calls in order.layers for layer in calls}
+    read: dict[str, set[Source]] = defaultdict(set)
+    for consumer in block.consumers:
+        read[consumer.weight].add(consumer.source)
+    alike = all(sources == set(block.sources) for sources in read.values())
+    one_start = len({(source.start, source.step) for source in block.sources}) == 1
+    return alike and one_start and not block.reductions and fittable >= {c.node for c in block.consumers}
 
 
-def samples_that_fit(analysis: Analysis, memory: float) -> int:
+def samples_that_fit(order: Schedule, memory: float) -> int:
     """How many samples the two streams may hold in so many GiB."""
-    a_sample = 2 * held_bytes(analysis.captured, (layer.node for layer in analysis.layers))
+    a_sample = 2 * held_bytes(order.captured, (layer.node for calls in order.layers for layer in calls))
     return max(_FEWEST_SAMPLES, int(memory * 2**30 / max(1, a_sample)))
 
 
@@ -58,7 +78,13 @@ def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
     return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
 
 
-def layers_to_fit(analysis: Analysis, blocks: Sequence[Block], beside: Sequence[Consumer]) -> list[Consumer]:
-    """The layers that reconstruction may fit when it narrows these blocks, in graph order."""
+def layers_to_fit(
+    order: Schedule, analysis: Analysis, blocks: Sequence[Block], beside: Sequence[Consumer]
+) -> list[Consumer]:
+    """The layers that reconstruction may fit when it narrows these blocks, call by call, in graph order.
+
+    Of a layer beside the blocks every call must be among ``beside``.
+    """
     chosen = {c.node for block in blocks for c in block.consumers} | {layer.node for layer in beside}
-    return [layer for layer in analysis.layers if layer.node in chosen]
+    fitted = {c.node for calls in order.layers if all(c.node in chosen for c in calls) for c in calls}
+    return [layer for layer in analysis.layers if layer.node in fitted]

@@ -146,7 +146,8 @@ def new_biases(plan: Plan) -> dict[str, Consumer]:
         for consumer in entry.block.consumers
         if consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
     }
-    return found | {c.layer.node: c.layer for c in plan.corrections if c.layer.creates_bias and bool(c.bias.any())}
+    corrected = [c for c in plan.corrections if c.layer.creates_bias and bool(c.bias.any())]
+    return found | {call.node: call for c in corrected for call in c.calls}
 
 
 def _others(positions: frozenset[int], size: int) -> Tensor:

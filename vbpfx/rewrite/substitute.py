@@ -56,12 +56,12 @@ class Correct(nn.Module):
 def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
     """The dense graph that computes what the plan says; it shares all parameters."""
     reference = share_parameters(captured.graph_module)
-    corrections = {correction.layer: correction for correction in plan.corrections}
+    corrections = {call: correction for correction in plan.corrections for call in correction.calls}
     substitute(reference, plan.blocks)
     insert_behind(
         reference,
         corrections,
-        lambda layer: Correct(layer, *in_dense_shape(corrections[layer], plan)),
+        lambda call: Correct(call, *in_dense_shape(corrections[call], plan)),
         "correct",
     )
     return reference
@@ -94,19 +94,22 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def in_narrow_shape(layer: Consumer, weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
+def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
     """The correction of a layer, from dW (out, in) and db (out,) in the shapes of the dense layer.
 
     Args:
+        calls: all calls of the layer.
         like: the dense weight, for its layout.
     """
+    layer, *further = calls
     rows, columns = (
         removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
     )
     kept = _others(rows, weight.shape[0])
     narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
     narrow = narrow.T if layer.weight_axis == 0 else narrow
-    return Correction(layer, narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous(), bias[kept].float())
+    own = narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous()
+    return Correction(layer, own, bias[kept].float(), tuple(further))
 
 
 def as_matrix(weight: Tensor, layer: Consumer) -> Tensor:

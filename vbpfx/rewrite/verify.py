@@ -202,7 +202,8 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
         found = as_matrix(narrow[layer.weight], layer)
         rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
         for entry in plan.blocks:
-            for consumer in entry.block.consumers:
+            once = {(c.weight, c.source.start): c for c in entry.block.consumers}  # a layer's calls share one fold
+            for consumer in once.values():
                 prediction = entry.prediction_at(consumer.source)
                 if consumer.weight == layer.weight and prediction is not None:
                     original = as_matrix(dense[layer.weight], layer)[:, consumer.source.at(entry.pruned)]
