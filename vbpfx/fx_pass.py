@@ -16,7 +16,7 @@ from vbpfx.gathering import require_batches
 from vbpfx.graph.capture import capture, named_tensors, share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import graph_arguments, renew_shapes
-from vbpfx.graph.frontends import INPUT_GUARDS
+from vbpfx.graph.tidy import INPUT_GUARDS
 from vbpfx.pipeline import prune
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.pruned import Pruned

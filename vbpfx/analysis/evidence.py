@@ -168,6 +168,8 @@ def _relations(
     used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
     name = describe(node, module)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return [*used, *site.all_opaque(f"operator {name} runs it in a graph of its own, which is not looked into")]
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
         if takes_apart(source):  # the call that took it apart has said what its parts are
             return used

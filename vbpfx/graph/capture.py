@@ -11,9 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import os
 import sys
-import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -29,11 +28,12 @@ from vbpfx.errors import CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
 from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
+from vbpfx.graph.recurrent import STAND_IN, recurrent_flops
+from vbpfx.graph.regions import AutocastRegionError
+from vbpfx.graph.source import line_of_error
 
 Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
-
-_NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -43,7 +43,10 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs:
 
 # What older versions of torch do not count.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _cpu_attention_flops}
+_UNCOUNTED: dict[Any, Callable[..., int]] = (
+    {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _cpu_attention_flops}
+)
+_UNCOUNTED[STAND_IN.overloadpacket] = recurrent_flops
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,9 @@ def capture(
             graph_module = trace(reference, inputs)
             with quiet_logging():
                 batch = propagate_shapes(graph_module, inputs, fixed=fixed)
+        except AutocastRegionError as error:
+            line = line_of_error(error)
+            raise CaptureError(f"{type(model).__name__}: {error}" + (f"\n    at {line}" if line else "")) from error
         except Exception as error:  # tracing runs the model's own code, which can raise anything
             failures.append(f"{name}: {_explain(error, reference)}")
             continue
@@ -347,12 +353,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _explain(error: Exception, model: nn.Module) -> str:
-    """The error's first line and the innermost line of code that is neither torch's nor ours."""
+    """The error's first line and the line of code that it came from."""
+    if isinstance(error, CaptureError):  # ours, which says where
+        return str(error)
     text = first_line(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if os.path.exists(frame.filename) and not frame.filename.startswith(_NOT_USER_CODE):
-            return f"{type(error).__name__}: {text}\n    at {frame.filename}:{frame.lineno}: {frame.line}"
+    if line := line_of_error(error):
+        return f"{type(error).__name__}: {text}\n    at {line}"
     try:
         place = f"{inspect.getsourcefile(type(model))}:{inspect.getsourcelines(type(model).forward)[1]}"
     except (OSError, TypeError):

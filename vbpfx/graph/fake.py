@@ -18,6 +18,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs
+from vbpfx.graph.recurrent import call_stand_in, run_fake_call
 from vbpfx.graph.repeated import Repeated, ReshapedError
 
 _SMALLEST_SENTINEL = 1009
@@ -83,7 +84,21 @@ def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
             node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])
 
 
-class _Renewal(fx.Interpreter):
+class _OnFakes(fx.Interpreter):
+    """A run on fake tensors, where recurrent layers are one call each."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(str(target))
+        if isinstance(module, nn.RNNBase) and isinstance(args[0], Tensor):
+            return call_stand_in(module, str(target), *args, **kwargs)
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = run_fake_call(target, args)
+        return super().call_function(target, args, kwargs) if found is None else tuple(found)
+
+
+class _Renewal(_OnFakes):
     """A run in the fake mode that a graph's shapes are of."""
 
     def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
@@ -120,7 +135,7 @@ def run_fake(
             shape[axis] = samples
         return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
-    class Runner(fx.Interpreter):
+    class Runner(_OnFakes):
         def run_node(self, n: fx.Node) -> Any:
             return around(n, lambda: self.run_call(n))
 

@@ -1,0 +1,185 @@
+"""Numbers that a model's code reads from its parameters and buffers: constants of the graph, like numbers that the code states.
+
+torch.export knows of tensors no more than their shapes while it traces, and stops where code decides by such a number. So
+they are read from the model's own tensors (:class:`KnownNumbers`). Where an operator of torch's makes a number of a tensor by itself,
+the graph has a node for that, in whose place the number comes (:func:`fold_numbers`).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vbpfx.errors import CaptureError
+from vbpfx.graph.source import line_of_call, line_of_node
+from vbpfx.graph.tidy import replace_by
+
+_READS = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "is_nonzero",
+                    "equal", "allclose"})  # fmt: skip
+_RANDOM = ("rand", "bernoulli", "normal", "multinomial", "poisson", "dropout", "exponential", "uniform")
+_IN_PLACE = frozenset(
+    f"__{name}__" for name in operator.__all__ if name.startswith("i") and hasattr(Tensor, f"__{name}__")
+)
+
+
+class KnownNumbers(TorchFunctionMode):
+    """While it is entered, code that reads numbers from the model's tensors, or from what it makes of them alone, gets theirs.
+
+    After the first write to such a tensor nothing is known any more: which number code reads would depend on when.
+
+    Args:
+        model: its tensors may be exchanged for fake ones meanwhile; their values are those of now.
+
+    Attributes:
+        unknown: the first line of code that read a number from something else; empty without one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model, self._written, self.unknown = model, False, ""
+        self._values = {name: tensor.detach() for name, tensor in _tensors(model).items()}
+        self._held: dict[int, tuple[Tensor, str]] = {}
+        self._made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a call of the model's code, or read a number; how a tensor was made of known ones is noted."""
+        kwargs = kwargs or {}
+        name = str(getattr(func, "__name__", ""))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return func(*args, **kwargs)
+        makers = {id(tensor): None if self._written else self._maker(tensor) for tensor in tensors}
+        if name in _READS and None in makers.values():
+            self.unknown = self.unknown or line_of_call()
+        if makers[id(tensors[0])] is not None and _writes(name, kwargs):
+            self._written = True
+        if self._written or None in makers.values() or any(part in name for part in _RANDOM):
+            return func(*args, **kwargs)
+
+        def compute() -> Any:
+            real = pytree.tree_map_only(Tensor, lambda tensor: makers[id(tensor)](), (args, kwargs))  # type: ignore[misc]
+            return func(*real[0], **real[1])
+
+        if name in _READS:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                return compute()
+        made = func(*args, **kwargs)
+        for place, leaf in enumerate(pytree.tree_leaves(made)):
+            if isinstance(leaf, Tensor):
+                self._made[id(leaf)] = leaf, functools.partial(_leaf, compute, place)
+        return made
+
+    def _maker(self, tensor: Tensor) -> Callable[[], Tensor] | None:
+        """What computes a tensor's values; None where they are not known."""
+        if id(tensor) in self._made:
+            return self._made[id(tensor)][1]
+        if next((held is not _at(self._model, name) for held, name in self._held.values()), True):
+            # torch.export has exchanged them
+            self._held = {id(held): (held, name) for name, held in _tensors(self._model).items()}
+        found = self._held.get(id(tensor))
+        return None if found is None else functools.partial(self._values.__getitem__, found[1])
+
+
+def _leaf(compute: Callable[[], Any], place: int) -> Tensor:
+    leaf: Tensor = pytree.tree_leaves(compute())[place]
+    return leaf
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are a model's, by name: parameters, buffers, and plain attributes."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            found |= {f"{path}.{name}": value for name, value in held.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _at(model: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute, None)
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first tensor in place."""
+    changes = name.endswith("_") and not name.startswith("__")
+    return changes or name == "__setitem__" or name in _IN_PLACE or kwargs.get("out") is not None
+
+
+_NUMBER_OF = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+_CHECKS = (torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range.default,
+           torch.ops.aten.sym_constrain_range_for_size.default)  # fmt: skip
+
+
+def fold_numbers(graph_module: fx.GraphModule, line: str) -> None:
+    """Put numbers that a graph reads from its own parameters and buffers in the place of the nodes that read them.
+
+    Args:
+        graph_module: the graph; it is changed in place.
+        line: of the model's code, where a number is read from something else.
+
+    Raises:
+        CaptureError: a number comes from a value that depends on the inputs, or from a tensor that the graph writes to.
+    """
+    graph = graph_module.graph
+    reading = [node for node in graph.nodes if node.target in _NUMBER_OF]
+    if not reading:
+        return
+    written = {root for node in graph.nodes if _is_mutable(node) for root in _behind(node.args[0])}
+    for node in reading:
+        behind = _behind(node)
+        if not all(map(_is_constant, behind)) or not written.isdisjoint(behind):
+            place = line or line_of_node(node)
+            raise CaptureError(
+                "the model's code reads a number from a tensor whose values are not known before it runs (.item(), int(), float(), "
+                "or an operator that takes numbers)" + (f"\n    at {place}" if place else "")
+            )
+        with torch.no_grad():
+            replace_by(node, _value(node, graph_module))
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.all_input_nodes:
+            continue
+        if node.target in _CHECKS:
+            graph.erase_node(node)
+        elif getattr(node.target, "__module__", "") in ("_operator", "math"):  # arithmetic on what has become numbers
+            replace_by(node, node.target(*node.args, **node.kwargs))
+
+
+def _behind(node: Any) -> set[fx.Node]:
+    """A node and everything that it is made of."""
+    found: set[fx.Node] = set()
+    waiting = [node] if isinstance(node, fx.Node) else []
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting += current.all_input_nodes
+    return found
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and bool(node.args)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node's value is the same in every run if those that it is made of are."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    known = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return known and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+
+
+def _value(node: Any, graph_module: fx.GraphModule) -> Any:
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(graph_module)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, graph_module))
+    return node.target(*args, **kwargs)

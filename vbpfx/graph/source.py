@@ -1,0 +1,46 @@
+"""Lines of the model's code: where an error came from, and where a node did."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+_NOT_USER_CODE = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+                  os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep)  # fmt: skip
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+
+
+def line_of_node(node: fx.Node) -> str:
+    """``file:line: code`` of what made a node, where tracing noted it; otherwise an empty string."""
+    return _of_text(str(node.meta.get("stack_trace") or ""))
+
+
+def line_of_error(error: BaseException) -> str:
+    """``file:line: code`` of what raised an error: the innermost line that is neither torch's nor ours.
+
+    A graph's interpreter adds the lines of the node that it ran to the message. Those of the model come first.
+    """
+    if found := _of_text(str(error)):
+        return found
+    return _innermost((f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_tb(error.__traceback__))
+
+
+def line_of_call() -> str:
+    """``file:line: code`` of the model's code that is running."""
+    return _innermost((f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_stack())
+
+
+def _of_text(text: str) -> str:
+    return _innermost((file, int(line), code.strip()) for file, line, code in _FRAME.findall(text))
+
+
+def _innermost(frames: Iterable[tuple[str, int, str]]) -> str:
+    for file, line, code in reversed(list(frames)):
+        if os.path.exists(file) and not file.startswith(_NOT_USER_CODE):
+            return f"{file}:{line}: {code}"
+    return ""
