@@ -29,7 +29,9 @@ import vbpfx
 from vbpfx.data.inputs import Inputs, argument_names, as_inputs
 from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.rewrite.verify import TOLERANCES, reference_graph, relative_error
+from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.rewrite.substitute import reference_graph
+from vbpfx.rewrite.verify import TOLERANCES
 
 EXAMPLES = 1  # named axes per reason
 # Rounding can grow on the way through a network; float32 is right if it is off by no more than this many times what

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.rewrite.verify import reference_graph, relative_error
+from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.rewrite.substitute import reference_graph
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.pruned import Pruned
 from vbpfx.records import Plan
 from vbpfx.report.report import Report
-from vbpfx.rewrite.verify import TOLERANCES, Verification, relative_error
+from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.rewrite.verify import TOLERANCES, Verification
 from vbpfx.strategy import Fitting, Target
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.

@@ -23,7 +23,8 @@ from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
-from vbpfx.rewrite.verify import TOLERANCES, relative_error
+from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.rewrite.verify import TOLERANCES
 
 
 @dataclass(frozen=True)

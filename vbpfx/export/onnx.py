@@ -23,7 +23,7 @@ from vbpfx.graph.fields import without_classes
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.storage.files import Write, write_atomically
 
 # Largest relative difference between ONNX Runtime and PyTorch: other kernels, the same float32.

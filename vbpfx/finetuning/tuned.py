@@ -25,7 +25,7 @@ from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.narrow import require_same_structure
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.rewrite.side_by_side import relative_error
 
 # Largest difference between a network in its class and its graph, relative to the output: the same numbers by other kernels.
 _SAME = 1e-4

@@ -262,6 +262,7 @@ class Report:
         if self.verification:
             v = self.verification
             text += f"substitution oracle: error {v.error:.1e} (allowed {v.tolerance:.0e}, {v.dtype}), effect {v.effect:.1e}\n"
+            text += f"{v.in_words()}\n" if self.widths and v.in_words() else ""
             if v.refits:
                 text += f"fitted weights against the plan: {v.refits:.1e}\n"
         return text

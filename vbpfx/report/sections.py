@@ -66,8 +66,16 @@ def check(report: Report) -> Markup:
     ]
     if found.refits:
         rows.append(("Fitted weights against the plan", scientific(found.refits), scientific(found.tolerance)))
+    if found.behind is not None:
+        row = ("Behind the layers that read a narrowed block", scientific(found.behind), scientific(found.tolerance))
+        rows.insert(1, row)
     rows.append(("What the substitution changes at all", scientific(found.effect), "-"))
-    return joined(tag("p", about), scrolling("Checks", html_table("", ("", "measured", "allowed"), rows)))
+    words = found.in_words() if report.widths else ""
+    return joined(
+        tag("p", about),
+        scrolling("Checks", html_table("", ("", "measured", "allowed"), rows)),
+        tag("p", f"{words[:1].upper()}{words[1:]}.") if words else None,
+    )
 
 
 def making(report: Report) -> Markup:

@@ -21,10 +21,16 @@ from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
+from vbpfx.rewrite.in_float64 import measure_loss, require_exact
+from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look, relative_error
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
 
 # Largest relative error of the output that rounding alone makes, by the precision the model computes in.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# What a rewrite that is right in float64 may differ by, in roundings of the dense network's own output: pruned network and reference
+# each round as it does, with sums over fewer and larger terms.
+LOSSES = 4.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,12 @@ class Verification:
         tolerance: the bound that ``error`` and ``capture`` were held to.
         dtype: the precision that both ran in.
         refits: largest relative difference between a corrected weight or bias and what the plan says of it.
+        behind: largest |pruned - reference| behind the layers that read a block, relative to the largest |reference| there;
+            None where that was not compared (a network that is no graph of the dense one's nodes).
+        unproven: names of blocks that nothing was seen of: zeros in their place would change neither what stands behind
+            their layers nor, where that was not compared, the output.
+        exact: ``error`` and ``behind``, the larger, with every value and weight in float64; None where rounding alone explained what
+            was found.
     """
 
     error: float
@@ -47,6 +59,36 @@ class Verification:
     tolerance: float
     dtype: str
     refits: float = 0.0
+    behind: float | None = None
+    unproven: tuple[str, ...] = ()
+    exact: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unproven", tuple(self.unproven))  # a list, where it comes from JSON
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the output says nothing: the substitution moves it by no more than the error."""
+        return self.effect <= self.error
+
+    @property
+    def proven(self) -> bool:
+        """Whether something was seen of every block that was narrowed."""
+        return not self.unproven
+
+    def in_words(self) -> str:
+        """What was not proven at the output, or elsewhere, in a line; empty where the output says it all."""
+        parts = []
+        if self.hidden and self.behind is not None and not self.unproven:
+            parts.append(
+                f"not proven at the output, which the substitution does not move; proven behind the blocks' own layers: error {self.behind:.1e}"
+            )
+        if self.unproven:
+            names = ", ".join(self.unproven[:4]) + (", ..." if len(self.unproven) > 4 else "")
+            parts.append(f"NOT PROVEN for {names}: zeros in its place would change nothing that was compared")
+        if self.exact is not None:
+            parts.append(f"the same in float64, where nothing is rounded: error {self.exact:.1e}")
+        return "; ".join(parts)
 
 
 def verify(
@@ -82,18 +124,38 @@ def verify(
         raise VerificationError(
             f"the dense network does not run on these inputs ({inputs.describe()}): {failure}"
         ) from failure
-    substituted = _run(reference_graph(captured, plan), inputs)
     try:
-        pruned = _run(share_parameters(small), inputs)
+        seen = _compared(captured, small, plan, inputs)
     except Exception as failure:  # likewise
         raise VerificationError(
             f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
             f"width: use the GraphModule"
         ) from failure
+    precision = _precision(captured.reference, dense)
+    allowed = TOLERANCES.get(precision, 1e-4)
+    bound = allowed if tolerance is None else tolerance
+    outputs = Outputs(dense, model, seen.expected, seen.found)
     try:
-        found = judge(Outputs(dense, model, substituted, pruned), plan, tolerance=tolerance)
-    except _UnlikeModelError as unlike:
-        raise _UnlikeModelError(unlike.difference, _why_unlike(captured, inputs, dense, model)) from unlike
+        found = judge(outputs, plan, tolerance=bound)
+        doubtful = (seen.behind or 0.0) > max(bound, allowed) or precision in (torch.bfloat16, torch.float16)
+        exact = require_exact(captured, small, plan, inputs) if doubtful else None
+    except (_ImpreciseError, _UnlikeModelError) as large:
+        exact = require_exact(captured, small, plan, inputs) if isinstance(large, _ImpreciseError) else None
+        lost = measure_loss(captured, inputs, dense, precision) if tolerance is None else None
+        if lost is not None and large.difference <= LOSSES * lost:
+            found = judge(outputs, plan, tolerance=LOSSES * lost)
+        elif isinstance(large, _UnlikeModelError):
+            raise _UnlikeModelError(large.difference, _why_unlike(captured, inputs, dense, model)) from large
+        elif exact is None or lost is None:
+            raise
+        else:
+            raise VerificationError(
+                f"the rewrite is right (in float64 it differs from the reference by {exact:.1e}), but in {_name(precision)} the pruned "
+                f"network differs by {large.difference:.1e} of the output's size, where the dense network's own rounding is {lost:.1e}: "
+                f"values are too large for that precision; scale the inputs (standardise columns), or prune in float64"
+            ) from large
+    unproven = found.unproven if seen.errors is None else seen.unproven
+    found = replace(found, behind=seen.behind, unproven=unproven, exact=exact, dtype=_name(precision))
     refits = _refit_error(captured, small, plan)
     if not refits <= found.tolerance:
         raise VerificationError(
@@ -101,6 +163,14 @@ def verify(
             f"wrong: please report the model"
         )
     return replace(found, refits=refits)
+
+
+def _compared(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen:
+    """Both networks' outputs, and what stands behind the blocks' layers where the pruned one is a graph of the same nodes."""
+    if can_compare(small, plan):
+        with torch.no_grad(), full_float32():
+            return look(Comparison(captured, small, plan, inputs))
+    return Seen(_run(reference_graph(captured, plan), inputs), _run(share_parameters(small), inputs))
 
 
 @dataclass(frozen=True)
@@ -150,19 +220,28 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
         raise _UnlikeModelError(fidelity, _DECIDES)
     error = relative_error(pruned, substituted)
     if not error <= bound:
-        raise VerificationError(
-            f"the pruned network differs from the substitution reference by {error:.2e} of the output's size, above "
-            f"{bound:.0e}; the rewrite is wrong for one of the blocks {[e.block.name for e in plan.blocks][:8]}: please "
-            f"report the model, and leave blocks out with exclude= to find which"
-        )
+        raise _ImpreciseError(error, bound, [entry.block.name for entry in plan.blocks])
     effect = relative_error(substituted, dense)
-    return Verification(error, effect, fidelity, bound, str(dtype).removeprefix("torch."))
+    unseen = tuple(entry.block.name for entry in plan.blocks) if effect <= error else ()
+    return Verification(error, effect, fidelity, bound, _name(dtype), unproven=unseen)
 
 
 _DECIDES = (
     "the model decides something in Python that tracing fixed; try frontend='export' (--frontend export), or make the decision "
     "part of the input"
 )
+
+
+class _ImpreciseError(VerificationError):
+    """The pruned network does not compute what the reference does, by ``difference`` of the output's size."""
+
+    def __init__(self, difference: float, bound: float, blocks: list[str]) -> None:
+        super().__init__(
+            f"the pruned network differs from the substitution reference by {difference:.2e} of the output's size, above "
+            f"{bound:.0e}; the rewrite is wrong for one of the blocks {blocks[:8]}: please "
+            f"report the model, and leave blocks out with exclude= to find which"
+        )
+        self.difference = difference
 
 
 class _UnlikeModelError(VerificationError):
@@ -215,22 +294,14 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
     return worst
 
 
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """max over the tensors of max|found - expected| / max|expected|, in float64, or complex128.
+def _precision(reference: nn.Module, dense: list[Tensor]) -> torch.dtype:
+    """The coarsest type that the dense network computes in, of those with a tolerance."""
+    found = {tensor.dtype for tensor in (*reference.parameters(), *dense)} & set(TOLERANCES)
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
-    Equal entries differ by nothing even where they are infinite (masked logits); any other NaN or
-    infinity makes the result infinite.
-    """
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if not b.numel():
-            continue
-        exact = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-        a, b = a.to(exact), b.to(exact)
-        difference = torch.where(a == b, 0.0, (a - b).abs()).max()
-        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
-        worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
-    return worst
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -273,6 +273,11 @@ def is_matrix_product(node: fx.Node) -> bool:
     return rule_for(node, None) is matrix_product
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether the call hands on its operand in another type, or on another device."""
+    return node.op in ("call_function", "call_method") and rule_for(node, None) is unchanged
+
+
 def is_linear(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the call is a linear layer over the last axis."""
     return rule_for(node, module) is linear

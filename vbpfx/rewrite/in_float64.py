@@ -1,0 +1,92 @@
+"""Whether a difference is rounding: the same substitution in float64, and what rounding costs the dense network itself."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.data.inputs import Inputs, tensors_in
+from vbpfx.errors import VerificationError
+from vbpfx.graph.capture import Captured, named_tensors, share_parameters
+from vbpfx.graph.precision import full_float32
+from vbpfx.records import Plan
+from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look, relative_error
+from vbpfx.rewrite.substitute import reference_graph
+
+# What may be left in float64: roundings to float32 that the graph states itself, and those that a class's own code does.
+_LEFT_IN_A_GRAPH, _LEFT_IN_A_CLASS = 1e-6, 1e-4
+
+
+@full_float32()
+@torch.no_grad()
+def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> float | None:
+    """The largest difference between the pruned network and its reference in float64; None where they do not run in it.
+
+    Every tensor that the plan changes must be what the plan makes of it, rounded once. With the same tensors before they were
+    rounded, the pruned network must compute what the reference does.
+
+    Raises:
+        VerificationError: it does not: the rewrite is wrong. Names the tensor, or the block whose layers show it first.
+    """
+    exact, held = exact_tensors(captured, small, plan), named_tensors(small)
+    for name, tensor in held.items():
+        if id(tensor) in exact:
+            error = relative_error([tensor], [exact[id(tensor)]()])
+            if not error <= torch.finfo(tensor.dtype).eps:
+                raise _wrong(error, f"its tensor {name} is not what the plan makes of it", plan)
+    allowed = _LEFT_IN_A_GRAPH if can_compare(small, plan) else _LEFT_IN_A_CLASS
+    try:
+        seen = _seen(captured, small, plan, inputs)
+    except Exception:  # an operator without float64, code that states a type
+        return None
+    wrong = next((name for name, error in (seen.errors or {}).items() if not error <= allowed), None)
+    error = max(relative_error(seen.found, seen.expected), seen.behind or 0.0)
+    if not error <= allowed:
+        where = f"first behind the layers of block {wrong}" if wrong else "at its output"
+        raise _wrong(error, f"in float64, too, {where}", plan)
+    return error
+
+
+def _seen(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen:
+    if can_compare(small, plan):
+        return look(Comparison(captured, small, plan, inputs, torch.float64))
+    wide = copy.deepcopy(share_parameters(small)).double()
+    of_small, of_wide = named_tensors(small), named_tensors(wide)
+    for identity, exact in exact_tensors(captured, small, plan).items():
+        for name, tensor in of_small.items():
+            if id(tensor) == identity:
+                of_wide[name].data = exact()
+    expected = Steps(reference_graph(captured, plan), inputs, torch.float64).finish()
+    return Seen(expected, tensors_in(inputs.map(_wide).run(wide)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _wrong(error: float, how: str, plan: Plan) -> VerificationError:
+    names = [entry.block.name for entry in plan.blocks][:8]
+    return VerificationError(
+        f"the pruned network differs from the substitution reference by {error:.2e}, {how}; the rewrite is wrong for one of the "
+        f"blocks {names}: please report the model, and leave blocks out with exclude= to find which"
+    )
+
+
+@full_float32()
+@torch.no_grad()
+def measure_loss(captured: Captured, inputs: Inputs, dense: list[Tensor], precision: torch.dtype) -> float | None:
+    """What the dense network's output loses to rounding in its own precision, against float64; None where it does not run in it.
+
+    What float64 itself loses is taken from float32, times the ratio of their roundings.
+    """
+    try:
+        wide = Steps(share_parameters(captured.graph_module), inputs, torch.float64).finish()
+        if precision == torch.float64:
+            narrow = Steps(share_parameters(captured.graph_module), inputs, torch.float32).finish()
+            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            return relative_error(narrow, wide) * ratio
+        return relative_error(dense, wide)
+    except Exception:  # likewise
+        return None

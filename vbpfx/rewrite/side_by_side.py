@@ -1,0 +1,275 @@
+"""The reference and the narrowed graph side by side: what both compute behind every layer that reads a narrowed axis.
+
+Both run node by node, so that no more is held than either holds by itself. They run in the network's own precision, or every
+value, weight and fold in float64: then what is left of a difference is no rounding. Casts to another floating-point type
+are left out there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from vbpfx.data.inputs import Inputs, tensors_in
+from vbpfx.graph.capture import Captured, named_tensors, share_parameters
+from vbpfx.graph.fake import graph_arguments
+from vbpfx.records import BlockPlan, Consumer, Plan
+from vbpfx.rewrite.narrow import Changes, removed_channels
+from vbpfx.rewrite.substitute import reference_graph
+from vbpfx.rules.ops import is_cast, is_matrix_product
+
+
+class Steps(fx.Interpreter):
+    """A graph that is run node by node.
+
+    Args:
+        graph_module: the graph.
+        inputs: what it runs on.
+        dtype: what every floating-point value is computed in; None leaves it to the network.
+        exact: tensors by identity -> their values before they were rounded to the network's precision.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Inputs,
+        dtype: torch.dtype | None = None,
+        exact: Mapping[int, Callable[[], Tensor]] | None = None,
+    ) -> None:
+        super().__init__(graph_module)
+        self.nodes, self._root = list(graph_module.graph.nodes), graph_module
+        self._inputs, self._dtype, self._exact = inputs, dtype, exact or {}
+        self.outputs: list[Tensor] = []
+
+    def until(self, watched: set[fx.Node]) -> Iterator[fx.Node]:
+        """Run all nodes, and stop behind each of those that are watched; what it reads is still there then."""
+        self.args_iter = iter(pytree.tree_map(self._cast, graph_arguments(self._root, self._inputs)))
+        self.env = {}
+        for node in self.nodes:
+            self.env[node] = self.run_node(node)
+            if node.op == "output":
+                self.outputs = tensors_in(self._root.graph.process_outputs(self.env[node]))
+            if node in watched:
+                yield node
+            for done in self.user_to_last_uses.get(node, []):
+                del self.env[done]
+
+    def finish(self) -> list[Tensor]:
+        """Run all nodes; the tensors among the outputs."""
+        for _ in self.until(set()):
+            pass
+        return self.outputs
+
+    def again(self, node: fx.Node, instead: Mapping[fx.Node, Tensor]) -> Tensor:
+        """What a node computes where some of its operands are others."""
+        kept, self.env = self.env, {**self.env, **instead}
+        try:
+            value: Tensor = self.run_node(node)
+        finally:
+            self.env = kept
+        return value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As fx's own, in the precision asked for."""
+        if self._dtype is None:
+            return super().run_node(n)
+        if n.op == "call_module":
+            return pytree.tree_map(self._cast, self._run_module(n))
+        value = super().run_node(n)
+        if n.op == "get_attr":
+            return pytree.tree_map(self._cast, value)
+        operand = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        if is_cast(n) and isinstance(operand, Tensor) and operand.is_floating_point() and value.is_floating_point():
+            return operand if value is operand else operand.clone()
+        return pytree.tree_map(self._cast, value)
+
+    def _run_module(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        module = self.fetch_attr(str(n.target))
+        tensors = {name: self._cast(tensor) for name, tensor in named_tensors(module).items()}
+        return torch.func.functional_call(module, tensors, args, kwargs, tie_weights=False)
+
+    def _cast(self, value: Any) -> Any:
+        if self._dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return (self._exact[id(value)]() if id(value) in self._exact else value).to(self._dtype)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What both graphs compute behind one layer that reads a block.
+
+    Attributes:
+        block: the block's name.
+        found, expected: what the narrowed graph and the reference compute, of the channels that are left.
+        whole, without: what the layer of the reference computes as it is, and were all channels of the block zero.
+    """
+
+    block: str
+    found: Tensor
+    expected: Tensor
+    whole: Tensor
+    without: Tensor
+
+
+class Comparison:
+    """The reference of a plan and a narrowed graph, to be gone through once.
+
+    Args:
+        captured: the dense graph.
+        small: the narrowed graph.
+        plan: what it was narrowed by.
+        inputs: what both run on.
+        dtype: see :class:`Steps`; where it is given, weights are narrowed and folded in float64.
+
+    Attributes:
+        expected, found: the outputs of the reference and of the narrowed graph, once it has been gone through.
+    """
+
+    def __init__(
+        self, captured: Captured, small: fx.GraphModule, plan: Plan, inputs: Inputs, dtype: torch.dtype | None = None
+    ) -> None:
+        reference, small = reference_graph(captured, plan), share_parameters(small)
+        exact = {} if dtype is None else exact_tensors(captured, small, plan)
+        self._own, self._removed = captured.nodes, removed_channels(plan)
+        self._reference, self._small = Steps(reference, inputs, dtype), Steps(small, inputs, dtype, exact)
+        self._readers: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
+        for entry in plan.blocks:
+            for consumer in entry.block.consumers:
+                self._readers[consumer.node].append((entry, consumer))
+        self.expected: list[Tensor] = []
+        self.found: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Behind]:
+        layers = {node: _corrected(node) for node in self._reference.nodes if node.name in self._readers}
+        folded = {_folded(node, self._own) for node in self._small.nodes if node.name in self._readers}
+        steps = self._small.until(folded)
+        layer_of = {end: node for node, end in layers.items()}
+        parts: list[tuple[str, Tensor, Tensor]] = []
+        for node in self._reference.until({*layers, *layers.values()}):
+            if node in layers:
+                parts = [(entry.block.name, self._reference.env[node], self._without(node, entry, consumer))
+                         for entry, consumer in self._readers[node.name]]  # fmt: skip
+            if node in layer_of:
+                expected = self._kept(self._reference.env[node], layer_of[node].name)
+                end = next(steps)
+                found = self._small.env[end]
+                for block, whole, without in parts:
+                    yield Behind(block, found, expected, whole, without)
+        for _ in steps:  # none is left
+            pass
+        self.expected, self.found = self._reference.outputs, self._small.outputs
+
+    def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
+        """What a layer of the reference computes where a block's channels are zero."""
+        operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == consumer.source.node)
+        zeroed = self._reference.env[operand].clone()
+        zeroed.narrow(consumer.source.axis, consumer.source.start, entry.block.width).zero_()
+        return self._reference.again(node, {operand: zeroed})
+
+    def _kept(self, value: Tensor, name: str) -> Tensor:
+        """The channels of a node's value that are left."""
+        for axis in range(value.ndim):
+            if positions := self._removed.get((name, axis, False)):
+                kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
+                value = value.index_select(axis, kept)
+        return value
+
+
+def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
+    """Whether a pruned network is a graph that still has the nodes of the dense one."""
+    names = {node.name for node in small.graph.nodes} if isinstance(small, fx.GraphModule) else set()
+    return all(consumer.node in names for entry in plan.blocks for consumer in entry.block.consumers) and bool(names)
+
+
+def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int, Callable[[], Tensor]]:
+    """Identity of each tensor of a narrowed network that the plan changes -> what makes it anew, in float64."""
+    dense, held, changes = named_tensors(captured.graph_module), named_tensors(small), Changes(plan)
+
+    def wide(name: str) -> Tensor:
+        return dense[name].detach().double()
+
+    return {id(held[name]): partial(changes.of, name, wide) for name in changes.names if name in held}
+
+
+def _corrected(node: fx.Node) -> fx.Node:
+    """Where the reference adds to a layer what the plan corrects; the layer itself where it corrects nothing."""
+    added = (user for user in node.users if user.op == "call_module" and str(user.target).startswith("correct_"))
+    return next((user for user in added if user.args[0] is node), node)
+
+
+def _folded(node: fx.Node, own: Mapping[str, fx.Node]) -> fx.Node:
+    """Where the narrowed graph adds to a product of matrices the bias that it lacked; the layer itself elsewhere."""
+    users = [user for user in node.users if user.name not in own and user.target is torch.add]
+    return users[0] if is_matrix_product(node) and len(node.users) == len(users) == 1 else node
+
+
+def _behind_insertions(node: fx.Node, own: Mapping[str, fx.Node]) -> str:
+    """Name of the captured graph's own node whose value an inserted call hands on, changed."""
+    while node.name not in own:
+        node = node.all_input_nodes[0]
+    return node.name
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a comparison saw.
+
+    Attributes:
+        expected, found: the outputs of the reference and of the pruned network.
+        errors: block -> the largest relative error behind its layers; None where these were not compared.
+        shares: block -> how much of what stands behind its layers comes from the block, the largest.
+    """
+
+    expected: list[Tensor]
+    found: list[Tensor]
+    errors: Mapping[str, float] | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def behind(self) -> float | None:
+        """The largest error behind any block's layers."""
+        return None if self.errors is None else max(self.errors.values(), default=0.0)
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Blocks of which nothing was seen behind their layers, by name."""
+        return tuple(name for name, error in (self.errors or {}).items() if self.shares[name] <= error)
+
+
+def look(comparison: Comparison) -> Seen:
+    """Go through a comparison."""
+    errors: dict[str, float] = defaultdict(float)
+    shares: dict[str, float] = defaultdict(float)
+    for at in comparison:
+        alike = at.found.shape == at.expected.shape
+        error = relative_error([at.found], [at.expected], both_nan=True) if alike else math.inf
+        errors[at.block] = max(errors[at.block], error)
+        shares[at.block] = max(shares[at.block], relative_error([at.without], [at.whole], both_nan=True))
+    return Seen(comparison.expected, comparison.found, dict(errors), dict(shares))
+
+
+def relative_error(found: list[Tensor], expected: list[Tensor], *, both_nan: bool = False) -> float:
+    """max over the tensors of max|found - expected| / max|expected|, in float64, or complex128.
+
+    Equal entries differ by nothing even where they are infinite (masked logits); any other NaN or
+    infinity makes the result infinite, except, with ``both_nan``, where both are NaN (rows of padding, of which nothing is read).
+    """
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if not b.numel():
+            continue
+        exact = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        a, b = a.to(exact), b.to(exact)
+        difference = torch.where((a == b) | (a.isnan() & b.isnan() & both_nan), 0.0, (a - b).abs()).max()
+        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
+        worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
+    return worst
