@@ -232,3 +232,52 @@ def test_a_weight_that_is_made_before_every_call_is_named_once_with_the_way_to_u
     (refusal,) = (r for r in analysis.refusals if r.producers[0].startswith("0."))
     assert refusal.name == "0"
     assert re.search(reason, refusal.reason), refusal.reason
+
+
+class _Stream(nn.Module):
+    """Two blocks on a stream x, beside a gate g of another input and a layer t of the stream itself."""
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.i, self.g, self.o, self.step = nn.Linear(8, 16), nn.Linear(4, 16), nn.Linear(16, 5), step
+        self.f = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(2))
+        self.t, self.s = nn.ModuleList(nn.Linear(16, 16) for _ in range(2)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x, g = self.i(x), self.g(c)
+        for f, t in zip(self.f, self.t, strict=True):
+            x = self.step(x, g, f, t, self.s)
+        return self.o(x)
+
+
+STREAMS = {
+    "a gate of another input": lambda x, g, f, t, s: x + g * f(x),
+    "a squashed gate": lambda x, g, f, t, s: x + f(x) * g.sigmoid(),
+    "a learned scale": lambda x, g, f, t, s: x + s * f(x),
+    "the stream is gated": lambda x, g, f, t, s: x * g + f(x),
+    "a gate of the stream": lambda x, g, f, t, s: x + t(x).sigmoid() * f(x),
+    "a highway": lambda x, g, f, t, s: x * (1 - t(x).sigmoid()) + f(x) * t(x).sigmoid(),
+    "an interpolation": lambda x, g, f, t, s: torch.lerp(x, f(x), t(x).sigmoid()),
+}
+GATES = {
+    "squeeze-and-excite": lambda x, g, f, t, s: x * t(f(x)).sigmoid(),
+    "of what is activated": lambda x, g, f, t, s: x.relu() * t(f(x)).sigmoid(),
+    "with a sum behind": lambda x, g, f, t, s: x * t(f(x)).sigmoid() + g,
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", [*STREAMS, *GATES])
+def test_a_stream_with_gated_branches_is_the_width_of_the_network_and_a_gate_on_an_axis_is_not(
+    name: str, frontend: str
+) -> None:
+    model, batch = _Stream((STREAMS | GATES)[name]), (torch.randn(4, 8), torch.randn(4, 4))
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, batch, frontend=frontend))
+    streams = [r for r in analysis.refusals if "residual stream" in r.reason]
+    widths = sorted(block.width for block in analysis.blocks)
+    if name in STREAMS:
+        assert [r.width for r in streams] == [16]
+        assert widths == [24, 24]
+    else:
+        assert not streams
+        assert 16 in widths

@@ -22,7 +22,7 @@ from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
 from vbpfx.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal
 from vbpfx.rules.axes import Axis
-from vbpfx.rules.ops import is_sum, takes_apart
+from vbpfx.rules.ops import is_product, is_sum, takes_apart
 
 _SEES_NO_DATA = (
     "no input of the model reaches it: it is made of parameters and constants, so that no data says which of its channels "
@@ -215,7 +215,8 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     """The node where the axis takes in, by a sum, what a layer behind it made of it; None without one.
 
     Such an axis could be narrowed exactly, but it is the width of the network, no block's hidden width.
-    A product with what was made of it is no such thing: squeeze-and-excite is a gate.
+    A product of the axis with what was made of it is no such thing: squeeze-and-excite is a gate. A product of what was made of it with
+    anything else is: a gated branch.
     """
     carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
     makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
@@ -230,8 +231,29 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
         if operands == {True, False} and is_sum(node):
             return node.name
         if operands or node in evidence.computed:  # an embedding's value begins an axis, too
-            made_of_it[node] = operands == {True}
+            made_of_it[node] = operands == {True} or (
+                operands == {True, False}
+                and is_product(node)
+                and not _gates_the_stream(node, made_of_it, makers, start, evidence.position)
+            )
     return None
+
+
+def _gates_the_stream(
+    product: fx.Node, made_of_it: dict[fx.Node, bool], makers: set[fx.Node], start: int, position: dict[str, int]
+) -> bool:
+    """Whether one factor was made of what the other comes from: it gates that; else it is a branch that the other gates."""
+    stream, branch = ([n for n in product.all_input_nodes if made_of_it.get(n) is made] for made in (False, True))
+    roots, stack, seen = set(), list(stream), set(stream)
+    while stack:
+        node = stack.pop()
+        carried = [n for n in node.all_input_nodes if made_of_it.get(n) is False and n not in seen]
+        if node in makers or not carried:
+            roots.add(node)
+            continue
+        seen.update(carried)
+        stack += carried
+    return any(depends(node, roots, start - 1, position) for node in branch)
 
 
 def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
