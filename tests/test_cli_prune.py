@@ -22,8 +22,7 @@ from typer.testing import CliRunner, Result
 
 import vbpfx
 from vbpfx.cli import app
-from vbpfx.cli.conventions import Method
-from vbpfx.cli.prune import Place
+from vbpfx.cli.conventions import Method, Place
 from vbpfx.plan_files import load_plan
 from vbpfx.planning.options import METHODS
 from vbpfx.runtimes.table import NAMES

@@ -271,17 +271,30 @@ RIGHT = {"norm.weight": (8,), "norm.bias": (8,), "fc1.weight": (12, 8), "fc1.bia
         pytest.param({"fc1.weight": (8, 12), "fc2.weight": (12, 8)}, id="transposed"),
         pytest.param({"fc1.weight": (1, 8, 12), "fc2.weight": (12, 8)}, id="with an axis of one"),
         pytest.param({"val_3": (8, 12), "fc1.weight": (12, 8)}, id="renamed"),
+        pytest.param({"val_3": (2, 4, 12), "fc1.weight": (12, 8)}, id="renamed, in other axes"),
+        pytest.param(
+            {"fc1.weight": (12, 8), "fc2.weight": (8, 12), "mask": (24, 8)}, id="beside a mask of the dense shape"
+        ),
     ],
 )
 def test_the_shape_check_accepts_small_weights(pruned: vbpfx.Pruned, weights: dict[str, tuple[int, ...]]) -> None:
-    exporter._check_shapes(RIGHT | weights, pruned.graph_module, pruned.plan)
+    check(RIGHT | weights, pruned, pruned.plan)
+
+
+def check(stored: dict[str, tuple[int, ...]], pruned: vbpfx.Pruned, plan: vbpfx.Plan | None) -> None:
+    """Products read all that is of two axes and more, and not called a mask."""
+    weights = {name for name, shape in stored.items() if len(shape) > 1 and "mask" not in name}
+    exporter._check_shapes(stored, weights, pruned.graph_module, plan)
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        pytest.param({"fc1.weight": (24, 8), "fc2.weight": (8, 24)}, r"no tensor of shape \(12, 8\), which fc1", id="dense"),
-        pytest.param({"fc1.weight": (8, 24), "fc2.weight": (24, 8)}, r"no tensor of shape \(12, 8\), which fc1", id="dense, transposed"),
+        pytest.param({"fc1.weight": (24, 8), "fc2.weight": (8, 24)}, r"a tensor of shape \(24, 8\), the dense fc1", id="dense"),
+        pytest.param({"fc1.weight": (8, 24), "fc2.weight": (24, 8)}, r"a tensor of shape \(24, 8\), the dense fc1", id="dense, transposed"),
+        pytest.param({"fc1.weight": (10, 8), "fc2.weight": (8, 12)}, r"no tensor of shape \(12, 8\), which fc1", id="neither"),
+        pytest.param({"val_1": (8, 10)}, r"no tensor of shape \(8, 12\), which fc2", id="renamed, neither"),
+        pytest.param({"val_1": (8, 12), "val_2": (8, 24)}, r"a tensor of shape \((24, 8|8, 24)\), the dense fc", id="renamed, one dense"),
         pytest.param({"fc2.weight": (8, 24)}, r"a tensor of shape \((24, 8|8, 24)\), the dense fc", id="one dense"),
         pytest.param({"fc2.weight": (8, 12), "spare": (24, 8)}, r"a tensor of shape \(24, 8\), the dense fc1.weight", id="both"),
     ],
@@ -290,8 +303,8 @@ def test_the_shape_check_refuses_a_dense_file(
     pruned: vbpfx.Pruned, weights: dict[str, tuple[int, ...]], message: str
 ) -> None:
     with pytest.raises(ExportError, match=message):
-        exporter._check_shapes(RIGHT | weights, pruned.graph_module, pruned.plan)
-    exporter._check_shapes(RIGHT | weights, pruned.graph_module, None)  # without a plan there is nothing to compare
+        check(RIGHT | weights, pruned, pruned.plan)
+    check(RIGHT | weights, pruned, None)  # without a plan there is nothing to compare
 
 
 def test_texts_may_differ_in_number_and_length(tmp_path: Path) -> None:
@@ -404,3 +417,35 @@ def small_logits(pruned: vbpfx.Pruned, x: Tensor) -> Tensor:
     w = dict(pruned.graph_module.named_parameters())
     with torch.no_grad():
         return F.linear(F.linear(x, w["fc1.weight"], w["fc1.bias"]).relu(), w["fc2.weight"], w["fc2.bias"])
+
+
+class BesideOthers(nn.Module):
+    """An MLP of 8 -> 24 -> 8 beside tensors that happen to have the shapes of its dense weights."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, Layer()
+        self.register_buffer("places", torch.randn(24, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "added":
+            x = x + self.places
+        elif self.kind == "made in forward":
+            x = x + torch.linspace(-1, 1, 192).reshape(24, 8)
+        elif self.kind == "multiplied":
+            x = x + (x @ self.places.t()) @ self.places
+        else:
+            basis = torch.linspace(-1, 1, 192).reshape(24, 8)
+            x = x + (x @ basis.t()) @ basis
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["added", "made in forward", "multiplied", "made and multiplied"])
+def test_other_tensors_may_have_the_shape_of_a_dense_weight(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 24, 8)
+    pruned = vbpfx.prune(randomize(BesideOthers(kind)), [x], ratio=0.5, progress=False)
+    session = onnxruntime.InferenceSession(pruned.to_onnx(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = pruned.graph_module(x).detach().numpy()
+    assert np.abs(found - expected).max() < PARITY * np.abs(expected).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -150,3 +151,40 @@ def test_a_bias_takes_the_fold_where_there_is_one(tmp_path: Path) -> None:
     small = onnx.load(out)
     assert [n.op_type for n in small.graph.node] == [n.op_type for n in model.graph.node]
     assert [t.name for t in small.graph.initializer] == [t.name for t in model.graph.initializer]
+
+
+def convolutional() -> onnx.ModelProto:
+    net = Net()
+    net.add("Conv", ["x", net.weight("stem", 16, 3, 1, 1), net.weight("stem_bias", 16)], "s")
+    net.add("Relu", ["s"], "a")
+    net.add("Conv", ["a", net.weight("wide", 64, 16, 1, 1), net.weight("wide_bias", 64)], "w")
+    net.add("Relu", ["w"], "b")
+    net.add("Conv", ["b", net.weight("head", 4, 64, 1, 1), net.weight("head_bias", 4)], "y")
+    return net.model(["n", 3, 4, 4], ["n", 4, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("options", "multiple"),
+    [
+        ({}, 8),
+        ({"runtime": "onnxruntime", "method": "vbp"}, 8),
+        ({"runtime": "openvino"}, 16),
+        ({"round_to": 4}, 4),
+        ({"round_to": 1}, 1),
+        ({"method": "vbp"}, 1),
+    ],
+)
+def test_widths_are_multiples_that_the_runtime_is_fast_at(
+    options: dict[str, Any], multiple: int, tmp_path: Path
+) -> None:
+    """By default of ONNX Runtime, as vbpfx.prune rounds for it; to the paper's letter only where a runtime is named."""
+    path, data = saved(convolutional(), tmp_path), batches((3, 4, 4))
+    given = {"ratio": 0.3, "allocation": "equal", "progress": False} | options
+    pruned = vbpfx.prune_onnx(path, data, tmp_path / "out.onnx", **given)
+    stored = {t.name: tuple(t.dims) for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    widths = (stored["stem"][0], stored["wide"][0])
+    assert sum(widths) < 80
+    assert not [w for w in widths if w % multiple]
+    assert bool(pruned.report.advice) == (multiple % 8 != 0)
+    if multiple == 1:
+        assert sum(widths) == 56

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_other_criteria(criterion: str) -> None:
 
 
 def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
-    """Of 32 channels and more; linear layers, and convolutions under the paper's method, keep any width."""
+    """Linear layers, and convolutions under the paper's method, keep any width."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 72, 1), nn.ReLU(), nn.Conv2d(72, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.ReLU(),
@@ -210,8 +211,59 @@ def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
         return tuple(result.plan.widths[b.name] for b in result.analysis.blocks)
 
     assert widths(round_to=1) == widths(method="vbp") == (54, 18, 54)
-    assert widths() == (56, 18, 54)  # 48 would miss the total of 126 by 6, 56 by 2
+    assert widths() == (56, 16, 54)  # of 126 that is the nearest: 48 would miss it by 8
     assert widths(round_to=8) == (56, 16, 56)
+
+
+def convolutions(*channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((3, *channels, 3)):
+        layers += [nn.Conv2d(before, after, 1), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "expected"),
+    [
+        ((16, 64), 0.2, (16, 48)),  # 64 of 80 stay, and a stem of 15 would be slower than one of 16
+        ((16, 16), 0.25, (16, 8)),
+        ((12,), 0.3, (8,)),
+        ((16,), 0.7, (4,)),
+        ((8,), 0.4, (4,)),  # a group of 8 is half empty then, and no slower
+        ((4,), 0.5, (2,)),  # nothing narrower than a group is lost
+        ((16,), 0.2, (12,)),  # 8 would be wanted from 4 neurons on
+        ((16,), 0.1, (14,)),
+    ],
+)
+def test_narrow_convolutions_keep_multiples_where_something_remains_to_remove(
+    channels: tuple[int, ...], ratio: float, expected: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    result = stages(convolutions(*channels), [torch.randn(32, 3, 2, 2)], ratio=ratio, allocation="equal")
+    assert tuple(result.plan.widths.get(b.name, b.width) for b in result.analysis.blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "expected"), [(64, 0.3, 48), (12, 0.4, 8), (12, 0.3, 8), (6, 0.4, 4), (64, 0.05, 60)]
+)
+def test_a_runtime_takes_its_multiple_or_the_half_that_leaves_something_to_remove(
+    width: int, ratio: float, expected: int
+) -> None:
+    """Of ONNX Runtime: 8. With 8 the widths of 6 and 12 could not be met, and 3 of 64 would round to none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+    options: Any = {"ratio": ratio, "runtime": "onnxruntime", "method": "vbp", "progress": False}
+    pruned = vbpfx.prune(model, [torch.randn(16, 4)], **options)
+    assert list(pruned.plan.widths.values()) == [expected]
+
+
+def test_a_multiple_that_leaves_every_block_whole_is_an_error() -> None:
+    """Who asks for less wants less; a plan that changes nothing would say that it was done."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(
+        BudgetError, match=r"ratio=0.1 removes 2 of 16 neurons, and with widths that are multiples of 8"
+    ):
+        stages(model, [torch.randn(16, 4)], ratio=0.1, round_to=8)
 
 
 def test_a_criterion_goes_by_its_name_in_every_run() -> None:

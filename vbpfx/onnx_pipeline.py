@@ -42,12 +42,13 @@ from vbpfx.onnx_graph.runtime import open_session, session_with
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.pipeline import EXAMPLE_SAMPLES, prune_captured
-from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
 from vbpfx.pruned import Pruned
 from vbpfx.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.rewrite.verify import TOLERANCES, Verification
+from vbpfx.runtimes.table import DEFAULT
 from vbpfx.strategy import Fitting, Target
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
@@ -105,6 +106,9 @@ def prune_onnx(
     memory: float = 8.0,
     progress: bool = True,
     verify: bool = True,
+    runtime: str | None = None,
+    runtime_batch: int = 1,
+    runtime_threads: int | None = None,
     **options: Unpack[PlanArguments],
 ) -> PrunedOnnx:
     """Make the network in an ONNX file smaller, without the model that it was exported from.
@@ -122,7 +126,11 @@ def prune_onnx(
             inputs, or sequences in their order.
         out: the file to write; it takes its name when everything has been checked. It may be ``path`` where that keeps its
             weights in itself.
-        mask, reconstruct, refit, samples, memory, progress, verify, options: as :func:`vbpfx.prune` takes them.
+        runtime: where the file will run, a name of :data:`vbpfx.runtimes.table.NAMES`: widths are multiples of what is fast there. By
+            default ONNX Runtime where the method rounds at all (``"auto"``); ``"vbp"`` rounds where a runtime is named.
+            ``round_to=1`` gives exact widths.
+        mask, reconstruct, refit, samples, memory, progress, verify, runtime_batch, runtime_threads, options: as
+            :func:`vbpfx.prune` takes them.
 
     Raises:
         VbpfxError: one of its kinds. :class:`~vbpfx.ArtifactError`: a file cannot be read or written;
@@ -132,8 +140,9 @@ def prune_onnx(
     """
     path, out = Path(path), Path(out)
     # a mistake in these should not cost a calibration
-    PlanOptions.of(**options)
+    rounds = METHODS[PlanOptions.of(**options).method].round_to is None
     fitting = Fitting(reconstruct, refit, samples, memory)
+    target = Target(runtime or (DEFAULT if rounds else None), runtime_batch, runtime_threads)
     model = read_model(path)
     require_writable(path, out)
     first, data = first_batch(calibration)
@@ -158,7 +167,7 @@ def prune_onnx(
         Calibration(data, read, length_hint(calibration) or None, mask, progress),
         options,
         fitting=fitting,
-        target=Target(),
+        target=target,
         forward=forward,
         share=True,
         verify=verify,

@@ -170,7 +170,7 @@ def prune_captured(
     """
     ranks, progress = calibration.ranks, calibration.progress
     analysis = find_blocks(captured)
-    strategy = Strategy.of(analysis, fitting, **target.rounded(options))
+    strategy = Strategy.of(analysis, fitting, **target.rounded(options, analysis))
     observed = prepare(
         captured, analysis, blocks=strategy.blocks, mask=calibration.mask, covariance=strategy.covariance
     )

@@ -9,8 +9,9 @@ from typing_extensions import Unpack
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.measurement.latency import measure_latencies
 from vbpfx.measurement.sensitivity import MOST_SAMPLES
-from vbpfx.planning.budget import require_memory, require_positive
+from vbpfx.planning.budget import floors, require_memory, require_positive
 from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.multiples import fitting_multiple
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
 from vbpfx.reconstruction.schedule import schedule
@@ -54,12 +55,20 @@ class Target:
         if self.runtime_threads is not None:
             require_positive("runtime_threads", self.runtime_threads)
 
-    def rounded(self, options: PlanArguments) -> PlanArguments:
-        """The options with widths that are multiples of what the runtime is fast at, where one is asked for."""
+    def rounded(self, options: PlanArguments, analysis: Analysis) -> PlanArguments:
+        """The options with widths that are multiples of what the runtime is fast at, where one is asked for.
+
+        The multiple is halved where the budget would not be met so (:func:`vbpfx.planning.multiples.fitting_multiple`).
+        """
         asked = self.runtime is not None or options.get("latency") is not None
         if not asked or options.get("round_to") is not None:
             return options
-        return {**options, "round_to": best_multiple(self.runtime or DEFAULT)}
+        chosen = PlanOptions.of(**options)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        floor = floors(blocks, chosen.min_width)
+        best = best_multiple(self.runtime or DEFAULT)
+        multiple = fitting_multiple(best, analysis.captured, blocks, chosen.budget, floor)
+        return {**options, "round_to": multiple}
 
     def latencies(self, analysis: Analysis, strategy: Strategy) -> Latencies:
         """What the blocks cost there, for a budget of latency."""

@@ -38,6 +38,19 @@ class Method(str, Enum):
     vbp = "vbp"
 
 
+class Place(str, Enum):
+    """The names of :data:`vbpfx.runtimes.table.NAMES`, and none of them."""
+
+    pytorch = "pytorch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    torch_compile = "torch_compile"
+    aotinductor = "aotinductor"
+    executorch = "executorch"
+    tvm = "tvm"
+    none = "none"
+
+
 def _without_color(asked: bool) -> None:
     if asked:
         os.environ["NO_COLOR"] = "1"  # rich and typer look for it

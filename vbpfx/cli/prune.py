@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from vbpfx.cli.conventions import (
     Frontend,
     Method,
     Model,
+    Place,
     Tracing,
     Weights,
     busy,
@@ -58,19 +58,6 @@ torchrun --nproc-per-node 2 -m vbpfx prune hf:folder --data texts.txt --params 0
 
 
 BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
-
-
-class Place(str, Enum):
-    """The names of :data:`vbpfx.runtimes.table.NAMES`, and none of them."""
-
-    pytorch = "pytorch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    torch_compile = "torch_compile"
-    aotinductor = "aotinductor"
-    executorch = "executorch"
-    tvm = "tvm"
-    none = "none"
 
 
 def prune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
 
     The checks: the ONNX checker passes; ONNX Runtime agrees with PyTorch to 1e-4 (largest difference over
     largest output) at batches of 1, 2 and 5; every narrowed weight of the plan is stored at its small
-    shape and none at its dense one.
+    shape and none at its dense one, told by name and by use.
 
     Args:
         network: the network, in eval mode.
@@ -73,7 +74,7 @@ def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None)
         try:
             program.save(str(temporary), external_data=False)
             onnx.checker.check_model(str(temporary))
-            _check_shapes(initializer_shapes(temporary), network, plan)
+            _check_shapes(initializer_shapes(temporary), weight_names(temporary), network, plan)
             _check_outputs(temporary, network, inputs)
         except (ExportError, OSError):
             raise
@@ -194,38 +195,84 @@ def initializer_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     return {stored.name: tuple(stored.dims) for stored in onnx.load(str(path)).graph.initializer}
 
 
-def _check_shapes(stored: dict[str, tuple[int, ...]], network: nn.Module, plan: Plan | None) -> None:
-    """Small shapes present, dense ones absent; the exporter may rename a weight and transpose it."""
-    found = {_layout_free(shape) for shape in stored.values()}
+# What a product reads as an operand, by input; behind these a tensor is still itself, in another layout.
+_OPERANDS = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)}
+_LAYOUTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"})
+
+
+def weight_names(path: str | Path) -> set[str]:
+    """The names of the stored tensors that products read, be it in another layout."""
+    graph = onnx.load(str(path)).graph
+    source = {tensor.name: tensor.name for tensor in graph.initializer}
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type in _LAYOUTS and node.input[0] in source:
+            source |= dict.fromkeys(node.output, source[node.input[0]])
+        read = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS.get(node.op_type, ())
+        found |= {source[node.input[i]] for i in read if node.input[i] in source}
+    return found
+
+
+def _check_shapes(stored: dict[str, tuple[int, ...]], weights: set[str], network: nn.Module, plan: Plan | None) -> None:
+    """Small shapes present, dense ones absent.
+
+    A tensor that bears the name of a parameter or a buffer is judged by that one's shape, in whatever layout. Others are made by
+    the exporter, which may rename a weight, transpose and flatten it: of these count the ones that products read.
+
+    Args:
+        stored: name -> shape of what the file holds.
+        weights: the names among them that products read.
+    """
     own = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     dense = {name: list(shape) for name, shape in own.items()}
     for entry in plan.blocks if plan else ():
         for parameter in entry.block.parameters:
             if parameter.name in dense:
                 dense[parameter.name][parameter.axis] += entry.block.width - len(entry.kept)
-    expected = {_layout_free(shape) for shape in own.values()}
+    named = set(own) | {name for name, _ in network.named_buffers(remove_duplicate=False)}
+    made = [stored[name] for name in weights - named]
+    counts = {math.prod(shape) for shape in made}
+    foreign = {_layout_free(shape) for shape in made} - _shapes_of_its_own(network)
     constant = _constant_parameters(network)
     for name, shape in own.items():
         if tuple(dense[name]) == shape or len(shape) < 2:
             continue
-        if _layout_free(shape) not in found and name not in constant:
-            raise ExportError(f"the ONNX file holds no tensor of shape {shape}, which {name} has after pruning")
-        if _layout_free(dense[name]) in found - expected:
+        found = {_layout_free(stored[name])} if name in stored else set()
+        if _layout_free(dense[name]) in found | foreign:
             raise ExportError(f"the ONNX file holds a tensor of shape {tuple(dense[name])}, the dense {name}")
+        small = _layout_free(stored[name]) == _layout_free(shape) if name in stored else math.prod(shape) in counts
+        if not small and name not in constant:
+            raise ExportError(f"the ONNX file holds no tensor of shape {shape}, which {name} has after pruning")
+
+
+def _shapes_of_its_own(network: nn.Module) -> set[tuple[int, ...]]:
+    """Of the narrowed network's parameters and buffers, and of what its graph makes of them and of numbers alone."""
+    found = {_layout_free(tensor.shape) for tensor in (*network.parameters(), *network.buffers())}
+    if isinstance(network, fx.GraphModule):
+        computed = _computed(network)
+        values = [node.meta.get("val") for node in network.graph.nodes if node not in computed]
+        found |= {_layout_free(value.shape) for value in values if isinstance(value, Tensor)}
+    return found
+
+
+def _computed(network: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that an input reaches."""
+    found: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _constant_parameters(network: nn.Module) -> set[str]:
     """Parameters that meet no input: what is made of them is a constant, which the exporter may store instead."""
     if not isinstance(network, fx.GraphModule):
         return set()
-    computed: set[fx.Node] = set()
     meeting: set[str] = set()
-    for node in network.graph.nodes:
-        if node.op == "placeholder" or not computed.isdisjoint(node.all_input_nodes):
-            computed.add(node)
-            if node.op == "call_module":
-                meeting |= {f"{node.target}.{n}" for n, _ in network.get_submodule(str(node.target)).named_parameters()}
-            meeting |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+    for node in _computed(network):
+        if node.op == "call_module":
+            meeting |= {f"{node.target}.{n}" for n, _ in network.get_submodule(str(node.target)).named_parameters()}
+        meeting |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
     return {name for name, _ in network.named_parameters()} - meeting
 
 

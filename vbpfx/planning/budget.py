@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.records import Block
-from vbpfx.rules.ops import called_module, is_convolution
 
 Cost = Callable[[Mapping[str, int]], int]
-# The multiple at which convolutions are fast in every runtime that was measured.
-CHANNELS = 8
 
 _KINDS = {
     "ratio": "fraction of the hidden neurons to remove",
@@ -67,30 +64,6 @@ def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
     return {block.name: min(min_width, block.width) for block in blocks}
 
 
-def width_steps(captured: Captured, blocks: Sequence[Block], round_to: int | None) -> dict[str, int]:
-    """What the width of every block is a multiple of: ``round_to``; where it is None, 8 for convolutions of 32 channels and more.
-
-    Runtimes lay the channels of convolutions out in groups, and an odd width costs more than it saves
-    (``benchmarks/rounding.py``). Products of matrices take any width.
-    """
-    if round_to is not None:
-        return dict.fromkeys((block.name for block in blocks), round_to)
-    wide = blocks_with_convolutions(captured, [block for block in blocks if block.width >= 4 * CHANNELS])
-    return {block.name: CHANNELS if block.name in wide else 1 for block in blocks}
-
-
-def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set[str]:
-    """The names of the blocks that a convolution makes, carries or reads."""
-    graph = captured.graph_module
-    convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
-    return {
-        block.name
-        for block in blocks
-        if convolutions
-        & {*(carrier.node for carrier in block.carriers), *(consumer.node for consumer in block.consumers)}
-    }
-
-
 def choose_widths(
     groups: Sequence[Sequence[Block]],
     scores: Mapping[str, Tensor],
@@ -115,7 +88,7 @@ def choose_widths(
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
-    lowest = {name: _rounded_up(floor[name], steps[name], full[name]) for name in full}
+    lowest = {name: rounded_up(floor[name], steps[name], full[name]) for name in full}
     # the k-th neuron to leave a group is every block's k-th: its score is what they cost on the mean
     ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
     order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
@@ -147,7 +120,14 @@ def choose_widths(
         exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
         kept = total - wanted
         # half a step of excess: the total ends on whichever side is nearer
-        return everywhere(_round_widths(exact, full, lowest, steps, lambda widths: neurons(widths) - kept, 0.5))
+        rounded = _round_widths(exact, full, lowest, steps, lambda widths: neurons(widths) - kept, 0.5)
+        if rounded == full:
+            step = max(steps.values())
+            raise BudgetError(
+                f"ratio={budget.value:g} removes {wanted} of {total} neurons, and with widths that are multiples of {step} the nearest "
+                f"total is all of them; use a larger ratio, or a smaller round_to"
+            )
+        return everywhere(rounded)
 
     def spent(widths: Mapping[str, int]) -> int:
         return cost(everywhere(widths))
@@ -213,7 +193,8 @@ def _round_widths(
     return widths
 
 
-def _rounded_up(width: int, step: int, full: int) -> int:
+def rounded_up(width: int, step: int, full: int) -> int:
+    """The next multiple of the step, or the full width where that is less."""
     return min(full, math.ceil(width / step) * step)
 
 

@@ -26,11 +26,11 @@ from vbpfx.planning.budget import (
     mac_cost,
     parameter_cost,
     same_shape,
-    width_steps,
 )
 from vbpfx.planning.compensate import COMPENSATIONS, Compensation
 from vbpfx.planning.importance import Scoring, name_of, score
 from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.multiples import width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.records import Block, BlockPlan, Plan
@@ -69,8 +69,9 @@ def make_plan(
             floors: a block that moves nothing even so is free, and gives up what it may before any other gives.
         latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
-        round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions of 32 channels and more at multiples of
-            8, where runtimes are fast at them, and rounds nothing else; ``"vbp"`` rounds nothing.
+        round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions at multiples of 8 (of 4 where they have
+            5 to 8 channels, and of less where the budget would not be met so), where runtimes are fast at them, and
+            rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
         uniform: the same width in every block of the same shape, so that one number in a configuration
             (``intermediate_size``) describes it.
@@ -125,7 +126,7 @@ class Deciding:
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._prices = _prices(self.blocks, self._cost)
         self.floor = floors(self.blocks, chosen.min_width)
-        self._steps = width_steps(self._captured, self.blocks, chosen.round_to)
+        self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Number of samples that a block's statistics are of."""

@@ -14,7 +14,7 @@ from vbpfx import __version__
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.planning.budget import blocks_with_convolutions
+from vbpfx.planning.multiples import blocks_with_convolutions
 from vbpfx.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import spectra
@@ -63,7 +63,10 @@ def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
     return tuple(
         entry.block.name
         for entry in plan.blocks
-        if entry.pruned and len(entry.kept) % multiple and entry.block.name in convolving
+        if entry.pruned
+        and entry.block.width > multiple  # narrower ones have no multiple to go to
+        and len(entry.kept) % multiple
+        and entry.block.name in convolving
     )
 
 
