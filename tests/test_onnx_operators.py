@@ -13,6 +13,7 @@ import torch
 from onnx import helper, numpy_helper
 from onnx_files import run
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.onnx_graph import importer
 
 # Other kernels, the same float32.
@@ -257,7 +258,9 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("call", CALLS + SIZES, ids=lambda call: f"{call.op} {call.attributes or ''}")
 def test_an_operator(call: Call) -> None:
     model = call.model()
-    imported = importer.import_graph(ir.serde.deserialize_model(model), {"x": torch.from_numpy(call.x[:3].copy())})
+    imported = importer.import_graph(
+        ir.serde.deserialize_model(model), Inputs((), {"x": torch.from_numpy(call.x[:3].copy())})
+    )
     found = imported.graph_module(torch.from_numpy(call.x.copy()))
     expected = run(model, {"x": call.x})
     for one, other in zip(found if isinstance(found, (tuple, list)) else [found], expected, strict=True):

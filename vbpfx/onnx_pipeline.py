@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -19,9 +21,9 @@ from typing_extensions import Unpack
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.array_batches import ArrayBatches
-from vbpfx.data.inputs import Inputs
+from vbpfx.data.inputs import Inputs, Place
 from vbpfx.display.tables import counted
-from vbpfx.errors import CaptureError, ExportError, VerificationError, first_line
+from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
 from vbpfx.gathering import Calibration, Run, first_batch
 from vbpfx.graph.capture import Captured, captured_file
@@ -36,9 +38,10 @@ from vbpfx.onnx_graph.file import (
     true_inputs,
     write_model,
 )
-from vbpfx.onnx_graph.importer import Imported, import_graph
+from vbpfx.onnx_graph.importer import Imported, import_graph, open_file
 from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
-from vbpfx.onnx_graph.runtime import open_session, session_with
+from vbpfx.onnx_graph.runtime import open_session
+from vbpfx.onnx_graph.samples import find_samples
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.pipeline import EXAMPLE_SAMPLES, prune_captured
@@ -146,15 +149,15 @@ def prune_onnx(
     model = read_model(path)
     require_writable(path, out)
     first, data = first_batch(calibration)
-    inputs = {str(value.name): str(value.name) for value in true_inputs(model)}
-    samples_at_once = fixed_batch(model)
-    few = batch_reader(model, inputs)(first)
-    few = few if samples_at_once is not None else few.first(EXAMPLE_SAMPLES)
-    imported = import_graph(model, few.kwargs, path.parent)
+    session, names = open_file(model, path.parent), {str(v.name): str(v.name) for v in true_inputs(model)}
+    few = _few_samples(model, session, batch_reader(model, names)(first))
+    imported = import_graph(model, few, path.parent)
     read = batch_reader(model, imported.arguments)
-    example = Inputs((), {imported.arguments[name]: tensor for name, tensor in few.kwargs.items()})
+    example = _renamed(few, imported.arguments)
     captured = captured_file(imported.graph_module, example)
-    fidelity = _require_fidelity(model, path, imported, captured)
+    fidelity = _require_fidelity(model, session, path, imported, captured)
+    sizes = _sizes_taken(session, example, imported)
+    del session  # it may hold the whole network in memory
     tallies: list[Tally] = []
 
     def forward(observed: fx.GraphModule) -> Run | None:
@@ -164,7 +167,7 @@ def prune_onnx(
 
     pruned = prune_captured(
         captured,
-        Calibration(data, read, length_hint(calibration) or None, mask, progress),
+        Calibration(data, lambda batch: read(batch).along(example), length_hint(calibration) or None, mask, progress),
         options,
         fitting=fitting,
         target=target,
@@ -181,7 +184,7 @@ def prune_onnx(
     parity = [0.0]
 
     def compare(staged: Path) -> None:
-        parity[0] = _parity(staged, external, imported, captured, pruned.graph_module, samples_at_once)
+        parity[0] = _parity(staged, external, imported, sizes, pruned.graph_module)
 
     write_model(model, out, source=path, external=external, check=compare)
     left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
@@ -214,10 +217,46 @@ def _result(
     )  # fmt: skip
 
 
-def _require_fidelity(model: ir.Model, path: Path, imported: Imported, captured: Captured) -> float:
+def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: Inputs) -> Inputs:
+    """A few samples of a batch, along the axes that the file has them on; the whole batch where it takes no other number.
+
+    Raises:
+        CalibrationError: ONNX Runtime does not run the file on the batch.
+    """
+    try:
+        run(session, batch, {name: name for name in batch.kwargs})
+    except Exception as error:  # ONNX Runtime has many kinds
+        raise CalibrationError(
+            f"ONNX Runtime does not run the file on the first batch ({batch.describe()}): {first_line(error)}"
+        ) from error
+    found = find_samples(model, session, batch)
+    return found.first(EXAMPLE_SAMPLES) if found.axes is not None else found
+
+
+def _renamed(inputs: Inputs, arguments: Mapping[str, str]) -> Inputs:
+    """The inputs of a file as arguments of its graph."""
+    kwargs = {arguments[name]: tensor for name, tensor in inputs.kwargs.items()}
+    axes: dict[Place, int | None] = {(arguments[str(name)], 0): axis for (name, _), axis in (inputs.axes or {}).items()}
+    return dataclasses.replace(inputs, kwargs=kwargs, axes=axes or None)
+
+
+def _sizes_taken(session: onnxruntime.InferenceSession, example: Inputs, imported: Imported) -> list[Inputs]:
+    """Batches of a few sizes that the dense file runs on; the example alone where it is tied to that size."""
+    found = []
+    for samples in _CHECKED_BATCHES if example.axes is not None and example.batch_size is not None else ():
+        inputs = example.resized(samples)
+        with contextlib.suppress(Exception):  # ONNX Runtime has many kinds
+            run(session, inputs, imported.arguments)
+            found.append(inputs)
+    return found or [example]
+
+
+def _require_fidelity(
+    model: ir.Model, session: onnxruntime.InferenceSession, path: Path, imported: Imported, captured: Captured
+) -> float:
     """How far the graph that the file was read as is from the file itself."""
     inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # what is not finite is calibration's to name
-    expected = run(session_with(model, path.parent, ()), inputs, imported.arguments)
+    expected = run(session, inputs, imported.arguments)
     allowed = _allowed(imported)
     if (opset := converted_from(model)) is not None:
         _require_same(path, opset, inputs, imported, expected, allowed)
@@ -265,14 +304,13 @@ def _outputs(network: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
 
 
 def _parity(
-    staged: Path, external: bool, imported: Imported, captured: Captured, small: fx.GraphModule, fixed: int | None
+    staged: Path, external: bool, imported: Imported, batches: Sequence[Inputs], small: fx.GraphModule
 ) -> float:
     """The written file in ONNX Runtime against the narrowed graph."""
     worst = 0.0
     try:
         session = open_session(str(staged), staged.parent if external else None)
-        for samples in _CHECKED_BATCHES if fixed is None else (fixed,):
-            inputs = captured.inputs.resized(samples)
+        for inputs in batches:
             worst = max(worst, relative_error(run(session, inputs, imported.arguments), _outputs(small, inputs)))
     except Exception as error:  # ONNX Runtime has many kinds
         raise ExportError(f"the narrowed file does not run: {first_line(error)}; nothing was written") from error

@@ -9,7 +9,7 @@ back, nor by one to which the order of its inputs is all the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from typing import Any
@@ -36,7 +36,9 @@ class _Follows(IntEnum):
     EXACTLY = 3
 
 
-def find_batch_axes(model: nn.Module, inputs: Inputs) -> Inputs:
+def find_batch_axes(
+    model: nn.Module, inputs: Inputs, likely: Sequence[Mapping[Place, int | None]] | None = None
+) -> Inputs:
     """The inputs with the axis of every tensor that holds the samples (:attr:`vbpfx.data.inputs.Inputs.axes`).
 
     The first axis is tried first, so that a network that treats all entries alike has its batch there; then the second; then
@@ -47,6 +49,7 @@ def find_batch_axes(model: nn.Module, inputs: Inputs) -> Inputs:
     Args:
         model: a copy that may be run: whatever it writes to stays written. On the meta device sizes alone are compared.
         inputs: a batch on the model's device. A model that does not run on it has its batch where nobody has looked.
+        likely: the axes that come into question, the likeliest first; by default what the sizes suggest.
     """
     if inputs.axes is not None or inputs.is_empty or not inputs.tensors:
         return inputs
@@ -54,9 +57,10 @@ def find_batch_axes(model: nn.Module, inputs: Inputs) -> Inputs:
     given = inputs.map(lambda t: t.to("meta")) if on_meta else inputs
     with torch.random.fork_rng(_cuda_devices(inputs)), unheard(), unfused_attention(), full_float32():
         found: dict[_Follows, Inputs] = {}
-        for axes in itertools.islice(_hypotheses(given), _MOST):
+        for axes in itertools.islice(hypotheses(given) if likely is None else likely, _MOST):
             follows = _test(model, replace(given, axes=axes))
-            if follows is _Follows.IN_SIZE and not on_meta and not _is_first_axis_of_all(given, axes):
+            stated = likely is not None or _is_first_axis_of_all(given, axes)
+            if follows is _Follows.IN_SIZE and not on_meta and not stated:
                 continue
             found.setdefault(follows, replace(inputs, axes=axes, coupled=follows is _Follows.IN_SIZE and not on_meta))
             if follows is _Follows.EXACTLY:
@@ -71,7 +75,7 @@ def find_batch_axes(model: nn.Module, inputs: Inputs) -> Inputs:
     return replace(inputs, axes=dict.fromkeys(inputs.placed))
 
 
-def _hypotheses(inputs: Inputs) -> Iterator[dict[Place, int | None]]:
+def hypotheses(inputs: Inputs) -> Iterator[dict[Place, int | None]]:
     """Axes for all tensors, the likeliest first."""
     shapes = {place: t.shape for place, t in inputs.placed.items() if t.ndim and t.layout is torch.strided}
     seen: list[dict[Place, int | None]] = []
@@ -91,7 +95,7 @@ def _hypotheses(inputs: Inputs) -> Iterator[dict[Place, int | None]]:
                     yield axes
 
 
-def _is_first_axis_of_all(inputs: Inputs, axes: dict[Place, int | None]) -> bool:
+def _is_first_axis_of_all(inputs: Inputs, axes: Mapping[Place, int | None]) -> bool:
     return all(axes[place] == 0 for place, tensor in inputs.placed.items() if tensor.ndim)
 
 

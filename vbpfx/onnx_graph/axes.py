@@ -18,3 +18,9 @@ def open_negative_sizes(model: ir.Model) -> None:
         sizes = list(value.shape or ())
         if any(isinstance(size, int) and size < 0 for size in sizes):
             value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in sizes])
+
+
+def names_of_axes(value: ir.Value, axes: int) -> list[str | None]:
+    """What an input calls each of so many axes: "" for an open one without a name, None for one of fixed size."""
+    sizes = list(value.shape) if value.shape is not None else [None] * axes
+    return [None if isinstance(size, int) else str(getattr(size, "value", size) or "") for size in sizes]

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.graph.fake import sentinel
+from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.builder import (
     Builder,
     Constant,
@@ -37,6 +40,7 @@ from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.layers import LAYERS
 from vbpfx.onnx_graph.reductions import REDUCTIONS
 from vbpfx.onnx_graph.resize import RESIZE
+from vbpfx.onnx_graph.runtime import session_with
 from vbpfx.onnx_graph.shapes import SHAPES
 from vbpfx.onnx_graph.sizes import SIZE_OPERATORS, count, shape, takes_sizes
 from vbpfx.onnx_graph.unknown import OnnxCall, Probe, unknown
@@ -82,7 +86,21 @@ class Imported:
     strange: Mapping[str, list[ir.Node]]
 
 
-def import_graph(model: ir.Model, example: Mapping[str, Tensor], folder: Folder = Folder()) -> Imported:
+def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on a file.
+
+    Raises:
+        CaptureError: it does not take the file; an operator that neither knows is named.
+    """
+    try:
+        return session_with(model, folder, ())
+    except CaptureError as error:
+        if not (strange := _strange(model)):
+            raise
+        raise _without_function(strange[0], error) from error
+
+
+def import_graph(model: ir.Model, example: Inputs, folder: Folder = Folder()) -> Imported:
     """Make the fx graph, for any size of batch where the file allows it.
 
     Args:
@@ -93,29 +111,37 @@ def import_graph(model: ir.Model, example: Mapping[str, Tensor], folder: Folder 
     Raises:
         CaptureError: the file holds an unknown operator and does not run in ONNX Runtime, or the graph cannot be made.
     """
-    strange = [node for node in model.graph if not _is_known(node)]
+    strange = _strange(model)
     probe = Probe(model, folder, example)
     try:
         probe.look_at(strange)
     except CaptureError as error:
-        raise CaptureError(
-            f"{_named(strange[0])} has no torch function, and {error}; prune the PyTorch model"
-        ) from error
-    first = next(iter(example.values()))
+        raise _without_function(strange[0], error) from error
     sizes = {size for value in model.graph.initializers.values() for size in value.const_value.shape.numpy()}  # type: ignore[union-attr]
-    sizes |= {int(size) for tensor in example.values() for size in tensor.shape}
-    batch = first.shape[0] if first.ndim else None
-    if batch is not None:
+    sizes |= {int(size) for tensor in example.tensors for size in tensor.shape}
+    if example.batch_size is not None:
         samples = sentinel(sizes)
-        large = {
-            name: t.new_empty(samples, *t.shape[1:]) if t.ndim and t.shape[0] == batch else t
-            for name, t in example.items()
-        }
+        _, large = example.each(lambda t, axis: t if axis is None else _with_size(t, axis, samples))
         try:
-            return _build(model, large, probe)
+            with quiet_logging():
+                return _build(model, large, probe)
         except CaptureError:  # a graph that is tied to its batch size still works at that size
             pass
-    return _build(model, example, probe)
+    with quiet_logging():
+        return _build(model, example.kwargs, probe)
+
+
+def _with_size(tensor: Tensor, axis: int, size: int) -> Tensor:
+    return tensor.new_empty(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+
+
+def _strange(model: ir.Model) -> list[ir.Node]:
+    """The nodes that no table knows."""
+    return [node for node in model.graph if not _is_known(node)]
+
+
+def _without_function(node: ir.Node, error: CaptureError) -> CaptureError:
+    return CaptureError(f"{_named(node)} has no torch function, and {error}; prune the PyTorch model")
 
 
 def _named(node: ir.Node) -> str:

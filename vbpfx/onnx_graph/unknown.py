@@ -27,7 +27,7 @@ from torch._guards import detect_fake_mode
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.onnx_graph.builder import Array, Builder, Constant, Value, is_setting, widened
-from vbpfx.onnx_graph.file import fixed_batch, true_inputs
+from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.runtime import open_session, session_with
 
 # Batches at which the file is run for the shapes of its values: two make a line, the third is held against it.
@@ -49,13 +49,12 @@ class Probe:
 
     Args:
         folder: where the model's external data lies.
-        example: one batch, by the names of the inputs.
+        inputs: one batch, by the names of the inputs.
     """
 
-    def __init__(self, model: ir.Model, folder: Path, example: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ir.Model, folder: Path, inputs: Inputs) -> None:
         self.model, self.folder = model, folder
-        inputs = Inputs((), dict(example))
-        sizes = _PROBED_BATCHES if fixed_batch(model) is None and inputs.batch_size else ()
+        sizes = _PROBED_BATCHES if inputs.batch_size else ()
         batches = [inputs, *(inputs.resized(size) for size in sizes if size != inputs.batch_size)]
         self._feeds = [{name: tensor.cpu().numpy() for name, tensor in batch.kwargs.items()} for batch in batches]
         self._seen: dict[str, Seen] = {}
@@ -79,7 +78,9 @@ class Probe:
                 runs.append(feeds | dict(zip(wanted, session.run(wanted, feeds) if wanted else [], strict=True)))
             except Exception as error:  # ONNX Runtime has many kinds
                 if not runs:
-                    raise CaptureError(f"ONNX Runtime does not run the file: {first_line(error)}") from error
+                    raise CaptureError(
+                        f"ONNX Runtime does not hand out {', '.join(map(repr, wanted))}: {first_line(error)}"
+                    ) from error
                 self._feeds = self._feeds[: len(runs)]  # the file is tied to its size of batch
                 break
         for name in names:
