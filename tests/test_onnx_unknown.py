@@ -276,14 +276,16 @@ def a_body_adds_to_the_layer(net: Net) -> None:
         if "m1" in node.input:
             net.nodes.remove(node)
             break
-    net.add("Cast", ["limit"], "positive", to=TensorProto.BOOL)
-    net.scalar("limit", 1.0)
+    before = len(net.nodes)
+    net.add("Abs", ["x"], "sizes")
+    net.add("ReduceMax", ["sizes"], "most", keepdims=0)
+    net.add("Greater", ["most", net.scalar("limit", -1.0)], "positive")  # always, which nobody knows
     added = [helper.make_node("Add", ["product", "dense_1/bias"], ["yes"])]
     same = [helper.make_node("Identity", ["dense_1/bias"], ["no"])]
     net.add("If", ["positive"], "a1", then_branch=body(added, [], ["yes"]), else_branch=body(same, [], ["no"]))
-    strange, cast = net.nodes.pop(), net.nodes.pop()
+    added_nodes, net.nodes[before:] = net.nodes[before:], []
     at = next(i for i, node in enumerate(net.nodes) if node.output[0] == "h")
-    net.nodes[at:at] = [cast, strange]
+    net.nodes[at:at] = added_nodes
     net.nodes[-1].output[0] = "y"
 
 

@@ -113,7 +113,7 @@ class Inspection:
             text += table(
                 f"{counted(len(self.refusals), 'axis', 'axes')} refused",
                 ("axis of", "width", "at node", "because"),
-                [(r.name or "(whole model)", r.width, r.node, r.reason) for r in self.refusals],
+                [(r.label, r.width, r.node, r.reason) for r in self.refusals],
             )
         if self.steps:
             text += table(

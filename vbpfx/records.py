@@ -216,6 +216,9 @@ class Block:
         return tuple(dict.fromkeys(weight.rpartition(".")[0] for weight in weights))
 
 
+_SHOWN = 3  # weights that a refusal is called by
+
+
 @dataclass(frozen=True)
 class Refusal:
     """An axis that layers produce and that cannot be narrowed, with the reason.
@@ -233,6 +236,14 @@ class Refusal:
     producers: tuple[str, ...]
     node: str
     reason: str
+
+    @property
+    def label(self) -> str:
+        """What people are shown: the module path, or the first weights where no module encloses them all."""
+        if self.name:
+            return self.name
+        others = len(self.producers) - _SHOWN
+        return ", ".join(self.producers[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Analysis:
     def _tables(self) -> tuple[_Content, _Content]:
         """Title, columns and rows: of the blocks, and of what was refused."""
         blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
-        refusals = [(r.name or "(whole model)", r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
+        refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return (
             f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}",
             ("block", "width", "layers"),

@@ -174,9 +174,9 @@ def _relations(
         if takes_apart(source):  # the call that took it apart has said what its parts are
             return used
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
+    why = _obstacle_of(node, module) if module is not None else getattr(node.target, "refusal", "")
     if operand_of(node, names) is None and not takes_apart(node):
-        return [*used, *site.all_opaque(f"operator {name} makes several values of it")]
-    why = _obstacle_of(node, module) if module is not None else ""
+        return [*used, *site.all_opaque(why or f"operator {name} makes several values of it")]
     if rule is None:
         return [*used, *site.all_opaque(why or f"operator {name} {_UNLISTED}")]
     hooked = list(site.all_opaque(why)) if why else []

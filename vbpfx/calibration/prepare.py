@@ -213,9 +213,17 @@ def statistics(observed: fx.GraphModule) -> Statistics:
     return Statistics({name: tuple(moments) for name, moments in gathered.items()})
 
 
+_SHOWN = 8  # refusals that an error names
+
+
 def no_blocks(analysis: Analysis) -> str:
     """Why there is nothing to prune, in words."""
     if not analysis.refusals:
         return "the model has no block that can be narrowed: no layer with a weight was found"
-    reasons = (f"\n  {r.name or '(whole model)'}: {r.reason} (node {r.node})" for r in analysis.refusals[:8])
-    return "the model has no block that can be narrowed; what was looked at:" + "".join(reasons)
+    reasons = [f"\n  {r.label}: {r.reason}" + (f" (node {r.node})" if r.node else "") for r in analysis.refusals]
+    more = len(reasons) - _SHOWN
+    return (
+        "the model has no block that can be narrowed; what was looked at:"
+        + "".join(reasons[:_SHOWN])
+        + (f"\n  and {more} more; vbpfx inspect lists them all" if more > 0 else "")
+    )

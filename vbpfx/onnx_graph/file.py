@@ -18,6 +18,7 @@ from onnx_ir.passes.common import InlinePass
 
 from vbpfx.errors import ArtifactError, CaptureError, ExportError, VbpfxError, first_line
 from vbpfx.onnx_graph.axes import open_negative_sizes
+from vbpfx.onnx_graph.branches import take_constant_branches
 from vbpfx.onnx_graph.versions import converted
 from vbpfx.storage.files import Write, write_atomically
 
@@ -65,6 +66,7 @@ def read_model(path: Path) -> ir.Model:
     _load_beside_the_graph(path, model)
     open_negative_sizes(model)
     model = converted(model, path)
+    take_constant_branches(model)
     if not _is_in_order(model.graph):  # ONNX Runtime does not ask for it, and converters put nodes at the end
         model.graph.sort()
     for node in model.graph.all_nodes():

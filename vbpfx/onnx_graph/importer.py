@@ -90,8 +90,15 @@ def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
     """A session of ONNX Runtime on a file.
 
     Raises:
-        CaptureError: it does not take the file; an operator that neither knows is named.
+        CaptureError: it does not take the file; an operator that neither knows is named, and a value that nothing makes.
     """
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
+                raise CaptureError(
+                    f"{_named(node)} cannot be computed: nothing makes its input {value.name!r}, or it is a sparse initializer: "
+                    f"not supported"
+                )
     try:
         return session_with(model, folder, ())
     except CaptureError as error:
@@ -205,9 +212,6 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
     """The node's values; what goes wrong is said of the node."""
     b.node, b.hint = node, str(node.outputs[0].name)
     try:
-        lost = [value.name for value in node.inputs if value is not None and value not in b.values]
-        if lost:
-            raise CaptureError(f"nothing makes its input {lost[0]!r}, or it is a sparse initializer: not supported")
         if not _is_known(node):
             return unknown(b, probe)
         given = [b.values[value] for value in node.inputs if value is not None]

@@ -1,7 +1,8 @@
 """Names: what the initializers of a file are called as parameters of a module.
 
 A name that says where its tensor belongs stays. Exporters give weights that they transposed, and tensors that several
-layers came to share, names that say nothing; these are named after the module whose code made the call, where the file tells.
+layers came to share, names that say nothing; these are named after the module whose code made the call, where the file tells,
+and after the node that reads them otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _ROLES = {
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
 }
 
+# A number, by itself or behind a letter or what exporters call any value: 297, onnx::MatMul_123, w_17, _v_15, val_3.
+_SAYS_NOTHING = re.compile(
+    r"(onnx::|_)*((\w|val|const|constant|tensor|param|initializer|weight|bias|" + "|".join(_ROLES) + r")_?)?\d+",
+    re.IGNORECASE,
+)
+
 
 def suggested(stored: str, node: ir.Node, index: int, *, alone: bool) -> str:
     """A name for what a node reads as its input of that index.
@@ -37,7 +44,8 @@ def suggested(stored: str, node: ir.Node, index: int, *, alone: bool) -> str:
     """
     if alone and "." in stored:
         return stored
-    scope, role = _scope(node), _ROLES.get(node.op_type, {}).get(index)
+    role = _ROLES.get(node.op_type.removeprefix("Fused"), {}).get(index)
+    scope = _scope(node) or (str(node.name or "").strip("/") if not alone or _SAYS_NOTHING.fullmatch(stored) else "")
     return f"{scope}.{role or stored.rpartition('/')[2]}" if scope else stored
 
 

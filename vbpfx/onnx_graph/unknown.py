@@ -21,7 +21,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx import helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from vbpfx.data.inputs import Inputs
@@ -30,6 +30,7 @@ from vbpfx.onnx_graph.builder import Array, Builder, Constant, Value, is_setting
 from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.runtime import open_session, session_with
 
+_RECURRENT = ("LSTM", "GRU", "RNN")
 # Batches at which the file is run for the shapes of its values: two make a line, the third is held against it.
 _PROBED_BATCHES = (2, 3, 5)
 
@@ -153,11 +154,29 @@ def unknown(b: Builder, probe: Probe, why: str = "") -> tuple[Value, ...]:
     computed = [value not in constants for value in read]
     run = _SingleNode(node, b.imports, dtypes, settings)
     kinds = [torch.from_numpy(widened(np.empty(0, probe.seen(value).dtype))).dtype for value in made_by(node)]
-    result = b.emit(OnnxCall(node, run, computed, cases, kinds, why), *(b.anything_read(value) for value in read))
+    call = OnnxCall(node, run, computed, cases, kinds, why)
+    result = b.emit(call, *(b.anything_read(value) for value in read), *_held(b))
     if len(kinds) == 1:
         return tuple(result for _ in node.outputs)
     numbers = {value: number for number, value in enumerate(made_by(node))}
     return tuple(b.emit(operator.getitem, result, numbers.get(value, 0)) for value in node.outputs)
+
+
+def _held(b: Builder) -> list[fx.Node]:
+    """The weights within the node's bodies: nobody narrows them, and whoever looks for a layer finds them named."""
+    found = []
+    for body in _bodies_within(b.node):
+        for value in body.initializers.values():
+            array = None if value.const_value is None else value.const_value.numpy()
+            if array is not None and array.ndim > 1 and array.dtype.kind == "f":
+                b.values[value] = Constant(array, value)
+                found.append(b.anything_read(value))
+    return found
+
+
+def _bodies_within(node: ir.Node) -> list[ir.Graph]:
+    """The node's bodies, and those of nodes in them."""
+    return [graph for body in _bodies(node) for graph in (body, *(g for n in body for g in _bodies_within(n)))]
 
 
 @dataclass(frozen=True)
@@ -187,13 +206,15 @@ class OnnxCall:
     ) -> None:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
         self.__name__ = f"{name} ({why})" if why else name
+        self.refusal = _refusal(node)
         self.run, self.computed, self.cases, self.kinds = run, computed, cases, kinds
 
     def __deepcopy__(self, memo: Any) -> OnnxCall:
         return self  # a function: copies of a graph share it
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The node's value, or the tuple of its values."""
+        """The node's value, or the tuple of its values; of the weights within its bodies, which come last, it takes no notice."""
+        tensors = tensors[: len(self.computed)]
         if detect_fake_mode(tensors) is not None:
             read = [tuple(t.shape) for t, computed in zip(tensors, self.computed, strict=True) if computed]
             found = tuple(torch.empty(s, dtype=k) for s, k in zip(self._shapes(read), self.kinds, strict=True))
@@ -214,6 +235,17 @@ class OnnxCall:
         if found is None:
             raise CaptureError(f"the shapes that it makes of {read} are not known: they depend on more than the batch")
         return found
+
+
+def _refusal(node: ir.Node) -> str:
+    """Why nothing that a node reads, makes or holds is narrowed, where there is more to say than that no table has it."""
+    if node.op_type in _RECURRENT:
+        return f"the recurrent layer {node.op_type} reads or makes it, and keeps its widths"
+    if _bodies(node):
+        return (
+            f"operator {node.op_type} is not in the operator table: what its bodies read, make and hold stays as it is"
+        )
+    return ""
 
 
 def _on_the_line(first: Case, second: Case, read: list[Shape]) -> list[Shape] | None:

@@ -21,7 +21,7 @@ def refused(report: Report) -> Markup | None:
         return tag("p", about)
     reasons: dict[str, list[tuple[str, int, str]]] = {}
     for refusal in report.refusals:
-        reasons.setdefault(refusal.reason, []).append((refusal.name or "(whole model)", refusal.width, refusal.node))
+        reasons.setdefault(refusal.reason, []).append((refusal.label, refusal.width, refusal.node))
     groups = [
         tag(
             "details",
