@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import torch
@@ -44,25 +43,18 @@ class _Two(nn.Module):
         return self.head(self.words(tokens).mean(1) * scale)
 
 
-@dataclasses.dataclass
-class Logits:
-    """An output that torch.export does not know."""
-
-    logits: Tensor
-
-
-class _Recorded(nn.Module):
+class _Bessel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mlp = mlp()
 
-    def forward(self, x: Tensor) -> Logits:
-        return Logits(self.mlp(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + torch.special.bessel_j0(x.flatten(1)[:, :5])
 
 
-def recorded() -> nn.Module:
-    """Returns a dataclass."""
-    return _Recorded()
+def bessel() -> nn.Module:
+    """Adds what ONNX has no operator for."""
+    return _Bessel()
 
 
 def hollow() -> nn.Module:
@@ -97,3 +89,20 @@ def failing_in_rank_1() -> nn.Module:
     if os.environ["RANK"] == "1":
         raise ValueError("not in rank 1")
     return mlp()
+
+
+class _Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.attention = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, tokens: Tensor, pad: Tensor) -> Tensor:
+        x = self.words(tokens)
+        return self.head(x + self.attention(x, x, x, key_padding_mask=pad, need_weights=False)[0])
+
+
+def padded() -> nn.Module:
+    """Takes ``tokens`` (samples, length) below 9 and ``pad`` of the same shape, True at padding."""
+    torch.manual_seed(1)
+    return _Padded()

@@ -254,11 +254,9 @@ def test_ctrl_c_in_a_terminal(place: Path) -> None:
 
 
 def test_training_is_not_lost_where_onnx_cannot_be_made(place: Path) -> None:
-    model = "cli_networks:recorded"
+    model = "cli_networks:bessel"
     made = _run(*_prune("--method", "vbp", model=model))
-    _require_one_line(
-        made, 1, "out holds everything but model.onnx: torch.onnx cannot export the network: RuntimeError: Found"
-    )
+    _require_one_line(made, 1, "out holds everything but model.onnx: torch.onnx cannot export the network: ")
     assert "\x1b" not in made.stderr
     tune = ["finetune", "out", "--dense", model, "--data", "good.npy", "--epochs", "1", "--out", "tuned"]
     Path("tuned").mkdir()
@@ -266,7 +264,7 @@ def test_training_is_not_lost_where_onnx_cannot_be_made(place: Path) -> None:
         Path("tuned", name).write_text("")
     _require_one_line(_run(*tune), 1, "tuned holds everything but model.onnx")
     assert not Path("tuned/model.onnx").exists()
-    assert isinstance(vbpfx.load("tuned", into=cli_networks.recorded()), nn.Module)
+    assert isinstance(vbpfx.load("tuned", into=cli_networks.bessel()), nn.Module)
 
 
 def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,3 +182,21 @@ def test_what_fails_in_one_process_is_said_once(model: str, data: str, line: str
     assert len(said) == 1
     assert line in said[0]
     assert not (elsewhere / "never").exists()
+
+
+def test_a_mask_is_named_with_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 9, (8, 6))
+    np.savez("data.npz", tokens=tokens, pad=np.arange(6) >= np.arange(8)[:, None] % 5 + 2)
+    command = ["prune", "cli_networks:padded", "--data", "data.npz", "--ratio", "0.5", "--method", "vbp", "--no-onnx"]
+    for mask in ("pad", "pad:padding"):
+        result = CliRunner().invoke(app, [*command, "--out", "out", "--mask", mask])
+        assert result.exit_code == 0, result.output
+        wanted = sum(min(n % 5 + 2, 6) for n in range(8))
+        assert load_plan("out").settings["samples"] == wanted
+    result = CliRunner().invoke(app, [*command, "--out", "other", "--mask", "pad:tokens"])
+    assert result.exit_code == 1
+    assert "its nonzero entries are tokens, and they are padding" in result.output
+    result = CliRunner().invoke(app, [*command, "--out", "other", "--mask", "pad:words"])
+    assert result.exit_code == 2
+    assert "expected NAME, NAME:tokens or NAME:padding" in " ".join(result.output.split())

@@ -88,7 +88,7 @@ class Translator(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
     ) -> Tensor:
         text = self.encoder(self.words(input_ids), attention_mask)
-        return self.decoder(self.words(decoder_input_ids) + text.mean(1, True), decoder_attention_mask)
+        return self.decoder(self.words(decoder_input_ids) + text[:, :1], decoder_attention_mask)
 
 
 def _texts() -> dict[str, Tensor]:
@@ -268,3 +268,149 @@ def test_samples_and_batches_of_nothing_but_padding() -> None:
         _assert_moments(statistics.moments[block.name][0], np.concatenate([rows, rows]))
     with pytest.raises(CalibrationError, match="saw no data"):
         _gather(model, [empty])
+
+
+# ---- tokens or padding ----------------------------------------------------------------------------------------------
+
+
+class Opposite(nn.Module):
+    """The same encoder under a mask whose nonzero entries are padding."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(input_ids, 1 - attention_mask)
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` as it is: True where there is padding; with ``causal``, nobody looks ahead."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.words, self.attention = nn.Embedding(WORDS, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc1, self.fc2, self.causal = nn.Linear(8, 20), nn.Linear(20, 3), causal
+
+    def forward(self, input_ids: Tensor, pad: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        ahead = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1) if self.causal else None
+        x = x + self.attention(x, x, x, key_padding_mask=pad, attn_mask=ahead, need_weights=False)[0]
+        return self.fc2(self.fc1(x).relu())
+
+
+class Added(Encoder):
+    """A mask that is added to the scores: 0 at tokens, far below zero at padding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(input_ids, (attention_mask == 0).long())
+
+
+class Unmasked(nn.Module):
+    """Reads a mask and mixes all tokens all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fc1, self.fc2 = nn.Embedding(WORDS, 8), nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids) * (1 + attention_mask.unsqueeze(-1))
+        x = x + x.mean(1, True)
+        return self.fc2(self.fc1(x).relu())
+
+
+class Alone(Unmasked):
+    """No token sees another, so that nothing shows what the mask's entries are."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.fc2(self.fc1(self.words(input_ids) * attention_mask.unsqueeze(-1)).relu())
+
+
+IDS = torch.arange(SAMPLES * TOKENS).view(SAMPLES, TOKENS) % (WORDS - 1) + 1
+
+
+def _assert_rows_of_tokens(model: nn.Module, batch: dict[str, Any], **options: Any) -> None:
+    """Every block's statistics are those of the tokens, by hand."""
+    analysis, statistics = _gather(model, [batch], **options)
+    assert len(analysis.blocks) > 0
+    for block in analysis.blocks:
+        (consumer,) = block.consumers
+        rows = _read_by_hand(model, consumer.weight.rpartition(".")[0], batch)
+        _assert_moments(statistics.moments[block.name][0], rows[MASK.flatten().bool().numpy()])
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_padding_may_be_what_is_nonzero(merged: bool, frontend: str) -> None:
+    model = Opposite(randomize(Encoder(merged)).double()).eval()
+    _assert_rows_of_tokens(model, {"input_ids": IDS, "attention_mask": 1 - MASK}, frontend=frontend)
+
+
+@pytest.mark.parametrize("mask", ["pad", ("pad", "padding")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_multihead_attention_calls_padding_true(causal: bool, mask: Any) -> None:
+    """Causal attention never looks at what stands behind, padding or not: the first position tells."""
+    model = randomize(Attention(causal)).double().eval()
+    _assert_rows_of_tokens(model, {"input_ids": IDS, "pad": MASK == 0}, mask=mask)
+
+
+def test_a_mask_that_is_added_is_zero_at_tokens() -> None:
+    model = randomize(Added()).double().eval()
+    added = torch.zeros(MASK.shape, dtype=torch.float64).masked_fill(MASK == 0, -1e9)
+    _assert_rows_of_tokens(model, {"input_ids": IDS, "attention_mask": added})
+
+
+def test_a_batch_without_padding_tells_as_well() -> None:
+    """What the entries are is tried out on masks made for it, so the first batch need not hold any padding."""
+    model = Opposite(randomize(Encoder()).double()).eval()
+    full = {"input_ids": IDS, "attention_mask": torch.zeros_like(MASK)}
+    padded = {"input_ids": IDS, "attention_mask": 1 - MASK}
+    _, statistics = _gather(model, [full, padded])
+    assert {moments.count for (moments,) in statistics.moments.values()} == {SAMPLES * TOKENS + int(LENGTHS.sum())}
+
+
+@pytest.mark.parametrize("said", ["tokens", "padding"])
+def test_what_is_said_of_a_mask_is_checked(said: Any) -> None:
+    plain = randomize(Encoder()).double().eval()
+    model, true, mask = (plain, "tokens", MASK) if said == "padding" else (Opposite(plain).eval(), "padding", 1 - MASK)
+    batch = {"input_ids": IDS, "attention_mask": mask}
+    with pytest.raises(AnalysisError, match=rf"entries are {said}, and they are {true}.*'attention_mask', '{true}'"):
+        _gather(model, [batch], mask=("attention_mask", said))
+    _assert_rows_of_tokens(model, batch, mask=("attention_mask", true))
+
+
+def test_padding_that_influences_the_output_is_warned_of() -> None:
+    model, batch = randomize(Unmasked()).double().eval(), _texts()
+    with pytest.warns(UserWarning, match="keeps nothing apart: .* Its zero entries are left out .* name another mask="):
+        analysis, statistics = _gather(model, [batch])
+    _assert_by_hand(model, analysis, statistics, batch, {"fc1": MASK})
+
+
+@pytest.mark.parametrize(("mask", "kept"), [(None, 1), (("attention_mask", "padding"), 0)])
+def test_where_nothing_shows_what_is_said_or_usual_holds(mask: Any, kept: int) -> None:
+    model, batch = randomize(Alone()).double().eval(), _texts()
+    _, statistics = _gather(model, [batch], mask=mask)
+    assert [moments.count for (moments,) in statistics.moments.values()] == [int((kept == MASK).sum())]
+
+
+@pytest.mark.parametrize("mask", [("attention_mask", "words"), ("attention_mask",), 3])
+def test_a_mask_is_a_name_or_a_name_and_what_it_says(mask: Any) -> None:
+    with pytest.raises(AnalysisError, match="is no mask: pass the name of the model's argument"):
+        _gather(randomize(Encoder()).double().eval(), [_texts()], mask=mask)
+
+
+def test_layers_are_fitted_on_the_tokens_of_either_kind_of_mask() -> None:
+    """The two networks are one, so neurons, constants and fits are the same, bit for bit."""
+    plain = randomize(Encoder()).double().eval()
+    ids = torch.randint(1, WORDS, (24, TOKENS))
+    mask = (torch.arange(TOKENS) < torch.randint(3, TOKENS + 1, (24, 1))).long()
+    plans = [
+        vbpfx.prune(model, [{"input_ids": ids, "attention_mask": given}], ratio=0.5, progress=False).plan
+        for model, given in ((plain, mask), (Opposite(plain).eval(), 1 - mask))
+    ]
+    for one, two in zip(plans[0].blocks, plans[1].blocks, strict=True):
+        assert one.kept == two.kept
+        torch.testing.assert_close(one.constants, two.constants, rtol=RTOL, atol=1e-12)
+    assert len(plans[0].corrections) == len(plans[1].corrections) > 0
+    for one, two in zip(plans[0].corrections, plans[1].corrections, strict=True):
+        torch.testing.assert_close(one.weight, two.weight, rtol=1e-7, atol=1e-9)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.calibrate import calibrate
 from vbpfx.calibration.compiled import Compile, compiling, forward_passes
 from vbpfx.calibration.passes import Forward
@@ -42,7 +43,7 @@ class Calibration:
     batches: Iterable[Any]
     read: Callable[[Any], Inputs]
     total: int | None = None
-    mask: str | None = None
+    mask: MaskArgument | None = None
     progress: bool = True
     ranks: Ranks = ALONE
     checkpoint: str | Path | None = None

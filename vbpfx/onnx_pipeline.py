@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import Analysis
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.array_batches import ArrayBatches
 from vbpfx.data.inputs import Inputs, Place
@@ -102,7 +103,7 @@ def prune_onnx(
     calibration: Iterable[Any],
     out: str | Path,
     *,
-    mask: str | None = None,
+    mask: MaskArgument | None = None,
     reconstruct: bool | None = None,
     refit: bool | None = None,
     samples: int | None = None,

@@ -12,6 +12,7 @@ from torch import fx, nn
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import find_blocks
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.compiled import Compile
 from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import as_inputs, reader
@@ -45,7 +46,7 @@ def prune(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
-    mask: str | None = None,
+    mask: MaskArgument | None = None,
     reconstruct: bool | None = None,
     refit: bool | None = None,
     samples: int | None = None,

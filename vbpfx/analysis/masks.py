@@ -2,19 +2,21 @@
 
 A mask has one entry per sample and token, (B, T). It covers a value if the value's token axis *is* the mask's, which the
 dependency graph knows: both run from the same tokens. Equal lengths say nothing: an image tower may have as many
-patches as the text has words.
+patches as the text has words. Whether its nonzero entries are tokens or padding is tried out (:mod:`vbpfx.analysis.polarity`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx
 
 from vbpfx.analysis.evidence import Evidence, gather
+from vbpfx.analysis.polarity import Polarity, try_out
 from vbpfx.errors import AnalysisError
 from vbpfx.graph.capture import Captured
 from vbpfx.records import Source
@@ -22,6 +24,8 @@ from vbpfx.rules.axes import Axis
 
 # What Hugging Face models call the masks of their two inputs.
 FOUND_BY_THEMSELVES = ("attention_mask", "decoder_attention_mask")
+# A name, or a name and what the nonzero entries stand for.
+MaskArgument = str | tuple[str, Polarity]
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,32 @@ class Mask:
         node: name of the mask's node.
         axes: the axes of the value that stand for its samples and tokens, counted from the value's end; one axis where
             they are merged, sample after sample.
+        nonzero: what its entries that are not zero stand for.
     """
 
     node: str
     axes: tuple[int, ...]
+    nonzero: Polarity = "tokens"
 
 
-def find_masks(captured: Captured, sources: Iterable[Source], name: str | None = None) -> dict[Source, Mask]:
+def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument | None = None) -> dict[Source, Mask]:
     """The mask of every source that has one.
 
     Args:
-        name: the model's argument that is the mask; by default ``attention_mask`` and
-            ``decoder_attention_mask``, where the model was captured with them.
+        mask: the model's argument that is the mask, alone or with what its nonzero entries stand for: ``("pad", "padding")``; by
+            default ``attention_mask`` and ``decoder_attention_mask``, where the model was captured with them. What the entries
+            stand for is tried out; where nothing is seen, nonzero entries are tokens, or padding where ``padding`` is in the name.
 
     Raises:
-        AnalysisError: the named argument is none of the graph's inputs, has no axes for samples and tokens, or covers none
-            of the sources. A mask that was found by itself and covers none is a warning.
+        AnalysisError: the argument is no mask, none of the graph's inputs, has no axes for samples and tokens, covers none
+            of the sources, or its entries are the opposite of what is said. A mask that was found by itself and covers none is a
+            warning, and so is one whose padding influences the output.
     """
+    name, stated = settled_mask(mask)
     inputs = {str(n.target): n for n in captured.graph_module.graph.nodes if n.op == "placeholder"}
     chosen = [n for n in FOUND_BY_THEMSELVES if n in inputs] if name is None else [name]
-    for mask in chosen:
-        value = inputs[mask].meta["val"] if mask in inputs else None
+    for argument in chosen:
+        value = inputs[argument].meta["val"] if argument in inputs else None
         if name is not None and not (isinstance(value, Tensor) and value.ndim == 2):
             raise AnalysisError(
                 f"mask={name!r} is no input of the captured graph with an entry per sample and token; its inputs are "
@@ -62,13 +71,18 @@ def find_masks(captured: Captured, sources: Iterable[Source], name: str | None =
     if not masks:
         return {}
     evidence = gather(captured)
-    found = {}
+    found: dict[Source, Mask] = {}
     for node in masks:
         tokens, rows = _tokens(_beginnings(node, inputs), evidence)
-        for source in sources:
-            axes = _covered(source, tokens, rows, evidence.sizes[Axis(node.name, 0)], evidence)
-            if axes is not None:
-                found[source] = Mask(node.name, axes)
+        covered = {
+            source: axes
+            for source in sources
+            if (axes := _covered(source, tokens, rows, evidence.sizes[Axis(node.name, 0)], evidence)) is not None
+        }
+        if covered:
+            beside = [n.name for n in inputs.values() if n is not node and Axis(n.name, 1) in tokens]
+            nonzero = _nonzero(captured, node, beside, stated)
+            found |= {source: Mask(node.name, axes, nonzero) for source, axes in covered.items()}
     if not found:
         message = f"the mask {', '.join(chosen)} covers none of the values that are observed"
         if name is not None:
@@ -77,9 +91,53 @@ def find_masks(captured: Captured, sources: Iterable[Source], name: str | None =
     return found
 
 
+def settled_mask(mask: Any) -> tuple[str | None, Polarity | None]:
+    """Name and polarity of what was passed as ``mask``.
+
+    Raises:
+        AnalysisError: it is neither a name nor a name and a polarity.
+    """
+    match mask:
+        case None | str():
+            return mask, None
+        case (str() as name, ("tokens" | "padding") as stated):
+            return name, stated
+    raise AnalysisError(
+        f"mask={mask!r} is no mask: pass the name of the model's argument, or the name and what its nonzero entries stand for, such as "
+        f"('key_padding_mask', 'padding') or ('attention_mask', 'tokens')"
+    )
+
+
+def _nonzero(captured: Captured, mask: fx.Node, beside: Collection[str], stated: Polarity | None) -> Polarity:
+    """What the nonzero entries of a mask stand for."""
+    usual: Polarity = "padding" if "padding" in str(mask.target) else "tokens"
+    tried = try_out(captured, mask, beside)
+    if tried.influences:
+        warnings.warn(
+            f"the mask {mask.target} keeps nothing apart: a token that it calls padding influences the output at other positions, "
+            f"whichever of its entries are taken for padding. Its {'nonzero' if (stated or usual) == 'padding' else 'zero'} entries are "
+            f"left out of the statistics; if that is not right, leave the argument out of the batches, or name another mask=",
+            stacklevel=5,
+        )
+    elif stated is not None and tried.polarity not in (None, stated):
+        raise AnalysisError(
+            f"mask=({str(mask.target)!r}, {stated!r}) says that its nonzero entries are {stated}, and they are {tried.polarity}: "
+            f"replacing a token whose entry is {'zero' if stated == 'padding' else 'nonzero'} leaves the output at other positions as "
+            f"it is. Pass mask=({str(mask.target)!r}, {tried.polarity!r}), or the name alone"
+        )
+    return stated or tried.polarity or usual
+
+
 def _beginnings(mask: fx.Node, inputs: Mapping[str, fx.Node]) -> list[Axis]:
-    """The token axes of a mask and of the token ids beside it, which masks made by indexing have no other link to."""
+    """The token axes of a mask and of the tokens beside it, which masks made by indexing, or read inside of a layer, have no other link to.
+
+    Those are the token ids by their name, or else the only other input of as many samples and tokens.
+    """
     ids = inputs.get(str(mask.target).replace("attention_mask", "input_ids"))
+    if ids is None or ids is mask:
+        shapes = {n: v.shape[:2] for n in inputs.values() if isinstance(v := n.meta["val"], Tensor) and v.ndim > 1}
+        alike = [n for n, shape in shapes.items() if n is not mask and shape == shapes[mask]]
+        ids = alike[0] if len(alike) == 1 else None
     both = [mask] if ids is None or ids is mask else [mask, ids]
     return [Axis(node.name, 1) for node in both if node.meta["val"].shape[:2] == mask.meta["val"].shape]
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
-from vbpfx.analysis.masks import find_masks
+from vbpfx.analysis.masks import Mask, MaskArgument, find_masks
 from vbpfx.calibration.moments import Moments
 from vbpfx.calibration.observer import Observer
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
@@ -105,7 +106,7 @@ def prepare(
     analysis: Analysis,
     *,
     blocks: Iterable[Block] | None = None,
-    mask: str | None = None,
+    mask: MaskArgument | None = None,
     covariance: bool | float = True,
 ) -> fx.GraphModule:
     """An instrumented copy of the captured graph, in eval mode: run your own data through it.
@@ -118,8 +119,10 @@ def prepare(
         captured: the dense graph; it stays as it was.
         analysis: of this graph.
         blocks: the blocks to observe; all of the analysis by default.
-        mask: the model's argument that says which tokens are padding, (B, T), zero for padding; ``attention_mask`` is found
-            by itself. Padding does not enter the statistics, at every value whose token axis is the mask's.
+        mask: the model's argument that says which tokens are padding, (B, T); ``attention_mask`` is found by itself. Padding does not
+            enter the statistics, at every value whose token axis is the mask's. Whether nonzero entries are tokens
+            (Hugging Face) or padding (``nn.MultiheadAttention``) is tried out on a few samples: what is padding does not influence the
+            output elsewhere. ``("pad", "padding")`` or ``("keep", "tokens")`` says it, too, and is checked.
         covariance: gather covariances beside the variances, of every so-manieth position: of as many as keep their cost
             below half of the network's own products, or below the share that is given. They are what regressions need;
             ``method="vbp"`` does without.
@@ -153,8 +156,24 @@ def prepare(
             samples=captured.samples_axis(source.node) or 0,
         )
 
-    insert_at_sources(observed, chosen, observer, "observe", {source: m.node for source, m in masks.items()})
+    beside = {source: _kept(observed, found) for source, found in masks.items()}
+    insert_at_sources(observed, chosen, observer, "observe", beside)
     return observed
+
+
+def _kept(observed: fx.GraphModule, mask: Mask) -> str:
+    """Name of the node whose value is nonzero at tokens: the mask, or its opposite, which is made where there is none yet."""
+    if mask.nonzero == "tokens":
+        return mask.node
+    inputs = observed.graph.find_nodes(op="placeholder")
+    node = next(node for node in inputs if node.name == mask.node)
+    made = next((user for user in node.users if user.name == f"{mask.node}_kept"), None)
+    if made is None:
+        with observed.graph.inserting_after(inputs[-1]):
+            made = observed.graph.create_node("call_function", torch.logical_not, (node,), name=f"{mask.node}_kept")
+        with node.meta["val"].fake_mode:
+            made.meta["val"] = node.meta["val"].logical_not()
+    return made.name
 
 
 def rows_a_sample(captured: Captured, source: Source) -> int:

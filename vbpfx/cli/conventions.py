@@ -87,6 +87,18 @@ def fraction(value: float | None) -> float | None:
     return value
 
 
+def mask_argument(text: str) -> str | tuple[str, str] | None:
+    """What a ``--mask`` such as ``keep`` or ``pad:padding`` says, as :func:`vbpfx.prune` takes it; None for none.
+
+    Raises:
+        typer.BadParameter: what its entries stand for is neither of the two.
+    """
+    name, colon, nonzero = text.partition(":")
+    if colon and nonzero not in ("tokens", "padding"):
+        raise typer.BadParameter(f"--mask {text}: expected NAME, NAME:tokens or NAME:padding")
+    return (name, nonzero) if colon else name or None
+
+
 def sizes(shape: str) -> tuple[int, ...] | None:
     """The numbers in a ``--shape`` such as 3x224x224; None for none.
 

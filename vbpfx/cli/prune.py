@@ -24,6 +24,7 @@ from vbpfx.cli.conventions import (
     device_named,
     failing_in_one_line,
     fraction,
+    mask_argument,
     note,
     note_random_weights,
     require_apart,
@@ -126,6 +127,14 @@ def prune(
     std: Std = "",
     crop: Crop = None,
     max_length: MaxLength = None,
+    mask: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=CALIBRATION,
+            metavar="NAME[:WHAT]",
+            help="The argument that is the padding mask, where it is not attention_mask; WHAT its nonzero entries are, tokens or padding.",
+        ),
+    ] = "",
     frontend: Tracing = Frontend.auto,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of what --limit chooses, and of random weights where none are given.")] = 0,
@@ -164,7 +173,7 @@ def prune(
         **budgets, "method": method.value, "min_width": min_width, "include": include, "exclude": exclude,
         "uniform": uniform or None, "round_to": 1 if unrounded and round_to is None else round_to,
         "runtime": place.value if place else None, "samples": samples, "memory": memory, "frontend": frontend.value,
-        "checkpoint": checkpoint, "compile": compiled or None,
+        "mask": mask_argument(mask), "checkpoint": checkpoint, "compile": compiled or None,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value not in (None, [])}
     source = reading(

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.artifact import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader
@@ -86,7 +87,7 @@ def prune_files(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
-    mask: str | None = None,
+    mask: MaskArgument | None = None,
     memory: float = 4.0,
     shard_size: int | str | None = None,
     progress: bool = True,

@@ -16,6 +16,7 @@ from itertools import accumulate
 from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.calibrate import misfit, not_finite, progress_bar
 from vbpfx.calibration.moments import Moments
 from vbpfx.calibration.observer import Observer
@@ -53,7 +54,7 @@ def stream_plan(
     batches: Sequence[Inputs],
     chosen: PlanOptions,
     *,
-    mask: str | None,
+    mask: MaskArgument | None,
     memory: float,
     progress: bool,
 ) -> tuple[Plan, Statistics]:
@@ -109,7 +110,7 @@ class _Gathering:
         blocks: Sequence[Block],
         loans: Loans,
         batches: Sequence[Inputs],
-        mask: str | None,
+        mask: MaskArgument | None,
         memory: float,
         progress: bool,
     ) -> None:

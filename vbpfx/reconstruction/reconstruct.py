@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vbpfx.analysis.blocks import Analysis
+from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.distributed.samples import Samples
@@ -55,7 +56,7 @@ def reconstruct(
     beside: Sequence[Consumer] = (),
     choose: bool = True,
     share: float = SHARE,
-    mask: str | None = None,
+    mask: MaskArgument | None = None,
     progress: bool = False,
 ) -> Plan:
     """A plan with the same widths whose layers are fitted block after block.
@@ -104,7 +105,7 @@ class _Reconstruction:
         steps: Sequence[Step],
         influence: Mapping[str, Influence],
         share: float,
-        mask: str | None,
+        mask: MaskArgument | None,
     ) -> None:
         self.captured, self.plan, self.share, self.influence = captured, plan, share, influence
         self.tensors = named_tensors(self.captured.reference)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vbpfx.analysis.masks import Mask, find_masks
+from vbpfx.analysis.masks import Mask, MaskArgument, find_masks
 from vbpfx.calibration.observer import as_rows, is_held_out, row_numbers
 from vbpfx.calibration.prepare import coprime, rows_a_sample
 from vbpfx.distributed.samples import Samples
@@ -52,7 +52,7 @@ class LayerRows:
         samples: Samples,
         widths: Mapping[Source, int],
         influence: Mapping[str, Influence],
-        mask: str | None,
+        mask: MaskArgument | None,
     ) -> None:
         self._captured, self._dense, self._narrow = captured, dense, narrow
         self._samples, self._influence = samples, influence
@@ -109,13 +109,13 @@ class LayerRows:
         return coprime(step, a_sample)
 
     def _padding(self, batch: int, mask: Mask | None) -> Tensor | None:
-        """The padding mask in one batch."""
+        """The padding mask in one batch, nonzero at tokens."""
         if mask is None:
             return None
         names = [node.name for node in self._captured.graph_module.graph.nodes if node.op == "placeholder"]
         found = graph_arguments(self._captured.graph_module, self._samples.batches[batch])[names.index(mask.node)]
         assert isinstance(found, Tensor)
-        return found
+        return found if mask.nonzero == "tokens" else found.logical_not()
 
 
 def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:

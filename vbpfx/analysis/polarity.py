@@ -1,0 +1,130 @@
+"""Which entries of a mask are padding: tried out, since names do not tell.
+
+Hugging Face's masks are nonzero at tokens, those of ``nn.MultiheadAttention`` at padding, and masks that are added to scores are far
+below zero there. What is padding does not influence the output at any other position. So one position of a few samples is
+called something else than all others, its token is replaced by two others in turn, and the outputs elsewhere are compared: once at
+the first position, which causal attention sees from everywhere, once at the last, which networks that take lengths leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from vbpfx.data.inputs import tensors_in
+from vbpfx.graph.capture import Captured
+from vbpfx.graph.fake import graph_arguments
+from vbpfx.graph.frontends import quiet_logging
+
+# What the entries of a mask that are not zero stand for.
+Polarity = Literal["tokens", "padding"]
+POLARITIES: tuple[Polarity, ...] = ("tokens", "padding")
+
+_SAMPLES = 2
+# Largest change that counts as none, relative to the output: a masked score adds an exact zero, up to the order of sums.
+_NOTHING = 1e-5
+
+
+class Tried(NamedTuple):
+    """What trying out a mask has shown.
+
+    Attributes:
+        polarity: what its nonzero entries are; None where that was not seen.
+        influences: whether neither is true: positions influence each other whatever the mask says.
+    """
+
+    polarity: Polarity | None
+    influences: bool = False
+
+
+def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried:
+    """Find out what the nonzero entries of a mask (B, T) stand for.
+
+    Args:
+        mask: the mask's node, an input of the graph.
+        beside: names of further inputs whose second axis is the mask's, tokens or what is made of them.
+    """
+    if any(tensor.is_meta for tensor in captured.graph_module.parameters()):
+        return Tried(None)
+    inputs = captured.inputs.first(_SAMPLES) if captured.divisible else captured.inputs
+    given = graph_arguments(captured.graph_module, inputs)
+    names = [node.name for node in captured.graph_module.graph.find_nodes(op="placeholder")]
+    values: dict[str, Any] = dict(zip(names, given, strict=True))
+    own = values[mask.name]
+    others = {name: two for name in beside if (two := _two_tokens(values[name])) is not None}
+    if not others or own.shape[1] < 3:
+        return Tried(None)
+    marked = _nonzero_entry(own)
+    unmoved: dict[tuple[int, Polarity], bool] = {}
+    for place in (0, own.shape[1] - 1):
+        for polarity in POLARITIES:
+            padding, tokens = (marked, 0) if polarity == "padding" else (0, marked)
+            masked = torch.full_like(own, tokens)
+            masked[:, place] = padding
+            outputs = []
+            for which in (0, 1):
+                replaced = {name: _with(values[name], place, two[which]) for name, two in others.items()}
+                found = _run(captured.graph_module, list((values | replaced | {mask.name: masked}).values()))
+                if found is None:
+                    return Tried(None)
+                outputs.append(found)
+            unmoved[place, polarity] = _same(*outputs, place=place, length=own.shape[1])
+    for place in (0, own.shape[1] - 1):
+        seen = [polarity for polarity in POLARITIES if unmoved[place, polarity]]
+        if len(seen) == 1:
+            return Tried(seen[0])
+    return Tried(None, influences=not any(unmoved.values()))
+
+
+def _nonzero_entry(mask: Tensor) -> Any:
+    """What a nonzero entry of the mask is."""
+    nonzero = mask[mask != 0]
+    if nonzero.numel():
+        return nonzero.flatten()[0].item()
+    return 1
+
+
+def _two_tokens(tokens: Any) -> tuple[Tensor, Tensor] | None:
+    """Two tokens to put in one's place, neither the smallest nor the largest of those that are there, which may be special."""
+    if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool or tokens.ndim < 2:
+        return None
+    if tokens.is_floating_point():
+        one = tokens[:, 0]
+        return one, 1 - one
+    known = torch.tensor(sorted(set(tokens.flatten().tolist())), dtype=tokens.dtype, device=tokens.device)
+    if len(known) < 2:
+        return None
+    inner = known[1:-1] if len(known) > 3 else known
+    return inner[len(inner) // 3], inner[2 * len(inner) // 3] if len(inner) > 2 else inner[-1]
+
+
+def _with(tokens: Tensor, place: int, token: Tensor) -> Tensor:
+    changed = tokens.clone()
+    changed[:, place] = token
+    return changed
+
+
+def _run(graph_module: fx.GraphModule, arguments: list[Any]) -> list[Tensor] | None:
+    """The floating-point outputs; None where the network does not take such a mask."""
+    own = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+    try:
+        with torch.no_grad(), quiet_logging():
+            output = fx.Interpreter(graph_module).run(*own, enable_io_processing=False)
+    except Exception:  # the model's own operators raise whatever they raise
+        return None
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+
+
+def _same(one: list[Tensor], other: list[Tensor], *, place: int, length: int) -> bool:
+    """Whether the outputs are finite and equal everywhere but at the place, on whichever axis the positions are."""
+    for a, b in zip(one, other, strict=True):
+        kept = torch.tensor([n for n in range(length) if n != place], device=a.device)
+        for axis, size in enumerate(a.shape):
+            if axis > 0 and size == length:
+                a, b = a.index_select(axis, kept), b.index_select(axis, kept)
+        if not bool(a.isfinite().all() & b.isfinite().all()) or bool(((a - b).abs() > _NOTHING * a.abs().max()).any()):
+            return False
+    return bool(one)
