@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -281,3 +282,98 @@ def test_a_stream_with_gated_branches_is_the_width_of_the_network_and_a_gate_on_
     else:
         assert not streams
         assert 16 in widths
+
+
+class _Adapted(nn.Module):
+    """A linear layer with adapters of low rank beside it, as libraries for fine-tuning make them."""
+
+    def __init__(self, base: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.base, self.drop = base, nn.Dropout(0.1)
+        self.down = nn.ModuleList(nn.Linear(base.in_features, 3, bias=False) for _ in range(count))
+        self.up = nn.ModuleList(nn.Linear(3, base.out_features, bias=False) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for down, up in zip(self.down, self.up, strict=True):
+            y = y + up(down(self.drop(x.to(down.weight.dtype)))) * 0.5
+        return y
+
+    def merged(self) -> nn.Linear:
+        layer = copy.deepcopy(self.base)
+        with torch.no_grad():
+            for down, up in zip(self.down, self.up, strict=True):
+                layer.weight += 0.5 * up.weight @ down.weight
+        return layer
+
+
+class _Tuned(nn.Module):
+    """A mixing layer and an MLP on a stream, some of their layers with adapters."""
+
+    def __init__(self, adapted: dict[str, int]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        for name, sizes in (("mix", (8, 8)), ("fc1", (8, 24)), ("fc2", (24, 8))):
+            layer = nn.Linear(*sizes)
+            setattr(self, name, _Adapted(layer, adapted[name]) if name in adapted else layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x)).softmax(-1)
+        return x + self.fc2(self.fc1(self.norm(x)).relu())
+
+
+def _merge(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for name, child in list(model.named_children()):
+        if isinstance(child, _Adapted):
+            setattr(model, name, child.merged())
+    return model
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("method", ["vbp", "auto"])
+def test_adapters_of_low_rank_are_one_layer_with_what_they_adapt(method: str, frontend: str) -> None:
+    torch.manual_seed(0)
+    model = randomize(_Tuned({"mix": 1, "fc1": 2})).double().eval()
+    data = [torch.randn(16, 5, 8).double() for _ in range(4)]
+    pruned = vbpfx.prune(model, data, ratio=0.5, method=method, frontend=frontend, progress=False)
+    assert list(pruned.plan.widths.values()) == [12]
+    ranks = [r for r in pruned.analysis.refusals if "the rank of an adapter" in r.reason]
+    assert [r.width for r in ranks] == [3, 3, 3]
+    small = pruned.apply_to(model)
+    assert not any("down" in n or "up" in n for n, _ in small.named_parameters() if n.endswith("bias"))
+    with torch.no_grad():
+        found, expected = _merge(small).eval()(data[0]), pruned.graph_module(data[0])
+    assert relative_error([found], [expected]) < ROUNDING, "merged after pruning it is what was pruned"
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_what_an_adapter_reads_is_refused_until_it_is_merged(frontend: str) -> None:
+    model, data = randomize(_Tuned({"fc2": 1})).eval(), torch.randn(16, 5, 8)
+    with pytest.raises(
+        vbpfx.AnalysisError, match=r"fc2\.down\.0\.weight and fc2\.up\.0\.weight adapt fc2\.base\.weight.*merge"
+    ):
+        vbpfx.prune(model, [data], ratio=0.5, method="vbp", frontend=frontend, progress=False)
+    assert list(vbpfx.prune(_merge(model), [data], ratio=0.5, progress=False).plan.widths.values()) == [12]
+
+
+NO_ADAPTERS = {
+    "an activation between": lambda m, x: m.a(x) + m.c(m.b(x).relu()),
+    "of another input": lambda m, x: m.a(x) + m.c(m.b(x.relu())),
+    "multiplied": lambda m, x: m.a(x) * m.c(m.b(x)),
+    "alone": lambda m, x: m.c(m.b(x)).relu() + m.a(x),
+}
+
+
+@pytest.mark.parametrize("name", NO_ADAPTERS)
+def test_two_layers_in_a_row_are_no_adapter_elsewhere(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return NO_ADAPTERS[name](self, x)
+
+    analysis = vbpfx.find_blocks(vbpfx.capture(Net(), torch.randn(4, 8)))
+    assert [block.width for block in analysis.blocks] == [3]

@@ -15,6 +15,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.evidence import Evidence, Unread, gather
 from vbpfx.display.markup import tag
@@ -86,8 +87,8 @@ def find_blocks(captured: Captured) -> Analysis:
         captured: what :func:`capture` returned.
     """
     evidence = gather(captured)
-    linked = _with_parts(evidence)
-    found = [_judge(component, linked, evidence) for component in components(evidence)]
+    linked, adapters = _with_parts(evidence), find_adapters(captured.graph_module, evidence)
+    found = [_judge(component, linked, adapters, evidence) for component in components(evidence)]
     blocks = [entry for entry in found if isinstance(entry, Block)]
     refusals = [entry for entry in found if isinstance(entry, Refusal)]
     known = {name for names in evidence.produced.values() for name in names}
@@ -99,12 +100,13 @@ def find_blocks(captured: Captured) -> Analysis:
     order = evidence.position
     blocks.sort(key=lambda block: (order[block.carriers[0].node], block.carriers[0].start))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
-    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(evidence))
+    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(adapters, evidence))
 
 
-def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
+def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]:
     """The layers that a regression can fit anew, call by call: those of which every call is one that it can."""
     found: list[Consumer] = []
+    parts = {weight for adapter in adapters for weight in (adapter.down, adapter.up)}
     calls = Counter(consumer.weight for consumers in evidence.contracted.values() for consumer in consumers)
     for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
         x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
@@ -115,7 +117,7 @@ def _layers(evidence: Evidence) -> tuple[Consumer, ...]:
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
         sees_data = evidence.nodes[consumer.source.node] in evidence.fed
-        if sees_data and consumer.alone and pointwise and same_positions and own_bias:
+        if sees_data and consumer.weight not in parts and consumer.alone and pointwise and same_positions and own_bias:
             found.append(consumer)
     fittable = Counter(layer.weight for layer in found)
     complete = [layer for layer in found if fittable[layer.weight] == calls[layer.weight]]
@@ -130,7 +132,9 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     return graph
 
 
-def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> Block | Refusal | None:
+def _judge(
+    component: Component, linked: nx.Graph[Axis], adapters: list[Adapter], evidence: Evidence
+) -> Block | Refusal | None:
     """A component that weights produce: a block, or a refusal. None where no weight produces it."""
     axes = component.axes
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
@@ -158,6 +162,8 @@ def _judge(component: Component, linked: nx.Graph[Axis], evidence: Evidence) -> 
     )
     name = _enclosing(produced)
     node, reason = _obstacle(component, consumers, reductions, parameters, linked, evidence)
+    if not reason:
+        node, reason = _adapted(consumers, adapters)
     if reason:
         return Refusal(name, component.width, tuple(produced), node, reason)
     literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
@@ -208,6 +214,22 @@ def _obstacle(
         calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
         if not consumer.creates_bias and not calls.issuperset(evidence.uses[consumer.bias]):
             return "", f"{consumer.bias}, which takes the fold, is shared by {len(evidence.uses[consumer.bias])} calls"
+    return "", ""
+
+
+def _adapted(consumers: list[Consumer], adapters: list[Adapter]) -> tuple[str, str]:
+    """Why an adapter keeps an axis as it is: it is the adapter's rank, or the adapter reads it."""
+    for consumer in consumers:
+        for down, up, base in adapters:
+            if consumer.weight == up:
+                return consumer.node, (
+                    f"it is the rank of an adapter: {down} and {up} are one layer with {base}, which they are added to"
+                )
+            if consumer.weight == down:
+                return consumer.node, (
+                    f"{down} and {up} adapt {base}, which reads it, and between them is no place for what the fold leaves: merge the "
+                    f"adapter into {base} first (PEFT: model.merge_and_unload())"
+                )
     return "", ""
 
 
