@@ -361,3 +361,66 @@ def test_old_weight_norm_elsewhere_in_the_model_does_not_stop_apply_plan() -> No
     model(tokens())
     result = stages(model, tokens())
     vbpfx.verify(result.captured, vbpfx.apply_plan(model, result.plan), result.plan)
+
+
+class _Scaled(nn.Module):
+    """A class that computes with its hidden width: how, the test says."""
+
+    def __init__(self, scale: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.how, self.remembered = nn.Linear(8, 32), nn.Linear(32, 4), scale, 32**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.shape[0] < 1:
+            return h
+        return self.b(h.relu() * self.how(self, h))
+
+
+SCALES = {
+    "size": (lambda m, h: h.size(-1) ** -0.5, r"test_adversarial\.py:\d+ reads a narrowed width: .*h\.size\(-1\) \*\* -0\.5"),
+    "shape": (lambda m, h: h.shape[-1] ** -0.5, r"reads a narrowed width: .*h\.shape\[-1\] \*\* -0\.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_code_that_computes_with_a_width_is_named_by_its_line(name: str) -> None:
+    scale, where = SCALES[name]
+    model = _Scaled(scale)
+    pruned = vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", frontend="export", progress=False)
+    with pytest.raises(VerificationError, match=where) as raised:
+        pruned.apply_to(model)
+    text = str(raised.value)
+    assert "every tensor is what the plan makes of it" in text
+    assert "exclude=['a->b']" in text
+    assert "report the model" not in text
+
+
+def test_a_scale_that_a_class_remembers_is_left_as_it_is() -> None:
+    """As the graph has it: the plan is of the network with that scale, and the class computes the same."""
+    model = _Scaled(lambda m, h: m.remembered)
+    pruned = vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", frontend="export", progress=False)
+    small, batch = pruned.apply_to(model), torch.randn(5, 8)
+    torch.testing.assert_close(small(batch), pruned.graph_module(batch), rtol=1e-5, atol=1e-6)
+
+
+class _Cuts(nn.Module):
+    """A class that does not run narrowed, since it remembers where its gate begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.half = nn.Linear(8, 32), nn.Linear(16, 4), 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h[:, : self.half] * h[:, self.half :].sigmoid())
+
+
+def test_a_class_that_does_not_run_narrowed_is_named_by_its_line() -> None:
+    model = _Cuts()
+    pruned = vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", frontend="export", progress=False)
+    with pytest.raises(
+        VerificationError,
+        match=r"does not run: (.|\n)*test_adversarial\.py:\d+: .*self\.half(.|\n)*use the GraphModule",
+    ):
+        pruned.apply_to(model)

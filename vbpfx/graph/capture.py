@@ -157,7 +157,7 @@ def capture(
             line = line_of_error(error)
             raise CaptureError(f"{type(model).__name__}: {error}" + (f"\n    at {line}" if line else "")) from error
         except Exception as error:  # tracing runs the model's own code, which can raise anything
-            failures.append(f"{name}: {_explain(error, reference)}")
+            failures.append(f"{name}: {explain(error, reference)}")
             continue
         return Captured(graph_module, reference, name, inputs, batch, fingerprint(model))
     raise CaptureError(
@@ -352,7 +352,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _explain(error: Exception, model: nn.Module) -> str:
+def explain(error: Exception, model: nn.Module) -> str:
     """The error's first line and the line of code that it came from."""
     if isinstance(error, CaptureError):  # ours, which says where
         return str(error)

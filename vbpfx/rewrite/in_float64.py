@@ -12,6 +12,7 @@ from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
+from vbpfx.rewrite.class_code import where_widths_are_used
 from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look, relative_error
 from vbpfx.rewrite.substitute import reference_graph
 
@@ -44,6 +45,8 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
     wrong = next((name for name, error in (seen.errors or {}).items() if not error <= allowed), None)
     error = max(relative_error(seen.found, seen.expected), seen.behind or 0.0)
     if not error <= allowed:
+        if not can_compare(small, plan):
+            raise _by_its_code(error, small, plan, inputs)
         where = f"first behind the layers of block {wrong}" if wrong else "at its output"
         raise _wrong(error, f"in float64, too, {where}", plan)
     return error
@@ -71,6 +74,17 @@ def _wrong(error: float, how: str, plan: Plan) -> VerificationError:
     return VerificationError(
         f"the pruned network differs from the substitution reference by {error:.2e}, {how}; the rewrite is wrong for one of the "
         f"blocks {names}: please report the model, and leave blocks out with exclude= to find which"
+    )
+
+
+def _by_its_code(error: float, small: nn.Module, plan: Plan, inputs: Inputs) -> VerificationError:
+    """A class whose tensors are what the plan makes of them, and which computes something else with them."""
+    names = [entry.block.name for entry in plan.blocks]
+    used = where_widths_are_used(small, plan, inputs)
+    return VerificationError(
+        f"the narrowed {type(small).__name__} differs from the substitution reference by {error:.2e}, though every tensor is what the plan "
+        f"makes of it: its code computes with a hidden width of one of the blocks {names[:8]}, which no rewrite of tensors can change "
+        f"({used or 'it is not seen where'}). Use the GraphModule (pruned.graph_module), or leave the block out: exclude={names[:8]}"
     )
 
 

@@ -171,9 +171,9 @@ class Comparison:
     def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
         """What a layer of the reference computes where a block's channels are zero."""
         operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == consumer.source.node)
-        zeroed = self._reference.env[operand].clone()
-        zeroed.narrow(consumer.source.axis, consumer.source.start, entry.block.width).zero_()
-        return self._reference.again(node, {operand: zeroed})
+        value = self._reference.env[operand]
+        own = consumer.source.at(range(entry.block.width)).to(value.device)
+        return self._reference.again(node, {operand: value.index_fill(consumer.source.axis, own, 0)})
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
         """The channels of a node's value that are left."""

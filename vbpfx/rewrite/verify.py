@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from vbpfx.data.inputs import Inputs, as_inputs, model_device, tensors_in
-from vbpfx.errors import VerificationError, first_line
-from vbpfx.graph.capture import Captured, named_tensors, share_parameters
+from vbpfx.errors import VerificationError
+from vbpfx.graph.capture import Captured, explain, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
@@ -127,10 +127,10 @@ def verify(
     try:
         seen = _compared(captured, small, plan, inputs)
     except Exception as failure:  # likewise
-        raise VerificationError(
-            f"the pruned network does not run: {first_line(failure)}; where it is the model's own class, its code states a hidden "
-            f"width: use the GraphModule"
-        ) from failure
+        why = explain(failure, small)
+        if not isinstance(small, fx.GraphModule):
+            why += "\n  its code states a hidden width there: use the GraphModule (pruned.graph_module)"
+        raise VerificationError(f"the pruned network does not run: {why}") from failure
     precision = _precision(captured.reference, dense)
     allowed = TOLERANCES.get(precision, 1e-4)
     bound = allowed if tolerance is None else tolerance
