@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from oracle import assert_unchanged, state
+from random_forms import UNROLLED
 from random_networks import Spec, batch, build
 from torch import nn
 
 import vbpfx
 from vbpfx.data.inputs import as_inputs
-from vbpfx.errors import AnalysisError, ArtifactError, BudgetError, CaptureError, VerificationError
+from vbpfx.errors import AnalysisError, ArtifactError, BudgetError, CaptureError, VbpfxError, VerificationError
 from vbpfx.graph.capture import named_tensors
 
 # In float64 rounding stays below 1e-12 of the output here: middles are bounded or grow linearly, weights are of natural size.
@@ -53,40 +55,68 @@ def check(spec: Spec) -> Outcome:
     before, example = state(model), batch(spec, spec.batch, 0)
     kept = copy.deepcopy(example)
     outcome = Outcome(planted=len(planted))
-    _through(spec, model, planted, example, outcome)
+    if spec.whole and spec.batch:
+        _at_once(spec, model, outcome)
+    else:
+        _through(spec, model, planted, example, outcome)
     assert_unchanged(model, before)
     for a, b in zip(as_inputs(example, model).tensors, as_inputs(kept, model).tensors, strict=True):
         assert torch.equal(a, b), "the batch changed"
     return outcome
 
 
+def _at_once(spec: Spec, model: nn.Module, outcome: Outcome) -> None:
+    """By :func:`vbpfx.prune` and its default method, which measures on the way how much each block's loss is felt."""
+    batches = [batch(spec, samples, number) for number, samples in enumerate(spec.calibrated, start=1)]
+    options = {name: value for name, value in spec.options if name not in ("method", "criterion", "compensation")}
+    try:
+        pruned = vbpfx.prune(model, batches, frontend=spec.frontend, progress=False, **options)
+    except BudgetError:
+        outcome.ended = "no budget"
+        return
+    except VbpfxError as error:
+        if isinstance(error, AnalysisError) and "no block" in str(error):
+            return
+        if not _may_be_uncaptured(spec, error):
+            raise
+        outcome.ended = "not captured"
+        return
+    analysis, plan = pruned.analysis, pruned.plan
+    outcome.found, outcome.rewritten, outcome.ended = len(analysis.blocks), len(plan.blocks), "verified"
+    _check_all_are_named(model, analysis)
+    _check_widths(pruned.captured.reference, pruned.graph_module, plan)
+    _check_constant_blocks(model, plan)
+    figures = vbpfx.sensitivities(analysis, plan, [as_inputs(data, model) for data in batches])
+    assert all(math.isfinite(figure) and figure >= 0 for figure in figures.values()), figures
+    _check_twins(model, pruned.plan, analysis, int(options.get("round_to", 1)))
+    for data in (batch(spec, spec.other, 7), *batches[:1]):
+        _verify(pruned.captured, pruned.graph_module, plan, data, outcome)
+
+
 def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: Outcome) -> None:
     try:
         captured = vbpfx.capture(model, example, frontend=spec.frontend)
     except CaptureError as error:
-        # torch.export runs with gradients, under which the parts of a split cannot be changed in place
-        if spec.frontend != "export" or (spec.batch and "modified inplace" not in str(error)):
+        if not _may_be_uncaptured(spec, error):
             raise
         outcome.ended = "not captured"
         return
     analysis = vbpfx.find_blocks(captured)
     outcome.found = len(analysis.blocks)
     outcome.refusals.update(refusal.reason for refusal in analysis.refusals)
-    found = {(frozenset(b.producers), frozenset(c.weight for c in b.consumers), b.width) for b in analysis.blocks}
-    for plant in planted:
-        if (plant.producers, plant.consumers, plant.width) not in found:
-            why = {r.reason for r in analysis.refusals if plant.producers & set(r.producers)} or {
-                "another block stands there"
-            }
-            raise AssertionError(f"a planted block is missed, {'; '.join(sorted(why))}\n{plant}\n{analysis}")
+    _check_all_are_found(planted, analysis)
+    _check_all_are_named(model, analysis)
     if not analysis.blocks:
         try:
             vbpfx.prepare(captured, analysis)
         except AnalysisError:
             return
         raise AssertionError("a graph without blocks was prepared")
+    # torch.export may fix the batch where the network is called on a single sample or none, or goes through its samples
+    fixed = captured.frontend == "export" and captured.batch is None
     observed = vbpfx.prepare(captured, analysis)
-    for number, samples in enumerate(spec.calibrated, start=1):
+    sizes = (spec.batch,) if fixed and spec.takes in UNROLLED else spec.calibrated
+    for number, samples in enumerate(sizes, start=1):
         inputs = as_inputs(batch(spec, samples, number), model)
         with torch.no_grad():
             observed(*inputs.args, **inputs.kwargs)
@@ -99,21 +129,17 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
     small = vbpfx.convert(captured, plan)
     outcome.rewritten, outcome.ended = len(plan.blocks), "verified"
     _check_widths(captured.reference, small, plan)
+    _check_constant_blocks(model, plan)
     batches = [batch(spec, spec.other, 7), *([example] if spec.batch else [])]
-    # torch.export may fix the batch where the network is called on a single sample or none
-    fixed = spec.frontend == "export" and captured.batch is None
     for data in batches[1:] if fixed else batches:
         try:
-            verified = vbpfx.verify(captured, small, plan, data, tolerance=TOLERANCE)
+            _verify(captured, small, plan, data, outcome)
         except VerificationError as error:
             # fx traces `h += 1` as h = h + 1, which whoever else reads h does not see; verify must notice it
-            if "captured graph differs" in str(error) and any(
-                "iadd" in step.middle + step.other for step in spec.steps
-            ):
+            if "captured graph differs" in str(error) and _adds_in_place(spec):
                 outcome.ended = "not captured"
                 return
             raise
-        outcome.error, outcome.effect = max(outcome.error, verified.error), max(outcome.effect, verified.effect)
     try:
         own = vbpfx.apply_plan(model, plan)
     except ArtifactError:
@@ -128,6 +154,67 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
         outcome.own_class = "not run"
     else:
         outcome.own_class = "exact"
+
+
+def _may_be_uncaptured(spec: Spec, error: VbpfxError) -> bool:
+    """Whether there is a reason that no graph holds for this network, which an error of the library's own has named."""
+    if spec.takes in UNROLLED:
+        return True
+    if "captured graph differs" in str(error) and _adds_in_place(spec):
+        return True
+    # torch.export runs with gradients, under which the parts of a split cannot be changed in place
+    return spec.frontend == "export" and (not spec.batch or "modified inplace" in str(error))
+
+
+def _adds_in_place(spec: Spec) -> bool:
+    return any("iadd" in step.middle + step.other for step in spec.steps)
+
+
+def _verify(captured: vbpfx.Captured, small: nn.Module, plan: vbpfx.Plan, data: Any, outcome: Outcome) -> None:
+    verified = vbpfx.verify(captured, small, plan, data, tolerance=TOLERANCE)
+    outcome.error, outcome.effect = max(outcome.error, verified.error), max(outcome.effect, verified.effect)
+
+
+def _check_all_are_found(planted: Any, analysis: vbpfx.Analysis) -> None:
+    """Every block that had to be found is there, with just its layers."""
+    found = {(frozenset(b.producers), frozenset(c.weight for c in b.consumers), b.width) for b in analysis.blocks}
+    for plant in planted:
+        if (plant.producers, plant.consumers, plant.width) not in found:
+            why = {r.reason for r in analysis.refusals if plant.producers & set(r.producers)} or {
+                "another block stands there"
+            }
+            raise AssertionError(f"a planted block is missed, {'; '.join(sorted(why))}\n{plant}\n{analysis}")
+
+
+def _check_all_are_named(model: nn.Module, analysis: vbpfx.Analysis) -> None:
+    """Every weight inside a module that tracing does not enter is in a block, or refused by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {name for b in analysis.blocks for name in (*b.producers, *(c.weight for c in b.consumers))}
+    known |= {name for refusal in analysis.refusals for name in refusal.producers}
+    for block in model.blocks:
+        for name in (names[id(parameter)] for parameter in block.inside()):
+            modules = {name.rsplit(".", part)[0] for part in range(1, name.count("."))}
+            assert name in known or modules & {refusal.name for refusal in analysis.refusals}, (
+                f"no block and no refusal names {name}\n{analysis}"
+            )
+
+
+def _check_constant_blocks(model: nn.Module, plan: vbpfx.Plan) -> None:
+    """What reads no data gives nothing to a budget."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    constant = {names[id(parameter)] for block in model.blocks for parameter in block.constant()}
+    for entry in plan.blocks:
+        assert not constant & set(entry.block.producers), f"{entry.block.name} reads no data and is narrowed"
+
+
+def _check_twins(model: nn.Module, plan: vbpfx.Plan, analysis: vbpfx.Analysis, multiple: int) -> None:
+    """Blocks that are copies of each other are equally wide, but for one step where a budget ends between them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    widths = {name: plan.widths.get(b.name, b.width) for b in analysis.blocks for name in b.producers}
+    for block in model.blocks:
+        for first, second in block.twins():
+            a, b = (widths.get(names[id(weight)]) for weight in (first, second))
+            assert a == b or (a is not None and b is not None and abs(a - b) <= multiple), f"twins are {a} and {b} wide"
 
 
 def _check_widths(dense: nn.Module, small: nn.Module, plan: vbpfx.Plan) -> None:

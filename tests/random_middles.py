@@ -224,6 +224,8 @@ def _positions() -> None:
     MIDDLES["squeeze and excite"] = Middle(excite, lambda d: {"down": d.layer(d.width, 3), "up": d.layer(3, d.width)})
     entry("centred over positions", lambda m, h, x: h - h.mean(m.hidden.spread, keepdim=True))
     entry("over its largest", lambda m, h, x: h / (1 + h.abs().amax(dim=m.hidden.spread, keepdim=True)))
+    entry("largest over positions", lambda m, h, x: h + torch.max(h, m.hidden.spread[-1], keepdim=True)[0] * 0.5)
+    entry("sorted over positions", lambda m, h, x: h.sort(dim=m.hidden.spread[0]).values.tanh())
     entry("over its spread", lambda m, h, x: h / (1 + h.std(m.hidden.spread, keepdim=True)), several)
     entry(
         "softmax over positions",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import random_unusual  # noqa: F401  its templates enter the table
 import torch
-import torch.nn.functional as F
 from exactness import randomize
 from hypothesis import strategies as st
+from random_forms import KINDS
 from random_middles import ACROSS, MIDDLES, PLAIN, TRAPS, Hidden
 from random_templates import FITS, SPELLED, TEMPLATES, Planted, Step, Template
-from torch import Tensor, nn
+from torch import nn
 
 # Whose blocks must be found: templates, middle operators and spellings that the analysis covers today. A block is planted
 # where all of its parts stand here; every other one may be found or refused, and must be exact where it is found.
@@ -21,6 +22,8 @@ EXPECTED = (
     | {"over its sum", "flattened batch"}
     | {"plain", "gated", "sum of producers", "two consumers", "nested", "token mixing", "window", "attention"}
     | {"packed chunk", "packed split", "packed slices", "packed glu", "packed view", "packed unbind"}
+    | {"packed interleaved", "packed interleaved view", "maxout", "packed tensor_split", "packed tensor_split at"}
+    | {"packed unsafe_chunk", "packed dsplit", "packed hsplit"}
     | {"layer", "functional", "around", "addmm", "matmul"}
 )
 
@@ -34,13 +37,14 @@ class Spec:
         positions: T or (H, W).
         channels: C.
         steps: the blocks, one behind the other.
-        takes: how the input comes: ``tensor``, ``two`` tensors, ``keywords`` or ``mapping``.
-        returns: how the output goes: ``tensor`` (where nothing is tapped), ``tuple`` or ``mapping``.
-        head: a pooled layer at the end.
+        takes: how the input comes, a key of :data:`random_forms.KINDS`.
+        returns: how the output goes: ``tensor`` (where nothing is tapped), ``tuple``, ``mapping``, ``nested`` or ``chunks``.
+        head: a pooled layer at the end: ``layer``, one whose weights are ``zeros``, or none.
         batch, calibrated, other: samples in the batch that is captured, in those for calibration, in the one for verification.
         training: the mode in which the model is handed over.
-        frontend: ``symbolic`` or ``export``.
+        frontend: ``auto``, ``symbolic`` or ``export``.
         options: of ``make_plan``.
+        whole: all of it by :func:`vbpfx.prune` and its default method, instead of stage by stage.
         seed: of weights and data.
     """
 
@@ -50,76 +54,15 @@ class Spec:
     steps: tuple[Step, ...]
     takes: str = "tensor"
     returns: str = "tensor"
-    head: bool = False
+    head: str = ""
     batch: int = 2
     calibrated: tuple[int, ...] = (4,)
     other: int = 3
     training: bool = False
-    frontend: str = "symbolic"
+    frontend: str = "auto"
     options: tuple[tuple[str, Any], ...] = (("ratio", 0.5),)
+    whole: bool = False
     seed: int = 0
-
-
-class Network(nn.Module):
-    """The steps of a specification one behind the other."""
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.blocks, self.norms = nn.ModuleList(), nn.ModuleList()
-        channels = spec.channels
-        for step in spec.steps:
-            self.norms.append(_norm(step.norm, spec.layout, channels))
-            self.blocks.append(TEMPLATES[step.template](step, spec.layout, spec.positions, channels))
-            channels = step.outputs
-        self.head = nn.Linear(channels, 3) if spec.head else None
-
-    def run(self, x: Tensor) -> Any:
-        """From the input to the output."""
-        taps: list[Tensor] = []
-        for step, norm, block in zip(self.spec.steps, self.norms, self.blocks, strict=True):
-            for _ in range(step.calls):
-                y = block(norm(x), taps)
-                x = x + y if step.residual else y
-        if self.head is not None:
-            x = self.head(
-                x.mean((2, 3)) if self.spec.layout == "images" else x.mean(1) if self.spec.layout == "tokens" else x
-            )
-        if self.spec.returns == "mapping":
-            return {"out": x, "taps": taps}
-        return (x, *taps) if taps or self.spec.returns == "tuple" else x
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(x)
-
-
-class OfTwo(Network):
-    """Two arguments, tensors of one shape; the second is optional."""
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        return self.run(x if y is None else x + y.sin())
-
-
-class OfMapping(Network):
-    """One argument, a dictionary."""
-
-    def forward(self, batch: dict[str, Tensor]) -> Any:
-        return self.run(batch["x"] + batch["y"])
-
-
-class InPlace(nn.Module):
-    """ReLU of the stream, in place on a copy."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(x + 0.1)
-
-
-def _norm(kind: str, layout: str, channels: int) -> nn.Module:
-    if kind == "layer" and channels > 1:  # GroupNorm refuses a single value
-        return nn.GroupNorm(1, channels, 1e-2) if layout == "images" else nn.LayerNorm(channels, 1e-2)
-    if kind == "batch" and layout != "tokens":
-        return nn.BatchNorm2d(channels) if layout == "images" else nn.BatchNorm1d(channels)
-    return {"relu": nn.GELU(), "relu_": InPlace()}.get(kind, nn.Identity())
 
 
 @dataclass(frozen=True)
@@ -134,12 +77,17 @@ class Expected:
 def build(spec: Spec) -> tuple[nn.Module, tuple[Expected, ...]]:
     """The network in float64 with weights of natural size, and the blocks that must be found in it."""
     torch.manual_seed(spec.seed)
-    kind = {"two": OfTwo, "keywords": OfTwo, "mapping": OfMapping}.get(spec.takes, Network)
-    model = randomize(kind(spec).double()).train(spec.training)
+    model = randomize(KINDS[spec.takes](spec).double()).train(spec.training)
+    for block in model.blocks:
+        block.settle()
+    if spec.head == "zeros":
+        nn.init.zeros_(model.head.weight)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    planted = [
-        p for step, block in zip(spec.steps, model.blocks, strict=True) if must_be_found(step) for p in _planted(block)
-    ]
+    planted: list[Planted] = []
+    for step, block in zip(spec.steps, model.blocks, strict=True):
+        if step.template == "over a buffer" and not step.residual:
+            break  # from here on nothing reads data
+        planted += _planted(block) if must_be_found(step) else []
     return model, tuple(
         Expected(
             frozenset(names[id(p)] for p in plant.producers),
@@ -172,6 +120,8 @@ def batch(spec: Spec, samples: int, seed: int) -> Any:
     }[spec.layout]
     generator = torch.Generator().manual_seed(1000 * spec.seed + seed)
     x, y = torch.randn(2, samples, *shape, generator=generator, dtype=torch.float64).unbind()
+    if spec.takes in ("time first", "over time"):
+        return x.transpose(0, 1).contiguous()
     return {"two": (x, y), "keywords": {"x": x, "y": y}, "mapping": {"x": x, "y": y}}.get(spec.takes, x)
 
 
@@ -256,19 +206,23 @@ def specs(draw: st.DrawFn, exported: float = 0.02) -> Spec:
         options["round_to"] = draw(st.sampled_from([2, 4]))
     if draw(st.integers(0, 3)) == 3:
         options["min_width"] = draw(st.sampled_from([1, 2, 3]))
+    forms = ["tensor"] * 4 + ["two", "keywords", "mapping"]
+    if layout == "tokens" and samples:
+        forms += ["time first", "over time"]
     return Spec(
         layout,
         positions,
         channels,
         tuple(chosen),
-        takes=draw(st.sampled_from(["tensor", "tensor", "two", "keywords", "mapping"])),
-        returns=draw(st.sampled_from(["tensor", "tensor", "tuple", "mapping"])),
-        head=draw(st.booleans()),
+        takes=draw(st.sampled_from(forms)),
+        returns=draw(st.sampled_from(["tensor"] * 4 + ["tuple", "mapping", "nested", "chunks"])),
+        head=draw(st.sampled_from(["", "layer"] * 4 + ["zeros"])),
         batch=samples,
         calibrated=draw(st.sampled_from([(4,), (3, 2), (1, 5)])),
         other=draw(st.sampled_from([3, 1, 2, 6])),
         training=draw(st.booleans()),
-        frontend="export" if draw(st.integers(1, 1000)) > 1000 * (1 - exported) else "symbolic",
+        frontend="export" if draw(st.integers(1, 1000)) > 1000 * (1 - exported) else "auto",
         options=tuple(options.items()),
+        whole=draw(st.integers(1, 100)) > 90,
         seed=draw(st.integers(0, 9999)),
     )

@@ -167,6 +167,21 @@ class Template(nn.Module):
         """What must be found where every part of the block is expected to be rewritten."""
         return []
 
+    def constant(self) -> list[nn.Parameter]:
+        """Weights that read no data: whatever they make is not to be narrowed for the sake of a budget."""
+        return []
+
+    def inside(self) -> list[nn.Parameter]:
+        """Weights of layers that stand in a module which tracing does not enter: each is in a block or refused by name."""
+        return []
+
+    def twins(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Producers of blocks that are copies of each other, which by symmetry must end up equally wide."""
+        return []
+
+    def settle(self) -> None:
+        """What the block asks of its weights once they are random: zeros, copies."""
+
 
 TEMPLATES: dict[str, type[Template]] = {}
 FITS: dict[str, Callable[[Step, str, tuple[int, ...], int], bool]] = {}
@@ -317,6 +332,9 @@ class OverBuffer(Plain):
     def planted(self) -> list[Planted]:
         return []
 
+    def constant(self) -> list[nn.Parameter]:
+        return [weight(self.fc1)]
+
 
 @template("called twice inside")
 class CalledTwice(Plain):
@@ -385,12 +403,29 @@ _packed(
     ),
 )
 _packed("packed interleaved", lambda m, h: (h[..., ::2], h[..., 1::2]), lambda step, layout, *_: layout != "images")
+_packed("packed interleaved view", lambda m, h: h.unflatten(m.hidden.axis, (-1, 2)).unbind(m.hidden.axis))
+_packed("packed tensor_split", lambda m, h: h.tensor_split(2, m.hidden.axis))
+_packed("packed tensor_split at", lambda m, h: torch.tensor_split(h, [m.step.width], m.hidden.axis))
+_packed("packed unsafe_chunk", lambda m, h: torch.unsafe_chunk(h, 2, m.hidden.axis))
+_packed("packed dsplit", lambda m, h: h.dsplit(2), lambda step, layout, *_: layout == "tokens")
+_packed("packed hsplit", lambda m, h: h.hsplit(2), lambda step, layout, *_: layout != "tokens")
 
 
 @template("packed glu")
 class Glu(Packed):
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         return self.down(self.between(F.glu(self.packed(x), dim=self.hidden.axis), x))
+
+
+@template("maxout")
+class Maxout(Packed):
+    """The larger of two neighbours, or of the entries of two halves."""
+
+    def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
+        h, axis = self.packed(x), self.hidden.axis
+        if self.step.biased[0]:
+            return self.down(self.between(h.unflatten(axis, (-1, 2)).amax(axis), x))
+        return self.down(self.between(h.unflatten(axis, (2, -1)).max(axis - 1)[0], x))
 
 
 @template("packed halves crossed", lambda step, layout, positions, channels: step.width % 2 == 0)

@@ -10,7 +10,7 @@ from random_templates import SPELLED, TEMPLATES
 
 
 @settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,

@@ -64,7 +64,10 @@ def sensitivities(
             measured.
         RankError: another rank has failed or died.
     """
-    captured, samples = analysis.captured, Samples.of(batches)
+    captured = analysis.captured
+    if not isinstance(batches, Samples):
+        batches = [batch.along(captured.inputs) for batch in batches]
+    samples = Samples.of(batches)
     batches, starts = _few(samples, len(plan.blocks), divisible=captured.divisible)
     logits = _are_logits(captured)
     axes = [captured.samples_axis(value) or 0 for _, value, _ in _float_outputs(captured)]
