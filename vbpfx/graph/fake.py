@@ -7,7 +7,8 @@ with another axis, and unlike symbolic shapes it never specialises (timm's Swin 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.graph.recurrent import call_stand_in, run_fake_call
@@ -150,7 +152,7 @@ def run_fake(
             return repeated.run(operator, args, kwargs, run)
 
     def run_all() -> None:
-        with mode, torch.no_grad():
+        with mode, _AllPicked(), torch.no_grad():
             args, kwargs = inputs.each(fake)
             arguments = graph_arguments(graph_module, Inputs(args, kwargs))
             Runner(graph_module).run(*arguments, enable_io_processing=False)
@@ -161,6 +163,36 @@ def run_fake(
         assert repeated is not None  # who else raises it
         repeated.forget()
         run_all()
+
+
+class _AllPicked(TorchDispatchMode):
+    """What depends on values in how long it is (``nonzero``, an index by a mask) comes out as if every entry were picked.
+
+    So shapes are known, and costs are an upper bound: an expert of a mixture counts as if all tokens went to it.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if func is torch.ops.aten.masked_select.default:
+            return args[0].new_empty(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)))
+        if func in _BY_INDICES:
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+_BY_INDICES = frozenset(
+    {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+)
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """An index as it is; a mask as one index for each of its axes."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.ndim)]
 
 
 def _as_fake_tree(mode: FakeTensorMode, value: Any) -> Any:

@@ -42,6 +42,7 @@ from vbpfx.rules.norms import (
     sampling,
 )
 from vbpfx.rules.parts import aten_slice, concatenation, glu, indexing, narrowing, select, splitting, stack
+from vbpfx.rules.picking import aten_index, index_put, picking, scattering, where_true
 from vbpfx.rules.pointwise import elementwise, prelu, unchanged
 from vbpfx.rules.shapes import expansion, permutation, regrouping, repetition, repetition_of_entries
 
@@ -172,12 +173,18 @@ _methods_and_functions(
     "unsafe_split",
     "unsafe_split_with_sizes",
 )
+_row(aten_index, aten.index)
+_methods_and_functions(index_put, "index_put")
+_methods_and_functions(picking, "index_select", "index_add", "index_copy", "index_fill")
+_methods_and_functions(scattering, "gather", "scatter", "scatter_add", "scatter_reduce")
+_methods_and_functions(where_true, "nonzero", "argwhere", "masked_select")
 _row(glu, nn.GLU, F.glu, aten.glu)
 _row(select, aten.select, "select", torch.select)
 _methods_and_functions(concatenation, "cat", "concat")
 _methods_and_functions(stack, "stack")
 _row(matrix_product, operator.matmul)
-_methods_and_functions(matrix_product, "matmul", "bmm")
+_methods_and_functions(matrix_product, "matmul", "bmm", "mm")
+_row(matrix_product, torch.sparse.mm, aten._sparse_mm)
 
 
 def register_operator(rule: Rule, *spellings: Any) -> None:
@@ -288,7 +295,10 @@ def is_convolution(node: fx.Node, module: nn.Module | None) -> bool:
     return rule_for(node, module) is convolution
 
 
-_SUMS = ("add", "iadd", "sub", "isub", "rsub", "addcmul", "addcdiv", "lerp", "where", "stack")
+_SUMS = (
+    "add", "iadd", "sub", "isub", "rsub", "addcmul", "addcdiv", "lerp", "where", "stack",
+    "index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce",
+)  # fmt: skip
 
 
 def is_sum(node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from vbpfx.rules.axes import (
     SizeStated,
     spelling,
 )
+from vbpfx.rules.picking import computed_indexing, is_computed
 
 
 def indexing(site: Site) -> Iterator[Relation]:
@@ -29,6 +30,9 @@ def indexing(site: Site) -> Iterator[Relation]:
     x, out = site.x, site.out
     index = site.node.args[1]
     given = list(index) if isinstance(index, tuple) else [index]
+    if any(map(is_computed, given)) and all(is_computed(e) or not isinstance(e, (fx.Node, list, bool)) for e in given):
+        yield from computed_indexing(site, given)
+        return
     if any(isinstance(e, (fx.Node, list, bool)) for e in given):
         yield from site.all_opaque("it is indexed by a computed value")
         return
