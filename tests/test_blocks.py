@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.utils.prune
 from oracle import double, randomize, stages
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo import FOUND, REFUSED, Case
+from zoo import FOUND, REFUSED, Case, Net
 
 import vbpfx
 from vbpfx.rewrite.verify import reference_graph, relative_error
@@ -377,3 +378,39 @@ def test_two_layers_in_a_row_are_no_adapter_elsewhere(name: str) -> None:
 
     analysis = vbpfx.find_blocks(vbpfx.capture(Net(), torch.randn(4, 8)))
     assert [block.width for block in analysis.blocks] == [3]
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul])
+def test_a_sparse_adjacency_mixes_nodes_and_leaves_channels_apart(product: Any) -> None:
+    model = Net(lambda m, x: m.fc2(product(m.adjacency, m.fc1(x)).relu()), fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8))
+    model.register_buffer("adjacency", (torch.rand(7, 7) > 0.5).float().to_sparse())
+    model = double(randomize(model))
+    result = stages(model, torch.randn(7, 8).double())
+    assert [block.width for block in result.analysis.blocks] == [12]
+    assert vbpfx.verify(result.captured, result.small, result.plan, tolerance=ROUNDING).effect > 1e-6
+
+
+def test_sparse_weights_and_layouts_that_cannot_be_copied_are_named() -> None:
+    model = Net(lambda m, x: m.fc(torch.sparse.mm(m.w, x.t()).t()), fc=nn.Linear(12, 8))
+    model.w = nn.Parameter(torch.eye(12, 8).to_sparse())
+    with pytest.raises(vbpfx.CaptureError, match=r"parameter w .* is sparse .*to_dense"):
+        vbpfx.capture(model, torch.randn(3, 8))
+    model = Net(lambda m, x: m.fc(torch.sparse.mm(m.a, x)), fc=nn.Linear(8, 8))
+    model.register_buffer(
+        "a", torch.sparse_csr_tensor([0, 1, 2, 3], [0, 1, 2], torch.ones(3), (3, 3), check_invariants=True)
+    )
+    with pytest.raises(vbpfx.CaptureError, match=r"buffer a .*to_sparse_coo"):
+        vbpfx.capture(model, torch.randn(3, 8))
+
+
+def test_costs_of_picked_rows_are_those_of_all_rows() -> None:
+    case = next(case for case in FOUND if case.name == "rows picked and added")
+    captured = vbpfx.capture(case.make(), case.batch())
+    assert sum(captured.macs.values()) == 5 * (8 * 12 + 12 * 8)  # five tokens a sample
+
+
+def test_an_expert_that_saw_nothing_is_named_with_what_to_do() -> None:
+    case = next(case for case in FOUND if case.name == "rows picked and added")
+    batch = -case.batch().abs()
+    with pytest.raises(vbpfx.CalibrationError, match=r"block fc1->fc2 saw no data: .* exclude='fc1->fc2'"):
+        stages(case.make(), batch)

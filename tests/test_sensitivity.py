@@ -447,3 +447,27 @@ def test_outputs_that_are_parts_of_one_another(parts: Any) -> None:
             moved.append(sum((a - b).square().reshape(8, -1).sum(1) / 2 for a, b in apart).numpy())
     assert list(found.values()) == pytest.approx(_drawn_together(moved), rel=1e-9)
     assert vbpfx.prune(model, [DATA], ratio=SHARE, progress=False).plan.removed == 16
+
+
+def test_batches_whose_first_axis_is_time() -> None:
+    """The same network on the same numbers, samples first and time first: a block's figure is the same."""
+
+    class Steps(nn.Module):
+        def __init__(self, time: int) -> None:
+            super().__init__()
+            self.time, self.fc1, self.fc2 = time, nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = sum(x.select(self.time, step) for step in range(7))
+            return self.fc2(self.fc1(total).tanh())
+
+    model, data = randomize(Steps(1)).double(), DATA.repeat(7, 1, 1).transpose(0, 1).contiguous()
+    data = data * torch.arange(1.0, 8.0)[:, None].to(data)
+    other = Steps(0).double()
+    other.load_state_dict(model.state_dict())
+    found = []
+    for network, x in ((model, data), (other, data.transpose(0, 1).contiguous())):
+        pruned = vbpfx.prune(network, [x], ratio=SHARE, method="vbp", progress=False)
+        found.append(vbpfx.sensitivities(pruned.analysis, pruned.plan, [Inputs((x,), {})]))
+    assert found[0].keys() == found[1].keys() == {"fc1->fc2"}
+    assert found[1]["fc1->fc2"] == pytest.approx(found[0]["fc1->fc2"], rel=1e-9)

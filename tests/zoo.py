@@ -405,7 +405,80 @@ SPLIT = [
     Case("unsafe_split", packed(lambda m, x: m.fc2((g := m.fc1(x).unsafe_split(12, -1))[0].tanh() * g[1])), tokens, {"fc1->fc2": 12}, own=STATED),
 ]  # fmt: skip
 
-FOUND += PACKED + NORMS + SHARED + INTERLEAVED + ALONG_POSITIONS + SPLIT
+
+def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens as rows, and the numbers of those whose first entry is positive."""
+    rows = x.flatten(0, 1)
+    return rows, (rows[:, 0] > 0).nonzero()[:, 0]
+
+
+def put_back_by_mask(m: nn.Module, x: Tensor) -> Tensor:
+    rows = x.flatten(0, 1)
+    out, mask = rows.clone(), rows[:, 0] > 0
+    out[mask] = m.fc2(m.fc1(rows[mask]).relu())
+    return out
+
+
+def hidden_added(m: nn.Module, x: Tensor) -> Tensor:
+    rows, i = rows_of(x)
+    h = m.fc1(rows)
+    return m.fc2(torch.zeros_like(h).index_add(0, i, h[i].tanh()))
+
+
+def hidden_put(m: nn.Module, x: Tensor) -> Tensor:
+    rows, i = rows_of(x)
+    h = m.fc1(rows)
+    return m.fc2(h.index_put((i,), h[i].tanh()))
+
+
+def hidden_scattered(m: nn.Module, x: Tensor) -> Tensor:
+    rows, i = rows_of(x)
+    h = m.fc1(rows)
+    return m.fc2(torch.zeros_like(h).scatter_add(0, i[:, None].expand(-1, 12), h[i].tanh()))
+
+
+def hidden_gathered(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.fc1(x)
+    order = x[..., :1].argsort(1).expand(-1, -1, h.shape[-1])
+    return m.fc2(h.gather(1, order).cumsum(1))
+
+
+class MaskedEncoder(nn.Module):
+    """Of its mask torch's encoder asks whether it is the causal one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.encoder(x, mask=mask)
+
+
+def two_kinds() -> Tensor:
+    """Tokens of which every other one has a positive first entry."""
+    x = tokens()
+    x[..., 0] = torch.tensor([1.0, -1.0]).repeat(8)[:15].view(3, 5)
+    return x
+
+
+PICKED = [
+    Case("rows picked and added", mlp(lambda m, x: (r := rows_of(x))[0].index_add(0, r[1], m.fc2(m.fc1(r[0][r[1]]).relu()))), two_kinds, {"fc1->fc2": 12}),
+    Case("rows selected and copied", mlp(lambda m, x: (r := rows_of(x))[0].index_copy(0, r[1], m.fc2(m.fc1(r[0].index_select(0, r[1])).relu()))), two_kinds, {"fc1->fc2": 12}),
+    Case("rows put back by a mask", mlp(put_back_by_mask), two_kinds, {"fc1->fc2": 12}, frontends=("export",)),
+    Case("rows taken by a mask", mlp(lambda m, x: x + m.fc2(m.fc1(x)[x[..., 0] > 0].relu()).sum(0)), two_kinds, {"fc1->fc2": 12}),
+    Case("hidden rows added", mlp(hidden_added), two_kinds, {"fc1->fc2": 12}),
+    Case("hidden rows put", mlp(hidden_put), two_kinds, {"fc1->fc2": 12}),
+    Case("hidden rows scattered", mlp(hidden_scattered), two_kinds, {"fc1->fc2": 12}, own=STATED),
+    Case("hidden rows gathered", mlp(hidden_gathered), tokens, {"fc1->fc2": 12}),
+    Case("two indices side by side", lambda: Net(lambda m, x: m.out(m.first(x)[:, :, m.i, m.j].relu().mean(-1)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=torch.tensor([0, 2, 5]), j=torch.tensor([1, 1, 4])), images, {"first->out": 12}),
+    Case("two indices apart", lambda: Net(lambda m, x: m.out(m.first(x).transpose(1, 2)[:, m.i, :, m.j].relu().mean(0)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=torch.tensor([0, 2, 5]), j=torch.tensor([1, 1, 4])), images, {"first->out": 12}),
+    Case("encoder with a mask", MaskedEncoder, tokens, {"encoder.layers.0": 12, "encoder.layers.1": 12}, frontends=("export",)),
+]  # fmt: skip
+
+FOUND += PACKED + NORMS + SHARED + INTERLEAVED + ALONG_POSITIONS + SPLIT + PICKED
 
 REFUSED = [
     Case("output", mlp(lambda m, x: (m.fc2(h := m.fc1(x).relu()), h)), tokens, {}, {"fc1": "reaches the output"}),
@@ -417,6 +490,7 @@ REFUSED = [
     Case("unlisted", mlp(lambda m, x: m.fc2(torch.special.entr(m.fc1(x).abs()))), tokens, {}, {"fc1": "operator special_entr is not in the operator table (see docs/adding_an_operator.md)"}, ("symbolic",)),
     Case("interleaved, and cut in two", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., :12])), tokens, {}, {"fc1": "parts of it that cut these apart"}),
     Case("every other entry of an odd number", lambda: Net(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].tanh()) + h[..., 1::2].sum(-1, keepdim=True), fc1=nn.Linear(8, 13), fc2=nn.Linear(7, 8)), tokens, {}, {"fc1": "every so many entries of it are taken"}),
+    Case("channels picked", mlp(lambda m, x: m.fc2(m.fc1(x)[..., m.order]), order=torch.randperm(12)), tokens, {}, {"fc1": "entries of it are picked by computed indices"}),
     Case("largest of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max(-1, keepdim=True).values), tokens, {}, {"fc1": "max reduces it"}),
     Case("topk of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).topk(8, -1).values), tokens, {}, {"fc1": "topk compares the channels along it"}),
     Case("largest of all", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max()), tokens, {}, {"fc1": "max reduces it"}),

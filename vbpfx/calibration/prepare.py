@@ -227,7 +227,11 @@ def statistics(observed: fx.GraphModule) -> Statistics:
                 f"(counted from 1); remove that batch, or run the model in a wider dtype"
             )
         if observer.moments is None:
-            raise CalibrationError(f"block {observer.name} saw no data: run batches through the prepared graph first")
+            raise CalibrationError(
+                f"block {observer.name} saw no data: run batches through the prepared graph first; where data decides what goes "
+                f"through it (an expert that no token was sent to), give more batches, or leave it out with "
+                f"exclude={observer.name!r}"
+            )
         gathered.setdefault(observer.name, []).append(observer.moments)
     return Statistics({name: tuple(moments) for name, moments in gathered.items()})
 

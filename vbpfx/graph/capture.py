@@ -134,6 +134,7 @@ def capture(
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
     require_module(model)
     _refuse_half_on_cpu(model)
+    _refuse_sparse_weights(model)
     _refuse_fake(model)
     refuse_training_operators(model)
     reference = share_parameters(model)
@@ -298,6 +299,26 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
                 f"the model computes in float16 on the CPU (parameter {name}), where many operators do not exist "
                 f"and sums overflow; prune model.float() (or .bfloat16(), or on a GPU) and call .half() on the result"
             )
+
+
+def _refuse_sparse_weights(model: nn.Module) -> None:
+    """Sparse parameters have no rows and columns that could be cut; of sparse buffers, torch copies those of COO alone."""
+    for name, parameter in model.named_parameters():
+        if "sparse" in str(parameter.layout):
+            raise CaptureError(
+                f"parameter {name} of the model is sparse ({_layout(parameter)}), and a sparse weight cannot be narrowed: prune the "
+                f"model with it as a plain tensor (tensor.to_dense()), and make it sparse again behind that"
+            )
+    for name, buffer in model.named_buffers():
+        if "sparse" in str(buffer.layout) and buffer.layout != torch.sparse_coo:
+            raise CaptureError(
+                f"buffer {name} of the model is sparse ({_layout(buffer)}) in a layout that torch cannot copy: keep it as "
+                f"tensor.to_sparse_coo(), or as a plain tensor (tensor.to_dense())"
+            )
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{str(tensor.layout).removeprefix('torch.')}, {tuple(tensor.shape)}"
 
 
 def share_parameters(model: Model) -> Model:

@@ -152,7 +152,7 @@ def run_fake(
             return repeated.run(operator, args, kwargs, run)
 
     def run_all() -> None:
-        with mode, _AllPicked(), torch.no_grad():
+        with mode, _AllPicked(), torch.no_grad():  # type: ignore[no-untyped-call]
             args, kwargs = inputs.each(fake)
             arguments = graph_arguments(graph_module, Inputs(args, kwargs))
             Runner(graph_module).run(*arguments, enable_io_processing=False)
@@ -165,7 +165,7 @@ def run_fake(
         run_all()
 
 
-class _AllPicked(TorchDispatchMode):
+class _AllPicked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What depends on values in how long it is (``nonzero``, an index by a mask) comes out as if every entry were picked.
 
     So shapes are known, and costs are an upper bound: an expert of a mixture counts as if all tokens went to it.
@@ -177,7 +177,8 @@ class _AllPicked(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         if func is torch.ops.aten.masked_select.default:
-            return args[0].new_empty(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)))
+            shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            return args[0].new_empty(math.prod(shape))
         if func in _BY_INDICES:
             args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
         return func(*args, **(kwargs or {}))

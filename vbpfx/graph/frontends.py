@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import transformer
 
 from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.errors import CaptureError
@@ -61,7 +62,10 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     # without gradients: a no_grad region within the model would become a subgraph of its own
     # and without the graph that it prints where the model's code depends on values
     numbers = KnownNumbers(model)
-    with unheard(), unfused_attention(), torch.no_grad(), numbers, recurrent_as_leaves(model), neutral_results(model):
+    with (
+        unheard(), unfused_attention(), masks_as_given(), torch.no_grad(),
+        numbers, recurrent_as_leaves(model), neutral_results(model),
+    ):  # fmt: skip
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -117,6 +121,20 @@ def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, A
 
     args, kwargs = example.each(dynamic)
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def masks_as_given() -> Iterator[None]:
+    """nn.TransformerEncoder compares a mask with the causal one, a decision by values: do without.
+
+    What it finds is a hint to fused kernels. The mask masks either way.
+    """
+    looks = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = looks
 
 
 @contextmanager
