@@ -390,6 +390,7 @@ def test_a_sparse_adjacency_mixes_nodes_and_leaves_channels_apart(product: Any) 
     assert vbpfx.verify(result.captured, result.small, result.plan, tolerance=ROUNDING).effect > 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_sparse_weights_and_layouts_that_cannot_be_copied_are_named() -> None:
     model = Net(lambda m, x: m.fc(torch.sparse.mm(m.w, x.t()).t()), fc=nn.Linear(12, 8))
     model.w = nn.Parameter(torch.eye(12, 8).to_sparse())
