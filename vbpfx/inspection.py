@@ -15,9 +15,10 @@ from vbpfx.analysis.kinds import calls, kinds
 from vbpfx.data.sources import sample_inputs
 from vbpfx.display.figures import kept
 from vbpfx.display.tables import counted, table
-from vbpfx.errors import BudgetError
+from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Frontend, capture, named_tensors
 from vbpfx.model_names import load_model, typical_inputs
+from vbpfx.onnx_pipeline import calibration_file, open_onnx, typical_batch
 from vbpfx.planning.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
 from vbpfx.records import Block, Refusal
 
@@ -138,19 +139,26 @@ def inspect_model(
 ) -> Inspection:
     """Find out what can be pruned of a model, and what that would save. No data is needed where the model says what it takes.
 
-    The model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
+    An ONNX file (``name`` ends in .onnx) is read as :func:`vbpfx.prune_onnx` reads it. A model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
 
     Args:
         name, weights: as :func:`vbpfx.model_names.load_model` takes them.
         shape: of one sample, where the model does not say.
-        data: samples that say it in place of a shape, as :func:`vbpfx.open_data` reads them.
+        data: samples that say it in place of a shape, as :func:`vbpfx.open_data` reads them; of an ONNX file .npy or .npz.
         frontend: see :func:`vbpfx.capture`.
         min_width: floor of every block; by default a sixteenth of its width.
 
     Raises:
         VbpfxError: the model cannot be made, does not say what its input looks like, or cannot be traced.
     """
-    analysis = _analysed(name, weights, shape, data, frontend)
+    file = Path(name)
+    is_onnx = file.suffix == ".onnx"
+    if is_onnx and (weights is not None or shape is not None or frontend != "auto"):
+        raise CalibrationError(
+            f"{name} is an ONNX file: it has its weights, states its shapes, and is not traced; leave --weights, --shape and "
+            f"--frontend out"
+        )
+    analysis = _analysed_file(file, data) if is_onnx else _analysed(name, weights, shape, data, frontend)
     captured, blocks = analysis.captured, analysis.blocks
     macs, params = mac_cost(captured, blocks), parameter_cost(captured.reference, blocks)
     full = {block.name: block.width for block in blocks}
@@ -174,6 +182,11 @@ def inspect_model(
     return Inspection(
         name, params(full), macs(full), sum(full.values()), facts, analysis.refusals, tuple(steps), analysis
     )  # fmt: skip
+
+
+def _analysed_file(path: Path, data: str | Path | None) -> Analysis:
+    batch = typical_batch(path) if data is None else next(iter(calibration_file(path, Path(data), 2)))
+    return find_blocks(open_onnx(path, batch).captured)
 
 
 def _analysed(

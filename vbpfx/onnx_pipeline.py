@@ -29,6 +29,7 @@ from vbpfx.export.onnx import PARITY
 from vbpfx.gathering import Calibration, Run, first_batch
 from vbpfx.graph.capture import Captured, captured_file
 from vbpfx.graph.frontends import quiet_logging
+from vbpfx.onnx_graph.axes import stated_axes_of_samples
 from vbpfx.onnx_graph.file import (
     fixed_batch,
     has_external_data,
@@ -147,18 +148,11 @@ def prune_onnx(
     rounds = METHODS[PlanOptions.of(**options).method].round_to is None
     fitting = Fitting(reconstruct, refit, samples, memory)
     target = Target(runtime or (DEFAULT if rounds else None), runtime_batch, runtime_threads)
-    model = read_model(path)
     require_writable(path, out)
     first, data = first_batch(calibration)
-    session, names = open_file(model, path.parent), {str(v.name): str(v.name) for v in true_inputs(model)}
-    few = _few_samples(model, session, batch_reader(model, names)(first))
-    imported = import_graph(model, few, path.parent)
+    opened = open_onnx(path, first)
+    model, imported, captured, example = opened.model, opened.imported, opened.captured, opened.example
     read = batch_reader(model, imported.arguments)
-    example = _renamed(few, imported.arguments)
-    captured = captured_file(imported.graph_module, example)
-    fidelity = _require_fidelity(model, session, path, imported, captured)
-    sizes = _sizes_taken(session, example, imported)
-    del session  # it may hold the whole network in memory
     tallies: list[Tally] = []
 
     def forward(observed: fx.GraphModule) -> Run | None:
@@ -185,18 +179,94 @@ def prune_onnx(
     parity = [0.0]
 
     def compare(staged: Path) -> None:
-        parity[0] = _parity(staged, external, imported, sizes, pruned.graph_module)
+        parity[0] = _parity(staged, external, imported, opened.batches, pruned.graph_module)
 
     write_model(model, out, source=path, external=external, check=compare)
     left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
     size = (dense_bytes, stored_bytes(model))
-    return _result(out, pruned, size, fidelity, observed_by, parity[0], left_alone)
+    return _result(out, pruned, size, opened.fidelity, observed_by, parity[0], left_alone)
 
 
 def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:
-    """The samples of an ``.npy`` or ``.npz`` file in batches for an ONNX file, of its own size where that is fixed."""
-    fixed = fixed_batch(read_model(Path(path)))
-    return ArrayBatches(data, fixed or batch, whole=fixed is not None)
+    """The samples of an ``.npy`` or ``.npz`` file in batches for an ONNX file, of its own size where that is fixed.
+
+    An array of an ``.npz`` belongs to the input of its name. It has the input's axes, with all samples on the axis that the input
+    has them on (the file says which: they have one name), or one more in front, where all arrays do: then each is a batch. What has
+    no axis of samples, such as a number, goes with every batch.
+    """
+    model = read_model(Path(path))
+    inputs, fixed = true_inputs(model), fixed_batch(model)
+    axes, ranks = stated_axes_of_samples(inputs), {str(v.name): len(v.shape) for v in inputs if v.shape is not None}
+    if data.suffix == ".npy":
+        first = str(inputs[0].name)
+        axes, ranks = {"": axes[first]}, {"": ranks[first]} if first in ranks else {}
+    return ArrayBatches(data, fixed or batch, whole=fixed is not None, axes=axes, ranks=ranks)
+
+
+@dataclass(frozen=True)
+class OpenedOnnx:
+    """An ONNX file as the graph that the analysis sees.
+
+    Attributes:
+        model: what was read.
+        imported, captured: the graph, and the graph with shapes.
+        example: a few samples as arguments of the graph.
+        batches: of a few sizes that the file takes.
+        fidelity: how far the graph is from the file in ONNX Runtime, relative to the output.
+    """
+
+    model: ir.Model
+    imported: Imported
+    captured: Captured
+    example: Inputs
+    batches: list[Inputs]
+    fidelity: float
+
+
+def open_onnx(path: Path, batch: Any) -> OpenedOnnx:
+    """Read a file as a graph, and hold it against ONNX Runtime.
+
+    Args:
+        batch: one batch of its inputs, as :func:`prune_onnx` takes them.
+
+    Raises:
+        VbpfxError: as :func:`prune_onnx`.
+    """
+    model = read_model(path)
+    session, names = open_file(model, path.parent), {str(v.name): str(v.name) for v in true_inputs(model)}
+    few = _few_samples(model, session, batch_reader(model, names)(batch))
+    imported = import_graph(model, few, path.parent)
+    example = _renamed(few, imported.arguments)
+    captured = captured_file(imported.graph_module, example)
+    fidelity = _require_fidelity(model, session, path, imported, captured)
+    return OpenedOnnx(model, imported, captured, example, _sizes_taken(session, example, imported), fidelity)
+
+
+def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Numbers that an ONNX file may take, by the names of its inputs: noise, ones for integers; two samples where it takes any.
+
+    Raises:
+        CalibrationError: an axis beside the samples' is open, and nothing says how long it may be.
+    """
+    model = read_model(path)
+    random, made = np.random.default_rng(0), {}
+    axes = stated_axes_of_samples(true_inputs(model))
+    for value in true_inputs(model):
+        name, shape = str(value.name), value.shape
+        stated = [
+            2 if axis == axes[name] and not isinstance(size, int) else size for axis, size in enumerate(shape or ())
+        ]
+        sizes = [size for size in stated if isinstance(size, int)]
+        if shape is None or len(sizes) < len(stated):
+            said = ", ".join(str(size) for size in shape) if shape is not None else "?"
+            raise CalibrationError(
+                f"{path} does not say how long its input {name!r} is ({said}); pass samples: --data samples.npz, with one array for "
+                f"each input, under its name"
+            )
+        dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+        drawn = random.standard_normal(sizes) if dtype.kind == "f" else np.ones(sizes)
+        made[name] = np.asarray(drawn, dtype)
+    return made
 
 
 def _result(

@@ -12,7 +12,6 @@ from vbpfx.cli.conventions import (
     Color,
     Debug,
     Frontend,
-    Model,
     Samples,
     Shape,
     Tracing,
@@ -31,12 +30,20 @@ vbpfx inspect my_package.models:build --shape 3x64x64 --json
 
 vbpfx inspect my_package.models:of_two_inputs --data samples.npz
 
+vbpfx inspect model.onnx --data samples.npz
+
 vbpfx inspect torchvision:mobilenet_v3_small --block features.4 --graph block.svg
 """
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable of your own, or an ONNX file.",
+        ),
+    ],
     weights: Weights = None,
     shape: Shape = "",
     data: Samples = None,

@@ -12,7 +12,12 @@ from vbpfx.cli.conventions import Debug, Method, Place, busy, failing_in_one_lin
 
 def onnx(
     source: Annotated[Path, typer.Argument(metavar="IN", help="The ONNX file.")],
-    data: Annotated[Path, typer.Option(help=".npy, or .npz with one array for each input, samples first.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help=".npy, or .npz with one array for each input, under its name; samples stand where the file has them."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     ratio: Annotated[
         float | None, typer.Option(callback=fraction, help="Fraction of the hidden neurons to remove.")

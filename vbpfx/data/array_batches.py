@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,46 @@ class ArrayBatches:
     An ``.npy`` is mapped into memory.
 
     Args:
-        path: the file; the first axis of every array is the samples'.
+        path: the file. An ``.npy`` is one array, whose name here is the empty string.
         batch: samples in a batch; what is left over in the end makes a smaller one.
         whole: leave out what is left over, for networks that take one size alone.
+        axes: per array which axis is the samples'; None for one that goes whole with every batch, such as a number. Arrays that
+            are not named are left out. By default the first axis is the samples' in every array.
+        ranks: per array how many axes a batch of it has. Where every array has one axis more, the first one is of batches:
+            they are handed on one by one, whatever their axes are.
 
     Raises:
         CalibrationError: it cannot be read, or its arrays have different numbers of samples.
     """
 
-    def __init__(self, path: Path, batch: int, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        batch: int,
+        *,
+        whole: bool = False,
+        axes: Mapping[str, int | None] | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
         self.batch = batch
-        self.arrays = _load(path)
-        counts = {name: len(array) if array.ndim else 0 for name, array in self.arrays.items()}
+        arrays = _load(path)
+        self.axes: dict[str, int | None] = dict.fromkeys(arrays, 0) if axes is None else dict(axes)
+        self.arrays = {name: array for name, array in arrays.items() if name in self.axes}
+        ranks = ranks or {}
+        self._one_by_one = bool(self.arrays) and all(a.ndim - 1 == ranks.get(n) for n, a in self.arrays.items())
+        if self._one_by_one:
+            self.batch, whole = 1, False
+            self.axes = dict.fromkeys(self.arrays, 0)
+        counts = {
+            name: array.shape[axis] if array.ndim > axis else 0
+            for name, array in self.arrays.items()
+            if (axis := self.axes[name]) is not None
+        }
         self.samples = next(iter(counts.values()), 0)
         if not self.samples or set(counts.values()) != {self.samples}:
-            raise CalibrationError(f"{path} holds no arrays of one number of samples: {counts}")
+            raise CalibrationError(
+                f"{path} holds no arrays of one number of samples: {counts or ', '.join(arrays) or 'it is empty'}"
+            )
         if whole:
             self.samples -= self.samples % batch
             if not self.samples:
@@ -45,9 +70,16 @@ class ArrayBatches:
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self.samples, self.batch):
-            stop = min(start + self.batch, self.samples)
-            made = {name: np.array(array[start:stop]) for name, array in self.arrays.items()}
+            made = {name: self._part(name, start) for name in self.arrays}
             yield made.get("", made)
+
+    def _part(self, name: str, start: int) -> Array:
+        array, axis = self.arrays[name], self.axes[name]
+        if self._one_by_one:
+            return np.array(array[start])
+        if axis is None:
+            return np.array(array)
+        return np.array(array[(slice(None),) * axis + (slice(start, min(start + self.batch, self.samples)),)])
 
 
 def _load(path: Path) -> dict[str, Array]:

@@ -1,0 +1,182 @@
+"""Samples for ONNX files from .npy and .npz: inputs of any rank, under their names, and what inspect shows of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_files import Net, mlp, with_biases
+from typer.testing import CliRunner
+
+import vbpfx
+from vbpfx.cli import app
+from vbpfx.onnx_pipeline import calibration_file, typical_batch
+
+RANDOM = np.random.default_rng(0)
+Shape = list[int | str]
+
+
+def taking(folder: Path, inputs: dict[str, tuple[int, Shape]]) -> Path:
+    """A file of those inputs, of which it hands out the first."""
+    values = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    first = next(iter(inputs))
+    output = helper.make_tensor_value_info("y", *inputs[first])
+    graph = helper.make_graph([helper.make_node("Identity", [first], ["y"])], "taking", values, [output])
+    path = folder / "in.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def require_batches(found: Any, expected: list[dict[str, np.ndarray]]) -> None:
+    found = list(found)
+    assert len(found) == len(expected)
+    for batch, wanted in zip(found, expected, strict=True):
+        assert batch.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(batch[name], array)
+
+
+def test_samples_stand_where_the_file_has_them(tmp_path: Path) -> None:
+    """A state whose samples stand second, under the same name; a number and a table that go with every batch; labels beside."""
+    inputs: dict[str, tuple[int, Shape]] = {
+        "x": (TensorProto.FLOAT, ["batch", 8]),
+        "state": (TensorProto.FLOAT, [2, "batch", 3]),
+        "rate": (TensorProto.INT64, []),
+        "table": (TensorProto.FLOAT, [5, 2]),
+    }
+    path = taking(tmp_path, inputs)
+    x, state, table = floats(10, 8), floats(2, 10, 3), floats(5, 2)
+    rate = np.array(16000)
+    np.savez(tmp_path / "data.npz", x=x, state=state, rate=rate, table=table, labels=np.arange(3))
+    require_batches(
+        calibration_file(path, tmp_path / "data.npz", 4),
+        [{"x": x[i:j], "state": state[:, i:j], "rate": rate, "table": table} for i, j in ((0, 4), (4, 8), (8, 10))],
+    )
+
+
+def test_arrays_of_one_axis_more_are_batches(tmp_path: Path) -> None:
+    """A graph: its nodes and its edges are axes of their own, and no axis is of samples."""
+    inputs: dict[str, tuple[int, Shape]] = {
+        "nodes": (TensorProto.FLOAT, ["nodes", 8]),
+        "edges": (TensorProto.INT64, [2, "links"]),
+        "scale": (TensorProto.FLOAT, []),
+    }
+    path = taking(tmp_path, inputs)
+    nodes, edges, scale = floats(3, 20, 8), RANDOM.integers(0, 20, (3, 2, 50)), floats(3)
+    np.savez(tmp_path / "data.npz", nodes=nodes, edges=edges, scale=scale)
+    require_batches(
+        calibration_file(path, tmp_path / "data.npz", 32),
+        [{"nodes": nodes[i], "edges": edges[i], "scale": scale[i]} for i in range(3)],
+    )
+
+
+def test_samples_of_a_file_that_knows_no_samples(tmp_path: Path) -> None:
+    """An image without an axis of samples; one array of them, with that axis in front."""
+    path = taking(tmp_path, {"x": (TensorProto.FLOAT, [3, 4, 4])})
+    images = floats(5, 3, 4, 4)
+    np.save(tmp_path / "data.npy", images)
+    found = list(calibration_file(path, tmp_path / "data.npy", 32))
+    assert len(found) == 5
+    for batch, image in zip(found, images, strict=True):
+        np.testing.assert_array_equal(batch, image)
+
+
+def test_different_numbers_of_samples_are_named(tmp_path: Path) -> None:
+    path = taking(tmp_path, {"x": (TensorProto.FLOAT, ["n", 8]), "z": (TensorProto.FLOAT, ["n", 2])})
+    np.savez(tmp_path / "data.npz", x=floats(10, 8), z=floats(9, 2))
+    with pytest.raises(vbpfx.CalibrationError, match=r"no arrays of one number of samples: \{'x': 10, 'z': 9\}"):
+        calibration_file(path, tmp_path / "data.npz", 4)
+
+
+def two_inputs(folder: Path) -> Path:
+    """relu((x + scale z) W) V of two inputs and a number."""
+    net = Net()
+    net.add("Mul", ["z", "scale"], "zs")
+    net.add("Add", ["x", "zs"], "s")
+    net.add("MatMul", ["s", net.weight("W", 6, 32)], "m")
+    net.add("Relu", ["m"], "h")
+    net.add("MatMul", ["h", net.weight("V", 32, 5)], "y")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        net.nodes, "net",
+        [value("x", TensorProto.FLOAT, ["n", "t", 6]), value("z", TensorProto.FLOAT, ["n", 1, 6]), value("scale", TensorProto.FLOAT, [])],
+        [value("y", TensorProto.FLOAT, ["n", "t", 5])],
+        [numpy_helper.from_array(array, name) for name, array in net.stored.items()],
+    )  # fmt: skip
+    path = folder / "in.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def run_cli(*arguments: str) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_takes_several_inputs_of_any_rank(tmp_path: Path) -> None:
+    """The same neurons as from the batches by hand, which ONNX Runtime's own means and variances decide."""
+    path, data = two_inputs(tmp_path), tmp_path / "data.npz"
+    x, z, scale = floats(24, 7, 6), floats(24, 1, 6), np.array(0.5, np.float32)
+    np.savez(data, x=x, z=z, scale=scale)
+    given = ("--data", data, "--out", tmp_path / "out.onnx", "--batch", "8", "--ratio", "0.25", "--method", "vbp")
+    result = run_cli("onnx", path, *given)
+    assert result.exit_code == 0, result.output
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    hidden = np.maximum((x + scale * z).astype(np.float64) @ stored["W"], 0).reshape(-1, 32)
+    kept = np.sort(np.argsort(hidden.var(0))[8:])
+    small = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    np.testing.assert_array_equal(small["W"], stored["W"][:, kept])
+
+
+def test_inspect_shows_the_blocks_and_all_refusals_of_a_file(tmp_path: Path) -> None:
+    net = Net()
+    mlp(net)
+    net.add("Reshape", ["y", net.integers("as_image", -1, 5, 1, 1)], "c0")
+    for i in range(10):  # padded convolutions, which no channel can be taken from
+        net.add("Conv", [f"c{i}", net.weight(f"conv{i}", 5, 5, 3, 3)], f"d{i}", pads=[1, 1, 1, 1])
+        net.add("Relu", [f"d{i}"], f"c{i + 1}")
+    path = tmp_path / "in.onnx"
+    model = net.model(["n", 6], ["n", 5])
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("c10", TensorProto.FLOAT, ["n", 5, 1, 1]))
+    onnx.save(model, path)
+    result = run_cli("inspect", path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert [(b["name"], b["width"]) for b in found["blocks"]] == [("dense_1_kernel->dense_2_kernel", 12)]
+    assert found["params"] == 6 * 12 + 12 + 12 * 5 + 5 + 10 * 5 * 5 * 9
+    assert found["macs"] == 6 * 12 + 12 * 5 + 10 * 5 * 5 * 9
+    padded = [r for r in found["refusals"] if "padded convolution" in r["reason"]]
+    assert len(padded) == 10
+    assert run_cli("inspect", path).output.count("padded convolution") == 10
+
+
+def test_inspect_asks_for_samples_where_the_file_does_not_say_how_long_they_are(tmp_path: Path) -> None:
+    path = two_inputs(tmp_path)
+    result = run_cli("inspect", path)
+    assert result.exit_code == 1
+    assert "in.onnx does not say how long its input 'x' is (n, t, 6); pass samples: --data" in result.output
+    np.savez(tmp_path / "data.npz", x=floats(4, 7, 6), z=floats(4, 1, 6), scale=np.array(0.5, np.float32))
+    result = run_cli("inspect", path, "--data", tmp_path / "data.npz", "--json")
+    assert [b["width"] for b in json.loads(result.output)["blocks"]] == [32]
+    result = run_cli("inspect", path, "--shape", "7x6")
+    assert result.exit_code == 1
+    assert "is an ONNX file" in result.output
+
+
+def test_typical_batches_are_of_the_stated_types_and_sizes(tmp_path: Path) -> None:
+    onnx.save(with_biases(), tmp_path / "in.onnx")
+    (array,) = typical_batch(tmp_path / "in.onnx").values()
+    assert (array.shape, array.dtype) == ((2, 6), np.float32)
+    path = taking(tmp_path, {"ids": (TensorProto.INT64, [1, 9]), "which": (TensorProto.BOOL, [])})
+    found = typical_batch(path)
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
+        "ids": ((1, 9), np.dtype(np.int64)), "which": ((), np.dtype(bool)),
+    }  # fmt: skip
