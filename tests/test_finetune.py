@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 import vbpfx
 import vbpfx.finetuning.distillation as distillation
-from vbpfx.data.inputs import Inputs
+import vbpfx.finetuning.training_data as training_data_module
+from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
 from vbpfx.errors import CalibrationError, CaptureError, FinetuneError
 from vbpfx.finetuning.distillation import Distillation, Signals, choose_features, label_loss
 from vbpfx.finetuning.recipes import RECIPES, Recipe, make_recipe
+from vbpfx.graph.fields import result_paths
 
 ROUNDING = 1e-9
 
@@ -696,3 +699,187 @@ def test_a_transformer_pruned_hard_recovers_without_labels() -> None:
     assert scores[1] < scores[0] - 0.03
     assert scores[2] > scores[0] - 0.012
     assert done.best.held_out_loss < 0.2 * done.history[0].held_out_loss
+
+
+# several outputs
+
+
+class Several(nn.Module):
+    """Logits, boxes whose numbers are a hundred times as large, one number a sample, and logits of something else."""
+
+    def __init__(self, form: str = "dict") -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU())
+        self.heads, self.form = nn.ModuleList(nn.Linear(32, n) for n in (CLASSES, 5, 1, 3)), form
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x)
+        logits, boxes, score, kind = (head(h) for head in self.heads)
+        found = {"logits": logits, "boxes": 100 * boxes, "score": score[:, 0], "more": {"kind_logits": kind}}
+        return found if self.form == "dict" else (logits, 100 * boxes, score[:, 0])
+
+
+def test_every_output_counts_by_its_spread() -> None:
+    """The loss is that of the logits, of the boxes and the score over their own variance, and of the other logits: written out."""
+    student, teacher = pair(Several)
+    data = [torch.randn(40, FEATURES, dtype=torch.float64)]
+    found = _finetune(
+        student, teacher, data, epochs=1, learning_rate=1e-9, temperature=2.0, validation=data, feature_weight=0.0
+    )
+    with torch.no_grad():
+        ours, theirs = student(data[0]), teacher(data[0])
+
+    def kl(one: Tensor, other: Tensor) -> float:
+        p, q = _softmax(other.numpy() / 2), _softmax(one.numpy() / 2)
+        return 4 * float((p * (np.log(p) - np.log(q))).sum(-1).mean())
+
+    def relative(one: Tensor, other: Tensor) -> float:
+        wide = other.numpy().reshape(40, -1)
+        return float(np.square(one.numpy() - other.numpy()).mean() / wide.var(0, ddof=1).mean())
+
+    expected = kl(ours["logits"], theirs["logits"]) + kl(ours["more"]["kind_logits"], theirs["more"]["kind_logits"])
+    expected += relative(ours["boxes"], theirs["boxes"]) + relative(ours["score"], theirs["score"])
+    assert found.history[0].held_out_loss == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_no_output_gets_worse(form: str) -> None:
+    torch.manual_seed(3)
+    teacher = Several(form).eval()
+    student = vbpfx.prune(teacher, [torch.randn(64, FEATURES)], ratio=0.6, method="vbp", progress=False).apply_to(
+        teacher
+    )
+    data, test = [torch.randn(64, FEATURES) for _ in range(8)], torch.randn(256, FEATURES)
+    tuned = vbpfx.finetune(student, teacher, data, epochs=4, learning_rate=3e-3, progress=False).model
+
+    def apart(network: nn.Module) -> list[float]:
+        """Of every output: divergence of logits, squared error of others."""
+        with torch.no_grad():
+            mine, dense = ([t for _, t in result_paths(n(test))] for n in (network.eval(), teacher))
+        errors = [float((a - b).square().mean()) for a, b in zip(mine, dense, strict=True)]
+        return [float(distillation.kl(mine[0], dense[0]).mean()), *errors[1:3]]
+
+    before, after = apart(student), apart(tuned)
+    assert all(new < 0.9 * old for new, old in zip(after, before, strict=True)), (before, after)
+
+
+def test_outputs_are_chosen_by_name() -> None:
+    student, teacher = pair(Several)
+    data = [torch.randn(8, FEATURES, dtype=torch.float64) for _ in range(4)]
+    losses = [
+        _finetune(student, teacher, data, epochs=1, outputs=chosen).history[0].held_out_loss
+        for chosen in ((), "boxes", ["boxes", "more.*"], None)
+    ]
+    assert sorted(losses) == losses
+    assert len(set(losses)) == 4
+    with pytest.raises(FinetuneError, match="outputs pattern 'bowes' matches none of 3 names; near it are boxes"):
+        _finetune(student, teacher, data, outputs="bowes")
+
+
+# labels of an encoder and a decoder
+
+
+def _translator(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    special = {"pad_token_id": 1, "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+    ids = torch.randint(3, 30, (6, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 8, "vocab_size": 30}
+    if kind == "BART":
+        config = transformers.BartConfig(**layers, **widths, **special, max_position_embeddings=16, dropout=0.0)
+        return transformers.BartForConditionalGeneration(config).eval(), batch
+    if kind == "T5":
+        config = transformers.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=24, num_layers=1, num_heads=2, **special)
+        return transformers.T5ForConditionalGeneration(config).eval(), batch
+    config = transformers.WhisperConfig(
+        **layers, **widths, **special, num_mel_bins=4, max_source_positions=8, max_target_positions=16, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config).eval(), {"input_features": torch.randn(6, 4, 16)}
+
+
+@pytest.mark.parametrize("kind", ["BART", "T5", "Whisper"])
+def test_decoders_read_the_labels_one_place_later(kind: str) -> None:
+    """By the model itself, given its labels: the same logits at every label that counts; and by hand, the tokens."""
+    model, batch = _translator(kind)
+    labels = torch.randint(3, 30, (6, 7))
+    labels[0, 4:] = -100
+    inputs = as_inputs(batch | {"labels": labels}, model)
+    wanted = [[2, *(1 if token == -100 else token for token in row[:-1])] for row in labels.tolist()]
+    assert inputs.kwargs["decoder_input_ids"].tolist() == wanted
+    assert torch.equal(inputs.kwargs["decoder_attention_mask"].bool(), labels != -100)
+    assert "labels" not in inputs.kwargs
+    with torch.no_grad():
+        ours, own = model(**inputs.kwargs).logits, model(**batch, labels=labels).logits
+    torch.testing.assert_close(ours[labels != -100], own[labels != -100], rtol=1e-5, atol=1e-6)
+    given = batch | {"labels": labels, "decoder_input_ids": labels.clamp(min=3)}
+    assert as_inputs(given, model).kwargs.keys() == given.keys() - {"labels"}
+
+
+def test_decoders_are_calibrated_and_tuned_on_the_answers() -> None:
+    model, batch = _translator("BART")
+    labels = torch.randint(3, 30, (6, 7))
+    labels[0, 4:] = -100
+    batch |= {"labels": labels}
+    pruned = vbpfx.prune(model, [batch], ratio=0.3, method="vbp", progress=False)
+    seen: list[Tensor] = []
+    decoder = model.get_submodule("model.decoder.layers.0.fc2")
+    handle = decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    rows = seen[0][labels != -100].double()
+    (name,) = (block.name for block in pruned.analysis.blocks if "decoder" in block.name)
+    moments = pruned.statistics.moments[name][0]
+    assert moments.count == len(rows) == 6 * 7 - 3
+    torch.testing.assert_close(moments.mean.cpu(), rows.mean(0), rtol=1e-6, atol=1e-8)
+    options = {"epochs": 1, "learning_rate": 1e-4, "labels": True}
+    for student in (pruned.apply_to(model), pruned.graph_module):
+        assert _finetune(student, model, [batch, batch], **options).history[-1].held_out_loss < 1
+
+
+def test_a_model_that_does_not_say_how_labels_are_read_is_an_error() -> None:
+    class Silent(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True, pad_token_id=1, decoder_start_token_id=None)
+
+        def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None, labels: Any = None) -> Tensor:
+            return input_ids
+
+    batch = {"input_ids": torch.randint(3, 30, (6, 9)), "labels": torch.randint(3, 30, (6, 7))}
+    with pytest.raises(
+        CalibrationError, match=r"has labels and no decoder_input_ids.*put decoder_input_ids into the batches"
+    ):
+        as_inputs(batch, Silent())
+    assert as_inputs(batch | {"labels": torch.arange(6)}, Silent()).kwargs.keys() == {"input_ids"}  # of classes
+
+
+# how often data is gone through
+
+
+def test_streams_are_read_once_an_epoch_and_their_split_is_looked_up() -> None:
+    """60 batches: counted, what is held out kept, an example of them, two epochs. The numbers held out are gone through once."""
+    reads, lookups = [], []
+
+    class Stream:
+        def __iter__(self) -> Iterator[Tensor]:
+            for number in range(60):
+                reads.append(number)
+                yield torch.full((4, FEATURES), float(number), dtype=torch.float64)
+
+    class Numbers(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            lookups.append(len(self))
+            return super().__iter__()
+
+    original = training_data_module._set_aside
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_data_module, "_set_aside", lambda *given: tuple(map(Numbers, original(*given))))
+        made = training_data_module.training_data(Stream(), 0.5, None, 0)
+        assert (len(reads), len(lookups)) == (2 * 60, 1)  # counted and kept; the numbers become a set once
+    for epoch in range(2):
+        assert len(list(made.read(made.order(epoch)))) == 30
+    assert len(reads) == 4 * 60
+    assert len(list(made.held(0, 1))) == 30
+    assert len(reads) == 4 * 60

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from vbpfx.errors import ModelError
+from vbpfx.graph.weightless import architecture
 from vbpfx.model_names import file_inputs, load_model, typical_inputs
 
 
@@ -214,3 +217,40 @@ def test_inputs_of_an_onnx_file(tmp_path: Path) -> None:
     assert [(tuple(t.shape), t.dtype) for t in found.tensors] == [((5, 9), torch.int64), ((5, 3, 4), torch.float32)]
     with pytest.raises(ModelError, match="cannot read"):
         file_inputs(tmp_path / "missing.onnx")
+
+
+def test_what_a_callable_imports_late_may_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder can be imported from while the callable runs, and not longer."""
+    (tmp_path / "own_late.py").write_text(
+        "def build():\n    from own_sibling import layer\n    return layer()\n"
+        "def failing():\n    from own_sibling import nothing\n    return nothing\n"
+    )
+    (tmp_path / "own_sibling.py").write_text("from torch import nn\ndef layer():\n    return nn.Linear(5, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert load_model("own_late:build").in_features == 5
+    assert sys.path == before
+    with pytest.raises(ModelError, match="calling it raised ImportError: cannot import name 'nothing'"):
+        load_model("own_late:failing")
+    assert sys.path == before
+
+
+def test_a_configuration_names_models_and_nothing_else() -> None:
+    """``architectures`` of a config.json may name anything of transformers: what is no model is not called."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(architectures=["pipeline", "AutoModel", "nothing", "BertModel"])
+    assert architecture(transformers, config) is transformers.BertModel
+    assert architecture(transformers, transformers.BertConfig(architectures=["pipeline"])) is None
+    assert architecture(transformers, transformers.BertConfig()) is None
+
+
+def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "of_its_own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}})
+    )
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    with pytest.raises(ModelError, match="transformers cannot load"):
+        load_model(f"hf:{tmp_path}")
+    assert not ran.exists()

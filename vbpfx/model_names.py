@@ -186,31 +186,42 @@ def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
 
 def _of_module(name: str, rest: str) -> Any:
     module, _, function = name.rpartition(":")
-    sys.path.insert(0, "")
+    with _importable(""):
+        try:
+            make = _imported(module)
+            for part in function.split("."):
+                make = getattr(make, part)
+        except (ImportError, AttributeError) as error:
+            stem = Path(module).stem
+            hint = (
+                f"go to the folder of {module} and write {stem}:{function}"
+                if module.endswith(".py")
+                else f"expected {FORMS}"
+            )
+            raise ModelError(f"model {name!r}: {first_line(error)}; {hint}") from error
+        except Exception as error:  # the user's own code
+            raise ModelError(
+                f"model {name!r}: importing {module} raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+        if isinstance(make, nn.Module):
+            return make
+        try:
+            return make()  # here, too: what it imports may lie beside its module
+        except Exception as error:  # the user's own code
+            raise ModelError(
+                f"model {name!r}: calling it raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules in the folder can be imported; only for as long as this lasts, unless they could be before."""
+    sys.path.insert(0, folder)
     try:
-        make = _imported(module)
-        for part in function.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError) as error:
-        stem = Path(module).stem
-        hint = (
-            f"go to the folder of {module} and write {stem}:{function}"
-            if module.endswith(".py")
-            else f"expected {FORMS}"
-        )
-        raise ModelError(f"model {name!r}: {first_line(error)}; {hint}") from error
-    except Exception as error:  # the user's own code
-        raise ModelError(
-            f"model {name!r}: importing {module} raised {type(error).__name__}: {first_line(error)}"
-        ) from error
+        yield
     finally:
-        sys.path.remove("")
-    if isinstance(make, nn.Module):
-        return make
-    try:
-        return make()
-    except Exception as error:  # the user's own code
-        raise ModelError(f"model {name!r}: calling it raised {type(error).__name__}: {first_line(error)}") from error
+        if folder in sys.path:  # the user's code may have changed it
+            sys.path.remove(folder)
 
 
 _MAKERS: dict[str, Callable[[str, str], Any]] = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vbpfx.data.decoder import with_decoder_inputs
 from vbpfx.errors import CalibrationError
 
 LABELS = "labels"  # what a mapping calls them; a model that is given them returns a loss
@@ -221,7 +222,8 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     """The arguments that ``model.forward`` takes, from one batch.
 
     A tensor is the one argument. A mapping is keyword arguments (or, where the signature does not take
-    its keys, the one argument); its ``labels`` are left out unless ``forward`` demands them. A sequence is positional arguments, from which labels are left out:
+    its keys, the one argument); its ``labels`` are left out unless ``forward`` demands them; of a model
+    with an encoder and a decoder, what the decoder reads is made of them where the batch does not say it (:mod:`vbpfx.data.decoder`). A sequence is positional arguments, from which labels are left out:
     what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
     with a tuple and a dictionary is taken as it is.
     """
@@ -232,7 +234,7 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
         kwargs = {str(key): value for key, value in batch.items()}
         unlabelled = {name: value for name, value in kwargs.items() if name != LABELS}
         if unlabelled and _binds(signature, (), unlabelled):
-            kwargs = unlabelled
+            kwargs = with_decoder_inputs(model, unlabelled, batch.get(LABELS))
         return Inputs((), kwargs) if _binds(signature, (), kwargs) else Inputs((batch,), {})
     if isinstance(batch, (tuple, list)):
         if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vbpfx.data.batches import Data, spread, taken
+from vbpfx.data.decoder import shift_of
 from vbpfx.errors import CalibrationError, first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -141,7 +142,7 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
         raise CalibrationError(f"max_length={max_length}: this model takes from 1 to {limit} tokens")
     names = frozenset(inspect.signature(model.forward).parameters)
     answers = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) if answers else None
+    shift = shift_of(model) if answers else None
     if answers and shift is None:
         raise CalibrationError(
             f"{type(model).__name__} does not say how its decoder's input is made of answers; pass tokens as arrays: an .npz "

@@ -13,14 +13,13 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs, argument_names, tensors_in
 from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
-from vbpfx.graph.fields import without_classes
+from vbpfx.graph.fields import path_name, result_paths
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
@@ -146,24 +145,8 @@ def _output_names(network: nn.Module, example: Inputs) -> list[str]:
     Empty where results have no names.
     """
     with torch.no_grad(), full_float32():
-        output = without_classes(example.run(network))
-    try:
-        found = pytree.tree_flatten_with_path(output)[0]
-    except ValueError:  # a container that says nothing of its names
-        return []
-    paths = [path for path, leaf in found if isinstance(leaf, Tensor)]
-    if not all(path and isinstance(path[0], (pytree.MappingKey, pytree.GetAttrKey)) for path in paths):
-        return []
-    return [".".join(map(_step, path)) for path in paths]
-
-
-def _step(key: Any) -> str:
-    match key:
-        case pytree.MappingKey():
-            return str(key.key)
-        case pytree.GetAttrKey():
-            return str(key.name)
-    return str(getattr(key, "idx", key))
+        paths = [path for path, _ in result_paths(example.run(network))]
+    return [path_name(path) for path in paths] if all(path and isinstance(path[0], str) for path in paths) else []
 
 
 def _name_outputs(program: torch.onnx.ONNXProgram, names: list[str]) -> None:

@@ -12,7 +12,11 @@ features, the mean squared error relative to the teacher's variance:
 with the variance of every channel of the last axis over samples and positions, measured once, in float64, so that a loss
 does not depend on how data is split into batches. Predicting the teacher's mean scores 1.
 
-Means are taken within a sample first, over the positions that an ``attention_mask`` keeps, then over samples.
+Where a network returns several tensors, every one counts: one that ``logits`` stands in the name of by KL where the loss is ``kl``,
+any other by its MSE, and the losses are added. Each is relative to how far the teacher's own output spreads, so none drowns the others.
+
+Means are taken within a sample first, over the positions that an ``attention_mask`` (of a decoder's values, a
+``decoder_attention_mask``) keeps, then over samples.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from vbpfx.calibration.moments import Moments, widened
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError, RankError, first_line
-from vbpfx.measurement.divergence import divergence
+from vbpfx.graph.fields import path_name, result_paths
+from vbpfx.measurement.divergence import divergence as kl
 
 Loss = Literal["kl", "mse"]
 
@@ -44,10 +49,11 @@ OUTPUT = ""
 
 @dataclass(frozen=True)
 class Signals:
-    """What one run of a network gave: its output, and the outputs of the modules watched, call by call."""
+    """What one run of a network gave: its output, the outputs of the modules watched, call by call, and what else it returned, by name."""
 
     output: Tensor
     features: dict[str, list[Tensor]]
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Watched:
@@ -94,7 +100,13 @@ class Watched:
                 f"  the batch: {inputs.describe()}"
             ) from error
         self.loss = self.loss or ("kl" if _named(output, "kl") else "mse")
-        return Signals(_compared(output, self.loss), self._seen)
+        compared = _compared(output, self.loss)
+        others = {
+            path_name(path): tensor
+            for path, tensor in result_paths(output)
+            if tensor is not compared and tensor.is_floating_point() and tensor.ndim
+        }
+        return Signals(compared, self._seen, others)
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -110,12 +122,14 @@ class Distillation:
         loss: of the outputs, ``kl`` or ``mse``.
         temperature: T.
         features: names of the modules whose outputs are compared.
-        scales: name -> the teacher's variance there, and under ``OUTPUT`` that of its output.
+        others: names of further outputs that are compared.
+        scales: name -> the teacher's variance there; under ``OUTPUT`` that of its output, and behind a colon those of further outputs.
     """
 
     loss: Loss
     temperature: float
     features: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     scales: dict[str, float] = field(default_factory=dict)
 
     def measure_scales(self, runs: Iterable[tuple[Inputs, Signals]]) -> None:
@@ -123,20 +137,38 @@ class Distillation:
         moments: dict[str, Moments] = {}
         for inputs, signals in runs:
             outputs = {OUTPUT: [signals.output]} if self.loss == "mse" else {}
-            for name, tensors in {**outputs, **signals.features}.items():
+            further = {f":{name}": [signals.others[name]] for name in self.others if not self._by_divergence(name)}
+            for name, tensors in {**outputs, **further, **signals.features}.items():
                 for tensor in tensors:
-                    kept = mask_of(inputs, tensor)
-                    rows = Moments.of((tensor if kept is None else tensor[kept]).detach().reshape(-1, tensor.shape[-1]))
+                    kept = mask_of(inputs, tensor, name)
+                    wide = tensor if tensor.ndim > 1 else tensor.unsqueeze(-1)
+                    rows = Moments.of((wide if kept is None else wide[kept]).detach().reshape(-1, wide.shape[-1]))
                     moments[name] = moments[name] | rows if name in moments else rows
         self.scales = {name: found.variance.mean().item() or 1.0 for name, found in moments.items()}
 
     def output_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
-        """The loss of the outputs, averaged over the batch: a scalar."""
+        """The loss of all outputs that are compared, averaged over the batch: a scalar."""
         ours, theirs = _comparable(student.output, teacher.output, "the output")
-        if self.loss == "mse":
-            return mean_over_samples((ours - theirs).square(), mask_of(inputs, ours)) / self.scales[OUTPUT]
-        found = divergence(ours, theirs, self.temperature)
-        return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found))
+        total = self._apart(inputs, ours, theirs, OUTPUT, by_divergence=self.loss == "kl")
+        for name in self.others:
+            if name not in student.others:
+                raise FinetuneError(
+                    f"the student returns no {name}, which the teacher does: choose outputs= that both return"
+                )
+            ours, theirs = _comparable(student.others[name], teacher.others[name], f"the output {name}")
+            total = total + self._apart(inputs, ours, theirs, f":{name}", by_divergence=self._by_divergence(name))
+        return total
+
+    def _by_divergence(self, name: str) -> bool:
+        return self.loss == "kl" and "logits" in name.rpartition(".")[2]
+
+    def _apart(self, inputs: Inputs, ours: Tensor, theirs: Tensor, key: str, *, by_divergence: bool) -> Tensor:
+        if by_divergence:
+            found = kl(ours, theirs, self.temperature)
+            return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found, key))
+        equal = ours == theirs  # infinite entries that agree are no distance
+        squares = (ours.masked_fill(equal, 0.0) - theirs.masked_fill(equal, 0.0)).square()
+        return mean_over_samples(squares, mask_of(inputs, ours, key)) / self.scales[key]
 
     def feature_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
         """The relative squared error of the features, averaged over modules and the batch: a scalar."""
@@ -175,6 +207,18 @@ def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
     positions = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
     positions, kept = positions.reshape(len(mask), -1), mask.reshape(len(mask), -1)
     return positions.where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def choose_outputs(student: Signals, teacher: Signals, patterns: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The further outputs that are compared: those that match the patterns; without patterns, all that both networks return.
+
+    Raises:
+        FinetuneError: a pattern matches nothing.
+    """
+    names = [name for name in teacher.others if name in student.others]
+    if patterns is None:
+        return tuple(names)
+    return tuple(matching(names, [patterns] if isinstance(patterns, str) else list(patterns), "outputs"))
 
 
 def choose_features(
@@ -279,8 +323,13 @@ def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor
     return widened(ours), widened(theirs)
 
 
-def mask_of(inputs: Inputs, values: Tensor) -> Tensor | None:
-    """The padding mask as booleans, where the values have its two leading axes."""
-    mask = inputs.kwargs.get("attention_mask")
+def mask_of(inputs: Inputs, values: Tensor, name: str = "") -> Tensor | None:
+    """The padding mask as booleans, where the values have its two leading axes.
+
+    Args:
+        name: of the values; those of a decoder have a mask of their own, or none, unless the name begins with ``encoder``.
+    """
+    decodes = "decoder_input_ids" in inputs.kwargs and not name.removeprefix(":").startswith("encoder")
+    mask = inputs.kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
     fits = isinstance(mask, Tensor) and mask.ndim == 2 and values.ndim >= 2 and mask.shape == values.shape[:2]
     return mask.bool() if fits and isinstance(mask, Tensor) else None

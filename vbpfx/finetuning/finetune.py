@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from vbpfx.data.inputs import Inputs, model_device, reader
 from vbpfx.display.tables import table
@@ -75,6 +75,7 @@ def finetune(
     temperature: float | None = None,
     feature_weight: float | None = None,
     features: Sequence[str] | str | None = None,
+    outputs: Sequence[str] | str | None = None,
     patience: int | None = None,
     mixing: float | None = None,
     held_out: float = 0.1,
@@ -114,6 +115,9 @@ def finetune(
         epochs, learning_rate, weight_decay, temperature, feature_weight, patience, mixing: see :class:`vbpfx.finetuning.recipes.Recipe`.
         features: glob patterns over names of modules whose outputs are to agree; by default repeated blocks. They count
             where ``feature_weight`` is above 0.
+        outputs: glob patterns over names of further outputs that are to agree, where the networks return several tensors
+            (``"boxes"``, ``"hidden_states.*"``; of tuples the places, ``"1"``); by default all of them, each relative to the variance
+            of the teacher's. ``()`` trains toward the logits (or values) alone.
         held_out: the share of the data that is never trained on, and decides.
         validation: batches to decide on instead; then all of ``data`` is trained on.
         trainable: glob patterns over names of parameters; by default all that require gradients in the student.
@@ -154,7 +158,15 @@ def finetune(
         if value is not None and value < 1:
             raise FinetuneError(f"{name} must be at least 1, found {value}")
     split = training_data(data, held_out, validation, seed)
-    settings = Settings(reader(student, inputs), labels, augment, accumulate, seed, shard)
+    # a graph does not know how its decoder's input is made of labels
+    settings = Settings(
+        reader(teacher if isinstance(student, fx.GraphModule) else student, inputs),
+        labels,
+        augment,
+        accumulate,
+        seed,
+        shard,
+    )
     measure = Distillation(loss, chosen.temperature)
     network = copy.deepcopy(student, plain_tensors(student))
     _choose_trainable(network, trainable)
@@ -171,7 +183,7 @@ def finetune(
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         training = Training(network, dense, trained, split, chosen, measure, settings, running)
         with views_allowed() if shard else nullcontext():
-            training.choose_features(features)
+            training.choose_features(features, outputs)
             if checkpoint is not None:
                 training.keep_in(make_folder(Path(checkpoint)), checkpoint_every, resume, digests)
             stopped = training.run(math.inf if max_seconds is None else max_seconds, progress)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import LABELS, Inputs, named_labels
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError
-from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, label_loss
+from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, choose_outputs, label_loss
 from vbpfx.finetuning.processes import Processes, seed_everything
 from vbpfx.finetuning.recipes import Recipe
 from vbpfx.finetuning.training_data import TrainingData, chunks, seed_of
@@ -94,8 +94,8 @@ class Training:
         self.every: int | None = None
         self._identity: dict[str, Any] = {}
 
-    def choose_features(self, patterns: Sequence[str] | str | None) -> None:
-        """Settle which modules' outputs are compared, and measure how much the teacher's vary."""
+    def choose_features(self, patterns: Sequence[str] | str | None, outputs: Sequence[str] | str | None = None) -> None:
+        """Settle which modules' outputs and which further outputs are compared, and measure how much the teacher's vary."""
         self.network.eval()
         examples = list(itertools.islice(self._examples(), _SCALE_BATCHES))
         if not examples:
@@ -107,6 +107,9 @@ class Training:
                     self.network, self.teacher, examples[0], patterns, self.measure.loss
                 )
             with self._watched(self.teacher) as teacher:
+                dense = teacher(examples[0])
+                with self._watched(self.network) as student:
+                    self.measure.others = choose_outputs(student(examples[0]), dense, outputs)
                 self.measure.measure_scales((inputs, teacher(inputs)) for inputs in examples)
 
     def keep_in(self, folder: Path, every: int | None, resume: bool, digests: Mapping[str, str]) -> None:
@@ -122,6 +125,7 @@ class Training:
             "loss": self.measure.loss,
             "labels": self.settings.labels,
             "features": list(self.measure.features),
+            **({"outputs": list(self.measure.others)} if self.measure.others else {}),
             "trained parameters": len(self.trained),
             "batches": len(self.data.order(0)),
             "batches a step": self.settings.accumulate * self.processes.count,

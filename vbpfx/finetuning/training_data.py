@@ -161,7 +161,8 @@ def _from_sequence(data: Sequence[Any], share: float, seed: int) -> TrainingData
 def _from_stream(data: Iterable[Any], share: float, seed: int) -> TrainingData:
     count = sum(1 for _ in data)
     training, numbers = _set_aside(count, share, seed, "batch")
-    kept = {number: batch for number, batch in enumerate(data) if number in set(numbers)} if numbers else {}
+    held = set(numbers)
+    kept = {number: batch for number, batch in enumerate(data) if number in held} if held else {}
 
     def read(units: Sequence[Unit]) -> Iterator[Any]:
         wanted, seen = set(units), 0

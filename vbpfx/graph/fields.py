@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+
+from vbpfx.data.inputs import tensors_in
 
 
 class Fields(Mapping[str, Any]):
@@ -74,6 +76,29 @@ def without_classes(value: Any) -> Any:
         return Fields(**{entry.name: without_classes(getattr(leaf, entry.name)) for entry in dataclasses.fields(leaf)})
 
     return pytree.tree_map(neutral, value)
+
+
+def result_paths(output: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors of a network's result in order, and where each stands: keys, names of fields (texts) and places (numbers)."""
+    try:
+        found = pytree.tree_flatten_with_path(without_classes(output))[0]
+    except ValueError:  # a container that says nothing of its names
+        return [((place,), tensor) for place, tensor in enumerate(tensors_in(output))]
+    return [(tuple(map(_step, path)), leaf) for path, leaf in found if isinstance(leaf, Tensor)]
+
+
+def _step(key: Any) -> Any:
+    match key:
+        case pytree.MappingKey():
+            return str(key.key)
+        case pytree.GetAttrKey():
+            return key.name
+    return getattr(key, "idx", str(key))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Where a tensor stands, in one word: ``boxes.low``, ``hidden_states.0``."""
+    return ".".join(map(str, path))
 
 
 def returned_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -35,6 +35,7 @@ from vbpfx.graph.recurrent import recurrent_as_leaves, restore_recurrent
 from vbpfx.graph.regions import inline_regions
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
+from vbpfx.whole_process import shared_by_threads
 
 # Operator -> where it says that it trains.
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
@@ -123,6 +124,7 @@ def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, A
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
+@shared_by_threads
 @contextmanager
 def masks_as_given() -> Iterator[None]:
     """nn.TransformerEncoder compares a mask with the causal one, a decision by values: do without.
@@ -148,6 +150,7 @@ def unfused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+@shared_by_threads
 @contextmanager
 def quiet_logging() -> Iterator[None]:
     """The exporters log what they try and give up; the error, if there is one, says it in one line."""
@@ -159,6 +162,7 @@ def quiet_logging() -> Iterator[None]:
         logging.disable(before)
 
 
+@shared_by_threads
 @contextmanager
 def unheard() -> Iterator[None]:
     """No warnings, no logging, and nothing on Python's standard output and error."""

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from vbpfx.whole_process import shared_by_threads
 
+
+@shared_by_threads
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32, as long as this lasts.

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vbpfx.graph.frontends import unheard
+from vbpfx.whole_process import shared_by_threads
 
 
+@shared_by_threads
 @contextmanager
 def silenced() -> Iterator[None]:
-    """No warnings, no logging, and nothing on standard output and error, from native code neither."""
+    """No warnings, no logging, and nothing on standard output and error, from native code neither; for the whole process."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [(fd, os.dup(fd)) for fd in (1, 2)]
