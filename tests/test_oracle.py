@@ -65,12 +65,40 @@ def test_a_dead_block_in_a_live_network_is_called_not_proven() -> None:
     assert found.unproven == ("dead",)
 
 
-def test_of_a_class_whose_output_hides_all_nothing_is_proven() -> None:
+def test_of_a_class_whose_output_hides_all_the_layers_are_heard() -> None:
     pruned = _hidden(include="0->2")
     small = vbpfx.apply_plan(pruned.captured.reference, pruned.plan)
     found = vbpfx.verify(pruned.captured, small, pruned.plan)
-    assert found.behind is None
-    assert found.unproven == ("0->2",)
+    assert found.hidden
+    assert found.proven
+    assert 0.0 < found.behind < 1e-12, "in float64"
+    assert not any(module._forward_hooks for module in small.modules())
+    small[1] = nn.ReLU()
+    with pytest.raises(
+        VerificationError, match=r"the narrowed Sequential differs .* though every tensor is what the plan"
+    ):
+        vbpfx.verify(pruned.captured, small, pruned.plan)
+
+
+def test_of_a_block_that_a_class_does_not_show_nothing_is_proven() -> None:
+    class Bare(nn.Module):
+        """A layer without a module, behind which a head of zeros stands."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(8, 12), nn.Linear(8, 4)
+            self.w, self.b = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(8))
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(nn.functional.linear(self.a(x).relu(), self.w, self.b))
+
+    model = Bare()
+    pruned = vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", include="a", progress=False)
+    assert pruned.verification.proven, "the graph shows it"
+    (name,) = pruned.plan.widths
+    found = vbpfx.verify(pruned.captured, vbpfx.apply_plan(model, pruned.plan), pruned.plan)
+    assert found.unproven == (name,)
 
 
 def test_what_stands_behind_a_layer_is_compared_as_plain_torch_computes_it() -> None:

@@ -7,14 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import Inputs, tensors_in
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.precision import full_float32
 from vbpfx.records import Plan
 from vbpfx.rewrite.class_code import where_widths_are_used
 from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look, relative_error
-from vbpfx.rewrite.substitute import reference_graph
 
 # What may be left in float64: roundings to float32 that the graph states itself, and those that a class's own code does.
 _LEFT_IN_A_GRAPH, _LEFT_IN_A_CLASS = 1e-6, 1e-4
@@ -22,8 +21,8 @@ _LEFT_IN_A_GRAPH, _LEFT_IN_A_CLASS = 1e-6, 1e-4
 
 @full_float32()
 @torch.no_grad()
-def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> float | None:
-    """The largest difference between the pruned network and its reference in float64; None where they do not run in it.
+def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen | None:
+    """What the pruned network and its reference show in float64; None where they do not run in it.
 
     Every tensor that the plan changes must be what the plan makes of it, rounded once. With the same tensors before they were
     rounded, the pruned network must compute what the reference does.
@@ -43,13 +42,13 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
     except Exception:  # an operator without float64, code that states a type
         return None
     wrong = next((name for name, error in (seen.errors or {}).items() if not error <= allowed), None)
-    error = max(relative_error(seen.found, seen.expected), seen.behind or 0.0)
+    error = seen.largest
     if not error <= allowed:
         if not can_compare(small, plan):
             raise _by_its_code(error, small, plan, inputs)
         where = f"first behind the layers of block {wrong}" if wrong else "at its output"
         raise _wrong(error, f"in float64, too, {where}", plan)
-    return error
+    return seen
 
 
 def _seen(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen:
@@ -61,8 +60,7 @@ def _seen(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> S
         for name, tensor in of_small.items():
             if id(tensor) == identity:
                 of_wide[name].data = exact()
-    expected = Steps(reference_graph(captured, plan), inputs, torch.float64).finish()
-    return Seen(expected, tensors_in(inputs.map(_wide).run(wide)))
+    return look(Comparison(captured, wide, plan, inputs.map(_wide), torch.float64))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The reference and the narrowed graph side by side: what both compute behind every layer that reads a narrowed axis.
+"""The reference and the narrowed network side by side: what both compute behind every layer that reads a narrowed axis.
 
-Both run node by node, so that no more is held than either holds by itself. They run in the network's own precision, or every
+Graphs run node by node, so that no more is held than either holds by itself; a class runs first, and its layers are heard. They run in the network's own precision, or every
 value, weight and fold in float64: then what is left of a difference is no rounding. Casts to another floating-point type
 are left out there.
 """
@@ -8,7 +8,7 @@ are left out there.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,49 +109,53 @@ class Behind:
 
     Attributes:
         block: the block's name.
-        found, expected: what the narrowed graph and the reference compute, of the channels that are left.
+        found, expected: what the narrowed network and the reference compute, of the channels that are left; None where the
+            narrowed one does not show it.
         whole, without: what the layer of the reference computes as it is, and were all channels of the block zero.
     """
 
     block: str
-    found: Tensor
+    found: Tensor | None
     expected: Tensor
     whole: Tensor
     without: Tensor
 
 
 class Comparison:
-    """The reference of a plan and a narrowed graph, to be gone through once.
+    """The reference of a plan and a narrowed network, to be gone through once.
 
     Args:
         captured: the dense graph.
-        small: the narrowed graph.
+        small: the narrowed graph; or the narrowed model in its own class, in the precision that is asked for.
         plan: what it was narrowed by.
         inputs: what both run on.
-        dtype: see :class:`Steps`; where it is given, weights are narrowed and folded in float64.
+        dtype: see :class:`Steps`; where it is given, weights of a graph are narrowed and folded in float64.
 
     Attributes:
-        expected, found: the outputs of the reference and of the narrowed graph, once it has been gone through.
+        expected, found: the outputs of the reference and of the narrowed network, once it has been gone through.
     """
 
     def __init__(
-        self, captured: Captured, small: fx.GraphModule, plan: Plan, inputs: Inputs, dtype: torch.dtype | None = None
+        self, captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs, dtype: torch.dtype | None = None
     ) -> None:
-        reference, small = reference_graph(captured, plan), share_parameters(small)
-        exact = {} if dtype is None else exact_tensors(captured, small, plan)
         self._own, self._removed = captured.nodes, removed_channels(plan)
-        self._reference, self._small = Steps(reference, inputs, dtype), Steps(small, inputs, dtype, exact)
+        self._reference = Steps(reference_graph(captured, plan), inputs, dtype)
         self._readers: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
         for entry in plan.blocks:
             for consumer in entry.block.consumers:
                 self._readers[consumer.node].append((entry, consumer))
+        self._small: _GraphSide | _ClassSide
+        if can_compare(small, plan):
+            small = share_parameters(small)
+            exact = {} if dtype is None else exact_tensors(captured, small, plan)
+            self._small = _GraphSide(Steps(small, inputs, dtype, exact), set(self._readers), self._own)
+        else:
+            self._small = _ClassSide(small, self._readers, inputs)
         self.expected: list[Tensor] = []
         self.found: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Behind]:
         layers = {node: _corrected(node) for node in self._reference.nodes if node.name in self._readers}
-        folded = {_folded(node, self._own) for node in self._small.nodes if node.name in self._readers}
-        steps = self._small.until(folded)
         layer_of = {end: node for node, end in layers.items()}
         parts: list[tuple[str, Tensor, Tensor]] = []
         for node in self._reference.until({*layers, *layers.values()}):
@@ -159,14 +163,11 @@ class Comparison:
                 parts = [(entry.block.name, self._reference.env[node], self._without(node, entry, consumer))
                          for entry, consumer in self._readers[node.name]]  # fmt: skip
             if node in layer_of:
-                expected = self._kept(self._reference.env[node], layer_of[node].name)
-                end = next(steps)
-                found = self._small.env[end]
+                name = layer_of[node].name
+                expected, found = self._kept(self._reference.env[node], name), self._small.at(name)
                 for block, whole, without in parts:
                     yield Behind(block, found, expected, whole, without)
-        for _ in steps:  # none is left
-            pass
-        self.expected, self.found = self._reference.outputs, self._small.outputs
+        self.expected, self.found = self._reference.outputs, self._small.finish()
 
     def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
         """What a layer of the reference computes where a block's channels are zero."""
@@ -182,6 +183,62 @@ class Comparison:
                 kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
                 value = value.index_select(axis, kept)
         return value
+
+
+class _GraphSide:
+    """A narrowed graph, which goes as far as it is asked for."""
+
+    def __init__(self, steps: Steps, readers: set[str], own: Mapping[str, fx.Node]) -> None:
+        self._steps = steps
+        self._reached = steps.until({_folded(node, own) for node in steps.nodes if node.name in readers})
+
+    def at(self, name: str) -> Tensor:
+        """The value behind the next layer that reads a block; all of them are asked for, in order."""
+        node = next(self._reached)
+        value: Tensor = self._steps.env[node]
+        return value
+
+    def finish(self) -> list[Tensor]:
+        """The outputs."""
+        for _ in self._reached:
+            pass
+        return self._steps.outputs
+
+
+class _ClassSide:
+    """A narrowed model in its own class, whose layers are heard while it runs."""
+
+    def __init__(
+        self, small: nn.Module, readers: Mapping[str, list[tuple[BlockPlan, Consumer]]], inputs: Inputs
+    ) -> None:
+        self._path = {
+            node: found[0][1].weight.rpartition(".")[0] for node, found in readers.items() if found[0][1].is_layer
+        }
+        self._heard: dict[str, list[Tensor]] = {path: [] for path in self._path.values()}
+        handles = [small.get_submodule(path).register_forward_hook(self._hear(path)) for path in self._heard]
+        try:
+            self._output = tensors_in(inputs.run(small))
+        finally:
+            for handle in handles:
+                handle.remove()
+        calls = Counter(self._path.values())
+        self._whole = {path for path, heard in self._heard.items() if len(heard) == calls[path]}
+
+    def _hear(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hear(layer: nn.Module, given: Any, value: Any) -> None:
+            if isinstance(value, Tensor):
+                self._heard[path].append(value.clone())
+
+        return hear
+
+    def at(self, name: str) -> Tensor | None:
+        """The value behind a layer; its calls are asked for in order."""
+        path = self._path.get(name)
+        return self._heard[path].pop(0) if path is not None and path in self._whole else None
+
+    def finish(self) -> list[Tensor]:
+        """The outputs."""
+        return self._output
 
 
 def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
@@ -240,6 +297,11 @@ class Seen:
         return None if self.errors is None else max(self.errors.values(), default=0.0)
 
     @property
+    def largest(self) -> float:
+        """The largest error, of the outputs or behind a block's layers."""
+        return max(relative_error(self.found, self.expected), self.behind or 0.0)
+
+    @property
     def unproven(self) -> tuple[str, ...]:
         """Blocks of which nothing was seen behind their layers, by name."""
         return tuple(name for name, error in (self.errors or {}).items() if self.shares[name] <= error)
@@ -250,6 +312,9 @@ def look(comparison: Comparison) -> Seen:
     errors: dict[str, float] = defaultdict(float)
     shares: dict[str, float] = defaultdict(float)
     for at in comparison:
+        if at.found is None:
+            errors[at.block], shares[at.block] = errors[at.block], shares[at.block]  # known, and not seen
+            continue
         alike = at.found.shape == at.expected.shape
         error = relative_error([at.found], [at.expected], both_nan=True) if alike else math.inf
         errors[at.block] = max(errors[at.block], error)

@@ -135,27 +135,40 @@ def verify(
     allowed = TOLERANCES.get(precision, 1e-4)
     bound = allowed if tolerance is None else tolerance
     outputs = Outputs(dense, model, seen.expected, seen.found)
+    exact: Seen | None = None
     try:
         found = judge(outputs, plan, tolerance=bound)
         doubtful = (seen.behind or 0.0) > max(bound, allowed) or precision in (torch.bfloat16, torch.float16)
-        exact = require_exact(captured, small, plan, inputs) if doubtful else None
+        if doubtful or (
+            found.unproven and seen.errors is None
+        ):  # of a class nothing was seen but an output that hides all
+            exact = require_exact(captured, small, plan, inputs)
     except (_ImpreciseError, _UnlikeModelError) as large:
-        exact = require_exact(captured, small, plan, inputs) if isinstance(large, _ImpreciseError) else None
         lost = measure_loss(captured, inputs, dense, precision) if tolerance is None else None
-        if lost is not None and large.difference <= LOSSES * lost:
-            found = judge(outputs, plan, tolerance=LOSSES * lost)
-        elif isinstance(large, _UnlikeModelError):
+        rounding = LOSSES * (lost or 0.0)
+        unlike = isinstance(large, _UnlikeModelError)
+        if unlike and (
+            not large.difference <= rounding or relative_error(_run(captured.reference, inputs), model) != 0.0
+        ):
             raise _UnlikeModelError(large.difference, _why_unlike(captured, inputs, dense, model)) from large
-        elif exact is None or lost is None:
+        exact = require_exact(captured, small, plan, inputs)
+        if exact is None or lost is None:
             raise
-        else:
+        if not large.difference <= rounding:
             raise VerificationError(
-                f"the rewrite is right (in float64 it differs from the reference by {exact:.1e}), but in {_name(precision)} the pruned "
-                f"network differs by {large.difference:.1e} of the output's size, where the dense network's own rounding is {lost:.1e}: "
-                f"values are too large for that precision; scale the inputs (standardise columns), or prune in float64"
+                f"the rewrite is right (in float64 it differs from the reference by {exact.largest:.1e}), but in {_name(precision)} the "
+                f"pruned network differs by {large.difference:.1e} of the output's size, where the dense network's own rounding is "
+                f"{lost:.1e}: values are too large for that precision; scale the inputs (standardise columns), or prune in float64"
             ) from large
-    unproven = found.unproven if seen.errors is None else seen.unproven
-    found = replace(found, behind=seen.behind, unproven=unproven, exact=exact, dtype=_name(precision))
+        found = judge(outputs, plan, tolerance=rounding)
+    looked = seen if seen.errors is not None or exact is None else exact
+    found = replace(
+        found,
+        behind=looked.behind,
+        unproven=found.unproven if looked.errors is None else looked.unproven,
+        exact=None if exact is None else exact.largest,
+        dtype=_name(precision),
+    )
     refits = _refit_error(captured, small, plan)
     if not refits <= found.tolerance:
         raise VerificationError(
