@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import timm
 import torch
@@ -84,3 +85,28 @@ def test_the_list_has_a_norm_that_carries_constants() -> None:
     pruned = vbpfx.prune(model, [torch.randn(2, 3, 64, 64)], ratio=0.5, allocation="equal", progress=False)
     small = pruned.apply_to(model)
     assert any(isinstance(module, CarriedNorm) for module in small.modules())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(24), nn.RMSNorm(24)], ids=["layer norm", "rms norm"])
+def test_a_norm_that_carries_constants_is_exported_and_narrowed_again(norm: nn.Module, tmp_path: Path) -> None:
+    model = randomize(nn.Sequential(nn.Linear(8, 24), nn.ReLU(), norm, nn.Linear(24, 4))).eval()
+    data, other = torch.randn(64, 8), torch.randn(5, 8)
+    own = vbpfx.prune(model, [data], ratio=0.3, progress=False).apply_to(model).eval()
+    assert any(isinstance(module, CarriedNorm) for module in own.modules())
+    samples = torch.export.Dim("samples")
+    exported = torch.export.export(own, (data,), dynamic_shapes=({0: samples},)).module()
+    with torch.no_grad():
+        assert torch.equal(exported(other), own(other))
+        program = torch.onnx.export(own, (data,), dynamic_shapes=({0: samples},), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(tmp_path / "own.onnx")
+        session = ort.InferenceSession(tmp_path / "own.onnx")
+        (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(found), own(other), rtol=1e-4, atol=1e-5
+        )  # another library's kernels
+    own = own.double()
+    again = vbpfx.prune(own, [data.double()], ratio=0.3, progress=False)
+    assert list(again.plan.widths.values()) == [17 - 5]
+    verified = vbpfx.verify(again.captured, again.graph_module, again.plan, other.double(), tolerance=1e-9)
+    assert verified.effect > 1e-3

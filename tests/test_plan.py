@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 
 import vbpfx
 from vbpfx.errors import BudgetError, CalibrationError
+from vbpfx.planning import select
 from vbpfx.planning.budget import mac_cost, parameter_cost
 from vbpfx.planning.options import in_words
 from vbpfx.report.make import count_parameters
@@ -289,3 +292,20 @@ def test_a_score_that_is_not_finite_decides_nothing(criterion: str) -> None:
     statistics = vbpfx.statistics(observed)
     with pytest.raises(CalibrationError, match=r"NaN or infinity"):
         vbpfx.make_plan(analysis, statistics, ratio=0.5, criterion=criterion, allocation="equal", compensation="mean")
+
+
+def test_patterns_are_compared_once_with_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))))
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(2, 4)))
+    compared = 0
+
+    def counting(name: str, pattern: str) -> bool:
+        nonlocal compared
+        compared += 1
+        return fnmatch.fnmatchcase(name, pattern)
+
+    monkeypatch.setattr(select, "fnmatch", SimpleNamespace(fnmatchcase=counting))
+    chosen = select.select_blocks(analysis, include="*", exclude=["1*", "2*"])
+    names = [b.name for b in analysis.blocks if not any(n.startswith(("1", "2")) for n in (b.name, *b.layers))]
+    assert [b.name for b in chosen] == names
+    assert 0 < compared <= 3 * sum(1 + len(b.layers) for b in analysis.blocks)

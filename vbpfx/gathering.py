@@ -73,7 +73,7 @@ def gather(
     gradients = None
     if strategy.layers and is_differentiable(captured, strategy.layers):
         reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
-        gradients = Gradients(captured, strategy.layers, observed, metrics=reading)
+        gradients = Gradients(captured, strategy.layers, observed, metrics=reading, at_once=strategy.at_once)
     passes = Forward(run) if run else forward_passes(observed, calibration.compile)
     keeping = Keeping(passes, strategy.samples, gradients, divisible=captured.divisible)
     calibrate(
@@ -89,6 +89,7 @@ def gather(
         settings={
             "options": in_words(strategy.options),
             "samples": strategy.samples,
+            "at_once": strategy.at_once,
             "gradients": sorted(layer.node for layer in strategy.layers) if gradients else None,
             **compiling(calibration.compile),
         },

@@ -14,6 +14,7 @@ from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import fitting_multiple
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
+from vbpfx.reconstruction.influence import samples_at_once
 from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
 from vbpfx.records import Block, Consumer
@@ -21,6 +22,8 @@ from vbpfx.runtimes.table import DEFAULT, best_multiple
 
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
 _WIDTHS_COVARIANCE_SHARE = 0.25
+# Of the memory that may be held, what activations for gradients may take: the samples that are kept stand beside them.
+_GRADIENTS_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Strategy:
         fits: whether layers are fitted block after block.
         chooses: whether neurons are chosen on the way there, rather than by the plan.
         samples: how many calibration samples are kept for that, and for sensitivities.
+        at_once: how many samples' activations are held for a backward pass.
         covariance: what :func:`vbpfx.prepare` is to gather.
     """
 
@@ -106,6 +110,7 @@ class Strategy:
     fits: bool
     chooses: bool
     samples: int
+    at_once: int
     covariance: bool | float
 
     @classmethod
@@ -121,7 +126,7 @@ class Strategy:
         refits = fits and (fitting.refit is None or fitting.refit)
         beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
-        measures = chosen.allocation == "sensitivity"
+        measures = chosen.allocation == "sensitivity" and len(blocks) > 1
         # whether nothing is taken from the plan but how wide blocks stay
         widths_alone = chooses and all(chosen_on_the_way(order, block) for block in blocks)
         if widths_alone and not measures:
@@ -139,5 +144,6 @@ class Strategy:
             fits=fits,
             chooses=chooses,
             samples=samples,
+            at_once=samples_at_once(analysis.captured, _GRADIENTS_SHARE * fitting.memory),
             covariance=chosen.needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True),
         )

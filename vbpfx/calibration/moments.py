@@ -53,8 +53,9 @@ class CoMoments:
         left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
         with full_float32():
             product = centred.T @ centred
-        m2 = product.double() - len(rows) * torch.outer(left, left)
-        if wide.dtype != torch.float64 and answers_at_once(wide.device) and not bool(m2.isfinite().all()):
+        m2 = product.double().addr_(left, left, alpha=-len(rows))
+        # no entry of it is larger than those of its diagonal, which is all that needs looking at
+        if wide.dtype != torch.float64 and answers_at_once(wide.device) and not bool(m2.diagonal().isfinite().all()):
             return cls.of(wide.double())  # squares of what is finite may leave float32
         return cls(len(rows), mean.to(wide.dtype).double() + left, m2)
 

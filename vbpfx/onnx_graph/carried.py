@@ -84,7 +84,7 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
         node: what takes it; its inputs are narrowed already.
         kind: of :attr:`vbpfx.records.Reduction.kind`.
     """
-    source = node.inputs[0]
+    source, sums = node.inputs[0], carried.summed
     assert source is not None
     known = node.outputs[0].dtype or source.dtype
     dtype = known.numpy() if known is not None else np.dtype(np.float32)
@@ -93,15 +93,14 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
         out, h = (_Term(file, before, value, dtype) for value in (node.outputs[0], source))
         scaling, added = _NORMS_OF_SUMS.get(node.op_type, ((1, 2), ()))
         if kind == "sum":
-            return (out + carried.sum).value
+            return (out + sums.sum).value
         if kind == "mean":
-            share = (carried.size - len(carried.constants)) / carried.size
-            return (out * share + carried.sum / carried.size).value
+            return (out * ((sums.size - sums.removed) / sums.size) + sums.sum / sums.size).value
         for value in (node.inputs[index] for index in added if index < len(node.inputs)):
             h = h + value if value is not None else h
         eps, usual = node.attributes.get("epsilon"), SKIP_EPSILON if added else 1e-5
         result = NORMALISE[kind](
-            h.of(np.float32) if dtype == np.float16 else h, carried, usual if eps is None else eps.as_float()
+            h.of(np.float32) if dtype == np.float16 else h, sums, usual if eps is None else eps.as_float()
         )
         result = result.of(dtype)  # sums of squares leave float16's range
         for index, combine in zip(scaling, (_Term.__mul__, _Term.__add__), strict=False):

@@ -7,7 +7,8 @@ The layer computes y = W h, (out,). With some neurons gone and the others, K, fi
 to the squared error of y, with v_j the column of the present fit, and moves the fit by V -= v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork 1993,
 applied to a layer's regression). Both A^-1 and V change by a matrix of rank one. Applying those one by one moves d^2
 numbers through memory for each neuron; here they are kept as factors and applied in blocks by one matrix product, which
-gives the same numbers.
+gives the same numbers. What belongs to neurons that are gone is dropped as soon as it is a share worth a copy of the rest, so
+that most products are of narrower matrices.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vbpfx.planning.ridge import ridge_factor
 # lambda, relative to the mean variance
 PENALTY = 1e-3
 _BLOCK = 64
+# Rows and columns of removed neurons are dropped when they are one of so many.
+_DROPPED_SHARE = 8
 
 
 def ridge_inverse(covariance: Tensor, penalty: float = PENALTY) -> Tensor:
@@ -56,20 +59,27 @@ def elimination_costs(
         raise CalibrationError("the weights that read its neurons hold NaN or infinity; mend them, or leave it out")
     eliminations = [_Elimination(covariance, weight, penalty, block) for covariance, weight in inputs]
     width = len(inputs[0][0])
-    barred = torch.zeros(width, dtype=torch.bool) if among is None else torch.ones(width, dtype=torch.bool)
+    open_ = torch.ones(width, dtype=torch.bool) if among is None else torch.zeros(width, dtype=torch.bool)
     if among is not None:
-        barred[among] = False
+        open_[among] = True
+    left = torch.arange(width)  # the neurons whose rows and columns are still there
     order: list[int] = []
     costs: list[float] = []
+    there = torch.ones(width, dtype=torch.bool)
     for _ in range(width - 1 if remove is None else remove):
         cost = torch.stack([elimination.costs() for elimination in eliminations]).sum(0)
-        cost[barred] = torch.inf
+        cost[~open_[left]] = torch.inf
         chosen = int(cost.argmin())
-        order.append(chosen)
+        neuron = int(left[chosen])
+        order.append(neuron)
         costs.append(max(0.0, float(cost[chosen])))
-        barred[chosen] = True
-        for elimination in eliminations:
-            elimination.remove(chosen)
+        open_[neuron] = there[neuron] = False
+        applied = [elimination.remove(chosen) for elimination in eliminations]
+        if all(applied) and len(left) - int(there.sum()) >= len(left) / _DROPPED_SHARE:
+            (still,) = there[left].nonzero(as_tuple=True)
+            left = left[still]
+            for elimination in eliminations:
+                elimination.keep(still)
     return torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
 
 
@@ -91,8 +101,8 @@ class _Elimination:
         """|v_j|^2 / [A^-1]_jj for every neuron; meaningless for those that are gone."""
         return self.norms / self.diagonal.clamp_min(1e-300)
 
-    def remove(self, j: int) -> None:
-        """Take neuron j out."""
+    def remove(self, j: int) -> bool:
+        """Take neuron j out; whether no factor is waiting to be applied now."""
         x, u = self.x[: self.pending], self.u[: self.pending]
         root = self.diagonal[j].sqrt()
         column = (self.inverse[j] - x[:, j] @ x) / root
@@ -108,3 +118,10 @@ class _Elimination:
             # what the sums have gathered of rounding is dropped
             self.diagonal, self.norms = self.inverse.diagonal().clone(), self.fit.square().sum(0)
             self.pending = 0
+        return self.pending == 0
+
+    def keep(self, still: Tensor) -> None:
+        """Drop all rows and columns but these; no factor may be waiting."""
+        self.inverse = self.inverse[still][:, still]
+        self.fit, self.diagonal, self.norms = self.fit[:, still], self.diagonal[still], self.norms[still]
+        self.x = torch.empty(len(self.x), len(still), dtype=torch.float64)

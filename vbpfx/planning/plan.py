@@ -66,7 +66,8 @@ def make_plan(
         sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
             ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan. It is given one of equal
             shares, and where this moves the output by nothing for some blocks, one in which these keep no more than their
-            floors: a block that moves nothing even so is free, and gives up what it may before any other gives.
+            floors: a block that moves nothing even so is free, and gives up what it may before any other gives. One block alone
+            compares with none, and is not measured.
         latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
         round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions at multiples of 8 (of 4 where they have
@@ -97,7 +98,7 @@ def make_plan(
         return deciding.plan(entries, allocation, rows)
 
     rates: dict[str, float] = {}
-    if chosen.allocation == "sensitivity" and callable(sensitivity):
+    if chosen.allocation == "sensitivity" and callable(sensitivity) and len(blocks) > 1:  # one compares with none
         equal = deciding.kept(scores, "equal", {})
         rates = deciding.rates(scores, _of_all(blocks, sensitivity(plan(equal, "equal"))))
         unmoved = [name for name, rate in rates.items() if rate == 0 and len(equal[name]) > deciding.floor[name]]
@@ -106,7 +107,7 @@ def make_plan(
             rates |= deciding.rates(scores, sensitivity(plan(least, "equal")), at_floor=True)
     elif sensitivity and not callable(sensitivity):
         rates = deciding.rates(scores, _of_all(blocks, sensitivity))
-    allocation = _allocation(chosen, rates)
+    allocation = _allocation(chosen, rates) if len(blocks) > 1 or rates else "equal"
     return plan(deciding.kept(scores, allocation, rates), allocation)
 
 

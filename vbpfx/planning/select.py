@@ -27,9 +27,11 @@ def select_blocks(
         raise AnalysisError(no_blocks(analysis))
     chosen = analysis.blocks
     if include is not None:
-        chosen = tuple(b for b in chosen if b in _matching(analysis, _as_list(include), "include"))
+        included = _matching(analysis, _as_list(include), "include")
+        chosen = tuple(b for b in chosen if b.name in included)
     if exclude is not None:
-        chosen = tuple(b for b in chosen if b not in _matching(analysis, _as_list(exclude), "exclude"))
+        excluded = _matching(analysis, _as_list(exclude), "exclude")
+        chosen = tuple(b for b in chosen if b.name not in excluded)
     if not chosen:
         raise AnalysisError(f"include={include!r} and exclude={exclude!r} leave none of {len(analysis.blocks)} blocks")
     return chosen
@@ -50,10 +52,11 @@ def select_layers(
     )
 
 
-def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[Block]:
-    found: set[Block] = set()
+def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[str]:
+    """The names of the blocks that match any pattern; names, since the hash of a block is that of everything in it."""
+    found: set[str] = set()
     for pattern in patterns:
-        matches = {b for b in analysis.blocks if any(fnmatch.fnmatchcase(n, pattern) for n in (b.name, *b.layers))}
+        matches = {b.name for b in analysis.blocks if any(fnmatch.fnmatchcase(n, pattern) for n in (b.name, *b.layers))}
         if not matches and not select_layers(analysis.layers, include=pattern):
             names = list(dict.fromkeys(name for block in analysis.blocks for name in (block.name, *block.layers)))
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]

@@ -32,8 +32,8 @@ from vbpfx.records import Consumer
 TEMPER = 0.5
 METRIC_POWER = 0.25
 _LEAST = 1e-3  # of a row that the output does not depend on: a fit needs rows
-# The activations of so many samples are held for the backward pass.
-_SAMPLES_AT_ONCE = 16
+# The activations of so many samples are held for the backward pass where nothing is said of the memory, and at most.
+SAMPLES_AT_ONCE, _MOST_AT_ONCE = 16, 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Gradients:
         layers: at whose values gradients are taken.
         metrics: the nodes of those layers that are to have a metric; all by default.
         graph_module: the graph to run, with the captured one's nodes; a prepared one gathers its statistics on the way.
+        at_once: how many samples' activations are held for a backward pass.
         seed: of the random directions.
     """
 
@@ -68,11 +69,13 @@ class Gradients:
         graph_module: fx.GraphModule | None = None,
         *,
         metrics: Collection[str] | None = None,
+        at_once: int = SAMPLES_AT_ONCE,
         seed: int = 0,
     ) -> None:
         self.captured, self.layers = captured, {layer.node: layer for layer in layers}
         self.metrics = self.layers.keys() if metrics is None else metrics
         self.graph_module = captured.graph_module if graph_module is None else graph_module
+        self.at_once = at_once
         self.generator, self.seed, self.samples = torch.Generator(), seed, 0
         self.squares: dict[str, list[Tensor]] = {node: [] for node in self.layers}
         self.products: dict[str, Tensor] = {}
@@ -89,7 +92,7 @@ class Gradients:
         """
         parts: dict[str, list[Tensor]] = {node: [] for node in self.layers}
         self.samples = self.samples if start is None else start
-        for chunk in _chunks(self.captured, batch):
+        for chunk in _chunks(self.captured, batch, self.at_once):
             self.generator.manual_seed(self.seed + self.samples)
             self.samples += chunk.batch_size or 1
             for node, own in self._gradients(chunk):
@@ -202,9 +205,20 @@ def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
     return True
 
 
-def _chunks(captured: Captured, batch: Inputs) -> list[Inputs]:
+def samples_at_once(captured: Captured, memory: float) -> int:
+    """How many samples' activations a forward and a backward pass may hold in so many GiB, at least one.
+
+    Counted are the values of all nodes, all of which a backward pass may need, and as much again for their gradients.
+    """
+    tensors = tensors_in([node.meta.get("val") for node in captured.graph_module.graph.nodes if node.op != "get_attr"])
+    held = 2 * sum(t.numel() * t.element_size() for t in tensors)
+    a_sample = held / (captured.batch or captured.inputs.batch_size or 1)
+    return max(1, min(_MOST_AT_ONCE, int(memory * 2**30 / max(1.0, a_sample))))
+
+
+def _chunks(captured: Captured, batch: Inputs, at_once: int) -> list[Inputs]:
     """The batch in pieces of a few samples, where the graph makes of each what it is by itself."""
     samples = batch.batch_size
     if not captured.divisible or samples is None:
         return [batch]
-    return [batch.samples(start, start + _SAMPLES_AT_ONCE) for start in range(0, samples, _SAMPLES_AT_ONCE)]
+    return [batch.samples(start, start + at_once) for start in range(0, samples, at_once)]

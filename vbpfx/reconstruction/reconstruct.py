@@ -32,7 +32,7 @@ from vbpfx.planning.elimination import PENALTY, elimination_costs
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
-from vbpfx.reconstruction.rows import LayerRows
+from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
 from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
@@ -170,7 +170,8 @@ class _Reconstruction:
         begun = next(rows, None)
         own = Sums.centres(begun.x, begun.t) if begun else None
         sums = Sums(self.ranks.of_lowest(own, [(n,) for n in weight.shape[::-1]]))
-        for part in itertools.chain([begun] if begun else [], rows):
+        every = itertools.chain([begun] if begun else [], rows)
+        for part in in_larger_parts(every, weight.shape[1]):
             sums.add(*part)
         sums.add_other_ranks(self.ranks, weight.shape[1], weight.shape[0])
         return sums

@@ -59,7 +59,7 @@ class Sums:
         if self._centres is None:
             self._centres = self.centres(x, t)
         parts = self._parts(x, t, weights)
-        if x.dtype != torch.float64 and answers_at_once(x.device) and not all(bool(p.isfinite().all()) for p in parts):
+        if x.dtype != torch.float64 and answers_at_once(x.device) and not _finite(parts):
             parts = self._parts(x.double(), t.double(), weights)  # squares of what is finite may leave float32
         if held in self._sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
@@ -108,6 +108,12 @@ class Sums:
         x, t = x / w, t / w
         centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
         return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
+
+
+def _finite(parts: Sequence[Tensor]) -> bool:
+    """Whether all sums are finite; no entry of x x^T is larger than those of its diagonal, which is all of it that is looked at."""
+    w, x, t, xx, xt = parts
+    return all(bool(part.isfinite().all()) for part in (w, x, t, xx.diagonal(), xt))
 
 
 def _symmetric(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,27 @@ class Rows(NamedTuple):
     t: Tensor
     weights: Tensor
     held: bool
+
+
+def in_larger_parts(rows: Iterable[Rows], least: int) -> Iterator[Rows]:
+    """The same rows in parts of at least so many: sums over a part cost a matrix as large as its input is wide, whatever it holds."""
+    waiting: dict[bool, list[Rows]] = {False: [], True: []}
+    for part in rows:
+        own = waiting[part.held]
+        own.append(part)
+        if sum(len(p.x) for p in own) >= least:
+            yield _joined(own)
+            own.clear()
+    for own in waiting.values():
+        if own:
+            yield _joined(own)
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    xs, ts, weights, held = zip(*parts, strict=True)
+    return Rows(torch.cat(xs), torch.cat(ts), torch.cat(weights), held[0])
 
 
 class LayerRows:

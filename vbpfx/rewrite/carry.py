@@ -12,12 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from vbpfx.rules.ops import called_module
+
+
+@dataclass(frozen=True)
+class CarriedSums:
+    """All that a statistic needs to know of the removed channels of one axis, as numbers.
+
+    Attributes:
+        size: N, the size of the dense axis.
+        removed: P, how many channels are gone.
+        sum, square_sum: sum_P a and sum_P a^2.
+        mean: a', the mean of a.
+        spread: sum_P (a - a')^2.
+    """
+
+    size: int
+    removed: int
+    sum: float
+    square_sum: float
+    mean: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -32,25 +53,18 @@ class Carried:
     size: int
     constants: Tensor
 
-    @property
-    def sum(self) -> float:
-        """sum_P a."""
-        return float(self.constants.sum())
-
-    @property
-    def square_sum(self) -> float:
-        """sum_P a^2."""
-        return float(self.constants.square().sum())
-
-    @property
-    def mean(self) -> float:
-        """a', the mean of a."""
-        return float(self.constants.mean())
-
-    @property
-    def spread(self) -> float:
-        """sum_P (a - a')^2."""
-        return float((self.constants - self.constants.mean()).square().sum())
+    @cached_property
+    def summed(self) -> CarriedSums:
+        """The same as numbers."""
+        a = self.constants
+        return CarriedSums(
+            size=self.size,
+            removed=len(a),
+            sum=float(a.sum()),
+            square_sum=float(a.square().sum()),
+            mean=float(a.mean()),
+            spread=float((a - a.mean()).square().sum()),
+        )
 
 
 def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carried) -> None:
@@ -65,7 +79,7 @@ def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carri
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(node.next):
         call = _Call(graph_module, node, tracer)
-        result = _FORMULAS[kind](call, carried).node
+        result = _FORMULAS[kind](call, carried.summed).node
     made = [new for new in graph.nodes if new not in before]
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in made)
     for new in made:
@@ -78,7 +92,8 @@ class CarriedNorm(nn.Module):
     """A norm over the last axis in which channels that are no longer there go on counting.
 
     It stands for an ``nn.LayerNorm`` or ``nn.RMSNorm`` in a narrowed model of its own class, with the same parameters under
-    the same names.
+    the same names. What the removed channels add is a few numbers (:class:`CarriedSums`), so that its forward is plain tensor
+    arithmetic: it can be traced, exported and narrowed again.
 
     Args:
         norm: what it stands for; their parameters are the same.
@@ -88,7 +103,7 @@ class CarriedNorm(nn.Module):
 
     def __init__(self, norm: Any, kind: str, carried: Carried) -> None:
         super().__init__()
-        self.kind, self.carried, self.eps = kind, carried, norm.eps
+        self.kind, self.carried, self.eps = kind, carried.summed, norm.eps
         self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
         for name in ("weight", "bias"):
@@ -103,7 +118,7 @@ class CarriedNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"{self.kind}, {self.carried.size - len(self.carried.constants)} of {self.carried.size} channels"
+        return f"{self.kind}, {self.carried.size - self.carried.removed} of {self.carried.size} channels"
 
 
 class _Call:
@@ -143,42 +158,42 @@ class _Call:
         return y.to(self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else y
 
 
-def _sum(call: _Call, carried: Carried) -> Any:
+def _sum(call: _Call, carried: CarriedSums) -> Any:
     return call.out + carried.sum
 
 
-def _mean(call: _Call, carried: Carried) -> Any:
-    share = (carried.size - len(carried.constants)) / carried.size
+def _mean(call: _Call, carried: CarriedSums) -> Any:
+    share = (carried.size - carried.removed) / carried.size
     return call.out * share + carried.sum / carried.size
 
 
-def _layer_norm(call: _Call, carried: Carried) -> Any:
+def _layer_norm(call: _Call, carried: CarriedSums) -> Any:
     eps = _eps("layer_norm", call.argument(4, "eps"), call.dtype)
     return call.scaled(call.narrowed(_centred(call.widened(), carried, eps)), (2, "weight"), (3, "bias"))
 
 
-def _rms_norm(call: _Call, carried: Carried) -> Any:
+def _rms_norm(call: _Call, carried: CarriedSums) -> Any:
     eps = _eps("rms_norm", call.argument(3, "eps"), call.dtype)
     return call.scaled(call.narrowed(_scaled_to_one(call.widened(), carried, eps)), (2, "weight"), None)
 
 
-def _centred(h: Any, carried: Carried, eps: float) -> Any:
+def _centred(h: Any, carried: CarriedSums, eps: float) -> Any:
     """(h - m) / sqrt(var + eps) over the last axis, tensors or proxies."""
     mean = (h.sum(-1, keepdim=True) + carried.sum) / carried.size
     centred = h - mean
     offset = mean - carried.mean
-    squares = (centred * centred).sum(-1, keepdim=True) + offset * offset * len(carried.constants) + carried.spread
+    squares = (centred * centred).sum(-1, keepdim=True) + offset * offset * carried.removed + carried.spread
     return centred * torch.rsqrt(squares / carried.size + eps)
 
 
-def _scaled_to_one(h: Any, carried: Carried, eps: float) -> Any:
+def _scaled_to_one(h: Any, carried: CarriedSums, eps: float) -> Any:
     """h / sqrt(mean square + eps) over the last axis, tensors or proxies."""
     squares = (h * h).sum(-1, keepdim=True) + carried.square_sum
     return h * torch.rsqrt(squares / carried.size + eps)
 
 
 # Norms over the last axis, of anything that computes like a tensor.
-NORMALISE: Mapping[str, Callable[[Any, Carried, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
+NORMALISE: Mapping[str, Callable[[Any, CarriedSums, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
 
 
 def _eps(kind: str, stated: float | None, dtype: torch.dtype) -> float:
@@ -186,7 +201,7 @@ def _eps(kind: str, stated: float | None, dtype: torch.dtype) -> float:
     return stated if stated is not None else 1e-5 if kind == "layer_norm" else torch.finfo(dtype).eps
 
 
-_FORMULAS: Mapping[str, Callable[[_Call, Carried], Any]] = {
+_FORMULAS: Mapping[str, Callable[[_Call, CarriedSums], Any]] = {
     "sum": _sum,
     "mean": _mean,
     "layer_norm": _layer_norm,
