@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vbpfx.analysis.blocks import find_blocks
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.compiled import Compile
 from vbpfx.calibration.prepare import prepare
-from vbpfx.data.inputs import as_inputs, reader
+from vbpfx.data.inputs import Inputs, all_axes, as_inputs, reader, unlike_axes
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
@@ -30,12 +31,15 @@ from vbpfx.pruned import Pruned
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.report.make import make_report
 from vbpfx.rewrite.convert import convert
+from vbpfx.rewrite.fidelity import capture_faithfully
 from vbpfx.rewrite.verify import verify as check
 from vbpfx.storage.checkpoint import digest
 from vbpfx.strategy import Fitting, Strategy, Target
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
 EXAMPLE_SAMPLES = 4
+# So many batches of a list are looked at to see which sizes differ.
+_LOOKED_AT = 64
 
 
 @joining
@@ -46,6 +50,7 @@ def prune(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
+    open_sizes: bool = False,
     mask: MaskArgument | None = None,
     reconstruct: bool | None = None,
     refit: bool | None = None,
@@ -77,6 +82,9 @@ def prune(
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
         example_inputs: one batch to trace with; the first of ``calibration`` by default.
         frontend: see :func:`vbpfx.capture`.
+        open_sizes: where ``torch.export`` traces the model, leave all sizes of the inputs open that the model allows (lengths, image
+            sizes), rather than those alone in which the first batches of a list differ. Sizes that stay fixed though the model
+            takes others are in ``captured.fixed``.
         mask: the argument that is the padding mask; ``attention_mask`` is found by itself (see :func:`vbpfx.prepare`).
         reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruction.reconstruct`); by default where ``method="auto"`` is taken
             with its own compensation.
@@ -128,13 +136,25 @@ def prune(
     example = as_inputs(example_inputs, model)
     if example.is_empty:
         raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")
-    captured = capture(model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
+    others = _batches_at_hand(calibration, read, ranks) if verify else []
+    example = replace(example, open=all_axes(example) if open_sizes else unlike_axes([example, *others]))
+    captured = (
+        capture_faithfully(model, example, others, frontend=frontend, samples=EXAMPLE_SAMPLES)
+        if verify
+        else capture(model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
+    )
+
+    def read_alike(batch: Any) -> Inputs:
+        found = read(batch).along(captured.inputs)
+        captured.require_sizes(found)
+        return found
+
     total = length_hint(calibration) or None
     return prune_captured(
         captured,
         Calibration(
             data,
-            lambda batch: read(batch).along(captured.inputs),
+            read_alike,
             total,
             mask,
             progress,
@@ -148,6 +168,13 @@ def prune(
         target=target,
         verify=verify,
     )
+
+
+def _batches_at_hand(calibration: Iterable[Any], read: Callable[[Any], Inputs], ranks: Ranks) -> list[Inputs]:
+    """The first batches where they can be looked at without going through the data, and all ranks have the same."""
+    if ranks.own or not isinstance(calibration, (list, tuple)):
+        return []
+    return [read(batch) for batch in calibration[:_LOOKED_AT]]
 
 
 def prune_captured(
@@ -215,6 +242,7 @@ def _given(
         **vars(fitting),
         **vars(target),
         "frontend": frontend,
+        "open_sizes": bool(captured.inputs.open) and captured.inputs.open == all_axes(captured.inputs),
     }
     defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
     given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}

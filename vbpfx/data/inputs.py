@@ -40,12 +40,14 @@ class Inputs:
             looked (None for all of them), it is taken to be the first axis of every tensor that is as long there as the
             first tensor. :func:`vbpfx.graph.batch_axis.find_batch_axes` looks.
         coupled: samples influence one another, so that no part of a batch says what the model makes of the whole.
+        open: further axes whose sizes are to stay open, because batches differ there.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     axes: Mapping[Place, int | None] | None = None
     coupled: bool = False
+    open: frozenset[tuple[Place, int]] = frozenset()
 
     @property
     def named(self) -> list[tuple[int | str, Any]]:
@@ -94,12 +96,16 @@ class Inputs:
 
     def each(self, function: Callable[[Any, int | None], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with every value in them replaced by what the function makes of it and its axis of samples."""
-        axes = self.batch_axes
+        axes: Mapping[Any, int] = self.batch_axes
+        return self.by_place(lambda leaf, place: function(leaf, axes.get(place)))
+
+    def by_place(self, function: Callable[[Any, Place | None], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with every value in them replaced by what the function makes of it and its place, where it is a tensor."""
 
         def of(name: int | str, value: Any) -> Any:
             number = itertools.count()
             return pytree.tree_map(
-                lambda leaf: function(leaf, axes.get((name, next(number))) if isinstance(leaf, Tensor) else None), value
+                lambda leaf: function(leaf, (name, next(number)) if isinstance(leaf, Tensor) else None), value
             )
 
         return tuple(of(n, v) for n, v in enumerate(self.args)), {n: of(n, v) for n, v in self.kwargs.items()}
@@ -197,6 +203,22 @@ def tensors_in(value: Any) -> list[Tensor]:
 def holds_tensor(value: Any) -> bool:
     """Whether the value is a tensor, or a nested structure with one in it."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def all_axes(inputs: Inputs) -> frozenset[tuple[Place, int]]:
+    """Every axis of every tensor."""
+    return frozenset((place, axis) for place, tensor in inputs.placed.items() for axis in range(tensor.ndim))
+
+
+def unlike_axes(batches: Sequence[Inputs]) -> frozenset[tuple[Place, int]]:
+    """The axes on which batches differ in length."""
+    shapes = [{place: tuple(tensor.shape) for place, tensor in batch.placed.items()} for batch in batches]
+    return frozenset(
+        (place, axis)
+        for place, shape in shapes[0].items()
+        for axis, size in enumerate(shape)
+        if any(len(other := s.get(place, shape)) == len(shape) and other[axis] != size for s in shapes[1:])
+    )
 
 
 def argument_names(model: nn.Module, inputs: Inputs) -> list[str]:

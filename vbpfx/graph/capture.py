@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from vbpfx.data.inputs import Inputs, as_inputs, model_device
-from vbpfx.errors import CaptureError, first_line
+from vbpfx.data.inputs import Inputs, Place, as_inputs, model_device
+from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
 from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
@@ -50,6 +50,28 @@ _UNCOUNTED[STAND_IN.overloadpacket] = recurrent_flops
 
 
 @dataclass(frozen=True)
+class FixedSize:
+    """A size of an input that the graph is for alone, though the model takes others.
+
+    Attributes:
+        place: which tensor of the inputs.
+        axis: of that tensor.
+        size: its length there.
+        where: a sentence that names the line of the model's code that fixed it; empty where it was not found.
+    """
+
+    place: Place
+    axis: int
+    size: int
+    where: str = ""
+
+    def __str__(self) -> str:
+        name, number = self.place
+        which = f"input {name + 1}" if isinstance(name, int) else f"input {name}"
+        return f"{which}{f' (tensor {number + 1} in it)' if number else ''}, axis {self.axis}: {self.size}"
+
+
+@dataclass(frozen=True)
 class Captured:
     """A captured model.
 
@@ -62,6 +84,8 @@ class Captured:
         batch: the size that stands for the batch axis in ``meta["val"]``; None where the graph
             works for the example's own batch size only.
         fingerprint: hash of the model's structure (names, shapes, module classes).
+        fixed: sizes of the inputs, but for the batch, that the graph is for alone though the model takes others; what
+            :func:`vbpfx.prune` has found on a few batches. A narrowed graph raises an AssertionError at other sizes.
     """
 
     graph_module: fx.GraphModule
@@ -70,11 +94,28 @@ class Captured:
     inputs: Inputs
     batch: int | None
     fingerprint: str
+    fixed: tuple[FixedSize, ...] = ()
 
     @property
     def divisible(self) -> bool:
         """Whether the graph takes any number of samples, and makes of each what it is by itself: then batches may be cut."""
         return self.batch is not None and not self.inputs.coupled
+
+    def require_sizes(self, inputs: Inputs) -> None:
+        """Raise a CalibrationError for inputs of another size than one that the graph is for alone.
+
+        Args:
+            inputs: a batch.
+        """
+        placed = inputs.placed
+        for fixed in self.fixed:
+            tensor = placed.get(fixed.place)
+            if tensor is not None and fixed.axis < tensor.ndim and tensor.shape[fixed.axis] != fixed.size:
+                raise CalibrationError(
+                    f"a batch has another size than the one that the graph was captured at ({fixed}): {inputs.describe()}. "
+                    f"{fixed.where}Pass open_sizes=True, or the batches as a list, so that the size can stay open; or bring all batches to "
+                    f"one size"
+                )
 
     def samples_axis(self, value: str | Tensor) -> int | None:
         """The axis that samples are on, alone or merged with another; None where there is none.

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
+from vbpfx.data.inputs import Inputs, Place
 from vbpfx.errors import ArtifactError
+from vbpfx.graph.capture import Captured
+from vbpfx.graph.fake import graph_arguments
 from vbpfx.records import Block, Consumer, Source
+
+_CAPTURE_ANOTHER = "Prune on data of this size, or make the model's code independent of it"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor of the inputs."""
+
+    place: Place
 
 
 def insert_at_sources(
@@ -52,6 +67,31 @@ def insert_at_sources(
             inserted.append((block, index, module))
     finish(graph_module)
     return inserted
+
+
+def require_sizes(graph_module: fx.GraphModule, captured: Captured) -> None:
+    """Insert what raises an AssertionError where an input has another size than the one that the graph is for, in place.
+
+    A tensor within a tuple, list or dictionary is not looked at where the graph takes that as one argument.
+    """
+    if not captured.fixed:
+        return
+    marked = Inputs(*captured.inputs.by_place(lambda leaf, place: leaf if place is None else _Place(place)))
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    nodes = {
+        value.place: node
+        for node, value in zip(inputs, graph_arguments(captured.graph_module, marked), strict=True)
+        if isinstance(value, _Place)
+    }
+    graph = graph_module.graph
+    for fixed in captured.fixed:
+        if fixed.place in nodes:
+            message = f"this graph was captured at one size alone: {fixed}. {fixed.where}{_CAPTURE_ANOTHER}"
+            with graph.inserting_before(inputs[-1].next):
+                size = graph.call_method("size", (nodes[fixed.place], fixed.axis))
+                same = graph.call_function(operator.eq, (size, fixed.size))
+                required = graph.call_function(torch._assert, (same, message))
+            size.meta["val"], same.meta["val"], required.meta["val"] = fixed.size, True, None
 
 
 def insert_behind(

@@ -18,21 +18,25 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from traceback import FrameSummary
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.nn.modules import transformer
 
-from vbpfx.data.inputs import Inputs, model_device
+from vbpfx.data.inputs import Inputs, Place, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.graph.constants import KnownNumbers, fold_numbers
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.fields import without_classes
 from vbpfx.graph.recurrent import recurrent_as_leaves, restore_recurrent
 from vbpfx.graph.regions import inline_regions
+from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
 from vbpfx.whole_process import shared_by_threads
@@ -109,19 +113,48 @@ def neutral_results(model: nn.Module) -> Iterator[None]:
 
 
 def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, Any]:
-    """What torch.export may leave open, by argument: the batch axis, and every axis of token ids and masks.
+    """What torch.export may leave open, by argument: the batch axis, every axis of token ids and masks, and where batches differ.
 
     Texts differ in length too; such an axis stays open wherever the model lets it.
     """
 
-    def dynamic(leaf: Any, axis: int | None) -> dict[int, Any] | None:
-        if not isinstance(leaf, Tensor):
-            return None
-        lengths = {} if leaf.is_floating_point() else dict.fromkeys(range(leaf.ndim), torch.export.Dim.AUTO)
-        return lengths | ({} if axis is None else {axis: batch})
+    axes = example.batch_axes
 
-    args, kwargs = example.each(dynamic)
+    def dynamic(leaf: Any, place: Place | None) -> dict[int, Any] | None:
+        if place is None:
+            return None
+        open_axes = range(leaf.ndim) if not leaf.is_floating_point() else (a for p, a in example.open if p == place)
+        return dict.fromkeys(open_axes, torch.export.Dim.AUTO) | ({axes[place]: batch} if place in axes else {})
+
+    args, kwargs = example.by_place(dynamic)
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def fixing_line(model: nn.Module, inputs: Inputs, axes: Collection[tuple[Place, int]]) -> str:
+    """``file:line: code`` of what makes one number of sizes that torch.export is asked to leave open; empty where it is not known.
+
+    Args:
+        axes: of the inputs, and nothing but them, the batch included.
+    """
+    count = max(2, inputs.batch_size or 2)
+    example = inputs.resized(count)
+
+    def dynamic(leaf: Any, place: Place | None) -> dict[int, Any] | None:
+        return None if place is None else {axis: torch.export.Dim.AUTO for p, axis in axes if p == place}
+
+    args, kwargs = example.by_place(dynamic)
+    shapes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    try:
+        with unheard(), unfused_attention(), torch.no_grad():
+            program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+        values = [node.meta.get("val") for node in program.graph.nodes]
+        mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+        guards = mode.shape_env.guards  # type: ignore[union-attr]
+        # what makes a number of a size is an equation, and where the code did so stands beside it
+        found: list[Any] = [guard.sloc.framework_loc for guard in guards if isinstance(guard.expr, sympy.Eq)]
+        return line_of_frames(frame for frame in found if isinstance(frame, FrameSummary))
+    except Exception:  # no public interface of torch's: without it the line is not named
+        return ""
 
 
 @shared_by_threads

@@ -35,6 +35,11 @@ def line_of_call() -> str:
     return _innermost((f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_stack())
 
 
+def line_of_frames(frames: Iterable[traceback.FrameSummary]) -> str:
+    """The same of the first of several frames that is neither torch's nor ours; an empty string without one."""
+    return _innermost(reversed([(f.filename, f.lineno or 0, f.line or "") for f in frames]))
+
+
 def _of_text(text: str) -> str:
     return _innermost((file, int(line), code.strip()) for file, line, code in _FRAME.findall(text))
 

@@ -46,6 +46,7 @@ def make_report(
         verification=verification,
         latency=latency,
         uneven=_uneven(captured, plan),
+        fixed=tuple(map(str, captured.fixed)),
         network=type(captured.reference).__name__,
         sample=captured.inputs.sample,
         size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),

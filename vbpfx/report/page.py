@@ -35,6 +35,7 @@ def html_report(report: Report) -> str:
             tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
             if report.sample
             else None,
+            tag("p", f"{report.sizes[:1].upper()}{report.sizes[1:]}.", class_="note") if report.fixed else None,
         ),
         tag(
             "main",

@@ -54,6 +54,7 @@ class Report:
         tuning: how it was fine-tuned since, in words; empty where it was not.
         bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
         command: the command line that made it; empty where it was made in Python.
+        fixed: sizes of inputs that the graph is for alone though the model takes others (:attr:`vbpfx.Captured.fixed`), in words.
     """
 
     params: tuple[int, int]
@@ -76,6 +77,7 @@ class Report:
     tuning: str = ""
     bench: Mapping[str, Any] | None = None
     command: str = ""
+    fixed: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
@@ -101,6 +103,7 @@ class Report:
                     "size": _pair(given["size"]) if given.get("size") else None,
                     "widths": {name: _pair(widths) for name, widths in given["widths"].items()},
                     "uneven": tuple(given.get("uneven", ())),
+                    "fixed": tuple(given.get("fixed", ())),
                     "verification": Verification(**given["verification"]) if given["verification"] else None,
                     "spectra": {name: Spectrum.from_json(s) for name, s in given.get("spectra", {}).items()},
                     "refusals": tuple(
@@ -178,6 +181,15 @@ class Report:
         )
 
     @property
+    def sizes(self) -> str:
+        """What sizes of inputs the graph is for alone, as a sentence; empty where it takes all that the model takes."""
+        return (
+            f"the graph is for one size alone of {'; '.join(self.fixed)} (open_sizes=True may leave it open)"
+            if self.fixed
+            else ""
+        )
+
+    @property
     def costs(self) -> dict[str, tuple[int, int]]:
         """``(dense, pruned)`` of neurons, parameters and MACs, by the names they are shown under."""
         return {"hidden neurons": self.neurons, "parameters": self.params, "MACs per sample": self.macs}
@@ -240,6 +252,7 @@ class Report:
         title = f"pruned by {self.settings['criterion']}; {compensated}; {budget}"
         text = table(title, ("", "dense", "pruned", "kept"), rows)
         text += f"MACs are those of one sample of shape {self.sample}\n" if self.sample else ""
+        text += f"{self.sizes}\n" if self.fixed else ""
         text += table(
             f"{counted(len(self.widths), 'block')}, {counted(self.refused, 'axis', 'axes')} refused",
             ("block", "width", "now", "kept"),

@@ -10,7 +10,7 @@ from torch import fx
 
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.graph.edit import finish
+from vbpfx.graph.edit import finish, require_sizes
 from vbpfx.records import Plan
 from vbpfx.rewrite.carry import carry
 from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
@@ -48,6 +48,7 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     _pass_biases(small, nodes, plan)
     for name, (reduction, constants) in carried(plan).items():
         carry(small, nodes[name], reduction.kind, constants)
+    require_sizes(small, captured)
     finish(small)
     return small
 

@@ -105,7 +105,8 @@ def verify(
         captured: the dense graph.
         small: the pruned GraphModule, or the model in its own class.
         plan: what it was narrowed by.
-        example_inputs: one batch; by default what the model was captured with.
+        example_inputs: one batch; by default what the model was captured with, and a sample more of it where the graph takes any
+            number.
         tolerance: by default what the model's precision allows: 1e-4 in float32, 1e-9 in float64.
 
     Raises:
@@ -114,6 +115,8 @@ def verify(
     """
     device = model_device(captured.reference)
     inputs = captured.inputs
+    if example_inputs is None and captured.batch is not None and inputs.batch_size:
+        inputs = inputs.resized(inputs.batch_size + 1)  # not the number of samples that was traced
     if example_inputs is not None:
         inputs = as_inputs(example_inputs, captured.reference).to(device).along(captured.inputs)
     if inputs.is_empty:

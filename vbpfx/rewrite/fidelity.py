@@ -1,0 +1,258 @@
+"""Fidelity: the captured graph held against the model itself, before anything is gathered.
+
+A trace is of one batch. What the model's code decides by that batch's sizes or values, or keeps from one call to the next, the
+graph has fixed. So both run on other batches: another number of samples, the sizes that later batches have, other sizes that the
+model itself takes. Nothing is written to the model: a copy runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbpfx.data.inputs import Inputs, Place, model_device, tensors_in
+from vbpfx.errors import CaptureError, VbpfxError, first_line
+from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_tensors, share_parameters
+from vbpfx.graph.frontends import fixing_line, unfused_attention, unheard
+from vbpfx.graph.precision import full_float32
+from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.rewrite.verify import TOLERANCES
+
+# Sizes are tried on so many samples, and of so many groups of axes.
+_SAMPLES, _MOST_GROUPS = 2, 6
+# So many further batches are run.
+_MOST_OTHERS = 4
+# A size above this is tried larger by this much: images come in multiples of it.
+_STEP = 32
+
+
+def capture_faithfully(
+    model: nn.Module, example: Inputs, others: Sequence[Inputs], *, frontend: Frontend, samples: int
+) -> Captured:
+    """Capture a model, and hold the graph against it.
+
+    Where fx's tracer made a graph of one size of several that the data has, ``torch.export`` is tried, which can leave it open.
+
+    Args:
+        model: it stays as it was.
+        example: one batch; of it so many ``samples`` are kept.
+        others: further batches, which may have other sizes.
+        frontend: see :func:`vbpfx.capture`.
+
+    Raises:
+        CaptureError: the model cannot be traced, keeps state between calls, or does not compute what the graph does on batches
+            of another number of samples or of other sizes; the message names the line of its code, where that can be found.
+    """
+    captured = capture(model, example, frontend=frontend, samples=samples)
+    try:
+        return hold(model, captured, others)
+    except CaptureError as unlike:
+        if frontend != "auto" or captured.frontend == "export":
+            raise
+        try:
+            return hold(model, capture(model, example, frontend="export", samples=samples), others)
+        except VbpfxError:
+            raise unlike from None
+
+
+def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) -> Captured:
+    """The captured graph, with the sizes noted that it has fixed though the model takes others.
+
+    Args:
+        model: what was captured.
+        captured: the graph.
+        others: further batches of the data; a few samples of each are run.
+
+    Raises:
+        CaptureError: see :func:`capture_faithfully`.
+    """
+    return _Held(model, captured).against(others)
+
+
+class _Held:
+    """A model's copy and its graph, run side by side."""
+
+    def __init__(self, model: nn.Module, captured: Captured) -> None:
+        self.model, self.captured, self.inputs = model, captured, captured.inputs
+        self.copy, self.device = share_parameters(model), model_device(model)
+
+    def against(self, others: Iterable[Inputs]) -> Captured:
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda), unheard(), unfused_attention():
+            try:
+                expected = self._run(self.copy, self.inputs)
+            except Exception:  # the model's own operators raise whatever they raise: calibration says on which batch
+                return self.captured
+            self._require_no_state(expected)
+            if self._difference(self.inputs):
+                return self.captured  # random numbers, or fast paths: the oracle says which
+            if self.captured.batch is not None:
+                self._require_any_batch()
+            for other in _unlike(self.inputs, others):
+                self._require_alike(other)
+            return replace(self.captured, fixed=tuple(self._fixed_sizes()))
+
+    def _run(self, network: nn.Module, inputs: Inputs) -> list[Tensor]:
+        torch.manual_seed(0)  # what is random is the same in both
+        with torch.no_grad(), full_float32():
+            return tensors_in(inputs.run(network))
+
+    def _difference(self, inputs: Inputs) -> str:
+        """What differs between the graph and the model on inputs that the model takes, in words; empty where nothing does."""
+        expected = self._run(self.copy, inputs)
+        try:
+            found = self._run(self.captured.graph_module, inputs)
+        except Exception as error:  # whatever the operators raise
+            return f"the graph stops ({first_line(error)})"
+        return _difference(found, expected)
+
+    def _require_no_state(self, expected: list[Tensor]) -> None:
+        before = _state(self.copy)
+        differs = _difference(self._run(self.copy, self.inputs), expected)
+        if not differs:
+            return
+        after = _state(self.copy)
+        changed = [name for name, value in after.items() if name not in before or not _equal(before[name], value)]
+        kept = f", in {', '.join(changed[:3])}" if changed else ""
+        raise CaptureError(
+            f"{type(self.model).__name__} keeps state between calls{kept}: a second call on the same inputs gives something else "
+            f"({differs}), and a graph is of one call. Make the state an argument and an output of forward, or set it back "
+            f"where forward begins"
+        )
+
+    def _require_any_batch(self) -> None:
+        size = self.inputs.batch_size
+        assert size
+        more = self.inputs.resized(size + 1)
+        try:
+            self._run(self.copy, more)
+        except Exception:  # likewise
+            return
+        if differs := self._difference(more):
+            axes = [(place, axis) for place, axis in self.inputs.batch_axes.items()]
+            raise CaptureError(
+                f"the captured graph of {type(self.model).__name__} is for a batch of {size} samples alone: with {size + 1} it differs "
+                f"from the model ({differs}). {self._where(axes)}Compute all samples at once there, without a loop over them and "
+                f"without their number in arithmetic, so that the graph holds for any batch"
+            )
+
+    def _require_alike(self, other: Inputs) -> None:
+        """The same on a further batch, as far as the model takes it."""
+        few = other.along(self.inputs).to(self.device)
+        few = few.first(_SAMPLES) if self.captured.divisible else few
+        try:
+            self._run(self.copy, few)
+        except Exception:  # calibration names the batch
+            return
+        differs = self._difference(few)
+        if not differs:
+            return
+        sizes = [
+            (place, axis)
+            for place, tensor in few.placed.items()
+            for axis, size in enumerate(tensor.shape)
+            if axis != self.inputs.batch_axes.get(place) and self._size(place, axis) not in (None, size)
+        ]
+        if sizes:
+            raise CaptureError(
+                f"batches differ in size, and the captured graph of {type(self.model).__name__} is for the first one's alone "
+                f"({self.inputs.describe()}): on ({few.describe()}) it differs from the model ({differs}). {self._where(sizes)}"
+                f"Make that line independent of the size, or bring all batches to one size"
+            )
+        raise CaptureError(
+            f"the captured graph of {type(self.model).__name__} differs from the model on another batch of the same sizes "
+            f"({differs}): the model decides something in Python by its inputs' values, which tracing fixed; make the decision "
+            f"part of the input, or compute it with tensors (torch.where)"
+        )
+
+    def _size(self, place: Place, axis: int) -> int | None:
+        tensor = self.inputs.placed.get(place)
+        return tensor.shape[axis] if tensor is not None and axis < tensor.ndim else None
+
+    def _fixed_sizes(self) -> Iterator[FixedSize]:
+        """Sizes of the inputs, but for the batch, of which the model takes others while the graph computes something else."""
+        few = self.inputs.first(_SAMPLES) if self.captured.divisible else self.inputs
+        axes: dict[int, list[tuple[Place, int]]] = {}
+        for place, tensor in few.placed.items():
+            for axis, size in enumerate(tensor.shape):
+                if size > 1 and axis != few.batch_axes.get(place) and tensor.layout is torch.strided:
+                    axes.setdefault(size, []).append((place, axis))
+        groups = [(size, group) for size, together in axes.items() for group in _groups(together)]
+        settled: set[tuple[Place, int]] = set()
+        for size, group in itertools.islice(groups, _MOST_GROUPS):
+            if settled.intersection(group):
+                continue
+            for other in (size + 1, size + (size if size < 2 * _STEP else _STEP)):
+                resized = _resized(few, group, other)
+                try:
+                    self._run(self.copy, resized)
+                except Exception:  # the model takes no such size
+                    continue
+                settled.update(group)
+                if self._difference(resized):
+                    where = self._where(group)
+                    yield from (FixedSize(place, axis, size, where) for place, axis in group)
+                    break
+
+    def _where(self, axes: Sequence[tuple[Place, int]]) -> str:
+        """The line of the model's code that makes one number of the sizes, as a sentence; empty where it is not found."""
+        line = fixing_line(share_parameters(self.model), self.inputs, axes)
+        return f"The size is fixed at {line}. " if line else ""
+
+
+def _unlike(example: Inputs, others: Iterable[Inputs]) -> list[Inputs]:
+    """The first batch behind the first, and a few whose sizes are not those of one before."""
+    axes = {(place, axis) for place, axis in example.batch_axes.items()}
+    found: dict[Any, Inputs] = {}
+    for number, other in enumerate(others):
+        shapes = [
+            tuple(size for axis, size in enumerate(tensor.shape) if (place, axis) not in axes)
+            for place, tensor in other.placed.items()
+        ]
+        found.setdefault((number == 1, *shapes), other)
+    return list(found.values())[:_MOST_OTHERS]
+
+
+def _groups(together: list[tuple[Place, int]]) -> list[list[tuple[Place, int]]]:
+    """Axes of one length: all of them, then each by itself."""
+    return [together, *([axis] for axis in together)] if len(together) > 1 else [together]
+
+
+def _resized(inputs: Inputs, axes: Sequence[tuple[Place, int]], size: int) -> Inputs:
+    """The inputs with those axes repeated to a length."""
+    for place, axis in axes:
+        along = replace(inputs, axes={place: axis}).resized(size)
+        inputs = replace(along, axes=inputs.axes)
+    return inputs
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        shapes = [", ".join(str(tuple(t.shape)) for t in tensors[:3]) for tensors in (found, expected)]
+        return f"outputs of shape {shapes[0]} instead of {shapes[1]}"
+    dtype = next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
+    error = relative_error(found, expected) if not any(bool(t.isnan().any()) for t in expected) else 0.0
+    return "" if error <= TOLERANCES.get(dtype, TOLERANCES[torch.float32]) else f"by {error:.1e} of the output's size"
+
+
+def _state(network: nn.Module) -> dict[str, Any]:
+    """What a module holds beside its parameters and its modules: buffers, tensors and numbers."""
+    found: dict[str, Any] = {
+        name: t.clone() for name, t in named_tensors(network).items() if not isinstance(t, nn.Parameter)
+    }
+    for path, module in network.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (Tensor, int, float)) and name != "training":
+                found[f"{path}.{name}".removeprefix(".")] = value.clone() if isinstance(value, Tensor) else value
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other
