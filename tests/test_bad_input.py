@@ -634,5 +634,5 @@ def test_verify_catches_a_changed_network() -> None:
         pruned.graph_module.get_parameter("first.3.bias")[0] += 0.1
     with refused(model, VerificationError, "differs from the substitution reference", r"\['first', 'second'\]"):
         vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan)
-    with refused(model, VerificationError, r"returns shapes \[\(4, 4\)\], the dense one \[\(4, 8\)\]"):
+    with refused(model, VerificationError, r"returns shapes \[\(5, 4\)\], the dense one \[\(5, 8\)\]"):
         vbpfx.verify(pruned.captured, mlp(), pruned.plan)

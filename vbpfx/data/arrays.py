@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from vbpfx.data.array_batches import Array, ArrayBatches
 from vbpfx.data.batches import Data, spread, taken
-from vbpfx.data.inputs import LABELS
+from vbpfx.data.inputs import LABELS, Labelled
 from vbpfx.errors import CalibrationError
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -45,7 +45,7 @@ class _Samples(Dataset[Any]):
 
 def _collate(samples: list[Any]) -> Any:
     made = default_collate(samples)
-    return tuple(made) if isinstance(made, list) else made
+    return Labelled(*made) if isinstance(made, list) else made
 
 
 def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, batch: int) -> Data:

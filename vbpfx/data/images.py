@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from vbpfx.data.batches import Data, some, spread, taken
 from vbpfx.data.image_files import list_images
 from vbpfx.data.image_transforms import ImageTransform, Overrides, check_image, image_transform, open_image
+from vbpfx.data.inputs import Labelled
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError
 
@@ -64,8 +65,8 @@ class _Arguments:
                 f"images of one batch have shapes {shapes[0]} and {shapes[-1]}; pass shape="
             ) from error
         if self.argument is None:
-            return tuple(made) if isinstance(made, list) else made
-        return ({self.argument: made[0]}, made[1]) if isinstance(made, list) else {self.argument: made}
+            return Labelled(*made) if isinstance(made, list) else made
+        return Labelled({self.argument: made[0]}, made[1]) if isinstance(made, list) else {self.argument: made}
 
 
 def open_images(

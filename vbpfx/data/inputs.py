@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -240,6 +241,29 @@ def _are_labels(value: Any, batch_size: int | None) -> bool:
     )
 
 
+def _are_targets(value: Any, batch_size: int | None) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point() and value.shape[0] == batch_size
+
+
+# What may be labels or an optional argument.
+_EXPLICIT = "; where it is {other}, say so: inputs=lambda batch: {arguments}"
+_LEFT_OUT = (
+    "the second entry of a batch, one integer per sample, is left out as labels, though forward takes an argument {name} there"
+    + _EXPLICIT.format(other="that argument", arguments="((batch[0], batch[1]), {{}})")
+)
+_PASSED_ON = (
+    "the second entry of a batch, floating-point numbers per sample, is passed to forward as its optional argument {name}"
+    + _EXPLICIT.format(other="a target of training", arguments="((batch[0],), {{}})")
+)
+
+
+class Labelled(NamedTuple):
+    """A batch of which it is known that the second entry is labels."""
+
+    inputs: Any
+    labels: Any
+
+
 def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     """The arguments that ``model.forward`` takes, from one batch.
 
@@ -248,6 +272,9 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     with an encoder and a decoder, what the decoder reads is made of them where the batch does not say it (:mod:`vbpfx.data.decoder`). A sequence is positional arguments, from which labels are left out:
     what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
     with a tuple and a dictionary is taken as it is.
+
+    Warns where the second of two entries may be either, because ``forward`` takes an argument there and does without: one
+    integer per sample is left out as labels, floating-point numbers per sample are passed on as the argument.
     """
     if isinstance(batch, Inputs):
         return batch
@@ -263,8 +290,15 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
             return Inputs(batch[0], dict(batch[1]))
         entries = tuple(batch)
         first = Inputs(entries[:1], {})
-        if len(entries) == 2 and _are_labels(entries[1], first.batch_size) and _binds(signature, entries[:1], {}):
-            entries = entries[:1]
+        if len(entries) == 2 and _binds(signature, entries[:1], {}):
+            optional = _binds(signature, entries, {}) and not isinstance(batch, Labelled)
+            name = list(signature.parameters)[min(1, len(signature.parameters) - 1)]
+            if _are_labels(entries[1], first.batch_size):
+                entries = entries[:1]
+                if optional:
+                    warnings.warn(_LEFT_OUT.format(name=name), stacklevel=2)
+            elif optional and _are_targets(entries[1], first.batch_size):
+                warnings.warn(_PASSED_ON.format(name=name), stacklevel=2)
         while len(entries) > 1 and not _binds(signature, entries, {}):
             entries = entries[:-1]
         if len(entries) == 1 and isinstance(entries[0], Mapping):

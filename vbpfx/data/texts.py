@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from vbpfx.data.batches import Data, spread, taken
 from vbpfx.data.decoder import shift_of
+from vbpfx.data.inputs import Labelled
 from vbpfx.errors import CalibrationError, first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -174,7 +175,7 @@ class _Tokenised:
         texts, *behind = zip(*samples, strict=True)
         if self.tokens.shift is not None:
             return self.tokens(texts, behind[0])
-        return (self.tokens(texts), torch.tensor(behind[0])) if behind else self.tokens(texts)
+        return Labelled(self.tokens(texts), torch.tensor(behind[0])) if behind else self.tokens(texts)
 
 
 def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int | None, seed: int, batch: int) -> Data:

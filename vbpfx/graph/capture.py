@@ -12,7 +12,7 @@ import copy
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -27,7 +27,7 @@ from vbpfx.data.inputs import Inputs, Place, as_inputs, model_device
 from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
-from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention
+from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention, unheard
 from vbpfx.graph.recurrent import STAND_IN, recurrent_flops
 from vbpfx.graph.regions import AutocastRegionError
 from vbpfx.graph.source import line_of_error
@@ -180,8 +180,7 @@ def capture(
     refuse_training_operators(model)
     reference = share_parameters(model)
     inputs = as_inputs(example_inputs, reference).to(model_device(model))
-    if not inputs.tensors:
-        raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
+    _require_arguments(reference, inputs)
     _require_plain_tensors(inputs)
     fixed = has_fixed_batch(reference, inputs)
     if not fixed:
@@ -208,6 +207,42 @@ def capture(
         + "\nTry: check that the model runs on these inputs; make the named line independent of tensor "
         "values; or pass the traceable part of the model alone."
     )
+
+
+def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
+    """Raise a CaptureError for a batch that is one object, from which the model cannot take its arguments by itself."""
+    takes = ", ".join(inspect.signature(model.forward).parameters) or "nothing"
+    alone = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
+    if isinstance(alone, Mapping):
+        try:
+            with torch.no_grad(), unheard():
+                inputs.to(model_device(model)).run(share_parameters(model))
+        except Exception as error:  # the model's own operators raise whatever they raise
+            keys = [str(key) for key in alone]
+            taken = ", ".join(f"batch[{key!r}]" for key in keys[:1])
+            raise CaptureError(
+                f"the batch is a dictionary with the keys {', '.join(keys)}, and forward takes {takes}: as these do not match, the "
+                f"dictionary was passed as one argument, on which the model stops ({first_line(error)}). Say what is passed: "
+                f"inputs=lambda batch: (({taken},), {{}})"
+            ) from error
+    if inputs.tensors:
+        return
+    attributes = _tensor_attributes(alone)
+    if attributes:
+        passed = ", ".join(f"batch.{name}" for name in attributes[:2]) + ("," if len(attributes) < 2 else "")
+        raise CaptureError(
+            f"the batch is a {type(alone).__name__}, an object whose tensors are its attributes {', '.join(attributes)}, and forward takes "
+            f"{takes}. A graph's inputs are tensors: say which are passed, inputs=lambda batch: (({passed}), {{}}), and where forward "
+            f"takes the object itself, wrap the model in a module that takes the tensors and puts it together"
+        )
+    raise CaptureError("the example inputs hold no tensor; pass one batch as the model takes it")
+
+
+def _tensor_attributes(value: Any) -> list[str]:
+    """Names of an object's attributes that are tensors, as it lists them itself where it does."""
+    keys = getattr(value, "keys", None)
+    names = keys() if callable(keys) else keys if keys is not None else getattr(value, "__dict__", ())
+    return [str(name) for name in names if isinstance(getattr(value, str(name), None), Tensor)]
 
 
 def _require_plain_tensors(inputs: Inputs) -> None:
