@@ -242,7 +242,10 @@ def _are_labels(value: Any, batch_size: int | None) -> bool:
 
 
 def _are_targets(value: Any, batch_size: int | None) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point() and value.shape[0] == batch_size
+    if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
+        return False
+    between_positions = value.ndim == 2 and value.shape[0] == value.shape[1]  # a mask of attention
+    return value.shape[0] == batch_size and not between_positions
 
 
 # What may be labels or an optional argument.

@@ -102,10 +102,13 @@ class Captured:
         return self.batch is not None and not self.inputs.coupled
 
     def require_sizes(self, inputs: Inputs) -> None:
-        """Raise a CalibrationError for inputs of another size than one that the graph is for alone.
+        """Refuse inputs of another size than one that the graph is for alone.
 
         Args:
             inputs: a batch.
+
+        Raises:
+            CalibrationError: they are of another size.
         """
         placed = inputs.placed
         for fixed in self.fixed:
