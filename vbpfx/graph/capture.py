@@ -216,7 +216,7 @@ def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
     """Raise a CaptureError for a batch that is one object, from which the model cannot take its arguments by itself."""
     takes = ", ".join(inspect.signature(model.forward).parameters) or "nothing"
     alone = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
-    if isinstance(alone, Mapping):
+    if isinstance(alone, Mapping) and inputs.tensors:
         try:
             with torch.no_grad(), unheard():
                 inputs.to(model_device(model)).run(share_parameters(model))
