@@ -23,9 +23,9 @@ def open_negative_sizes(model: ir.Model) -> None:
 
 
 def names_of_axes(value: ir.Value, axes: int) -> list[str | None]:
-    """What an input calls each of so many axes: "" for an open one without a name, None for one of fixed size."""
+    """What an input calls each of so many axes: "" for an open one without a name ("?" is none), None for one of fixed size."""
     sizes = list(value.shape) if value.shape is not None else [None] * axes
-    return [None if isinstance(size, int) else str(getattr(size, "value", size) or "") for size in sizes]
+    return [None if isinstance(size, int) else str(getattr(size, "value", size) or "").strip("?") for size in sizes]
 
 
 def stated_axes_of_samples(inputs: Sequence[ir.Value]) -> dict[str, int | None]:
