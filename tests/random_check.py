@@ -173,6 +173,7 @@ def _adds_in_place(spec: Spec) -> bool:
 def _verify(captured: vbpfx.Captured, small: nn.Module, plan: vbpfx.Plan, data: Any, outcome: Outcome) -> None:
     verified = vbpfx.verify(captured, small, plan, data, tolerance=TOLERANCE)
     outcome.error, outcome.effect = max(outcome.error, verified.error), max(outcome.effect, verified.effect)
+    _check_unseen_blocks(captured.reference, plan, verified)
 
 
 def _check_all_are_found(planted: Any, analysis: vbpfx.Analysis) -> None:
@@ -205,6 +206,17 @@ def _check_constant_blocks(model: nn.Module, plan: vbpfx.Plan) -> None:
     constant = {names[id(parameter)] for block in model.blocks for parameter in block.constant()}
     for entry in plan.blocks:
         assert not constant & set(entry.block.producers), f"{entry.block.name} reads no data and is narrowed"
+
+
+def _check_unseen_blocks(model: nn.Module, plan: vbpfx.Plan, verified: vbpfx.Verification) -> None:
+    """An output that says nothing is made up for behind the blocks' layers, and what cannot be seen there either is named."""
+    assert verified.behind is not None or verified.unproven or not verified.hidden
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for producer, consumer in (pair for block in model.blocks for pair in block.unseen()):
+        for entry in plan.blocks:
+            readers = {reader.weight for reader in entry.block.consumers}
+            if names[id(producer)] in entry.block.producers and readers == {names[id(consumer)]}:
+                assert entry.block.reductions or entry.block.name in verified.unproven, f"{entry.block.name} is proven"
 
 
 def _check_twins(model: nn.Module, plan: vbpfx.Plan, analysis: vbpfx.Analysis, multiple: int) -> None:

@@ -83,6 +83,13 @@ class OfMapping(Network):
         return self.run(batch["x"] + batch["y"])
 
 
+class OfAny(Network):
+    """Any number of tensors, as wrappers around a model take them."""
+
+    def forward(self, *xs: Tensor) -> Any:
+        return self.run(sum((x.sin() for x in xs[1:]), xs[0]))
+
+
 class TimeFirst(Network):
     """Time on the first axis, samples on the second, as nn.Transformer and recurrent layers take them by default."""
 
@@ -106,6 +113,7 @@ KINDS: dict[str, type[Network]] = {
     "two": OfTwo,
     "keywords": OfTwo,
     "mapping": OfMapping,
+    "any": OfAny,
     "time first": TimeFirst,
     "over time": OverTime,
 }

@@ -122,7 +122,7 @@ def batch(spec: Spec, samples: int, seed: int) -> Any:
     x, y = torch.randn(2, samples, *shape, generator=generator, dtype=torch.float64).unbind()
     if spec.takes in ("time first", "over time"):
         return x.transpose(0, 1).contiguous()
-    return {"two": (x, y), "keywords": {"x": x, "y": y}, "mapping": {"x": x, "y": y}}.get(spec.takes, x)
+    return {"two": (x, y), "any": (x, y), "keywords": {"x": x, "y": y}, "mapping": {"x": x, "y": y}}.get(spec.takes, x)
 
 
 SIZES = (8, 12, 3, 5, 2, 7, 16, 1)
@@ -206,7 +206,7 @@ def specs(draw: st.DrawFn, exported: float = 0.02) -> Spec:
         options["round_to"] = draw(st.sampled_from([2, 4]))
     if draw(st.integers(0, 3)) == 3:
         options["min_width"] = draw(st.sampled_from([1, 2, 3]))
-    forms = ["tensor"] * 4 + ["two", "keywords", "mapping"]
+    forms = ["tensor"] * 4 + ["two", "keywords", "mapping", "any"]
     if layout == "tokens" and samples:
         forms += ["time first", "over time"]
     return Spec(

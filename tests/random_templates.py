@@ -179,6 +179,10 @@ class Template(nn.Module):
         """Producers of blocks that are copies of each other, which by symmetry must end up equally wide."""
         return []
 
+    def unseen(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Producers of blocks, and the one layer that reads each, behind which nothing of the block can be seen."""
+        return []
+
     def settle(self) -> None:
         """What the block asks of its weights once they are random: zeros, copies."""
 

@@ -62,6 +62,9 @@ class ZeroConsumer(Plain):
     def settle(self) -> None:
         nn.init.zeros_(weight(self.fc2))
 
+    def unseen(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(weight(self.fc1), weight(self.fc2))]
+
 
 @template("gate that is shut")
 class ShutGate(Plain):
@@ -82,6 +85,9 @@ class ShutHiddenGate(Plain):
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         h = self.between(self.fc1(x), x)
         return self.fc2(h * F.hardsigmoid(self.gate(x).tanh() - 9))
+
+    def unseen(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(weight(self.fc1), weight(self.fc2))]
 
 
 @template("twins", lambda step, *_: not step.middle)
