@@ -101,3 +101,22 @@ def test_one_matrix_read_from_both_sides_has_no_bias_for_both(frontend: str) -> 
 def test_export_from_an_empty_batch_says_so() -> None:
     with pytest.raises(vbpfx.CaptureError, match="the example batch is empty"):
         vbpfx.capture(nn.Sequential(L(8, 12), nn.ReLU(), L(12, 8)), torch.randn(0, 8), frontend="export")
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_weight_that_is_computed_is_no_adapter(frontend: str) -> None:
+    """A layer whose weight the code makes, between two layers whose sum with the stream looks like an adapter's."""
+
+    def body(m: nn.Module, x: Tensor) -> Tensor:
+        return x + m.b(F.linear(m.a(x), m.w * 0.5))
+
+    model = double(randomize(Net(body, a=L(8, 12, bias=False), b=L(12, 8, bias=False), w=parameter(12, 12))))
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, tokens().double(), frontend=frontend))
+    assert not analysis.blocks
+    assert any("computed value" in refusal.reason for refusal in analysis.refusals)
+
+
+def test_blocks_that_have_nothing_to_give_are_a_budget_that_cannot_be_met() -> None:
+    model = double(randomize(Net(lambda m, x: x + m.b(m.a(x) * m.c(x)), a=L(8, 1), b=L(1, 8), c=L(8, 1))))
+    with pytest.raises(vbpfx.BudgetError):
+        stages(model, tokens().double(), ratio=0.5)

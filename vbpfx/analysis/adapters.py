@@ -28,7 +28,12 @@ class Adapter(NamedTuple):
 
 def find_adapters(graph_module: fx.GraphModule, evidence: Evidence) -> list[Adapter]:
     """Every adapter of the graph."""
-    layers = {consumer.node: consumer for found in evidence.contracted.values() for consumer in found}
+    layers = {
+        consumer.node: consumer
+        for found in evidence.contracted.values()
+        for consumer in found
+        if Axis(consumer.weight, 0, True) in evidence.sizes  # a computed weight is nobody's parameter
+    }
     return [
         Adapter(down.weight, up.weight, base.weight)
         for up in layers.values()

@@ -84,7 +84,8 @@ def _is_met(
     if budget.kind == "latency":  # what widths cost there is measured later
         return removable > 0
     wanted = round(budget.value * sum(full.values()))
-    return wanted <= removable and 2 * wanted > min(steps[name] for name in full if lowest[name] < full[name])
+    spare = [steps[name] for name in full if lowest[name] < full[name]]
+    return bool(spare) and wanted <= removable and 2 * wanted > min(spare)
 
 
 def _below(multiple: int, width: int) -> int:
