@@ -170,6 +170,22 @@ def sliced_gate() -> onnx.ModelProto:
     return net.model(["n", 6], ["n", 5])
 
 
+def computed_gate() -> onnx.ModelProto:
+    """The same, cut at half of the width that the file reads off the value itself."""
+    net = Net()
+    net.add("MatMul", ["x", net.weight("W", 6, 24)], "m")
+    net.integers("zero", 0), net.integers("last", 2**63 - 1), net.integers("axis", -1)
+    net.add("Shape", ["m"], "shape")
+    net.add("Gather", ["shape", net.integers("second", 1)], "width")
+    net.add("Div", ["width", net.integers("two", 2)], "middle")
+    net.add("Slice", ["m", "zero", "middle", "axis"], "value")
+    net.add("Slice", ["m", "middle", "last", "axis"], "gate")
+    net.add("Sigmoid", ["gate"], "open")
+    net.add("Mul", ["value", "open"], "h")
+    net.add("MatMul", ["h", net.weight("V", 12, 5)], "y")
+    return net.model(["n", 6], ["n", 5])
+
+
 def reshaped() -> onnx.ModelProto:
     """A reshape that states the width beside sizes that are read off the input, and another that states it alone."""
     net = Net()
@@ -255,6 +271,7 @@ CASES = (
     Case("Split, opset 13", lambda: gate(13), (6,)),
     Case("Split, opset 18", lambda: gate(18), (6,)),
     Case("Slice", sliced_gate, (6,)),
+    Case("Slice at a computed place", computed_gate, (6,)),
     Case("Reshape", reshaped, (3, 6)),
     Case("weights in front", in_front, (6, 4), axis=1),
     Case("LayerNormalization", lambda: normed("LayerNormalization"), (6,), hidden="normed", before_norm="h"),

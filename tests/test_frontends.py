@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_flags_keep_the_values_they_were_captured_with(frontend: str, flags: dic
     result = stages(model, further(4, **flags), frontend=frontend)
     args, kwargs = further(7, **flags)
     assert_same(result.captured.graph_module, model, *args, **kwargs)
+    assert result.captured.flags == flags
+    assert f"captured with {next(iter(flags))}={next(iter(flags.values()))!r}" in " ".join(str(result.analysis).split())
     other = kwargs | {"negative": False, "size": (2, 2)}
     kwargs |= {name: other[name] for name in flags}
     for network in (result.captured.graph_module, result.small):
@@ -398,6 +401,26 @@ def test_graphs_are_copied_converted_and_pickled(frontend: str) -> None:
     assert half(x.bfloat16()).dtype == torch.bfloat16
     assert pruned.graph_module(x).dtype == torch.float32
     torch.testing.assert_close(half(x.bfloat16()).float(), pruned.graph_module(x), atol=0.1, rtol=0.1)  # 8 bits
+
+
+@dataclasses.dataclass
+class Result:
+    """As models of transformers return it."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+
+
+@BOTH
+def test_graphs_that_return_named_fields_are_copied_and_pickled(frontend: str) -> None:
+    model = randomize(Body(lambda m, x: Result(m.layers(x), (m.layers(x) * 2,))))  # type: ignore[arg-type, return-value]
+    small = stages(model, torch.randn(6, 8), frontend=frontend).small
+    x, file = torch.randn(3, 8), io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    for network in (copy.deepcopy(small), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(network(x).logits, small(x).logits)
+        torch.testing.assert_close(network(x).hidden[0], small(x).logits * 2)
 
 
 def test_a_process_that_loads_a_graph_traces_as_before(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class SizeLiteral:
         owner: the node (or parameter, if ``of_parameter``) that has the axis, and ``axis`` which one; ``start`` to ``stop``
             are counted.
         by_code: whether the model's own code states the number; ``chunk`` works it out.
+        follows: whether the code computes it from the width, as a share of it, so that it is right in a narrowed model.
     """
 
     node: str
@@ -63,6 +64,7 @@ class SizeLiteral:
     stop: int
     by_code: bool = True
     of_parameter: bool = False
+    follows: bool = False
 
 
 class Source(NamedTuple):

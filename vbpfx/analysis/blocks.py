@@ -18,10 +18,11 @@ from torch import fx
 from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.evidence import Evidence, Unread, gather
+from vbpfx.analysis.sizes import is_share
 from vbpfx.display.markup import tag
 from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
-from vbpfx.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal
+from vbpfx.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.ops import is_product, is_sum, takes_apart
 
@@ -62,12 +63,17 @@ class Analysis:
         blocks, (title, columns, refusals) = self._tables()
         return html_table(*blocks) + tag("details", tag("summary", title), html_table("", columns, refusals))
 
+    @property
+    def _flags(self) -> str:
+        flags = ", ".join(f"{name}={value!r}" for name, value in self.captured.flags.items())
+        return f"; captured with {flags}, and for nothing else" if flags else ""
+
     def _tables(self) -> tuple[_Content, _Content]:
         """Title, columns and rows: of the blocks, and of what was refused."""
         blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return (
-            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}",
+            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}{self._flags}",
             ("block", "width", "layers"),
             blocks,
         ), (
@@ -166,7 +172,7 @@ def _judge(
         node, reason = _adapted(consumers, adapters)
     if reason:
         return Refusal(name, component.width, tuple(produced), node, reason)
-    literals = {entry for axis in axes for entry in evidence.literals.get(axis, ())}
+    literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     values = [
         Carrier(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
     ]
@@ -180,6 +186,21 @@ def _judge(
         literals=tuple(sorted(literals, key=str)),
         carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))),
     )
+
+
+def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence) -> SizeLiteral:
+    """A number with the note whether the model's code computes it from the narrowed width, and gets the right one."""
+    computed = evidence.computed_sizes.get(literal, ())
+    axes = {axis for number in computed for axis in evidence.read[number].axes}
+    if not len(computed) == len(axes) == 1:
+        return literal
+    covered = Counter(axis for axis, _, step in component.spans if step == 1)
+    stated = Axis(literal.owner, literal.axis, literal.of_parameter)
+    if any(covered[axis] * component.width != evidence.sizes[axis] for axis in (*axes, stated)):
+        return literal
+    (number,), size = computed, evidence.sizes[next(iter(axes))]
+    count = literal.stop - literal.start
+    return replace(literal, follows=is_share(number, evidence.read, count, size, component.width))
 
 
 def _obstacle(

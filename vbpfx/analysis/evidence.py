@@ -83,6 +83,8 @@ class Evidence:
     contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
     reduced: dict[Axis, list[Reduction]] = field(default_factory=lambda: defaultdict(list))
     literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
+    read: dict[fx.Node, SizeRead] = field(default_factory=dict)
+    computed_sizes: dict[SizeLiteral, tuple[fx.Node, ...]] = field(default_factory=dict)
     uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     sizes: dict[Axis, int] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
@@ -101,7 +103,7 @@ def gather(captured: Captured) -> Evidence:
     evidence.calls.update((enclosing_module(node)[0], node.target) for node in nodes.values())
     for name, tensor in named_tensors(reference).items():
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
-    sizes = read_sizes(graph_module.graph, names)
+    evidence.read = sizes = read_sizes(graph_module.graph, names)
     mutated = read_after_mutation(graph_module)
     values = {node: operand_of(node, names) for node in graph_module.graph.nodes}
     for own in values.values():
@@ -129,7 +131,31 @@ def gather(captured: Captured) -> Evidence:
         if node not in sizes:
             _note_unread(node, module, names, said, evidence)
     _mark_alone(evidence)
+    _settle_computed_sizes(evidence)
     return evidence
+
+
+def _settle_computed_sizes(evidence: Evidence) -> None:
+    """Numbers that are computed from sizes, and say where an axis is cut: the narrowed graph states them.
+
+    That is right where the sizes are the same in every run: those of axes that run into a weight's. Whoever narrows such an axis
+    must state the number, too.
+    """
+    if not evidence.computed_sizes:
+        return
+    linked = evidence.graph.copy()
+    linked.add_edges_from((link.whole, link.part) for link in evidence.parts)
+    known = {axis for group in nx.connected_components(linked) if any(a.is_parameter for a in group) for axis in group}
+    for literal, computed in evidence.computed_sizes.items():
+        stated = Axis(literal.owner, literal.axis, literal.of_parameter)
+        read = dict.fromkeys(axis for number in computed for axis in evidence.read[number].axes)
+        if not known.issuperset(read):
+            for axis in (stated, *read):
+                evidence.opaque[axis].append((literal.node, "a part is taken whose size changes with that of an input"))
+            continue
+        for axis in read:
+            if axis != stated:
+                evidence.literals[axis].append(literal)
 
 
 def _mark_alone(evidence: Evidence) -> None:
@@ -184,6 +210,8 @@ def _relations(
         return [*used, *site.all_opaque(f"operator {name} takes a single number")]
     try:
         found = list(rule(site))
+        stated = {node for relation in found if isinstance(relation, SizeStated) for node in relation.computed}
+        used = _sizes_used(node, {argument: read for argument, read in sizes.items() if argument not in stated})
         if takes_sizes(rule):
             followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
             used = [relation for relation in used if relation.axis not in followed]
@@ -260,12 +288,13 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                     is_layer=is_layer(node, weight.owner),
                 )
             )
-        case SizeStated(axis, path, start, stop, by_code):
+        case SizeStated(axis, path, start, stop, by_code, computed):
             evidence.graph.add_node(axis)
             end = evidence.sizes[axis] if stop is None else stop
-            evidence.literals[axis].append(
-                SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
-            )
+            literal = SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
+            evidence.literals[axis].append(literal)
+            if computed:
+                evidence.computed_sizes[literal] = computed
 
 
 def _note_unread(

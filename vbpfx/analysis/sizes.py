@@ -1,12 +1,14 @@
 """Where the numbers in a graph come from that were read off shapes.
 
 A hidden width that is read at run time may state the shape of a view, which then follows the narrowed
-axis by itself. Anywhere else it is a number whose value changes with the width, and the axis must stay.
+axis by itself. Arithmetic on it may say where an axis is cut (``h[..., : h.shape[-1] // 2]``): a narrowed graph states that number.
+Anywhere else it is a number whose value changes with the width, and the axis must stay.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from vbpfx.rules.axes import Axis, Names, SizeRead, operand_of
 
 _SAYS_NOTHING_OF_SIZES = frozenset({"device", "dtype", "ndim", "dim", "ndimension", "layout", "requires_grad",
                                     "is_floating_point", "is_cuda", "get_device", "element_size"})  # fmt: skip
+
+# Modules whose functions make numbers of numbers.
+_ARITHMETIC = ("_operator", "math", "builtins")
 
 
 def read_sizes(graph: fx.Graph, names: Names) -> dict[fx.Node, SizeRead]:
@@ -41,9 +46,9 @@ def _read(node: fx.Node, sizes: dict[fx.Node, SizeRead], names: Names) -> SizeRe
     if operand is not None and attribute in ("shape", "size", torch.ops.aten.sym_size.int):
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         if attribute == "shape" or dim is None:
-            return SizeRead(tuple(operand.axes), plain=True)
+            return SizeRead(tuple(operand.axes), plain=True, pure=True)
         if isinstance(dim, int):
-            return SizeRead((operand.axis(dim),), plain=True)
+            return SizeRead((operand.axis(dim),), plain=True, pure=True)
     if node.target is operator.getitem and isinstance(source, fx.Node) and source in sizes and sizes[source].plain:
         return _entry(sizes[source], node.args[1])
     axes: dict[Axis, None] = {}
@@ -51,12 +56,40 @@ def _read(node: fx.Node, sizes: dict[fx.Node, SizeRead], names: Names) -> SizeRe
         argument_operand = operand_of(argument, names)
         read_from = sizes[argument].axes if argument in sizes else argument_operand.axes if argument_operand else ()
         axes |= dict.fromkeys(read_from)
-    return SizeRead(tuple(axes), plain=False) if axes else None
+    arithmetic = getattr(node.target, "__module__", "") in _ARITHMETIC and not isinstance(node.target, str)
+    pure = arithmetic and all(argument in sizes and sizes[argument].pure for argument in node.all_input_nodes)
+    return SizeRead(tuple(axes), plain=False, pure=pure) if axes else None
 
 
 def _entry(read: SizeRead, index: Any) -> SizeRead:
     if isinstance(index, int):
-        return SizeRead((read.axes[index],), plain=True)
+        return SizeRead((read.axes[index],), plain=True, pure=True)
     if isinstance(index, slice) and not any(isinstance(e, fx.Node) for e in (index.start, index.stop, index.step)):
-        return SizeRead(read.axes[index], plain=True)
+        return SizeRead(read.axes[index], plain=True, pure=True)
     return SizeRead(read.axes, plain=False)
+
+
+def is_share(number: fx.Node, sizes: Mapping[fx.Node, SizeRead], count: int, size: int, width: int) -> bool:
+    """Whether code that computes a number from an axis's size gets the right one at every width of the block.
+
+    Args:
+        number: what the code computes.
+        sizes: what :func:`read_sizes` found.
+        count: how many channels the number counts in the dense network.
+        size: of the axis, which is ``size / width`` times the block's.
+        width: of the block.
+    """
+    try:
+        found = (abs(_at_width(number, sizes, size // width * kept)) * width for kept in range(1, width + 1))
+        return all(n == count * kept for kept, n in enumerate(found, 1))
+    except (ArithmeticError, ValueError):  # a width at which the code would stop
+        return False
+
+
+def _at_width(node: Any, sizes: Mapping[fx.Node, SizeRead], width: int) -> Any:
+    """What a node that was computed from the size of one axis would be at another size."""
+    if not isinstance(node, fx.Node):
+        return node
+    if sizes[node].plain:
+        return width
+    return node.target(*(_at_width(argument, sizes, width) for argument in node.args))  # type: ignore[operator]

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from vbpfx.data.inputs import Inputs, Place, as_inputs, model_device
+from vbpfx.data.inputs import Inputs, Place, as_inputs, holds_tensor, model_device
 from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
@@ -130,6 +130,18 @@ class Captured:
         """
         shape = (self.nodes[value].meta["val"] if isinstance(value, str) else value).shape
         return next((dim for dim, size in enumerate(shape) if self.batch and size and size % self.batch == 0), None)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The arguments that hold no tensor, None aside, with the values that the graph was made for: it takes no others."""
+        bound = inspect.signature(self.reference.forward).bind(*self.inputs.args, **self.inputs.kwargs)
+        given: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                given |= value
+            else:
+                given[name] = value
+        return {name: value for name, value in given.items() if value is not None and not holds_tensor(value)}
 
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:

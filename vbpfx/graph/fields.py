@@ -101,6 +101,23 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
+class FieldsTracer(fx.Tracer):
+    """fx's tracer for graphs that return :class:`Fields`: who unpickles such a graph traces its code again."""
+
+    def create_arg(self, a: Any) -> Any:
+        """As fx's own, and a call of the class for :class:`Fields`, as fx has it for dataclasses."""
+        if not isinstance(a, Fields):
+            return super().create_arg(a)
+        return self.create_node("call_function", Fields, (), {name: self.create_arg(v) for name, v in vars(a).items()})
+
+
+def tracer_of(spec: pytree.TreeSpec) -> type[fx.Tracer]:
+    """The tracer that can trace a graph's code again, by the structure of what it returns."""
+    result = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    found = pytree.tree_leaves(result, is_leaf=lambda value: isinstance(value, Fields))
+    return FieldsTracer if any(isinstance(leaf, Fields) for leaf in found) else fx.Tracer
+
+
 def returned_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes whose values a graph returns, in order; in the place of a node that only names its arguments, these."""
     (output,) = graph.find_nodes(op="output")

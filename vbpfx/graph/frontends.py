@@ -33,7 +33,7 @@ from vbpfx.data.inputs import Inputs, Place, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.graph.constants import KnownNumbers, fold_numbers
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.fields import without_classes
+from vbpfx.graph.fields import tracer_of, without_classes
 from vbpfx.graph.recurrent import recurrent_as_leaves, restore_recurrent
 from vbpfx.graph.regions import inline_regions
 from vbpfx.graph.source import line_of_frames
@@ -85,7 +85,9 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     require_constants(graph, {node: value for node, value in values.items() if not isinstance(value, Tensor)})
     for node in graph.nodes:  # the rest holds on to the trace, and cannot be copied or pickled
         node.meta = {key: value for key, value in node.meta.items() if key in _KEPT}
-    graph._tracer_cls = fx.Tracer
+    assert isinstance(graph._codegen, fx.graph._PyTreeCodeGen)
+    assert graph._codegen.pytree_info.out_spec is not None
+    graph._tracer_cls = tracer_of(graph._codegen.pytree_info.out_spec)
     # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
 

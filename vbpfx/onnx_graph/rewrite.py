@@ -20,7 +20,7 @@ from vbpfx.onnx_graph.builder import Array, Place, Stored, constant_of
 from vbpfx.onnx_graph.carried import carry
 from vbpfx.onnx_graph.edit import OnnxEdit
 from vbpfx.onnx_graph.importer import Imported
-from vbpfx.records import Consumer, Plan
+from vbpfx.records import Consumer, Plan, SizeLiteral
 from vbpfx.rewrite.narrow import carried, new_biases
 
 
@@ -101,6 +101,9 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
             before, after = (_at(nodes[literal.node], literal.path) for nodes in (captured.nodes, narrowed))
             if before == after:
                 continue
+            if isinstance(before, fx.Node):
+                _state_computed(file, literal, place, after)
+                continue
             match place:
                 case Place(node=node, where=str(name)):
                     node.attributes[name] = ir.AttrInt64(name, after)
@@ -118,6 +121,19 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
             file.set_input(node, where, file.store(f"{node.name}_sizes", np.array(sizes, np.int64)))
             continue
         _change(file, node, where, length, differences)
+
+
+def _state_computed(file: OnnxEdit, literal: SizeLiteral, place: Any, number: int) -> None:
+    """A constant in the place of a number that the file computes from a narrowed size."""
+    match place:
+        case Place(node=node, where=int(where), length=1):
+            value = node.inputs[where]
+            assert value is not None
+            node.replace_input_with(where, file.store(f"{value.name}_narrow", np.array([number], np.int64)))
+        case _:
+            raise ExportError(
+                f"the size that {literal.node} computes has no place of its own in the file; leave its block out"
+            )
 
 
 def _change(file: OnnxEdit, node: ir.Node, where: int, length: int, differences: dict[int, int]) -> None:

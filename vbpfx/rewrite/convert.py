@@ -78,7 +78,8 @@ def _state_parts(node: fx.Node) -> None:
 
 def _replaced(value: Any, path: list[str | int], count: int) -> Any:
     if not path:
-        return -count if value < 0 else count  # a slice may count from the end
+        dense = value.meta["val"] if isinstance(value, fx.Node) else value
+        return -count if dense < 0 else count  # a slice may count from the end
     head, *rest = path
     if isinstance(value, dict):
         return {k: _replaced(v, rest, count) if k == head else v for k, v in value.items()}

@@ -72,7 +72,7 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
         if literal.node in carried_nodes:  # its module is replaced
             continue
         # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
-        if literal.by_code and plan.frontend == "symbolic" and gone(literal, removed):
+        if literal.by_code and not literal.follows and plan.frontend == "symbolic" and gone(literal, removed):
             return (
                 f"the model's code states the hidden width {block.width} as a number (node {literal.node}), which no rewrite "
                 f"of tensors can change"

@@ -127,7 +127,8 @@ class Reduces:
 class SizeStated:
     """An integer among the call's arguments counts the channels ``start`` to ``stop`` of the axis (default: all).
 
-    ``by_code`` is false where the call works the number out by itself (``chunk``) and only a rewrite states it.
+    ``by_code`` is false where the call works the number out by itself (``chunk``) and only a rewrite states it. ``computed`` are
+    arguments that stand in the place of the integer and are computed from sizes (``h[..., : h.shape[-1] // 2]``).
     """
 
     axis: Axis
@@ -135,6 +136,7 @@ class SizeStated:
     start: int = 0
     stop: int | None = None
     by_code: bool = True
+    computed: tuple[fx.Node, ...] = ()
 
 
 Relation = Same | Part | Grouped | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
@@ -144,11 +146,12 @@ class SizeRead(NamedTuple):
     """A value computed from sizes.
 
     ``axes`` are the axes it was read from. Where ``plain`` is true it is those sizes unchanged: one
-    axis for an integer, all of them in order for a shape.
+    axis for an integer, all of them in order for a shape. Where ``pure`` is true it is arithmetic on sizes and numbers alone.
     """
 
     axes: tuple[Axis, ...]
     plain: bool
+    pure: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,12 @@ class Site:
     def size_read(self, value: Any) -> SizeRead | None:
         """What is known of an argument that was computed from sizes; None for anything else."""
         return self._sizes.get(value) if isinstance(value, fx.Node) else None
+
+    def number(self, value: Any) -> Any:
+        """An argument that is an integer, or computed from sizes: its value in the dense network. Anything else as it is."""
+        read = self.size_read(value)
+        found = value.meta.get("val") if read is not None and read.pure else None
+        return found if isinstance(found, int) else value
 
     def all_opaque(self, reason: str) -> Iterator[Relation]:
         """No axis of any tensor of the call can be narrowed."""

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from vbpfx.rules.axes import (
     Axis,
@@ -65,15 +65,20 @@ def aten_slice(site: Site) -> Iterator[Relation]:
 def narrowing(site: Site) -> Iterator[Relation]:
     """narrow: x[..., start : start + length, ...] along one axis."""
     x, out = site.x, site.out
-    narrowed, start = site.constant(1, "dim") % x.ndim, site.constant(2, "start")
+    narrowed, given = site.constant(1, "dim") % x.ndim, (site.argument(2, "start"), site.argument(3, "length"))
+    first, length = map(site.number, given)
     for dim in range(x.ndim):
         if dim != narrowed:
             yield Same(x.axis(dim), out.axis(dim))
-    start = start % x.shape[narrowed] if x.shape[narrowed] else 0
+    if isinstance(first, fx.Node) or isinstance(length, fx.Node):
+        yield Opaque(x.axis(narrowed), "a part of computed size is taken")
+        yield Opaque(out.axis(narrowed), "it is a part of computed size")
+        return
+    start = first % x.shape[narrowed] if x.shape[narrowed] else 0
     yield Part(x.axis(narrowed), out.axis(narrowed), start)
-    counted = (0, start) if site.constant(2, "start") >= 0 else (start, x.shape[narrowed])
-    yield SizeStated(x.axis(narrowed), site.path(2, "start"), *counted)
-    yield SizeStated(x.axis(narrowed), site.path(3, "length"), start, start + out.shape[narrowed])
+    counts = ((0, start) if first >= 0 else (start, x.shape[narrowed]), (start, start + out.shape[narrowed]))
+    for argument, (low, high), path in zip(given, counts, (site.path(2, "start"), site.path(3, "length")), strict=True):
+        yield SizeStated(x.axis(narrowed), path, low, high, computed=_nodes(argument))
 
 
 def select(site: Site) -> Iterator[Relation]:
@@ -109,8 +114,13 @@ def splitting(site: Site) -> Iterator[Relation]:
     if name == "unbind":
         yield Opaque(x.axis(dim), "unbind takes its entries one by one")
         return
+    computed = tuple(node for node in site.node.all_input_nodes[1:] if not isinstance(node.meta.get("val"), Tensor))
+    if any(isinstance(site.number(node), fx.Node) for node in computed):
+        yield Opaque(x.axis(dim), f"{name} makes parts of computed size")
+    elif computed and name not in ("split", "split_with_sizes", "unsafe_split"):  # of which it is no part's size
+        yield Opaque(x.axis(dim), f"{name} makes a computed number of parts")
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
-        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, by_code=not _counts_parts(site))
+        yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, not _counts_parts(site), computed)
 
 
 def split_axis(node: fx.Node) -> int:
@@ -176,14 +186,17 @@ def _sliced(
     site: Site, x: Axis, out: Axis, taken: slice, paths: tuple[tuple[str | int, ...], tuple[str | int, ...]]
 ) -> Iterator[Relation]:
     """One axis under a slice; ``paths`` say where the call states the slice's two ends."""
-    if any(isinstance(entry, fx.Node) for entry in (taken.start, taken.stop, taken.step)):
+    numbers: list[Any] = [site.number(entry) for entry in (taken.start, taken.stop)]
+    if any(isinstance(entry, fx.Node) for entry in (*numbers, taken.step)):
         yield Opaque(x, "a part of computed size is taken")
         yield Opaque(out, "it is a part of computed size")
         return
     size = next(o.shape[x.dim] for o in site.operands if o.owner == x.owner)
-    start, stop, step = taken.indices(size)
+    start, stop, step = slice(numbers[0], numbers[1], taken.step).indices(size)
+    ends = [(start, numbers[0], _nodes(taken.start), paths[0]), (stop, numbers[1], _nodes(taken.stop), paths[1])]
     if (start, stop, step) == (0, size, 1):
         yield Same(x, out)
+        yield from (_end(x, size, *end) for end in ends if end[2])
     elif 1 < step < size and size % step == 0 and start < step and len(range(start, stop, step)) == size // step:
         yield Grouped(x, out)  # what the call states of it are no more than its ends
     elif step != 1 or stop <= start:
@@ -191,6 +204,16 @@ def _sliced(
         yield Opaque(out, "it is every so many entries of another axis")
     else:
         yield Part(x, out, start)
-        for end, value, path in ((start, taken.start, paths[0]), (stop, taken.stop, paths[1])):
-            if value is not None and 0 < end < size:
-                yield SizeStated(x, path, *((0, end) if value >= 0 else (end, size)))
+        yield from (_end(x, size, *end) for end in ends if end[1] is not None and (end[2] or 0 < end[0] < size))
+
+
+def _end(
+    x: Axis, size: int, end: int, value: int, computed: tuple[fx.Node, ...], path: tuple[str | int, ...]
+) -> SizeStated:
+    """Where a slice begins or ends, counted from the front or, where the value is negative, from the back."""
+    start, stop = (0, end) if value >= 0 else (end, size)
+    return SizeStated(x, path, start, stop, computed=computed)
+
+
+def _nodes(value: Any) -> tuple[fx.Node, ...]:
+    return (value,) if isinstance(value, fx.Node) else ()

@@ -137,6 +137,8 @@ def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
             if isinstance(value, fx.Node):
                 if read is not None and read.plain and len(read.axes) == 1:
                     yield Same(axis, read.axes[0])
+                elif isinstance(site.number(value), int):
+                    yield SizeStated(axis, path, computed=(value,))
                 else:
                     yield Opaque(axis, "its size is stated by a computed number")
             elif value != -1:
