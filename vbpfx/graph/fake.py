@@ -171,6 +171,8 @@ class _AllPicked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     So shapes are known, and costs are an upper bound: an expert of a mixture counts as if all tokens went to it.
     """
 
+    supports_higher_order_operators = True  # torch.cond and its kind, which are handed on
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
