@@ -122,7 +122,9 @@ def batch(spec: Spec, samples: int, seed: int) -> Any:
     x, y = torch.randn(2, samples, *shape, generator=generator, dtype=torch.float64).unbind()
     if spec.takes in ("time first", "over time"):
         return x.transpose(0, 1).contiguous()
-    return {"two": (x, y), "any": (x, y), "keywords": {"x": x, "y": y}, "mapping": {"x": x, "y": y}}.get(spec.takes, x)
+    return {"two": ((x, y), {}), "any": ((x, y), {}), "keywords": {"x": x, "y": y}, "mapping": {"x": x, "y": y}}.get(
+        spec.takes, x
+    )
 
 
 SIZES = (8, 12, 3, 5, 2, 7, 16, 1)
