@@ -174,6 +174,8 @@ def page(results: Mapping[str, Any]) -> str:
         "quartiles. The last columns are what is left.",
         markdown_table(("network", "what is kept", "removed", "kept", "dense", "speed", "MACs", "parameters"), rows),
     ]
+    if missing := [name for name in NETWORKS if name not in results]:
+        parts += [f"Not measured here: {', '.join(missing)}."]
     if slower:
         parts += ["Not faster:", "\n".join(slower)]
     if refused:
