@@ -21,6 +21,8 @@ _OTHERWISE = {"type_as", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "
 # Defined from 1 upwards alone, or random unless told otherwise.
 _OTHERWISE |= {"acosh", "native_dropout", "logical_and", "logical_or", "and_", "or_", "cuda", "invert"}
 _OTHERWISE |= {"bitwise_and", "bitwise_or", "bitwise_not"}
+# They take nothing but the form of their argument: what is computed behind them sees no data (tests/test_blocks.py).
+_OTHERWISE |= {"zeros_like", "ones_like", "full_like"}
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("threshold", "_threshold"), (0.1, 0.0)),
     **dict.fromkeys(
@@ -28,7 +30,6 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         (0.5, False),
     ),
     "pow": (2,),
-    "full_like": (0.3,),
     "clamp": (-0.5, 0.5),
     "clip": (-0.5, 0.5),
     **dict.fromkeys(("clamp_min", "clamp_max"), (0.1,)),

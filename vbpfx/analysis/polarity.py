@@ -55,6 +55,8 @@ def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried
     values: dict[str, Any] = dict(zip(names, given, strict=True))
     own = values[mask.name]
     others = {name: two for name in beside if (two := _two_tokens(values[name])) is not None}
+    (output,) = captured.graph_module.graph.find_nodes(op="output")
+    samples = [captured.samples_axis(v) or 0 for v in tensors_in(output.meta["val"]) if v.is_floating_point()]
     if not others or own.shape[1] < 3:
         return Tried(None)
     marked = _nonzero_entry(own)
@@ -71,7 +73,7 @@ def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried
                 if found is None:
                     return Tried(None)
                 outputs.append(found)
-            unmoved[place, polarity] = _same(*outputs, place=place, length=own.shape[1])
+            unmoved[place, polarity] = _same(*outputs, samples, place=place, length=own.shape[1])
     for place in (0, own.shape[1] - 1):
         seen = [polarity for polarity in POLARITIES if unmoved[place, polarity]]
         if len(seen) == 1:
@@ -118,12 +120,12 @@ def _run(graph_module: fx.GraphModule, arguments: list[Any]) -> list[Tensor] | N
     return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
-def _same(one: list[Tensor], other: list[Tensor], *, place: int, length: int) -> bool:
-    """Whether the outputs are finite and equal everywhere but at the place, on whichever axis the positions are."""
-    for a, b in zip(one, other, strict=True):
+def _same(one: list[Tensor], other: list[Tensor], samples: list[int], *, place: int, length: int) -> bool:
+    """Whether the outputs are finite and equal everywhere but at the place, on whichever axis beside the samples' positions are."""
+    for a, b, axis_of_samples in zip(one, other, samples, strict=True):
         kept = torch.tensor([n for n in range(length) if n != place], device=a.device)
         for axis, size in enumerate(a.shape):
-            if axis > 0 and size == length:
+            if axis != axis_of_samples and size == length:
                 a, b = a.index_select(axis, kept), b.index_select(axis, kept)
         if not bool(a.isfinite().all() & b.isfinite().all()) or bool(((a - b).abs() > _NOTHING * a.abs().max()).any()):
             return False
