@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import Net, mlp, run, substituted, values
 
 import vbpfx
+from vbpfx.onnx_graph.file import read_model
 
 # Two ways to the same float32, both in ONNX Runtime.
 ROUNDING = 1e-5
@@ -107,6 +109,22 @@ def test_an_earlier_opset_is_converted_and_pruned(
     hidden = np.concatenate([np.moveaxis(values(model, "h", {"x": x}), axis, -1).reshape(-1, 12) for x in data])
     reference = substituted(model, "h", axis, entry.pruned, hidden.astype(np.float64).mean(0))
     got, wanted = (run(m, {"x": data[0][:3]})[0] for m in (out, reference))
+    assert np.abs(got - wanted).max() < ROUNDING * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("factor", [0.4, 0.7, 1.5, 1.7, 2.0, 2.3])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_pictures_are_resized_as_before(mode: str, factor: float, tmp_path: Path) -> None:
+    """Opset 10 has one way to place and to round the samples; later opsets name theirs, and have others by default."""
+    net = Net()
+    net.add("Resize", ["x", net.vector("scales", 1, 1, factor, factor)], "y", mode=mode)
+    size = int(np.floor(np.float32(10) * np.float32(factor)))
+    model = of_opset(net, 10, ["n", 3, 10, 10], ["n", 3, size, size])
+    onnx.save(model, tmp_path / "in.onnx")
+    new = ir.serde.serialize_model(read_model(tmp_path / "in.onnx"))
+    assert [entry.version for entry in new.opset_import] == [13]
+    x = RANDOM.standard_normal((2, 3, 10, 10)).astype(np.float32)
+    (got,), (wanted,) = (run(m, {"x": x}) for m in (new, model))
     assert np.abs(got - wanted).max() < ROUNDING * np.abs(wanted).max()
 
 

@@ -56,11 +56,20 @@ def converted(model: ir.Model, path: Path) -> ir.Model:
     if opset < _RESIZED_ALIKE:
         for node in new.graph.all_nodes():
             if node.op_type == "Resize" and "coordinate_transformation_mode" not in node.attributes:
-                node.attributes["coordinate_transformation_mode"] = ir.AttrString(
-                    "coordinate_transformation_mode", "asymmetric"
-                )
+                _resize_as_before(node)
     new.meta[_CONVERTED] = opset
     return new
+
+
+def _resize_as_before(node: ir.Node) -> None:
+    """State what Resize did before opset 11: places of samples are divided by the scale, and rounded down, or up where it shrinks."""
+    stated = {"coordinate_transformation_mode": "asymmetric"}
+    if node.attributes.get_string("mode", "nearest") == "nearest":
+        scales = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        shrinks = scales is not None and bool((scales.numpy() < 1).any())
+        stated["nearest_mode"] = "ceil" if shrinks else "floor"
+    for name, value in stated.items():
+        node.attributes[name] = ir.AttrString(name, value)
 
 
 def _convert(model: ir.Model) -> ir.Model:
