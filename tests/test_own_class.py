@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from exactness import randomize
-from torch import nn
+from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.plan_files import load_plan, plan_files
@@ -110,3 +110,88 @@ def test_a_norm_that_carries_constants_is_exported_and_narrowed_again(norm: nn.M
     assert list(again.plan.widths.values()) == [17 - 5]
     verified = vbpfx.verify(again.captured, again.graph_module, again.plan, other.double(), tolerance=1e-9)
     assert verified.effect > 1e-3
+
+
+class _Config:
+    """A configuration in the manner of Hugging Face: one entry for all layers of a tower."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.__dict__.update(entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class _Configured(nn.Module):
+    """Two towers of MLPs, one behind the other, whose widths are entries or follow from a ratio; it counts how often it is built."""
+
+    built = 0
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        type(self).built += 1
+        self.config = config
+        assert config.dim % config.heads == 0
+        widths = (config.first_dim, int(config.ratio * config.dim * 2))
+        streams = (config.dim, 2 * config.dim)
+        towers = [
+            nn.ModuleList(_mlp(stream, width) for _ in range(config.depth))
+            for stream, width in zip(streams, widths, strict=True)
+        ]
+        self.first, self.second = towers
+        self.between = nn.Linear(*streams)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.first:
+            x = x + layer(x)
+        x = self.between(x)
+        for layer in self.second:
+            x = x + layer(x)
+        return x
+
+    def save_pretrained(self, folder: str) -> None:
+        raise NotImplementedError
+
+
+def _mlp(stream: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(stream, width), nn.GELU(), nn.Linear(width, stream))
+
+
+def _configured(depth: int) -> _Configured:
+    entries = {"dim": 8, "first_dim": 48, "ratio": 3.0, "depth": depth, "heads": 4, "dropout": 0.1, "name": "x"}
+    model = randomize(_Configured(_Config(**entries))).eval()
+    with torch.no_grad():
+        for layer in model.first:
+            layer[0].weight.mul_(0.5)  # the towers come out unlike one another
+    return model
+
+
+def test_entries_of_two_towers_of_one_width_are_told_apart() -> None:
+    model = _configured(3)
+    plan = vbpfx.prune(
+        model, [torch.randn(64, 8)], ratio=0.5, uniform=True, method="vbp", exclude="between", progress=False
+    ).plan
+    widths = {name.split(".")[0]: width for name, width in plan.widths.items()}
+    assert len(plan.widths) == 6
+    assert widths["first"] != widths["second"]
+    small = vbpfx.apply_plan(model, plan)
+    assert small.config.first_dim == widths["first"]
+    again = _Configured(small.config)
+    assert {n: p.shape for n, p in again.state_dict().items()} == {n: p.shape for n, p in small.state_dict().items()}
+    assert again.second[0][0].out_features == widths["second"]
+    assert model.config.to_dict() == _configured(3).config.to_dict()
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_how_often_the_class_is_built_does_not_depend_on_the_number_of_layers(depth: int) -> None:
+    """Layers of unlike widths: no entry describes them, which is seen without trying every width."""
+    model = _configured(depth)
+    plan = vbpfx.prune(model, [torch.randn(64, 8)], ratio=0.5, method="vbp", exclude="between", progress=False).plan
+    assert len(set(plan.widths.values())) >= depth
+    _Configured.built = 0
+    small = vbpfx.apply_plan(model, plan)
+    numbers = 5  # entries that are numbers beyond one
+    assert 0 < _Configured.built <= 1 + 3 * numbers
+    assert small.config.to_dict() == model.config.to_dict()
+    first = next(entry for entry in plan.blocks if "first.0.0.weight" in {p.name for p in entry.block.parameters})
+    assert small.first[0][0].out_features == len(first.kept) < 48

@@ -3,12 +3,15 @@
 A model of Hugging Face is built from its ``config``: what is saved with ``save_pretrained`` loads only where the
 configuration describes the narrowed widths. Which entry does is not looked up by name: entries that hold a dense width
 are tried, and an entry is right if the class, built anew from the configuration, then has the shapes of the narrowed
-model.
+model. One number cannot say that layers have different widths: this is seen by comparing the blocks that an entry decides,
+without building anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,12 @@ from torch import nn
 from vbpfx.records import Plan
 
 Shapes = dict[str, tuple[int, ...]]
+# An entry of a configuration, by its path, and what it becomes.
+Change = tuple[tuple[str, ...], float]
+Changes = tuple[Change, ...]
+
+# So many values of an entry are tried where the class cannot be built with the first ones (widths that heads do not divide).
+_TRIALS = 3
 
 
 def has_config(model: nn.Module) -> bool:
@@ -27,6 +36,10 @@ def has_config(model: nn.Module) -> bool:
 
 def describe_widths(model: nn.Module, plan: Plan) -> list[str]:
     """Make ``model.config`` describe the narrowed model, in place, as far as its entries can.
+
+    Every entry that may hold a width is tried once. What it changed says which blocks it is of, and only a value that is
+    right for all of these is looked at further. So the class is built about as often as the configuration has such entries,
+    however many layers it describes.
 
     Where the configuration only knows biases on all layers of a block or on none (Llama's ``mlp_bias``), the layers
     that had none get zeros.
@@ -38,40 +51,117 @@ def describe_widths(model: nn.Module, plan: Plan) -> list[str]:
     Returns:
         Names of the parameters that the configuration cannot describe; none of them where it is true.
     """
-    widths = {(entry.block.width, len(entry.kept)) for entry in plan.blocks}
-    wanted = _shapes(model)
-    config = model.config
-    wrong = _wrong(model, config, wanted)
+    wanted, trials = _shapes(model), _Trials(model)
+    wrong = _wrong(trials.shapes(()), wanted)
+    if wrong is None:  # the class is not built from its configuration alone
+        return sorted(_widths_by_axis(plan).keys() & wanted.keys()) or sorted(wanted)
+    changes: Changes = ()
+    candidates = _candidates(trials, plan) if wrong else []
     while wrong:
-        tried = [(_wrong(model, changed, wanted), changed) for changed in _changes(config, widths)]
-        better = [(left, changed) for left, changed in tried if left is not None and len(left) < len(wrong)]
+        further = [(*changes, one) for one in candidates if one[0] not in dict(changes)]
+        tried = [(_wrong(trials.shapes(more), wanted), more) for more in further]
+        better = [(left, more) for left, more in tried if left is not None and len(left) < len(wrong)]
         if not better:
-            break
-        wrong, config = min(better, key=lambda entry: len(entry[0]))
-    if wrong:
-        return sorted(wrong)
-    model.config = config
+            return sorted(wrong)
+        wrong, changes = min(better, key=lambda entry: len(entry[0]))
+    config = model.config = trials.config(changes)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = _within(config, type(module.config)) or module.config
-    _add_zero_biases(model, _built_shapes(model, config))
+    _add_zero_biases(model, trials.shapes(changes) or {})
     return []
 
 
-def _changes(config: Any, widths: set[tuple[int, int]]) -> Iterator[Any]:
-    """The configuration with one entry changed, for every entry that may hold a dense width."""
-    for path, value in _entries(config):
-        for before, after in widths:
-            if isinstance(value, bool):
-                if "bias" in path[-1] and not value:
-                    yield _with(config, path, True)
-            elif value == before or (value is None and path[-1].startswith("n_")):
-                yield _with(config, path, after)
-            elif isinstance(value, float) and value > 1:
-                # a ratio to some other width, of which the class takes the integer part
-                yield _with(config, path, value * (after + 0.5) / before)
-            elif isinstance(value, int) and value * after % before == 0:
-                yield _with(config, path, value * after // before)
+class _Trials:
+    """What the class has for shapes when it is built from its configuration with some entries changed; each is built once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._class, self.dense = type(model), model.config
+        self._built: dict[Changes, Shapes | None] = {}
+
+    def config(self, changes: Changes) -> Any:
+        """The configuration with these changes, those that it takes."""
+        changed = copy.deepcopy(self.dense)
+        for path, value in changes:
+            owner = changed
+            for name in path[:-1]:
+                owner = getattr(owner, name)
+            with contextlib.suppress(Exception):  # configurations check their entries' types and raise what they like
+                setattr(owner, path[-1], value)
+        return changed
+
+    def shapes(self, changes: Changes) -> Shapes | None:
+        """Of all parameters and buffers; None where the class cannot be built so."""
+        if changes not in self._built:
+            try:
+                with torch.device("meta"):
+                    self._built[changes] = _shapes(self._class(self.config(changes)))
+            except Exception:  # an impossible configuration raises whatever the class raises
+                self._built[changes] = None
+        return self._built[changes]
+
+
+def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
+    """Changes of one entry each that may be right for all blocks whose shapes the entry decides."""
+    pairs = dict.fromkeys((entry.block.width, len(entry.kept)) for entry in plan.blocks)
+    by_axis, dense = _widths_by_axis(plan), trials.shapes(())
+    assert dense is not None
+    found = []
+    for path, value in _entries(trials.dense):
+        possible: dict[float, tuple[int, int]] = {}  # what the entry may become -> before and after of a width
+        for pair in pairs:
+            changed = _changed(path[-1], value, *pair)
+            if changed is not None:
+                possible.setdefault(changed, pair)
+        trying = (trials.shapes(((path, changed),)) for changed in itertools.islice(possible, _TRIALS))
+        built = next((shapes for shapes in trying if shapes is not None), None)
+        if built is None or any(not name.endswith("bias") for name in built.keys() ^ dense.keys()):
+            continue  # other parameters than the model has
+        touched = [
+            by_axis[name][axis]
+            for name in built.keys() & dense.keys() & by_axis.keys()
+            for axis, (old, new) in enumerate(zip(dense[name], built[name], strict=False))
+            if old != new and axis in by_axis[name]
+        ]
+        flag = isinstance(value, bool)
+        if not touched and not (flag and built.keys() != dense.keys()):
+            continue
+        found += [
+            (path, changed)
+            for changed, pair in possible.items()
+            if flag or all(any(_agree(pair, other) for other in widths) for widths in touched)
+        ]
+    return found
+
+
+def _changed(name: str, value: Any, before: int, after: int) -> float | None:
+    """What an entry becomes if it says a width that was ``before`` and is ``after``; None where it cannot say that."""
+    if isinstance(value, bool):
+        return True if "bias" in name and not value else None
+    if value == before or (value is None and name.startswith("n_")):
+        return after
+    if isinstance(value, float) and value > 1:
+        # a ratio to some other width, of which the class takes the integer part
+        return value * (after + 0.5) / before
+    if isinstance(value, int) and value * after % before == 0:
+        return value * after // before
+    return None
+
+
+def _agree(pair: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one number may describe both changes of a width, (before, after): the same share of it, up to rounding by one."""
+    (before, after), (width, kept) = pair, other
+    return abs(width * after - kept * before) <= (0 if width == before else before)
+
+
+def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
+    """Parameter -> axis -> the widths before and after of the blocks that lie on it."""
+    found: dict[str, dict[int, set[tuple[int, int]]]] = {}
+    for entry in plan.blocks:
+        for parameter in entry.block.parameters:
+            widths = found.setdefault(parameter.name, {}).setdefault(parameter.axis, set())
+            widths.add((entry.block.width, len(entry.kept)))
+    return found
 
 
 def _entries(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -83,31 +173,12 @@ def _entries(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
             yield (*path, name), value
 
 
-def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
-    changed = copy.deepcopy(config)
-    owner = changed
-    for name in path[:-1]:
-        owner = getattr(owner, name)
-    try:
-        setattr(owner, path[-1], value)
-    except Exception:  # configurations check their entries' types and raise what they like
-        return config
-    return changed
-
-
-def _wrong(model: nn.Module, config: Any, wanted: Shapes) -> set[str] | None:
+def _wrong(built: Shapes | None, wanted: Shapes) -> set[str] | None:
     """Parameters whose shape is another, or that the class does not have; None where the class cannot be built."""
-    try:
-        built = _built_shapes(model, config)
-    except Exception:  # an impossible configuration raises whatever the class raises
+    if built is None:
         return None
     missing = {name for name in built.keys() - wanted.keys() if not name.endswith("bias")}
     return {name for name, shape in wanted.items() if built.get(name) != shape} | missing
-
-
-def _built_shapes(model: nn.Module, config: Any) -> Shapes:
-    with torch.device("meta"):
-        return _shapes(type(model)(copy.deepcopy(config)))
 
 
 def _shapes(model: nn.Module) -> Shapes:
