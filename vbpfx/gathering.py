@@ -20,6 +20,7 @@ from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
+from vbpfx.graph.held import samples_in_a_pass
 from vbpfx.planning.options import in_words
 from vbpfx.reconstruction.influence import Gradients, Influence, is_differentiable
 from vbpfx.reconstruction.kept import Keeping
@@ -71,11 +72,16 @@ def gather(
 ) -> Gathered:
     """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept."""
     gradients = None
-    if strategy.layers and is_differentiable(captured, strategy.layers):
+    if strategy.layers and is_differentiable(captured, strategy.layers, strategy.at_once):
         reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
         gradients = Gradients(captured, strategy.layers, observed, metrics=reading, at_once=strategy.at_once)
     passes = Forward(run) if run else forward_passes(observed, calibration.compile)
-    keeping = Keeping(passes, strategy.samples, gradients, divisible=captured.divisible)
+    # a runtime hands out what the blocks' layers read when it is through
+    together = [source.node for block in strategy.blocks for source in block.sources] if run else []
+    most = samples_in_a_pass(captured, strategy.pass_memory, together) if captured.divisible else None
+    if most is not None and most > strategy.at_once:
+        most -= most % strategy.at_once  # gradients are taken of the same samples together, wherever batches are cut
+    keeping = Keeping(passes, strategy.samples, gradients, most=most)
     calibrate(
         observed,
         calibration.batches,
@@ -90,6 +96,7 @@ def gather(
             "options": in_words(strategy.options),
             "samples": strategy.samples,
             "at_once": strategy.at_once,
+            "most": most,
             "gradients": sorted(layer.node for layer in strategy.layers) if gradients else None,
             **compiling(calibration.compile),
         },

@@ -294,15 +294,16 @@ def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: 
     Raises:
         CalibrationError: ONNX Runtime does not run the file on the batch.
     """
+    found = find_samples(model, session, batch)
+    few = found.first(EXAMPLE_SAMPLES) if found.axes is not None else found
     try:
-        run(session, batch, {name: name for name in batch.kwargs})
+        run(session, few, {name: name for name in few.kwargs})
     except Exception as error:  # ONNX Runtime has many kinds
         raise CalibrationError(
             f"ONNX Runtime does not run the file on the first batch ({batch.describe()}): {first_line(error)}; pass batches of a size "
             f"and shape that it takes (vbpfx onnx: --batch)"
         ) from error
-    found = find_samples(model, session, batch)
-    return found.first(EXAMPLE_SAMPLES) if found.axes is not None else found
+    return few
 
 
 def _renamed(inputs: Inputs, arguments: Mapping[str, str]) -> Inputs:

@@ -91,8 +91,9 @@ def prune(
         refit: fit layers beside the blocks, too, that write to the residual stream (attention's output projection);
             their shapes stay. By default as ``reconstruct``. The plan and the report name them.
         samples: how many calibration samples the reconstruction takes, the first ones; by default as many as its two streams
-            can hold in ``memory``.
-        memory: GiB that the streams may hold, 8 by default.
+            can hold in three quarters of ``memory``, and at least 8.
+        memory: GiB that calibration may hold beside the model and its covariances, 8 by default: the samples that are kept, the
+            streams, and what a pass makes on its way; batches that are larger run in parts (docs/method.md, "What it costs").
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
         compile: calibrate with ``torch.compile`` (see :func:`vbpfx.calibrate`), where plain forward passes are all that

@@ -22,8 +22,9 @@ from vbpfx.runtimes.table import DEFAULT, best_multiple
 
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
 _WIDTHS_COVARIANCE_SHARE = 0.25
-# Of the memory that may be held, what activations for gradients may take: the samples that are kept stand beside them.
-_GRADIENTS_SHARE = 0.25
+# Of the memory that may be held: what the samples that are kept take until the last layer is fitted, and what beside them one
+# forward pass may take, or a forward and a backward pass.
+_KEPT_SHARE, _PASS_SHARE = 0.75, 0.25
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Strategy:
         chooses: whether neurons are chosen on the way there, rather than by the plan.
         samples: how many calibration samples are kept for that, and for sensitivities.
         at_once: how many samples' activations are held for a backward pass.
+        pass_memory: GiB that one forward pass may hold.
         covariance: what :func:`vbpfx.prepare` is to gather.
     """
 
@@ -111,6 +113,7 @@ class Strategy:
     chooses: bool
     samples: int
     at_once: int
+    pass_memory: float
     covariance: bool | float
 
     @classmethod
@@ -132,18 +135,21 @@ class Strategy:
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}
             chosen = PlanOptions.of(**options)
-        samples = MOST_SAMPLES if measures else 0
+        layers = layers_to_fit(order, analysis, blocks, beside) if fits else []
+        fitting_memory = samples_that_fit(order, layers, _KEPT_SHARE * fitting.memory)
+        samples = min(MOST_SAMPLES, fitting_memory) if measures else 0
         if fits:
-            samples = fitting.samples or samples_that_fit(order, fitting.memory)
+            samples = fitting.samples or fitting_memory
         return cls(
             options=options,
             chosen=chosen,
             blocks=blocks,
             beside=beside,
-            layers=layers_to_fit(order, analysis, blocks, beside) if fits else [],
+            layers=layers,
             fits=fits,
             chooses=chooses,
             samples=samples,
-            at_once=samples_at_once(analysis.captured, _GRADIENTS_SHARE * fitting.memory),
+            at_once=samples_at_once(analysis.captured, _PASS_SHARE * fitting.memory),
+            pass_memory=_PASS_SHARE * fitting.memory,
             covariance=chosen.needs_covariance and (_WIDTHS_COVARIANCE_SHARE if widths_alone else True),
         )

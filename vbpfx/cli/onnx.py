@@ -42,7 +42,7 @@ def onnx(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples that layers are fitted on; by default what --memory holds.")
     ] = None,
-    memory: Annotated[float, typer.Option(min=0.01, help="GiB that these samples may take.")] = 8.0,
+    memory: Annotated[float, typer.Option(min=0.01, help="GiB that calibration may hold beside the model.")] = 8.0,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a batch; files of a fixed batch size say it.")] = 32,
     debug: Debug = False,
 ) -> None:

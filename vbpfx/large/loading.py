@@ -19,7 +19,8 @@ from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import named_tensors, share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fields import returned_nodes
-from vbpfx.reconstruction.stream import Stream, held
+from vbpfx.graph.held import held
+from vbpfx.reconstruction.stream import Stream
 from vbpfx.storage.tensors import Stored
 
 # Modules whose forward reads the weights of modules inside without calling these.

@@ -194,10 +194,14 @@ def _spread(value: Tensor) -> Tensor:
     return value.detach().std() if value.numel() > 1 else value.detach().abs()
 
 
-def is_differentiable(captured: Captured, layers: Sequence[Consumer]) -> bool:
-    """Whether gradients can be taken at the layers' values: no value is changed in place, every operator has a derivative."""
+def is_differentiable(captured: Captured, layers: Sequence[Consumer], at_once: int = SAMPLES_AT_ONCE) -> bool:
+    """Whether gradients can be taken at the layers' values: no value is changed in place, every operator has a derivative.
+
+    Args:
+        at_once: as for :class:`Gradients`.
+    """
     try:
-        Gradients(captured, layers).add(captured.inputs)
+        Gradients(captured, layers, at_once=at_once).add(captured.inputs)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

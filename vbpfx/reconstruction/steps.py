@@ -6,13 +6,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from vbpfx.analysis.blocks import Analysis
+from vbpfx.graph.capture import Captured
+from vbpfx.graph.held import GIB, held_bytes, input_bytes, output_bytes
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
-from vbpfx.reconstruction.stream import held_bytes
 from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 
-_FEWEST_SAMPLES = 64
+# One of five is held out.
+_FEWEST_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,28 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     return alike and one_start and not block.reductions and fittable >= {c.node for c in block.consumers}
 
 
-def samples_that_fit(order: Schedule, memory: float) -> int:
-    """How many samples the two streams may hold in so many GiB."""
-    a_sample = 2 * held_bytes(order.captured, (layer.node for calls in order.layers for layer in calls))
-    return max(_FEWEST_SAMPLES, int(memory * 2**30 / max(1, a_sample)))
+def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float) -> int:
+    """How many samples may be kept in so many GiB, at least 8.
+
+    Counted are the samples themselves, how much each layer's positions count (:mod:`vbpfx.reconstruction.influence`), and what the
+    two streams hold, or the outputs that narrowed networks' are compared with, which is earlier.
+
+    Args:
+        layers: those that are fitted.
+    """
+    captured = order.captured
+    streams = 2 * held_bytes(captured, (layer.node for calls in order.layers for layer in calls))
+    weights = sum(_weight_bytes(captured, layer) for layer in layers)
+    a_sample = input_bytes(captured) + weights + max(weights, streams, output_bytes(captured))
+    return max(_FEWEST_SAMPLES, int(memory * GIB / max(1, a_sample)))
+
+
+def _weight_bytes(captured: Captured, layer: Consumer) -> int:
+    """Bytes per sample of one float32 number for every position of a layer's value."""
+    node = captured.nodes[layer.node]
+    value: Tensor = node.meta["val"]
+    positions = value.numel() // max(1, value.shape[layer.source.axis])
+    return 4 * positions // (captured.batch or captured.inputs.batch_size or 1)
 
 
 def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:

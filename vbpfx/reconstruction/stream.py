@@ -7,8 +7,7 @@ runs every node once.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,35 +15,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
-
-
-def last_reads(nodes: Sequence[fx.Node]) -> list[int]:
-    """Position of the last node that reads each node's value; its own where none does."""
-    order = {node: number for number, node in enumerate(nodes)}
-    return [max((order[user] for user in node.users), default=number) for number, node in enumerate(nodes)]
-
-
-def held(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
-    """Bytes that a run of the nodes holds at each of them, and behind it: values that are still to be read, weights not counted."""
-    ends: dict[int, int] = defaultdict(int)
-    live, found = 0, []
-    for number, (node, last) in enumerate(zip(nodes, last_reads(nodes), strict=True)):
-        tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
-        size = 0 if node.op == "get_attr" else sum(t.numel() * t.element_size() for t in tensors)
-        live += size
-        ends[last] += size
-        found.append((live, live - ends[number]))
-        live -= ends[number]
-    return found
-
-
-def held_bytes(captured: Captured, names: Iterable[str]) -> int:
-    """The most bytes per sample that a stream holds when it stands at any of the nodes."""
-    nodes, wanted = list(captured.graph_module.graph.nodes), set(names)
-    most = max((at for node, (at, _) in zip(nodes, held(nodes), strict=True) if node.name in wanted), default=0)
-    return most // (captured.batch or captured.inputs.batch_size or 1)
+from vbpfx.graph.held import last_reads
 
 
 class Stream:
@@ -59,7 +31,7 @@ class Stream:
     def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Inputs]) -> None:
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
         self.order = {name: number for number, name in enumerate(self.nodes)}
-        self.runs = [_Run(graph_module, batch.map(torch.clone)) for batch in batches]
+        self.runs = [_Run(graph_module, batch) for batch in batches]
         self._sequence = list(self.nodes.values())
         self._position = 0
         self._last_read = last_reads(self._sequence)
@@ -98,5 +70,11 @@ class _Run(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, batch: Inputs) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.args_iter = iter(graph_arguments(graph_module, batch))
+        self.args_iter = _copies(graph_arguments(graph_module, batch))
         self.env: dict[fx.Node, Any] = {}
+
+
+def _copies(arguments: Sequence[Any]) -> Iterator[Any]:
+    """A copy of every argument when it is asked for: then nobody but the run holds it."""
+    for argument in arguments:
+        yield pytree.tree_map_only(Tensor, torch.clone, argument)
