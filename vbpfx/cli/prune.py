@@ -116,7 +116,8 @@ def prune(
         ),
     ] = None,
     memory: Annotated[
-        float, typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that calibration may hold beside the model.")
+        float,
+        typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that calibration may hold beside the model."),
     ] = 8.0,
     batch: Batch = 32,
     limit: Limit = None,
