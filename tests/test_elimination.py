@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vbpfx.errors import CalibrationError
+from vbpfx.planning import elimination
 from vbpfx.planning.elimination import elimination_costs, ridge_inverse
 from vbpfx.planning.ridge import ridge_factor
 
@@ -57,6 +58,35 @@ def test_blocks_of_any_size_give_the_plain_result(block: int) -> None:
     order, costs = elimination_costs([problem], block=block)
     assert torch.equal(order, plain_order)
     torch.testing.assert_close(costs, plain_costs, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_dropping_neurons_that_are_gone_changes_neither_order_nor_costs(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one removal after the other from whole matrices, with other inputs and neurons that must stay."""
+    problems, among = [_problem(40, 5, 7), _problem(40, 3, 8)], torch.arange(0, 40, 2)
+    narrowed = []
+    keep = elimination._Elimination.keep
+
+    def noting(self: elimination._Elimination, still: torch.Tensor) -> None:
+        narrowed.append(len(still))
+        keep(self, still)
+
+    monkeypatch.setattr(elimination._Elimination, "keep", noting)
+    order, costs = elimination_costs(problems, remove=18, among=among, penalty=PENALTY, block=block)
+    assert bool(narrowed) == (block < 18)
+    inverses = [np.linalg.inv(c.numpy() + PENALTY * float(c.diagonal().mean()) * np.eye(40)) for c, _ in problems]
+    fits = [w.numpy().copy() for _, w in problems]
+    open_ = set(among.tolist())
+    for chosen, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        of = {j: sum(float(v[:, j] @ v[:, j]) / a[j, j] for a, v in zip(inverses, fits, strict=True)) for j in open_}
+        assert chosen == min(of, key=lambda j: of[j])
+        np.testing.assert_allclose(cost, of[chosen], rtol=1e-9)
+        for a, v in zip(inverses, fits, strict=True):
+            v -= np.outer(v[:, chosen], a[chosen]) / a[chosen, chosen]
+            a -= np.outer(a[:, chosen], a[chosen]) / a[chosen, chosen]
+        open_.remove(chosen)
 
 
 def test_only_those_among_which_it_may_choose_go() -> None:

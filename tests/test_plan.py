@@ -309,3 +309,36 @@ def test_patterns_are_compared_once_with_every_block(monkeypatch: pytest.MonkeyP
     names = [b.name for b in analysis.blocks if not any(n.startswith(("1", "2")) for n in (b.name, *b.layers))]
     assert [b.name for b in chosen] == names
     assert 0 < compared <= 3 * sum(1 + len(b.layers) for b in analysis.blocks)
+
+
+@pytest.mark.parametrize("criterion", ["output_variance", "magnitude", "greedy_obs"])
+def test_scoring_looks_up_the_weights_of_a_block_and_not_those_of_all(
+    criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what planning looks at grows as the number of blocks does, not as its square."""
+
+    def looked_at(blocks: int) -> int:
+        model = nn.Sequential(
+            *(layer for _ in range(blocks) for layer in (nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)))
+        )
+        captured = vbpfx.capture(model, torch.randn(8, 2))
+        analysis = vbpfx.find_blocks(captured)
+        observed = vbpfx.prepare(captured, analysis)
+        vbpfx.calibrate(observed, [torch.randn(8, 2)])
+        statistics = vbpfx.statistics(observed)
+        seen, plain = 0, nn.Module._named_members
+
+        def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            for found in plain(self, *args, **kwargs):
+                seen += 1
+                yield found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Module, "_named_members", counting)
+            plan = vbpfx.make_plan(analysis, statistics, ratio=0.5, criterion=criterion, allocation="equal")
+        assert plan.removed == 3 * blocks - 1
+        return seen
+
+    few, many = looked_at(4), looked_at(12)
+    assert many <= 3 * few + 8

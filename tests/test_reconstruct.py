@@ -20,6 +20,7 @@ from vbpfx.planning.compensate import PENALTIES
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums, fit
 from vbpfx.reconstruction.residual import find_residual_sum
+from vbpfx.reconstruction.rows import Rows, in_larger_parts
 from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import layers_beside
 from vbpfx.reconstruction.stream import Stream
@@ -499,3 +500,53 @@ def test_one_weight_takes_one_prediction() -> None:
     entry = plan.blocks[0]
     with pytest.raises(vbpfx.ArtifactError, match="one weight can only take one"):
         dataclasses.replace(entry, predictions=(entry.predictions[0], 2 * entry.predictions[0]))
+
+
+def test_gradients_of_many_samples_at_once_are_those_of_each_alone() -> None:
+    torch.manual_seed(1)
+    model = randomize(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2), nn.Tanh(), nn.Linear(2, 4))).double()
+    data = torch.randn(300, 3, dtype=torch.float64)
+    captured = vbpfx.capture(model, data[:4])
+    (layer,) = (c for block in vbpfx.find_blocks(captured).blocks for c in block.consumers if c.weight == "2.weight")
+    gradients = Gradients(captured, [layer], at_once=256, seed=5)
+    gradients.add(Inputs((data,), {}))
+    product, squares = torch.zeros(2, 2, dtype=torch.float64), []
+    for start in (0, 256):  # one random direction for each part
+        part = data[start : start + 256]
+        with torch.no_grad():
+            outputs = model(part)
+        drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(5 + start))
+        for x, direction in zip(part, drawn.double() / outputs.std(), strict=True):
+            y = model[:3](x).detach().requires_grad_()
+            (g,) = torch.autograd.grad(model[3:](y) @ direction, y)
+            product += torch.outer(g, g)
+            squares.append(g.square().sum())
+    torch.testing.assert_close(gradients.products[layer.node], product, rtol=1e-10, atol=1e-12)
+    (found,) = gradients.squares[layer.node]
+    torch.testing.assert_close(found[:, 0], torch.stack(squares).float(), rtol=1e-6, atol=1e-9)  # held in float32
+
+
+def test_rows_in_larger_parts_are_the_same_rows() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def part(rows: int, held: bool) -> Rows:
+        x, t = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for width in (5, 3))
+        return Rows(x, t, torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1, held)
+
+    parts = [part(n, held) for n in (4, 7, 1, 12, 3) for held in (False, True)]
+    joined = list(in_larger_parts(iter(parts), 10))
+    centres = (torch.zeros(5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    one_by_one, together = Sums(centres), Sums(centres)
+    for rows in parts:
+        one_by_one.add(*rows)
+    for rows in joined:
+        together.add(*rows)
+    for held in (False, True):
+        before, after = ([rows for rows in some if rows.held == held] for some in (parts, joined))
+        assert [len(rows.x) for rows in after] == [11, 13, 3]
+        for name in ("x", "t", "weights"):
+            assert torch.equal(*(torch.cat([getattr(rows, name) for rows in some]) for some in (before, after)))
+    for a, b in ((one_by_one.fitted, together.fitted), (one_by_one.held, together.held)):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(dataclasses.astuple(a), dataclasses.astuple(b), rtol=1e-12, atol=1e-13)

@@ -464,6 +464,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """One parameter or buffer by any name it has, without a look at the others (:func:`named_tensors`)."""
+    owner, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), attribute)
+    return found
+
+
 def explain(error: Exception, model: nn.Module) -> str:
     """The error's first line and the line of code that it came from."""
     if isinstance(error, CaptureError):  # ours, which says where

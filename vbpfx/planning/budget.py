@@ -245,14 +245,18 @@ def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
         for consumer in block.consumers
         if consumer.creates_bias
     }
-    makers = {bias: [block for block in blocks if any(c.bias == bias for c in block.consumers)] for bias in created}
+    makers: dict[str, dict[str, Block]] = {bias: {} for bias in created}
+    for block in blocks:
+        for consumer in block.consumers:
+            if consumer.bias in makers:
+                makers[consumer.bias][block.name] = block
     count = _multilinear(sizes, touching)
 
     def cost(widths: Mapping[str, int]) -> int:
         biases = sum(
             touching.kept((weight, axis), tensors[weight].shape[axis], widths)
             for bias, (weight, axis) in created.items()
-            if any(widths[block.name] < block.width for block in makers[bias])
+            if any(widths[block.name] < block.width for block in makers[bias].values())
         )
         return count(widths) + biases
 

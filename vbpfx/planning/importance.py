@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vbpfx.calibration.moments import Moments
 from vbpfx.errors import BudgetError, CalibrationError
-from vbpfx.graph.capture import named_tensors
+from vbpfx.graph.capture import tensor_named
 from vbpfx.planning.elimination import elimination_costs, ridge_inverse
 from vbpfx.records import Block, Consumer
 
@@ -69,7 +69,7 @@ Criterion = Callable[[Scoring], Tensor]
 
 def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     """The columns of a consumer's weight at a block's channels, (out, d) float64; windows count as further outputs."""
-    weight = named_tensors(model)[consumer.weight].detach().double().cpu()
+    weight = tensor_named(model, consumer.weight).detach().double().cpu()
     own = weight.index_select(consumer.weight_axis, consumer.source.at(range(width)))
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)
 
@@ -125,12 +125,12 @@ def greedy_obs(about: Scoring) -> Tensor:
 
 def magnitude(about: Scoring) -> Tensor:
     """Sum of the squares of all weights that belong to the neuron; (d,) float64."""
-    block, tensors = about.block, named_tensors(about.model)
+    block = about.block
     total = torch.zeros(block.width, dtype=torch.float64)
     weights = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     for entry in block.parameters:
         if entry.name in weights:
-            weight = tensors[entry.name].detach().double().cpu()
+            weight = tensor_named(about.model, entry.name).detach().double().cpu()
             own = weight.index_select(entry.axis, entry.at(range(block.width)))
             total += own.movedim(entry.axis, 0).flatten(1).square().sum(1)
     return total

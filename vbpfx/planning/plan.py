@@ -262,8 +262,9 @@ def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
     if cost is None:
         return {block.name: 1.0 for block in blocks}
     full = {block.name: block.width for block in blocks}
-    without = {block.name: full | {block.name: block.width // 2} for block in blocks}
-    return {b.name: max(1.0, (cost(full) - cost(without[b.name])) / (b.width - b.width // 2)) for b in blocks}
+    dense = cost(full)
+    halved = {b.name: cost(full | {b.name: b.width // 2}) for b in blocks}
+    return {b.name: max(1.0, (dense - halved[b.name]) / (b.width - b.width // 2)) for b in blocks}
 
 
 def _neurons_that_cost(budget: Budget, blocks: Sequence[Block], cost: Cost | None) -> float:
