@@ -27,13 +27,14 @@ def ridge_factor(covariance: Tensor, penalty: float) -> Tensor:
             "the covariances of its input are not finite: activations, or their squares, leave the precision that the model "
             "computes in; run it in a wider dtype"
         )
-    eye = torch.eye(len(c), dtype=torch.float64, device=c.device)
     scale = float(c.diagonal().mean()) if len(c) else 0.0
     if not scale > 0:
-        return eye
+        return torch.eye(len(c), dtype=torch.float64, device=c.device)
     while True:
+        regular = c.clone()
+        regular.diagonal().add_(penalty * scale)
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(c + eye * (penalty * scale))
+        factor, failed = torch.linalg.cholesky_ex(regular)
         if not int(failed):
             return factor
         penalty *= 10
