@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from oracle import randomize, stages
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from zoo import FOUND, Attention, tokens
+from zoo import FOUND, PICKED, Attention, tokens
 
 import vbpfx
 from vbpfx.data.inputs import Inputs, as_inputs
@@ -89,7 +90,11 @@ def test_every_node_knows_its_shape(case: Any) -> None:
             assert isinstance(value, FakeTensor)
             # the batch may have been merged with another axis: 2018 is two heads of 1009 samples
             shape = [s // captured.batch * len(batch) if s % captured.batch == 0 else s for s in value.shape]
-            assert shape == list(real[node.name].shape), node.name
+            found = list(real[node.name].shape)
+            if case in PICKED:  # how many rows are picked depends on values; what is recorded is the most
+                assert len(found) == len(shape) and all(map(operator.le, found, shape)), node.name
+            else:
+                assert shape == found, node.name
             assert value.dtype == real[node.name].dtype
 
 
@@ -173,7 +178,6 @@ X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         (X, _model(lambda self, x: x), (X,), {}),
         ([X], _model(lambda self, x: x), (X,), {}),
         ((X, Y), _model(lambda self, x: x), (X,), {}),
-        ((X, Y), _model(lambda self, x, y=None: x), (X,), {}),
         ((X, X), _model(lambda self, x, y: x), (X, X), {}),
         ((X, X, Y), _model(lambda self, x, y: x), (X, X), {}),
         ({"x": X}, _model(lambda self, x: x), (), {"x": X}),

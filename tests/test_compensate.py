@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import double, randomize, stages
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import FOUND, Case
 
@@ -97,19 +97,22 @@ def test_the_affine_oracle_holds_on_every_kind_of_block(case: Case, criterion: s
     model, batch = double(randomize(case.make())), double_batch(case)
     result = stages(model, batch, frontend=case.frontends[0], ratio=0.5, criterion=criterion, compensation="ridge")
     generator = torch.Generator().manual_seed(1)
+
+    def drawn(entry: BlockPlan) -> tuple[Tensor | None, ...]:
+        """A prediction for every source; calls of one layer, whose weight takes one, share theirs."""
+        found = [
+            0.3 * torch.randn(len(entry.pruned), len(entry.kept), generator=generator, dtype=torch.float64)
+            if entry.block.takes_prediction(source)
+            else None
+            for source in entry.block.sources
+        ]
+        for first, *others in entry.block.pools:
+            for other in others:
+                found[other] = found[first]
+        return tuple(found)
+
     # the oracle holds for any a and B; small samples would leave B at zero here and there
-    blocks = tuple(
-        dataclasses.replace(
-            entry,
-            predictions=tuple(
-                0.3 * torch.randn(len(entry.pruned), len(entry.kept), generator=generator, dtype=torch.float64)
-                if entry.block.takes_prediction(source)
-                else None
-                for source in entry.block.sources
-            ),
-        )
-        for entry in result.plan.blocks
-    )
+    blocks = tuple(dataclasses.replace(entry, predictions=drawn(entry)) for entry in result.plan.blocks)
     plan = dataclasses.replace(result.plan, blocks=blocks)
     found = vbpfx.verify(result.captured, vbpfx.convert(result.captured, plan), plan, tolerance=1e-9)
     assert found.effect > 100 * found.error
