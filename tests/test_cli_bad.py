@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytes
 
 
 STAGES = {
-    "load_model": vbpfx.model_names, "open_data": vbpfx.data.sources, "capture": vbpfx.pipeline,
+    "load_model": vbpfx.model_names, "open_data": vbpfx.data.sources, "capture_faithfully": vbpfx.pipeline,
     "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.gathering, "make_plan": vbpfx.pipeline,
     "reconstruct_plan": vbpfx.pipeline, "convert": vbpfx.pipeline, "check": vbpfx.pipeline,
     "onnx_writer": vbpfx.pruned, "save_network": vbpfx.pruned, "save_file": vbpfx.storage.files,
@@ -243,7 +243,7 @@ def test_ctrl_c_in_a_terminal(place: Path) -> None:
         "import os, signal, sys, time, vbpfx.pipeline, vbpfx.cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts behind its back ignores it
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
-        "vbpfx.pipeline.capture = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "vbpfx.pipeline.capture_faithfully = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "vbpfx.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -285,7 +285,7 @@ def test_what_nobody_expected_is_one_line_too(debug: bool, place: Path, monkeypa
     def fail(*_: Any, **__: Any) -> Callable[[], None]:
         raise ZeroDivisionError("by zero\nand more")
 
-    monkeypatch.setattr(vbpfx.pipeline, "capture", fail)
+    monkeypatch.setattr(vbpfx.pipeline, "capture_faithfully", fail)
     result = _run(*PRUNE, *(["--debug"] if debug else []))
     if debug:
         assert isinstance(result.exception, ZeroDivisionError)

@@ -23,7 +23,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from traceback import FrameSummary
 from typing import Any, Literal
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
@@ -153,7 +152,8 @@ def fixing_line(model: nn.Module, inputs: Inputs, axes: Collection[tuple[Place, 
         mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
         guards = mode.shape_env.guards  # type: ignore[union-attr]
         # what makes a number of a size is an equation, and where the code did so stands beside it
-        found: list[Any] = [guard.sloc.framework_loc for guard in guards if isinstance(guard.expr, sympy.Eq)]
+        # sympy's equality; importing sympy takes long, and only torch.export, which has done so, makes guards
+        found: list[Any] = [guard.sloc.framework_loc for guard in guards if guard.expr.is_Equality]
         return line_of_frames(frame for frame in found if isinstance(frame, FrameSummary))
     except Exception:  # no public interface of torch's: without it the line is not named
         return ""
