@@ -311,16 +311,26 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
 
 
 def reader(
-    model: nn.Module, inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None
+    model: nn.Module,
+    inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None,
+    *,
+    uses_labels: bool = False,
 ) -> Callable[[Any], Inputs]:
     """From a batch to its arguments: by the caller's function where there is one, else by :func:`as_inputs`.
+
+    Args:
+        model: whose arguments they are.
+        inputs: the caller's function; None where there is none.
+        uses_labels: the caller takes integers per sample as labels, so that leaving them out of the arguments needs no warning.
 
     The function that is returned raises CalibrationError where the caller's returns something else than (args, kwargs).
     """
 
     def read(batch: Any) -> Inputs:
         if inputs is None:
-            return as_inputs(batch, model)
+            two = uses_labels and isinstance(batch, (tuple, list)) and len(batch) == 2
+            known = two and _are_labels(batch[1], Inputs((batch[0],), {}).batch_size)
+            return as_inputs(Labelled(*batch) if known else batch, model)
         match inputs(batch):
             case (tuple() | list() as args, dict() as kwargs):
                 return Inputs(tuple(args), kwargs)
