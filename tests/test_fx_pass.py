@@ -86,14 +86,10 @@ def test_the_budget_is_spent_once() -> None:
     assert other.modified is True
 
 
-def test_what_changes_nothing_says_so() -> None:
-    graph_module = fx.symbolic_trace(network())
+def test_a_budget_that_changes_nothing_is_an_error() -> None:
     step = vbpfx.VarianceBasedPruning(data(), ratio=0.1, round_to=8, method="vbp")
-    result = step(graph_module)
-    assert result.modified is False
-    assert result.graph_module is graph_module
-    assert step.plan is not None
-    assert step.plan.removed == 0
+    with pytest.raises(BudgetError, match="multiples of 8 the nearest total is all of them"):
+        step(fx.symbolic_trace(network()))
 
 
 def test_no_block() -> None:

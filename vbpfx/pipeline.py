@@ -31,7 +31,7 @@ from vbpfx.pruned import Pruned
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.report.make import make_report
 from vbpfx.rewrite.convert import convert
-from vbpfx.rewrite.fidelity import capture_faithfully
+from vbpfx.rewrite.fidelity import capture_faithfully, warn_of_what_is_left_out
 from vbpfx.rewrite.verify import verify as check
 from vbpfx.storage.checkpoint import digest
 from vbpfx.strategy import Fitting, Strategy, Target
@@ -134,6 +134,8 @@ def prune(
     if example_inputs is None:
         first, data = first_batch(data)
         example_inputs = read(first)
+        if inputs is None:
+            warn_of_what_is_left_out(model, first)
     example = as_inputs(example_inputs, model)
     if example.is_empty:
         raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")

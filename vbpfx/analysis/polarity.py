@@ -73,7 +73,8 @@ def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried
                 if found is None:
                     return Tried(None)
                 outputs.append(found)
-            unmoved[place, polarity] = _same(*outputs, samples, place=place, length=own.shape[1])
+            one, other = outputs
+            unmoved[place, polarity] = _same(one, other, samples, place=place, length=own.shape[1])
     for place in (0, own.shape[1] - 1):
         seen = [polarity for polarity in POLARITIES if unmoved[place, polarity]]
         if len(seen) == 1:

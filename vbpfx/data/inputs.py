@@ -250,7 +250,7 @@ def _are_targets(value: Any, batch_size: int | None) -> bool:
 
 # What may be labels or an optional argument.
 _EXPLICIT = "; where it is {other}, say so: inputs=lambda batch: {arguments}"
-_LEFT_OUT = (
+LEFT_OUT = (
     "the second entry of a batch, one integer per sample, is left out as labels, though forward takes an argument {name} there"
     + _EXPLICIT.format(other="that argument", arguments="((batch[0], batch[1]), {{}})")
 )
@@ -276,8 +276,9 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
     with a tuple and a dictionary is taken as it is.
 
-    Warns where the second of two entries may be either, because ``forward`` takes an argument there and does without: one
-    integer per sample is left out as labels, floating-point numbers per sample are passed on as the argument.
+    Where ``forward`` takes a second argument and does without, the second of two entries may be either. One integer per sample is
+    left out as labels (:func:`left_out` says so). Floating-point numbers per sample are passed on as the argument, with a
+    warning.
     """
     if isinstance(batch, Inputs):
         return batch
@@ -298,8 +299,6 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
             name = list(signature.parameters)[min(1, len(signature.parameters) - 1)]
             if _are_labels(entries[1], first.batch_size):
                 entries = entries[:1]
-                if optional:
-                    warnings.warn(_LEFT_OUT.format(name=name), stacklevel=2)
             elif optional and _are_targets(entries[1], first.batch_size):
                 warnings.warn(_PASSED_ON.format(name=name), stacklevel=2)
         while len(entries) > 1 and not _binds(signature, entries, {}):
@@ -310,27 +309,32 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
     return Inputs((batch,), {})
 
 
+def left_out(batch: Any, model: nn.Module) -> tuple[str, Inputs] | None:
+    """What :func:`as_inputs` leaves out of a batch as labels, though ``forward`` takes an argument there.
+
+    Returns:
+        the argument's name, and the arguments with it; None where there is no such entry.
+    """
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, Labelled) or len(batch) != 2:
+        return None
+    both, signature = Inputs(tuple(batch), {}), inspect.signature(model.forward)
+    labels = _are_labels(batch[1], Inputs((batch[0],), {}).batch_size)
+    if not labels or not _binds(signature, both.args, {}) or not _binds(signature, both.args[:1], {}):
+        return None
+    return list(signature.parameters)[min(1, len(signature.parameters) - 1)], both
+
+
 def reader(
-    model: nn.Module,
-    inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None,
-    *,
-    uses_labels: bool = False,
+    model: nn.Module, inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None
 ) -> Callable[[Any], Inputs]:
     """From a batch to its arguments: by the caller's function where there is one, else by :func:`as_inputs`.
-
-    Args:
-        model: whose arguments they are.
-        inputs: the caller's function; None where there is none.
-        uses_labels: the caller takes integers per sample as labels, so that leaving them out of the arguments needs no warning.
 
     The function that is returned raises CalibrationError where the caller's returns something else than (args, kwargs).
     """
 
     def read(batch: Any) -> Inputs:
         if inputs is None:
-            two = uses_labels and isinstance(batch, (tuple, list)) and len(batch) == 2
-            known = two and _are_labels(batch[1], Inputs((batch[0],), {}).batch_size)
-            return as_inputs(Labelled(*batch) if known else batch, model)
+            return as_inputs(batch, model)
         match inputs(batch):
             case (tuple() | list() as args, dict() as kwargs):
                 return Inputs(tuple(args), kwargs)

@@ -65,7 +65,7 @@ def evaluate(
     networks = [dense] if pruned is None else [dense, pruned]
     for network in networks:
         require_module(network)
-    read = reader(dense, inputs, uses_labels=True)
+    read = reader(dense, inputs)
     if compare not in (None, *get_args(Compare)):
         raise EvaluationError(f"compare={compare!r} is unknown; use one of {', '.join(get_args(Compare))}")
     loss = _LOSSES[compare] if compare else None

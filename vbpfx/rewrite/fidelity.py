@@ -8,6 +8,7 @@ model itself takes. Nothing is written to the model: a copy runs.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import Inputs, Place, model_device, tensors_in
+from vbpfx.data.inputs import LEFT_OUT, Inputs, Place, left_out, model_device, tensors_in
 from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_tensors, share_parameters
 from vbpfx.graph.frontends import fixing_line, unfused_attention, unheard
@@ -58,6 +59,25 @@ def capture_faithfully(
             return hold(model, capture(model, example, frontend="export", samples=samples), others)
         except VbpfxError:
             raise unlike from None
+
+
+def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
+    """Warn where one integer per sample is left out of a batch as labels, and the model runs with it as an argument.
+
+    Args:
+        model: it stays as it was.
+        batch: as the data gives it.
+    """
+    found = left_out(batch, model)
+    if found is None:
+        return
+    name, both = found
+    with torch.random.fork_rng([]), unheard(), torch.no_grad():
+        try:
+            both.first(_SAMPLES).to(model_device(model)).run(share_parameters(model))
+        except Exception:  # it is no such argument, and what follows runs without it
+            return
+    warnings.warn(LEFT_OUT.format(name=name), stacklevel=2)
 
 
 def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) -> Captured:
