@@ -211,7 +211,8 @@ def test_the_block_beside_it_is_narrowed(name: str, method: str, tmp_path: Path)
     """Against the dense file with means in the place of the removed neurons, all in ONNX Runtime."""
     make, shape, operator = AROUND[name]
     model, data, out = make(), batches(shape), tmp_path / "out.onnx"
-    pruned = vbpfx.prune_onnx(saved(model, tmp_path), data, out, ratio=RATIO, method=method, progress=False)
+    file = saved(model, tmp_path)
+    pruned = vbpfx.prune_onnx(file, data, out, ratio=RATIO, round_to=1, method=method, progress=False)
     (entry,) = pruned.plan.blocks
     assert (entry.block.width, len(entry.kept)) == (12, KEPT)
     assert pruned.left_alone == {operator: 1}
