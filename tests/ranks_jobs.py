@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a classifier; in float64, so that sums in another order show in the last digits alone."""
+    """Two blocks and a classifier of the mean over tokens; in float64, so that sums in another order show in the last digits alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,10 @@ class Net(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
             x = block(x, attention_mask)
-        return self.head(x.mean(1))
+        if attention_mask is None:
+            return self.head(x.mean(1))
+        weight = attention_mask[..., None]
+        return self.head((x * weight).sum(1) / weight.sum(1))
 
 
 def network() -> nn.Module:

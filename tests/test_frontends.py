@@ -315,6 +315,21 @@ def test_an_autocast_region_is_one_message_that_says_what_to_remove(frontend: st
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_model_without_numbers_is_traced_and_refused_like_one_with_numbers(frontend: str) -> None:
+    def in_autocast(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return m.layers(x).float()
+
+    real, empty = Body(without_autocast), Body(without_autocast).to("meta")
+    x = torch.randn(4, 8)
+    found = vbpfx.capture(empty, x, frontend=frontend)
+    assert all(parameter.is_meta for parameter in found.graph_module.parameters())
+    assert list(found.nodes) == list(vbpfx.capture(real, x, frontend=frontend).nodes)
+    with pytest.raises(CaptureError, match="Take the autocast region out of forward"):
+        vbpfx.capture(Body(in_autocast).to("meta"), x, frontend=frontend)
+
+
 def test_layers_in_branches_that_values_choose_are_refused_by_name() -> None:
     def by_cond(m: Any, x: Tensor) -> Tensor:
         y: Tensor = torch.cond(x.sum() > 0, m.layers, lambda x: x + 1, (x,))

@@ -34,7 +34,7 @@ from vbpfx.graph.constants import KnownNumbers, fold_numbers
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.fields import tracer_of, without_classes
 from vbpfx.graph.recurrent import recurrent_as_leaves, restore_recurrent
-from vbpfx.graph.regions import inline_regions
+from vbpfx.graph.regions import autocast_devices, inline_regions
 from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
@@ -75,7 +75,7 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
     drop_input_checks(graph)
-    inline_regions(exported, {device.type})
+    inline_regions(exported, autocast_devices(device))
     fold_numbers(exported, numbers.unknown)
     restore_recurrent(exported, model)
     placeholders = graph.find_nodes(op="placeholder")

@@ -24,7 +24,16 @@ class AutocastRegionError(CaptureError):
 
 def autocast_state(devices: Collection[str]) -> dict[str, torch.dtype]:
     """Device type -> the precision that autocast computes in there at the moment; devices without autocast left out."""
-    return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    known = filter(torch.amp.is_autocast_available, devices)
+    return {device: torch.get_autocast_dtype(device) for device in known if torch.is_autocast_enabled(device)}
+
+
+def autocast_devices(device: torch.device) -> frozenset[str]:
+    """The device types whose autocast changes what a model computes.
+
+    A model without numbers, on torch's meta device, will compute on a device that is not known yet: on the CPU or a GPU.
+    """
+    return frozenset({"cpu", "cuda"} if device.type == "meta" else {device.type})
 
 
 def refuse_autocast(inside: dict[str, torch.dtype], place: str = "") -> NoReturn:
@@ -58,7 +67,7 @@ def inline_regions(graph_module: fx.GraphModule, devices: Collection[str]) -> No
 
     Args:
         graph_module: the graph; it is changed in place.
-        devices: the types of device that the model is on.
+        devices: those of :func:`autocast_devices`.
 
     Raises:
         AutocastRegionError: a region computes in another precision on one of the devices.

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from vbpfx.data.inputs import Inputs, holds_tensor, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.graph.fake import run_fake
-from vbpfx.graph.regions import autocast_state, inline_regions, refuse_autocast
+from vbpfx.graph.regions import autocast_devices, autocast_state, inline_regions, refuse_autocast
 from vbpfx.graph.repeated import Repeated
 from vbpfx.graph.tidy import (
     INPUT_GUARDS,
@@ -138,9 +138,9 @@ def trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError("the model itself has forward hooks, which symbolic tracing would drop")
     device = model_device(model)
-    tracer = _Tracer(inputs, {device.type})
+    tracer = _Tracer(inputs, autocast_devices(device))
     if isinstance(model, fx.GraphModule) and _is_flat(model, tracer):
-        return _own_graph(model, device.type)
+        return _own_graph(model, autocast_devices(device))
     with _recorded_lengths(model):
         graph = tracer.trace(model)
     if not graph.output_node().all_input_nodes:
@@ -159,13 +159,13 @@ def _is_flat(model: fx.GraphModule, tracer: _Tracer) -> bool:
     return all(tracer.is_leaf_module(model.get_submodule(name), name) for name in called)
 
 
-def _own_graph(model: fx.GraphModule, device: str) -> fx.GraphModule:
+def _own_graph(model: fx.GraphModule, devices: Collection[str]) -> fx.GraphModule:
     """A graph as it is, for shapes to be written on; without what only checks the inputs, and without regions."""
     graph = copy.deepcopy(model.graph)
     drop_input_checks(graph)
     order_arguments(graph)
     own = fx.GraphModule(model, graph, type(model).__name__)
-    inline_regions(own, {device})
+    inline_regions(own, devices)
     own.meta.update(model.meta)
     return own
 
