@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.data.inputs import as_inputs
-from vbpfx.graph.capture import named_tensors
+from vbpfx.graph.capture import Frontend, named_tensors
 from vbpfx.graph.weightless import Weightless
 from vbpfx.large import pipeline as large
 from vbpfx.large.loading import Loading, Loans, pieces, runnable
@@ -252,6 +252,58 @@ def test_the_oracle_sees_outputs_of_any_structure(answer: Any, tmp_path: Path) -
     assert found is not None
     assert found.effect > 1e-3
     assert found.effect == pytest.approx(expected.effect)
+
+
+class InAutocast(Residual):
+    """Its hidden layer runs under autocast of the CPU."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(HIDDEN)
+        self.enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_autocast_regions_of_the_cpu_are_judged_as_in_memory(frontend: Frontend, enabled: bool, tmp_path: Path) -> None:
+    """The capture is on the meta device, which has no autocast; what is computed later is computed on the CPU."""
+    model, batches = randomize(InAutocast(enabled)).eval(), [torch.randn(5, WIDTH)]
+    with vbpfx.without_weights():
+        hollow = InAutocast(enabled)
+    files, out = _files(model, tmp_path), tmp_path / "out"
+    options: dict[str, Any] = {"ratio": 0.4, "progress": False, "frontend": frontend}
+    if not enabled:
+        result = vbpfx.prune_files(hollow, batches, out, weights=files, **options)
+        _assert_same_plan(result.plan, vbpfx.prune(model, batches, method="vbp", **options).plan)
+        return
+    message = r"torch\.autocast\('cpu', dtype=torch\.bfloat16\)"
+    with pytest.raises(vbpfx.CaptureError, match=message):
+        vbpfx.prune(model, batches, method="vbp", **options)
+    with pytest.raises(vbpfx.CaptureError, match=message):
+        vbpfx.prune_files(hollow, batches, out, weights=files, **options)
+    assert not out.exists()
+
+
+class OfLengths(Residual):
+    """It states its input's length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).reshape(x.shape[0], x.shape[1], WIDTH)
+
+
+def test_sizes_in_which_batches_differ_stay_open_as_in_memory(tmp_path: Path) -> None:
+    model, batches = randomize(OfLengths(HIDDEN)).eval(), [torch.randn(4, length, WIDTH) for length in (5, 7)]
+    with vbpfx.without_weights():
+        hollow = OfLengths(HIDDEN)
+    options: dict[str, Any] = {"ratio": 0.4, "method": "vbp", "progress": False, "frontend": "export"}
+    expected = vbpfx.prune(model, batches, **options)
+    files = _files(model, tmp_path)
+    result = vbpfx.prune_files(hollow, batches, tmp_path / "out", weights=files, **options)
+    _assert_same_plan(result.plan, expected.plan)
+    assert torch.equal(vbpfx.load(tmp_path / "out")(batches[1]), expected.graph_module(batches[1]))
 
 
 def test_an_output_that_nothing_can_be_compared_of_is_not_proven() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import named_tensors, share_parameters
 from vbpfx.graph.edit import finish
-from vbpfx.graph.fields import returned_nodes
 from vbpfx.graph.held import held
 from vbpfx.reconstruction.stream import Stream
 from vbpfx.storage.tensors import Stored
@@ -176,7 +175,7 @@ class Loading:
             found = [piece for n, piece in enumerate(found) if not n or order[found[n - 1].last] < order[until]]
         self.pieces = found
         self.held = max((piece.held for piece in found[:-1]), default=0)
-        self._outputs = [node.name for node in returned_nodes(graph_module.graph)] if not until else []
+        self._returned = graph_module.graph.output_node().args if not until else ()
 
     def samples_at_once(self) -> int:
         """How many samples the batches of one way through the graph may have together."""
@@ -202,8 +201,8 @@ class Loading:
                     before(number)
                     stream.run_through(piece.last)
             behind(piece)
-        values = [[stream.runs[0].env[stream.nodes[name]] for name in self._outputs] for stream in streams]
-        return [tensors_in(found) for found in values]
+        # what the output node itself reads is still held; what only stands in a record that it reads is not
+        return [tensors_in(fx.map_arg(self._returned, stream.runs[0].env.__getitem__)) for stream in streams]
 
 
 def run_by_module(model: nn.Module, loans: Loans, inputs: Inputs) -> list[Tensor]:

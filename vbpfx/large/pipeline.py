@@ -22,7 +22,7 @@ from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.artifact import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
-from vbpfx.data.inputs import Inputs, as_inputs, reader
+from vbpfx.data.inputs import Inputs, as_inputs, reader, unlike_axes
 from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, first_line
 from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
@@ -133,6 +133,7 @@ def prune_files(
     if not batches:
         raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
+    example = replace(example, open=unlike_axes([example, *batches]))
     captured = capture(hollow.model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
     example, *batches = [batch.along(captured.inputs) for batch in (example, *batches)]
     example = example.first(captured.inputs.batch_size or 0)

@@ -83,7 +83,8 @@ def stream_plan(
             scores[block.name] = deciding.scores(block, pooled(block, found), samples)
 
     gathering.run("scoring", chosen.scores_need_covariance, take_scores)
-    kept = deciding.kept(scores, chosen.allocation, {})
+    allocation = deciding.allocation({})
+    kept = deciding.kept(scores, allocation, {})
     narrowed = [block for block in deciding.blocks if len(kept[block.name]) < block.width]
     entries: dict[str, BlockPlan] = {}
 
@@ -97,7 +98,7 @@ def stream_plan(
         for block in narrowed:
             take_entry(block, moments[block.name])
     rows = max(m.count for found in moments.values() for m in found)
-    plan = deciding.plan([entries[block.name] for block in narrowed], chosen.allocation, rows)
+    plan = deciding.plan([entries[block.name] for block in narrowed], allocation, rows)
     return plan, Statistics(moments)
 
 

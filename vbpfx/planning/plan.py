@@ -107,7 +107,7 @@ def make_plan(
             rates |= deciding.rates(scores, sensitivity(plan(least, "equal")), at_floor=True)
     elif sensitivity and not callable(sensitivity):
         rates = deciding.rates(scores, _of_all(blocks, sensitivity))
-    allocation = _allocation(chosen, rates) if len(blocks) > 1 or rates else "equal"
+    allocation = deciding.allocation(rates)
     return plan(deciding.kept(scores, allocation, rates), allocation)
 
 
@@ -162,6 +162,24 @@ class Deciding:
                 found[block.name] = d / lowest(scores[block.name], given)[1]
         return found
 
+    def allocation(self, rates: Mapping[str, float]) -> str:
+        """How blocks share what goes: one alone compares with none; by sensitivity only where :meth:`rates` are known.
+
+        Raises:
+            BudgetError: ``allocation="sensitivity"`` was asked for, and no block's is known.
+        """
+        chosen = self._chosen
+        if len(self.blocks) == 1 and not rates:
+            return "equal"
+        if chosen.allocation != "sensitivity" or rates:
+            return chosen.allocation
+        if chosen.own_allocation:
+            return "equal"
+        raise BudgetError(
+            "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
+            "with a plan of equal shares"
+        )
+
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Block -> the neurons that stay where the named blocks keep as few as they may, and the others all."""
         widths = {b.name: self.floor[b.name] if b.name in narrowed else b.width for b in self.blocks}
@@ -199,18 +217,6 @@ class Deciding:
             "samples": rows,
         }
         return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
-
-
-def _allocation(chosen: PlanOptions, rates: Mapping[str, float]) -> str:
-    """The allocation; equal shares where the method's own is by sensitivity, and none was measured."""
-    if chosen.allocation != "sensitivity" or rates:
-        return chosen.allocation
-    if chosen.own_allocation:
-        return "equal"
-    raise BudgetError(
-        "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
-        "with a plan of equal shares"
-    )
 
 
 def _of_all(blocks: Sequence[Block], sensitivity: Sensitivity) -> dict[str, float]:
