@@ -453,7 +453,7 @@ class MaskedEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
         return self.encoder(x, mask=mask)
 
 
@@ -473,8 +473,8 @@ PICKED = [
     Case("hidden rows put", mlp(hidden_put), two_kinds, {"fc1->fc2": 12}),
     Case("hidden rows scattered", mlp(hidden_scattered), two_kinds, {"fc1->fc2": 12}, own=STATED),
     Case("hidden rows gathered", mlp(hidden_gathered), tokens, {"fc1->fc2": 12}),
-    Case("two indices side by side", lambda: Net(lambda m, x: m.out(m.first(x)[:, :, m.i, m.j].relu().mean(-1)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=torch.tensor([0, 2, 5]), j=torch.tensor([1, 1, 4])), images, {"first->out": 12}),
-    Case("two indices apart", lambda: Net(lambda m, x: m.out(m.first(x).transpose(1, 2)[:, m.i, :, m.j].relu().mean(0)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=torch.tensor([0, 2, 5]), j=torch.tensor([1, 1, 4])), images, {"first->out": 12}),
+    Case("two indices side by side", lambda: Net(lambda m, x: m.out(m.first(x)[:, :, m.i, m.j].relu().mean(-1)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=nn.Buffer(torch.tensor([0, 2, 5])), j=nn.Buffer(torch.tensor([1, 1, 4]))), images, {"first->out": 12}),
+    Case("two indices apart", lambda: Net(lambda m, x: m.out(m.first(x).transpose(1, 2)[:, m.i, :, m.j].relu().mean(0)), first=nn.Conv2d(4, 12, 1), out=nn.Linear(12, 3), i=nn.Buffer(torch.tensor([0, 2, 5])), j=nn.Buffer(torch.tensor([1, 1, 4]))), images, {"first->out": 12}),
     Case("encoder with a mask", MaskedEncoder, tokens, {"encoder.layers.0": 12, "encoder.layers.1": 12}, frontends=("export",)),
 ]  # fmt: skip
 
