@@ -32,7 +32,7 @@ MLPS: dict[str, dict[int, int]] = {
     "DINOv2": {96: 2},  # three times 32
     "DINOv2 SwiGLU": {64: 2},  # two thirds of 96
     "Swin": {48: 1, 96: 2},
-    "Swinv2": {48: 1, 96: 2, 512: 3},  # 512: the position biases are made by MLPs, too
+    "Swinv2": {48: 1, 96: 2},  # the MLPs that make the position biases see no data
     "ConvNeXt": {64: 1, 96: 2},
     "ConvNeXtV2": {64: 1, 96: 2},
     "SegFormer": {48: 1, 72: 2},
