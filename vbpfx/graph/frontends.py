@@ -174,6 +174,7 @@ def masks_as_given() -> Iterator[None]:
         transformer._detect_is_causal_mask = looks
 
 
+@shared_by_threads
 @contextmanager
 def unfused_attention() -> Iterator[None]:
     """The fused inference kernels of attention and encoder layers hide the products inside: do without."""
