@@ -190,7 +190,7 @@ def section(asked: argparse.Namespace, tally: Tally, failures: int, seconds: flo
     return (
         f"## Random networks\n\n`{command}`\n\nNetworks drawn at random from every operator of the table and from traps (taps, tied weights, views that mix the\n"
         "axis, memory changed in place, sizes that are equal by accident, blocks that see no data or move nothing,\n"
-        "leaves of torch, inputs whose first axis is time): each is captured, analysed, narrowed and compared\n"
+        "leaves of torch, loops over samples, inputs whose first axis is time): each is captured, analysed, narrowed and compared\n"
         "with the substitution reference in float64 at 1e-9, on the batch it was captured with and on one of another size; a tenth goes through\n"
         "`vbpfx.prune` and its default method. The\n"
         f"model and its batch must stay bit for bit what they were. Hypothesis draws {CHUNK} networks from each of the seeds {1_000_000 * asked.seed}, {1_000_000 * asked.seed + 1000}, ...\n\n"

@@ -112,8 +112,8 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
         except AnalysisError:
             return
         raise AssertionError("a graph without blocks was prepared")
-    # torch.export may fix the batch where the network is called on a single sample or none, or goes through its samples
-    fixed = captured.frontend == "export" and captured.batch is None
+    # torch.export may fix the batch where the network is called on a single sample or none; a loop over samples is unrolled
+    fixed = captured.frontend == "export" and (captured.batch is None or spec.takes == "over samples")
     observed = vbpfx.prepare(captured, analysis)
     sizes = (spec.batch,) if fixed and spec.takes in UNROLLED else spec.calibrated
     for number, samples in enumerate(sizes, start=1):

@@ -108,6 +108,13 @@ class OverTime(Network):
         return self.run(torch.stack(seen, dim=1))
 
 
+class OverSamples(Network):
+    """A loop over the samples of a batch: a graph of it has as many steps as the example has samples."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(torch.stack([sample.tanh() for sample in x]))
+
+
 KINDS: dict[str, type[Network]] = {
     "tensor": Network,
     "two": OfTwo,
@@ -116,6 +123,7 @@ KINDS: dict[str, type[Network]] = {
     "any": OfAny,
     "time first": TimeFirst,
     "over time": OverTime,
+    "over samples": OverSamples,
 }
 # Whose graph is right for the sizes of the example alone, or that are not captured: what is asked of these is not to be wrong.
-UNROLLED = frozenset({"over time"})
+UNROLLED = frozenset({"over time", "over samples"})

@@ -291,7 +291,7 @@ def _positions() -> None:
     entry("max pool", lambda m, h, x: F.max_pool2d(h, 3, 1, 1), _layouts("images"))
     entry(
         "sampled at places",
-        lambda m, h, x: F.grid_sample(h, x[:, :2].movedim(1, -1).tanh(), align_corners=False),
+        lambda m, h, x: F.grid_sample(h, x[:, [0, -1]].movedim(1, -1).tanh(), align_corners=False),
         _layouts("images"),
     )
     entry("adaptive pool", lambda m, h, x: h * F.adaptive_avg_pool2d(h, 1), _layouts("images"))

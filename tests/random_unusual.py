@@ -192,11 +192,11 @@ class OverPositions(Plain):
     """The block is called on one position after the other, and what it made goes on with the next."""
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
-        made, state = [], x[:, 0]
-        for position in range(self.positions[0]):
-            made.append(self.fc2(self.fc1(x[:, position] + state).tanh()))
-            state = x[:, position].sin()
-        return torch.stack(made, dim=1)
+        made, state = [], x[:, :1]
+        for token in x.split(1, dim=1):
+            made.append(self.fc2(self.fc1(token + state).tanh()))
+            state = token.sin()
+        return torch.cat(made, dim=1)
 
     def planted(self) -> list[Any]:
         return []

@@ -11,7 +11,7 @@ from oracle import double
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.errors import CalibrationError, CaptureError
+from vbpfx.errors import CalibrationError, CaptureError, VerificationError
 
 
 def mlp(inputs: int = 8, hidden: int = 24, outputs: int = 8) -> nn.Module:
@@ -33,6 +33,11 @@ class EachSample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.mlp(x[i : i + 1]) for i in range(x.shape[0])])  # a loop over samples
+
+
+class Unbound(EachSample):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(torch.stack([sample.tanh() for sample in x]))  # a loop over samples
 
 
 class Halves(EachSample):
@@ -79,6 +84,25 @@ def test_a_loop_over_samples_names_its_line() -> None:
         CaptureError, match=r"for a batch of 4 samples alone.*test_fidelity.py:\d+: return torch.cat.*any batch"
     ):
         prune(EachSample(), [randn(8, 8)] * 3)
+
+
+def test_a_loop_over_a_single_sample_is_no_other_error() -> None:
+    """torch.export traces two samples where there is one, so that the graph stops on the very batch that was captured."""
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match=r"on the batch it was captured with.*test_fidelity.py:\d+.*without a loop"):
+        prune(Unbound(), [randn(1, 8), randn(5, 8)])
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_the_oracle_names_a_graph_of_another_number_of_samples(samples: int) -> None:
+    torch.manual_seed(0)
+    captured = vbpfx.capture(double(Unbound()), randn(3, 8))
+    observed = vbpfx.prepare(captured, analysis := vbpfx.find_blocks(captured))
+    observed(randn(3, 8))
+    plan = vbpfx.make_plan(analysis, vbpfx.statistics(observed), ratio=0.5, method="vbp")
+    small = vbpfx.convert(captured, plan)
+    with pytest.raises(VerificationError, match=r"captured graph (does not run|returns shapes).*loop"):
+        vbpfx.verify(captured, small, plan, randn(samples, 8))
 
 
 @pytest.mark.parametrize("make", [Halves, Steps])

@@ -21,6 +21,7 @@ from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_tensors, share_parameters
 from vbpfx.graph.frontends import fixing_line, unfused_attention, unheard
 from vbpfx.graph.precision import full_float32
+from vbpfx.graph.source import line_of_node
 from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.rewrite.verify import TOLERANCES
 
@@ -30,6 +31,10 @@ _SAMPLES, _MOST_GROUPS = 2, 6
 _MOST_OTHERS = 4
 # A size above this is tried larger by this much: images come in multiples of it.
 _STEP = 32
+_WITHOUT_A_LOOP = (
+    "Compute all samples at once there, without a loop over them and without their number in arithmetic, so that the graph holds "
+    "for any batch"
+)
 
 
 def capture_faithfully(
@@ -110,6 +115,7 @@ class _Held:
                 return self.captured
             self._require_no_state(expected)
             if self._difference(self.inputs):
+                self._require_shapes(expected)
                 return self.captured  # random numbers, or fast paths: the oracle says which
             if self.captured.batch is not None:
                 self._require_any_batch()
@@ -128,8 +134,21 @@ class _Held:
         try:
             found = self._run(self.captured.graph_module, inputs)
         except Exception as error:  # whatever the operators raise
-            return f"the graph stops ({first_line(error)})"
+            return _stops(error)
         return _difference(found, expected)
+
+    def _require_shapes(self, expected: list[Tensor]) -> None:
+        """Outputs of the model's shapes on the batch that was captured: torch.export takes two samples where there is one."""
+        try:
+            found = self._run(self.captured.graph_module, self.inputs)
+            differs = _difference_of_shapes(found, expected)
+        except Exception as error:  # whatever the operators raise
+            differs = _stops(error)
+        if differs:
+            raise CaptureError(
+                f"the captured graph of {type(self.model).__name__} differs from the model on the batch it was captured with "
+                f"({differs}): it is for another number of samples. {self._where_samples()}{_WITHOUT_A_LOOP}"
+            )
 
     def _require_no_state(self, expected: list[Tensor]) -> None:
         before = _state(self.copy)
@@ -154,11 +173,9 @@ class _Held:
         except Exception:  # likewise
             return
         if differs := self._difference(more):
-            axes = [(place, axis) for place, axis in self.inputs.batch_axes.items()]
             raise CaptureError(
                 f"the captured graph of {type(self.model).__name__} is for a batch of {size} samples alone: with {size + 1} it differs "
-                f"from the model ({differs}). {self._where(axes)}Compute all samples at once there, without a loop over them and "
-                f"without their number in arithmetic, so that the graph holds for any batch"
+                f"from the model ({differs}). {self._where_samples()}{_WITHOUT_A_LOOP}"
             )
 
     def _require_alike(self, other: Inputs) -> None:
@@ -219,6 +236,18 @@ class _Held:
                     yield from (FixedSize(place, axis, size, where) for place, axis in group)
                     break
 
+    def _where_samples(self) -> str:
+        """The same of the number of samples, or the line that takes a batch apart into one value a sample."""
+        apart = (
+            line_of_node(node)
+            for node in self.captured.graph_module.graph.nodes
+            if isinstance(node.meta.get("val"), (tuple, list)) and len(node.meta["val"]) == self.captured.batch
+        )
+        if where := self._where(list(self.inputs.batch_axes.items())):
+            return where
+        line = next(filter(None, apart), "")
+        return f"The samples are taken apart at {line}. " if line else ""
+
     def _where(self, axes: Sequence[tuple[Place, int]]) -> str:
         """The line of the model's code that makes one number of the sizes, as a sentence; empty where it is not found."""
         line = fixing_line(share_parameters(self.model), self.inputs, axes)
@@ -251,10 +280,20 @@ def _resized(inputs: Inputs, axes: Sequence[tuple[Place, int]], size: int) -> In
     return inputs
 
 
+def _stops(error: Exception) -> str:
+    return f"the graph stops ({first_line(error)})"
+
+
+def _difference_of_shapes(found: list[Tensor], expected: list[Tensor]) -> str:
+    if [t.shape for t in found] == [t.shape for t in expected]:
+        return ""
+    shapes = [", ".join(str(tuple(t.shape)) for t in tensors[:3]) for tensors in (found, expected)]
+    return f"outputs of shape {shapes[0]} instead of {shapes[1]}"
+
+
 def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
-    if [t.shape for t in found] != [t.shape for t in expected]:
-        shapes = [", ".join(str(tuple(t.shape)) for t in tensors[:3]) for tensors in (found, expected)]
-        return f"outputs of shape {shapes[0]} instead of {shapes[1]}"
+    if differs := _difference_of_shapes(found, expected):
+        return differs
     dtype = next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     error = relative_error(found, expected) if not any(bool(t.isnan().any()) for t in expected) else 0.0
     return "" if error <= TOLERANCES.get(dtype, TOLERANCES[torch.float32]) else f"by {error:.1e} of the output's size"

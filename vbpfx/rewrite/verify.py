@@ -122,11 +122,21 @@ def verify(
     if inputs.is_empty:
         raise VerificationError("the example inputs hold no sample: nothing can be compared")
     try:
-        dense, model = _run(captured.graph_module, inputs), _run(captured.reference, inputs)
+        model = _run(captured.reference, inputs)
     except Exception as failure:  # the model's own operators raise whatever they raise
         raise VerificationError(
             f"the dense network does not run on these inputs ({inputs.describe()}): {failure}"
         ) from failure
+    try:
+        dense = _run(captured.graph_module, inputs)
+    except Exception as failure:  # likewise
+        raise VerificationError(
+            f"the captured graph does not run on inputs ({inputs.describe()}) that the model takes: {failure}. {_OTHER_SIZE}"
+        ) from failure
+    if (shapes := _shapes(dense)) != _shapes(model):
+        raise VerificationError(
+            f"on inputs ({inputs.describe()}) the captured graph returns shapes {shapes}, the model {_shapes(model)}. {_OTHER_SIZE}"
+        )
     try:
         seen = _compared(captured, small, plan, inputs)
     except Exception as failure:  # likewise
@@ -221,10 +231,9 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
         raise VerificationError(
             f"the captured graph returns {len(dense)} tensors, the model {len(outputs.model)}: please report the model"
         )
-    if [t.shape for t in pruned] != [t.shape for t in substituted]:
+    if _shapes(pruned) != _shapes(substituted):
         raise VerificationError(
-            f"the pruned network returns shapes {[tuple(t.shape) for t in pruned]}, the dense one "
-            f"{[tuple(t.shape) for t in substituted]}"
+            f"the pruned network returns shapes {_shapes(pruned)}, the dense one {_shapes(substituted)}"
         )
     if any(bool(t.isnan().any()) for t in outputs.model):
         raise VerificationError(
@@ -241,6 +250,15 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
     unseen = tuple(entry.block.name for entry in plan.blocks) if effect <= error else ()
     return Verification(error, effect, fidelity, bound, _name(dtype), unproven=unseen)
 
+
+def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+_OTHER_SIZE = (
+    "The graph is for the number of samples and the sizes that it was captured with: a loop in the model's code over an axis of "
+    "its input is unrolled. Compute all entries of that axis at once, or capture and verify at one size"
+)
 
 _DECIDES = (
     "the model decides something in Python that tracing fixed; try frontend='export' (--frontend export), or make the decision "
