@@ -188,7 +188,7 @@ def _plot(record: Record, name: str, path: Path) -> None:
         color, marker = _LOOKS[method]
         line = lines[method]
         axes.errorbar(
-            [100 * r["ratio"] for r in line],
+            [100 * r["macs"] / record["dense"]["macs"] for r in line],
             [r["figures"][figure] * (100 if figure == "kept" else 1) for r in line],
             [r["figures"][error] * (100 if figure == "kept" else 1) for r in line],
             color=color,
@@ -200,7 +200,8 @@ def _plot(record: Record, name: str, path: Path) -> None:
             label=method,
         )
     labels = {"kept": "kept, % of the dense top-1", "cosine": "mean cosine to the dense embedding"}
-    axes.set(xlabel="hidden neurons removed, %", ylabel=labels[figure])
+    axes.set(xlabel="multiply-accumulates left, % of the dense network", ylabel=labels[figure])
+    axes.invert_xaxis()
     axes.set_title(f"{subject.title}, no retraining", loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

@@ -37,7 +37,7 @@ def torch_pruning() -> Any:
         return importlib.import_module("torch_pruning")
     except ImportError:
         raise SystemExit(
-            "this benchmark compares with Torch-Pruning, which is not installed: pip install 'vbpfx[benchmarks]'"
+            "this benchmark compares with Torch-Pruning, which is not installed: pip install torch-pruning"
         ) from None
 
 

@@ -94,7 +94,7 @@ def _prune(
 LINES: dict[str, tuple[list[str], int, str]] = {
     # data
     "data that is not there": (_prune(data="nowhere"), 1, "nowhere does not exist"),
-    "data of no known kind": (_prune(data="words.csv"), 1, "words.csv is of no known kind"),
+    "data of no known kind": (_prune(data="words.csv"), 1, "words.csv: this kind of file is not supported"),
     "an array file that was cut off": (_prune(data="cut.npy"), 1, "cannot read cut.npy"),
     "arrays of another shape": (_prune(data="narrow.npy"), 1, "could not be traced with inputs (0: (4, 3, 8, 7)"),
     "arrays with NaN": (_prune(data="nan.npy"), 1, "NaN"),
@@ -122,7 +122,7 @@ LINES: dict[str, tuple[list[str], int, str]] = {
     "weights that are not there": (_prune("--weights", "nowhere.pt"), 1, "cannot read weights from nowhere.pt"),
     "weights that do not fit": (_prune("--weights", "other.safetensors"), 1, "other.safetensors does not fit Sequential"),
     "weights that were cut off": (_prune("--weights", "cut.safetensors"), 1, "cannot read weights from cut.safetensors"),
-    "weights with code in them": (_prune("--weights", "code.pt"), 1, "code.pt is no file of weights alone"),
+    "weights with code in them": (_prune("--weights", "code.pt"), 1, "code.pt cannot be read as a file of weights"),
     # budgets and options
     "no budget": (_prune(budget=""), 2, "found none"),
     "two budgets": (_prune(budget="--ratio 0.5 --macs 0.5"), 2, "found --ratio and --macs"),

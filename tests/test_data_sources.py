@@ -304,7 +304,7 @@ def test_every_beginning_is_spread() -> None:
         ),
         (
             lambda p: p.write_text(""),
-            "nothing is of no known kind: expected a folder of images, .npy, .npz, .txt, .jsonl",
+            "nothing: this kind of file is not supported; pass a folder of images, or a file that ends in .npy, .npz, .txt, .jsonl",
         ),
     ],
     ids=["missing", "empty", "text", "mixed", "splits", "unknown"],
@@ -325,7 +325,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
         ({"crop": 1.5}, "crop must be above 0 and at most 1"),
         ({"shape": (1, 32, 32), "mean": (0.0,) * 3, "std": (1.0,)}, "mean must be 1 number for images of 1 channel"),
         ({"std": (0.0,)}, "std must be 1 or 3 numbers"),
-        ({"max_length": 8}, "max_length goes with texts"),
+        ({"max_length": 8}, "max_length is for text files"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -464,7 +464,7 @@ def test_arrays_that_are_none(tmp_path: Path, arrays: dict[str, Any], message: s
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(CalibrationError, match=message):
         vbpfx.open_data(tmp_path / "a.npz", nn.Linear(2, 2))
-    with pytest.raises(CalibrationError, match=r"labels goes with a folder of images, and .*a\.npz is no folder"):
+    with pytest.raises(CalibrationError, match=r"labels is for a folder of images, and .*a\.npz is not a folder"):
         vbpfx.open_data(tmp_path / "a.npz", nn.Linear(2, 2), labels="list.csv")
 
 

@@ -625,7 +625,7 @@ def _loader(**options: Any) -> DataLoader[Any]:
         ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
         ({"trainable": "fc7.*"}, "trainable pattern 'fc7.*' matches none"),
         ({"validation": []}, "validation is empty"),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' does not go here"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown"),
         ({"data": []}, "data is empty"),
         ({"data": torch.randn(3, FEATURES)}, "data is one Tensor"),
         ({"data": iter([torch.randn(3, FEATURES)])}, "cannot be gone through once an epoch"),
@@ -676,7 +676,7 @@ def test_accelerate_is_imported_only_when_it_is_wanted(monkeypatch: pytest.Monke
     code = "import sys, vbpfx; sys.exit('accelerate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(FinetuneError, match=r'pip install "vbpfx\[finetune\]"'):
+    with pytest.raises(FinetuneError, match="pip install accelerate"):
         _finetune(*pair(Plain), make_batches())
 
 

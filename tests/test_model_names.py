@@ -128,7 +128,7 @@ def test_a_missing_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", lambda name: without(name))
-    with pytest.raises(ModelError, match=r"needs timm .*pip install 'vbpfx\[timm\]'"):
+    with pytest.raises(ModelError, match=r"needs timm .*pip install timm torchvision"):
         load_model("timm:test_vit")
 
 
@@ -169,7 +169,7 @@ def test_weights_that_do_not_fit_or_are_none(tmp_path: Path) -> None:
         "less.pt": "does not fit _Net: it lacks fc.bias",
         "shape.pt": r"fc.weight has shape \(2, 4\), in the model \(2, 3\)",
         "list.pt": "holds no state dict",
-        "code.pt": "is no file of weights alone",
+        "code.pt": "cannot be read as a file of weights",
         "junk.safetensors": "cannot read weights",
         "missing.pt": "cannot read weights",
     }.items():
@@ -188,7 +188,7 @@ def test_weights_of_other_classes_than_timms_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [b"\x80\x02.", b"\x80\x02h\x05.", b"\x80\x02G\x00."])
 def test_whatever_torch_trips_over_is_a_model_error(damaged: bytes, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(damaged)
-    with pytest.raises(ModelError, match=r"weights\.pt is no file of weights alone"):
+    with pytest.raises(ModelError, match=r"weights\.pt cannot be read as a file of weights"):
         load_model("test_model_names:make", tmp_path / "weights.pt")
 
 

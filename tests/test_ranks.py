@@ -148,8 +148,8 @@ def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
     assert _run("differ", 2, tmp_path) == [0, 0]
     for rank in range(2):
         weights, ratio, stage = (tmp_path / f"differ{rank}").read_text().splitlines()
-        assert f"the model of rank {1 - rank} is not that of rank {rank}" in weights
-        assert f"the choice of options of rank {1 - rank} is not that of rank {rank}" in ratio
+        assert f"ranks {1 - rank} and {rank} were given different values for: model" in weights
+        assert f"ranks {1 - rank} and {rank} were given different values for: choice of options" in ratio
         assert "all must do the same" in stage
 
 

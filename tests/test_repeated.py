@@ -1,4 +1,4 @@
-"""Calls that are like one before them: what is recorded is what running every call gives."""
+"""Calls that repeat an earlier one: what is recorded is what running every call gives."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def counting(x: Tensor) -> Tensor:
 
 
 class Calls(nn.Module):
-    """Calls that are like one before them in all but one thing."""
+    """Calls that differ from an earlier one in one thing."""
 
     def __init__(self, forward: Callable[..., Any], *layers: nn.Module) -> None:
         super().__init__()

@@ -95,10 +95,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {path}: {first_line(error)}") from error
-    except Exception as error:  # torch.load raises what it trips over in a file that is none
+    except Exception as error:  # torch.load raises errors of many kinds for a file that holds no weights
         raise ModelError(
-            f"{path} is no file of weights alone: it is damaged, or holds other objects, which are never loaded; save "
-            f"model.state_dict() as safetensors or by torch.save"
+            f"{path} cannot be read as a file of weights: it is damaged, or it holds other Python objects, which vbpfx never loads. "
+            f"Save model.state_dict() with safetensors or torch.save, and pass that file"
         ) from error
     for key in _WRAPPINGS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -121,11 +121,11 @@ def _package(name: str, package: str, install: str) -> Any:
     try:
         return _imported(package)
     except ImportError as error:
-        raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install '{install}'") from error
+        raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install {install}") from error
 
 
 def _of_timm(name: str, rest: str) -> nn.Module:
-    timm = _package(name, "timm", "vbpfx[timm]")
+    timm = _package(name, "timm", "timm torchvision")
     if not timm.is_model(rest):
         near = timm.list_models(f"*{rest.split('_')[0]}*")[:5]
         raise ModelError(f"timm knows no model {rest!r}" + (f"; it has {', '.join(near)}" if near else ""))

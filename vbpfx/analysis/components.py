@@ -32,7 +32,7 @@ class Span(NamedTuple):
     step: int
 
 
-_MISFIT = "every so many entries of it are taken, and parts of it that cut these apart"
+_MISFIT = "a slice with a step takes some of its entries, and another slice cuts between them"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Observer(nn.Module):
         self.moments = batch if self.moments is None else self.moments | batch
 
     def _with_co_moments(self, batch: Moments, rows: Tensor, mask: Tensor | None) -> Moments:
-        """The batch's moments with the co-moments of every so-manieth row, those of every fifth sample apart."""
+        """The batch's moments, with co-moments taken over every n-th row (n = ``every``); every fifth sample's are kept apart."""
         numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask)
         (index,) = (numbers % self.every == 0).nonzero(as_tuple=True)
         held = is_held_out(numbers[index], self.rows_a_sample)

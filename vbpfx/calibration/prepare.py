@@ -123,9 +123,9 @@ def prepare(
             enter the statistics, at every value whose token axis is the mask's. Whether nonzero entries are tokens
             (Hugging Face) or padding (``nn.MultiheadAttention``) is tried out on a few samples: what is padding does not influence the
             output elsewhere. ``("pad", "padding")`` or ``("keep", "tokens")`` says it, too, and is checked.
-        covariance: gather covariances beside the variances, of every so-manieth position: of as many as keep their cost
-            below half of the network's own products, or below the share that is given. They are what regressions need;
-            ``method="vbp"`` does without.
+        covariance: gather covariances as well as variances. Only every n-th position is used, so that gathering them costs less
+            than half of the network's own multiply-accumulates, or less than the share that is given. Regressions need covariances;
+            ``method="vbp"`` does not.
 
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.

@@ -85,7 +85,7 @@ def image_transform(model: nn.Module, name: str, overrides: Overrides) -> ImageT
     Raises:
         CalibrationError: nothing says what the model's images look like, or the overrides do not go with it.
     """
-    _package("torchvision", "vbpfx[timm]")
+    _package("torchvision", "torchvision")
     if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
         return _of_timm(model, overrides)
     if name.startswith("torchvision:"):
@@ -99,11 +99,11 @@ def _package(name: str, install: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CalibrationError(f"images need {name} ({error}); install it: pip install '{install}'") from error
+        raise CalibrationError(f"images need {name} ({error}); install it: pip install {install}") from error
 
 
 def _of_timm(model: nn.Module, overrides: Overrides) -> ImageTransform:
-    data = _package("timm.data", "vbpfx[timm]")
+    data = _package("timm.data", "timm torchvision")
     given: dict[str, Any] = {"input_size": overrides.shape, "crop_pct": overrides.crop}
     given |= {"mean": _tuple(overrides.mean), "std": _tuple(overrides.std)}
     settings = data.resolve_model_data_config(model) | {key: value for key, value in given.items() if value is not None}
@@ -159,7 +159,7 @@ def _of_transformers(model: nn.Module, overrides: Overrides) -> ImageTransform:
     config = getattr(model, "config", None)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False) if folder else None
-    except (OSError, ValueError, ImportError):  # no preprocessor_config.json, or one of no known kind
+    except (OSError, ValueError, ImportError):  # no preprocessor_config.json, or one of an unknown kind
         processor = None
     if processor is None:
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
@@ -243,7 +243,7 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
     except CalibrationError:
         raise
     except UnidentifiedImageError:
-        raise CalibrationError("no image, whatever its name says") from None
+        raise CalibrationError("the file is not an image that Pillow can read, although its name ends like one") from None
     except Exception as error:  # Pillow's plug-ins raise what they raise at damaged files
         raise CalibrationError(first_line(error)) from error
 

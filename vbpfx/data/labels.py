@@ -14,7 +14,7 @@ def read_labels(path: Path, images: Sequence[Path], folder: Path) -> dict[Path, 
     """Image -> label, for the images of a folder that the list names; what it says of other folders is left out.
 
     Raises:
-        CalibrationError: the list cannot be read, names none of the images, or a file of the folder that is none.
+        CalibrationError: the list cannot be read, names none of the images, or names a file of the folder that is not an image.
     """
     root = os.path.realpath(folder)
     known = {os.path.join(root, image.relative_to(folder)): image for image in images}

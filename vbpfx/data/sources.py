@@ -75,16 +75,16 @@ def open_data(
     of_images = {"labels": labels, "classes": classes, "shape": shape, "mean": mean, "std": std, "crop": crop}
     for option, given in of_images.items():
         if given is not None and not path.is_dir():
-            raise CalibrationError(f"{option} goes with a folder of images, and {path} is no folder")
+            raise CalibrationError(f"{option} is for a folder of images, and {path} is not a folder")
     if max_length is not None and path.suffix not in TEXT_SUFFIXES:
-        raise CalibrationError(f"max_length goes with texts ({', '.join(TEXT_SUFFIXES)}), and {path} is none")
+        raise CalibrationError(f"max_length is for text files ({', '.join(TEXT_SUFFIXES)}), and {path} is not one")
     if path.is_dir():
         try:
             from vbpfx.data.image_transforms import Overrides
             from vbpfx.data.images import open_images  # wants Pillow, which texts and arrays need not
         except ImportError as error:
             raise CalibrationError(
-                f"images need Pillow and torchvision ({error}): pip install 'vbpfx[timm]'"
+                f"images need Pillow and torchvision ({error}): pip install pillow torchvision"
             ) from error
         return open_images(
             path, model, name, Overrides(shape, mean, std, crop), model_dtype(model), _path(labels), _path(classes),
@@ -97,7 +97,7 @@ def open_data(
     if path.suffix in TEXT_SUFFIXES:
         return open_texts(path, model, max_length, limit, seed, batch)
     expected = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES))
-    raise CalibrationError(f"{path} is of no known kind: expected a folder of images, {expected}")
+    raise CalibrationError(f"{path}: this kind of file is not supported; pass a folder of images, or a file that ends in {expected}")
 
 
 def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:

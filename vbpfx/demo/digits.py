@@ -43,7 +43,7 @@ def _require(module: str, distribution: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"the digits demo needs {distribution}, which could not be imported ({error}); "
-            'install it with: pip install "vbpfx[demo]"'
+            f"install it with: pip install {distribution}"
         ) from error
 
 

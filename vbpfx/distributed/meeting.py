@@ -78,7 +78,7 @@ class Meeting:
                 raise RankError(f"rank {rank} is at {theirs[0]!r}, rank {self.rank} at {place!r}: all must do the same")
             if theirs[1] != value:
                 raise RankError(
-                    f"the {place} of rank {rank} is not that of rank {self.rank}; pass the same model, options and data to all"
+                    f"ranks {rank} and {self.rank} were given different values for: {place}. Pass the same model, options and data to all ranks"
                 )
 
     def _fail(self, error: BaseException) -> None:

@@ -128,22 +128,22 @@ def processes(mixed_precision: Precision) -> Iterator[Processes]:
     """The processes that this one is among: those of ``torchrun``, or itself alone.
 
     Raises:
-        FinetuneError: accelerate is missing, or there is no such precision, or not here.
+        FinetuneError: accelerate is not installed, the precision is unknown, or this machine does not support it.
     """
     if mixed_precision not in get_args(Precision):
         choices = ", ".join(get_args(Precision))
-        raise FinetuneError(f"mixed_precision={mixed_precision!r} does not go here: choose one of {choices}")
+        raise FinetuneError(f"mixed_precision={mixed_precision!r} is unknown: choose one of {choices}")
     try:
         import accelerate
         from accelerate.state import AcceleratorState, is_initialized
     except ImportError as error:
-        raise FinetuneError(f'fine-tuning needs accelerate ({error}): pip install "vbpfx[finetune]"') from error
+        raise FinetuneError(f"fine-tuning needs accelerate ({error}): pip install accelerate") from error
     callers = is_initialized()
     try:
         try:
             accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
         except (ValueError, TypeError) as error:
-            raise FinetuneError(f"mixed_precision={mixed_precision!r} does not go here: {first_line(error)}") from error
+            raise FinetuneError(f"this machine cannot train with mixed_precision={mixed_precision!r}: {first_line(error)}") from error
         yield Processes(accelerator)
     finally:
         if not callers:

@@ -1,4 +1,4 @@
-"""Calls that are like one before them: on fake tensors, like arguments give a like result, and most of a network repeats.
+"""Calls that repeat an earlier call: on fake tensors equal arguments give equal results, and most of a network repeats.
 
 What decides over a result's shapes, strides and dtypes is put into a key: the operator or the layer with all it knows of itself, the
 arguments' shapes, autocast. Where something else might decide (the user's own code, values of real tensors, hooks), there is no key,

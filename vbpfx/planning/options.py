@@ -122,12 +122,12 @@ class PlanOptions:
 
     @property
     def needs_covariance(self) -> bool:
-        """Whether variances alone do not do."""
+        """Whether calibration must gather covariances; variances alone are not enough."""
         return self.scores_need_covariance or self.compensation == "ridge"
 
     @property
     def scores_need_covariance(self) -> bool:
-        """Whether variances alone do not do for the scores."""
+        """Whether the criterion needs covariances to score neurons."""
         return callable(self.criterion) or self.criterion in NEED_COVARIANCE
 
 

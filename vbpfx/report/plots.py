@@ -102,5 +102,5 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise VbpfxError(f'plots need matplotlib ({error}): pip install "vbpfx[plot]"') from error
+        raise VbpfxError(f"plots need matplotlib ({error}): pip install matplotlib") from error
     return pyplot

@@ -200,8 +200,8 @@ def _sliced(
     elif 1 < step < size and size % step == 0 and start < step and len(range(start, stop, step)) == size // step:
         yield Grouped(x, out)  # what the call states of it are no more than its ends
     elif step != 1 or stop <= start:
-        yield Opaque(x, "every so many entries of it are taken")
-        yield Opaque(out, "it is every so many entries of another axis")
+        yield Opaque(x, "a slice with a step takes only some of its entries (as x[..., ::2] does)")
+        yield Opaque(out, "it is a slice with a step of another axis (as x[..., ::2] is)")
     else:
         yield Part(x, out, start)
         yield from (_end(x, size, *end) for end in ends if end[1] is not None and (end[2] or 0 < end[0] < size))

@@ -39,7 +39,7 @@ class Runtime:
         compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
             runtime's own choice). Raises ExportError where the runtime cannot take the network.
         open: the same from an ONNX file; None where the runtime takes none.
-        load: the same from what is shipped, an ONNX file or the runtime's own; None where that is nothing that can be loaded.
+        load: loads what is shipped (an ONNX file, or the runtime's own format); None for a runtime that saves no file.
         round_to: what to pass to :func:`vbpfx.prune` for this runtime: at multiples of it a layer of that width is no
             slower than its products; 1 where odd widths cost next to nothing.
     """

@@ -43,8 +43,7 @@ def runtime(name: str) -> Runtime:
         with silenced():
             adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
     except ImportError as error:
-        install = f"vbpfx[{extra}]" if extra else package
-        raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install '{install}'") from error
+        raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install {package}") from error
     # an adapter takes ONNX files (compile_file), or networks (compile_network) and what it made of them (load_file)
     from_file = getattr(adapter, "compile_file", None)
     compile = _through_a_file(from_file) if from_file else adapter.compile_network

@@ -26,12 +26,12 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Kind:
-    """What a checkpoint is of.
+    """The kind of run that a checkpoint belongs to.
 
     Attributes:
         name: its name.
-        error: what a file that is none raises.
-        instead: what to do without it.
+        error: the class of the error that is raised when a file is not such a checkpoint.
+        instead: what the user can do when the checkpoint cannot be used.
     """
 
     name: str
