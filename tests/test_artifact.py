@@ -342,7 +342,7 @@ def test_beside_its_dense_model_a_network_is_the_graph_that_was_checked(artifact
     beside = load_beside(artifact, mlp())
     assert isinstance(beside, fx.GraphModule)
     assert_same_output(beside, vbpfx.load(artifact), rows(3))
-    (artifact / "graph.json").write_text("[]")  # damage is no reason to take the other way
+    (artifact / "graph.json").write_text("[]")  # damage is not a reason to take the other way
     with pytest.raises(ArtifactError, match=r"graph\.json is damaged"):
         load_beside(artifact, mlp())
 
@@ -532,7 +532,7 @@ CODE = "__import__('pathlib').Path('executed').touch()"
 
 
 def named_by_code(data: Any) -> None:
-    """fx writes ``getattr(self, "<name>")`` for a module whose name is no identifier."""
+    """fx writes ``getattr(self, "<name>")`` for a module whose name is not an identifier."""
     dotless = CODE.replace(".", "\\x2e")  # a dot would end the name
     name = f'1"), exec("{dotless}"), getattr(self, "1'
     data["modules"][name] = data["modules"]["0"]
@@ -598,7 +598,7 @@ HOSTILE = {
     "no class": module(**{"class": "torch.nn.modules.linear.math"}),
     "unknown value kind": on_node("output", args={"tuple": [{"pickle": "gASVAA=="}]}),
     "two value kinds": on_node("output", args={"tuple": [{"node": "input_1", "float": "1"}]}),
-    "torch value that is no dtype": on_node("output", args={"tuple": [{"torch": "load"}]}),
+    "torch value that is not a dtype": on_node("output", args={"tuple": [{"torch": "load"}]}),
     "unknown node": on_node("output", args={"tuple": [{"node": "nobody"}]}),
     "code in a placeholder": on_node("placeholder", target=f"input={CODE}"),
     "code in a keyword": call("call_function", "torch.relu", [], [[f"x={CODE}, input", X]]),
@@ -629,7 +629,7 @@ HOSTILE = {
         pytree=new_tree({"namedtuple": ["T", [["x", "leaf"], ["x", "leaf"]]]})
     ),
     "a result of no operator": lambda data: data.update(pytree=new_tree({"returned": ["system", ["leaf"]]})),
-    "a key that is no text": lambda data: data.update(pytree=new_tree({"dict": [[None, "leaf"]]})),
+    "a key that is not text": lambda data: data.update(pytree=new_tree({"dict": [[None, "leaf"]]})),
     "no container": lambda data: data.update(pytree=new_tree({"set": ["leaf"]})),
     "no tree": lambda data: data.update(pytree={"arguments": ["self", "x"], "in": "[1, {}]", "out": "x"}),
 }

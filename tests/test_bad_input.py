@@ -401,7 +401,7 @@ def test_floors_that_leave_nothing_to_remove(kind: str) -> None:
     with pytest.raises(BudgetError) as caught:
         prune(model, **({"ratio": None, kind: 0.5, "min_width": 32}))
     for value in re.findall(rf"use {kind}=([\d.]+)", str(caught.value)):
-        assert 0 < float(value) < 1, f"the message advises {kind}={value}, which is no budget: {caught.value}"
+        assert 0 < float(value) < 1, f"the message advises {kind}={value}, which is not a budget: {caught.value}"
 
 
 @pytest.mark.parametrize("option", ["round_to", "min_width"])

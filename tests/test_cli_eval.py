@@ -104,7 +104,7 @@ def test_eval_prints_tables(files: Path) -> None:
         (["eval", MODEL, "--data", "{}", "--shape", "3xa"], 2, "expected numbers such as 3x224x224"),
         (["finetune", "{}/no", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}/o"], 1, "no/plan.json"),
         (["finetune", "{}/pruned", "--dense", "timm:test_vit", "--data", "{}/train.npy", "--out", "{}/o"], 1, "of another structure"),
-        (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}"], 1, "is no pruned network"),
+        (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}"], 1, "is not a pruned network"),
         (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}/o", "--checkpoint", "{}/o/c"], 2, "name another"),
     ],
 )  # fmt: skip

@@ -111,7 +111,7 @@ def test_torchvision_says_how_its_images_are_prepared(flat: Path) -> None:
     with pytest.raises(CalibrationError, match="ResNet does not say what its images look like; pass shape="):
         vbpfx.open_data(flat, model)
     for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn"):  # detectors' transforms take no settings
-        with pytest.raises(CalibrationError, match=f"torchvision:{name} is no image classifier"):
+        with pytest.raises(CalibrationError, match=f"torchvision:{name} is not an image classifier"):
             vbpfx.open_data(flat, model, name=f"torchvision:{name}")
 
 
@@ -202,7 +202,7 @@ def test_names_of_classes_number_the_folders(classed: Path, tmp_path: Path) -> N
     assert data.classes == ("fish", "dog, hound", "bird", "cat")
     assert list(data.labels) == [2] * 2 + [3] * 6 + [1] * 4
     names.write_text("cat\nbird\n")
-    with pytest.raises(CalibrationError, match=r"the folder n00000002 of .* is no name of a class"):
+    with pytest.raises(CalibrationError, match=r"the folder n00000002 of .* is not a name of a class"):
         _open(classed, classes=names)
 
 
@@ -248,7 +248,7 @@ def test_labels_from_a_list(flat: Path, prefix: str) -> None:
         ),
         ("file,label\n0.jpg\n", "line 2: expected a file"),
         ("file,label\n0.jpg,1\n9.jpg,1\n", r"names .*9\.jpg, which does not exist \(1 such files\)"),
-        ("file,label\n0.jpg,1\nnotes.md,1\n", r"names .*notes\.md, which is no image"),
+        ("file,label\n0.jpg,1\nnotes.md,1\n", r"names .*notes\.md, which is not an image"),
         ("file,label\n0.jpg,1\n0.jpg,2\n", r"line 3: 0\.jpg has label 2 here and 1 above"),
         ("file,label\n0.jpg,1\n\n\n1.png\n", "line 5: expected a file"),
         ("file,label\nother/x.jpg,1\n", r"names no image of .*flat: it begins with other/x\.jpg"),
@@ -300,7 +300,7 @@ def test_every_beginning_is_spread() -> None:
         ),
         (
             lambda p: (_picture(p / "train" / "a.png", 0), _picture(p / "val" / "a.png", 0)),
-            "train, val, which are no classes",
+            "train, val, which are not classes",
         ),
         (
             lambda p: p.write_text(""),
@@ -584,7 +584,7 @@ def test_a_byte_order_mark_is_no_text(bert: Path, tmp_path: Path, name: str, tex
     ("name", "text", "message"),
     [
         ("a.txt", "\n \n", "is empty: expected a text on each line"),
-        ("a.jsonl", '{"text": "a"}\n{"text"', "line 2 is no JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text"', "line 2 is not valid JSON"),
         ("a.jsonl", '{"words": "a"}', 'line 1: expected an object with a "text"'),
     ],
 )

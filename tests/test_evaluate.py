@@ -203,7 +203,7 @@ def test_what_is_printed(three: tuple[np.ndarray, ...]) -> None:
         (lambda d, p, b: (Table(_rows(1) * -math.inf), p, b), "the dense network's output holds infinite values"),
         (
             lambda d, p, b: (d, p, [b[0], (b[1][0], b[1][1] + 7)]),
-            r"batch 2 .*label 1\d is no class of a network with 7 outputs",
+            r"batch 2 .*label 1\d is not a class of a network with 7 outputs",
         ),
         (lambda d, p, b: (d, p, [b[0], b[1][0]]), "batch 2 .*this batch has no labels, those before had some"),
         (lambda d, p, b: (d, p, [b[0][0], b[1]]), "batch 2 .*this batch has labels, those before had none"),

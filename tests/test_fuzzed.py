@@ -40,7 +40,7 @@ def shape_in_slices(m: nn.Module, x: Tensor) -> Tensor:
 
 # name -> network, widths of the blocks that must be found
 FOUND: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
-    "a sum behind a squeeze-and-excite is no residual stream": (
+    "a sum behind a squeeze-and-excite is not a residual stream": (
         lambda: Net(gated_then_summed, a=L(8, 12), b=L(8, 12), down=L(12, 3), up=L(3, 12), out=L(12, 8)),
         [3, 12],
     ),

@@ -29,7 +29,7 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class Largest:
-    """A criterion that is no function."""
+    """A criterion that is not a function."""
 
     def __call__(self, about: Scoring) -> torch.Tensor:
         return about.inputs[0][0].variance

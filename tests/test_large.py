@@ -514,7 +514,7 @@ def test_files_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> Non
     ("files", "message"),
     [
         ({"model.safetensors": b"no tensors"}, "cannot read .*model.safetensors as safetensors"),
-        ({"model.safetensors.index.json": b'{"weights": 3}'}, "is no index of safetensors files"),
+        ({"model.safetensors.index.json": b'{"weights": 3}'}, "is not an index of safetensors files"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../a.safetensors"}}'}, "outside of its folder"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "a.safetensors"}}'}, "a.safetensors as safetensors"),
         ({}, "model.safetensors is missing"),
@@ -553,11 +553,11 @@ def test_models_whose_weights_are_in_memory(tmp_path: Path) -> None:
         ({"ratio": 0.3, "allocation": "sensitivity"}, vbpfx.BudgetError, "once for every block"),
         ({"latency": 0.7}, vbpfx.BudgetError, "latency="),
         ({"ratio": 0.3, "shard_size": "20GB"}, vbpfx.ArtifactError, "18.6 GiB is held in memory .* memory=4"),
-        ({"ratio": 0.3, "shard_size": "much"}, vbpfx.ArtifactError, "shard_size='much' is no size"),
+        ({"ratio": 0.3, "shard_size": "much"}, vbpfx.ArtifactError, "shard_size='much' is not a size"),
         ({}, vbpfx.BudgetError, "exactly one budget"),
-        ({"ratio": 0.3, "memory": 0}, vbpfx.BudgetError, "memory=0 is no number of GiB"),
-        ({"ratio": 0.3, "memory": float("nan")}, vbpfx.BudgetError, "memory=nan is no number of GiB"),
-        ({"ratio": 0.3, "memory": "4GB"}, vbpfx.BudgetError, "memory='4GB' is no number of GiB"),
+        ({"ratio": 0.3, "memory": 0}, vbpfx.BudgetError, "memory=0 is not a number of GiB"),
+        ({"ratio": 0.3, "memory": float("nan")}, vbpfx.BudgetError, "memory=nan is not a number of GiB"),
+        ({"ratio": 0.3, "memory": "4GB"}, vbpfx.BudgetError, "memory='4GB' is not a number of GiB"),
     ],
 )
 def test_what_is_not_offered(options: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def test_what_a_criterion_raises_is_not_said_of_a_batch(tmp_path: Path) -> None:
     ("model", "kind", "message"),
     [
         (lambda x: x, vbpfx.CaptureError, "expected a torch.nn.Module, got function"),
-        ("nowhere", vbpfx.ModelError, "nowhere is no folder of Hugging Face"),
+        ("nowhere", vbpfx.ModelError, "nowhere is not a folder of Hugging Face"),
     ],
     ids=["a function", "no folder"],
 )

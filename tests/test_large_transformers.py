@@ -161,7 +161,7 @@ def test_widths_that_differ_are_for_the_graph_alone(tmp_path: Path) -> None:
 
 
 def test_folders_that_no_model_can_be_built_from(tmp_path: Path) -> None:
-    with pytest.raises(vbpfx.ModelError, match=r"is no folder of Hugging Face: there is no .*config.json"):
+    with pytest.raises(vbpfx.ModelError, match=r"is not a folder of Hugging Face: there is no .*config.json"):
         vbpfx.prune_files(tmp_path, _batches(), tmp_path / "out", ratio=0.3)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(vbpfx.ModelError, match=r"transformers cannot build a model from .*config.json"):

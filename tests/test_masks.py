@@ -395,7 +395,7 @@ def test_where_nothing_shows_what_is_said_or_usual_holds(mask: Any, kept: int) -
 
 @pytest.mark.parametrize("mask", [("attention_mask", "words"), ("attention_mask",), 3])
 def test_a_mask_is_a_name_or_a_name_and_what_it_says(mask: Any) -> None:
-    with pytest.raises(AnalysisError, match="is no mask: pass the name of the model's argument"):
+    with pytest.raises(AnalysisError, match="is not a mask: pass the name of the model's argument"):
         _gather(randomize(Encoder()).double().eval(), [_texts()], mask=mask)
 
 

@@ -236,7 +236,7 @@ def test_what_a_callable_imports_late_may_lie_beside_it(tmp_path: Path, monkeypa
 
 
 def test_a_configuration_names_models_and_nothing_else() -> None:
-    """``architectures`` of a config.json may name anything of transformers: what is no model is not called."""
+    """``architectures`` of a config.json may name anything of transformers: what is not a model is not called."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(architectures=["pipeline", "AutoModel", "nothing", "BertModel"])
     assert architecture(transformers, config) is transformers.BertModel

@@ -108,7 +108,7 @@ CASES: list[tuple[str, Callable[[], onnx.ModelProto], list[dict[str, Array]], di
     *[(f"a state, {n} samples", lambda: with_a_state("batch", "batch"), with_states(n), ALONG, with_states(5)) for n in (1, 4, 8)],
     ("a state first", lambda: with_a_state("batch", "batch", first=True), with_states(4), ALONG, with_states(5)),
     ("a state, no names", lambda: with_a_state(None, None), with_states(4), ALONG, with_states(5)),
-    ("a question mark is no name", lambda: alone(["?", "?"]), [{"x": floats(8, 4, 6)}], {("x", 0): 0}, [{"x": floats(3, 2, 6)}]),
+    ("a question mark is not a name", lambda: alone(["?", "?"]), [{"x": floats(8, 4, 6)}], {("x", 0): 0}, [{"x": floats(3, 2, 6)}]),
     ("two names for one axis", lambda: two_inputs("unk__1", "unk__2"), [{"x": floats(8, 6), "other": floats(8, 6)}],
      {("x", 0): 0, ("other", 0): 0}, [{"x": floats(3, 6), "other": floats(3, 6)}]),
     ("nodes and edges", nodes_and_edges, of_graphs(), {}, of_graphs()),

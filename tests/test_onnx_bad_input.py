@@ -33,7 +33,7 @@ def plain(folder: Path, model: onnx.ModelProto | None = None, *, external: bool 
 
 def text(folder: Path) -> Path:
     path = folder / "in.onnx"
-    path.write_text("this is no model")
+    path.write_text("this is not a model")
     return path
 
 

@@ -24,7 +24,7 @@ ROUNDING = 1e-5
 
 
 class Encoder(nn.Module):
-    """BERT, and the mean over the tokens that are no padding."""
+    """BERT, and the mean over the tokens that are not padding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -346,7 +346,7 @@ def test_what_makes_no_tensor_is_an_error(tmp_path: Path) -> None:
     net.add("ConcatFromSequence", ["both"], "y", axis=1)
     path = saved(net.file(["n", 6], ["n", 10]), tmp_path)
     before = path.read_bytes()
-    with pytest.raises(vbpfx.CaptureError, match=r"operator SequenceConstruct .* 'both' is no tensor"):
+    with pytest.raises(vbpfx.CaptureError, match=r"operator SequenceConstruct .* 'both' is not a tensor"):
         vbpfx.prune_onnx(path, batches((6,)), tmp_path / "out.onnx", ratio=0.5, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
     assert path.read_bytes() == before

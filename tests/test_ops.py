@@ -65,7 +65,7 @@ def _networks() -> list[Any]:
 @pytest.mark.filterwarnings("ignore")  # some of these operators are deprecated spellings of others
 @pytest.mark.parametrize("op", _networks())
 def test_elementwise_operators_are_elementwise(op: Callable[..., Tensor]) -> None:
-    """fp64 oracle where the operator gives finite floating-point values; others are no activation."""
+    """fp64 oracle where the operator gives finite floating-point values; others are not activation."""
     layers = {"fc1": nn.Linear(8, 12), "fc2": nn.Linear(12, 8)}
     if isinstance(op, nn.Module):
         model = Net(lambda m, x: m.fc2(m.act(m.fc1(x)).to(x.dtype)), act=op, **layers)

@@ -14,6 +14,7 @@ from vbpfx.errors import VbpfxError
 from vbpfx.report.report import Report
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.pyplot")  # an attribute of matplotlib from here on
 
 
 @pytest.fixture(scope="module")

@@ -299,7 +299,7 @@ def test_an_output_of_one_number_has_gradients() -> None:
 
     captured = vbpfx.capture(randomize(Summed()).double(), torch.randn(4, 6, dtype=torch.float64))
     gradients = Gradients(captured, vbpfx.find_blocks(captured).layers)
-    gradients.add(captured.inputs)  # the spread of one number is no number, and torch warns of it
+    gradients.add(captured.inputs)  # the spread of one number is not a number, and torch warns of it
     assert all(bool(square.isfinite().all()) for found in gradients.squares.values() for square in found)
     assert any(bool((square > 0).any()) for found in gradients.squares.values() for square in found)
 

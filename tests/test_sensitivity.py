@@ -130,7 +130,7 @@ def test_masked_logits_do_not_count() -> None:
 
 
 def test_every_output_counts_once() -> None:
-    """A number a sample is no logit, an output that is not one of every sample counts for all, and integers do not."""
+    """A number a sample is not a logit, an output that is not one of every sample counts for all, and integers do not."""
 
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -395,7 +395,7 @@ def test_divergence_of_equal_rows_is_nothing_whatever_they_hold() -> None:
     assert rows.grad is not None
     assert rows.grad.tolist() == [[0.0, 0.0]] * 3
     nan = torch.tensor([[float("nan"), 0.0]])
-    assert divergence(nan, nan).isnan().all()  # what is no number is never taken for agreement
+    assert divergence(nan, nan).isnan().all()  # what is not a number is never taken for agreement
 
 
 def test_classes_that_the_bias_rules_out() -> None:

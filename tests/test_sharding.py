@@ -264,7 +264,7 @@ class Inner(nn.Module):
 
 
 class Caching(nn.Module):
-    """Returns something hidden beside a tensor, as decoders return a cache; so does its part, which is no unit therefore."""
+    """Returns something hidden beside a tensor, as decoders return a cache; so does its part, which is not a unit therefore."""
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__()

@@ -48,7 +48,9 @@ def folder_for_artifact(folder: Path) -> Iterator[None]:
         settle(folder)
         held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if held and not {"plan.json", "graph.json"} <= set(held):
-            raise ArtifactError(f"{folder} holds {held[0]} and is no pruned network; choose a new or an empty folder")
+            raise ArtifactError(
+                f"{folder} holds {held[0]} and is not a pruned network; choose a new or an empty folder"
+            )
     with made_folder(folder):
         yield
 

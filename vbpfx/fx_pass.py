@@ -89,7 +89,7 @@ class VarianceBasedPruning(PassBase):
             graph_module: what the pass shall narrow.
 
         Raises:
-            CaptureError: it is no GraphModule, or its graph is broken.
+            CaptureError: it is not a GraphModule, or its graph is broken.
             CalibrationError: there is no batch, or the first one does not fit.
         """
         if not isinstance(graph_module, fx.GraphModule):

@@ -69,7 +69,7 @@ class Pruned:
         small = apply_plan(model, self.plan)
         if self.verification is not None:
             frontend = self.captured.frontend
-            assert frontend != "onnx"  # what comes from a file is no Pruned
+            assert frontend != "onnx"  # what comes from a file is not a Pruned
             verify(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
         return small
 

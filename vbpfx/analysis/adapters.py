@@ -2,7 +2,7 @@
 
 Read off the graph, not off names: nothing but scales, casts and dropout stands between A and B, what they make is added to what
 another layer makes of the same x, and the rank is smaller than what goes in and comes out. Merging W + s B A leaves no place for a
-bias between the two, so their rank is no hidden width, and what they read cannot be folded.
+bias between the two, so their rank is not a hidden width, and what they read cannot be folded.
 """
 
 from __future__ import annotations

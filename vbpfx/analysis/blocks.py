@@ -211,7 +211,7 @@ def _obstacle(
     linked: nx.Graph[Axis],
     evidence: Evidence,
 ) -> tuple[str, str]:
-    """The node and the reason that a component is no block; empty strings where it is one."""
+    """The node and the reason that a component is not a block; empty strings where it is one."""
     axes = component.axes
     opaque = [axis for axis in axes if axis in evidence.opaque]
     if opaque:

@@ -53,7 +53,7 @@ def _read_by(weights: tuple[str, ...], evidence: Evidence) -> list[Axis]:
 
 
 def _multiplies_two(block: Block, evidence: Evidence) -> bool:
-    """Whether two values of the axis that different layers made are multiplied; x * sigmoid(x) is no gate."""
+    """Whether two values of the axis that different layers made are multiplied; x * sigmoid(x) is not a gate."""
     makers: dict[fx.Node, frozenset[str]] = {}
     for name, axis, *_ in block.carriers:
         node = evidence.nodes[name]
@@ -76,7 +76,7 @@ def _makes_again(block: Block, evidence: Evidence) -> bool:
 
 
 def _token_axes(evidence: Evidence) -> Callable[[Axis], bool]:
-    """Whether an axis counts positions: no weight made it where it first appears, and it is no input's feature axis."""
+    """Whether an axis counts positions: no weight made it where it first appears, and it is not an input's feature axis."""
     verdicts: dict[Axis, bool] = {}
 
     def judge(axis: Axis) -> bool:

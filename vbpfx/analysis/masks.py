@@ -53,7 +53,7 @@ def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument
             stand for is tried out; where nothing is seen, nonzero entries are tokens, or padding where ``padding`` is in the name.
 
     Raises:
-        AnalysisError: the argument is no mask, none of the graph's inputs, has no axes for samples and tokens, covers none
+        AnalysisError: the argument is not a mask, none of the graph's inputs, has no axes for samples and tokens, covers none
             of the sources, or its entries are the opposite of what is said. A mask that was found by itself and covers none is a
             warning, and so is one whose padding influences the output.
     """
@@ -64,7 +64,7 @@ def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument
         value = inputs[argument].meta["val"] if argument in inputs else None
         if name is not None and not (isinstance(value, Tensor) and value.ndim == 2):
             raise AnalysisError(
-                f"mask={name!r} is no input of the captured graph with an entry per sample and token; its inputs are "
+                f"mask={name!r} is not an input of the captured graph with an entry per sample and token; its inputs are "
                 f"{', '.join(inputs)}"
             )
     masks = [inputs[n] for n in chosen if isinstance(inputs[n].meta["val"], Tensor) and inputs[n].meta["val"].ndim == 2]
@@ -103,7 +103,7 @@ def settled_mask(mask: Any) -> tuple[str | None, Polarity | None]:
         case (str() as name, ("tokens" | "padding") as stated):
             return name, stated
     raise AnalysisError(
-        f"mask={mask!r} is no mask: pass the name of the model's argument, or the name and what its nonzero entries stand for, such as "
+        f"mask={mask!r} is not a mask: pass the name of the model's argument, or the name and what its nonzero entries stand for, such as "
         f"('key_padding_mask', 'padding') or ('attention_mask', 'tokens')"
     )
 

@@ -53,6 +53,6 @@ def parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple
 
 
 def _place(model: nn.Module, name: str) -> tuple[int, str]:
-    """Module and attribute: a module that is reached on several paths is no tie."""
+    """Module and attribute: a module that is reached on several paths is not a tie."""
     owner, _, attribute = name.rpartition(".")
     return id(model.get_submodule(owner)), attribute

@@ -58,7 +58,7 @@ class CalibrationFile:
         """The rank's file in a folder; None without a folder.
 
         Raises:
-            CalibrationError: ``every`` is no number of batches.
+            CalibrationError: ``every`` is not a number of batches.
             ArtifactError: the folder cannot be made or written.
         """
         if every < 1:

@@ -50,7 +50,7 @@ Crop = Annotated[
 Labels = Annotated[
     Path | None,
     typer.Option(
-        rich_help_panel=PANEL, help="CSV with the columns file and label (a number), where folders are no classes."
+        rich_help_panel=PANEL, help="CSV with the columns file and label (a number), where folders are not classes."
     ),
 ]
 Classes = Annotated[

@@ -164,7 +164,7 @@ def prune(
             f"one budget is needed, found {' and '.join(given) or 'none'}: --ratio, --macs, --params or --latency"
         )
     if latency is not None and runtime == Place.none:
-        raise typer.BadParameter("--latency is measured in a --runtime; none is no runtime")
+        raise typer.BadParameter("--latency is measured in a --runtime; none is not a runtime")
     if compiled and method != Method.vbp:
         raise typer.BadParameter("--compile is for --method vbp: auto takes gradients, too, which are not compiled")
     require_apart(checkpoint, out)

@@ -52,7 +52,7 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
     """The samples of an ``.npy`` or ``.npz``; arguments as :func:`vbpfx.open_data` takes them.
 
     Args:
-        dtype: of numbers that are no integers.
+        dtype: of numbers that are not integers.
 
     Raises:
         CalibrationError: the file cannot be read, or holds something else.

@@ -40,7 +40,7 @@ def with_decoder_inputs(model: nn.Module, arguments: Mapping[str, Any], labels: 
 
     Args:
         arguments: of the forward call, by name, without labels.
-        labels: (B, T) tokens; other kinds of labels are no text.
+        labels: (B, T) tokens; other kinds of labels are not text.
 
     Raises:
         CalibrationError: the model does not say how its decoder's input is made.

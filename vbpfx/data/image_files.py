@@ -2,7 +2,7 @@
 
 Images lie directly in the folder, or in a folder for each class, sorted by name and numbered in that order, as in
 torchvision's ``ImageFolder``; a folder without images is a class without samples, so that the others keep their numbers.
-Hidden files and folders do not count; other files that are no images are told.
+Hidden files and folders do not count; other files that are not images are told.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ImageFiles:
         files: their paths.
         labels: a class for each image; None where nothing says it.
         classes: names of the classes, as far as they are known; a label is a place in it.
-        others: files that are no images.
+        others: files that are not images.
         unlabelled: how many images the list of labels does not name; they are left out.
     """
 
@@ -73,7 +73,7 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
             f"{folder} holds images both directly ({direct[0]}) and in folders ({holding[0]}): pass one of them"
         )
     if set(map(str.lower, holding)) <= _SPLITS:
-        raise CalibrationError(f"{folder} holds {', '.join(holding)}, which are no classes: pass one of them")
+        raise CalibrationError(f"{folder} holds {', '.join(holding)}, which are not classes: pass one of them")
     folders = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     places = {name: place for place, name in enumerate(folders)}
     if names is not None:
@@ -93,7 +93,7 @@ def _places(folders: Sequence[str], names: Sequence[str], folder: Path) -> dict[
     missing = [name for name in folders if not found[name]]
     if missing:
         raise CalibrationError(
-            f"the folder {missing[0]} of {folder} is no name of a class ({len(missing)} such folders); the names are {', '.join(names[:3])}, ..."
+            f"the folder {missing[0]} of {folder} is not a name of a class ({len(missing)} such folders); the names are {', '.join(names[:3])}, ..."
         )
     return {name: numbers[0] for name, numbers in found.items()}
 

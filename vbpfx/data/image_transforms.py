@@ -129,7 +129,7 @@ def _of_torchvision(name: str, overrides: Overrides) -> ImageTransform:
     preset = getattr(make, "func", make)  # a class of its own where it takes no settings
     if preset is not presets.ImageClassification:
         raise CalibrationError(
-            f"torchvision:{name} is no image classifier: its images are prepared by {preset.__name__}; pass arrays (.npz)"
+            f"torchvision:{name} is not an image classifier: its images are prepared by {preset.__name__}; pass arrays (.npz)"
         )
     standard = make()
     changed: dict[str, Any] = {}
@@ -243,7 +243,9 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
     except CalibrationError:
         raise
     except UnidentifiedImageError:
-        raise CalibrationError("the file is not an image that Pillow can read, although its name ends like one") from None
+        raise CalibrationError(
+            "the file is not an image that Pillow can read, although its name ends like one"
+        ) from None
     except Exception as error:  # Pillow's plug-ins raise what they raise at damaged files
         raise CalibrationError(first_line(error)) from error
 

@@ -37,7 +37,7 @@ def read_labels(path: Path, images: Sequence[Path], folder: Path) -> dict[Path, 
             f"{path.parent} or to {folder}"
         )
     if missing:
-        state = "is no image" if os.path.exists(missing[0]) else "does not exist"
+        state = "is not an image" if os.path.exists(missing[0]) else "does not exist"
         raise CalibrationError(f"{path} names {missing[0]}, which {state} ({len(missing)} such files)")
     return found
 

@@ -49,7 +49,7 @@ def open_data(
             - ``.npy``, or ``.npz`` with one array for each argument, samples first; an array ``labels`` is the labels;
             - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each, for Hugging Face models; those with an
               encoder and a decoder need its answer, a ``target``, beside it.
-        model: whom it is for. Numbers that are no integers are given in its dtype.
+        model: whom it is for. Numbers that are not integers are given in its dtype.
         name: the string that the model was loaded by, such as ``torchvision:resnet18``: a torchvision model does not know.
         batch: samples in a batch.
         limit: take that many samples, chosen at random, spread over the classes, in the order in which they stand.
@@ -97,7 +97,9 @@ def open_data(
     if path.suffix in TEXT_SUFFIXES:
         return open_texts(path, model, max_length, limit, seed, batch)
     expected = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES))
-    raise CalibrationError(f"{path}: this kind of file is not supported; pass a folder of images, or a file that ends in {expected}")
+    raise CalibrationError(
+        f"{path}: this kind of file is not supported; pass a folder of images, or a file that ends in {expected}"
+    )
 
 
 def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:

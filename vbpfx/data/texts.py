@@ -65,7 +65,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CalibrationError(f"{path}, line {number} is no JSON: {error}") from error
+        raise CalibrationError(f"{path}, line {number} is not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise CalibrationError(f'{path}, line {number}: expected an object with a "text", found {line[:60]}')
     return row

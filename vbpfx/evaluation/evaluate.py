@@ -60,7 +60,7 @@ def evaluate(
     Raises:
         EvaluationError: there is no batch, one does not run through a network, an output is not finite, or networks and
             labels do not go together.
-        CaptureError: one of the two is no module, or cannot be copied.
+        CaptureError: one of the two is not a module, or cannot be copied.
     """
     networks = [dense] if pruned is None else [dense, pruned]
     for network in networks:
@@ -189,7 +189,7 @@ class _Tally:
             )
         if int(labels.min()) < 0 or int(labels.max()) >= most:
             raise EvaluationError(
-                f"label {int(labels.max() if labels.max() >= most else labels.min())} is no class of a network with {most} outputs"
+                f"label {int(labels.max() if labels.max() >= most else labels.min())} is not a class of a network with {most} outputs"
             )
         self.labels += labels.tolist()
         for number, output in enumerate(outputs):

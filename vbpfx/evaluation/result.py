@@ -54,7 +54,7 @@ class Evaluation:
         kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
         classes: what became of each class, the worst hurt first.
         by_position: whether the networks choose at every position of a sample.
-        cosine: of outputs that are no logits: mean cosine between the two networks' values.
+        cosine: of outputs that are not logits: mean cosine between the two networks' values.
         relative_error: of these: root of the summed squared difference over the dense network's own squares.
     """
 
@@ -154,7 +154,7 @@ class Evaluation:
         return table("", columns, rows)
 
     def _agreement_interval(self) -> str:
-        if self.agreement is None or self.by_position:  # a mean of shares of positions is no count of samples
+        if self.agreement is None or self.by_position:  # a mean of shares of positions is not a count of samples
             return ""
         low, high = Share(round(self.agreement * self.samples), self.samples).interval
         return f" [{low:.1%}, {high:.1%}]"

@@ -50,7 +50,7 @@ class Contract:
         """Read it off a program.
 
         Raises:
-            CaptureError: this is no program, it cannot be made a module, or it writes to its buffers or inputs.
+            CaptureError: this is not a program, it cannot be made a module, or it writes to its buffers or inputs.
         """
         if not isinstance(program, ExportedProgram):
             raise CaptureError(
@@ -166,7 +166,7 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
 
     Raises:
         ExportError: torch.export cannot export it, or the program computes something else.
-        CaptureError: ``like`` is no program that :class:`Contract` reads.
+        CaptureError: ``like`` is not a program that :class:`Contract` reads.
     """
     if like is None:
         example = inputs.resized(2)
@@ -188,7 +188,7 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
 
 
 def _with_kinds(network: nn.Module, like: ExportedProgram) -> nn.Module:
-    """A copy that shares the parameters, whose constants are no buffers and whose buffers are in the state dict, as they were.
+    """A copy that shares the parameters, whose constants are not buffers and whose buffers are in the state dict, as they were.
 
     A ``torch.fx.GraphModule`` makes a persistent buffer of every tensor.
     """

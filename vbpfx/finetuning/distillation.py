@@ -4,7 +4,7 @@ For logits z (student) and t (teacher) of shape (batch, ..., classes), at temper
 
     KL = T^2 mean over the batch of sum_c p_c (log p_c - log q_c),   p = softmax(t / T),  q = softmax(z / T)
 
-(Hinton, Vinyals and Dean 2015; T^2 keeps the gradient's size independent of T). For outputs that are no logits, and for
+(Hinton, Vinyals and Dean 2015; T^2 keeps the gradient's size independent of T). For outputs that are not logits, and for
 features, the mean squared error relative to the teacher's variance:
 
     MSE = mean (s - t)^2 / mean_c Var[t_c]

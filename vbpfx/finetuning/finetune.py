@@ -145,7 +145,7 @@ def finetune(
         FinetuneError: the settings, networks or data do not fit, a loss is not finite, the checkpoint is of another run, or
             accelerate is missing; with ``shard=True``, there is one process, or a network cannot be divided.
         RankError: another process has ended.
-        CaptureError: student or teacher is no module, or cannot be copied.
+        CaptureError: student or teacher is not a module, or cannot be copied.
         ArtifactError: the checkpoint cannot be written.
     """
     require_module(student)

@@ -143,7 +143,9 @@ def processes(mixed_precision: Precision) -> Iterator[Processes]:
         try:
             accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
         except (ValueError, TypeError) as error:
-            raise FinetuneError(f"this machine cannot train with mixed_precision={mixed_precision!r}: {first_line(error)}") from error
+            raise FinetuneError(
+                f"this machine cannot train with mixed_precision={mixed_precision!r}: {first_line(error)}"
+            ) from error
         yield Processes(accelerator)
     finally:
         if not callers:

@@ -9,7 +9,7 @@ straight from the graph. So the network runs once, and a module is a unit only i
 - its outputs are tensors in tuples, lists and dictionaries, where FSDP2 finds them and waits for their gradients;
 - nothing writes into an output that is a view, which would undo that.
 
-What is no unit's stays with the unit around it, at last with the network as a whole.
+What is not a unit's stays with the unit around it, at last with the network as a whole.
 """
 
 from __future__ import annotations

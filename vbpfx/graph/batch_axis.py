@@ -44,7 +44,7 @@ def find_batch_axes(
     The first axis is tried first, so that a network that treats all entries alike has its batch there; then the second; then
     every tensor's own axis of the same length. Where no axis holds samples that are independent of one another, the first
     is taken if sizes follow it in every input and output (:attr:`vbpfx.data.inputs.Inputs.coupled`: a norm over the batch,
-    random numbers), and none otherwise: the nodes of a graph are no samples.
+    random numbers), and none otherwise: the nodes of a graph are not samples.
 
     Args:
         model: a copy that may be run: whatever it writes to stays written. On the meta device sizes alone are compared.

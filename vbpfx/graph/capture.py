@@ -291,7 +291,7 @@ def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
 
 
 def require_module(model: Any) -> None:
-    """Raise a CaptureError for anything that is no ``nn.Module``."""
+    """Raise a CaptureError for anything that is not a ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}; wrap functions in a module")
 

@@ -7,7 +7,7 @@ Both make the same kind of object, a ``torch.fx.GraphModule``:
 - ``"export"``, :func:`torch.export.export`: an ATen graph, for models whose Python control flow stops
   symbolic tracing.
 
-Arguments that are no tensors (flags, words, None) keep the values that they have in the example: the graph checks that later calls
+Arguments that are not tensors (flags, words, None) keep the values that they have in the example: the graph checks that later calls
 have the same. Recurrent layers stay whole in both.
 """
 

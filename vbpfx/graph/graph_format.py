@@ -31,7 +31,7 @@ from vbpfx.graph.tree_format import field_name, named_tuple, spec_from_json, spe
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
                          "requires_grad"})  # fmt: skip
 _FORBIDDEN = frozenset({"load", "save", "from_file"})
-# Methods of a tensor that are no operators of ATen, and that read or convert it.
+# Methods of a tensor that are not operators of ATen, and that read or convert it.
 _METHODS = frozenset({"size", "dim", "numel", "ndimension", "type", "float", "double", "half", "bfloat16", "int", "long",
                       "bool", "cpu", "cuda", "is_floating_point", "reshape_as", "new_tensor", "unflatten"})  # fmt: skip
 # What a recurrent layer keeps beside its weights: the same tensors once more.
@@ -126,10 +126,10 @@ def _check_names(data: dict[str, Any], tensors: list[str]) -> None:
     variables += [key for entry in nodes for key, _ in entry["kwargs"]["dict"]]
     for name in variables:
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name) or keyword.iskeyword(name):
-            raise ArtifactError(f"the graph holds the name {name!r}, which is no identifier")
+            raise ArtifactError(f"the graph holds the name {name!r}, which is not an identifier")
     for path in [*data["modules"], *tensors]:
         if not isinstance(path, str) or not _PATH.fullmatch(path):
-            raise ArtifactError(f"the graph holds the path {path!r}, which is no path of a module or tensor")
+            raise ArtifactError(f"the graph holds the path {path!r}, which is not a path of a module or tensor")
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _target_from_json(op: str, target: Any) -> Any:
     if op == "call_method":
         operators = target in _METHODS or hasattr(torch.ops.aten, target)
         if target.startswith("_") or target in _FORBIDDEN or not (operators and hasattr(Tensor, target)):
-            raise ArtifactError(f"the graph calls Tensor.{target}, which is no operator on a tensor")
+            raise ArtifactError(f"the graph calls Tensor.{target}, which is not an operator on a tensor")
         return target
     if op != "call_function":
         return target
@@ -207,7 +207,7 @@ def _target_from_json(op: str, target: Any) -> Any:
         packet = getattr(torch.ops.aten, name, None) if namespace == "aten" and name not in _FORBIDDEN else None
         found = getattr(packet, overload, None)
         if not isinstance(found, torch._ops.OpOverload):
-            raise ArtifactError(f"the graph calls {target}, which is no operator of this PyTorch")
+            raise ArtifactError(f"the graph calls {target}, which is not an operator of this PyTorch")
         return found
     if target not in _functions():
         raise ArtifactError(f"the graph calls {target}, which a saved network may not call")
@@ -237,7 +237,7 @@ def _value_to_json(value: Any, where: str) -> Any:
             return {"device": str(value)}
         case _ if value is Ellipsis:
             return {"ellipsis": True}
-    raise ArtifactError(f"{where} holds a {type(value).__name__}, which is no plain data and cannot be saved")
+    raise ArtifactError(f"{where} holds a {type(value).__name__}, which is not plain data and cannot be saved")
 
 
 def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
@@ -276,7 +276,7 @@ def _constants() -> dict[str, Any]:
 def _of_torch(name: Any) -> Any:
     # not getattr(torch, name), which imports what it does not find
     if name not in _constants():
-        raise ArtifactError(f"the graph holds torch.{name}, which is no dtype or layout")
+        raise ArtifactError(f"the graph holds torch.{name}, which is not a dtype or layout")
     return _constants()[name]
 
 
@@ -288,7 +288,7 @@ def dtype_from_json(name: Any) -> torch.dtype:
     """
     found = _of_torch(name)
     if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"the graph holds torch.{name}, which is no dtype")
+        raise ArtifactError(f"the graph holds torch.{name}, which is not a dtype")
     return found
 
 
@@ -306,7 +306,7 @@ def _module_classes() -> dict[str, type[nn.Module]]:
 
 def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
     if _module_classes().get(f"{type(module).__module__}.{type(module).__qualname__}") is not type(module):
-        raise ArtifactError(f"module {name} is a {type(module).__qualname__}, which is no module of torch.nn")
+        raise ArtifactError(f"module {name} is a {type(module).__qualname__}, which is not a module of torch.nn")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ArtifactError(f"module {name} has forward hooks, which cannot be saved; remove them first")
     attributes = {}
@@ -327,13 +327,13 @@ def _module_from_json(name: str, data: dict[str, Any]) -> nn.Module:
     found = _module_classes().get(data["class"])
     if found is None:
         raise ArtifactError(
-            f"module {name} claims class {data['class']}, which is no module of torch.nn in this PyTorch"
+            f"module {name} claims class {data['class']}, which is not a module of torch.nn in this PyTorch"
         )
     module: nn.Module = found.__new__(found)
     nn.Module.__init__(module)
     for key, value in data["attributes"].items():
         if key.startswith("__"):
-            raise ArtifactError(f"module {name} sets {key}, which is no attribute that a saved network may set")
+            raise ArtifactError(f"module {name} sets {key}, which is not an attribute that a saved network may set")
         setattr(module, key, _value_from_json(value, {}))
     for key in data["absent"]:
         module.register_parameter(key, None)

@@ -35,7 +35,7 @@ def is_plain(value: Any) -> bool:
 
 
 def require_constants(graph: fx.Graph, constants: Mapping[fx.Node, Any]) -> None:
-    """Make the graph refuse other values of arguments that are no tensors: what the model does with them was fixed by tracing.
+    """Make the graph refuse other values of arguments that are not tensors: what the model does with them was fixed by tracing.
 
     Args:
         graph: it is changed in place.

@@ -92,7 +92,7 @@ def spec_from_json(data: Any) -> pytree.TreeSpec:
     """The inverse of :func:`spec_to_json`; nothing that the data names is looked up anywhere but in closed lists.
 
     Raises:
-        ArtifactError: it is no structure of the containers that a file can describe.
+        ArtifactError: it is not a structure of the containers that a file can describe.
     """
     if isinstance(data, str) and data != _LEAF:
         data = _of_old_text(data)
@@ -119,7 +119,7 @@ def _example(data: Any) -> Any:
         case {"returned": [name, list(held)]} if name in _returned():
             return _returned()[name](map(_example, held))
     raise ArtifactError(
-        f"the graph's arguments or results are described as {str(data)[:80]}, which is no structure of tuples, lists, dictionaries and "
+        f"the graph's arguments or results are described as {str(data)[:80]}, which is not a structure of tuples, lists, dictionaries and "
         f"named fields; save the network again"
     )
 
@@ -129,7 +129,7 @@ def _key(key: Any) -> str | int:
         found: str | int = key
         return found
     raise ArtifactError(
-        f"the graph's arguments or results hold a dictionary with the key {key!r}, which is no text or number"
+        f"the graph's arguments or results hold a dictionary with the key {key!r}, which is not text or number"
     )
 
 
@@ -137,7 +137,7 @@ def field_name(name: Any) -> str:
     """The name, if a field may be called so.
 
     Raises:
-        ArtifactError: it is no identifier, or begins with an underscore.
+        ArtifactError: it is not an identifier, or begins with an underscore.
     """
     if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_"):
         return name

@@ -63,7 +63,7 @@ class Weightless:
         Raises:
             ModelError: a file cannot be read, does not fit the model or holds quantised weights, or the model has its weights
                 in memory or computes in float16.
-            CaptureError: it is no module.
+            CaptureError: it is not a module.
         """
         folder: Path | None = None
         restored: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Weightless:
 
 def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is no folder of Hugging Face: there is no {folder / 'config.json'}")
+        raise ModelError(f"{folder} is not a folder of Hugging Face: there is no {folder / 'config.json'}")
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:

@@ -260,7 +260,7 @@ def _verify(
 
 
 def _write_configuration(hollow: Weightless, own: Any, folder: Path) -> None:
-    """``config.json`` of the narrowed model, and what else its folder held that is no weights."""
+    """``config.json`` of the narrowed model, and what else its folder held that is not weights."""
     assert hollow.folder is not None
     for name, value in hollow.restored.items():
         setattr(own.config, name, value)

@@ -48,7 +48,7 @@ def sensitivities(
         ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
 
     A block that moves the output by no more than the output's own rounding (half the squared machine epsilon times |y|^2)
-    moves nothing: its D is 0, and it takes no part in m and v. What a dense output holds that is no number (NaN, or an infinite
+    moves nothing: its D is 0, and it takes no part in m and v. What a dense output holds that is not a number (NaN, or an infinite
     value that the narrowed network has, too) says nothing and counts as 0.
 
     Args:

@@ -50,9 +50,9 @@ def read_model(path: Path) -> ir.Model:
         KeyError,
         RuntimeError,
     ) as error:  # protobuf's, and what a torn message makes
-        raise ArtifactError(f"{path} is no ONNX file, or it is damaged: {first_line(error)}") from error
+        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {first_line(error)}") from error
     if not model.graph.outputs or not model.opset_imports:
-        raise ArtifactError(f"{path} is no ONNX file, or it is damaged: it holds no graph")
+        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: it holds no graph")
     for name, tensor in _external(model):  # before anything reads what they name
         _require_inside(path, name, tensor)
     for value in _initializers(model):

@@ -118,7 +118,7 @@ def _fused_gemm(b: Builder) -> Value:
     """Of ONNX Runtime's optimizer: act(A B + C), where the activation stands directly behind a layer."""
     y = _gemm(b)
     if isinstance(y, fx.Node) and y.target is not F.linear and b.attribute("activation", ""):
-        raise CaptureError("what its activation reads is no layer with a bias of its own")
+        raise CaptureError("what its activation reads is not a layer with a bias of its own")
     return _activated(b, y)
 
 

@@ -2,7 +2,7 @@
 
 Axes of one name are alike, wherever they stand; a file whose axes have no names, or a name of its own for each input, is asked by
 the sizes alone. What a hypothesis says is tested on the file itself (:mod:`vbpfx.graph.batch_axis`), so that nothing is cut or
-repeated that the file does not take: a graph's nodes are no samples, and a state of one sample allows no second.
+repeated that the file does not take: a graph's nodes are not samples, and a state of one sample allows no second.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _likely(names: Mapping[str, list[str | None]], inputs: Inputs) -> Iterator[A
 def _may_be_samples(places: Axes, names: Mapping[str, list[str | None]]) -> bool:
     """Whether the axes are open, the first input with an open axis is among them, and one stands first or behind an open axis.
 
-    A length behind a batch of fixed size is no number of samples, and neither is a number of edges beside nodes.
+    A length behind a batch of fixed size is not a number of samples, and neither is a number of edges beside nodes.
     """
     given = {key: axis for (key, _), axis in places.items() if axis is not None}
     first = next(key for key, axes in names.items() if any(name is not None for name in axes))

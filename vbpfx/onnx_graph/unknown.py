@@ -64,7 +64,7 @@ class Probe:
         """Run the file for what these nodes read and make, where that is not known yet.
 
         Raises:
-            CaptureError: ONNX Runtime does not run it, or a value is no tensor of numbers.
+            CaptureError: ONNX Runtime does not run it, or a value is not a tensor of numbers.
         """
         given = {str(value.name) for value in true_inputs(self.model)}
         values = dict.fromkeys(v for node in nodes for v in (*operands(node), *made_by(node)) if not _is_stored(v))
@@ -86,7 +86,7 @@ class Probe:
                 break
         for name in names:
             if not all(isinstance(run[name], np.ndarray) and run[name].dtype.kind in "biuf" for run in runs):
-                raise CaptureError(f"its value {name!r} is no tensor of numbers")
+                raise CaptureError(f"its value {name!r} is not a tensor of numbers")
             self._seen[name] = Seen(runs[0][name].dtype, [run[name].shape for run in runs])
 
     def seen(self, value: ir.Value) -> Seen:

@@ -44,7 +44,7 @@ class Budget:
         """The one budget among the keyword arguments that is not None.
 
         Raises:
-            BudgetError: none or several are given, or the value is no number in (0, 1).
+            BudgetError: none or several are given, or the value is not a number in (0, 1).
         """
         named = {kind: value for kind, value in given.items() if value is not None}
         if len(named) != 1:
@@ -208,7 +208,7 @@ def require_positive(name: str, value: Any) -> int:
 def require_memory(value: Any) -> float:
     """The value, if it is a number of GiB above 0; a BudgetError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise BudgetError(f"memory={value!r} is no number of GiB above 0")
+        raise BudgetError(f"memory={value!r} is not a number of GiB above 0")
     return float(value)
 
 

@@ -93,7 +93,7 @@ def denoised_variance(about: Scoring) -> Tensor:
     """Sum over the consumer inputs of (1 - p) C_jj + p D_jj; (d,) float64.
 
     D = sum of lambda_i u_i u_i^T over the eigenvalues of C above the Marchenko-Pastur edge s (1 + sqrt(d / n))^2, with n
-    the number of *samples* (positions of one image are no independent draws) and s the median eigenvalue over the
+    the number of *samples* (positions of one image are not independent draws) and s the median eigenvalue over the
     median of the Marchenko-Pastur law, here taken as 1.
     """
     total = torch.zeros(about.block.width, dtype=torch.float64)

@@ -29,7 +29,7 @@ class Latencies:
         correction: k, by which what blocks save alone becomes what the network saves, from a measurement of it.
 
     Raises:
-        BudgetError: a latency is no finite number above 0, or the correction none of 0 or more.
+        BudgetError: a latency is not a finite number above 0, or the correction none of 0 or more.
     """
 
     runtime: str

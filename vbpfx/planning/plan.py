@@ -79,7 +79,7 @@ def make_plan(
         include, exclude: glob patterns over block names and module paths.
 
     Raises:
-        BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is no finite number.
+        BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is not a finite number.
         AnalysisError: no block, or a pattern that matches none.
         CalibrationError: the statistics are of another model; or the weights of a block are not finite, so that its neurons
             cannot be ranked.

@@ -87,7 +87,7 @@ class Report:
             data: the dictionaries.
 
         Raises:
-            ArtifactError: it is no report.
+            ArtifactError: it is not a report.
         """
         try:
             given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}

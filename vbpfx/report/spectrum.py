@@ -69,7 +69,7 @@ def spectra(blocks: tuple[Block, ...], statistics: Statistics, plan: Plan) -> di
 def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRIES) -> Spectrum:
     """The spectrum of neurons with these variances, (N,), of which ``kept`` stay, in at most so many entries.
 
-    Of neurons of the same variance those that stay rank first: where variance decides, ties are no exception.
+    Of neurons of the same variance those that stay rank first: where variance decides, ties are not exception.
     """
     neurons = len(variances)
     stays = torch.zeros(neurons, dtype=torch.bool)

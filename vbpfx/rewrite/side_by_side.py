@@ -1,7 +1,7 @@
 """The reference and the narrowed network side by side: what both compute behind every layer that reads a narrowed axis.
 
 Graphs run node by node, so that no more is held than either holds by itself; a class runs first, and its layers are heard. They run in the network's own precision, or every
-value, weight and fold in float64: then what is left of a difference is no rounding. Casts to another floating-point type
+value, weight and fold in float64: then what is left of a difference is not a rounding. Casts to another floating-point type
 are left out there.
 """
 

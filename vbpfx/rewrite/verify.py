@@ -46,7 +46,7 @@ class Verification:
         dtype: the precision that both ran in.
         refits: largest relative difference between a corrected weight or bias and what the plan says of it.
         behind: largest |pruned - reference| behind the layers that read a block, relative to the largest |reference| there;
-            None where that was not compared (a network that is no graph of the dense one's nodes).
+            None where that was not compared (a network that is not a graph of the dense one's nodes).
         unproven: names of blocks that nothing was seen of: zeros in their place would change neither what stands behind
             their layers nor, where that was not compared, the output.
         exact: ``error`` and ``behind``, the larger, with every value and weight in float64; None where rounding alone explained what

@@ -298,7 +298,7 @@ def _first_dim(dims: tuple[Any, ...]) -> Any:
 
 
 def operand_of(node: fx.Node, names: Names) -> Operand | None:
-    """The node's value as an operand, a parameter under its own name; None where it is no tensor."""
+    """The node's value as an operand, a parameter under its own name; None where it is not a tensor."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None

@@ -40,7 +40,7 @@ def convolution(site: Site) -> Iterator[Relation]:
     """y[o] = sum_i W[o, i] * x[i] + b[o] over windows.
 
     Any ungrouped convolution produces its output channels. One contracts its input channels if it does
-    not pad: beside a border a constant channel is no constant. A depthwise one treats channels one by one.
+    not pad: beside a border a constant channel is not a constant. A depthwise one treats channels one by one.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
@@ -68,7 +68,7 @@ def convolution(site: Site) -> Iterator[Relation]:
         yield Produces(out.axis(channel), weight.axis(0))
         if padded:
             yield Opaque(
-                x.axis(channel), "a padded convolution reads it: beside the border a removed channel is no constant"
+                x.axis(channel), "a padded convolution reads it: beside the border a removed channel is not a constant"
             )
     elif groups == x.shape[channel] == out.shape[channel]:
         yield Same(x.axis(channel), weight.axis(0))
@@ -97,7 +97,7 @@ def transposed_convolution(site: Site) -> Iterator[Relation]:
             yield Opaque(operand.axis(dim), "a convolution mixes the positions along it")
     if channel:
         yield Same(x.axis(0), out.axis(0))
-    yield Opaque(x.axis(channel), "a transposed convolution reads it: a removed channel is no constant behind it")
+    yield Opaque(x.axis(channel), "a transposed convolution reads it: a removed channel is not a constant behind it")
     yield Produces(out.axis(channel), weight.axis(1))
     if bias is not None:
         yield Same(out.axis(channel), bias.axis(0))

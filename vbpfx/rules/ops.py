@@ -199,7 +199,7 @@ def register_operator(rule: Rule, *spellings: Any) -> None:
             ``torch.ops`` packets (``torch.ops.mylib.myop``).
 
     Raises:
-        AnalysisError: nothing is given, one is no operator, or stands in the table with another rule.
+        AnalysisError: nothing is given, one is not an operator, or stands in the table with another rule.
     """
     if not callable(rule) or not spellings:
         raise AnalysisError("register_operator takes a rule and at least one operator that follows it")

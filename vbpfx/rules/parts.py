@@ -163,7 +163,7 @@ def concatenation(site: Site) -> Iterator[Relation]:
     joined = site.constant(1, "dim", 0) % out.ndim
     parts = site.parts(0, "tensors")
     if parts is None or any(part.ndim != out.ndim for part in parts):
-        yield from site.all_opaque(f"{site.name} joins what is no list of tensors of one shape")
+        yield from site.all_opaque(f"{site.name} joins what is not a list of tensors of one shape")
         return
     start = 0
     for part in parts:

@@ -81,7 +81,7 @@ def load_checkpoint(kind: Kind, path: Path, run: Mapping[str, Any]) -> tuple[dic
             raise ValueError("the checksum is not that of its tensors")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise kind.error(
-            f"{path} is no checkpoint of {kind.name}, or damaged ({type(error).__name__}: {error}); {kind.instead}"
+            f"{path} is not a checkpoint of {kind.name}, or damaged ({type(error).__name__}: {error}); {kind.instead}"
         ) from error
     if number != _FORMAT:
         raise kind.error(f"{path} has format {number}, this vbpfx reads {_FORMAT}; {kind.instead}")

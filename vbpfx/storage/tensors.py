@@ -89,7 +89,7 @@ def _indexed_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     except (ArtifactError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is no index of safetensors files: {first_line(error)}") from error
+        raise ModelError(f"{folder / INDEX} is not an index of safetensors files: {first_line(error)}") from error
     if not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ModelError(f"{folder / INDEX} names files outside of its folder")
     return [folder / name for name in names]
@@ -145,7 +145,7 @@ def byte_count(size: int | str) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise ArtifactError(f"shard_size={size!r} is no size; use a number of bytes, '500MB' or '5GB'")
+        raise ArtifactError(f"shard_size={size!r} is not a size; use a number of bytes, '500MB' or '5GB'")
     return count
 
 
