@@ -14,6 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 "neurons": pruned.report.neurons,
                 "blocks": len(pruned.analysis.blocks),
                 "left_alone": dict(pruned.left_alone),
+                "refused_axes": dict(Counter(r.reason for r in pruned.analysis.refusals).most_common(3)),
                 "seconds": seconds,
             }
         print(f"{name}, {ratio:g}: {found['ratios'][f'{ratio:g}']}", flush=True)
@@ -154,7 +156,8 @@ def page(results: Mapping[str, Any]) -> str:
         if "refused" in at
     ]
     slower = [
-        f"- {name} at {float(ratio):.0%}: {at['speed']['median']:.2f}x, with {at['macs'][1] / at['macs'][0]:.0%} of the products"
+        f"- {name} at {float(ratio):.0%}: {at['speed']['median']:.2f}x, with {at['macs'][1] / at['macs'][0]:.2%} of the MACs left. Most "
+        f"layers cannot be narrowed: {next(iter(at['refused_axes']))} ({next(iter(at['refused_axes'].values()))} layers or axes)."
         for name, found in known.items()
         for ratio, at in found["ratios"].items()
         if "speed" in at and at["speed"]["median"] < 1

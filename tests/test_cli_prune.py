@@ -22,8 +22,11 @@ from typer.testing import CliRunner, Result
 
 import vbpfx
 from vbpfx.cli import app
-from vbpfx.cli.conventions import Method, Place
+from vbpfx.cli.plan_options import AllocationName, CompensationName, CriterionName, Method, Place
 from vbpfx.plan_files import load_plan
+from vbpfx.planning.allocation import ALLOCATIONS
+from vbpfx.planning.compensate import COMPENSATIONS
+from vbpfx.planning.importance import CRITERIA
 from vbpfx.planning.options import METHODS
 from vbpfx.runtimes.table import NAMES
 
@@ -133,6 +136,16 @@ def test_names_are_those_of_the_library() -> None:
 
     assert set(names(Method)) == set(METHODS)
     assert names(Place) == [*NAMES, "none"]
+    assert names(CriterionName) == list(CRITERIA)
+    assert names(AllocationName) == list(ALLOCATIONS)
+    assert names(CompensationName) == list(COMPENSATIONS)
+
+
+def test_parts_of_a_method_are_chosen_by_themselves(data: torch.Tensor) -> None:
+    chosen = {"criterion": "magnitude", "allocation": "global", "compensation": "none"}
+    _prune("--ratio", "0.5", *(word for name, value in chosen.items() for word in (f"--{name}", value)))
+    settings = load_plan("out").settings
+    assert {name: settings[name] for name in chosen} == chosen
 
 
 def test_an_earlier_result_is_replaced_and_its_onnx_file_goes(data: torch.Tensor) -> None:

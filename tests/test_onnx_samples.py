@@ -136,6 +136,26 @@ def test_the_command_takes_several_inputs_of_any_rank(tmp_path: Path) -> None:
     np.testing.assert_array_equal(small["W"], stored["W"][:, kept])
 
 
+def test_the_command_takes_the_parts_of_a_method(tmp_path: Path) -> None:
+    """Neurons by the norms of their weights alone, nothing in their place; a mask that is not there."""
+    path, data, out = tmp_path / "in.onnx", tmp_path / "x.npy", tmp_path / "out.onnx"
+    onnx.save(with_biases(), path)
+    np.save(data, floats(16, 6))
+    parts = ("--criterion", "magnitude", "--allocation", "global", "--compensation", "none", "--runtime", "none")
+    result = run_cli("onnx", path, "--data", data, "--out", out, "--ratio", "0.5", "--method", "vbp", *parts)
+    assert result.exit_code == 0, result.output
+    stored, small = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(file).graph.initializer} for file in (path, out)
+    )
+    squares = {name: np.square(array.astype(np.float64)) for name, array in stored.items()}
+    kept = np.sort(np.argsort(squares["dense_1/kernel"].sum(0) + squares["dense_2/kernel"].sum(1))[6:])
+    np.testing.assert_array_equal(small["dense_1/kernel"], stored["dense_1/kernel"][:, kept])
+    np.testing.assert_array_equal(small["dense_2/bias"], stored["dense_2/bias"])
+    unknown = run_cli("onnx", path, "--data", data, "--out", out, "--ratio", "0.5", "--mask", "nowhere")
+    assert unknown.exit_code == 1
+    assert "mask='nowhere' is not an input of the captured graph" in " ".join(unknown.output.split())
+
+
 def test_inspect_shows_the_blocks_and_all_refusals_of_a_file(tmp_path: Path) -> None:
     net = Net()
     mlp(net)

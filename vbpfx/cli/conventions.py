@@ -31,26 +31,6 @@ class Frontend(str, Enum):
     export = "export"
 
 
-class Method(str, Enum):
-    """The names of :data:`vbpfx.planning.options.METHODS`."""
-
-    auto = "auto"
-    vbp = "vbp"
-
-
-class Place(str, Enum):
-    """The names of :data:`vbpfx.runtimes.table.NAMES`, and none of them."""
-
-    pytorch = "pytorch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    torch_compile = "torch_compile"
-    aotinductor = "aotinductor"
-    executorch = "executorch"
-    tvm = "tvm"
-    none = "none"
-
-
 def _without_color(asked: bool) -> None:
     if asked:
         os.environ["NO_COLOR"] = "1"  # rich and typer look for it
@@ -78,25 +58,6 @@ Color = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
-
-
-def fraction(value: float | None) -> float | None:
-    """The value, where it is a fraction between 0 and 1; an option's callback."""
-    if value is not None and not 0 < value < 1:
-        raise typer.BadParameter(f"{value:g} is not between 0 and 1, exclusive")
-    return value
-
-
-def mask_argument(text: str) -> str | tuple[str, str] | None:
-    """What a ``--mask`` such as ``keep`` or ``pad:padding`` says, as :func:`vbpfx.prune` takes it; None for none.
-
-    Raises:
-        typer.BadParameter: what its entries stand for is neither of the two.
-    """
-    name, colon, nonzero = text.partition(":")
-    if colon and nonzero not in ("tokens", "padding"):
-        raise typer.BadParameter(f"--mask {text}: expected NAME, NAME:tokens or NAME:padding")
-    return (name, nonzero) if colon else name or None
 
 
 def sizes(shape: str) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,17 +14,13 @@ from vbpfx.cli.conventions import (
     Debug,
     Device,
     Frontend,
-    Method,
     Model,
-    Place,
     Tracing,
     Weights,
     busy,
     command_line,
     device_named,
     failing_in_one_line,
-    fraction,
-    mask_argument,
     note,
     note_random_weights,
     require_apart,
@@ -46,6 +42,29 @@ from vbpfx.cli.data_options import (
     reading,
 )
 from vbpfx.cli.group import among_ranks
+from vbpfx.cli.plan_options import (
+    CALIBRATION,
+    Allocation,
+    Compensation,
+    Criterion,
+    Exclude,
+    FittedOn,
+    Include,
+    Latency,
+    Macs,
+    Mask,
+    Memory,
+    Method,
+    MethodOption,
+    MinWidth,
+    Params,
+    Place,
+    Ratio,
+    RoundTo,
+    Runtime,
+    Uniform,
+    planning,
+)
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -58,67 +77,27 @@ torchrun --nproc-per-node 2 -m vbpfx prune hf:folder --data texts.txt --params 0
 """
 
 
-BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
-
-
 def prune(
     model: Model,
     data: Annotated[Path, typer.Option(help=f"Calibration samples without labels. {DATA}")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")],
-    ratio: Annotated[
-        float | None,
-        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the hidden neurons to remove."),
-    ] = None,
-    macs: Annotated[
-        float | None, typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the MACs to keep.")
-    ] = None,
-    params: Annotated[
-        float | None,
-        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the parameters to keep."),
-    ] = None,
-    latency: Annotated[
-        float | None,
-        typer.Option(rich_help_panel=BUDGET, callback=fraction, help="Fraction of the latency in --runtime to keep."),
-    ] = None,
+    ratio: Ratio = None,
+    macs: Macs = None,
+    params: Params = None,
+    latency: Latency = None,
     weights: Weights = None,
-    method: Annotated[Method, typer.Option(rich_help_panel=BLOCKS, help="vbp: the paper to the letter.")] = Method.auto,
-    runtime: Annotated[
-        Place | None,
-        typer.Option(
-            rich_help_panel=BLOCKS,
-            help="Where the network will run: widths are multiples of what is fast there. "
-            "By default onnxruntime; none for exact widths, as with --method vbp.",
-            show_default=False,
-        ),
-    ] = None,
-    round_to: Annotated[
-        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Widths are multiples of it; 1 for exact ones.")
-    ] = None,
-    min_width: Annotated[
-        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="No block becomes narrower.")
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(rich_help_panel=BLOCKS, help="Blocks that match, such as 'blocks.*'; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="All blocks but those that match; repeatable.")
-    ] = None,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
-    ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=CALIBRATION,
-            min=1,
-            help="Samples that layers are fitted on; by default what --memory holds.",
-        ),
-    ] = None,
-    memory: Annotated[
-        float,
-        typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that calibration may hold beside the model."),
-    ] = 8.0,
+    method: MethodOption = Method.auto,
+    criterion: Criterion = None,
+    allocation: Allocation = None,
+    compensation: Compensation = None,
+    runtime: Runtime = None,
+    round_to: RoundTo = None,
+    min_width: MinWidth = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    uniform: Uniform = False,
+    samples: FittedOn = None,
+    memory: Memory = 8.0,
     batch: Batch = 32,
     limit: Limit = None,
     bad_images: Bad = BadImages.refuse,
@@ -128,14 +107,7 @@ def prune(
     std: Std = "",
     crop: Crop = None,
     max_length: MaxLength = None,
-    mask: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=CALIBRATION,
-            metavar="NAME[:WHAT]",
-            help="The argument that is the padding mask, where it is not attention_mask; WHAT its nonzero entries are, tokens or padding.",
-        ),
-    ] = "",
+    mask: Mask = "",
     frontend: Tracing = Frontend.auto,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of what --limit chooses, and of random weights where none are given.")] = 0,
@@ -157,26 +129,17 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Prune a model on unlabelled data and write DIR: plan, weights, graph, report.html, model.onnx."""
-    budgets = {"ratio": ratio, "macs": macs, "params": params, "latency": latency}
-    given = [f"--{name}" for name, value in budgets.items() if value is not None]
-    if len(given) != 1:
-        raise typer.BadParameter(
-            f"one budget is needed, found {' and '.join(given) or 'none'}: --ratio, --macs, --params or --latency"
-        )
     if latency is not None and runtime == Place.none:
         raise typer.BadParameter("--latency is measured in a --runtime; none is not a runtime")
     if compiled and method != Method.vbp:
         raise typer.BadParameter("--compile is for --method vbp: auto takes gradients, too, which are not compiled")
     require_apart(checkpoint, out)
-    unrounded = runtime == Place.none or (runtime is None and method == Method.vbp)
-    place = None if unrounded and latency is None else runtime or Place.onnxruntime
-    options: dict[str, Any] = {
-        **budgets, "method": method.value, "min_width": min_width, "include": include, "exclude": exclude,
-        "uniform": uniform or None, "round_to": 1 if unrounded and round_to is None else round_to,
-        "runtime": place.value if place else None, "samples": samples, "memory": memory, "frontend": frontend.value,
-        "mask": mask_argument(mask), "checkpoint": checkpoint, "compile": compiled or None,
-    }  # fmt: skip
-    options = {name: value for name, value in options.items() if value not in (None, [])}
+    options = planning(
+        {"ratio": ratio, "macs": macs, "params": params, "latency": latency},
+        method=method, criterion=criterion, allocation=allocation, compensation=compensation, runtime=runtime, round_to=round_to,
+        mask=mask, min_width=min_width, include=include, exclude=exclude, uniform=uniform or None, samples=samples, memory=memory,
+        frontend=frontend.value, checkpoint=checkpoint, compile=compiled or None,
+    )  # fmt: skip
     source = reading(
         name=model, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers,
         shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
