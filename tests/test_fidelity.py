@@ -40,6 +40,13 @@ class Unbound(EachSample):
         return self.mlp(torch.stack([sample.tanh() for sample in x]))  # a loop over samples
 
 
+class Summed(EachSample):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(
+            [self.mlp(x[i : i + 1].sum(0, keepdim=True)) for i in range(x.shape[0])]
+        )  # a loop over samples
+
+
 class Halves(EachSample):
     """Two halves of a sequence, whose length is asked about in Python."""
 
@@ -87,10 +94,14 @@ def test_a_loop_over_samples_names_its_line() -> None:
 
 
 def test_a_loop_over_a_single_sample_is_no_other_error() -> None:
-    """torch.export traces two samples where there is one, so that the graph stops on the very batch that was captured."""
+    """torch.export traces two samples where there is one, so that the graph would stop on the very batch that was captured."""
     torch.manual_seed(0)
-    with pytest.raises(CaptureError, match=r"on the batch it was captured with.*test_fidelity.py:\d+.*without a loop"):
+    with pytest.raises(CaptureError, match=r"does not run on a single sample .* pass at least two samples"):
         prune(Unbound(), [randn(1, 8), randn(5, 8)])
+    with pytest.raises(CaptureError, match=r"on the batch it was captured with \(outputs of shape.*without a loop"):
+        prune(Summed(), [randn(1, 8), randn(5, 8)])
+    with pytest.raises(CaptureError, match=r"for a batch of 2 samples alone.*test_fidelity.py:\d+.*without a loop"):
+        prune(Unbound(), [randn(2, 8), randn(5, 8)])
 
 
 @pytest.mark.parametrize("samples", [2, 5])

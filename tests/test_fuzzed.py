@@ -116,6 +116,20 @@ def test_a_weight_that_is_computed_is_no_adapter(frontend: str) -> None:
     assert any("computed value" in refusal.reason for refusal in analysis.refusals)
 
 
+def test_a_part_of_a_packed_weight_is_refused_by_the_name_of_the_weight() -> None:
+    """As nn.MultiheadAttention cuts its weight where queries and keys differ."""
+
+    def body(m: nn.Module, x: Tensor) -> Tensor:
+        query, key = m.w.split([5, 7])
+        return m.b(F.linear(x, query)) + m.c(F.linear(x.sin(), key))
+
+    model = double(randomize(Net(body, w=parameter(12, 8), b=L(5, 8), c=L(7, 8))))
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, tokens().double()))
+    assert not analysis.blocks
+    refused = {r.width: r.producers for r in analysis.refusals if "computed value" in r.reason}
+    assert refused == {5: ("w",), 7: ("w",)}
+
+
 def test_blocks_that_have_nothing_to_give_are_a_budget_that_cannot_be_met() -> None:
     model = double(randomize(Net(lambda m, x: x + m.b(m.a(x) * m.c(x)), a=L(8, 1), b=L(1, 8), c=L(8, 1))))
     with pytest.raises(vbpfx.BudgetError):

@@ -202,6 +202,27 @@ def test_alike_blocks_give_alike_shares() -> None:
     assert plan.widths == equal.widths == {"first": 10, "second": 6}
 
 
+@pytest.mark.parametrize(
+    ("options", "width"), [({"ratio": 0.3}, 5), ({"ratio": 0.3, "round_to": 4}, 5), ({"ratio": 0.01}, 1)]
+)
+def test_blocks_are_measured_at_the_share_of_all(options: dict[str, Any], width: int) -> None:
+    """Each gives up the same share, wherever the budget ends, and in whatever steps widths are rounded."""
+    model = randomize(Parallel()).double()
+    for twin in model.equal[1:]:
+        twin.load_state_dict(model.equal[0].state_dict())
+    analysis, statistics = _stages(model)
+    seen: list[vbpfx.Plan] = []
+
+    def measure(plan: vbpfx.Plan) -> dict[str, float]:
+        seen.append(plan)
+        return vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})])
+
+    plan = vbpfx.make_plan(analysis, statistics, sensitivity=measure, method="auto", **options)
+    assert [entry.block.width - len(entry.kept) for entry in seen[0].blocks] == [width] * 4
+    widths = [plan.widths.get(block.name, 16) for block in analysis.blocks]
+    assert max(widths) - min(widths) <= options.get("round_to", 1)
+
+
 def test_auto_measures_and_says_so() -> None:
     model = _two(nn.Linear(6, 5))
     pruned = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False)

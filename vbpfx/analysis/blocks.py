@@ -9,6 +9,7 @@ nothing. One pass over the nodes and one over the components: linear in the size
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,12 +167,12 @@ def _judge(
         ),
         key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
     )
-    name = _enclosing(produced)
     node, reason = _obstacle(component, consumers, reductions, parameters, linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, adapters)
     if reason:
-        return Refusal(name, component.width, tuple(produced), node, reason)
+        weights = tuple(dict.fromkeys(evidence.origins.get(name, name) for name in produced))
+        return Refusal(_enclosing(weights), component.width, weights, node, reason)
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     values = [
         Carrier(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
@@ -312,7 +313,7 @@ def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int
     return False
 
 
-def _enclosing(weights: list[str]) -> str:
+def _enclosing(weights: Sequence[str]) -> str:
     """The module path that encloses the layers of these weights."""
     paths = [weight.split(".")[:-1] for weight in weights]
     common = []

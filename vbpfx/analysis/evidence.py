@@ -63,7 +63,8 @@ class Evidence:
     """What the rules said, gathered over the whole graph.
 
     ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone; ``fed`` are
-    those among them whose values do: what sees data.
+    those among them whose values do: what sees data. ``origins`` names the parameter that a layer's computed weight (a part of a
+    packed one, a normalised one) is made of.
     """
 
     nodes: dict[str, fx.Node]
@@ -88,6 +89,7 @@ class Evidence:
     uses: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     sizes: dict[Axis, int] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def first_use(self, name: str) -> int:
         """Position of the first call that uses a parameter."""
@@ -130,6 +132,10 @@ def gather(captured: Captured) -> Evidence:
             _note(relation, node, evidence)
         if node not in sizes:
             _note_unread(node, module, names, said, evidence)
+    for axis in evidence.produced:
+        behind = None if axis.is_parameter else _parameter_behind(nodes[axis.owner], names, evidence)
+        if behind is not None:
+            evidence.origins[axis.owner] = behind.owner
     _mark_alone(evidence)
     _settle_computed_sizes(evidence)
     return evidence

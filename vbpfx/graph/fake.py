@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbpfx.data.inputs import Inputs
+from vbpfx.errors import CaptureError, first_line
 from vbpfx.graph.recurrent import call_stand_in, run_fake_call
 from vbpfx.graph.repeated import Repeated, ReshapedError
 
@@ -42,11 +43,25 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
     if inputs.batch_size is not None and not fixed:
         try:
             run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
-            return samples
         except Exception:  # a graph that is tied to its batch size still works at that size
             pass
+        else:
+            if inputs.batch_size == 1:
+                _require_one_sample(graph_module, inputs)
+            return samples
     run_fake(graph_module, inputs, inputs.batch_size, record, Repeated(graph_module))
     return None
+
+
+def _require_one_sample(graph_module: fx.GraphModule, inputs: Inputs) -> None:
+    """Raise a CaptureError where a graph does not run on a single sample: torch.export traces two, and unrolls loops over them."""
+    try:
+        run_fake(graph_module, inputs, 1, lambda node, run: run(), Repeated(graph_module))
+    except Exception as error:  # whatever the operators raise
+        raise CaptureError(
+            f"the graph does not run on a single sample ({first_line(error)}): it was traced with two, and a loop in the model's code over "
+            f"an axis of its input was unrolled for them; pass at least two samples, and compute all entries of that axis at once"
+        ) from error
 
 
 def spent_by_node(

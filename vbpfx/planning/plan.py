@@ -99,7 +99,7 @@ def make_plan(
 
     rates: dict[str, float] = {}
     if chosen.allocation == "sensitivity" and callable(sensitivity) and len(blocks) > 1:  # one compares with none
-        equal = deciding.kept(scores, "equal", {})
+        equal = deciding.at_share(scores)
         rates = deciding.rates(scores, _of_all(blocks, sensitivity(plan(equal, "equal"))))
         unmoved = [name for name, rate in rates.items() if rate == 0 and len(equal[name]) > deciding.floor[name]]
         if unmoved:  # what its share says nothing about: whether the block does anything at all
@@ -158,8 +158,8 @@ class Deciding:
                         f"the sensitivity of block {block.name} is {d}; it must be a finite number of 0 or more: what the output "
                         f"loses when this block alone gives up its share"
                     )
-                given = block.width - self.floor[block.name] if at_floor else round(self._share * block.width)
-                found[block.name] = d / lowest(scores[block.name], given)[1]
+                left = self.floor[block.name] if at_floor else self._at_share(block)
+                found[block.name] = d / lowest(scores[block.name], block.width - left)[1]
         return found
 
     def allocation(self, rates: Mapping[str, float]) -> str:
@@ -179,6 +179,17 @@ class Deciding:
             "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
             "with a plan of equal shares"
         )
+
+    def at_share(self, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Block -> the neurons that stay where each gives up the share of all that will go, whatever widths are rounded to.
+
+        Blocks are measured at that, and not at a plan that meets the budget: where such a plan ends between two blocks, or in
+        steps of ``round_to``, one of two equal blocks gives up more.
+        """
+        return {block.name: kept_neurons(scores[block.name], self._at_share(block)) for block in self.blocks}
+
+    def _at_share(self, block: Block) -> int:
+        return max(self.floor[block.name], block.width - max(1, round(self._share * block.width)))
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Block -> the neurons that stay where the named blocks keep as few as they may, and the others all."""
