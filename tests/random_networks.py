@@ -210,7 +210,7 @@ def specs(draw: st.DrawFn, exported: float = 0.02) -> Spec:
         options["round_to"] = draw(st.sampled_from([2, 4]))
     if draw(st.integers(0, 3)) == 3:
         options["min_width"] = draw(st.sampled_from([1, 2, 3]))
-    forms = ["tensor"] * 4 + ["two", "keywords", "mapping", "any"]
+    forms = ["tensor"] * 8 + ["two", "keywords", "mapping", "any"] * 2
     if samples:
         forms += ["over samples"] * (samples > 1)  # torch.export traces a single sample as two
         forms += ["time first", "over time"] * (layout == "tokens")
