@@ -494,7 +494,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fresh = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, seed=1, resume=False)
     assert fresh.history[-1].epoch == 2
     (tmp_path / "finetune.safetensors").write_bytes(b"damaged")
-    with pytest.raises(FinetuneError, match="no checkpoint of finetune, or damaged"):
+    with pytest.raises(FinetuneError, match="not a checkpoint of finetune, or damaged"):
         _finetune(student, teacher, make_batches(), checkpoint=tmp_path)
 
 

@@ -142,9 +142,9 @@ def sparse(folder: Path) -> Path:
 
 FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (lambda folder: folder / "in.onnx", vbpfx.ArtifactError, "cannot read .*No such file"),
-    (text, vbpfx.ArtifactError, "no ONNX file, or it is damaged"),
-    (empty, vbpfx.ArtifactError, "no ONNX file, or it is damaged"),
-    (truncated, vbpfx.ArtifactError, "no ONNX file, or it is damaged"),
+    (text, vbpfx.ArtifactError, "not an ONNX file, or it is damaged"),
+    (empty, vbpfx.ArtifactError, "not an ONNX file, or it is damaged"),
+    (truncated, vbpfx.ArtifactError, "not an ONNX file, or it is damaged"),
     (without_data, vbpfx.ArtifactError, "keeps dense_1/kernel in weights.bin, which cannot be read"),
     (with_half_of_its_data, vbpfx.ArtifactError, "in weights.bin, which is too short"),
     (old, vbpfx.CaptureError, "opset 6, the oldest that is supported is 7"),
