@@ -178,7 +178,9 @@ def test_a_damaged_checkpoint_is_refused(begun: Path, damage: Any) -> None:
     file = begun / "calibration.safetensors"
     contents = damage(file.read_bytes())
     file.write_bytes(contents)
-    with pytest.raises(ArtifactError, match=r"not a checkpoint of calibration, or damaged .*; remove it, or pass another"):
+    with pytest.raises(
+        ArtifactError, match=r"not a checkpoint of calibration, or damaged .*; remove it, or pass another"
+    ):
         ranks_jobs.prune(ranks_jobs.batches(BATCHES), checkpoint=begun)
     assert file.read_bytes() == contents
 

@@ -104,6 +104,7 @@ def test_the_page_shows_rows_refusals_and_what_is_not_faster(tmp_path: Path) -> 
     at: dict[str, Any] = {
         "kept": 0.987, "right": 0.955, "speed": {"median": 1.25, "lower": 1.2, "upper": 1.3}, "macs": [200, 150],
         "params": [100, 60], "neurons": [10, 8], "blocks": 2, "left_alone": {}, "seconds": 3.0,
+        "refused_axes": {"a padded convolution reads it": 6, "it reaches the output of the model": 1},
     }  # fmt: skip
     slow = at | {"speed": {"median": 0.97, "lower": 0.9, "upper": 1.1}, "right": None}
     one = {"exporter": "keras2onnx 1.8", "opset": 12, "bytes": 1_250_000, "samples": [32, 48], "machine": "a machine"}
@@ -117,7 +118,8 @@ def test_the_page_shows_rows_refusals_and_what_is_not_faster(tmp_path: Path) -> 
     page = (tmp_path / "foreign_files.md").read_text()
     assert "| PP-OCRv6 recogniser | rapidocr 3.10.0 | PaddlePaddle | 12 | 1.2 | 32, 48 |" in page
     assert "| PP-OCRv6 recogniser | lines read exactly | 20% | 98.7% | 95.5% | 1.25x (1.20-1.30) | 75% | 60% |" in page
-    assert "- DNSMOS at 20%: 0.97x, with 75% of the products" in page
+    assert "- DNSMOS at 20%: 0.97x, with 75.00% of the MACs left. Most layers" in page
+    assert "cannot be narrowed: a padded convolution reads it (6 layers or axes)." in page
     assert "- DNSMOS at 40%: AnalysisError: no block" in page
     assert page.endswith("a machine\n")
     with pytest.raises(SystemExit):

@@ -488,7 +488,7 @@ REFUSED = [
     Case("sorted", mlp(lambda m, x: m.fc2(m.fc1(x).sort(-1).values)), tokens, {}, {"fc1": "sort"}),
     Case("flipped", mlp(lambda m, x: m.fc2(m.fc1(x).flip(-1))), tokens, {}, {"fc1": "flip moves the channels"}),
     Case("unlisted", mlp(lambda m, x: m.fc2(torch.special.entr(m.fc1(x).abs()))), tokens, {}, {"fc1": "operator special_entr is not in the operator table (see docs/adding_an_operator.md)"}, ("symbolic",)),
-    Case("interleaved, and cut in two", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., :12])), tokens, {}, {"fc1": "parts of it that cut these apart"}),
+    Case("interleaved, and cut in two", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., :12])), tokens, {}, {"fc1": "and another slice cuts between them"}),
     Case("every other entry of an odd number", lambda: Net(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].tanh()) + h[..., 1::2].sum(-1, keepdim=True), fc1=nn.Linear(8, 13), fc2=nn.Linear(7, 8)), tokens, {}, {"fc1": "a slice with a step takes only some of its entries (as x[..., ::2] does)"}),
     Case("channels picked", mlp(lambda m, x: m.fc2(m.fc1(x)[..., m.order]), order=torch.randperm(12)), tokens, {}, {"fc1": "entries of it are picked by computed indices"}),
     Case("largest of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max(-1, keepdim=True).values), tokens, {}, {"fc1": "max reduces it"}),
