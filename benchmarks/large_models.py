@@ -29,7 +29,7 @@ from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
 from vbpfx.graph.capture import named_tensors
-from vbpfx.plan_files import load_plan
+from vbpfx.plans.files import load_plan
 from vbpfx.storage.tensors import Stored, write_shards
 
 PERFORMANCE = PAGE.parent / "performance.md"

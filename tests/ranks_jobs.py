@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vbpfx
 import vbpfx.distributed.meeting
 from vbpfx.errors import VbpfxError
-from vbpfx.plan_files import plan_files
+from vbpfx.plans.files import plan_files
 from vbpfx.storage.files import write_atomically
 
 WIDTH, TOKENS = 6, 5

@@ -26,11 +26,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import vbpfx
-from vbpfx.artifact import load_beside
+from vbpfx.artifacts.folder import load_beside
 from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.fields import Fields
-from vbpfx.plan_files import load_plan
+from vbpfx.plans.files import load_plan
 
 FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
 

@@ -21,7 +21,7 @@ from test_ranks import _FORKS
 import vbpfx
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.errors import ArtifactError, CalibrationError
-from vbpfx.plan_files import load_plan, plan_digest
+from vbpfx.plans.files import load_plan, plan_digest
 from vbpfx.storage.files import settle
 
 BATCHES = 9

@@ -22,10 +22,10 @@ from typer.testing import CliRunner, Result
 
 import vbpfx
 import vbpfx.data.sources
-import vbpfx.gathering
-import vbpfx.model_names
-import vbpfx.pipeline
-import vbpfx.pruned
+import vbpfx.models.names
+import vbpfx.pipeline.gathering
+import vbpfx.pipeline.model
+import vbpfx.pipeline.result
 import vbpfx.storage.files
 from vbpfx.cli import app
 
@@ -222,10 +222,10 @@ def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytes
 
 
 STAGES = {
-    "load_model": vbpfx.model_names, "open_data": vbpfx.data.sources, "capture_faithfully": vbpfx.pipeline,
-    "find_blocks": vbpfx.pipeline, "calibrate": vbpfx.gathering, "make_plan": vbpfx.pipeline,
-    "reconstruct_plan": vbpfx.pipeline, "convert": vbpfx.pipeline, "check": vbpfx.pipeline,
-    "onnx_writer": vbpfx.pruned, "save_network": vbpfx.pruned, "save_file": vbpfx.storage.files,
+    "load_model": vbpfx.models.names, "open_data": vbpfx.data.sources, "capture_faithfully": vbpfx.pipeline.model,
+    "find_blocks": vbpfx.pipeline.model, "calibrate": vbpfx.pipeline.gathering, "make_plan": vbpfx.pipeline.model,
+    "reconstruct_plan": vbpfx.pipeline.model, "convert": vbpfx.pipeline.model, "check": vbpfx.pipeline.model,
+    "onnx_writer": vbpfx.pipeline.result, "save_network": vbpfx.pipeline.result, "save_file": vbpfx.storage.files,
 }  # fmt: skip
 
 
@@ -240,10 +240,10 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(stage: str, place: Path, monkeypa
 def test_ctrl_c_in_a_terminal(place: Path) -> None:
     """A real signal to a real process."""
     script = (
-        "import os, signal, sys, time, vbpfx.pipeline, vbpfx.cli\n"
+        "import os, signal, sys, time, vbpfx.pipeline.model, vbpfx.cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts behind its back ignores it
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
-        "vbpfx.pipeline.capture_faithfully = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "vbpfx.pipeline.model.capture_faithfully = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "vbpfx.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -274,7 +274,7 @@ def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pyte
     def refuse(*_: Any, **__: Any) -> None:
         raise vbpfx.ExportError("no operator for it")
 
-    monkeypatch.setattr(vbpfx.pruned, "onnx_writer", refuse)
+    monkeypatch.setattr(vbpfx.pipeline.result, "onnx_writer", refuse)
     _require_one_line(_run(*PRUNE), 1, "out holds everything but model.onnx: no operator for it")
     assert not Path("out/model.onnx").exists()
     assert vbpfx.load("out")(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
@@ -285,7 +285,7 @@ def test_what_nobody_expected_is_one_line_too(debug: bool, place: Path, monkeypa
     def fail(*_: Any, **__: Any) -> Callable[[], None]:
         raise ZeroDivisionError("by zero\nand more")
 
-    monkeypatch.setattr(vbpfx.pipeline, "capture_faithfully", fail)
+    monkeypatch.setattr(vbpfx.pipeline.model, "capture_faithfully", fail)
     result = _run(*PRUNE, *(["--debug"] if debug else []))
     if debug:
         assert isinstance(result.exception, ZeroDivisionError)

@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vbpfx
-import vbpfx.model_names
+import vbpfx.models.names
 from vbpfx.cli import app
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
 
@@ -236,7 +236,7 @@ def test_a_graph_is_trained_where_the_class_cannot_hold_the_plan(tmp_path: Path)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 8)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        dense = vbpfx.model_names.load_model("stated:Stated")
+        dense = vbpfx.models.names.load_model("stated:Stated")
         data = vbpfx.open_data(tmp_path / "x.npy", dense)
         vbpfx.prune(dense, data, ratio=0.5, progress=False).save(tmp_path / "pruned")
         result = _run(

@@ -23,11 +23,11 @@ from typer.testing import CliRunner, Result
 import vbpfx
 from vbpfx.cli import app
 from vbpfx.cli.plan_options import AllocationName, CompensationName, CriterionName, Method, Place
-from vbpfx.plan_files import load_plan
 from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.importance import CRITERIA
 from vbpfx.planning.options import METHODS
+from vbpfx.plans.files import load_plan
 from vbpfx.runtimes.table import NAMES
 
 MLP = "cli_networks:mlp"

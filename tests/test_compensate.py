@@ -18,7 +18,7 @@ from vbpfx.calibration.moments import CoMoments, Moments
 from vbpfx.errors import ArtifactError, BudgetError, CalibrationError
 from vbpfx.planning import compensate
 from vbpfx.planning.importance import CRITERIA, Scoring
-from vbpfx.records import BlockPlan
+from vbpfx.plans.records import BlockPlan
 
 
 def _rows(count: int = 400, width: int = 10, seed: int = 0) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from typer.testing import CliRunner
 
 import vbpfx
-from vbpfx.artifact import load_plan
+from vbpfx.artifacts.folder import load_plan
 from vbpfx.calibration.passes import Forward
 from vbpfx.calibration.prepare import observers
 from vbpfx.cli import app

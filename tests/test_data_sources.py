@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vbpfx
-import vbpfx.model_names
+import vbpfx.models.names
 from vbpfx.data.batches import Data, spread
 from vbpfx.data.texts import _Tokens
 from vbpfx.errors import CalibrationError
@@ -497,7 +497,7 @@ def _texts(path: Path, text: str) -> Path:
 
 
 def test_texts_are_tokenised_and_padded(bert: Path, tmp_path: Path) -> None:
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     words = ["[PAD]", "[UNK]", *WORDS.split()]
     file = _texts(tmp_path / "a.txt", "the cat\n\ndogs ran over zebras\n  a mat  \n")
     data = vbpfx.open_data(file, model, batch=2)
@@ -524,7 +524,7 @@ def test_a_model_gets_the_arguments_that_it_takes() -> None:
 
 
 def test_texts_calibrate_a_model(bert: Path, tmp_path: Path) -> None:
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     lines = [" ".join(np.random.default_rng(n).choice(WORDS.split(), 3 + n % 7)) for n in range(24)]
     data = vbpfx.open_data(_texts(tmp_path / "a.txt", "\n".join(lines)), model, batch=8)
     pruned = vbpfx.prune(model, data, ratio=0.5, progress=False)
@@ -532,7 +532,7 @@ def test_texts_calibrate_a_model(bert: Path, tmp_path: Path) -> None:
 
 
 def test_lines_of_json(bert: Path, tmp_path: Path) -> None:
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     rows = [{"text": "the cat", "label": 1}, {"text": "a mat", "label": 0}, {"text": "dogs ran", "label": 1}]
     data = vbpfx.open_data(_texts(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), model)
     ((batch, labels),) = data
@@ -557,7 +557,7 @@ def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> Non
     torch.manual_seed(0)
     getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "model")
-    model = vbpfx.model_names.load_model(f"hf:{tmp_path / 'model'}")
+    model = vbpfx.models.names.load_model(f"hf:{tmp_path / 'model'}")
     words = ["[PAD]", "[UNK]", *WORDS.split()]
     rows = [{"text": "the cat sat", "target": "dogs ran", "label": 1}, {"text": "a mat", "target": "far", "label": 0}]
     data = vbpfx.open_data(_texts(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows * 8))), model, batch=2, limit=16)
@@ -574,7 +574,7 @@ def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("name", "text"), [("a.txt", "the cat\n"), ("a.jsonl", '{"text": "the cat"}')])
 def test_a_byte_order_mark_is_no_text(bert: Path, tmp_path: Path, name: str, text: str) -> None:
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     (plain,) = vbpfx.open_data(_texts(tmp_path / name, text), model)
     (marked,) = vbpfx.open_data(_texts(tmp_path / name, "\ufeff" + text), model)
     assert torch.equal(marked["input_ids"], plain["input_ids"])
@@ -589,7 +589,7 @@ def test_a_byte_order_mark_is_no_text(bert: Path, tmp_path: Path, name: str, tex
     ],
 )
 def test_texts_that_are_none(bert: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     with pytest.raises(CalibrationError, match=message):
         vbpfx.open_data(_texts(tmp_path / name, text), model)
 
@@ -600,9 +600,9 @@ def test_a_model_without_a_tokenizer(bert: Path, tmp_path: Path) -> None:
         CalibrationError, match=r"text is read for Hugging Face models .* for this Linear pass its tokens"
     ):
         vbpfx.open_data(file, nn.Linear(2, 2))
-    model = vbpfx.model_names.load_model(f"hf:{bert}")
+    model = vbpfx.models.names.load_model(f"hf:{bert}")
     model.save_pretrained(tmp_path / "bare")
-    bare = vbpfx.model_names.load_model(f"hf:{tmp_path / 'bare'}")
+    bare = vbpfx.models.names.load_model(f"hf:{tmp_path / 'bare'}")
     with pytest.raises(
         CalibrationError, match=r"bare holds no tokenizer that can be loaded \(there are no words in it\)"
     ):

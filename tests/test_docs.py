@@ -18,7 +18,7 @@ import typer.main
 from doc_pages import PAGES, ROOT, Code, code_blocks
 from typer.testing import CliRunner
 
-import vbpfx.pipeline
+import vbpfx.pipeline.model
 from vbpfx.cli.root import app
 
 RUN = {name: path for name, path in PAGES.items() if any(c.language in ("python", "sh") for c in code_blocks(path))}
@@ -46,7 +46,7 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_docstring_examples() -> None:
-    outcome = doctest.testmod(vbpfx.pipeline)
+    outcome = doctest.testmod(vbpfx.pipeline.model)
     assert outcome.attempted >= 4
     assert outcome.failed == 0
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
-from vbpfx.plan_files import plan_digest
 from vbpfx.planning.ridge import ridge_factor
+from vbpfx.plans.files import plan_digest
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums, fit
 

@@ -18,7 +18,7 @@ import vbpfx
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Spread
 from vbpfx.planning.importance import Scoring
-from vbpfx.records import Refusal
+from vbpfx.plans.records import Refusal
 from vbpfx.report.charts import common_scale
 from vbpfx.report.page import html_report
 from vbpfx.report.report import Report

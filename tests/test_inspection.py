@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 import vbpfx
 from vbpfx.analysis.blocks import Analysis, find_blocks
-from vbpfx.analysis.channel_graph import channel_graph
-from vbpfx.analysis.kinds import calls, kinds
 from vbpfx.cli import app
 from vbpfx.graph.capture import capture
-from vbpfx.inspection import RATIOS, inspect_model
-from vbpfx.model_names import load_model, typical_inputs
+from vbpfx.inspection.channel_graph import channel_graph
+from vbpfx.inspection.kinds import calls, kinds
+from vbpfx.inspection.summary import RATIOS, inspect_model
+from vbpfx.models.names import load_model, typical_inputs
 
 MLP = "cli_networks:mlp"
 SHAPE = (3, 8, 8)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.data.inputs import as_inputs
 from vbpfx.graph.capture import Frontend, named_tensors
-from vbpfx.graph.weightless import Weightless
-from vbpfx.large import pipeline as large
-from vbpfx.large.loading import Loading, Loans, pieces, runnable
+from vbpfx.models.weightless import Weightless
+from vbpfx.pipeline import files as large
+from vbpfx.pipeline.loading import Loading, Loans, pieces, runnable
 from vbpfx.rewrite.narrow import Changes
 from vbpfx.rewrite.verify import Outputs, judge
 from vbpfx.storage.tensors import Stored, write_shards

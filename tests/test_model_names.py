@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from vbpfx.errors import ModelError
-from vbpfx.graph.weightless import architecture
-from vbpfx.model_names import file_inputs, load_model, typical_inputs
+from vbpfx.models.names import file_inputs, load_model, typical_inputs
+from vbpfx.models.weightless import architecture
 
 
 def test_timm_and_torchvision() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import vbpfx
 from vbpfx.cli import app
-from vbpfx.onnx_pipeline import calibration_file, typical_batch
+from vbpfx.pipeline.onnx_file import calibration_file, typical_batch
 
 RANDOM = np.random.default_rng(0)
 Shape = list[int | str]

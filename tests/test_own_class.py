@@ -16,7 +16,7 @@ from exactness import randomize
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.plan_files import load_plan, plan_files
+from vbpfx.plans.files import load_plan, plan_files
 from vbpfx.rewrite.carry import CarriedNorm
 from vbpfx.storage.files import write_atomically
 

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import vbpfx
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.errors import ArtifactError, CalibrationError
-from vbpfx.plan_files import load_plan
+from vbpfx.plans.files import load_plan
 
 ROUNDING = 1e-12
 # Each starts as a copy of one process that has imported everything.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["vbpfx.pipeline", "torch._dynamo", "torch.export"])
+_FORKS.set_forkserver_preload(["vbpfx.pipeline.model", "torch._dynamo", "torch.export"])
 
 
 def _free_port() -> int:

@@ -15,8 +15,8 @@ from zoo import FOUND, Case, Net
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
-from vbpfx.plan_files import load_plan, plan_digest
 from vbpfx.planning.compensate import PENALTIES
+from vbpfx.plans.files import load_plan, plan_digest
 from vbpfx.reconstruction.influence import Gradients
 from vbpfx.reconstruction.regression import Sums, fit
 from vbpfx.reconstruction.residual import find_residual_sum

@@ -16,7 +16,7 @@ import torch
 
 from vbpfx.graph.frontends import quiet_logging, unfused_attention, unheard
 from vbpfx.graph.precision import full_float32
-from vbpfx.whole_process import shared_by_threads
+from vbpfx.graph.whole_process import shared_by_threads
 
 
 def overlapping(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vbpfx.analysis.blocks import Analysis, find_blocks
-    from vbpfx.artifact import load
+    from vbpfx.artifacts.folder import load
     from vbpfx.calibration.calibrate import calibrate
     from vbpfx.calibration.prepare import Statistics, prepare, statistics
     from vbpfx.data.sources import open_data
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     )
     from vbpfx.evaluation.evaluate import evaluate
     from vbpfx.evaluation.result import Evaluation
-    from vbpfx.exported import prune_exported
     from vbpfx.finetuning.finetune import FineTuned, finetune
-    from vbpfx.fx_pass import VarianceBasedPruning
     from vbpfx.graph.capture import Captured, capture
-    from vbpfx.graph.weightless import without_weights
-    from vbpfx.large.pipeline import PrunedFiles, prune_files
     from vbpfx.measurement.bench import bench
     from vbpfx.measurement.bench_result import BenchResult
     from vbpfx.measurement.latency import measure_latencies
     from vbpfx.measurement.sensitivity import sensitivities
-    from vbpfx.onnx_pipeline import PrunedOnnx, prune_onnx
-    from vbpfx.pipeline import prune
+    from vbpfx.models.weightless import without_weights
+    from vbpfx.pipeline.exported_program import prune_exported
+    from vbpfx.pipeline.files import PrunedFiles, prune_files
+    from vbpfx.pipeline.fx_pass import VarianceBasedPruning
+    from vbpfx.pipeline.model import prune
+    from vbpfx.pipeline.onnx_file import PrunedOnnx, prune_onnx
+    from vbpfx.pipeline.result import Pruned, save
     from vbpfx.planning.latency_table import Latencies
     from vbpfx.planning.plan import make_plan
-    from vbpfx.pruned import Pruned, save
-    from vbpfx.records import Block, Plan, Refusal
+    from vbpfx.plans.records import Block, Plan, Refusal
     from vbpfx.report.report import Report
     from vbpfx.rewrite.convert import convert
     from vbpfx.rewrite.own_class import apply_plan
@@ -112,7 +112,7 @@ __all__ = [
 # file -> the public names in it, which are imported when they are first asked for: torch takes seconds
 _HOMES = {
     "analysis.blocks": "Analysis find_blocks",
-    "artifact": "load",
+    "artifacts.folder": "load",
     "calibration.calibrate": "calibrate",
     "calibration.prepare": "Statistics prepare statistics",
     "data.sources": "open_data",
@@ -120,22 +120,22 @@ _HOMES = {
     "EvaluationError ExportError FinetuneError ModelError RankError VbpfxError VerificationError",
     "evaluation.evaluate": "evaluate",
     "evaluation.result": "Evaluation",
-    "exported": "prune_exported",
+    "pipeline.exported_program": "prune_exported",
     "finetuning.finetune": "FineTuned finetune",
-    "fx_pass": "VarianceBasedPruning",
+    "pipeline.fx_pass": "VarianceBasedPruning",
     "graph.capture": "Captured capture",
-    "graph.weightless": "without_weights",
-    "large.pipeline": "PrunedFiles prune_files",
+    "models.weightless": "without_weights",
+    "pipeline.files": "PrunedFiles prune_files",
     "measurement.bench": "bench",
     "measurement.bench_result": "BenchResult",
     "measurement.latency": "measure_latencies",
     "measurement.sensitivity": "sensitivities",
-    "onnx_pipeline": "PrunedOnnx prune_onnx",
-    "pipeline": "prune",
-    "pruned": "Pruned save",
+    "pipeline.onnx_file": "PrunedOnnx prune_onnx",
+    "pipeline.model": "prune",
+    "pipeline.result": "Pruned save",
     "planning.latency_table": "Latencies",
     "planning.plan": "make_plan",
-    "records": "Block Plan Refusal",
+    "plans.records": "Block Plan Refusal",
     "report.report": "Report",
     "rewrite.convert": "convert",
     "rewrite.own_class": "apply_plan",

@@ -1,7 +1,7 @@
 """One hierarchy of errors.
 
 A message says what was found, where (node, module path, shape) and what to do about it. A block that
-cannot be narrowed is no error: it is a :class:`vbpfx.records.Refusal`, a value with a reason.
+cannot be narrowed is no error: it is a :class:`vbpfx.plans.records.Refusal`, a value with a reason.
 """
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, fx, nn
 
 from vbpfx.analysis.evidence import Evidence
-from vbpfx.records import Consumer
+from vbpfx.plans.records import Consumer
 from vbpfx.rules.axes import Axis, spelling
 from vbpfx.rules.ops import called_module, is_cast, is_sum, operands_read
 

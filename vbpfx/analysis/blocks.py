@@ -23,7 +23,7 @@ from vbpfx.analysis.sizes import is_share
 from vbpfx.display.markup import tag
 from vbpfx.display.tables import counted, html_table, table
 from vbpfx.graph.capture import Captured
-from vbpfx.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
+from vbpfx.plans.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.ops import is_product, is_sum, takes_apart
 

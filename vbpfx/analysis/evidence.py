@@ -16,7 +16,7 @@ from vbpfx.analysis.mutation import changed_by, read_after_mutation
 from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
 from vbpfx.analysis.sizes import read_sizes
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.records import Consumer, Reduction, SizeLiteral, Source
+from vbpfx.plans.records import Consumer, Reduction, SizeLiteral, Source
 from vbpfx.rules.axes import (
     Axis,
     ComputedArgumentError,

@@ -19,7 +19,7 @@ from vbpfx.analysis.evidence import Evidence, gather
 from vbpfx.analysis.polarity import Polarity, try_out
 from vbpfx.errors import AnalysisError
 from vbpfx.graph.capture import Captured
-from vbpfx.records import Source
+from vbpfx.plans.records import Source
 from vbpfx.rules.axes import Axis
 
 # What Hugging Face models call the masks of their two inputs.

@@ -19,7 +19,7 @@ from vbpfx.calibration.observer import Observer
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import insert_at_sources
-from vbpfx.records import Block, Source
+from vbpfx.plans.records import Block, Source
 from vbpfx.storage.files import safetensors_writer, write_atomically
 
 # Covariances are taken of as many rows as keep their products below this share of the network's own.

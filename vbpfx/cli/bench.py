@@ -43,11 +43,11 @@ def bench(
     if pruned is not None and (one or data):
         raise typer.BadParameter("--shape and --data go with DIR; ONNX files say what they take, but for --length")
     with failing_in_one_line(debug):
-        from vbpfx.artifact import load_beside
+        from vbpfx.artifacts.folder import load_beside
         from vbpfx.data.sources import sample_inputs
         from vbpfx.measurement.bench import bench as run_bench
         from vbpfx.measurement.bench import bench_files
-        from vbpfx.model_names import file_inputs, load_model, typical_inputs
+        from vbpfx.models.names import file_inputs, load_model, typical_inputs
 
         how: dict[str, Any] = {
             "runtimes": runtimes, "batches": batches, "threads": threads, "rounds": rounds, "memory": memory

@@ -111,11 +111,11 @@ def evaluate(
     )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {dense or network}"):
-            from vbpfx.artifact import load_beside
+            from vbpfx.artifacts.folder import load_beside
             from vbpfx.data.sources import open_data
             from vbpfx.evaluation.evaluate import Compare
             from vbpfx.evaluation.evaluate import evaluate as run_evaluate
-            from vbpfx.model_names import load_model
+            from vbpfx.models.names import load_model
 
             place = device_named(device)
             original = load_model(dense or network, weights).to(place)

@@ -160,13 +160,13 @@ def finetune(
         "checkpoint": checkpoint, "seed": seed,
     }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(_device(), debug) as ranks:
-        from vbpfx.artifact import folder_for_artifact
+        from vbpfx.artifacts.folder import folder_for_artifact
         from vbpfx.data.inputs import as_inputs
         from vbpfx.data.sources import open_data
         from vbpfx.finetuning.finetune import finetune as run_finetune
         from vbpfx.finetuning.tuned import open_tuning
-        from vbpfx.model_names import load_model
-        from vbpfx.pipeline import EXAMPLE_SAMPLES
+        from vbpfx.models.names import load_model
+        from vbpfx.pipeline.model import EXAMPLE_SAMPLES
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
             with busy(f"loading {dense}", ranks.first):

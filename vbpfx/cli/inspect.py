@@ -61,11 +61,11 @@ def inspect(
     one = one_of_shape_and_data(shape, data)
     with failing_in_one_line(debug):
         with busy(f"loading {model}"):
-            from vbpfx.inspection import inspect_model
+            from vbpfx.inspection.summary import inspect_model
 
             found = inspect_model(model, weights, shape=one, data=data, frontend=frontend.value, min_width=min_width)
         if graph is not None:
-            from vbpfx.analysis.channel_graph import channel_graph
+            from vbpfx.inspection.channel_graph import channel_graph
             from vbpfx.storage.files import text_writer, write_atomically
 
             write_atomically({graph: text_writer(channel_graph(found.analysis, block))})

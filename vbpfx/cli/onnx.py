@@ -66,7 +66,7 @@ def onnx(
     )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {source}"):
-            from vbpfx.onnx_pipeline import calibration_file, prune_onnx
+            from vbpfx.pipeline.onnx_file import calibration_file, prune_onnx
 
             calibration = calibration_file(source, data, batch)
         pruned = prune_onnx(source, calibration, out, progress=shows_progress(), **options)

@@ -148,10 +148,10 @@ def prune(
         with busy(f"loading {model}", ranks.first):
             import torch
 
-            from vbpfx.artifact import folder_for_artifact
+            from vbpfx.artifacts.folder import folder_for_artifact
             from vbpfx.data.sources import open_data
-            from vbpfx.model_names import load_model
-            from vbpfx.pipeline import prune as run_prune
+            from vbpfx.models.names import load_model
+            from vbpfx.pipeline.model import prune as run_prune
 
             if ranks.first:
                 stack.enter_context(folder_for_artifact(out))

@@ -22,7 +22,7 @@ from vbpfx.graph.fake import propagate_shapes
 from vbpfx.graph.fields import path_name, result_paths
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.storage.files import Write, write_atomically
 

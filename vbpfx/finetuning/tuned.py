@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from vbpfx.artifact import load, save_network
+from vbpfx.artifacts.folder import load, save_network
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.errors import ArtifactError, VerificationError
 from vbpfx.export.onnx import onnx_writer
 from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
-from vbpfx.plan_files import load_plan
-from vbpfx.records import Plan
+from vbpfx.plans.files import load_plan
+from vbpfx.plans.records import Plan
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
 from vbpfx.rewrite.convert import convert

@@ -13,7 +13,7 @@ from vbpfx.data.inputs import Inputs, Place
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.records import Block, Consumer, Source
+from vbpfx.plans.records import Block, Consumer, Source
 
 _CAPTURE_ANOTHER = "Prune on data of this size, or make the model's code independent of it"
 

@@ -38,7 +38,7 @@ from vbpfx.graph.regions import autocast_devices, inline_regions
 from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
-from vbpfx.whole_process import shared_by_threads
+from vbpfx.graph.whole_process import shared_by_threads
 
 # Operator -> where it says that it trains.
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}

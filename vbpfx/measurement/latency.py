@@ -27,7 +27,7 @@ from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.timing import Clock, alternating, interleaved
 from vbpfx.planning.budget import floors
 from vbpfx.planning.latency_table import Latencies
-from vbpfx.records import Block, BlockPlan, Plan
+from vbpfx.plans.records import Block, BlockPlan, Plan
 from vbpfx.rewrite.convert import convert
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.table import runtime as find_runtime

@@ -20,7 +20,7 @@ from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fields import returned_nodes
 from vbpfx.measurement.divergence import divergence
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.convert import convert
 from vbpfx.rules.ops import called_module, is_linear, is_view
 

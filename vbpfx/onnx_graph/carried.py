@@ -82,7 +82,7 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
 
     Args:
         node: what takes it; its inputs are narrowed already.
-        kind: of :attr:`vbpfx.records.Reduction.kind`.
+        kind: of :attr:`vbpfx.plans.records.Reduction.kind`.
     """
     source, sums = node.inputs[0], carried.summed
     assert source is not None

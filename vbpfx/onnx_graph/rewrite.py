@@ -20,7 +20,7 @@ from vbpfx.onnx_graph.builder import Array, Place, Stored, constant_of
 from vbpfx.onnx_graph.carried import carry
 from vbpfx.onnx_graph.edit import OnnxEdit
 from vbpfx.onnx_graph.importer import Imported
-from vbpfx.records import Consumer, Plan, SizeLiteral
+from vbpfx.plans.records import Consumer, Plan, SizeLiteral
 from vbpfx.rewrite.narrow import carried, new_biases
 
 

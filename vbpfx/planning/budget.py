@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.records import Block
+from vbpfx.plans.records import Block
 
 Cost = Callable[[Mapping[str, int]], int]
 

@@ -31,7 +31,7 @@ from vbpfx.calibration.moments import Moments
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import tensor_named
 from vbpfx.planning.elimination import elimination_costs, ridge_inverse
-from vbpfx.records import Block, Consumer
+from vbpfx.plans.records import Block, Consumer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vbpfx.errors import BudgetError
-from vbpfx.records import Block
+from vbpfx.plans.records import Block
 
 
 @dataclass(frozen=True)

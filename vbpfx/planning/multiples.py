@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vbpfx.graph.capture import Captured
 from vbpfx.planning.budget import Budget, Cost, mac_cost, parameter_cost, rounded_up
-from vbpfx.records import Block
+from vbpfx.plans.records import Block
 from vbpfx.rules.ops import called_module, is_convolution
 
 # The multiple at which convolutions are fast in every runtime that was measured.

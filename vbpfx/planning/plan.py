@@ -33,7 +33,7 @@ from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
-from vbpfx.records import Block, BlockPlan, Plan
+from vbpfx.plans.records import Block, BlockPlan, Plan
 
 # Block -> what the output loses when it alone gives up its share.
 Sensitivity = Mapping[str, float]

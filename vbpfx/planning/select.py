@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import no_blocks
 from vbpfx.errors import AnalysisError
-from vbpfx.records import Block, Consumer
+from vbpfx.plans.records import Block, Consumer
 
 
 def select_blocks(

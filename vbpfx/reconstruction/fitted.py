@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import finish
-from vbpfx.records import Consumer
+from vbpfx.plans.records import Consumer
 
 
 class Fitted(nn.Module):

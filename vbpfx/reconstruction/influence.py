@@ -26,7 +26,7 @@ from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.precision import full_float32
-from vbpfx.records import Consumer
+from vbpfx.plans.records import Consumer
 
 # tau and rho
 TEMPER = 0.5

@@ -29,6 +29,7 @@ from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.elimination import PENALTY, elimination_costs
+from vbpfx.plans.records import BlockPlan, Consumer, Plan
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
@@ -36,7 +37,6 @@ from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
 from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
-from vbpfx.records import BlockPlan, Consumer, Plan
 from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
 # m where there is data without end.

@@ -14,10 +14,10 @@ from vbpfx.calibration.prepare import coprime, rows_a_sample
 from vbpfx.distributed.samples import Samples
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
+from vbpfx.plans.records import Consumer, Source
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.residual import ResidualSum, find_residual_sum, pull_back
 from vbpfx.reconstruction.stream import Stream
-from vbpfx.records import Consumer, Source
 
 # Of so many rows for every entry of a layer's input all are taken; of more, a share.
 _ROWS_PER_COLUMN = 64

@@ -19,7 +19,7 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.mutation import changed_by
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import finish
-from vbpfx.records import Consumer
+from vbpfx.plans.records import Consumer
 
 # All calls of one layer.
 Calls = tuple[Consumer, ...]

@@ -11,9 +11,9 @@ from torch import Tensor
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.held import GIB, held_bytes, input_bytes, output_bytes
+from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
-from vbpfx.records import Block, BlockPlan, Consumer, Plan, Source
 
 # One of five is held out.
 _FEWEST_SAMPLES = 8

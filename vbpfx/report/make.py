@@ -15,7 +15,7 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.multiples import blocks_with_convolutions
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import spectra
 from vbpfx.rewrite.verify import Verification

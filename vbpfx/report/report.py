@@ -13,7 +13,7 @@ from vbpfx.display.figures import kept
 from vbpfx.display.tables import counted, table
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.records import Refusal
+from vbpfx.plans.records import Refusal
 from vbpfx.report.notebook import notebook_view
 from vbpfx.report.plots import plot_costs, plot_spectra, plot_widths
 from vbpfx.report.spectrum import Spectrum

@@ -13,7 +13,7 @@ from torch import Tensor
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.planning.importance import summed_variance
 from vbpfx.planning.plan import pooled
-from vbpfx.records import Block, Plan
+from vbpfx.plans.records import Block, Plan
 
 # Entries of one spectrum, and of all spectra of a network: more than a chart shows, a report need not hold.
 _MOST_ENTRIES = 200

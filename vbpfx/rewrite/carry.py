@@ -72,7 +72,7 @@ def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carri
 
     Args:
         node: the call that takes it; its input is narrowed already.
-        kind: of :attr:`vbpfx.records.Reduction.kind`.
+        kind: of :attr:`vbpfx.plans.records.Reduction.kind`.
     """
     graph = graph_module.graph
     before = set(graph.nodes)

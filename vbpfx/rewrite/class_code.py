@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 
 _NOT_USER_CODE = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 _MOST = 3

@@ -11,7 +11,7 @@ from torch import fx
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.graph.edit import finish, require_sizes
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.carry import carry
 from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
 from vbpfx.rules.ops import is_matrix_product, takes_apart

@@ -11,7 +11,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.precision import full_float32
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.class_code import where_widths_are_used
 from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look, relative_error
 

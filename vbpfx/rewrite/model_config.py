@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 
 Shapes = dict[str, tuple[int, ...]]
 # An entry of a configuration, by its path, and what it becomes.

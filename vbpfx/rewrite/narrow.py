@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
 from vbpfx.planning.compensate import fold, fold_columns
-from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 from vbpfx.rewrite.carry import Carried
 
 # (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone

@@ -12,7 +12,7 @@ from torch import nn
 
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import fingerprint, require_module
-from vbpfx.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 from vbpfx.rewrite.carry import CarriedNorm
 from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure

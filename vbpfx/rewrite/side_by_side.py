@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.records import BlockPlan, Consumer, Plan
+from vbpfx.plans.records import BlockPlan, Consumer, Plan
 from vbpfx.rewrite.narrow import Changes, removed_channels
 from vbpfx.rewrite.substitute import reference_graph
 from vbpfx.rules.ops import is_cast, is_matrix_product

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import insert_at_sources, insert_behind
-from vbpfx.records import BlockPlan, Consumer, Correction, Plan
+from vbpfx.plans.records import BlockPlan, Consumer, Correction, Plan
 
 
 class Substitute(nn.Module):

@@ -20,7 +20,7 @@ from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, explain, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look, relative_error
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vbpfx.graph.frontends import unheard
-from vbpfx.whole_process import shared_by_threads
+from vbpfx.graph.whole_process import shared_by_threads
 
 
 @shared_by_threads

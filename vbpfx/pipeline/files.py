@@ -1,7 +1,7 @@
 """Models that do not fit in memory: files in, files out.
 
 The model is captured on the meta device, where its weights take no memory. Calibration goes through the graph piece by piece
-(:mod:`vbpfx.large.loading`): the weights of a piece are read when its turn comes. The plan is carried out tensor by tensor
+(:mod:`vbpfx.pipeline.loading`): the weights of a piece are read when its turn comes. The plan is carried out tensor by tensor
 (:class:`vbpfx.rewrite.narrow.Changes`) and written shard by shard, and the substitution oracle reads both networks' weights
 piece by piece again, the pruned ones from the files that were written.
 """
@@ -20,21 +20,21 @@ from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
 from vbpfx.analysis.masks import MaskArgument
-from vbpfx.artifact import save_beside_weights
+from vbpfx.artifacts.folder import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, as_inputs, reader, unlike_axes
 from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, first_line
-from vbpfx.gathering import first_batch
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.precision import full_float32
-from vbpfx.graph.weightless import Weightless
-from vbpfx.large.loading import Loading, Loans, run_by_module, runnable
-from vbpfx.large.streamed import require_streamable, samples_of, stream_plan
-from vbpfx.pipeline import EXAMPLE_SAMPLES
+from vbpfx.models.weightless import Weightless
+from vbpfx.pipeline.gathering import first_batch
+from vbpfx.pipeline.loading import Loading, Loans, run_by_module, runnable
+from vbpfx.pipeline.model import EXAMPLE_SAMPLES
+from vbpfx.pipeline.streamed import require_streamable, samples_of, stream_plan
 from vbpfx.planning.budget import require_memory
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.report.make import count_bytes, make_report
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report

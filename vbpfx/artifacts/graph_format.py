@@ -4,7 +4,7 @@ Nodes are written as names and arguments, leaf modules as their class in ``torch
 attributes; tensors go to safetensors beside it. Reading executes nothing that the file brings: a target
 must be a function that takes tensors (``torch.overrides`` lists them), an arithmetic operator, an ATen
 operator or a public Tensor method, a module must be a class of ``torch.nn.modules``, a container one of those that
-:mod:`vbpfx.graph.tree_format` lists, and every name that enters the generated code must be an identifier. All of them are
+:mod:`vbpfx.artifacts.tree_format` lists, and every name that enters the generated code must be an identifier. All of them are
 looked up in lists that are made before the file is read, so nothing is imported because a file names it.
 """
 
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
+from vbpfx.artifacts.tree_format import field_name, named_tuple, spec_from_json, spec_to_json
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.fields import Fields
-from vbpfx.graph.tree_format import field_name, named_tuple, spec_from_json, spec_to_json
 
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
                          "requires_grad"})  # fmt: skip

@@ -24,10 +24,10 @@ from vbpfx.calibration.prepare import Statistics, observers, prepare
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
-from vbpfx.large.loading import Loading, Loans, Piece, runnable
+from vbpfx.pipeline.loading import Loading, Loans, Piece, runnable
 from vbpfx.planning.options import PlanOptions
 from vbpfx.planning.plan import Deciding, pooled
-from vbpfx.records import Block, BlockPlan, Plan
+from vbpfx.plans.records import Block, BlockPlan, Plan
 
 Finish = Callable[[Block, tuple[Moments, ...]], None]
 

@@ -14,10 +14,10 @@ from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import fitting_multiple
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
+from vbpfx.plans.records import Block, Consumer
 from vbpfx.reconstruction.influence import samples_at_once
 from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
-from vbpfx.records import Block, Consumer
 from vbpfx.runtimes.table import DEFAULT, best_multiple
 
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.

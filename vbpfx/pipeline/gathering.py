@@ -21,10 +21,10 @@ from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.held import samples_in_a_pass
+from vbpfx.pipeline.strategy import Strategy
 from vbpfx.planning.options import in_words
 from vbpfx.reconstruction.influence import Gradients, Influence, is_differentiable
 from vbpfx.reconstruction.kept import Keeping
-from vbpfx.strategy import Strategy
 
 # Runs one batch for the observers of a prepared graph.
 Run = Callable[[Inputs], None]

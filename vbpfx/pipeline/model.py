@@ -19,22 +19,22 @@ from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import Inputs, all_axes, as_inputs, reader, unlike_axes
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
-from vbpfx.gathering import Calibration, Run, first_batch, gather, require_batches
 from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
 from vbpfx.measurement.latency import measure_result
 from vbpfx.measurement.sensitivity import sensitivities
-from vbpfx.plan_files import plan_digest
+from vbpfx.pipeline.gathering import Calibration, Run, first_batch, gather, require_batches
+from vbpfx.pipeline.result import Pruned
+from vbpfx.pipeline.strategy import Fitting, Strategy, Target
 from vbpfx.planning.importance import name_of
 from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
-from vbpfx.pruned import Pruned
+from vbpfx.plans.files import plan_digest
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.report.make import make_report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.fidelity import capture_faithfully, warn_of_what_is_left_out
 from vbpfx.rewrite.verify import verify as check
 from vbpfx.storage.checkpoint import digest
-from vbpfx.strategy import Fitting, Strategy, Target
 
 # Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
 EXAMPLE_SAMPLES = 4

@@ -9,8 +9,8 @@ from torch.export import ExportedProgram
 
 from vbpfx.data.inputs import Inputs, reader
 from vbpfx.export.exported_program import Contract, export_program
-from vbpfx.gathering import require_batches
-from vbpfx.pipeline import prune
+from vbpfx.pipeline.gathering import require_batches
+from vbpfx.pipeline.model import prune
 
 
 def prune_exported(

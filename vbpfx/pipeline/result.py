@@ -12,14 +12,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from vbpfx.analysis.blocks import Analysis
-from vbpfx.artifact import save_network
+from vbpfx.artifacts.folder import save_network
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx, onnx_writer
 from vbpfx.graph.capture import Captured, capture
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
 from vbpfx.rewrite.own_class import apply_plan
@@ -85,7 +85,7 @@ class Pruned:
         """Write ``plan.json``, ``model.safetensors``, ``graph.json``, ``report.json`` and ``report.html``, all or none.
 
         Args:
-            folder: where to; made if need be (:mod:`vbpfx.artifact`).
+            folder: where to; made if need be (:mod:`vbpfx.artifacts.folder`).
             onnx: write ``model.onnx``, too, checked as :meth:`to_onnx` checks it.
             evaluation, bench, command: what else the report shall hold; see :meth:`vbpfx.Report.measured`.
 

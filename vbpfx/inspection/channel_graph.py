@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.display.markup import Markup, joined, tag
 from vbpfx.errors import AnalysisError
-from vbpfx.records import Block
+from vbpfx.plans.records import Block
 from vbpfx.rules.ops import called_module, describe
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 300, 46, 30, 34, 20

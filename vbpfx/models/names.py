@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import Inputs, model_dtype
 from vbpfx.errors import ModelError, first_line
 from vbpfx.graph.frontends import quiet_logging
-from vbpfx.graph.weightless import architecture
+from vbpfx.models.weightless import architecture
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from vbpfx.analysis.blocks import Analysis, depends
 from vbpfx.analysis.evidence import Evidence, gather
 from vbpfx.graph.capture import named_tensors
-from vbpfx.records import Block
+from vbpfx.plans.records import Block
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.ops import is_product
 

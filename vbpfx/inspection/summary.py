@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from vbpfx.analysis.blocks import Analysis, find_blocks
-from vbpfx.analysis.kinds import calls, kinds
 from vbpfx.data.sources import sample_inputs
 from vbpfx.display.figures import kept
 from vbpfx.display.tables import counted, table
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Frontend, capture, named_tensors
-from vbpfx.model_names import load_model, typical_inputs
-from vbpfx.onnx_pipeline import calibration_file, open_onnx, typical_batch
+from vbpfx.inspection.kinds import calls, kinds
+from vbpfx.models.names import load_model, typical_inputs
+from vbpfx.pipeline.onnx_file import calibration_file, open_onnx, typical_batch
 from vbpfx.planning.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
-from vbpfx.records import Block, Refusal
+from vbpfx.plans.records import Block, Refusal
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -31,7 +31,7 @@ class BlockFacts:
 
     Attributes:
         name, width: as the analysis has them.
-        kind: what it is by its structure (:mod:`vbpfx.analysis.kinds`).
+        kind: what it is by its structure (:mod:`vbpfx.inspection.kinds`).
         layers: module paths of its producers and consumers.
         calls: how often the network runs it.
         macs: multiply-accumulates per sample that go with its width: all of them, were it narrowed to nothing.
@@ -142,7 +142,7 @@ def inspect_model(
     An ONNX file (``name`` ends in .onnx) is read as :func:`vbpfx.prune_onnx` reads it. A model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
 
     Args:
-        name, weights: as :func:`vbpfx.model_names.load_model` takes them.
+        name, weights: as :func:`vbpfx.models.names.load_model` takes them.
         shape: of one sample, where the model does not say.
         data: samples that say it in place of a shape, as :func:`vbpfx.open_data` reads them; of an ONNX file .npy or .npz.
         frontend: see :func:`vbpfx.capture`.

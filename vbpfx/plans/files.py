@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vbpfx.errors import ArtifactError
-from vbpfx.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
+from vbpfx.plans.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
 from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
 from vbpfx.storage.tensors import read_tensors

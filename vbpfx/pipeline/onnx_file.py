@@ -26,7 +26,6 @@ from vbpfx.data.inputs import Inputs, Place
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
 from vbpfx.export.onnx import PARITY
-from vbpfx.gathering import Calibration, Run, first_batch
 from vbpfx.graph.capture import Captured, captured_file
 from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
@@ -46,15 +45,16 @@ from vbpfx.onnx_graph.runtime import open_session
 from vbpfx.onnx_graph.samples import find_samples
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
-from vbpfx.pipeline import EXAMPLE_SAMPLES, prune_captured
+from vbpfx.pipeline.gathering import Calibration, Run, first_batch
+from vbpfx.pipeline.model import EXAMPLE_SAMPLES, prune_captured
+from vbpfx.pipeline.result import Pruned
+from vbpfx.pipeline.strategy import Fitting, Target
 from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
-from vbpfx.pruned import Pruned
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.rewrite.verify import TOLERANCES, Verification
 from vbpfx.runtimes.table import DEFAULT
-from vbpfx.strategy import Fitting, Target
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
 _CHECKED_BATCHES = (1, 3)

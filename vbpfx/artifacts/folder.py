@@ -2,7 +2,7 @@
 
     plan.json           which neurons stayed, of which blocks, of a model of which structure
     model.safetensors   the pruned network's tensors under the model's own names; or several files, and an index of them, and
-                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.large.pipeline`)
+                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.pipeline.files`)
     plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class, and which files hold its tensors
     report.json         the figures
@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from vbpfx.artifacts.graph_format import dtype_from_json, graph_from_json, graph_to_json
 from vbpfx.errors import ArtifactError, VbpfxError
 from vbpfx.graph.capture import named_tensors
-from vbpfx.graph.graph_format import dtype_from_json, graph_from_json, graph_to_json
-from vbpfx.plan_files import load_plan, plan_files
-from vbpfx.records import Plan
+from vbpfx.plans.files import load_plan, plan_files
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safetensors_writer, settle, write_atomically
 from vbpfx.storage.tensors import INDEX, WHOLE, Stored, read_tensors
 
 _BUFFERS = "buffers.safetensors"
-_CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.large.pipeline`)
+_CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.pipeline.files`)
 
 
 @contextmanager

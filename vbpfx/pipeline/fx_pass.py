@@ -12,15 +12,15 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from vbpfx.analysis.blocks import find_blocks
 from vbpfx.data.inputs import Inputs, argument_names, reader
 from vbpfx.errors import CalibrationError, CaptureError, VerificationError, first_line
-from vbpfx.gathering import require_batches
 from vbpfx.graph.capture import capture, named_tensors, share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import graph_arguments, renew_shapes
 from vbpfx.graph.tidy import INPUT_GUARDS
-from vbpfx.pipeline import prune
+from vbpfx.pipeline.gathering import require_batches
+from vbpfx.pipeline.model import prune
+from vbpfx.pipeline.result import Pruned
 from vbpfx.planning.options import PlanArguments, PlanOptions
-from vbpfx.pruned import Pruned
-from vbpfx.records import Plan
+from vbpfx.plans.records import Plan
 from vbpfx.rewrite.narrow import removed_channels
 from vbpfx.rewrite.verify import verify
 

@@ -1,0 +1,1 @@
+"""Pruned networks in folders, and graphs as JSON."""

@@ -1,0 +1,1 @@
+"""What could be pruned of a model, before any data."""

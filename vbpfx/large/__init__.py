@@ -1,1 +1,0 @@
-"""Models that do not fit in memory."""
