@@ -18,12 +18,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vbpfx"
 
 
-def _layers() -> list[str]:
-    """Module names in the order that docs/architecture.md lists them."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    block = re.search(r"<!-- layers -->(.*?)<!-- /layers -->", text, re.DOTALL)
+def _lines() -> list[list[str]]:
+    """The packages in the lines of the import contract in pyproject.toml, from the top."""
+    block = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     assert block is not None
-    return re.findall(r"^\| `([\w/]+)\.py`", block.group(1), re.MULTILINE)
+    return [line.split(" | ") for line in re.findall(r'"(.*)"', block[1])]
 
 
 def _modules() -> list[str]:
@@ -31,27 +30,33 @@ def _modules() -> list[str]:
     return sorted(name for name in files if not name.endswith(("__init__", "__main__")))
 
 
-def test_every_file_has_its_place_in_the_architecture() -> None:
-    assert sorted(_layers()) == _modules()
+def test_every_package_has_its_line_in_the_contract() -> None:
+    assert sorted(package for line in _lines() for package in line) == sorted({n.split("/")[0] for n in _modules()})
 
 
-def test_the_files_of_a_package_stand_together() -> None:
-    """So that packages, too, import in one direction alone."""
-    packages = [name.partition("/")[0] for name in _layers() if "/" in name]
-    begun = [package for package, before in zip(packages, ["", *packages], strict=False) if package != before]
-    assert len(begun) == len(set(begun))
-    named = re.findall(r"^\*\*`(\w+)/`\*\*", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert [name for name in named if name != "vbpfx"] == begun
+def test_nothing_but_errors_stands_beside_the_packages() -> None:
+    assert [name for name in _modules() if "/" not in name] == ["errors"]
+
+
+def test_the_map_shows_every_package_in_the_order_of_the_contract() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    level = {package: number for number, line in enumerate(_lines()) for package in line}
+    assert sorted(shown) == sorted(level)
+    assert [level[package] for package in shown] == sorted(level[package] for package in shown)
 
 
 @pytest.mark.parametrize("name", _modules())
-def test_imports_go_up_alone(name: str) -> None:
-    order = _layers()
+def test_imports_go_down_alone(name: str) -> None:
+    """Packages import from lines below their own, and every file says what it is for."""
+    level = {package: number for number, line in enumerate(_lines()) for package in line}
+    package = name.split("/")[0]
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vbpfx."):
-            imported = node.module.removeprefix("vbpfx.").replace(".", "/")
-            assert order.index(imported) < order.index(name), f"{name} imports {imported} from below"
+            imported = node.module.split(".")[1]
+            assert imported == package or level[imported] > level[package], f"{name} imports {node.module} from above"
 
 
 @pytest.mark.parametrize("name", vbpfx.__all__)
