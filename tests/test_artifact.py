@@ -232,6 +232,19 @@ def test_the_tensors_come_back_under_their_names(case: Case, frontend: str, tmp_
     assert not any(module.training for module in loaded.modules())
 
 
+def test_a_network_saved_by_an_earlier_version_loads() -> None:
+    """Gates, a carried norm and named results, as version 0.1.0 saved them, with what the network computed then."""
+    saved = Path(__file__).parent / "saved"
+    expected = load_file(saved / "gated_0.1.0-expected.safetensors")
+    loaded = vbpfx.load(saved / "gated_0.1.0")
+    found = loaded(expected["x"])
+    assert set(found) == {"logits", "hidden"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)  # sums may be taken in another order
+    written = json.loads((saved / "gated_0.1.0" / "report.json").read_text())["widths"]
+    assert load_plan(saved / "gated_0.1.0").widths == {name: now for name, (_, now) in written.items()}
+
+
 def test_frozen_parameters_come_back_frozen(tmp_path: Path) -> None:
     model = randomize(mlp())
     model[0].requires_grad_(False)
