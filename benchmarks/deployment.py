@@ -158,10 +158,12 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 `python benchmarks/deployment.py`; each row's own command is in `benchmarks/results/deployment.json`.
 
-Processor time per call on one thread at a batch of one, dense and pruned in turn: medians, and quartiles of the speed-up.
-*Efficiency* is the speed-up over the ratio of MACs. *Parity* is the largest difference from PyTorch over the largest output, of the
-dense network and of the pruned one. Weights are random everywhere but in MiniLM: speed does not depend on them. Widths are not
-rounded unless the table says so (*by default*: as `vbpfx.prune` rounds, convolutions to multiples of 8 and nothing else).
+The column *ms* is the processor time per call, on one thread with a batch of one. The dense and the pruned network are measured
+in turn. Times and speed-ups are medians, and the brackets show the quartiles of the speed-up. *Efficiency* is the speed-up
+divided by the ratio of MACs. *Parity* is the largest difference from PyTorch divided by the largest output, first for the dense
+network, then for the pruned one. All weights are random except those of MiniLM: speed does not depend on them. Widths are not
+rounded unless the table says so. *By default* means rounded as `vbpfx.prune` rounds: convolutions to multiples of 8, and
+nothing else.
 
 {markdown_table(columns, [_line(row) for row in rows])}
 {_failures(rows)}{_missing(rows)}

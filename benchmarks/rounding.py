@@ -72,12 +72,14 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 `python benchmarks/rounding.py`
 
-What is recorded as `round_to` in `vbpfx/runtimes/table.py` follows from this: the multiple at which a runtime stays near the
-line, where missing it costs more than the neurons that rounding up adds. For ONNX Runtime it follows from its convolutions, which
-leave their fast layout at widths that 8 does not divide: EfficientNet-B0 at 10% in the table above, and at 10% to 8.
+The value of `round_to` in `vbpfx/runtimes/table.py` follows from these measurements. It is the multiple at which the time of a
+runtime stays near a straight line. It is recorded if missing this multiple costs more time than the neurons that rounding up
+adds. For ONNX Runtime the multiple follows from its convolutions, which leave their fast layout at widths that are not
+multiples of 8. To see this, compare EfficientNet-B0 at 10% with 10% to 8 in the table above.
 
-Milliseconds of processor time per call on one thread, widths in turn, medians; beside the width the largest power of two, up to 64,
-that divides it, beside the time how far it lies from the straight line between the first width and the last.
+The tables show milliseconds of processor time per call on one thread. The widths are measured in turn, and times are medians.
+The number in brackets after a width is the largest power of two, up to 64, that divides it. The number in brackets after a time
+is its distance from the straight line between the first width and the last.
 
 {chr(10).join(tables)}
 {"  ".join(machines)}

@@ -251,7 +251,7 @@ def test_labels_from_a_list(flat: Path, prefix: str) -> None:
         ("file,label\n0.jpg,1\nnotes.md,1\n", r"names .*notes\.md, which is not an image"),
         ("file,label\n0.jpg,1\n0.jpg,2\n", r"line 3: 0\.jpg has label 2 here and 1 above"),
         ("file,label\n0.jpg,1\n\n\n1.png\n", "line 5: expected a file"),
-        ("file,label\nother/x.jpg,1\n", r"names no image of .*flat: it begins with other/x\.jpg"),
+        ("file,label\nother/x.jpg,1\n", r"lists no image that is in .*flat. The list begins with other/x\.jpg"),
         ("", "begins with nothing"),
     ],
 )

@@ -88,7 +88,7 @@ def test_the_budget_is_spent_once() -> None:
 
 def test_a_budget_that_changes_nothing_is_an_error() -> None:
     step = vbpfx.VarianceBasedPruning(data(), ratio=0.1, round_to=8, method="vbp")
-    with pytest.raises(BudgetError, match="multiples of 8 the nearest total is all of them"):
+    with pytest.raises(BudgetError, match="multiples of 8, and the nearest total with such widths keeps all"):
         step(fx.symbolic_trace(network()))
 
 

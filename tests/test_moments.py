@@ -196,7 +196,7 @@ def test_statistics_merge_and_survive_a_file(gathered: dict[int, vbpfx.Statistic
         torch.testing.assert_close(moments.mean, once.mean, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(moments.m2, 2 * once.m2, rtol=1e-12, atol=0)
     (tmp_path / "stats.safetensors").write_bytes(b"nothing of ours")
-    with pytest.raises(ArtifactError, match="holds no statistics"):
+    with pytest.raises(ArtifactError, match="cannot be read as statistics"):
         vbpfx.Statistics.load(tmp_path / "stats.safetensors")
     with pytest.raises(CalibrationError, match="different blocks"):
         loaded | vbpfx.Statistics({})

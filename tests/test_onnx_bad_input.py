@@ -154,7 +154,11 @@ FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (functions_of_another_opset, vbpfx.CaptureError, r"in.onnx cannot be inlined: Opset mismatch .*mine::Act"),
     (random, vbpfx.CaptureError, r"draws random numbers \(RandomNormalLike, node 'n5_RandomNormalLike'\)"),
     (sparse, vbpfx.CaptureError, r"operator MatMul .*nothing makes its input 'dense_1/kernel', or it is a sparse"),
-    (bfloat16, vbpfx.CaptureError, "is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert"),
+    (
+        bfloat16,
+        vbpfx.CaptureError,
+        "has the type bfloat16, and ONNX Runtime does not compute in bfloat16 on the CPU. Convert",
+    ),
 ]
 
 

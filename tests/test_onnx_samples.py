@@ -182,7 +182,9 @@ def test_inspect_asks_for_samples_where_the_file_does_not_say_how_long_they_are(
     path = two_inputs(tmp_path)
     result = run_cli("inspect", path)
     assert result.exit_code == 1
-    assert "in.onnx does not say how long its input 'x' is (n, t, 6); pass samples: --data" in result.output
+    assert (
+        "in.onnx does not give the size of every axis of its input 'x' (n, t, 6). Pass samples: --data" in result.output
+    )
     np.savez(tmp_path / "data.npz", x=floats(4, 7, 6), z=floats(4, 1, 6), scale=np.array(0.5, np.float32))
     result = run_cli("inspect", path, "--data", tmp_path / "data.npz", "--json")
     assert [b["width"] for b in json.loads(result.output)["blocks"]] == [32]

@@ -303,9 +303,11 @@ def test_blocks_are_units_and_graphs_go_layer_by_layer() -> None:
 
 def test_what_cannot_be_sharded_is_said() -> None:
     student, teacher = shard_jobs.pair()
-    with pytest.raises(FinetuneError, match="and there is one; start several with torchrun"):
+    with pytest.raises(FinetuneError, match="there is only one process. Start several with torchrun"):
         shard_jobs.finetune(student, teacher, shard=True)
-    with pytest.raises(FinetuneError, match="Inner cannot be sharded: what it returns hides its tensors"):
+    with pytest.raises(
+        FinetuneError, match="Inner cannot be sharded: FSDP2 does not find the tensors in what this network returns"
+    ):
         find_units(Inner(), Inputs((torch.randn(2, 8),), {}), trained=True)
     with pytest.raises(FinetuneError, match="a batch does not run through Net on cpu, before it is sharded"):
         find_units(student, Inputs((torch.randn(2, 7),), {}), trained=True)

@@ -210,7 +210,9 @@ def _target_from_json(op: str, target: Any) -> Any:
             raise ArtifactError(f"the graph calls {target}, which is not an operator of this PyTorch")
         return found
     if target not in _functions():
-        raise ArtifactError(f"the graph calls {target}, which a saved network may not call")
+        raise ArtifactError(
+            f"the graph calls {target}, and this is not one of the functions that a saved network may call"
+        )
     return _functions()[target]
 
 
@@ -237,7 +239,9 @@ def _value_to_json(value: Any, where: str) -> Any:
             return {"device": str(value)}
         case _ if value is Ellipsis:
             return {"ellipsis": True}
-    raise ArtifactError(f"{where} holds a {type(value).__name__}, which is not plain data and cannot be saved")
+    raise ArtifactError(
+        f"{where} holds a {type(value).__name__}, which cannot be saved because it is not plain data. Replace it with plain data, or remove it"
+    )
 
 
 def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:

@@ -168,7 +168,7 @@ def _of_old_text(text: str) -> Any:
     version, tree = json.loads(text)
     if version != 1:
         raise ArtifactError(
-            f"the graph's arguments are described in format {version!r}, expected 1; save the network again"
+            f"the saved network describes the arguments of its graph in format {version!r}, and only format 1 can be read here. Save the network again"
         )
     return _translated(tree)
 

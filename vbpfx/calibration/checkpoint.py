@@ -108,8 +108,7 @@ class CalibrationFile:
             self._known.update(some.view(torch.uint8).numpy().data)
         if number == self._batches and self._known.hexdigest() != self._theirs:
             raise ArtifactError(
-                f"{self.path} is of other data: the first {number} batches are not those that it was written with. Pass the same "
-                f"batches in the same order (no shuffling), or {CALIBRATION.instead}"
+                f"{self.path} was written with other data: the first {number} batches passed now differ from the batches that it was written with. Pass the same batches in the same order (no shuffling), or {CALIBRATION.instead}"
             )
 
     def save(self, watching: Sequence[Observer], work: Work, batches: int) -> None:

@@ -98,7 +98,9 @@ class Statistics:
                     }
                 )
         except Exception as error:  # safetensors raises its own error type, json and keys theirs
-            raise ArtifactError(f"{path} holds no statistics of vbpfx ({type(error).__name__}: {error})") from error
+            raise ArtifactError(
+                f"{path} cannot be read as statistics that vbpfx saved ({type(error).__name__}: {error}). Pass a file that vbpfx wrote"
+            ) from error
 
 
 def prepare(

@@ -132,7 +132,9 @@ def prune(
     if latency is not None and runtime == Place.none:
         raise typer.BadParameter("--latency is measured in a --runtime; none is not a runtime")
     if compiled and method != Method.vbp:
-        raise typer.BadParameter("--compile is for --method vbp: auto takes gradients, too, which are not compiled")
+        raise typer.BadParameter(
+            "--compile works only with --method vbp. The method auto also computes gradients, and gradients are not compiled. Pass --method vbp, or leave out --compile"
+        )
     require_apart(checkpoint, out)
     options = planning(
         {"ratio": ratio, "macs": macs, "params": params, "latency": latency},

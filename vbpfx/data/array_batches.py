@@ -63,7 +63,9 @@ class ArrayBatches:
         if whole:
             self.samples -= self.samples % batch
             if not self.samples:
-                raise CalibrationError(f"{path} has fewer than the {batch} samples of a batch, which the network takes")
+                raise CalibrationError(
+                    f"the network takes batches of {batch} samples, and {path} has fewer than that. Pass a file with at least {batch} samples"
+                )
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch)

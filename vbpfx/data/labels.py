@@ -33,8 +33,7 @@ def read_labels(path: Path, images: Sequence[Path], folder: Path) -> dict[Path, 
             )
     if not found:
         raise CalibrationError(
-            f"{path} names no image of {folder}: it begins with {rows[0][1] if rows else 'nothing'}, and files are relative to "
-            f"{path.parent} or to {folder}"
+            f"{path} lists no image that is in {folder}. The list begins with {(rows[0][1] if rows else 'nothing')}. Write the paths in it relative to {path.parent} or to {folder}"
         )
     if missing:
         state = "is not an image" if os.path.exists(missing[0]) else "does not exist"

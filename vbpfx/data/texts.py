@@ -146,8 +146,7 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
     shift = shift_of(model) if answers else None
     if answers and shift is None:
         raise CalibrationError(
-            f"{type(model).__name__} does not say how its decoder's input is made of answers; pass tokens as arrays: an .npz "
-            f"with input_ids, attention_mask and decoder_input_ids"
+            f"{type(model).__name__} has no rule for making its decoder's input from the answers in the data. Pass the tokens as arrays instead: an .npz with input_ids, attention_mask and decoder_input_ids"
         )
     return _Tokens(tokenizer, names, length, shift)
 

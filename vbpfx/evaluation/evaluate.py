@@ -98,8 +98,7 @@ def evaluate(
 def _require_names(classes: Sequence[str] | None, outputs: int) -> None:
     if classes is not None and len(classes) != outputs:
         raise EvaluationError(
-            f"there are {counted(len(classes), 'class', 'classes')}, and the network has {counted(outputs, 'output')}: labels "
-            f"would not mean the same. Pass classes= with a name for each output (--classes FILE; folders are found by name)"
+            f"the data has {counted(len(classes), 'class', 'classes')}, and the network has {counted(outputs, 'output')}, so the labels would not mean the same. Pass classes= (or --classes FILE) with a name for each output; folders are found by name"
         )
 
 

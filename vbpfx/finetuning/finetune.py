@@ -205,8 +205,7 @@ def _shard(student: nn.Module, teacher: nn.Module, settings: Settings, data: Tra
     """Divide both networks over the processes, in place."""
     if running.count == 1:
         raise FinetuneError(
-            "shard=True divides the networks over processes, and there is one; start several with torchrun --nproc-per-node, "
-            "or leave shard out"
+            "shard=True divides the networks over several processes, but there is only one process. Start several with torchrun --nproc-per-node, or leave shard out"
         )
     inputs = settings.read(next(data.read(data.order(0)[:1]))).unlabelled
     for network, trained in ((student, True), (teacher, False)):

@@ -51,7 +51,9 @@ def shard(network: nn.Module, inputs: Inputs, device: torch.device, *, trained: 
             # the root, too: parameters are pieces whenever nothing runs
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=single)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise FinetuneError(f"{type(network).__name__} cannot be sharded: {first_line(error)}") from error
+        raise FinetuneError(
+            f"{type(network).__name__} cannot be sharded; change the network, or leave shard out: {first_line(error)}"
+        ) from error
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -213,8 +213,7 @@ class Training:
         loss, samples, late = self.processes.sums([loss, samples, time.monotonic() >= self.deadline])
         if not math.isfinite(loss):
             raise FinetuneError(
-                f"the loss is {loss / samples} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {rate:.3g}): lower "
-                f"learning_rate, and look for NaN in the data and, with mixed_precision='fp16', for overflow ('bf16' has none)"
+                f"the loss is {loss / samples} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {rate:.3g}). Lower learning_rate, and look for NaN in the data. With mixed_precision='fp16', look for overflow, too, or use 'bf16', which has none"
             )
         self.processes.sum_gradients(self.trained)
         for parameter in self.trained:

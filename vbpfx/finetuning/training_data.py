@@ -195,8 +195,7 @@ def _set_aside(count: int, share: float, seed: int, thing: str) -> tuple[list[in
     number = max(1, round(share * count)) if share else 0
     if number >= count:
         raise FinetuneError(
-            f"held_out={share} of {count} {thing if count == 1 else thing + 's'} leaves nothing to train on; "
-            f"pass smaller batches, validation=, or held_out=0 to go without"
+            f"held_out={share} of {count} {(thing if count == 1 else thing + 's')} leaves nothing to train on. Pass smaller batches, or pass validation data with validation=, or pass held_out=0 to train without validation"
         )
     chosen = set(_shuffled(range(count), seed)[:number])
     return [n for n in range(count) if n not in chosen], sorted(chosen)

@@ -108,8 +108,7 @@ def find_units(network: nn.Module, inputs: Inputs, *, trained: bool) -> list[str
     runs = [_run(network, inputs, training) for training in (False, True)[: 1 + trained]]
     if trained and any(network in run.closed for run in runs):
         raise FinetuneError(
-            f"{type(network).__name__} cannot be sharded: what it returns hides its tensors from FSDP2; wrap it in a module that "
-            f"returns a tensor, or a dictionary of tensors"
+            f"{type(network).__name__} cannot be sharded: FSDP2 does not find the tensors in what this network returns. Wrap it in a module that returns a tensor, or a dictionary of tensors"
         )
     names = {module: name for name, module in network.named_modules()}
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)

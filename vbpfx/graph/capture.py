@@ -285,7 +285,7 @@ def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
             batch = propagate_shapes(graph_module, inputs)
     except Exception as error:  # whatever the operators raise
         raise CaptureError(
-            f"the file's graph does not run on inputs ({inputs.describe()}): {first_line(error)}"
+            f"the graph of the file fails on these inputs ({inputs.describe()}): {first_line(error)}. Compare their names, shapes and types with the inputs that the file declares"
         ) from error
     return Captured(graph_module, graph_module, "onnx", inputs, batch, fingerprint(graph_module))
 
@@ -387,8 +387,7 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.float16 and parameter.device.type == "cpu":
             raise CaptureError(
-                f"the model computes in float16 on the CPU (parameter {name}), where many operators do not exist "
-                f"and sums overflow; prune model.float() (or .bfloat16(), or on a GPU) and call .half() on the result"
+                f"the model computes in float16 on the CPU (parameter {name}). In float16 on the CPU, many operators do not exist, and sums overflow. Prune model.float() (or model.bfloat16(), or the model on a GPU), and call .half() on the result"
             )
 
 

@@ -136,7 +136,9 @@ def trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     What is a graph of known layers and operators already is not traced again: its own graph is taken, with its nodes' names.
     """
     if model._forward_hooks or model._forward_pre_hooks:
-        raise CaptureError("the model itself has forward hooks, which symbolic tracing would drop")
+        raise CaptureError(
+            "the model itself has forward hooks, and symbolic tracing would drop them. Remove these hooks first"
+        )
     device = model_device(model)
     tracer = _Tracer(inputs, autocast_devices(device))
     if isinstance(model, fx.GraphModule) and _is_flat(model, tracer):

@@ -262,7 +262,9 @@ def constant_of(value: ir.Value) -> Array | None:
     if attribute.type == ir.AttributeType.TENSOR:
         return attribute.as_tensor().numpy()
     if attribute.name.startswith("value_string") or attribute.name == "sparse_value":
-        raise CaptureError(f"constant {producer.name!r} holds {attribute.name}, which is not supported")
+        raise CaptureError(
+            f"the constant {producer.name!r} stores its value in the attribute {attribute.name}, and this attribute is not supported"
+        )
     return np.array(attribute.value, np.int64 if "int" in attribute.name else np.float32)
 
 

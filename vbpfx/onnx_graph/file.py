@@ -81,8 +81,7 @@ def read_model(path: Path) -> ir.Model:
     for value in (*true_inputs(model), *model.graph.initializers.values()):
         if value.dtype == ir.DataType.BFLOAT16:
             raise CaptureError(
-                f"{path}: {value.name} is of bfloat16, in which ONNX Runtime does not compute on the CPU: convert the file to "
-                f"float16 or float32, or prune the PyTorch model"
+                f"{path}: {value.name} has the type bfloat16, and ONNX Runtime does not compute in bfloat16 on the CPU. Convert the file to float16 or float32, or prune the PyTorch model"
             )
     return model
 

@@ -260,8 +260,7 @@ def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         if shape is None or len(sizes) < len(stated):
             said = ", ".join(str(size) for size in shape) if shape is not None else "?"
             raise CalibrationError(
-                f"{path} does not say how long its input {name!r} is ({said}); pass samples: --data samples.npz, with one array for "
-                f"each input, under its name"
+                f"{path} does not give the size of every axis of its input {name!r} ({said}). Pass samples: --data samples.npz, with one array for each input, stored under the name of the input"
             )
         dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
         drawn = random.standard_normal(sizes) if dtype.kind == "f" else np.ones(sizes)
@@ -336,8 +335,7 @@ def _require_fidelity(
     error = relative_error(_outputs(captured.graph_module, inputs), expected)
     if not error <= allowed:
         raise VerificationError(
-            f"{path} was read as a graph that differs from it by {error:.2e} of the output's size (allowed {allowed:.0e}); "
-            f"please report the model"
+            f"the graph that vbpfx read from {path} does not compute what the file computes. The outputs differ by {error:.2e} of the output's size, and {allowed:.0e} is allowed. Please report the model"
         )
     return error
 

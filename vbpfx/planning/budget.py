@@ -124,8 +124,7 @@ def choose_widths(
         if rounded == full:
             step = max(steps.values())
             raise BudgetError(
-                f"ratio={budget.value:g} removes {wanted} of {total} neurons, and with widths that are multiples of {step} the nearest "
-                f"total is all of them; use a larger ratio, or a smaller round_to"
+                f"ratio={budget.value:g} removes {wanted} of {total} neurons, but widths must be multiples of {step}, and the nearest total with such widths keeps all the neurons. Use a larger ratio, or a smaller round_to"
             )
         return everywhere(rounded)
 

@@ -304,9 +304,7 @@ class BlockPlan:
                 same = b is d if b is None or d is None else torch.equal(b, d)
                 if not same or (b is not None and not torch.equal(a, c)):
                     raise ArtifactError(
-                        f"block {self.block.name}: a layer that is called several times reads it at {self.block.sources[first].node} and "
-                        f"{self.block.sources[other].node}, where the plan puts different predictions in place of what is removed; one "
-                        f"weight can only take one"
+                        f"block {self.block.name}: one layer reads this block in several calls, among them {self.block.sources[first].node} and {self.block.sources[other].node}. The plan replaces the removed neurons with different predictions in these two calls. The calls share one weight, and one weight can take only one prediction"
                     )
 
     def constants_at(self, source: Source) -> torch.Tensor:

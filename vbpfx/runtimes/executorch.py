@@ -66,7 +66,6 @@ def _set_threads(threads: int | None) -> None:
         return
     if _loaded:
         raise ExportError(
-            f"ExecuTorch has one pool of threads, and a program is loaded that runs on {found}; let go of it before "
-            f"compiling for {threads}"
+            f"ExecuTorch has one pool of threads for the whole process, and a program that runs on {found} is still loaded. Delete every reference to that program before compiling for {threads}"
         )
     portable_lib._unsafe_reset_threadpool(threads)
