@@ -303,7 +303,7 @@ def test_blocks_are_units_and_graphs_go_layer_by_layer() -> None:
 
 def test_what_cannot_be_sharded_is_said() -> None:
     student, teacher = shard_jobs.pair()
-    with pytest.raises(FinetuneError, match="there is only one process. Start several with torchrun"):
+    with pytest.raises(FinetuneError, match=r"there is only one process\. Start several with torchrun"):
         shard_jobs.finetune(student, teacher, shard=True)
     with pytest.raises(
         FinetuneError, match="Inner cannot be sharded: FSDP2 does not find the tensors in what this network returns"
