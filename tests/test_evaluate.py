@@ -219,14 +219,14 @@ def test_what_does_not_go_together(three: tuple[np.ndarray, ...], change: Any, m
 def test_names_must_be_those_of_the_outputs(three: tuple[np.ndarray, ...]) -> None:
     """Ten folders of a thousand classes would be numbered 0 to 9, and every figure would be wrong."""
     dense, pruned, labels = three
-    with pytest.raises(EvaluationError, match="there are 3 classes, and the network has 7 outputs"):
+    with pytest.raises(EvaluationError, match="the data has 3 classes, and the network has 7 outputs"):
         _evaluate(Table(dense), Table(pruned), _batches(labels % 3), classes=["a", "b", "c"])
 
 
 def test_names_are_compared_with_the_outputs_before_hours_of_work(three: tuple[np.ndarray, ...]) -> None:
     dense, pruned, labels = three
     batches = iter(_batches(labels % 3))
-    with pytest.raises(EvaluationError, match="there are 3 classes"):
+    with pytest.raises(EvaluationError, match="the data has 3 classes"):
         _evaluate(Table(dense), Table(pruned), batches, classes=["a", "b", "c"])
     assert len(list(batches)) == len(_batches()) - 1
 
