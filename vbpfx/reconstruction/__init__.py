@@ -1,1 +1,1 @@
-"""Block after block: neurons chosen and layers refitted on what the narrowed network computes."""
+"""Reconstruction, block after block: choose neurons and fit layers on what the narrowed network computes."""

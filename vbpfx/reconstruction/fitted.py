@@ -1,4 +1,4 @@
-"""Places for layers that are fitted while a graph runs."""
+"""Placeholders in a graph for layers whose weights are fitted while the graph runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vbpfx.plans.records import Consumer
 
 
 class Fitted(nn.Module):
-    """A layer in the narrowed stream, V x + c; it is given V and c when the stream has come to it."""
+    """A layer V x + c in the narrowed stream. :meth:`set` gives it V and c once the stream has reached it."""
 
     def __init__(self, layer: Consumer) -> None:
         super().__init__()
@@ -20,11 +20,11 @@ class Fitted(nn.Module):
         self.weight: Tensor | None = None
 
     def set(self, weight: Tensor, bias: Tensor, columns: Tensor) -> None:
-        """V (out, in), c (out,), and the columns where V is not zero."""
+        """Set V (out, in), c (out,), and the indices of the columns where V is not zero."""
         self.weight, self.bias, self.columns = weight[:, columns], bias, columns
 
     def forward(self, x: Tensor) -> Tensor:
-        """V x + c."""
+        """Return V x + c."""
         assert self.weight is not None
         if x.shape[self.axis] > len(self.columns):
             x = x.index_select(self.axis, self.columns.to(x.device))
@@ -33,7 +33,10 @@ class Fitted(nn.Module):
 
 
 def with_fitted(captured: Captured, calls: Sequence[Consumer]) -> tuple[fx.GraphModule, dict[str, Fitted]]:
-    """A copy of the graph in which the calls of layers are :class:`Fitted`, under their own nodes' names, and these by node."""
+    """Return a copy of the graph in which :class:`Fitted` modules replace layers, and these modules by node name.
+
+    The nodes keep their names.
+    """
     graph_module = share_parameters(captured.graph_module)
     nodes = {node.name: node for node in graph_module.graph.nodes}
     places = {}

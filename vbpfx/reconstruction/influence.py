@@ -1,13 +1,15 @@
-"""Influence: how much an error at a layer's value moves the network's output, by position and by channel.
+"""Influence: how much an error in a layer's output moves the network's output, by position and by channel.
 
-With r a random direction of the output and g = d(r . output) / d y the gradient at the layer's value y, an error e moves
-the output along r by g . e. No label is needed:
+Let r be a random direction of the network's output, y the layer's output and g = d(r . output) / dy the gradient there.
+An error e in y moves the network's output along r by g . e. No label is needed. The gradients give two kinds of
+weights:
 
-- every row (a token, a pixel of one sample) weighs w = |g|^(2 tau) over the mean of that. In a classifier that reads a class
-  token, that token comes to count for more, as do the patches that it looks at, and nothing here knows that there is one;
-- outputs weigh by M = (E g g^T)^rho: |M e| is nearer to the error that matters than |e|.
+- Every row (a token or a pixel of one sample) has the weight w = |g|^(2 tau), divided by the mean of these weights. In
+  a classifier that reads a class token, this token gets a larger weight, and so do the patches that it attends to. The
+  code does not need to know that there is a class token.
+- The layer's output channels are weighted by M = (E g g^T)^rho: |M e| is closer to the error that matters than |e|.
 
-Raw weights (tau = 1, rho = 1/2) are too extreme for as little data as there is; the exponents temper them.
+Raw weights (tau = 1, rho = 1/2) are too extreme for so little data, so smaller exponents temper them.
 """
 
 from __future__ import annotations
@@ -31,19 +33,20 @@ from vbpfx.plans.records import Consumer
 # tau and rho
 TEMPER = 0.5
 METRIC_POWER = 0.25
-_LEAST = 1e-3  # of a row that the output does not depend on: a fit needs rows
-# The activations of so many samples are held for the backward pass where nothing is said of the memory, and at most.
+_LEAST = 1e-3  # added to every weight, so that rows that do not influence the output still take part in a fit
+# How many samples' activations are held for a backward pass: the number without a memory limit, and the largest number.
 SAMPLES_AT_ONCE, _MOST_AT_ONCE = 16, 256
 
 
 @dataclass(frozen=True)
 class Influence:
-    """How much the places of one layer's value count.
+    """How much errors at the positions and channels of one layer's output count.
 
     Attributes:
-        weights: per batch one weight per position, shaped as the value with a channel axis of length 1; their mean over all calls
-            of the layer is about 1.
-        metric: M (out, out), float64, of all calls of the layer; None for a layer that was to have none.
+        weights: one tensor per batch with one weight per position. It has the shape of the layer's output with a
+            channel axis of length 1. The mean over all calls of the layer is about 1.
+        metric: M (out, out), float64, over all calls of the layer. It is None if no metric was asked for, or if the
+            gradients are zero or too large to compute one.
     """
 
     weights: tuple[Tensor, ...]
@@ -51,15 +54,16 @@ class Influence:
 
 
 class Gradients:
-    """Forward and backward passes, batch after batch, and what they add up to.
+    """Runs forward and backward passes, batch after batch, and accumulates the gradients' squares and products.
 
     Args:
-        captured: the graph.
-        layers: at whose values gradients are taken.
-        metrics: the nodes of those layers that are to have a metric; all by default.
-        graph_module: the graph to run, with the captured one's nodes; a prepared one gathers its statistics on the way.
-        at_once: how many samples' activations are held for a backward pass.
-        seed: of the random directions.
+        captured: the captured graph.
+        layers: the layers at whose outputs gradients are taken.
+        graph_module: the graph to run; it must have the nodes of the captured graph. A prepared graph also gathers its
+            statistics in these passes. The captured graph by default.
+        metrics: names of the layers' nodes that get a metric; all by default.
+        at_once: the number of samples whose activations are held for one backward pass.
+        seed: seed of the random directions.
     """
 
     def __init__(
@@ -85,10 +89,11 @@ class Gradients:
         """Run a batch, a few samples at a time.
 
         Args:
-            start: the number of its first sample, from which its random directions follow; by default those before count.
+            start: the number of the batch's first sample. It seeds the random directions. By default the number of
+                samples that were added before.
 
         Raises:
-            RuntimeError: whatever the graph's operators, and their derivatives, raise.
+            RuntimeError: an operator of the graph, or its derivative, raised it.
         """
         parts: dict[str, list[Tensor]] = {node: [] for node in self.layers}
         self.samples = self.samples if start is None else start
@@ -111,25 +116,26 @@ class Gradients:
     def influences(
         self, temper: float = TEMPER, power: float = METRIC_POWER, ranks: Ranks = ALONE
     ) -> dict[str, Influence]:
-        """Influence per layer's node; a layer that the output does not depend on by a gradient has none.
+        """Return the influence by layer node. A layer is left out if no gradient of the output reaches it.
 
         Args:
             temper: tau.
             power: rho.
-            ranks: weights are relative to the mean of all ranks' batches, metrics of all of them.
+            ranks: the processes that share the data. Weights are relative to the mean over the batches of all ranks,
+                and metrics are taken over the batches of all ranks.
         """
         *found, batches = ranks.sums([*(len(squares) for squares in self.squares.values()), self.batches])
         complete = [node for node, number in zip(self.squares, found, strict=True) if number == batches > 0]
         return {node: self._influence(node, temper, power, ranks) for node in complete}
 
     def state(self) -> dict[str, Tensor]:
-        """What was added up so far, for a file."""
+        """Return what was accumulated so far, for a checkpoint."""
         squares = {f"squares/{node}/{n}": s for node, found in self.squares.items() for n, s in enumerate(found)}
         products = {f"products/{node}": product for node, product in self.products.items()}
         return {"batches": torch.tensor(self.batches), **squares, **products}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Continue from what :meth:`state` returned."""
         self.batches = int(state["batches"])
         for node, found in self.squares.items():
             found[:] = [state[key] for n in range(self.batches) if (key := f"squares/{node}/{n}") in state]
@@ -142,7 +148,7 @@ class Gradients:
         total, count = ranks.sums(
             [sum(w.double().sum().item() for w in every), sum(weight.numel() for weight in every)]
         )
-        if not 0 < total < math.inf:  # no gradient comes through, though a path does; or squares that leave float32
+        if not 0 < total < math.inf:  # gradients are zero although a path exists, or their squares overflow
             return Influence(tuple(torch.ones_like(weight) for weight in weights), None)
         weights = [(weight / (total / count)).float() + _LEAST for weight in weights]
         if node not in self.metrics:
@@ -158,7 +164,7 @@ class Gradients:
         return Influence(tuple(weights), metric)
 
     def _gradients(self, batch: Inputs) -> list[tuple[str, Tensor]]:
-        """The gradient of a random direction of the output at every layer's value."""
+        """Return the gradient of a random direction of the network's output at every layer's output, by node name."""
         seen: dict[str, Tensor] = {}
         layers = self.layers
 
@@ -178,24 +184,30 @@ class Gradients:
                 return []
             directions = [torch.randn(t.shape, generator=self.generator).to(t) / (_spread(t) + 1e-12) for t in leaves]
             gradients = torch.autograd.grad(leaves, list(seen.values()), directions, allow_unused=True)
-        # a root at zero, for one, has no finite derivative
+        # a derivative need not be finite: that of a square root at zero is not
         return [
             (n, g.detach().nan_to_num(0.0, 0.0, 0.0)) for n, g in zip(seen, gradients, strict=True) if g is not None
         ]
 
 
 def _joined(parts: Sequence[Tensor], axis: int | None) -> Tensor:
-    """Squares of gradients from a few samples at a time as those of the whole batch; what has no samples has one mean."""
+    """Return the squared gradients of a whole batch from those of its parts.
+
+    They are concatenated along the samples' axis, or averaged for a value without such an axis.
+    """
     return torch.stack(list(parts)).mean(0) if axis is None else torch.cat(list(parts), axis)
 
 
 def _spread(value: Tensor) -> Tensor:
-    """Its standard deviation; the size of a single entry, which has none."""
+    """Return the standard deviation of a value, or the absolute value of a single entry, which has no deviation."""
     return value.detach().std() if value.numel() > 1 else value.detach().abs()
 
 
 def is_differentiable(captured: Captured, layers: Sequence[Consumer], at_once: int = SAMPLES_AT_ONCE) -> bool:
-    """Whether gradients can be taken at the layers' values: no value is changed in place, every operator has a derivative.
+    """Return whether gradients can be taken at the layers' outputs.
+
+    They cannot if a needed value is changed in place, or if an operator has no derivative. This is tried on the
+    captured graph's inputs.
 
     Args:
         at_once: as for :class:`Gradients`.
@@ -210,9 +222,10 @@ def is_differentiable(captured: Captured, layers: Sequence[Consumer], at_once: i
 
 
 def samples_at_once(captured: Captured, memory: float) -> int:
-    """How many samples' activations a forward and a backward pass may hold in so many GiB, at least one.
+    """Return for how many samples a forward and a backward pass fit in ``memory`` GiB; at least one.
 
-    Counted are the values of all nodes, all of which a backward pass may need, and as much again for their gradients.
+    This counts the values of all nodes, since a backward pass may need all of them, and as much again for their
+    gradients.
     """
     tensors = tensors_in([node.meta.get("val") for node in captured.graph_module.graph.nodes if node.op != "get_attr"])
     held = 2 * sum(t.numel() * t.element_size() for t in tensors)
@@ -221,7 +234,7 @@ def samples_at_once(captured: Captured, memory: float) -> int:
 
 
 def _chunks(captured: Captured, batch: Inputs, at_once: int) -> list[Inputs]:
-    """The batch in pieces of a few samples, where the graph makes of each what it is by itself."""
+    """Return the batch in parts of ``at_once`` samples, or whole if splitting it could change the graph's results."""
     samples = batch.batch_size
     if not captured.divisible or samples is None:
         return [batch]

@@ -1,4 +1,4 @@
-"""The calibration samples that are kept: for gradients, sensitivities and reconstruction."""
+"""Calibration samples that are kept in memory for gradients, sensitivities and reconstruction."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from vbpfx.reconstruction.influence import Gradients
 
 
 class Keeping:
-    """Runs batches for a prepared graph's observers; keeps the first samples of the data, and takes gradients on these.
+    """Calibration work that keeps the first samples of the data, and takes gradients on them.
 
-    Batches that are larger than what may run at once run in parts, and what is kept of them are those parts: everything behind
-    calibration takes its samples as they are kept, and holds no more at once either.
+    Every batch runs through the prepared graph, whose observers gather statistics. A batch that is larger than ``most``
+    runs in parts, and these parts are kept in its place. All later stages run the kept parts one by one, so they do not
+    hold more samples at once either.
 
     Args:
-        forward: runs batches where no gradients are taken.
-        samples: how many are kept, of all ranks together.
-        gradients: on the prepared graph; None for none.
-        most: how many samples may run at once; None where the graph does not take any number of samples, so that no batch can
-            be cut.
+        forward: runs the samples for which no gradients are taken.
+        samples: the number of samples to keep, of all ranks together.
+        gradients: the gradients on the prepared graph; None to take none.
+        most: the largest number of samples that run at once; None if the graph does not accept every batch size, so
+            that batches cannot be split.
     """
 
     def __init__(self, forward: Work, samples: int, gradients: Gradients | None, *, most: int | None) -> None:
@@ -33,7 +34,7 @@ class Keeping:
         self.starts: list[int] = []
 
     def run(self, batch: Inputs, start: int) -> None:
-        """The whole batch, for the statistics."""
+        """Run the whole batch, and keep the samples of it that are still wanted."""
         for part, begun in self._parts(batch, start):
             own, rest = self._keep(part, begun)
             if own is not None and self.gradients is not None:
@@ -42,28 +43,28 @@ class Keeping:
                 self.forward.run(rest, begun)
 
     def run_before(self, batch: Inputs, start: int) -> None:
-        """A batch whose gradients are known."""
+        """Keep the wanted samples of a batch that a checkpoint covers, and do not run it again."""
         for part, begun in self._parts(batch, start):
             _, rest = self._keep(part, begun)
             if rest is not None:
                 self.forward.run_before(rest, begun)
 
     def state(self) -> dict[str, Tensor]:
-        """The gradients; the samples come from the data again."""
+        """Return the gradients' state. The samples are not a part of it: they are read from the data again."""
         return self.gradients.state() if self.gradients is not None else {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Continue from what :meth:`state` returned."""
         if self.gradients is not None:
             self.gradients.restore(state)
 
     def samples(self, ranks: Ranks) -> Samples:
-        """What was kept."""
+        """Return the kept samples."""
         total = ranks.sums([sum(batch.batch_size or 1 for batch in self.batches)])[0]
         return Samples(tuple(self.batches), tuple(self.starts), int(total), ranks)
 
     def _parts(self, batch: Inputs, start: int) -> Iterator[tuple[Inputs, int]]:
-        """A batch in parts that may run at once, and the number of each part's first sample."""
+        """Yield the batch in parts that are small enough to run at once, each with the number of its first sample."""
         samples = batch.batch_size
         if self.most is None or samples is None or samples <= self.most:
             yield batch, start
@@ -72,7 +73,7 @@ class Keeping:
             yield batch.samples(begun, begun + self.most), start + begun
 
     def _keep(self, batch: Inputs, start: int) -> tuple[Inputs | None, Inputs | None]:
-        """What is kept of a batch, and what of it runs without gradients."""
+        """Keep what is still wanted of a batch. Return the kept part, and the part that runs without gradients."""
         count, left = batch.batch_size or 1, self.wanted - start
         if left <= 0:
             return None, batch

@@ -1,15 +1,19 @@
-"""Reconstruction, block after block: layers are fitted to the dense network on what the narrowed one really feeds them.
+"""Reconstruction, block after block: fit layers to the dense network on inputs that come from the narrowed network.
 
-Two streams of calibration data go through the network side by side (:mod:`vbpfx.reconstruction.stream`): the dense one, and one that is
-narrowed so far (:mod:`vbpfx.rewrite.substitute`). At each layer the target is
+Two copies of the network run side by side on the calibration data (:mod:`vbpfx.reconstruction.stream`). One is the
+dense network. In the other, everything up to the present layer is narrowed already (:mod:`vbpfx.rewrite.substitute`).
+At each layer the target is
 
-    t = y + m ((y_dense + s_dense) - (y + s_narrowed)),    y = W x + b,
+    t = y + m ((y_dense + s_dense) - (y + s_narrowed)),    y = W x + b.
 
-what the dense weights make of the narrowed stream's x, and a share m of what separates the residual stream behind the
-layer (:mod:`vbpfx.reconstruction.residual`) from the dense one. The layer is fitted to it on x, by ridge regression toward
-its old weights (:mod:`vbpfx.reconstruction.regression`). Where it reads a block, the neurons that stay are chosen on the way, by greedy
-elimination from the fit on all of them (:mod:`vbpfx.planning.elimination`). m = 1 would ask every layer to make good everything
-that is lost; but what cannot be predicted is then answered by shrinking the signal.
+Here x is the layer's input in the narrowed stream, and y is what the dense weights compute from it. s is the residual
+stream that the layer's output is added to (:mod:`vbpfx.reconstruction.residual`). So the target adds to y a share m of
+the difference between the dense and the narrowed residual stream behind the layer.
+
+The layer is fitted to this target on x, by ridge regression that shrinks toward its old weights
+(:mod:`vbpfx.reconstruction.regression`). If the layer reads a block, the neurons to keep are chosen at the same time,
+by greedy elimination from the fit on all of them (:mod:`vbpfx.planning.elimination`). With m = 1 every layer would have
+to make up for everything that was lost before it. But a fit answers what it cannot predict by shrinking the signal.
 """
 
 from __future__ import annotations
@@ -39,11 +43,12 @@ from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
 from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
-# m where there is data without end.
+# The limit of m for unlimited data.
 SHARE = 0.8
-# m falls to half of that where the weight of all rows together is that of so many rows per entry of the input.
+# m is half of SHARE when there are this many effective rows for every column of the layer's input.
 _ROWS_TO_LEARN_FROM = 30
-# Relative ridge penalties toward the weights as they were, and toward the best linear prediction on the layer's own value.
+# The relative ridge penalties to choose from. A fit shrinks toward the old weights, or, where neurons are chosen,
+# toward the weights that best predict the layer's own output from the kept neurons.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -59,23 +64,24 @@ def reconstruct(
     mask: MaskArgument | None = None,
     progress: bool = False,
 ) -> Plan:
-    """A plan with the same widths whose layers are fitted block after block.
+    """Return a plan with the same widths whose layers are fitted block after block.
 
     Args:
-        analysis: of the model that the plan was made for.
-        plan: whose widths are kept. Blocks that cannot be chosen anew on the way (norms over the hidden axis, several
-            sources, layers of which one call needs the value of another) stay as they are in it.
-        batches: the calibration data, on the model's device; what the streams hold between two layers must fit in memory. Of
-            several ranks' samples each runs its own, and all come to the same plan.
-        influence: per layer's node, on these batches; rows and outputs of layers that have none count alike.
-        beside: layers beside the blocks that are fitted, too, without changing shape.
-        choose: choose the neurons of a block on the way; otherwise those of the plan stay.
-        share: m where there is data without end; less is taken where few rows carry the weight.
+        analysis: the analysis of the model that the plan was made for.
+        plan: the plan whose widths are kept. Some blocks keep the neurons of this plan: those with norms over the
+            hidden axis, with several sources, or with a layer of which one call needs the output of another.
+        batches: the calibration data. What the streams hold between two layers must fit in the memory of the model's
+            device. With several ranks every rank runs its own samples, and all ranks get the same plan.
+        influence: layer node -> influence on these batches. For a layer without influence all rows and outputs count
+            alike.
+        beside: layers outside the blocks that are fitted, too. Their shapes stay.
+        choose: whether to choose the neurons of a block again; otherwise the plan's choice stays.
+        share: the limit of m for unlimited data; m is smaller the fewer rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
 
     Raises:
-        CalibrationError: what the narrowed network feeds a layer is not finite.
+        CalibrationError: the narrowed network gives a layer an input that is not finite.
     """
     order = schedule(analysis)
     steps = steps_of(order, analysis, plan, beside, choose)
@@ -95,7 +101,7 @@ def reconstruct(
 
 
 class _Reconstruction:
-    """The two streams, and what has been decided so far."""
+    """The dense and the narrowed stream, and the choices and fits that were made so far."""
 
     def __init__(
         self,
@@ -124,7 +130,7 @@ class _Reconstruction:
         self.fits: list[tuple[Calls, Tensor, Tensor]] = []
 
     def take(self, step: Step) -> None:
-        """Bring both streams to a layer, fit it on the rows of all its calls, and put the fit in its places."""
+        """Run both streams up to a layer, fit the layer on the rows of all its calls, and use the fit at every call."""
         layer = step.layer
         self.narrow.run_before(layer.node)
         self.dense.run_through(step.calls[-1].node)
@@ -144,7 +150,7 @@ class _Reconstruction:
             self.places[call.node].set(fitted, intercept, columns)
 
     def result(self) -> Plan:
-        """The plan with everything that was chosen and fitted."""
+        """Return the plan with everything that was chosen and fitted."""
         blocks = tuple(self.decided[entry.block.name] for entry in self.plan.blocks)
         plan = replace(self.plan, blocks=blocks)
         corrections = tuple(
@@ -164,7 +170,7 @@ class _Reconstruction:
         return replace(done, settings={**plan.settings, **how})
 
     def _gather(self, calls: Calls, weight: Tensor, bias: Tensor) -> Sums:
-        """The sums of a layer's regression over all its calls in all batches, of all ranks."""
+        """Return the sums for a layer's regression over all its calls in all batches of all ranks."""
         share = self._share(calls)
         rows = itertools.chain.from_iterable(self.rows.of(call, weight, bias, share) for call in calls)
         begun = next(rows, None)
@@ -177,12 +183,12 @@ class _Reconstruction:
         return sums
 
     def _choose(self, entry: BlockPlan, calls: Calls, sums: Sums, weight: Tensor) -> BlockPlan:
-        """The block's neurons that stay: greedy elimination from the fit on all of them, as many as planned."""
+        """Choose which neurons of a block to keep, as many as planned, by greedy elimination from the full fit."""
         block, normal = entry.block, sums.all
         among = block.consumers[0].source.at(range(block.width))
         everything, _ = fit(normal, weight, PENALTY)
         layer = calls[0]
-        about = self.influence.get(layer.node)  # whose metric is of all calls
+        about = self.influence.get(layer.node)  # its metric covers all calls, so the first call's will do
         if about is not None and about.metric is not None:
             everything = about.metric @ everything
         others = [self._matrix(c) for c in {c.weight: c for c in block.consumers if c.weight != layer.weight}.values()]
@@ -198,7 +204,7 @@ class _Reconstruction:
         return BlockPlan(block, kept, (means,) * len(block.sources))
 
     def _share(self, calls: Calls) -> float:
-        """m for a layer: the fewer rows carry the weight, the less of what is lost can be learnt from them."""
+        """Return m for a layer: it is smaller the fewer rows carry the weight, since less can be learnt from them."""
         known = [self.influence[call.node] for call in calls if call.node in self.influence]
         if len(known) < len(calls):
             return self.share
@@ -209,11 +215,11 @@ class _Reconstruction:
         return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(calls[0]))
 
     def _kept_width(self, layer: Consumer) -> int:
-        """How many entries of a layer's input will be left."""
+        """Return how many columns of a layer's input the plan keeps."""
         return self._width(layer) - len(removed_along(self.plan.blocks, layer.weight, layer.weight_axis))
 
     def _folded(self, layer: Consumer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, set[int]]:
-        """W and b with everything that is removed before the layer folded in, and the columns that are gone."""
+        """Return W and b with the removed neurons of the layer's input folded in, and the columns that were removed."""
         folded, shifted = weight.clone(), bias.clone()
         for entry in self.decided.values():
             for consumer in entry.block.consumers:
@@ -228,30 +234,33 @@ class _Reconstruction:
         return folded, shifted, gone
 
     def _gone(self, layer: Consumer) -> set[int]:
-        """The columns of a layer whose input channels are removed, as far as that is decided."""
+        """Return the columns of a layer's weight whose input channels are removed, as far as this is decided yet."""
         return set(removed_along(self.decided.values(), layer.weight, layer.weight_axis))
 
     def _matrix(self, layer: Consumer) -> Tensor:
-        """W (out, in), float64, on the CPU."""
+        """Return W (out, in), float64, on the CPU."""
         return as_matrix(self.tensors[layer.weight], layer)
 
     def _width(self, layer: Consumer) -> int:
         return self.tensors[layer.weight].shape[layer.weight_axis]
 
     def _bias(self, layer: Consumer) -> Tensor:
-        """b (out,), float64, on the CPU; zero where there is none."""
+        """Return b (out,), float64, on the CPU; zeros for a layer without a bias."""
         if layer.creates_bias:
             return torch.zeros(self.tensors[layer.weight].shape[1 - layer.weight_axis], dtype=torch.float64)
         return self.tensors[layer.bias].detach().double().cpu()
 
     def _takes_bias(self, layer: Consumer) -> bool:
-        """A layer without a bias stays without one, unless it reads a block and gets one anyway."""
+        """Return whether the layer has a bias, or gets one because it reads a block."""
         return not layer.creates_bias or any(
             consumer.node == layer.node for entry in self.plan.blocks for consumer in entry.block.consumers
         )
 
 
 def _on_what_stays(normal: Normal, weight: Tensor, columns: Tensor) -> Tensor:
-    """The layer's own value predicted from the columns that stay: W_K + W_P C_PK (C_KK + lambda s I)^-1."""
+    """Return the weights that best predict the layer's own output from the kept columns.
+
+    They are W_K + W_P C_PK (C_KK + lambda s I)^-1.
+    """
     own = replace(normal, mean_t=weight @ normal.mean_x, xt=normal.xx @ weight.T)
     return fit(own, weight, PENALTY, columns)[0]

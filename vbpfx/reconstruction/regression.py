@@ -1,11 +1,11 @@
-"""Regression of a layer's target on its input: sums in, weights out.
+"""Weighted ridge regression of a layer's target on its input: gather sums, then solve for the weights.
 
-For rows x (d,) and targets t (out,) with weights w, the fit of t ~ V x + c that shrinks toward V0 is
+For rows x (d,) and targets t (out,) with row weights w, the fit of t ~ V x + c that shrinks toward V0 is
 
-    V = V0 + S_rx (S_xx + lambda s I)^-1,    r = t - V0 x,    c = mean(t) - V mean(x),
+    V = V0 + S_rx (S_xx + lambda s I)^-1,    r = t - V0 x,    c = mean(t) - V mean(x).
 
-with S the weighted covariances and s the mean of the diagonal of S_xx (of those columns that may be used). lambda ->
-infinity leaves V0 and moves the bias alone.
+S are the weighted covariances, and s is the mean of the diagonal of S_xx (over the columns that may be used). For
+lambda -> infinity the weights stay V0 and only the bias changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PANEL = 256
 
 @dataclass(frozen=True)
 class Normal:
-    """Weighted means and covariances of x and t, all that a regression needs; float64."""
+    """The weighted means and covariances of x and t that a regression needs; float64."""
 
     mean_x: Tensor
     mean_t: Tensor
@@ -37,16 +37,16 @@ class Normal:
     xt: Tensor
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Mean of |t - V x - c|^2 less the variance of t."""
+        """Return the mean of |t - V x - c|^2 minus the variance of t, which is the same for every fit."""
         offset = self.mean_t - weight @ self.mean_x - bias
         return float((weight @ self.xx * weight).sum() - 2 * (weight * self.xt.T).sum() + offset.square().sum())
 
 
 class Sums:
-    """Weighted sums of x, t, x x^T and x t^T about fixed centres; what is held out is kept apart.
+    """Weighted sums of x, t, x x^T and x t^T about fixed centres. Held-out rows have sums of their own.
 
     Args:
-        centres: of x (d,) and t (out,); by default the means of the first rows.
+        centres: the centres of x (d,) and t (out,); by default the means of the first rows that are added.
     """
 
     def __init__(self, centres: Sequence[Tensor] | None = None) -> None:
@@ -54,20 +54,20 @@ class Sums:
         self._sums: dict[bool, tuple[Tensor, ...]] = {}
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor, held: bool = False) -> None:
-        """Add rows x (n, d) and t (n, out), with weights (n,)."""
+        """Add rows x (n, d) and t (n, out) with weights (n,); ``held`` if they are held out."""
         x, t = (widened(v) for v in (x, t))
         if self._centres is None:
             self._centres = self.centres(x, t)
         parts = self._parts(x, t, weights)
         if x.dtype != torch.float64 and answers_at_once(x.device) and not _finite(parts):
-            parts = self._parts(x.double(), t.double(), weights)  # squares of what is finite may leave float32
+            parts = self._parts(x.double(), t.double(), weights)  # squares of finite numbers may overflow float32
         if held in self._sums:
             parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
         self._sums[held] = parts
 
     @full_float32()
     def _parts(self, x: Tensor, t: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """The sums over some rows, taken in the rows' precision, as float64."""
+        """Return the sums over some rows as float64; they are computed in the rows' precision."""
         assert self._centres is not None
         x, t = (v - centre.to(v) for v, centre in zip((x, t), self._centres, strict=True))
         w = weights.to(x)
@@ -76,11 +76,11 @@ class Sums:
 
     @staticmethod
     def centres(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Fixed centres that fit rows x (n, d) and t (n, out)."""
+        """Return the means of rows x (n, d) and t (n, out), for use as fixed centres."""
         return widened(x).mean(0), widened(t).mean(0)
 
     def add_other_ranks(self, ranks: Ranks, inputs: int, outputs: int) -> None:
-        """Add the sums of all ranks, which are about the same centres."""
+        """Add the sums of all other ranks. All ranks must use the same centres."""
         shapes = ((), (inputs,), (outputs,), (inputs, inputs), (inputs, outputs))
         for held, there in zip((False, True), ranks.sums([k in self._sums for k in (False, True)]), strict=True):
             if there:
@@ -89,17 +89,17 @@ class Sums:
 
     @cached_property
     def all(self) -> Normal:
-        """Of everything that was added."""
+        """Means and covariances of all rows."""
         return self._normal([self._sums[held] for held in (False, True) if held in self._sums])
 
     @cached_property
     def fitted(self) -> Normal | None:
-        """Of what was not held out; None where that is nothing."""
+        """Means and covariances of the rows that were not held out; None if there are none."""
         return self._normal([self._sums[False]]) if False in self._sums else None
 
     @cached_property
     def held(self) -> Normal | None:
-        """Of what was held out; None where that is nothing."""
+        """Means and covariances of the rows that were held out; None if there are none."""
         return self._normal([self._sums[True]]) if True in self._sums else None
 
     def _normal(self, sums: list[tuple[Tensor, ...]]) -> Normal:
@@ -111,13 +111,19 @@ class Sums:
 
 
 def _finite(parts: Sequence[Tensor]) -> bool:
-    """Whether all sums are finite; no entry of x x^T is larger than those of its diagonal, which is all of it that is looked at."""
+    """Return whether all sums are finite.
+
+    Of x x^T only the diagonal is checked, because no entry is larger than the largest on the diagonal.
+    """
     w, x, t, xx, xt = parts
     return all(bool(part.isfinite().all()) for part in (w, x, t, xx.diagonal(), xt))
 
 
 def _symmetric(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b where that is symmetric: panels right of the diagonal, and their mirror; little more than half of the products."""
+    """Return a^T b for a product that is known to be symmetric.
+
+    The panels on and above the diagonal are computed and mirrored, which takes little more than half of the products.
+    """
     width = a.shape[1]
     product = a.new_empty(width, width)
     for start in range(0, width, _PANEL):
@@ -130,13 +136,14 @@ def _symmetric(a: Tensor, b: Tensor) -> Tensor:
 def fit(
     normal: Normal, toward: Tensor, penalty: float, columns: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """V (out, d) and c (out,), float64; V is zero at the columns that may not be used.
+    """Return V (out, d) and c (out,), float64. V is zero at the columns that may not be used.
 
     Args:
         toward: V0, (out, d).
-        penalty: lambda, relative to the mean of the diagonal of S_xx (of x's second moments, where the bias is fixed).
-        columns: indices of the entries of x that may be used; all by default.
-        bias: c, where it is not free.
+        penalty: lambda, relative to the mean of the diagonal of S_xx (or of x's second moments about zero if ``bias``
+            is given).
+        columns: indices of the columns of x that may be used; all by default.
+        bias: c, if it is fixed; by default it is fitted.
 
     Raises:
         CalibrationError: inputs or targets hold NaN or infinity.
@@ -161,7 +168,7 @@ def fit(
 
 
 def best_penalty(sums: Sums, toward: Tensor, penalties: tuple[float, ...], columns: Tensor | None = None) -> float:
-    """The penalty whose fit errs least on what was held out; the first where nothing was."""
+    """Return the penalty whose fit has the smallest error on the held-out rows; the first penalty if there are none."""
     fitted, held = sums.fitted, sums.held
     if fitted is None or held is None:
         return penalties[0]

@@ -1,8 +1,9 @@
-"""Residual sums: where what a layer makes is added to a stream that goes past it.
+"""Residual sums: where a layer's output is added to the residual stream.
 
-Found by structure: from a layer's value y through views, scales and dropout to a sum z = stream + s * P y + c whose other
-operand was there before the layer ran; P rearranges, s scales, c shifts entry by entry. So a wish about the sum is a wish
-about the layer: to change z by w, change y by P^T (w / s).
+They are found from the graph's structure. A path leads from a layer's output y through views, scales and dropout to a
+sum z = stream + s * P y + c, whose other operand was computed before the layer ran. P rearranges entries, s scales them
+one by one, and c shifts them. So a change of the sum can be had by a change of the layer's output: z changes by w if y
+changes by P^T (w / s).
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ _AFFINE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class ResidualSum:
-    """Where a layer's value is added to a stream.
+    """The place where a layer's output is added to the residual stream.
 
     Attributes:
-        stream: name of the node that it is added to.
-        way: names of the nodes between the layer and the sum, in order; none where they all hand the value on as it is.
+        stream: name of the node that the layer's output is added to.
+        way: names of the nodes between the layer and the sum, in order; empty if all of them return their operand
+            unchanged.
     """
 
     stream: str
@@ -37,7 +39,7 @@ class ResidualSum:
 
 
 def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
-    """The residual sum that a layer's value goes to, alone; None where it goes elsewhere.
+    """Return the residual sum that alone reads a layer's output; None if there is none, or there are other readers.
 
     Args:
         layer: name of the node that calls the layer.
@@ -61,7 +63,10 @@ def find_residual_sum(captured: Captured, layer: str) -> ResidualSum | None:
 
 
 def pull_back(stream: Stream, batch: int, layer: str, residual: ResidualSum, y: Tensor, wish: Tensor) -> Tensor | None:
-    """By how much y should change for the sum to change by a wish; None where a value on the way is not there yet."""
+    """Return the change of the layer's output y that changes the residual sum by ``wish``.
+
+    Return None if it cannot be computed: a value on the path to the sum is not there yet, or has no derivative.
+    """
     if not residual.way:
         return wish
     run = stream.runs[batch]
@@ -90,13 +95,13 @@ def pull_back(stream: Stream, batch: int, layer: str, residual: ResidualSum, y: 
             # vjp(w) = P^T (s w), and vjp(s 1) = P^T s^2
             (numerator,) = torch.autograd.grad(z, at, wish.to(z), retain_graph=True)
             (denominator,) = torch.autograd.grad(z, at, scale)
-    except (KeyError, RuntimeError):  # a size that is read later; an operator that writes into its operand
+    except (KeyError, RuntimeError):  # a value is not computed yet, or an operator writes into its operand
         return None
     return torch.where(denominator.abs() > 1e-12, numerator / denominator, 0.0)
 
 
 def _compute(run: fx.Interpreter, node: fx.Node) -> None:
-    """Put the value of a node in place that depends on parameters alone."""
+    """Compute a node's value if it depends on parameters alone and is not there yet."""
     if node not in run.env and _of_parameters(node):
         for n in node.all_input_nodes:
             _compute(run, n)
@@ -104,14 +109,14 @@ def _compute(run: fx.Interpreter, node: fx.Node) -> None:
 
 
 def _of_parameters(node: fx.Node) -> bool:
-    """Whether a value does not depend on the model's inputs."""
+    """Return whether a node's value depends on parameters alone, and not on the model's inputs."""
     return node.op == "get_attr" or (
         node.op in ("call_function", "call_method") and all(map(_of_parameters, node.all_input_nodes))
     )
 
 
 def _hands_on(captured: Captured, node: fx.Node) -> bool:
-    """Whether a call returns its one operand unchanged in eval mode."""
+    """Return whether a call returns its only operand unchanged in eval mode."""
     if node.op == "call_module":
         module = captured.graph_module.get_submodule(str(node.target))
         return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
@@ -119,7 +124,7 @@ def _hands_on(captured: Captured, node: fx.Node) -> bool:
 
 
 def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What a plain sum of two tensors of one shape adds to a node; None where the user is none."""
+    """Return what ``user`` adds to ``node``; None if ``user`` is not a plain sum of two tensors of the same shape."""
     if user.op not in ("call_function", "call_method") or spelling(user).strip("_") not in ("add", "iadd"):
         return None
     if len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
@@ -130,7 +135,7 @@ def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def _is_affine(captured: Captured, user: fx.Node, node: fx.Node) -> bool:
-    """Whether a call takes every entry of a node's value to one entry of its own, by a scale and a shift."""
+    """Return whether a call maps every entry of a node's value to one entry of its own, by a scale and a shift."""
     module = called_module(captured.graph_module, user)
     if module is not None:
         return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, *_AFFINE_MODULES))

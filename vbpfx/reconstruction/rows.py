@@ -1,4 +1,4 @@
-"""Rows: what a layer's regression is of, position by position: inputs, targets and weights, from two streams side by side."""
+"""Rows: the inputs, targets and weights of a layer's regression, one per position, taken from the two streams."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.residual import ResidualSum, find_residual_sum, pull_back
 from vbpfx.reconstruction.stream import Stream
 
-# Of so many rows for every entry of a layer's input all are taken; of more, a share.
+# A regression uses at least this many rows for every column of the layer's input, or all rows if there are fewer.
 _ROWS_PER_COLUMN = 64
 
 
 class Rows(NamedTuple):
-    """Some rows of one batch: inputs x (n, in), targets t (n, out), weights (n,), and whether they are held out."""
+    """Some rows of one batch: inputs x (n, in), targets t (n, out), weights (n,), and whether the rows are held out."""
 
     x: Tensor
     t: Tensor
@@ -33,7 +33,11 @@ class Rows(NamedTuple):
 
 
 def in_larger_parts(rows: Iterable[Rows], least: int) -> Iterator[Rows]:
-    """The same rows in parts of at least so many: sums over a part cost a matrix as large as its input is wide, whatever it holds."""
+    """Yield the same rows in parts of at least ``least`` rows each; the last parts may be smaller.
+
+    The sums over a part are matrices as large as the input is wide, however few rows the part has, so small parts waste
+    work.
+    """
     waiting: dict[bool, list[Rows]] = {False: [], True: []}
     for part in rows:
         own = waiting[part.held]
@@ -58,10 +62,10 @@ class LayerRows:
 
     Args:
         captured: the dense graph.
-        dense, narrow: the two streams, which stand at the layer whose rows are asked for.
-        samples: what runs through them.
-        widths: source -> width of its axis, of every layer's input.
-        influence: per layer's node; rows of layers that have none count alike.
+        dense, narrow: the two streams. They must have run up to the layer whose rows are asked for.
+        samples: the samples that run through the streams.
+        widths: source -> width of its axis, for the inputs of all layers.
+        influence: layer node -> influence. All rows of a layer without influence count alike.
         mask: as for :func:`vbpfx.prepare`.
     """
 
@@ -81,13 +85,13 @@ class LayerRows:
         self._every = {source: self._step(source, width) for source, width in widths.items()}
 
     def of(self, layer: Consumer, weight: Tensor, bias: Tensor, share: float) -> Iterator[Rows]:
-        """The rows of a layer W x + b, batch after batch, what is held out apart.
+        """Yield the rows of a layer W x + b, batch after batch; held-out rows come in parts of their own.
 
         Args:
-            share: m, the share of what separates the residual streams behind the layer that is asked of it.
+            share: m, the share of the difference between the residual streams that the layer is to make up for.
         """
         source = layer.source
-        operand = self._narrow.nodes[layer.node].all_input_nodes[0].name  # what is removed is substituted in it
+        operand = self._narrow.nodes[layer.node].all_input_nodes[0].name  # with the substitutes for removed neurons
         residual = self._residual(layer)
         mask, about = self._masks.get(source), self._influence.get(layer.node)
         masked = mask.axes if mask else ()
@@ -108,13 +112,13 @@ class LayerRows:
                     yield Rows(x, own + share * (y - own), weights[part], is_held)
 
     def _residual(self, layer: Consumer) -> ResidualSum | None:
-        """The residual sum behind a layer, where both streams hold what it is added to."""
+        """Return the residual sum behind a layer; None if there is none or a stream lacks its other operand."""
         found = find_residual_sum(self._captured, layer.node)
         held = found is not None and self._dense.holds(found.stream) and self._narrow.holds(found.stream)
         return found if held else None
 
     def _wanted(self, number: int, layer: Consumer, residual: ResidualSum | None) -> Tensor:
-        """The layer's value for which the residual stream behind it would be the dense one, in one batch."""
+        """Return the output that the layer would need, in one batch, for the residual stream to equal the dense one."""
         y = self._dense.value(number, layer.node)
         if residual is None:
             return y
@@ -123,14 +127,14 @@ class LayerRows:
         return y if wish is None else y + wish
 
     def _step(self, source: Source, width: int) -> int:
-        """Of how many rows one is taken: as many as there are beyond what a fit of that width needs."""
+        """Return n so that every n-th row is used: 1, or more if there are more rows than a fit of that width needs."""
         a_sample = rows_a_sample(self._captured, source)
         rows = a_sample * self._samples.total
         step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
         return coprime(step, a_sample)
 
     def _padding(self, batch: int, mask: Mask | None) -> Tensor | None:
-        """The padding mask in one batch, nonzero at tokens."""
+        """Return the padding mask of one batch, nonzero at tokens; None without a mask."""
         if mask is None:
             return None
         names = [node.name for node in self._captured.graph_module.graph.nodes if node.op == "placeholder"]
@@ -140,9 +144,14 @@ class LayerRows:
 
 
 def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which of a batch's rows, so numbered, enter a regression, and with what weight.
+    """Return the indices of the rows of a batch that enter a regression, and their weights.
 
-    One of so many rows, whichever batch it is in; those that count for more than so many are all taken.
+    Every n-th row is taken, with n = ``every``; rows are numbered across batches, so batching makes no difference. A
+    row whose weight is n or more is always taken.
+
+    Args:
+        numbers: the numbers of the batch's rows among those of all data.
+        counts: the weight of every row; None if all count alike.
     """
     index = torch.arange(len(numbers))
     turn = numbers % every == 0

@@ -1,8 +1,8 @@
-"""The order in which streams compute: all calls of one layer stand side by side, so that the layer can be fitted at all of them.
+"""The order in which streams run a graph: all calls of a layer stand together, so that one fit can use all of them.
 
-A network with two inputs that go through the same layers (a siamese one) calls every layer twice. Its graph has all of the
-first way before all of the second; here both ways go on together. Where one call of a layer needs the value of another (weights
-that are used again further behind, as in ALBERT) no order does that, and the layer is not fitted.
+A siamese network sends two inputs through the same layers, so it calls every layer twice. Its graph runs the first
+input through all layers before the second; here both advance together. If one call of a layer needs the output of
+another call (weights that are used again later, as in ALBERT), no such order exists, and the layer is not fitted.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Schedule:
     """An order of computation.
 
     Attributes:
-        captured: the graph in that order, under the same names.
-        layers: the layers that can be fitted, in that order.
+        captured: the captured graph with its nodes in that order; they keep their names.
+        layers: the calls of every layer that can be fitted, in that order.
     """
 
     captured: Captured
@@ -39,7 +39,7 @@ class Schedule:
 
 
 def schedule(analysis: Analysis) -> Schedule:
-    """The order for an analysis's graph; the graph's own where every layer is called once."""
+    """Return the order for an analysis's graph. It is the graph's own order if every layer is called once."""
     calls: dict[str, list[Consumer]] = defaultdict(list)
     for layer in analysis.layers:
         calls[layer.weight].append(layer)
@@ -49,7 +49,7 @@ def schedule(analysis: Analysis) -> Schedule:
         return Schedule(captured, tuple((layer,) for layer in analysis.layers))
     graph_module = captured.graph_module
     if any(changed_by(node, graph_module) for node in graph_module.graph.nodes):
-        # what is changed in place must be read before or after, as it stands in the graph
+        # a value that is changed in place must be read before or after the change, as in the graph, so nothing is moved
         order, together = list(graph_module.graph.nodes), set[fx.Node]()
     else:
         order, together = _side_by_side(list(graph_module.graph.nodes), several)
@@ -60,7 +60,10 @@ def schedule(analysis: Analysis) -> Schedule:
 
 
 def bring_together(graph_module: fx.GraphModule, layers: Iterable[Calls]) -> None:
-    """Move the calls of each layer to where the last of them stands, in place: what was inserted between them comes first."""
+    """Move the calls of each layer, in place, to where the last of them stands.
+
+    Nodes that were inserted between the calls then come before all of them.
+    """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for calls in layers:
         for call in calls[:-1]:
@@ -69,10 +72,10 @@ def bring_together(graph_module: fx.GraphModule, layers: Iterable[Calls]) -> Non
 
 
 def _side_by_side(nodes: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The nodes in an order in which groups stand together, and the members of those groups that do.
+    """Return the nodes in an order in which groups stand together, and the members of the groups for which this worked.
 
-    The order is the nodes' own but that a member waits until its whole group can run. Where nothing else is left to run, the
-    group that has waited longest is given up.
+    The order is that of ``nodes``, but a member of a group waits until the whole group can run. When only waiting nodes
+    are left, the group that has waited longest is given up: its members run one by one.
     """
     number = {node: n for n, node in enumerate(nodes)}
     group_of = {node: n for n, group in enumerate(groups) for node in group}
@@ -108,7 +111,7 @@ def _side_by_side(nodes: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]])
 
 
 def _ordered(graph_module: fx.GraphModule, order: Sequence[fx.Node]) -> fx.GraphModule:
-    """A copy whose nodes stand in an order; it shares all parameters."""
+    """Return a copy of the graph whose nodes stand in the given order. It shares all parameters."""
     copied = share_parameters(graph_module)
     nodes = {node.name: node for node in copied.graph.nodes}
     for before, after in itertools.pairwise(order):

@@ -1,4 +1,4 @@
-"""Steps: which layers are fitted block after block, in which order, and whose neurons are chosen on the way."""
+"""Steps: which layers are fitted, in which order, and which of them choose a block's neurons."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
 
-# One of five is held out.
+# The fewest samples to keep: one of five is held out, and a choice needs at least one that is.
 _FEWEST_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """One layer on the way.
+    """One layer to fit.
 
     Attributes:
         calls: all calls of the layer.
-        chooses: the plan's entry whose neurons are chosen here; None where nothing is.
+        chooses: the plan's entry for the block whose neurons are chosen at this layer; None if none are chosen here.
     """
 
     calls: Calls
@@ -33,17 +33,17 @@ class Step:
 
     @property
     def layer(self) -> Consumer:
-        """The first call."""
+        """The first call of the layer."""
         return self.calls[0]
 
 
 def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
-    """The layers to fit, in the order of computation.
+    """Return the layers to fit, in the order of computation.
 
     Args:
-        order: of this analysis.
-        beside: layers beside the blocks that are fitted, too.
-        choose: choose neurons on the way, of the blocks that admit it.
+        order: the schedule of this analysis.
+        beside: layers outside the blocks that are fitted, too.
+        choose: whether to choose the neurons of the blocks where this is possible (:func:`chosen_on_the_way`).
     """
     choosing = {e.block.name: e for e in plan.blocks if choose and chosen_on_the_way(order, e.block)}
     reading = {c.node: name for name, e in choosing.items() for c in e.block.consumers}
@@ -56,9 +56,10 @@ def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[C
 
 
 def chosen_on_the_way(order: Schedule, block: Block) -> bool:
-    """Whether reconstruction chooses a block's neurons itself: layers of their own read it, and nothing else does.
+    """Return whether reconstruction can choose a block's neurons itself.
 
-    Where it is read at several calls, every layer must be called at all of them: there one fit does for all.
+    It can if layers that can be fitted read the block, and no statistic (such as a norm) is taken over it. If the block
+    has several sources, every layer must read all of them, so that one fit covers all calls.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
     read: dict[str, set[Source]] = defaultdict(set)
@@ -70,13 +71,15 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
 
 
 def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float) -> int:
-    """How many samples may be kept in so many GiB, at least 8.
+    """Return how many samples can be kept in ``memory`` GiB; at least 8.
 
-    Counted are the samples themselves, how much each layer's positions count (:mod:`vbpfx.reconstruction.influence`), and what the
-    two streams hold, or the outputs that narrowed networks' are compared with, which is earlier.
+    This counts the samples themselves, one weight for every position of each fitted layer
+    (:mod:`vbpfx.reconstruction.influence`), and the largest of three things that are held at different times: another
+    set of these weights, what the two streams hold, and the dense network's outputs, with which outputs of narrowed
+    networks are compared.
 
     Args:
-        layers: those that are fitted.
+        layers: the layers that are fitted.
     """
     captured = order.captured
     streams = 2 * held_bytes(captured, (layer.node for calls in order.layers for layer in calls))
@@ -86,7 +89,7 @@ def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float)
 
 
 def _weight_bytes(captured: Captured, layer: Consumer) -> int:
-    """Bytes per sample of one float32 number for every position of a layer's value."""
+    """Return the bytes per sample of one float32 number for every position of a layer's output."""
     node = captured.nodes[layer.node]
     value: Tensor = node.meta["val"]
     positions = value.numel() // max(1, value.shape[layer.source.axis])
@@ -94,7 +97,7 @@ def _weight_bytes(captured: Captured, layer: Consumer) -> int:
 
 
 def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
-    """The layers that write to a residual stream and read no block: attention's output projections, for one."""
+    """Return the layers that write to a residual stream and read no block, such as attention's output projections."""
     reading = {consumer.node for block in analysis.blocks for consumer in block.consumers}
     others = (layer for layer in analysis.layers if layer.node not in reading)
     return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
@@ -103,9 +106,9 @@ def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
 def layers_to_fit(
     order: Schedule, analysis: Analysis, blocks: Sequence[Block], beside: Sequence[Consumer]
 ) -> list[Consumer]:
-    """The layers that reconstruction may fit when it narrows these blocks, call by call, in graph order.
+    """Return every call of the layers that reconstruction may fit when it narrows these blocks, in graph order.
 
-    Of a layer beside the blocks every call must be among ``beside``.
+    A layer may be fitted if all its calls read one of the blocks or are among ``beside``.
     """
     chosen = {c.node for block in blocks for c in block.consumers} | {layer.node for layer in beside}
     fitted = {c.node for calls in order.layers if all(c.node in chosen for c in calls) for c in calls}

@@ -1,8 +1,8 @@
-"""Streams: a graph run piece by piece over all batches at once.
+"""Streams: run a graph in stages, each stage over all batches before the next one begins.
 
-Methods that go block after block need every batch at one place of the network before any goes on. A stream holds, per
-batch, the values that nodes still to come will read (in a network of blocks: the residual stream and little else), and
-runs every node once.
+Reconstruction works block after block, so all batches must reach a place in the network before any goes on. For every
+batch a stream holds the values that later nodes will read (in most networks the residual stream and little else). Every
+node runs once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vbpfx.graph.held import last_reads
 
 
 class Stream:
-    """A graph, and where every batch stands in it.
+    """A graph that runs in stages, with the values that every batch has at the present stage.
 
     Args:
-        graph_module: the graph; what its modules compute may change between the pieces, its nodes may not.
-        batches: the arguments of the forward call, on the graph's device. They are copied: a model may write into its
-            input.
+        graph_module: the graph. Between two stages its modules may change what they compute, but its nodes must stay.
+        batches: the arguments of the forward call, on the graph's device. They are copied, since a model may write into
+            its input.
     """
 
     def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Inputs]) -> None:
@@ -37,21 +37,21 @@ class Stream:
         self._last_read = last_reads(self._sequence)
 
     def run_before(self, name: str) -> None:
-        """Run every node that stands before a node, on all batches."""
+        """Run every node before the named node, on all batches."""
         self._run_to(self.order[name])
 
     def run_through(self, name: str) -> None:
-        """The same, and that node too."""
+        """Run every node up to and including the named node, on all batches."""
         self._run_to(self.order[name] + 1)
 
     def value(self, batch: int, name: str) -> Tensor:
-        """A node's value in one batch; it must have run, and a node still to come must read it."""
+        """Return a node's value in one batch. The node must have run, and a node that has not run yet must read it."""
         value = self.runs[batch].env[self.nodes[name]]
         assert isinstance(value, Tensor)
         return value
 
     def holds(self, name: str) -> bool:
-        """Whether a node has run and its value is still there."""
+        """Return whether a node has run and its value is still held."""
         return all(self.nodes[name] in run.env for run in self.runs)
 
     def _run_to(self, position: int) -> None:
@@ -66,7 +66,7 @@ class Stream:
 
 
 class _Run(fx.Interpreter):
-    """One batch on its way."""
+    """An interpreter that runs one batch through the graph."""
 
     def __init__(self, graph_module: fx.GraphModule, batch: Inputs) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
@@ -75,6 +75,6 @@ class _Run(fx.Interpreter):
 
 
 def _copies(arguments: Sequence[Any]) -> Iterator[Any]:
-    """A copy of every argument when it is asked for: then nobody but the run holds it."""
+    """Yield a copy of every argument when it is asked for, so that nothing but the run holds it."""
     for argument in arguments:
         yield pytree.tree_map_only(Tensor, torch.clone, argument)
