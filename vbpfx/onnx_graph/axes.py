@@ -1,7 +1,8 @@
-"""The open axes of a file's inputs: which of them are one axis, and which the samples stand along.
+"""The open axes of a file's inputs: their names, and which of them is the batch axis.
 
-A file names its open axes. Those of one name are alike: ``batch`` may stand first in one input and second in another, a state
-of a recurrent network. Those of different names are not: a graph's nodes and its edges.
+A file can give names to its open axes. Axes with the same name are the same axis: ``batch`` may be the first axis of one input,
+and the second of another, such as the state of a recurrent network. Axes with different names differ, such as the nodes and the
+edges of a graph.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 
 def open_negative_sizes(model: ir.Model) -> None:
-    """Make a size below nothing an open axis: PaddlePaddle writes -1 for one, and ONNX Runtime reads it so."""
+    """Turn negative sizes into open axes. PaddlePaddle writes -1 for an open axis, and ONNX Runtime reads it as one."""
     graphs = [model.graph, *model.graph.subgraphs()]
     values = [value for graph in graphs for value in (*graph.inputs, *graph.outputs)]
     values += [value for node in model.graph.all_nodes() for value in node.outputs]
@@ -23,16 +24,20 @@ def open_negative_sizes(model: ir.Model) -> None:
 
 
 def names_of_axes(value: ir.Value, axes: int) -> list[str | None]:
-    """What an input calls each of so many axes: "" for an open one without a name ("?" is none), None for one of fixed size."""
+    """Return an input's name for each of its axes: "" for an open axis without a name, None for an axis of fixed size.
+
+    "?" does not count as a name. ``axes`` is the number of axes, and is used if the file states no shape.
+    """
     sizes = list(value.shape) if value.shape is not None else [None] * axes
     return [None if isinstance(size, int) else str(getattr(size, "value", size) or "").strip("?") for size in sizes]
 
 
 def stated_axes_of_samples(inputs: Sequence[ir.Value]) -> dict[str, int | None]:
-    """Input -> the axis that its samples stand along, as far as the file says so: the one called as the first axis of the first input is.
+    """Return the batch axis of every input, judging by the names and sizes in the file.
 
-    Where that has no name, the first axis of every input whose first axis is open, or of the same fixed size. None where there is
-    no such axis: the input is not one of every sample.
+    It is the axis with the same name as the first axis of the first input. If that axis has no name, it is the first axis of
+    every input whose first axis is open too, or has the same fixed size. An input without such an axis has None: it is not an
+    input per sample.
     """
     first = next((value for value in inputs if value.shape), None)
     size = first.shape[0] if first is not None and first.shape else None
@@ -46,6 +51,6 @@ def stated_axes_of_samples(inputs: Sequence[ir.Value]) -> dict[str, int | None]:
             found[str(value.name)] = 0 if value.shape is None else None
         elif called is None:
             found[str(value.name)] = 0 if value.shape[0] == size else None
-        else:  # an axis of another name is another one
+        else:  # an axis with another name is not the batch axis
             found[str(value.name)] = 0 if names[0] == "" or (names[0] and not called) else None
     return found

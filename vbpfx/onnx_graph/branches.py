@@ -1,4 +1,4 @@
-"""Branches of If whose condition is a constant: the one that is taken stands in the graph itself, as ONNX Runtime has it."""
+"""Replace every If with a constant condition by the branch that it takes, as ONNX Runtime does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import get_const_tensor
 
-# What a constant condition may pass through before an If reads it.
+# Operators that may stand between a constant condition and the If that reads it.
 _OF_CONDITIONS: dict[str, Callable[[bool], bool]] = {"Identity": bool, "Cast": bool, "Not": lambda value: not value}
 
 
 def take_constant_branches(model: ir.Model) -> None:
-    """Put the branch that is taken in the place of every If that always takes the same one, nested ones included."""
+    """Replace every If that always takes the same branch, including nested ones, by that branch."""
     names = Counter(str(value.name) for graph in model.graphs() for value in _values(graph))
     while pending := [(n, c) for n in model.graph if n.op_type == "If" and (c := _constant(n.inputs[0])) is not None]:
         for node, condition in pending:
@@ -22,7 +22,7 @@ def take_constant_branches(model: ir.Model) -> None:
 
 
 def _constant(value: ir.Value | None) -> bool | None:
-    """What a condition always is; None for one that is computed."""
+    """Return the value of a constant condition, or None if the condition is computed."""
     if value is None:
         return None
     producer = value.producer()
@@ -38,7 +38,7 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _take(graph: ir.Graph, node: ir.Node, branch: ir.Graph, names: Counter[str]) -> None:
-    """Move a branch's nodes and weights in front of its If, and let everybody read what it makes."""
+    """Move a branch's nodes and weights in front of its If, and let the readers of the If read the branch's outputs."""
     results = list(branch.outputs)
     for value in list(branch.initializers.values()):
         branch.initializers.pop(str(value.name))
@@ -62,7 +62,7 @@ def _take(graph: ir.Graph, node: ir.Node, branch: ir.Graph, names: Counter[str])
 
 
 def _rename(value: ir.Value, names: Counter[str]) -> None:
-    """Another name for a value of a branch where it is not the only one of its name: branches may have names in common."""
+    """Rename a value of a branch if its name is not unique; two branches may use the same names."""
     name, number = str(value.name), 1
     if names[name] == 1:
         return

@@ -1,14 +1,14 @@
-"""A torch.fx graph under construction, one ONNX node after another.
+"""Build a torch.fx graph from ONNX nodes, one after another.
 
-Every value of the ONNX graph is one of three things: a node of the fx graph, a constant, or numbers computed from sizes. The
-last are what ``Shape`` and the arithmetic behind it make; they become the integers among a call's arguments that a torch
-trace has (``x.size(0)``), so that the analysis knows which axis they were read off.
+Every value of the ONNX graph becomes one of three things: a node of the fx graph, a constant, or numbers computed from sizes.
+The third kind comes from ``Shape`` and the arithmetic behind it. Such numbers become integers among a call's arguments, as in a
+torch trace (``x.size(0)``), so that the analysis knows from which axis they were read.
 
-The graph computes in float32 where the file computes in float16: a rounding less at every node, and no sum that overflows.
+Where the file computes in float16, the graph computes in float32. This avoids a rounding at every node, and sums that overflow.
 
-Initializers become parameters that share the file's memory, float16 ones apart. A matrix is one parameter however often it is used; a vector (a
-bias, a scale) is one for each use, because exporters store equal vectors once, and layers that are narrowed apart must not
-share one.
+Initializers become parameters that share the file's memory, except for those in float16. A matrix is one parameter, however often
+it is used. A vector (a bias, a scale) is a separate parameter for each use: exporters store equal vectors once, but layers that
+are narrowed independently must not share one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vbpfx.onnx_graph.names import free_name, register, suggested
 
 Array = npt.NDArray[Any]
 Path = tuple[str | int, ...]
-# How a parameter lies against the tensor in the file: as it is, as the transpose, or without its axes of length 1.
+# How a parameter relates to the tensor in the file: the same, its transpose, or flattened to a vector.
 Layout = Literal["same", "transposed", "flat"]
 
 
@@ -39,8 +39,8 @@ class Constant:
     """A tensor that does not depend on the inputs.
 
     Attributes:
-        value: the initializer or constant that holds it; None for a result.
-        cast: the node between them, where that holds it in another precision.
+        value: the initializer or Constant that holds the tensor; None if the tensor was computed from constants.
+        cast: the Cast node behind ``value``, if the file stores the tensor in another precision.
     """
 
     array: Array
@@ -50,7 +50,7 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """Numbers of which some were computed from sizes: an array of numbers and nodes."""
+    """Numbers of which some are computed from sizes: an array whose entries are numbers or nodes."""
 
     entries: Array
 
@@ -60,7 +60,13 @@ Value = fx.Node | Constant | Sizes
 
 @dataclass(frozen=True)
 class Place:
-    """Where the file states a number: entry ``index`` of the ``length`` entries of a node's input, or an attribute."""
+    """Where the file states a number.
+
+    Attributes:
+        node: the ONNX node that states it.
+        where: the index of an input, or the name of an attribute.
+        index: which entry of the input it is, of ``length`` entries.
+    """
 
     node: ir.Node
     where: int | str
@@ -70,13 +76,15 @@ class Place:
 
 @dataclass
 class Stored:
-    """A parameter and what it is in the file.
+    """The tensor in the file that a parameter was made from.
 
     Attributes:
-        shape, dtype: of the tensor in the file.
-        computed: the precision that the file computes with it in; another one where a Cast stands behind it.
-        cast: that Cast.
-        uses: the inputs of nodes that it stands for.
+        value: the ONNX value of the tensor.
+        shape, dtype: shape and dtype of the tensor in the file.
+        layout: how the parameter relates to the tensor.
+        computed: the precision in which the file computes with it. It differs from ``dtype`` if a Cast follows the tensor.
+        cast: that Cast, if there is one.
+        uses: the node inputs that the parameter stands for, as (node, index).
     """
 
     value: ir.Value
@@ -89,16 +97,16 @@ class Stored:
 
 
 class Builder:
-    """Makes the graph; the operators of :mod:`vbpfx.onnx_graph` ask it for the inputs of the node at hand.
+    """Builds the fx graph. The operators of :mod:`vbpfx.onnx_graph` ask it for the inputs of the current node.
 
     Attributes:
-        root, graph: what is made.
-        opset, imports: the version of ONNX's own operators, and of every domain's.
-        node: the ONNX node at hand; ``hint`` names what is made for it.
-        values: what every ONNX value is.
-        stored: parameter -> what it is in the file.
-        places: (fx node, path of an integer among its arguments) -> where the file states it; None where nothing does.
-        made_by: fx node -> the ONNX nodes it computes.
+        root, graph: the module with the parameters, and the fx graph, as built so far.
+        opset, imports: the version of ONNX's own operators, and the versions of all domains.
+        node, hint: the current ONNX node, and the name for the fx nodes that are made for it.
+        values: ONNX value -> what it became.
+        stored: parameter -> the tensor in the file.
+        places: (fx node, path of an integer among its arguments) -> where the file states it, or None if it does not.
+        made_by: fx node -> the ONNX nodes that it computes.
     """
 
     def __init__(self, opset: int, imports: Mapping[str, int]) -> None:
@@ -113,10 +121,10 @@ class Builder:
         self.made_by: dict[str, tuple[ir.Node, ...]] = {}
         self._parameters: dict[Any, fx.Node] = {}
 
-    # ------------------------------------------------------------------ what is made
+    # ------------------------------------------------------------------ adding nodes
 
     def placeholder(self, value: ir.Value, example: Tensor) -> fx.Node:
-        """An input of the model; what computes with it sees half precision as float32."""
+        """Add an input of the model. A float16 input is converted to float32 before anything reads it."""
         node = self.graph.create_node("placeholder", str(value.name), name=str(value.name))
         node.target = node.name
         with self.mode:
@@ -130,7 +138,7 @@ class Builder:
         return node
 
     def emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a function, or of a method by name; its value is known at once, as a fake tensor."""
+        """Add a call of a function, or of a method given by name. Its result is computed at once, on fake tensors."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, args, kwargs, name=self.hint)
         given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -140,42 +148,42 @@ class Builder:
         return node
 
     def states(self, node: fx.Node, path: Path, place: Place | None) -> None:
-        """Keep where the file states a number among a call's arguments."""
+        """Record where the file states a number among a call's arguments."""
         if place is not None and isinstance(place.where, int) and self.has(place.where):
             place = replace(place, length=len(self.numbers(place.where)))
         self.places[node.name, path] = place
 
-    # ------------------------------------------------------------------ the inputs of the node at hand
+    # ------------------------------------------------------------------ the inputs of the current node
 
     def has(self, index: int) -> bool:
-        """Whether the node has that input."""
+        """Return whether the node has the input."""
         return index < len(self.node.inputs) and self.node.inputs[index] is not None
 
     def value(self, index: int) -> Value:
-        """Whatever that input is."""
+        """Return the input as it is: a node, a constant or sizes."""
         value = self.node.inputs[index]
         assert value is not None
         return self.values[value]
 
     def tensor(self, index: int) -> fx.Node:
-        """That input as a tensor."""
+        """Return the input as a tensor node."""
         found = self.value(index)
         if isinstance(found, fx.Node):
             return found
         return self.sizes_tensor(found) if isinstance(found, Sizes) else self.parameter(index)
 
     def sizes_tensor(self, sizes: Sizes) -> fx.Node:
-        """Sizes as a tensor."""
+        """Return a node that makes a tensor of sizes."""
         dtype = torch.float32 if any(isinstance(number(e), float) for e in sizes.entries.flat) else torch.int64
         return self.emit(torch.tensor, sizes.entries.tolist(), dtype=dtype)
 
     def constant(self, index: int) -> Array | None:
-        """That input, if it is a constant."""
+        """Return the input's array if it is a constant, otherwise None."""
         found = self.value(index) if self.has(index) else None
         return found.array if isinstance(found, Constant) else None
 
     def numbers(self, index: int) -> list[Any]:
-        """That input as a list of numbers and of nodes that compute numbers."""
+        """Return the input as a list of numbers and of nodes that compute numbers."""
         match self.value(index):
             case Constant(array=array):
                 return list(array.reshape(-1).tolist())
@@ -185,7 +193,7 @@ class Builder:
                 raise CaptureError(f"its input {index} is computed from values, where sizes or constants are expected")
 
     def integers(self, index: int, name: str) -> list[int] | None:
-        """Constant integers, from an input or (in earlier opsets) an attribute; None where neither is there."""
+        """Return constant integers from an input or, in earlier opsets, an attribute. None if the node has neither."""
         if self.has(index):
             found = self.constant(index)
             if found is None:
@@ -195,7 +203,7 @@ class Builder:
         return None if given is None else [int(entry) for entry in given]
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """An attribute of the node."""
+        """Return an attribute of the node, or ``default`` if the node does not have it."""
         found = self.node.attributes.get(name)
         if found is None or found.value is None:
             return default
@@ -204,14 +212,14 @@ class Builder:
     # ------------------------------------------------------------------ parameters
 
     def parameter(self, index: int, layout: Layout = "same", *, of: ir.Node | None = None) -> fx.Node:
-        """That input, a constant, as a parameter (floating-point numbers) or a buffer."""
+        """Return a constant input as a parameter (floating-point numbers) or a buffer."""
         user = of or self.node
         value = user.inputs[index]
         assert value is not None
         return self._parameter(value, user, index, layout)
 
     def anything_read(self, value: ir.Value) -> fx.Node:
-        """What the node at hand reads anywhere, in its bodies, too, as a tensor."""
+        """Return a value as a tensor node, whether the current node reads it itself or in one of its subgraphs."""
         found = self.values[value]
         if isinstance(found, fx.Node):
             return found
@@ -236,7 +244,7 @@ class Builder:
 
     def _register(self, name: str, constant: Constant, layout: Layout, learned: bool) -> fx.Node:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the file's memory is read-only; nothing writes to parameters
+            warnings.simplefilter("ignore")  # torch warns that the file's memory is read-only; nothing writes to it
             tensor = torch.from_numpy(np.asarray(widened(constant.array)))
         tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
         register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)
@@ -252,7 +260,7 @@ class Builder:
 
 
 def constant_of(value: ir.Value) -> Array | None:
-    """The tensor that an initializer or a constant holds; None for anything computed."""
+    """Return the tensor of an initializer or a Constant, or None if the value is computed."""
     producer = value.producer()
     if producer is None:
         return None if value.const_value is None else value.const_value.numpy()
@@ -269,32 +277,32 @@ def constant_of(value: ir.Value) -> Array | None:
 
 
 def widened(array: Array) -> Array:
-    """The array in a precision that the graph computes in: half precision becomes float32."""
+    """Return the array in the precision in which the graph computes: float16 becomes float32."""
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def is_matrix(array: Array) -> bool:
-    """Whether it has more than one axis that counts something."""
+    """Return whether the array has more than one axis longer than 1."""
     return sum(1 for size in array.shape if size > 1) > 1
 
 
 def is_setting(constant: Constant) -> bool:
-    """Whether a constant is a number, integers, or computed from such, and no weight."""
+    """Return whether a constant is not a weight: a single number, integers, or computed from other constants."""
     return constant.value is None or constant.array.size == 1 or constant.array.dtype.kind not in "fV"
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's value."""
+    """Return the shape of a node's value."""
     return tuple(node.meta["val"].shape)
 
 
 def number(entry: Any) -> Any:
-    """A number, whether it is one or a node that computes one."""
+    """Return the number that an entry is, or that it computes if it is a node."""
     return entry.meta["val"] if isinstance(entry, fx.Node) else entry
 
 
 def one_entry(value: Value) -> Any | None:
-    """The number of a constant or of sizes with a single entry; None for anything else."""
+    """Return the only entry of a constant or of sizes, or None if there is not exactly one."""
     if isinstance(value, Constant) and value.array.size == 1:
         return value.array.reshape(-1)[0].item()
     if isinstance(value, Sizes) and value.entries.size == 1:
@@ -303,6 +311,6 @@ def one_entry(value: Value) -> Any | None:
 
 
 def pairs(values: Sequence[int]) -> tuple[list[int], list[int]]:
-    """ONNX's pads, begins then ends, as two lists."""
+    """Split ONNX's pads, which list all begins and then all ends, into two lists."""
     half = len(values) // 2
     return list(values[:half]), list(values[half:])

@@ -1,4 +1,4 @@
-"""Statistics over a narrowed axis, as ONNX nodes: the formulas of :mod:`vbpfx.rewrite.carry` on values of the file."""
+"""Correct statistics over a narrowed axis with ONNX nodes, by the formulas of :mod:`vbpfx.rewrite.carry`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vbpfx.onnx_graph.edit import OnnxEdit
 from vbpfx.onnx_graph.layers import SKIP_EPSILON
 from vbpfx.rewrite.carry import NORMALISE, Carried
 
-# Norms of a sum: the inputs that are their scale and shift, and those that are added to the first.
+# Norms of a sum -> the indices of the inputs that are scale and shift, and of those that are added to the first one.
 _NORMS_OF_SUMS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "SkipLayerNormalization": ((2, 3), (1, 4)),
     "SkipSimplifiedLayerNormalization": ((2,), (1, 3)),
@@ -23,7 +23,7 @@ _NORMS_OF_SUMS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class _Term:
-    """A value of the file that computes like a tensor: every operation is a node in front of ``before``."""
+    """A value of the file that supports a tensor's arithmetic: every operation inserts a node in front of ``before``."""
 
     file: OnnxEdit
     before: ir.Node
@@ -48,7 +48,7 @@ class _Term:
                 return self.file.store(f"{self.before.inputs[0].name}_constant", array)  # type: ignore[union-attr]
 
     def of(self, dtype: Any) -> _Term:
-        """The same in another precision."""
+        """Return the term in another precision."""
         if np.dtype(dtype) == self.dtype:
             return self
         term = self._make("Cast", self, to=int(ir.DataType.from_numpy(np.dtype(dtype))))
@@ -78,11 +78,12 @@ class _Term:
 
 
 def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
-    """Make a statistic over a narrowed axis count the removed channels again.
+    """Correct a statistic over a narrowed axis, so that it includes the removed channels again.
 
     Args:
-        node: what takes it; its inputs are narrowed already.
-        kind: of :attr:`vbpfx.plans.records.Reduction.kind`.
+        node: the node that computes the statistic. Its inputs are narrowed already.
+        kind: the kind of statistic, as in :attr:`vbpfx.plans.records.Reduction.kind`.
+        carried: what is known of the removed channels.
     """
     source, sums = node.inputs[0], carried.summed
     assert source is not None
@@ -102,7 +103,7 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
         result = NORMALISE[kind](
             h.of(np.float32) if dtype == np.float16 else h, sums, usual if eps is None else eps.as_float()
         )
-        result = result.of(dtype)  # sums of squares leave float16's range
+        result = result.of(dtype)  # computed in float32 above, because sums of squares overflow float16
         for index, combine in zip(scaling, (_Term.__mul__, _Term.__add__), strict=False):
             if index < len(node.inputs) and node.inputs[index] is not None:
                 result = combine(result, node.inputs[index])

@@ -1,4 +1,4 @@
-"""Edits of an ONNX graph, and the one exit that ends them."""
+"""Edit an ONNX graph: replace tensors, insert nodes, and clean up at the end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from vbpfx.onnx_graph.builder import Array, Stored
 
-# Before that version every initializer had to be listed among the inputs.
+# The first IR version in which initializers need not be listed among the inputs.
 _INITIALIZERS_ALONE = 4
 
 
 class OnnxEdit:
-    """An ONNX graph under change; :meth:`finish` ends it."""
+    """An ONNX graph that is being edited. Call :meth:`finish` after the last edit."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
@@ -27,7 +27,7 @@ class OnnxEdit:
         self._names = {str(value.name) for value in values} | {name for graph in graphs for name in graph.initializers}
 
     def free_name(self, name: str) -> str:
-        """The name, or one like it that nothing has."""
+        """Return the name, with a number added if it is taken."""
         taken, number = name, 1
         while taken in self._names:
             number += 1
@@ -36,7 +36,7 @@ class OnnxEdit:
         return taken
 
     def store(self, name: str, array: Array) -> ir.Value:
-        """A new initializer."""
+        """Add an initializer and return its value."""
         name = self.free_name(name)
         tensor = _tensor(name, array)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -44,7 +44,7 @@ class OnnxEdit:
         return value
 
     def replace(self, stored: Stored, array: Array) -> None:
-        """Another tensor for the inputs that a parameter stands for."""
+        """Replace the tensor at the node inputs that a parameter stands for; other readers keep the old tensor."""
         value, uses = stored.value, set(stored.uses)
         name = str(value.name)
         if stored.cast is not None:
@@ -64,7 +64,7 @@ class OnnxEdit:
         value.shape = ir.Shape(array.shape)
 
     def _own_cast(self, cast: ir.Node, uses: Collection[tuple[ir.Node, int]]) -> ir.Node:
-        """A Cast of the same tensor that nothing but these inputs reads."""
+        """Return a Cast of the same tensor that only these inputs read: the given one, or a new one."""
         read = cast.outputs[0]
         if not read.is_graph_output() and {(use.node, use.idx) for use in read.uses()} == uses:
             return cast
@@ -79,7 +79,7 @@ class OnnxEdit:
     def insert(
         self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: int
     ) -> ir.Value:
-        """The value of a new node in front of another."""
+        """Insert a new node in front of ``before`` and return its output."""
         made = ir.Value(name=self.free_name(name))
         listed = [ir.AttrInt64(key, value) for key, value in attributes.items()]
         self.graph.insert_before(
@@ -88,10 +88,10 @@ class OnnxEdit:
         return made
 
     def replace_value(self, node: ir.Node, make: Callable[[ir.Node], ir.Value]) -> None:
-        """Another value for whoever reads a node's.
+        """Replace a node's first output for all its readers.
 
         Args:
-            make: makes it, in front of the node that it is given; it may read the old one.
+            make: is given a node, inserts new nodes in front of it, and returns the new value. It may read the old value.
         """
         value = node.outputs[0]
         readers = list(value.uses())
@@ -108,16 +108,16 @@ class OnnxEdit:
                 new.name, value.name = value.name, new.name
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
-        """An input that the node may have lacked."""
+        """Set an input of a node, which need not have had this input before."""
         if len(node.inputs) <= index:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
 
     def finish(self, keep: Collection[ir.Node] = ()) -> None:
-        """Nothing that is unused, and shapes that are true.
+        """Remove unused nodes, and infer the shapes of all values anew.
 
         Args:
-            keep: nodes whose values keep their shapes, which nothing infers.
+            keep: nodes whose outputs keep their recorded shapes, because shape inference does not know their operators.
         """
         RemoveUnusedNodesPass()(self.model)
         self.model.ir_version = max(self.model.ir_version, _INITIALIZERS_ALONE)
@@ -128,12 +128,12 @@ class OnnxEdit:
                     output.shape = None
         stated = {output: output.shape for output in self.graph.outputs}
         ShapeInferencePass()(self.model)
-        for output, shape in stated.items():  # the pass names open axes
+        for output, shape in stated.items():  # the pass gives names to open axes; the outputs keep their own
             output.shape = shape
 
 
 def _tensor(name: str, array: Array) -> ir.TensorProtocol:
-    """The array as a tensor of the file; one that lies transposed in memory is laid out anew only while it is written."""
+    """Return the array as an ONNX tensor. An array that is not contiguous is copied only while it is written."""
     if array.flags.c_contiguous:
         return ir.tensor(array, name=name)
     return ir.LazyTensor(

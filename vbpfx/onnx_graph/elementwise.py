@@ -1,4 +1,4 @@
-"""ONNX operators that treat every element by itself, as torch functions."""
+"""Elementwise ONNX operators, as torch functions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import fx
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Value, one_entry, shape_of
 
-# The precisions that weights are stored and computed in.
+# The precisions in which weights can be stored and computed.
 FLOATS = {ir.DataType.FLOAT: np.float32, ir.DataType.DOUBLE: np.float64, ir.DataType.FLOAT16: np.float16}
 DTYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.FLOAT16: torch.float32,  # what the graph computes in
+    ir.DataType.FLOAT16: torch.float32,  # the fx graph computes in float32
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT64: torch.int64,
     ir.DataType.INT32: torch.int32,
@@ -31,7 +31,7 @@ DTYPES = {
 
 
 def dtype_of(kind: int) -> torch.dtype:
-    """ONNX's data type as torch's."""
+    """Return the torch dtype of an ONNX data type."""
     found = DTYPES.get(ir.DataType(kind))
     if found is None:
         raise CaptureError(f"its data type {ir.DataType(kind).name} is not supported")
@@ -39,7 +39,7 @@ def dtype_of(kind: int) -> torch.dtype:
 
 
 def _operands(b: Builder) -> list[Any]:
-    """All inputs; what has a single entry as a number, beside a tensor that has as many axes."""
+    """Return all inputs; one with a single entry becomes a number, unless it has more axes than all other tensors."""
     values = [b.value(i) for i in range(len(b.node.inputs))]
     ndim = max((len(shape_of(v)) for v in values if isinstance(v, fx.Node)), default=-1)
     found = []
@@ -90,7 +90,7 @@ def _modulo(b: Builder) -> Value:
 
 
 def _extreme(function: Callable[..., Any], bound: str) -> Callable[[Builder], Value]:
-    """Min and Max of any number of operands."""
+    """Translate Min or Max of any number of operands."""
 
     def operate(b: Builder) -> Value:
         operands = _operands(b)
@@ -118,7 +118,7 @@ def _mean(b: Builder) -> Value:
 
 
 def _shrink(b: Builder) -> Value:
-    """x + bias below -lambd, x - bias above lambd, 0 between."""
+    """Translate Shrink: x + bias below -lambd, x - bias above lambd, 0 between."""
     x, bias, bound = b.tensor(0), b.attribute("bias", 0.0), b.attribute("lambd", 0.5)
     below = b.emit(torch.where, b.emit(torch.lt, x, -bound), b.emit(torch.add, x, bias), 0.0)
     return b.emit(torch.where, b.emit(torch.gt, x, bound), b.emit(torch.sub, x, bias), below)
@@ -197,7 +197,7 @@ def _hard_sigmoid(b: Builder) -> Value:
 
 
 def _prelu(b: Builder) -> Value:
-    """The slope broadcasts from the right, unlike torch's, which is one per channel."""
+    """Translate PRelu. ONNX broadcasts the slope from the last axis; torch has one slope per channel."""
     x = b.tensor(0)
     below = b.emit(torch.mul, b.emit(torch.clamp, x, max=0.0), b.tensor(1))
     return b.emit(torch.add, b.emit(torch.relu, x), below)

@@ -1,4 +1,4 @@
-"""ONNX files: read with their weights left where they are, and written whole or not at all."""
+"""Read ONNX files without copying their weights, and write them either completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,46 +28,47 @@ _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLi
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
-# What protobuf holds in one message; more has to lie in a file of its own.
+# Protobuf cannot hold more than this in one message. The weights of a larger model go to a second file.
 _MOST_IN_ONE_FILE = 2**31 - 2**24
-_SMALLEST_OUTSIDE = 1024  # bytes of a tensor that lies in the second file
+_SMALLEST_OUTSIDE = 1024  # bytes; smaller tensors stay in the first file
 
 
 def read_model(path: Path) -> ir.Model:
-    """Read an ONNX file; weights that lie in external data stay there, mapped into memory. Local functions are inlined.
+    """Read an ONNX file, check it, and bring it to an opset that the operator tables know.
+
+    Weights in external data stay there and are mapped into memory. Local functions are inlined, and an If with a constant
+    condition is replaced by the branch that it takes.
 
     Raises:
-    _load_beside_the_graph(path, model)
+        ArtifactError: the file or its external data is missing, damaged or truncated, or the external data lies outside the
+            file's folder.
+        CaptureError: the file is quantized, draws random numbers, or holds bfloat16. Or its opset is too old, or its local
+            functions cannot be inlined.
     """
     try:
         model = ir.load(path)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    except (
-        DecodeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # protobuf's, and what a torn message makes
+    # DecodeError is protobuf's; a truncated message raises the others
+    except (DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {first_line(error)}") from error
     if not model.graph.outputs or not model.opset_imports:
         raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: it holds no graph")
-    for name, tensor in _external(model):  # before anything reads what they name
+    for name, tensor in _external(model):  # before anything reads these files
         _require_inside(path, name, tensor)
     for value in _initializers(model):
         _require_data(path, str(value.name), value.const_value)
     if model.functions:
         try:
             InlinePass()(model)
-        except Exception as error:  # the pass raises a kind of its own around any other
+        except Exception as error:  # the pass wraps any exception in one of its own class
             said = first_line(error.__cause__ or error)
             raise CaptureError(f"the local functions of {path} cannot be inlined: {said}") from error
     _load_beside_the_graph(path, model)
     open_negative_sizes(model)
     model = converted(model, path)
     take_constant_branches(model)
-    if not _is_in_order(model.graph):  # ONNX Runtime does not ask for it, and converters put nodes at the end
+    if not _is_in_order(model.graph):  # ONNX Runtime accepts any order, and some converters append nodes at the end
         model.graph.sort()
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTIZED:
@@ -87,7 +88,10 @@ def read_model(path: Path) -> ir.Model:
 
 
 def _load_beside_the_graph(path: Path, model: ir.Model) -> None:
-    """Take into memory what Constants and the graphs in other nodes keep outside: parts of the model are run without a folder."""
+    """Load the external tensors of subgraphs and of node attributes such as a Constant's value.
+
+    Parts of the model are later run by themselves, without a folder in which external data could be found.
+    """
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor) and graph is not model.graph:
@@ -99,12 +103,12 @@ def _load_beside_the_graph(path: Path, model: ir.Model) -> None:
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    """Of the graph and of all the graphs in it, such as the branches of an If."""
+    """Yield the initializers of the graph and of all its subgraphs, such as the branches of an If."""
     return itertools.chain.from_iterable(graph.initializers.values() for graph in model.graphs())
 
 
 def _tensor_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, Any, ir.Attr]]:
-    """The attributes that are one tensor, with the node and the mapping that they stand in."""
+    """Yield every attribute that holds one tensor, with its node and the mapping that contains it."""
     inside = (node for function in model.functions.values() for node in function.all_nodes())
     for node in (*model.graph.all_nodes(), *inside):
         for attribute in tuple(node.attributes.values()):
@@ -113,7 +117,7 @@ def _tensor_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, Any, ir.Attr]
 
 
 def _external(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
-    """Everything that lies in another file, by name."""
+    """Yield the name and the tensor of everything that is stored in another file."""
     for value in _initializers(model):
         if isinstance(value.const_value, ir.ExternalTensor):
             yield str(value.name), value.const_value
@@ -123,9 +127,10 @@ def _external(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
 
 
 def _require_inside(path: Path, name: str, tensor: ir.ExternalTensor) -> None:
-    """Refuse external data outside the folder of the file: a file of unknown origin must not read others on the machine.
+    """Refuse external data outside the file's folder.
 
-    onnx-ir has checks of its own, some releases none, and none where the folder is the working directory.
+    A file of unknown origin must not make us read other files on the machine. The checks in onnx-ir do not suffice: some of
+    its releases have none, and they do not work when the folder is the working directory.
     """
     location = os.fspath(tensor.location)
     folder = path.absolute().parent
@@ -149,7 +154,7 @@ def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
 
 
 def _is_in_order(graph: ir.Graph) -> bool:
-    """Whether every node stands behind those that it reads."""
+    """Return whether every node comes after the nodes whose outputs it reads."""
     waiting = set(graph)
     for node in graph:
         waiting.discard(node)
@@ -159,12 +164,12 @@ def _is_in_order(graph: ir.Graph) -> bool:
 
 
 def true_inputs(model: ir.Model) -> list[ir.Value]:
-    """The inputs that a caller gives: initializers may be listed among them."""
+    """Return the inputs that a caller has to provide, without the initializers that a file may list as inputs, too."""
     return [value for value in model.graph.inputs if str(value.name) not in model.graph.initializers]
 
 
 def fixed_batch(model: ir.Model) -> int | None:
-    """The size of batch that the file is tied to; None where it takes any."""
+    """Return the batch size that the file is fixed to, or None if it accepts any."""
     shape = true_inputs(model)[0].shape
     return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
 
@@ -189,12 +194,12 @@ def _require_data(path: Path, name: str, tensor: object) -> None:
 
 
 def has_external_data(model: ir.Model) -> bool:
-    """Whether the file keeps weights in another one."""
+    """Return whether the model keeps weights in a second file."""
     return any(True for _ in _external(model))
 
 
 def stored_bytes(model: ir.Model) -> int:
-    """Bytes of all tensors that the file holds, in initializers and constants, as it stores them."""
+    """Return the number of bytes of all stored tensors: initializers and constants, in the precision of the file."""
     stored = [value.const_value for value in model.graph.initializers.values()]
     stored += [node.attributes["value"].as_tensor() for node in model.graph if _holds_tensor(node)]
     return sum(tensor.nbytes for tensor in stored if tensor is not None)
@@ -205,8 +210,8 @@ def _holds_tensor(node: ir.Node) -> bool:
 
 
 def release_pages(model: ir.Model) -> None:
-    """Let go of the pages of external data that were read so far: who needs them next reads them from the file again."""
-    if not hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+    """Release the memory pages of external data that were read so far; they are read again when needed."""
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows does not have it
         return
     for _, tensor in _external(model):
         if isinstance(tensor.raw, mmap.mmap):
@@ -214,10 +219,11 @@ def release_pages(model: ir.Model) -> None:
 
 
 def require_writable(source: Path, out: Path) -> None:
-    """Refuse what could not be written safely, before any work is done.
+    """Check before any work is done that the output can be written safely.
 
     Raises:
-        ArtifactError: the folder does not exist, or two files that belong together would have to be replaced at once.
+        ArtifactError: the folder does not exist, ``out`` is a folder, or two files that belong together would have to be
+            replaced at once.
     """
     if not out.parent.is_dir():
         raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}; make it first")
@@ -232,7 +238,7 @@ def require_writable(source: Path, out: Path) -> None:
 
 
 def data_file(out: Path) -> Path:
-    """Where the weights of a file go that are not in it."""
+    """Return the path of the second file, which holds the weights that are not in the first."""
     return out.with_name(f"{out.name}.data")
 
 
@@ -244,7 +250,7 @@ def _mover(staged: Path) -> Write:
 
 
 def _rejection(path: Path) -> str | None:
-    """What ONNX's checker says against a file."""
+    """Return the reason why ONNX's checker rejects a file, or None if it accepts it."""
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
@@ -253,22 +259,22 @@ def _rejection(path: Path) -> str | None:
 
 
 def write_model(model: ir.Model, out: Path, *, source: Path, external: bool, check: Callable[[Path], None]) -> None:
-    """Write a model, check it, and only then let it take its name.
+    """Write a model under a temporary name, check it, and rename it to ``out`` only if the checks pass.
 
     Args:
-        source: the file that it was read from. What ONNX's checker rejects in that one already, it may reject again: ONNX
-            Runtime runs operators that ONNX does not know.
-        external: keep the weights in a second file, ``<name>.data``, as the source did; it is done in any case for what
-            does not fit in one file.
-        check: raises where the written file is not good.
+        source: the file that the model was read from. If ONNX's checker rejects the source as well, its verdict on the new
+            file is ignored: ONNX Runtime runs operators that the checker does not know.
+        external: keep the weights in a second file, ``<name>.data``, as the source did. This happens in any case when
+            they do not fit in one file.
+        check: is called with the path of the written file, and raises an error if the file is not correct.
 
     Raises:
-        ArtifactError: it cannot be written.
-        ExportError: ONNX's checker rejects it.
+        ArtifactError: the file cannot be written.
+        ExportError: ONNX's checker rejects the file.
     """
     external = external or stored_bytes(model) > _MOST_IN_ONE_FILE
     for value in _initializers(model):
-        # onnx-ir would close the mapping that it copies these from, which the graphs in memory still show
+        # onnx-ir would copy these small tensors and close their memory map, which the graphs in memory still use
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes <= _SMALLEST_OUTSIDE:
             value.const_value = _in_memory(value.const_value)
     try:

@@ -1,8 +1,8 @@
-"""An ONNX graph as an executable torch.fx graph whose calls the operator table knows.
+"""Import an ONNX graph as an executable torch.fx graph whose calls the operator table knows.
 
-Nothing is traced: every ONNX node becomes the torch function or functions that compute the same, and the initializers become
-parameters in the file's own memory. An operator that stands in no table, or is used in a way that its row does not know, stays
-a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), which the analysis refuses by name.
+Nothing is traced. Every ONNX node becomes one or more torch functions that compute the same, and the initializers become
+parameters that share the file's memory. An operator that is in no table, or is used in a way that its row does not support,
+becomes a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), which the analysis refuses by name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _OPERATORS: Mapping[str, Callable[[Builder], Any]] = {
     "Shape": shape,
     "Size": count,
 }
-# Operators of other domains than ONNX's own that stand in the table.
+# Operators in the tables that do not belong to ONNX's own domain.
 _CONTRIBUTED = {
     "com.microsoft": {"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "FusedConv", "FusedGemm", "FusedMatMul",
                       "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"},
@@ -65,16 +65,16 @@ _CONTRIBUTED = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What an ONNX graph became.
+    """An imported ONNX graph: the fx graph, and how its parts correspond to those of the file.
 
     Attributes:
-        graph_module: the fx graph; its arguments have the names of the inputs.
+        graph_module: the fx graph; its arguments are named after the inputs.
         arguments: input of the file -> argument of the graph.
-        value_of: fx node -> the ONNX value that it computes; nodes that compute none are missing.
-        stored: parameter -> what it is in the file.
-        places: where the file states the numbers among the calls' arguments.
-        made_by: fx node -> the ONNX nodes it computes.
-        strange: the nodes that ONNX Runtime computes in the graph, too, by the names of their operators.
+        value_of: fx node -> the ONNX value that it computes. Nodes that compute no value of the file are missing.
+        stored: parameter -> the tensor in the file.
+        places: (fx node, path of a number among its arguments) -> where the file states that number.
+        made_by: fx node -> the ONNX nodes that it computes.
+        strange: operator name -> its nodes that have no torch function and are computed by ONNX Runtime.
     """
 
     graph_module: fx.GraphModule
@@ -87,10 +87,11 @@ class Imported:
 
 
 def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime on a file.
+    """Open an ONNX Runtime session on a model.
 
     Raises:
-        CaptureError: it does not take the file; an operator that neither knows is named, and a value that nothing makes.
+        CaptureError: ONNX Runtime rejects the model. The message names an operator that neither it nor vbpfx knows, or an input
+            that no node computes.
     """
     for node in model.graph:
         for value in node.inputs:
@@ -108,15 +109,15 @@ def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
 
 
 def import_graph(model: ir.Model, example: Inputs, folder: Folder = Folder()) -> Imported:
-    """Make the fx graph, for any size of batch where the file allows it.
+    """Import an ONNX model as an fx graph, for any batch size if the file allows it.
 
     Args:
-        example: one batch, by the names of the inputs. The values matter only where the file holds unknown operators, for whose
-            shapes it is run.
-        folder: where the file's external data lies.
+        example: one batch, keyed by the names of the inputs. Its values matter only if the file holds unknown operators: then
+            the file is run, to learn the shapes of their outputs.
+        folder: the folder of the file's external data.
 
     Raises:
-        CaptureError: the file holds an unknown operator and does not run in ONNX Runtime, or the graph cannot be made.
+        CaptureError: the file holds an unknown operator and does not run in ONNX Runtime, or the graph cannot be built.
     """
     strange = _strange(model)
     probe = Probe(model, folder, example)
@@ -132,7 +133,7 @@ def import_graph(model: ir.Model, example: Inputs, folder: Folder = Folder()) ->
         try:
             with quiet_logging():
                 return _build(model, large, probe)
-        except CaptureError:  # a graph that is tied to its batch size still works at that size
+        except CaptureError:  # a graph that is fixed to its batch size can still be built at that size
             pass
     with quiet_logging():
         return _build(model, example.kwargs, probe)
@@ -143,7 +144,7 @@ def _with_size(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _strange(model: ir.Model) -> list[ir.Node]:
-    """The nodes that no table knows."""
+    """Return the nodes whose operators are in no table."""
     return [node for node in model.graph if not _is_known(node)]
 
 
@@ -156,7 +157,7 @@ def _named(node: ir.Node) -> str:
 
 
 def _is_known(node: ir.Node) -> bool:
-    """Whether a table has the operator."""
+    """Return whether the node's operator is in a table."""
     if node.op_type == "Constant":
         return True
     return node.op_type in _OPERATORS and (
@@ -172,7 +173,8 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
     value_of |= {b.values[value].name: str(value.name) for value in inputs}  # type: ignore[union-attr]
     nodes = list(model.graph)
     constants = [node.outputs[0] for node in nodes if node.op_type == "Constant"]
-    for value in (*model.graph.initializers.values(), *constants):  # first: a bias may stand behind what it is added to
+    # Constants come first: a bias may come after the node to which it is added.
+    for value in (*model.graph.initializers.values(), *constants):
         array = constant_of(value)
         assert array is not None
         b.values[value] = Constant(array, value)
@@ -193,7 +195,8 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
         for output, result in zip(node.outputs, results, strict=False):
             b.values[output] = result
             made = b.made_by.get(result.name) if isinstance(result, fx.Node) else None
-            if isinstance(result, fx.Node) and made and made[0] is node:  # with a sum taken in it computes that sum
+            # A layer that absorbed an Add as its bias computes the output of the Add.
+            if isinstance(result, fx.Node) and made and made[0] is node:
                 computed = output if len(made) == 1 else made[-1].outputs[0]
                 value_of.setdefault(result.name, str(computed.name))
     outputs = [_output(b, value) for value in model.graph.outputs]
@@ -209,7 +212,7 @@ def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Impo
 
 
 def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
-    """The node's values; what goes wrong is said of the node."""
+    """Translate one node and return its outputs. Errors are raised with the name of the node."""
     b.node, b.hint = node, str(node.outputs[0].name)
     try:
         if not _is_known(node):
@@ -225,14 +228,14 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
             if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
                 raise CaptureError("one of its further outputs is read")
             return results
-        except CaptureError as error:  # the row says what it does not know of the operator
+        except CaptureError as error:  # the row does not support this use, and says why
             return unknown(b, probe, str(error))
-    except Exception as error:  # torch's functions raise whatever they raise
+    except Exception as error:  # torch functions may raise any exception
         raise CaptureError(f"{_named(node)} cannot be computed: {first_line(error)}") from error
 
 
 def _fold(node: ir.Node, b: Builder) -> Iterable[Any]:
-    """What a node makes of constants, by ONNX's own reference implementation."""
+    """Compute a node that reads only constants, with ONNX's reference implementation."""
     arrays = {str(value.name): b.values[value].array for value in node.inputs if value is not None}  # type: ignore[union-attr]
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node)],

@@ -1,4 +1,4 @@
-"""ONNX operators with weights, as torch functions: products, convolutions, embeddings, norms with scales."""
+"""ONNX operators with weights, as torch functions: matrix products, convolutions, norms with scales, and attention."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import fx
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, pairs, shape_of
 
-SKIP_EPSILON = 1e-12  # what ONNX Runtime adds to the variance where SkipLayerNormalization does not say
+SKIP_EPSILON = 1e-12  # ONNX Runtime's default epsilon of SkipLayerNormalization
 
 
 def _matmul(b: Builder) -> Value:
-    """A product with a matrix of the file is a linear layer, with the sum behind it as its bias."""
+    """Translate a product with a stored matrix to a linear layer. An Add of a vector behind it becomes the bias."""
     weight = b.value(1)
     if not isinstance(weight, Constant) or weight.array.ndim != 2 or not _is_right_factor_alone(b, weight):
         return b.emit(torch.matmul, b.tensor(0), b.tensor(1))
@@ -35,7 +35,7 @@ def _matmul(b: Builder) -> Value:
 
 
 def _is_right_factor_alone(b: Builder, weight: Constant) -> bool:
-    """Whether a matrix is only ever what activations are multiplied with from the left, so that it may be kept transposed."""
+    """Return whether a matrix is used only as the right factor of products, so that it may be kept transposed."""
     waiting = [weight.value] if weight.value is not None else []
     while waiting:
         for user, index in waiting.pop().uses():
@@ -52,7 +52,11 @@ def _is_right_factor_alone(b: Builder, weight: Constant) -> bool:
 
 
 def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
-    """The sum that adds a vector of the file to the product at hand and is all that reads it; and which operand that is."""
+    """Find the Add that makes a stored vector the bias of the current product.
+
+    Return the Add and the index of the vector among its inputs. Return (None, 0) if there is no such Add, or if another node
+    reads the product, too.
+    """
     product = b.node.outputs[0]
     users = list(product.uses())
     if len(users) != 1 or product.is_graph_output() or users[0].node.op_type != "Add":
@@ -69,7 +73,7 @@ def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
 
 
 def _gemm(b: Builder) -> Value:
-    """alpha A B + beta C, either factor transposed."""
+    """Translate alpha A B + beta C, where A and B may be transposed."""
     alpha, beta = b.attribute("alpha", 1.0), b.attribute("beta", 1.0)
     x = b.emit(torch.t, b.tensor(0)) if b.attribute("transA", 0) else b.tensor(0)
     stored_as_linear = bool(b.attribute("transB", 0))
@@ -107,7 +111,7 @@ def _convolution(b: Builder) -> Value:
 
 
 def _fused_convolution(b: Builder) -> Value:
-    """Of ONNX Runtime's optimizer: act(W x + b + z), with the sum and the activation where there are any."""
+    """Translate a node of ONNX Runtime's optimizer: act(W x + b + z), where z and the activation are optional."""
     y = _convolution(b)
     if b.has(3):
         y = b.emit(torch.add, y, b.tensor(3))
@@ -115,7 +119,7 @@ def _fused_convolution(b: Builder) -> Value:
 
 
 def _fused_gemm(b: Builder) -> Value:
-    """Of ONNX Runtime's optimizer: act(A B + C), where the activation stands directly behind a layer."""
+    """Translate a node of ONNX Runtime's optimizer: act(A B + C), where A B + C must be a linear layer."""
     y = _gemm(b)
     if isinstance(y, fx.Node) and y.target is not F.linear and b.attribute("activation", ""):
         raise CaptureError("what its activation reads is not a layer with a bias of its own")
@@ -123,7 +127,10 @@ def _fused_gemm(b: Builder) -> Value:
 
 
 def _activated(b: Builder, x: Value) -> Value:
-    """The activation that an operator names in its attributes: ``activation_params``, or one attribute for each number."""
+    """Apply the activation that an operator names in its attributes.
+
+    The numbers of the activation are in ``activation_params``, or each in an attribute of its own.
+    """
     name = b.attribute("activation", "")
     if not name:
         return x
@@ -135,7 +142,7 @@ def _activated(b: Builder, x: Value) -> Value:
     return b.emit(function, x, *(float(number) for number in given))
 
 
-# Name -> function, and what its numbers are called, with what they are where they are left out.
+# Name of the activation -> torch function, and the names and defaults of its numbers.
 _ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, float]]] = {
     "Relu": (torch.relu, {}),
     "Sigmoid": (torch.sigmoid, {}),
@@ -146,7 +153,7 @@ _ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, float]]] = {
 
 
 def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any, fill: float = 0.0) -> tuple[fx.Node, Any]:
-    """The input and the padding that torch's function takes; uneven padding goes in front."""
+    """Return the input and the padding for torch's function. Uneven padding becomes a pad call in front, and 0 here."""
     before, after = padding_of(b, x, kernel, stride, dilation)
     if before == after:
         return x, before
@@ -155,7 +162,7 @@ def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any, fil
 
 
 def padding_of(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[list[int], list[int]]:
-    """How much a convolution or a pooling pads before and after every axis."""
+    """Return how much a convolution or a pooling pads before and after every spatial axis."""
     mode = b.attribute("auto_pad", "NOTSET")
     if mode in ("NOTSET", "VALID"):
         return pairs(b.attribute("pads", [0] * 2 * len(kernel)) if mode == "NOTSET" else [0] * 2 * len(kernel))
@@ -206,7 +213,7 @@ def _normed(
 
 
 def _skip_norm(*, mean: bool) -> Callable[[Builder], tuple[Value, ...]]:
-    """Of ONNX Runtime: the norm of x + skip (+ bias), and, as a fourth value, that sum."""
+    """Translate an operator of ONNX Runtime: the norm of x + skip (+ bias). Its fourth output is that sum."""
 
     def norm(b: Builder) -> tuple[Value, ...]:
         if any(value.uses() or value.is_graph_output() for value in b.node.outputs[1:3]):
@@ -247,7 +254,7 @@ def _group_norm(b: Builder) -> Value:
 
 
 def _attention(b: Builder) -> Value:
-    """The operator of opset 23, of queries, keys and values with the heads as an axis of their own."""
+    """Translate Attention of opset 23, on queries, keys and values with an axis for the heads."""
     query, key, value = (b.tensor(i) for i in range(3))
     further = len(b.node.outputs) > 1 or b.has(4) or b.attribute("softcap", 0.0)
     if further or any(len(shape_of(x)) != 4 for x in (query, key, value)):
@@ -259,7 +266,7 @@ def _attention(b: Builder) -> Value:
 
 
 def _fused_matmul(b: Builder) -> Value:
-    """Of ONNX Runtime: alpha A B, either factor transposed."""
+    """Translate an operator of ONNX Runtime: alpha A B, where A and B may be transposed."""
     if b.attribute("transBatchA", 0) or b.attribute("transBatchB", 0):
         raise CaptureError("the axes in front of its matrices are transposed")
     factors = [b.tensor(0), b.tensor(1)]

@@ -1,8 +1,8 @@
-"""Names: what the initializers of a file are called as parameters of a module.
+"""Choose parameter names for the initializers of an ONNX file.
 
-A name that says where its tensor belongs stays. Exporters give weights that they transposed, and tensors that several
-layers came to share, names that say nothing; these are named after the module whose code made the call, where the file tells,
-and after the node that reads them otherwise.
+A name that says where its tensor belongs is kept. Exporters give meaningless names to weights that they transposed and to tensors
+that several layers share. Such a tensor is named after the module whose code made the call if the file records it, and otherwise
+after the node that reads the tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROLES = {
     "BatchNormalization": {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"},
 }
 
-# A number, by itself or behind a letter or what exporters call any value: 297, onnx::MatMul_123, w_17, _v_15, val_3.
+# Names that are a number, by itself or after a letter or a generic word: 297, onnx::MatMul_123, w_17, _v_15, val_3.
 _SAYS_NOTHING = re.compile(
     r"(onnx::|_)*((\w|val|const|constant|tensor|param|initializer|weight|bias|" + "|".join(_ROLES) + r")_?)?\d+",
     re.IGNORECASE,
@@ -36,11 +36,11 @@ _SAYS_NOTHING = re.compile(
 
 
 def suggested(stored: str, node: ir.Node, index: int, *, alone: bool) -> str:
-    """A name for what a node reads as its input of that index.
+    """Return a parameter name for the tensor that a node reads as its input number ``index``.
 
     Args:
-        stored: its name in the file.
-        alone: whether the tensor has no other name as a parameter.
+        stored: the tensor's name in the file.
+        alone: whether the tensor becomes one parameter only.
     """
     if alone and "." in stored:
         return stored
@@ -50,7 +50,7 @@ def suggested(stored: str, node: ir.Node, index: int, *, alone: bool) -> str:
 
 
 def _scope(node: ir.Node) -> str:
-    """Path of the module whose code made the call; empty where the file does not say."""
+    """Return the path of the module whose code made the call, or "" if the file does not record it."""
     if scopes := node.metadata_props.get(_SCOPES):
         try:
             return str(ast.literal_eval(scopes)[-2])
@@ -58,7 +58,7 @@ def _scope(node: ir.Node) -> str:
             return ""
     joined: list[str] = []
     for atom in (node.name or "").strip("/").split("/")[:-1]:
-        if joined and atom.startswith(f"{joined[-1]}."):  # blocks/blocks.0: a list and its entry
+        if joined and atom.startswith(f"{joined[-1]}."):  # "blocks/blocks.0" names a list and its entry: keep the entry
             joined[-1] = atom
         else:
             joined.append(atom)
@@ -66,7 +66,10 @@ def _scope(node: ir.Node) -> str:
 
 
 def free_name(name: str, root: nn.Module) -> str:
-    """The name, or a little more, as one that a parameter of the module can have: dots are modules, and nothing has it."""
+    """Return the name in a form that a new parameter of the module can have, with a number added if it is taken.
+
+    Dots separate submodules.
+    """
     atoms = [re.sub(r"\W", "_", atom) for atom in name.split(".")]
     atoms = [f"{atom}_" if hasattr(nn.Module(), atom) else atom for atom in atoms if atom] or ["tensor"]
     path, last = ".".join(atoms[:-1]), atoms[-1]
@@ -83,13 +86,13 @@ def _is_free(root: nn.Module, path: str, last: str) -> bool:
         if not hasattr(owner, atom):
             return True
         owner = getattr(owner, atom)
-        if not isinstance(owner, nn.Module):  # a parameter has the name of a module
+        if not isinstance(owner, nn.Module):  # a parameter already has the name that the submodule would need
             return False
     return not hasattr(owner, last)
 
 
 def register(root: nn.Module, name: str, tensor: nn.Parameter | object) -> None:
-    """Enter a tensor under a dotted name; modules on the way are made."""
+    """Register a tensor under a dotted name, and create the submodules that the name needs."""
     path, _, last = name.rpartition(".")
     owner = root
     for atom in path.split(".") if path else ():

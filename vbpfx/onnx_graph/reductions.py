@@ -1,4 +1,4 @@
-"""ONNX operators that look along axes, as torch functions: reductions, softmax, pooling."""
+"""ONNX operators that work along axes, as torch functions: reductions, softmax, pooling."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _global_lp_pool(b: Builder) -> Value:
 
 
 def _lp_pool(b: Builder) -> Value:
-    """(sum over the window of |x|^p)^(1/p)."""
+    """Translate LpPool: (sum over the window of |x|^p)^(1/p)."""
     p, ceil = b.attribute("p", 2), b.attribute("ceil_mode", 0)
     x, kernel, stride, padding, dilation = _window(b, 0.0, uneven=True)
     if ceil or any(step != 1 for step in dilation):
@@ -120,7 +120,10 @@ def _max_pool(b: Builder) -> Value:
 
 
 def _window(b: Builder, fill: float, *, uneven: bool) -> tuple[fx.Node, list[int], list[int], list[int], list[int]]:
-    """The input, padded in front where it is padded unevenly, and the numbers of the window."""
+    """Return the input and the window's kernel size, stride, padding and dilation.
+
+    Padding that torch's pooling does not support becomes a pad call in front, and the returned padding is then 0.
+    """
     kernel = list(b.attribute("kernel_shape"))
     ones = [1] * len(kernel)
     stride, dilation = list(b.attribute("strides", ones)), list(b.attribute("dilations", ones))

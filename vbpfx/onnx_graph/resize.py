@@ -1,6 +1,6 @@
-"""ONNX's Resize: positions of an image taken anew, every channel by itself.
+"""ONNX's Resize: resample the positions of an image, independently in every channel.
 
-Torch's ``interpolate`` knows a few of the ways in which ONNX transforms coordinates; this knows all but ``tf_crop_and_resize``.
+Torch's ``interpolate`` supports only some of ONNX's coordinate transformations; this supports all but ``tf_crop_and_resize``.
 https://onnx.ai/onnx/operators/onnx__Resize.html
 """
 
@@ -38,12 +38,13 @@ def resize(
     cubic: float = -0.75,
     exclude_outside: bool = False,
 ) -> Tensor:
-    """Every axis behind the channels at another size: y[i] = sum_k w_k(i) x[t_k(i)], with the taps t and weights w of ``mode``.
+    """Resample every axis behind the channels: y[i] = sum_k w_k(i) x[t_k(i)], with taps t and weights w of ``mode``.
 
     Args:
         x: (N, C, positions).
-        sizes: of every axis but the first; None for one that stays. The channels' is stated and stays.
-        scales: of the positions, where no sizes are given: floor(scale times size) are made.
+        sizes: the new size of every axis but the first, None for an axis that keeps its size. The channel axis has an entry,
+            too, and keeps its size.
+        scales: used if no sizes are given: an axis gets floor(scale times size) positions.
         mode, transform, rounding, cubic, exclude_outside: ONNX's mode, coordinate_transformation_mode, nearest_mode,
             cubic_coeff_a and exclude_outside.
     """
@@ -74,7 +75,10 @@ def resize(
 def _taps(
     size: int, made: int, scale: float, mode: str, transform: str, rounding: str, cubic: float, exclude_outside: bool
 ) -> tuple[Array, Array | None]:
-    """What every new position reads, and how much of it: two arrays (positions, taps); no weights where one tap is read."""
+    """Return which old positions every new one reads, and their weights: two arrays (positions, taps).
+
+    The weights are None if every position reads one tap.
+    """
     place = _places(size, made, scale, transform)
     if mode == "nearest":
         return np.clip(_ROUNDED[rounding](place), 0, size - 1).astype(np.int64)[:, None], None
@@ -97,7 +101,7 @@ def _taps(
 
 
 def _places(size: int, made: int, scale: float, transform: str) -> Array:
-    """Where each new position lies among the old ones, in the float32 that runtimes compute it in."""
+    """Return the coordinate of each new position among the old ones, in float32 as runtimes compute it."""
     i, f = np.arange(made, dtype=np.float32), np.float32
     match transform:
         case "align_corners":

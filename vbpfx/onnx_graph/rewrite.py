@@ -1,7 +1,7 @@
-"""A plan carried out on the ONNX graph: the tensors of the narrowed fx graph under their names in the file, and the numbers.
+"""Apply a plan to the ONNX graph: write back the narrowed fx graph's tensors, and correct the sizes in the file.
 
-Everything that the plan does not touch stays as it was: names, opset, metadata, the operators and their order. A tensor that
-several layers share and that is narrowed for some of them is stored anew for these.
+Everything that the plan does not touch stays as it was: names, opset, metadata, the operators and their order. If several
+layers share a tensor and only some of them are narrowed, these get a copy of their own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vbpfx.rewrite.narrow import carried, new_biases
 
 
 def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:
-    """Narrow the model that was imported, in place.
+    """Narrow the imported ONNX model, in place.
 
     Args:
-        small: the narrowed fx graph, which shares with the dense one what is not narrowed.
+        small: the narrowed fx graph. It shares the tensors that are not narrowed with the dense one.
 
     Raises:
-        ExportError: a number that has to change is stated in a way that is not understood.
+        ExportError: a size that has to change cannot be changed in the file.
     """
     if carried(plan):
         ShapeInferencePass()(model)  # for the precision of the statistics
@@ -51,10 +51,10 @@ def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan,
 
 
 def round_as_stored(imported: Imported, plan: Plan, small: fx.GraphModule) -> None:
-    """Round the narrowed graph's tensors to what the file can hold of them, in place.
+    """Round the narrowed graph's tensors in place to the precision in which the file stores them.
 
     Raises:
-        ExportError: one leaves float16's range.
+        ExportError: a value is outside the range of float16.
     """
     narrow = named_tensors(small)
     halves = [name for name, stored in imported.stored.items() if stored.dtype == np.float16 and name in narrow]
@@ -71,7 +71,7 @@ def round_as_stored(imported: Imported, plan: Plan, small: fx.GraphModule) -> No
 
 
 def precision_of(imported: Imported, consumer: Consumer) -> np.dtype[Any]:
-    """What the file computes a layer in."""
+    """Return the precision in which the file computes a layer."""
     stored = imported.stored.get(consumer.weight)
     return np.dtype(np.float32) if stored is None else stored.computed
 
@@ -90,7 +90,7 @@ def _as_stored(tensor: Tensor, stored: Stored) -> Array:
 
 
 def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: Plan, small: fx.GraphModule) -> None:
-    """Make every number in the file that counts channels true again."""
+    """Correct every number in the file that counts channels of a narrowed axis."""
     narrowed = {node.name: node for node in small.graph.nodes}
     changes: dict[tuple[ir.Node, int, int], dict[int, int]] = defaultdict(dict)
     for entry in plan.blocks:
@@ -114,7 +114,7 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
                         f"the size that {literal.node} states has no place in the file; leave block {entry.block.name} out"
                     )
     for (node, where, length), differences in changes.items():
-        if where >= len(node.inputs) or node.inputs[where] is None:  # a Split without sizes
+        if where >= len(node.inputs) or node.inputs[where] is None:  # a Split without stated sizes
             fx_node = next(n for n in narrowed.values() if imported.made_by.get(n.name, (None,))[0] is node)
             sizes: Any = fx_node.args[1]
             node.attributes.pop("num_outputs", None)
@@ -124,7 +124,7 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
 
 
 def _state_computed(file: OnnxEdit, literal: SizeLiteral, place: Any, number: int) -> None:
-    """A constant in the place of a number that the file computes from a narrowed size."""
+    """Replace a number that the file computes from a narrowed size by a constant."""
     match place:
         case Place(node=node, where=int(where), length=1):
             value = node.inputs[where]
@@ -137,7 +137,7 @@ def _state_computed(file: OnnxEdit, literal: SizeLiteral, place: Any, number: in
 
 
 def _change(file: OnnxEdit, node: ir.Node, where: int, length: int, differences: dict[int, int]) -> None:
-    """Other numbers in a node's input: a new constant where it is one, a sum where it is computed."""
+    """Change numbers in a node's input: a constant is replaced, and to a computed value the difference is added."""
     value = node.inputs[where]
     assert value is not None
     array = constant_of(value)
@@ -155,7 +155,7 @@ def _change(file: OnnxEdit, node: ir.Node, where: int, length: int, differences:
 
 
 def _at(node: fx.Node, path: tuple[str | int, ...]) -> Any:
-    """The number that stands at a path among a call's arguments."""
+    """Return the number at a path among a call's arguments."""
     found: Any = getattr(node, str(path[0]))
     for step in path[1:]:
         found = getattr(found, str(step)) if isinstance(found, slice) else found[step]
@@ -163,7 +163,7 @@ def _at(node: fx.Node, path: tuple[str | int, ...]) -> Any:
 
 
 def _add_bias(file: OnnxEdit, imported: Imported, layer: fx.Node, consumer: Consumer, array: Array) -> None:
-    """A bias for a layer that has none."""
+    """Add a bias to a layer that has none."""
     node = imported.made_by[layer.name][0]
     scale = node.attributes.get("alpha")
     takes_bias = node.op_type in ("Conv", "Gemm", "FusedConv", "FusedGemm") and (

@@ -1,8 +1,9 @@
-"""Which axis of every input of a file the samples stand along: what the names of its axes suggest, tried in ONNX Runtime.
+"""Find the batch axis of every input of an ONNX file: guess it from axis names, and test the guess in ONNX Runtime.
 
-Axes of one name are alike, wherever they stand; a file whose axes have no names, or a name of its own for each input, is asked by
-the sizes alone. What a hypothesis says is tested on the file itself (:mod:`vbpfx.graph.batch_axis`), so that nothing is cut or
-repeated that the file does not take: a graph's nodes are not samples, and a state of one sample allows no second.
+Axes with the same name are assumed to be the same axis, whatever their position. If the axes have no names, or different names in
+every input, only their sizes are used. Every guess is tested by running the file (:mod:`vbpfx.graph.batch_axis`), so an input is
+never cut or repeated in a way that the file does not accept. The nodes of a graph, for example, are not samples, and a recurrent
+state that belongs to one sample cannot take a second.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ Axes = dict[Place, int | None]
 
 
 def find_samples(model: ir.Model, session: onnxruntime.InferenceSession, inputs: Inputs) -> Inputs:
-    """The inputs with the axis of every tensor that holds the samples; None for all of them where the file takes no other number.
+    """Return the inputs with the batch axis of every tensor; all are None if the file accepts no other batch size.
 
-    A file without an open axis is left as it is: it is tied to its size of batch.
+    A file without an open axis is fixed to its batch size, and its inputs are returned unchanged.
 
     Args:
-        session: of the model as it is.
-        inputs: one batch, by the names of the inputs.
+        session: an ONNX Runtime session on the unchanged model.
+        inputs: one batch, keyed by the names of the inputs.
     """
     names = {str(value.name): names_of_axes(value, inputs.kwargs[str(value.name)].ndim) for value in true_inputs(model)}
     if not any(name is not None for axes in names.values() for name in axes):
@@ -39,7 +40,7 @@ def find_samples(model: ir.Model, session: onnxruntime.InferenceSession, inputs:
 
 
 def _likely(names: Mapping[str, list[str | None]], inputs: Inputs) -> Iterator[Axes]:
-    """What may hold the samples, the likeliest first: axes of one name, then axes of one size."""
+    """Yield possible batch axes, the most likely first: axes with the same name, then axes with the same size."""
     seen: list[Axes] = []
     for name in dict.fromkeys(n for axes in names.values() for n in axes if n):
         places: Axes = {(key, 0): axes.index(name) if name in axes else None for key, axes in names.items()}
@@ -52,9 +53,11 @@ def _likely(names: Mapping[str, list[str | None]], inputs: Inputs) -> Iterator[A
 
 
 def _may_be_samples(places: Axes, names: Mapping[str, list[str | None]]) -> bool:
-    """Whether the axes are open, the first input with an open axis is among them, and one stands first or behind an open axis.
+    """Return whether these can be the batch axes.
 
-    A length behind a batch of fixed size is not a number of samples, and neither is a number of edges beside nodes.
+    All of them must be open. The first input that has an open axis must be among them. At least one must be its input's first
+    axis or come after an open first axis. This rules out a sequence length after a fixed batch size, and the number of edges of
+    a graph, which is not the number of its nodes.
     """
     given = {key: axis for (key, _), axis in places.items() if axis is not None}
     first = next(key for key, axes in names.items() if any(name is not None for name in axes))
@@ -66,7 +69,7 @@ def _may_be_samples(places: Axes, names: Mapping[str, list[str | None]]) -> bool
 
 
 class _File(nn.Module):
-    """The file, as a model of named tensors."""
+    """An ONNX file as a module that is called with named tensors."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         super().__init__()

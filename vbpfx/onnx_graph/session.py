@@ -1,4 +1,4 @@
-"""ONNX Runtime on a file: its outputs, and the activations that a plan is made from."""
+"""Run an ONNX file in ONNX Runtime, for its outputs and for the activations from which a plan is made."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Array = npt.NDArray[Any]
 
 
 def batch_reader(model: ir.Model, imported_names: Mapping[str, str]) -> Callable[[Any], Inputs]:
-    """From a batch to the arguments of the fx graph.
+    """Return a function that converts a batch to the arguments of the fx graph.
 
-    A batch is an array or a tensor (for one input), a mapping by the names of the inputs, or a sequence in their order,
-    behind which labels may stand.
+    A batch is an array or a tensor (for one input), a mapping from input names to arrays, or a sequence in the order of the
+    inputs. A sequence may hold labels after the inputs; they are ignored.
 
     Args:
         imported_names: input of the file -> argument of the graph.
@@ -57,7 +57,7 @@ def batch_reader(model: ir.Model, imported_names: Mapping[str, str]) -> Callable
 
 
 def _fitting(value: ir.Value, given: Any) -> Tensor:
-    """A tensor of the input's type, of the shape that the file states."""
+    """Return the data as a tensor of the input's dtype, after checking it against the shape that the file states."""
     array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
     if array.dtype.kind != wanted.kind and not {array.dtype.kind, wanted.kind} <= {"i", "u"}:
@@ -79,14 +79,18 @@ def run(
     arguments: Mapping[str, str],
     wanted: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """The values of those names, all outputs by default."""
+    """Run one batch, and return the values named in ``wanted``, by default all outputs.
+
+    Args:
+        arguments: input of the file -> key in ``inputs.kwargs``.
+    """
     feeds = {name: inputs.kwargs[argument].cpu().numpy() for name, argument in arguments.items()}
     return [torch.from_numpy(np.asarray(value)) for value in session.run(wanted, feeds)]
 
 
 @dataclass
 class Tally:
-    """How many of the batches that observers saw came from ONNX Runtime."""
+    """Counts how many of the batches that the observers saw were run in ONNX Runtime."""
 
     observers: list[Observer]
     calls: int = 0
@@ -97,7 +101,7 @@ class Tally:
 
 
 class RuntimeObservation:
-    """Runs batches in ONNX Runtime and hands what the blocks' readers read to the observers of a prepared graph."""
+    """Runs batches in ONNX Runtime, and passes the inputs of consumers to the observers of a prepared graph."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, arguments: Mapping[str, str], plan: Mapping[Observer, list[str]]
@@ -107,7 +111,7 @@ class RuntimeObservation:
         self.names = list(dict.fromkeys(name for names in plan.values() for name in names))
 
     def __call__(self, inputs: Inputs) -> None:
-        """One batch."""
+        """Run one batch."""
         self.tally.calls += 1
         given = {name: inputs.kwargs[argument] for name, argument in self.arguments.items()}
         asked = [name for name in self.names if name not in given]
@@ -119,7 +123,10 @@ class RuntimeObservation:
 def observe_in_runtime(
     model: ir.Model, folder: Path, imported: Imported, observed: fx.GraphModule
 ) -> RuntimeObservation | None:
-    """Gather what a prepared graph's observers want by running the file; None where a value has no name in the file."""
+    """Return a function that runs the file on a batch and passes activations to the observers of a prepared graph.
+
+    Return None if an observed value has no name in the file.
+    """
     plan: dict[Observer, list[str]] = {}
     for node in observed.graph.nodes:
         observer = observed.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -134,7 +141,7 @@ def observe_in_runtime(
 
 
 def _observed(node: fx.Node, observed: fx.GraphModule) -> fx.Node:
-    """The graph's own node, behind observers that follow each other."""
+    """Return the node that is observed, skipping observers that follow each other."""
     while node.op == "call_module" and isinstance(observed.get_submodule(str(node.target)), Observer):
         node = node.all_input_nodes[0]
     return node

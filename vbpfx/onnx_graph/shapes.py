@@ -1,4 +1,4 @@
-"""ONNX operators that rearrange, cut and join tensors, as torch functions."""
+"""ONNX operators that reshape, slice, join and index tensors, as torch functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGEST = 2**31
 
 def _reshape(b: Builder) -> Value:
     x, target = b.tensor(0), b.numbers(1)
-    if not b.attribute("allowzero", 0):  # 0 is the input's own size
+    if not b.attribute("allowzero", 0):  # 0 stands for the input's own size
         target = [b.emit("size", x, i) if isinstance(e, int) and e == 0 else e for i, e in enumerate(target)]
     node = b.emit(torch.reshape, x, target)
     for index, entry in enumerate(target):
@@ -60,7 +60,7 @@ def _unsqueeze(b: Builder) -> Value:
 
 
 def _expand(b: Builder) -> Value:
-    """Broadcasts both ways: an entry of 1 leaves the input's size."""
+    """Translate Expand. It broadcasts both ways: where the stated size is 1, the input keeps its size."""
     x, stated = b.tensor(0), b.numbers(1)
     shape = shape_of(x)
     ahead = max(0, len(shape) - len(stated))
@@ -101,7 +101,7 @@ def _slice(b: Builder) -> Value:
 
 
 def _beyond(entry: Any, *, from_end: bool = False) -> bool:
-    """Whether a bound is one of the numbers that mean: as far as it goes."""
+    """Return whether a bound is one of the numbers that stand for the end of the axis."""
     return isinstance(entry, int) and (abs(entry) >= _LARGEST or (from_end and entry == -1))
 
 
@@ -109,7 +109,7 @@ def _split(b: Builder) -> Value | tuple[Value, ...]:
     x, axis, outputs = b.tensor(0), b.attribute("axis", 0), len(b.node.outputs)
     size = shape_of(x)[axis]
     sizes = b.integers(1, "split")
-    if sizes is None:  # equal parts, the last one smaller
+    if sizes is None:  # equal parts; the last one may be smaller
         part = -(-size // outputs)
         sizes = [part] * (outputs - 1) + [size - part * (outputs - 1)]
     node = b.emit(torch.split, x, sizes, axis)

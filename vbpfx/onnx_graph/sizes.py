@@ -1,4 +1,4 @@
-"""Arithmetic on sizes: what exporters compute from ``Shape`` before a ``Reshape`` reads it, entry by entry."""
+"""Arithmetic on sizes, entry by entry: what exporters compute between a ``Shape`` and the ``Reshape`` that reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vbpfx.onnx_graph.builder import Array, Builder, Constant, Sizes, Value, num
 
 
 def as_value(entries: Array) -> Value:
-    """Sizes; a constant where no entry is computed."""
+    """Return the entries as sizes, or as a constant if none of them is computed."""
     if any(isinstance(entry, fx.Node) for entry in entries.flat):
         return Sizes(entries)
     plain = entries.tolist()
@@ -26,7 +26,7 @@ def as_value(entries: Array) -> Value:
 
 
 def shape(b: Builder) -> Value:
-    """Shape: every axis read as its own number."""
+    """Translate Shape: the size of every axis is an entry of its own."""
     start, end = b.attribute("start", 0), b.attribute("end")
     found = b.value(0)
     if isinstance(found, (Constant, Sizes)):
@@ -37,7 +37,7 @@ def shape(b: Builder) -> Value:
 
 
 def count(b: Builder) -> Value:
-    """Size: the number of all entries."""
+    """Translate Size: the number of entries of a tensor."""
     return as_value(_objects(b.emit("numel", b.tensor(0))))
 
 
@@ -48,7 +48,7 @@ def _objects(entries: Any) -> Array:
 
 
 def entries_of(value: Value) -> Array:
-    """Constants and sizes as arrays of numbers and nodes."""
+    """Return a constant or sizes as an array of numbers and nodes."""
     assert isinstance(value, (Constant, Sizes))
     if isinstance(value, Sizes):
         return value.entries
@@ -58,7 +58,7 @@ def entries_of(value: Value) -> Array:
 
 
 def takes_sizes(b: Builder) -> bool:
-    """Whether the node at hand works on sizes rather than on a tensor."""
+    """Return whether the current node computes with sizes rather than with tensors."""
     first = b.node.op_type in _OF_ONE
     values = [b.value(i) for i in range(1 if first else len(b.node.inputs)) if b.has(i)]
     return any(isinstance(v, Sizes) for v in values) and not any(isinstance(v, fx.Node) for v in values)
@@ -79,7 +79,7 @@ def _slice(b: Builder) -> Value:
     steps = (b.integers(4, "steps") if b.has(4) else None) or [1] * len(starts)
     taken = [slice(None)] * entries.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        stop = None if step < 0 and end < -entries.shape[axis] else end  # as far as it goes
+        stop = None if step < 0 and end < -entries.shape[axis] else end  # down to the first entry
         taken[axis] = slice(start, stop, step)
     return as_value(entries[tuple(taken)])
 
@@ -151,7 +151,7 @@ def _apply(b: Builder, function: Callable[..., Any], *entries: Any) -> Any:
         return function(*entries)
     known = [entry for entry in entries if not isinstance(entry, fx.Node)]
     if function is operator.eq and known and known[0] < 0:
-        return False  # a size is none of the marks (-1) that shapes are written with
+        return False  # a size is never negative, so it is not a placeholder such as -1
     if function is _divide:
         whole = all(isinstance(number(entry), int) for entry in entries)
         function = operator.floordiv if whole else operator.truediv
@@ -171,7 +171,7 @@ def _map(function: Callable[..., Any], *arrays: Array) -> Array:
 
 
 _OF_ONE = frozenset({"Gather", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Transpose", "ReduceProd", "Cast"})
-# What an operator makes of sizes; all others take them as tensors.
+# How operators compute with sizes. Operators that are not listed take sizes as tensors.
 SIZE_OPERATORS: Mapping[str, Callable[[Builder], Value]] = {
     "Gather": _gather,
     "Slice": _slice,

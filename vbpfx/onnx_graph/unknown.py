@@ -1,8 +1,8 @@
-"""Operators that no table has, control flow among them: calls that ONNX Runtime computes.
+"""ONNX operators that are in no table, such as control flow: each becomes a call that ONNX Runtime computes.
 
-Such a call is one function in the graph that the table of :mod:`vbpfx.rules.ops` does not know either: every axis of what it reads and
-makes is refused by its name, what its bodies read from the graph around them included, and the rest of the network is analysed
-as ever. The shapes of its values come from runs of the file at several sizes of batch.
+Such a call is one function in the fx graph. The table of :mod:`vbpfx.rules.ops` does not know it either, so every axis of its
+inputs and outputs is refused under the operator's name. That includes values that its subgraphs read from the graph around them.
+The rest of the network is analysed as usual. The shapes of the call's outputs come from runs of the file at several batch sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.runtime import open_session, session_with
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
-# Batches at which the file is run for the shapes of its values: two make a line, the third is held against it.
+# The file is run at these batch sizes to learn the shapes of its values. Two runs determine how the shapes depend on the
+# batch size, assuming that they do so linearly; the third run checks this.
 _PROBED_BATCHES = (2, 3, 5)
 
 Shape = tuple[int, ...]
@@ -39,18 +40,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Seen:
-    """What runs showed of a value: its type, and its shape at each size of batch that the file takes."""
+    """What is known of a value from running the file: its dtype, and its shape at every batch size that was run."""
 
     dtype: np.dtype[Any]
     shapes: list[Shape]
 
 
 class Probe:
-    """Runs of a model at several sizes of batch, for the shapes of values that nothing else tells.
+    """Run a model at several batch sizes, to learn the shapes of values that cannot be inferred otherwise.
 
     Args:
-        folder: where the model's external data lies.
-        inputs: one batch, by the names of the inputs.
+        folder: the folder of the model's external data.
+        inputs: one batch, keyed by the names of the inputs.
     """
 
     def __init__(self, model: ir.Model, folder: Path, inputs: Inputs) -> None:
@@ -61,10 +62,10 @@ class Probe:
         self._seen: dict[str, Seen] = {}
 
     def look_at(self, nodes: Sequence[ir.Node]) -> None:
-        """Run the file for what these nodes read and make, where that is not known yet.
+        """Run the file to learn the inputs and outputs of these nodes, unless they are known already.
 
         Raises:
-            CaptureError: ONNX Runtime does not run it, or a value is not a tensor of numbers.
+            CaptureError: ONNX Runtime cannot run the file, or a value is not a tensor of numbers.
         """
         given = {str(value.name) for value in true_inputs(self.model)}
         values = dict.fromkeys(v for node in nodes for v in (*operands(node), *made_by(node)) if not _is_stored(v))
@@ -77,12 +78,12 @@ class Probe:
         for feeds in self._feeds:
             try:
                 runs.append(feeds | dict(zip(wanted, session.run(wanted, feeds) if wanted else [], strict=True)))
-            except Exception as error:  # ONNX Runtime has many kinds
+            except Exception as error:  # ONNX Runtime has many classes of exceptions
                 if not runs:
                     raise CaptureError(
                         f"ONNX Runtime does not hand out {', '.join(map(repr, wanted))}: {first_line(error)}"
                     ) from error
-                self._feeds = self._feeds[: len(runs)]  # the file is tied to its size of batch
+                self._feeds = self._feeds[: len(runs)]  # the file is fixed to its batch size
                 break
         for name in names:
             if not all(isinstance(run[name], np.ndarray) and run[name].dtype.kind in "biuf" for run in runs):
@@ -90,12 +91,12 @@ class Probe:
             self._seen[name] = Seen(runs[0][name].dtype, [run[name].shape for run in runs])
 
     def seen(self, value: ir.Value) -> Seen:
-        """What the runs showed of a value."""
+        """Return the dtype and shapes of a value that :meth:`look_at` has found."""
         return self._seen[str(value.name)]
 
 
 def operands(node: ir.Node) -> list[ir.Value]:
-    """All values that a node reads, those that its bodies read from the graph around them included."""
+    """Return all values that a node reads, including those that its subgraphs read from the graph around them."""
     read: dict[ir.Value, None] = {value: None for value in node.inputs if value is not None}
     for body in _bodies(node):
         inside = {*body.inputs, *body.initializers.values(), *(out for inner in body for out in inner.outputs)}
@@ -115,7 +116,7 @@ def _bodies(node: ir.Node) -> list[ir.Graph]:
 
 
 def made_by(node: ir.Node) -> list[ir.Value]:
-    """The values that a node makes: optional ones that it does not make have no name."""
+    """Return the outputs that a node computes. Optional outputs that it does not compute have no name."""
     return [value for value in node.outputs if value.name]
 
 
@@ -125,13 +126,13 @@ def _is_stored(value: ir.Value) -> bool:
 
 
 def unknown(b: Builder, probe: Probe, why: str = "") -> tuple[Value, ...]:
-    """The values of the node at hand, which has no torch function.
+    """Add a call of ONNX Runtime for the current node, which has no torch function, and return its outputs.
 
     Args:
-        why: what its row does not know of an operator that stands in a table.
+        why: if the operator is in a table, the reason why its row does not support this use of it.
 
     Raises:
-        CaptureError: ONNX Runtime does not run the file, or the node reads or makes other things than tensors.
+        CaptureError: ONNX Runtime cannot run the file, or an input or output of the node is not a tensor.
     """
     node = b.node
     probe.look_at([node])
@@ -163,7 +164,7 @@ def unknown(b: Builder, probe: Probe, why: str = "") -> tuple[Value, ...]:
 
 
 def _held(b: Builder) -> list[fx.Node]:
-    """The weights within the node's bodies: nobody narrows them, and whoever looks for a layer finds them named."""
+    """Return nodes for the weights inside the node's subgraphs, which are never narrowed but can be found by name."""
     found = []
     for body in _bodies_within(b.node):
         for value in body.initializers.values():
@@ -175,22 +176,22 @@ def _held(b: Builder) -> list[fx.Node]:
 
 
 def _bodies_within(node: ir.Node) -> list[ir.Graph]:
-    """The node's bodies, and those of nodes in them."""
+    """Return the node's subgraphs and, recursively, the subgraphs of the nodes in them."""
     return [graph for body in _bodies(node) for graph in (body, *(g for n in body for g in _bodies_within(n)))]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of what a node reads and makes at one size of batch."""
+    """The shapes of a node's inputs and outputs at one batch size."""
 
     read: list[Shape]
     made: list[Shape]
 
 
 class OnnxCall:
-    """One node of the file as a function of tensors, under the name of an operator that the analysis does not know.
+    """One node of the file as a function of tensors, named after its operator, which the analysis does not know.
 
-    ONNX Runtime has no derivatives: whoever asks for gradients through it gets a RuntimeError.
+    ONNX Runtime computes no derivatives, so a backward pass through the call raises RuntimeError.
     """
 
     __module__ = "onnx"
@@ -210,10 +211,13 @@ class OnnxCall:
         self.run, self.computed, self.cases, self.kinds = run, computed, cases, kinds
 
     def __deepcopy__(self, memo: Any) -> OnnxCall:
-        return self  # a function: copies of a graph share it
+        return self  # copies of a graph share it, as they share any function
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The node's value, or the tuple of its values; of the weights within its bodies, which come last, it takes no notice."""
+        """Return the node's output, or a tuple of several.
+
+        The last arguments are the weights inside its subgraphs, and are ignored.
+        """
         tensors = tensors[: len(self.computed)]
         if detect_fake_mode(tensors) is not None:
             read = [tuple(t.shape) for t, computed in zip(tensors, self.computed, strict=True) if computed]
@@ -238,7 +242,10 @@ class OnnxCall:
 
 
 def _refusal(node: ir.Node) -> str:
-    """Why nothing that a node reads, makes or holds is narrowed, where there is more to say than that no table has it."""
+    """Return why nothing that the node reads, computes or holds is narrowed.
+
+    The reason is "" if there is nothing more to say than that the operator is in no table.
+    """
     if node.op_type in _RECURRENT:
         return f"the recurrent layer {node.op_type} reads or makes it, and keeps its widths"
     if _bodies(node):
@@ -249,7 +256,10 @@ def _refusal(node: ir.Node) -> str:
 
 
 def _on_the_line(first: Case, second: Case, read: list[Shape]) -> list[Shape] | None:
-    """What a node makes of operands whose sizes lie on the line through two cases; None where they do not."""
+    """Return a node's output shapes, by linear interpolation or extrapolation from two cases.
+
+    Return None if the input sizes do not lie on the line through the two cases.
+    """
     sizes, others, wanted = (sum(shapes, ()) for shapes in (first.read, second.read, read))
     if not len(sizes) == len(others) == len(wanted):
         return None
@@ -268,7 +278,7 @@ def _on_the_line(first: Case, second: Case, read: list[Shape]) -> list[Shape] | 
 
 
 class _SingleNode:
-    """A model of one node, in ONNX Runtime."""
+    """A callable that runs one node as a model of its own in ONNX Runtime."""
 
     def __init__(
         self,

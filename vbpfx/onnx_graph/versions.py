@@ -1,7 +1,7 @@
-"""Files of earlier opsets, brought to the one that the operator tables begin at.
+"""Convert files of earlier opsets to the oldest opset that the operator tables know.
 
-ONNX's own converter does it. Where it goes wrong, the file is mended here; whoever has data holds the result against the file
-as it was (:func:`vbpfx.prune_onnx` does).
+ONNX's own converter does the work, and one mistake that it makes (in Resize) is corrected here. A caller that has data should
+compare the result with the original file, as :func:`vbpfx.prune_onnx` does.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from vbpfx.errors import CaptureError, first_line
 OLDEST_OPSET = 7  # what ONNX Runtime promises to run
 READ_FROM = 13
 _CONVERTED = "vbpfx.converted_from"
-_RESIZED_ALIKE = 11  # from there on Resize says how coordinates are transformed
-# Larger tensors stay where they are: the converter reads numbers such as scales and axes, and copies what it is given.
+_RESIZED_ALIKE = 11  # from this opset on, Resize has an attribute for the coordinate transformation
+# Tensors of more bytes than this are kept from the converter, which copies all it is given. It needs only small tensors,
+# such as scales and axes.
 _LARGEST_NUMBERS = 1024
 
 
 def opset_of(model: ir.Model) -> int:
-    """The version of ONNX's own operators that the file is written in; 0 where it names none."""
+    """Return the opset of ONNX's own operators that the file uses, or 0 if the file does not name one."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
 def converted_from(model: ir.Model) -> int | None:
-    """The opset of the file that a model was converted from; None where it was not."""
+    """Return the opset of the original file if the model was converted, otherwise None."""
     return model.meta.get(_CONVERTED)
 
 
 def converted(model: ir.Model, path: Path) -> ir.Model:
-    """The model in an opset that the operator tables know: itself, or what ONNX's converter makes of it.
+    """Return the model in an opset that the operator tables know: the model itself, or one made by ONNX's converter.
 
     Raises:
-        CaptureError: it is too old, or the converter does not take it.
+        CaptureError: the model's opset is too old, or the converter fails.
     """
     opset = opset_of(model)
     if opset >= READ_FROM:
@@ -48,7 +49,7 @@ def converted(model: ir.Model, path: Path) -> ir.Model:
         )
     try:
         new = _convert(model)
-    except Exception as error:  # a library in C++ with kinds of its own
+    except Exception as error:  # the converter is a C++ library with exception classes of its own
         raise CaptureError(
             f"{path} is of opset {opset}, and ONNX's version converter cannot bring it to opset {READ_FROM} "
             f"({first_line(error)}): export it anew with opset {READ_FROM} or a newer one"
@@ -62,7 +63,10 @@ def converted(model: ir.Model, path: Path) -> ir.Model:
 
 
 def _resize_as_before(node: ir.Node) -> None:
-    """State what Resize did before opset 11: places of samples are divided by the scale, and rounded down, or up where it shrinks."""
+    """Write into the attributes what Resize did before opset 11.
+
+    Coordinates are divided by the scale. In mode "nearest" they are rounded down, or up if the image shrinks.
+    """
     stated = {"coordinate_transformation_mode": "asymmetric"}
     if node.attributes.get_string("mode", "nearest") == "nearest":
         scales = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
@@ -73,7 +77,7 @@ def _resize_as_before(node: ir.Node) -> None:
 
 
 def _convert(model: ir.Model) -> ir.Model:
-    """By ONNX's converter, which never sees the large tensors."""
+    """Convert the model with ONNX's converter. Large tensors are taken out before, and put back afterwards."""
     weights = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
