@@ -1,9 +1,10 @@
-"""What calibration costs, against plain forward passes over the same data, in one run.
+"""Measure the cost of calibration relative to plain forward passes over the same data.
 
 ``python benchmarks/calibration_cost.py`` measures :func:`vbpfx.calibrate` with variances alone and with covariances, and all of
 ``vbpfx.prune`` with ``method="auto"``: tracing, analysis, statistics, widths, reconstruction, the new graph and its verification.
-Processor time, with forward passes over a fifth of the data before and behind each, and the most memory of the whole process; every
-line has a process of its own. Random weights and images of noise: what is computed does not depend on their values.
+It reports processor time and the peak memory of the whole process. Forward passes over a fifth of the data are timed before
+and after each measurement, and each line of the table is measured in a process of its own. Weights and images are random,
+because the amount of computation does not depend on their values.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WAYS = {"variances": "calibrate, variances", "covariances": "calibrate, covarian
 
 
 def _job(way: str, model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], object]:
-    """What is timed."""
+    """Return the function to time."""
     if way == "auto":
         return lambda: vbpfx.prune(model, batches, ratio=0.5, progress=False)
     analysis = vbpfx.find_blocks(vbpfx.capture(model, batches[0][:4]))
@@ -48,7 +49,7 @@ def _seconds(job: Callable[[], object]) -> float:
 
 
 def _measure(name: str, way: str, images: int, at_once: int, threads: int, rounds: int) -> dict[str, Any]:
-    """The median ratio and the peak memory; to be called in a process of its own."""
+    """Return the median ratio and the peak memory. Call this in a process of its own."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
@@ -71,7 +72,7 @@ def _measure(name: str, way: str, images: int, at_once: int, threads: int, round
 
 
 def _command(name: str, way: str, options: argparse.Namespace) -> str:
-    """The command that measures the same."""
+    """Return the command that repeats this measurement."""
     words = ["python", "benchmarks/calibration_cost.py", name, "--ways", way]
     for option in ("images", "batch", "rounds", "threads"):
         words += [f"--{option}", str(getattr(options, option))]
@@ -79,7 +80,7 @@ def _command(name: str, way: str, options: argparse.Namespace) -> str:
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on calibration cost into the page."""
     rows = [
         [
             name,
@@ -109,7 +110,7 @@ rounds. *Peak memory* is all of the process: weights, images, and what calibrati
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/calibration_cost.py", description="What calibration costs, in forward passes."
     )

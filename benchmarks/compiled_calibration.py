@@ -1,9 +1,10 @@
-"""Calibration by plain forward passes and by compiled ones, in turn, in one run: what compiling costs, and after how many samples it pays.
+"""Compare calibration with compiled forward passes to calibration with plain ones.
 
-``python benchmarks/compiled_calibration.py`` runs the same batches for the observers of the same prepared graph both ways
-(``compile=False`` and ``compile=True`` of :func:`vbpfx.calibrate`), one after the other in every round. Processor time of the process
-and of the compilers that it starts; every network in a process of its own, with an empty cache of compiled code. Variances alone, as
-``method="vbp"`` gathers them. Random weights and images of noise: what is computed does not depend on their values.
+``python benchmarks/compiled_calibration.py`` measures what compilation costs and after how many samples it pays off. It runs
+the same batches through the same prepared graph with ``compile=False`` and with ``compile=True`` of :func:`vbpfx.calibrate`,
+one after the other in every round. Times are processor time of the process and of the compilers that it starts. Each network
+is measured in a process of its own with an empty cache of compiled code. Only variances are gathered, as for
+``method="vbp"``. Weights and images are random, because the amount of computation does not depend on their values.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NETWORKS = ("deit_small_patch16_224", "convnext_tiny")
 
 
 def _processor_time() -> float:
-    """Seconds of this process and of those that it has started and waited for."""
+    """Return the processor seconds of this process and of the child processes that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -50,10 +51,13 @@ def _seconds(job: Callable[[], object]) -> float:
 
 
 def _measure(name: str, at_once: int, rounds: int) -> dict[str, Any]:
-    """Seconds a batch both ways, of the compilation, and how far the statistics differ; for a process of its own."""
+    """Return seconds per batch both ways, the compile time, and how far the statistics differ.
+
+    Call this in a process of its own.
+    """
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no workers that nobody waits for
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # keep worker processes out: their time would not be counted
         torch.set_num_threads(1)
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
@@ -63,7 +67,7 @@ def _measure(name: str, at_once: int, rounds: int) -> dict[str, Any]:
         plain, compiled = (vbpfx.prepare(captured, analysis, covariance=False) for _ in range(2))
         ways = {"plain": forward_passes(plain, False), "compiled": forward_passes(compiled, True)}
         for way in ways.values():
-            way.run(batch, 0)  # shapes are compiled for when they come again
+            way.run(batch, 0)  # a shape is compiled when it comes a second time
         ways["plain"].run(batch, at_once)
         first = _seconds(lambda: ways["compiled"].run(batch, at_once))
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -93,7 +97,7 @@ def _measure(name: str, at_once: int, rounds: int) -> dict[str, Any]:
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on compiled calibration into the page."""
     rows = [
         [
             name,
@@ -141,7 +145,7 @@ Not measured on a GPU, where `compile={{"mode": "reduce-overhead"}}` takes CUDA 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/compiled_calibration.py", description="Calibration by plain and by compiled passes."
     )

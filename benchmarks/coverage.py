@@ -1,12 +1,12 @@
-"""Coverage: which real networks can be pruned, how much of them, and whether the result is proven.
+"""Measure coverage: which real networks can be pruned, how much of them, and whether the result is proven.
 
     python benchmarks/coverage.py [-j N] [--only LIST] [--again] [MODEL ...]
     python benchmarks/coverage.py --page
 
-Every model runs in a process of its own with limits on time and memory, so a crash is a line in the table and not the
-end of the run. Results are kept in ``benchmarks/results/coverage.json`` after each model, and a run goes on where the
-last one stopped: models with a result are left out, unless they are named or ``--again`` is given. At its end it writes
-``docs/coverage.md``. A model is named as ``timm/resnet18`` or ``resnet18``.
+Every model runs in a process of its own with limits on time and memory. A crash becomes a line in the table and does not
+end the run. Results are stored in ``benchmarks/results/coverage.json`` after each model. A new run continues where the
+last one stopped: it skips models with a result, unless they are named or ``--again`` is given. At the end the run
+writes ``docs/coverage.md``. A model can be named as ``timm/resnet18`` or as ``resnet18``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vbpfx.storage.files import json_writer, read_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
-SECONDS = 300  # of processor time per model: another program on the machine should not change a result
-PATIENCE = 6  # times as long by the clock is a process that hangs
-MEMORY = 9 * 2**30  # bytes resident, per model
-# What every model needs and what takes seconds to import, each by the name that really loads it.
+SECONDS = 300  # processor time per model, so that other programs on the machine do not change a result
+PATIENCE = 6  # a process that takes this many times SECONDS of wall-clock time counts as hanging
+MEMORY = 9 * 2**30  # resident bytes per model
+# Modules that every model needs and that take seconds to import, each under the name that really loads it.
 PRELOADED = (
     "torch._dynamo",
     "torch.onnx._internal.exporter._core",
@@ -47,7 +47,7 @@ PRELOADED = (
     "torchvision",
     "vbpfx",
 )
-_LOOK = 0.25  # seconds between two looks at a process
+_LOOK = 0.25  # seconds between two checks of a process
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Running:
     record: dict[str, Any]
 
     def step(self, seconds: int) -> bool:
-        """Take in what the process has said; True once it is over."""
+        """Read what the process has reported; return True once it has ended."""
         try:
             while self.results.poll():
                 self.record = self.results.recv()
@@ -89,8 +89,8 @@ class Running:
 
 
 def child(subject: Subject, results: Connection, seconds: int) -> None:
-    """What a process does: measure one model, tell the parent after every stage, print nothing."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # ends it by SIGXCPU
+    """Measure one model in a child process: report to the parent after every stage and print nothing."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # the system ends the process with SIGXCPU
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -103,14 +103,14 @@ def start(subject: Subject, context: multiprocessing.context.ForkServerContext, 
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(subject, writer, seconds), daemon=True)
     process.start()
-    writer.close()  # the child's end alone is open now: its death ends the stream
+    writer.close()  # only the child's end is open now, so the stream ends when the child dies
     return Running(
         subject, process, reader, time.monotonic(), Record(subject.library, subject.name, subject.family).to_json()
     )
 
 
 def resident(process: int | None) -> int:
-    """Bytes of memory that a process holds; 0 where the system does not say."""
+    """Return the resident memory of a process in bytes, or 0 where the system does not report it."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -122,8 +122,8 @@ def _ending(code: int | None) -> str:
 
 
 def run(chosen: list[Subject], results: dict[str, Any], workers: int, seconds: int, console: Console) -> None:
-    """Measure the models, several at a time, and keep each result as it comes."""
-    context = multiprocessing.get_context("forkserver")  # imports once, forks a clean process for every model
+    """Measure the models, several at a time, and store each result as it arrives."""
+    context = multiprocessing.get_context("forkserver")  # imports once, then forks a clean process for every model
     context.set_forkserver_preload(list(PRELOADED))
     queue, running = list(reversed(chosen)), list[Running]()
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -149,7 +149,7 @@ def _line(one: Running) -> str:
 
 
 def choose(lists: list[str], names: list[str], again: bool, results: dict[str, Any]) -> list[Subject]:
-    """The models to measure, each once."""
+    """Return the models to measure, without duplicates."""
     known = {subject.key: subject for listed in lists for subject in subjects(listed)}
     if not names:
         return [subject for key, subject in known.items() if again or key not in results]

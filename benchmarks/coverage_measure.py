@@ -1,9 +1,9 @@
-"""One model of the coverage run: pruned by half, in every form, and held against the substitution oracle.
+"""Measure one model of the coverage run: prune it by half, in every form, and check it with the substitution oracle.
 
-The stages stand in :func:`measure`, in order; after each one the record is told, so that a model that takes too long
-or too much memory leaves what was found before. The errors are relative: the largest difference of the outputs over
-the largest output. All comparisons are made without a bound and judged afterwards, so that a wrong network leaves its
-figure, too.
+The stages follow each other in :func:`measure`. The record is sent after each of them, so that a model that takes too
+long or too much memory leaves what was found until then. Errors are relative: the largest difference of the outputs
+divided by the largest output. All comparisons run without a bound and are judged afterwards, so that a wrong network
+leaves its figure, too.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from vbpfx.rewrite.substitute import reference_graph
 from vbpfx.rewrite.verify import TOLERANCES
 
 EXAMPLES = 1  # named axes per reason
-# Rounding can grow on the way through a network; float32 is right if it is off by no more than this many times what
-# the dense network itself loses between float64 and float32. Float64 is held to its tolerance whatever happens.
+# Rounding errors can grow on the way through a network. A float32 result counts as right if its error is at most this
+# many times the error of the dense network itself between float64 and float32. Float64 is always held to its tolerance.
 ROUNDING = 30
-# An effect below this many times the error says nothing: there the comparison is blind.
+# If the effect of the substitution is below this many times the error, the comparison proves nothing ("blind").
 VISIBLE = 1e3
 
-# Some random networks hardly look at their images, so that means stand for everything: there the constants are shaken.
+# Some random networks hardly depend on their images, so that the means replace the neurons almost exactly. If the effect
+# is below this value, the constants are perturbed.
 FAINT = 1e-6
 
 Told = Callable[["Record"], None]
@@ -48,28 +49,28 @@ Told = Callable[["Record"], None]
 
 @dataclass
 class Record:
-    """What is known of one model; None is what was not reached.
+    """The results for one model; a value is None if its stage was not reached.
 
     Attributes:
         status: ``ok`` (blocks pruned, proven in float64 and float32), ``no blocks``, ``refused`` (another error of
             vbpfx's own), ``wrong`` (the pruned network is not the substituted one), ``blind`` (the substitution
-            changes the output too little to prove anything), ``untyped`` (an exception that is none of vbpfx's),
-            ``broken`` (the model itself does not run here), ``timeout``, ``killed``.
-        stage: where it ended.
-        reason: why, unless it is ok.
-        size: pixels a side; None for other inputs.
-        parameters: number of them.
+            changes the output too little to prove anything), ``untyped`` (an exception that is not one of vbpfx's
+            own), ``broken`` (the model itself does not run here), ``timeout``, ``killed``.
+        stage: the stage at which the measurement ended.
+        reason: why it ended, unless the status is ``ok``.
+        size: pixels per side of the images; None for other inputs.
+        parameters: number of parameters.
         blocks, neurons: number of blocks and of hidden neurons in them.
-        refused: number of refused axes; ``refusals`` has them by reason, with their number and some examples.
-        macs: of the dense network per sample, at this size.
+        refused: number of refused axes; ``refusals`` lists them by reason, with their number and some examples.
+        macs: multiply-accumulates of the dense network per sample, at this size.
         prunable: share of the MACs in products that make, carry or contract the hidden axis of a block.
-        error64, error32: the GraphModule against the reference; ``effect`` is what the substitution does at all
-            (where that is below ``FAINT``, what it does with shaken constants, which the error then holds for, too).
-        capture64, capture32: the captured graph against the model.
-        rounding32: the dense network in float32 against itself in float64.
-        own: the model's own class against the reference, in float64, or why there is none.
-        onnx: ONNX Runtime against the reference, in float32, or why there is none; None where it was not tried.
-        seconds: of processor time per stage: what the run takes where nothing else does.
+        error64, error32: error of the GraphModule against the reference; ``effect`` is how much the substitution changes
+            the output. If that is below ``FAINT``, both are measured with perturbed constants.
+        capture64, capture32: error of the captured graph against the model.
+        rounding32: error of the dense network in float32 against itself in float64.
+        own: error of the model's own class against the reference, in float64, or why there is none.
+        onnx: error of ONNX Runtime against the reference, in float32, or why there is none; None if it was not tried.
+        seconds: processor time per stage.
     """
 
     library: str
@@ -98,13 +99,13 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON-ready dictionaries; infinity, which JSON lacks, as text."""
+        """Return the record as JSON-ready dictionaries, with infinity, which JSON lacks, as text."""
         plain = asdict(self)
         return {k: str(v) if isinstance(v, float) and v in (torch.inf, -torch.inf) else v for k, v in plain.items()}
 
 
 def measure(subject: Subject, tell: Told) -> Record:
-    """Measure one model; every exception ends up in the record."""
+    """Measure one model and put any exception into the record."""
     record = Record(subject.library, subject.name, subject.family)
 
     @contextmanager
@@ -119,7 +120,7 @@ def measure(subject: Subject, tell: Told) -> Record:
 
     try:
         _stages(subject, record, stage)
-    except Exception as error:  # whatever it is, it is a result
+    except Exception as error:  # every exception is a result of the coverage run
         record.status, record.reason = _judge_exception(error, record.stage), explain(error)
     else:
         record.status, record.reason = judge(record)
@@ -151,7 +152,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
         reference = reference_graph(single.captured, single.plan)
         expected = outputs(reference, batch)
         network, inputs, plan = single.graph_module, single.captured.inputs, single.plan
-    del single, reference  # they share the parameters that are about to change
+    del single, reference  # these networks share parameters that are about to change
     exact, precise = model.double(), as_inputs(batch, model).map(to_double)
     with stage("run, float64"):
         record.rounding32 = relative_error(dense, outputs(exact, precise))
@@ -164,7 +165,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
             method="vbp",
             progress=False,
             verify=False,
-        )  # which neurons go does not matter here
+        )  # it does not matter here which neurons are removed
     with stage("oracle, float64"):
         captured, plan64, small = double.captured, double.plan, double.graph_module
         del double
@@ -195,7 +196,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
 
 
 def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record) -> None:
-    """What the analysis found, into the record."""
+    """Put the findings of the analysis into the record."""
     record.frontend = captured.frontend
     record.blocks, record.neurons = len(analysis.blocks), analysis.neurons
     record.refused = len(analysis.refusals)
@@ -219,7 +220,7 @@ def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record)
 
 
 def judge(record: Record) -> tuple[str, str]:
-    """Status and reason of a model that went all the way."""
+    """Return status and reason of a model that went through all stages."""
     assert isinstance(record.error64, float)
     assert isinstance(record.effect, float)
     assert isinstance(record.rounding32, float)
@@ -251,7 +252,10 @@ def _judge_exception(error: Exception, stage: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """The message without what depends on the machine; of a capture error the front ends' own, too."""
+    """Return the error message without the parts that depend on the machine.
+
+    A capture error includes the messages of the front ends.
+    """
     lines = str(error).strip().splitlines() or [""]
     text = first_line(error)
     if isinstance(error, vbpfx.CaptureError):
@@ -275,7 +279,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The tensors that the model returns; its inputs are copies, for it may write into them."""
+    """Return the tensors that the model returns. The model gets copies of its inputs, as it may write into them."""
     inputs = (batch if isinstance(batch, Inputs) else as_inputs(batch, model)).map(torch.clone)
     with torch.no_grad():
         found = model(*inputs.args, **inputs.kwargs)
@@ -283,7 +287,7 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def to_double(tensor: Tensor) -> Tensor:
-    """In float64 where it is a floating-point tensor: token numbers stay what they are."""
+    """Convert a floating-point tensor to float64 and return others, such as token ids, unchanged."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 

@@ -1,13 +1,13 @@
-"""The models of the coverage run, by list, with what they are built from and the images they get.
+"""The models of the coverage run, by list, with how each is built and the inputs it gets.
 
 - ``families``: every module of ``timm.models`` that registers models, each with its smallest real member (by
   parameters; timm's ``test_*`` models are not real ones).
-- ``timm``: models that people use, in sizes that a processor can run in float64.
+- ``timm``: widely used models, in sizes that a CPU can run in float64.
 - ``torchvision``: the classification models up to ``LARGEST`` parameters, and three segmentation models.
 - ``transformers``: those of ``transformer_models.py``.
 
-All have random weights; nothing is downloaded. Images are small, because float64 convolutions are slow and the
-structure of a network does not depend on them: see ``SIZES``.
+All have random weights; nothing is downloaded. Images are small (see ``SIZES``), because float64 convolutions are slow
+and the structure of a network does not depend on the image size.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ except ModuleNotFoundError as missing:
         raise
     TRANSFORMERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {}
 
-Made = tuple[nn.Module, Any, int | None]  # a model, its batch, and the size of the images where they are images
+Made = tuple[nn.Module, Any, int | None]  # the model, its batch, and the image size if the inputs are images
 
 SAMPLES = 2
-# Pixels, tried in this order before the model's own size; 96 leaves three positions a side behind the usual stride of
-# 32, so that borders and middles differ. 112 is a multiple of patches of 14 and 16 and of windows of 7.
+# Image sizes in pixels, tried in this order before the model's own size. With the usual stride of 32, a size of 96 leaves
+# three positions per side, so that border and centre positions differ. 112 is a multiple of the patch sizes 14 and 16 and
+# of the window size 7.
 SIZES = (96, 112, 128)
-LARGEST = 90_000_000  # parameters; lets the base sizes of vision transformers in
-LARGER = ("vgg11", "vgg11_bn")  # the only small members of a family of large ones
+LARGEST = 90_000_000  # parameters; this includes the base sizes of vision transformers
+LARGER = ("vgg11", "vgg11_bn")  # above that limit, but the smallest members of their family
 
 FAMILIES = {
     "beit": "beit_base_patch16_224",
@@ -138,9 +139,9 @@ FAMILIES = {
     "xcit": "xcit_nano_12_p16_224",
 }
 
-LEFT_OUT: dict[str, str] = {}  # family -> why it has no model above
+LEFT_OUT: dict[str, str] = {}  # family -> the reason why it has no model in the table above
 
-USED = tuple(  # as text: two hundred quoted names are hard to read
+USED = tuple(  # one text, because two hundred quoted names are hard to read
     """
     resnet18 resnet34 resnet50 resnet50d resnet101 resnet26d resnetrs50 resnetaa50 resnetblur50 resnext50_32x4d
     seresnet50 seresnext50_32x4d ecaresnet50t wide_resnet50_2 resnetv2_50 resnetv2_50x1_bit resnet50_gn resnet50_clip
@@ -193,7 +194,8 @@ class Subject:
         library: ``timm``, ``torchvision`` or ``transformers``.
         name: the model's name in it.
         family: the module that defines it.
-        onnx: whether it is exported to ONNX, too; that takes longer than all the rest, so one model of each family is.
+        onnx: whether it is also exported to ONNX. Only one model of each family is, because the export takes longer than
+            everything else.
     """
 
     library: str
@@ -203,16 +205,16 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """What it is called in the results."""
+        """The name of the model in the results."""
         return f"{self.library}/{self.name}"
 
     def make(self) -> Made:
-        """The model with random weights and a batch for it."""
+        """Return the model with random weights and a batch for it."""
         return {"timm": _timm, "torchvision": _torchvision, "transformers": _transformer}[self.library](self.name)
 
 
 def subjects(listed: str) -> Iterator[Subject]:
-    """The models of one list."""
+    """Yield the models of one list."""
     match listed:
         case "families":
             check_families()
@@ -235,7 +237,7 @@ def subjects(listed: str) -> Iterator[Subject]:
 
 
 def check_families() -> None:
-    """Every module of timm that registers models has its member in the table, or its reason for having none."""
+    """Raise unless every timm module that registers models has a model in the table or a reason for having none."""
     found, known = set(timm.list_modules()), {*FAMILIES, *LEFT_OUT}
     wrong = [name for family, name in FAMILIES.items() if name not in timm.list_models(module=family)]
     if found != known or wrong:
@@ -246,7 +248,7 @@ def check_families() -> None:
 
 
 def left_out_torchvision() -> dict[str, int]:
-    """The classification models of torchvision that are too large, with their parameters."""
+    """Return the torchvision classification models that are too large, with their numbers of parameters."""
     sizes = {
         name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
         for name in torchvision.models.list_models(module=torchvision.models)
@@ -276,7 +278,7 @@ def _torchvision(name: str) -> Made:
         if name in SEGMENTATION:
             options["weights_backbone"] = None
         if name in ("googlenet", "inception_v3"):
-            options["init_weights"] = False  # slow, and thrown away
+            options["init_weights"] = False  # initialisation is slow, and the weights are replaced anyway
         if name.startswith("vit_"):
             options["image_size"] = size
         return torchvision.models.get_model(name, **options)
@@ -285,14 +287,14 @@ def _torchvision(name: str) -> Made:
 
 
 def _smallest(build: Callable[[int], nn.Module], own: int) -> Made:
-    """The model and images of the first size that it can be built for and runs at."""
+    """Return the model and images of the first size for which it can be built and run."""
     for size in (*(size for size in SIZES if size < own), own):
         images = torch.randn(SAMPLES, 3, size, size)
         try:
             model = build(size).eval()
             with torch.no_grad():
                 model(images)
-        except Exception:  # each library says in its own way that a size does not fit
+        except Exception:  # each library raises its own exceptions for a size that does not fit
             if size == own:
                 raise
             continue

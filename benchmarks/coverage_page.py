@@ -1,4 +1,4 @@
-"""docs/coverage.md, written from the results of the coverage run."""
+"""Write docs/coverage.md from the results of the coverage run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def write_page(results: Results) -> None:
-    """Write the page from the results there are; a list without any is left out."""
+    """Write the page from the available results; a list without results is left out."""
     lists = {listed: [results[s.key] for s in subjects(listed) if s.key in results] for listed in LISTS}
     measured = {f"{r['library']}/{r['name']}": r for records in lists.values() for r in records}
     parts = [_introduction(lists, measured), *(_table(title, lists[listed]) for listed, title in TITLES.items())]
@@ -109,7 +109,7 @@ def _error(value: float | str | None) -> str:
 
 
 def _without_blocks(measured: Results) -> str:
-    """Families none of whose models has a block, with the reasons of their most frequent refusals."""
+    """Return the families without a single block, with their most frequent reasons for refusals."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for record in measured.values():
         families[record["library"], record["family"]].append(record)
@@ -122,7 +122,7 @@ def _without_blocks(measured: Results) -> str:
 
 
 def _not_ok(measured: Results) -> str:
-    """Every model that is neither pruned nor without blocks, with the reason."""
+    """Return every model whose status is neither ``ok`` nor ``no blocks``, with the reason."""
     rows = [
         (key, record["status"], record["stage"], _cell(record["reason"]))
         for key, record in sorted(measured.items())
@@ -132,7 +132,7 @@ def _not_ok(measured: Results) -> str:
 
 
 def _other_forms(measured: Results) -> str:
-    """Why there is no ONNX file or no network of the model's own class, by reason."""
+    """Return the reasons why there is no ONNX file or no network of the model's own class, with their models."""
     parts = []
     for form, title in (("onnx", "ONNX"), ("own", "the model's own class")):
         reasons: dict[str, list[str]] = defaultdict(list)
@@ -167,9 +167,9 @@ def _gathered(records: Iterable[dict[str, Any]]) -> Counter[str]:
 
 
 def general(reason: str) -> str:
-    """The reason without the names and numbers of one model."""
+    """Return the reason without the names and numbers of a single model."""
     reason = re.sub(r"block \S+:", "block ...:", reason)
-    reason = re.sub(r"_\d+\b", "", reason)  # split_1, split_2: one kind of node
+    reason = re.sub(r"_\d+\b", "", reason)  # split_1 and split_2 are nodes of one kind
     reason = re.sub(r"(?:[\w]+\.)+(?:weight|bias|\w*scale|gamma|beta)\b|\bnode \S+", "...", reason)
     return re.sub(r"\b\d+(?:\.\d+)?(?:e[-+]?\d+)?\b", "N", reason)
 

@@ -1,9 +1,9 @@
-"""Dense against pruned in the runtimes that networks are deployed in: latency, parity and efficiency.
+"""Compare dense and pruned networks in the deployment runtimes: latency, parity and efficiency.
 
-``python benchmarks/deployment.py`` measures every network in every runtime at p = 0.5, in a process of its own each, and writes
-what it found to ``results/deployment.json`` as it goes; what is there is not measured again without ``--again``. Neurons are
-removed by variance in equal shares on a few random inputs: which neurons go has no part in how long the rest takes. Seconds
-are those of the processor, on one thread, so that what else the machine does is left out.
+``python benchmarks/deployment.py`` measures every network in every runtime at p = 0.5, each in a process of its own, and
+writes every result to ``results/deployment.json`` at once. Existing results are not measured again without ``--again``.
+Neurons are removed by variance, the same share of every block, from a few random inputs: the latency does not depend on
+which neurons are removed. Times are processor time on one thread, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from vbpfx.storage.files import json_writer, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
 
 
-# Which neurons go does not matter here; ``auto`` would choose them, and round widths as it does where nothing is said.
+# It does not matter here which neurons are removed. ``method="auto"`` is given for its default rounding of widths.
 _WIDTHS = {"method": "auto", "criterion": "variance", "allocation": "equal", "compensation": "mean", "min_width": 1}
 
 
 def _measure(
     network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row for each runtime; to be called in a process of its own."""
+    """Return one row for each runtime. Call this in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, inputs = NETWORKS[network]()
@@ -75,7 +75,7 @@ def _measure(
 def _measured(
     network: str, runtimes: Sequence[str], ratio: float, round_to: int, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """The rows, or what ended the process."""
+    """Return the rows; if the process failed, they say how."""
     try:
         return in_a_process(_measure, network, runtimes, ratio, round_to, batch, rounds)
     except BrokenProcessPool:
@@ -87,13 +87,13 @@ def _measured(
 
 
 def _together(names: Sequence[str]) -> list[list[str]]:
-    """Runtimes that take ONNX files share a process, and what was exported there; every other has its own."""
+    """Group the runtimes by process: those that take ONNX files share one and its exported files."""
     files = [name for name in names if name in ("onnxruntime", "openvino")]
     return [group for group in (files, *([name] for name in names if name not in files)) if group]
 
 
 def _command(row: dict[str, Any]) -> str:
-    """The command that measures the same row."""
+    """Return the command that measures this row."""
     words = ["python", "benchmarks/deployment.py", row["network"], "--runtime", row["runtime"]]
     for option in ("ratio", "round-to", "batch", "rounds"):
         words += [f"--{option}", str(row[option.replace("-", "_")])]
@@ -124,7 +124,7 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 
 def _failures(rows: Sequence[dict[str, Any]]) -> str:
-    """What failed, dense beside pruned: a failure that both share is the runtime's own."""
+    """Return the failures, dense beside pruned: a failure of both is the runtime's own."""
     lines = []
     for row in rows:
         if row.get("speedup") is not None:
@@ -137,7 +137,7 @@ def _failures(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _missing(rows: Sequence[dict[str, Any]]) -> str:
-    """What no row stands for at p = 0.5."""
+    """Return the combinations of network and runtime that have no row at p = 0.5."""
     there = {(row["network"], row["runtime"]) for row in rows if row["ratio"] == 0.5}
     lines = []
     for name in NAMES:
@@ -148,7 +148,7 @@ def _missing(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on deployment into the page."""
     order = {name: place for place, name in enumerate(NETWORKS)}
     rows = sorted(results.values(), key=lambda r: (order.get(r["network"], 0), NAMES.index(r["runtime"]), r["ratio"]))
     columns = ("network", "runtime", "p", "ms", "speed-up", "efficiency", "parity", "MB")
@@ -173,7 +173,7 @@ nothing else.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/deployment.py", description="Dense against pruned in the runtimes."
     )

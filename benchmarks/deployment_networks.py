@@ -1,6 +1,7 @@
-"""The networks of the deployment tables, each with one batch for it; offline.
+"""The networks of the deployment tables, each with one batch, built offline.
 
-Weights are random but for MiniLM's, and of natural size: behind a head of zeros or a layer scale of 1e-6 no error would show.
+MiniLM's weights are trained. All other weights are random and of natural size, because an error would not show behind a
+head of zeros or a layer scale of 1e-6.
 """
 
 from __future__ import annotations

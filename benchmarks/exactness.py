@@ -1,8 +1,9 @@
-"""The substitution oracle on real architectures: pruned network against the dense one with channels substituted.
+"""Check real architectures with the substitution oracle: the pruned network against the dense one with substituted channels.
 
-Weights are random but of natural size everywhere: a layer scale of 1e-6 or a zero-initialised branch would hide any
-error behind it. Half of the hidden neurons go. Reported is the largest difference of the outputs over the largest
-output, for the GraphModule and the model's own class in float64 and float32, and for ONNX Runtime in float32.
+Weights are random but of natural size everywhere, because a layer scale of 1e-6 or a zero-initialised branch would hide
+any error behind it. Half of the hidden neurons are removed. The table shows the largest difference of the outputs divided
+by the largest output, for the GraphModule and the model's own class in float64 and float32, and for ONNX Runtime in
+float32.
 
     python benchmarks/exactness.py [MODEL ...]
 """
@@ -33,7 +34,7 @@ from vbpfx.rewrite.substitute import reference_graph
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the size of its images. Depthwise convolutions are slow in float64: those images are small."""
+    """A model and its image size, which is small for models with depthwise convolutions: they are slow in float64."""
 
     make: Callable[[], nn.Module]
     size: int
@@ -53,7 +54,7 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Exactness:
-    """Relative errors against the substitution reference, and how much the substitution does at all."""
+    """Relative errors against the substitution reference, and how much the substitution changes the output."""
 
     frontend: str
     blocks: int
@@ -66,7 +67,7 @@ class Exactness:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Give every parameter and running statistic values of natural size, in place."""
+    """Fill every parameter and running statistic with random values of natural size, in place."""
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
@@ -79,9 +80,10 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 def shaken(plan: vbpfx.Plan) -> vbpfx.Plan:
-    """The plan with noise on what stands for the removed neurons and on its corrections; the oracle holds for any.
+    """Return the plan with noise on the constants for the removed neurons and on its corrections.
 
-    A fit can be so good that the substitution does next to nothing, and then a comparison with it says nothing.
+    The oracle holds for any such values. A fit can be so good that the substitution changes almost nothing, and then a
+    comparison with it would prove nothing.
     """
 
     def shake(tensor: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ COLUMNS = ("model", "front end", "blocks", "graph f64", "class f64", "graph f32"
 
 
 def row(name: str) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     found = measure(SUBJECTS[name])
     errors = (found.graph64, found.own64, found.graph32, found.own32, found.onnx32, found.effect)
     return [name, found.frontend, str(found.blocks), *(f"{error:.1e}" for error in errors)]

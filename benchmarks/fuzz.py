@@ -1,8 +1,8 @@
-"""Many random networks: every stage of the way through, the substitution oracle for each.
+"""Fuzz vbpfx: take many random networks through every stage and check each with the substitution oracle.
 
-The networks are those of `tests/random_networks.py`, the properties those of `tests/random_check.py`. They come in chunks,
-each with a seed of its own, and a failure does not end the run: its smallest network is kept and printed, and what fails
-in the same way with the same parts counts as the same failure.
+The networks come from `tests/random_networks.py` and the checked properties from `tests/random_check.py`. They are drawn in
+chunks, each with a seed of its own. A failure does not end the run: its network is shrunk, stored and printed. Networks
+that fail in the same way with the same parts count as the same failure.
 
     python benchmarks/fuzz.py --examples 20000 --seed 0 -j 2
 """
@@ -48,7 +48,7 @@ Known = MutableMapping[str, list[tuple[frozenset[str], str]]]
 
 @dataclass
 class Tally:
-    """What a run counted."""
+    """The counts of a run."""
 
     networks: int = 0
     exported: int = 0
@@ -63,13 +63,13 @@ class Tally:
     refusals: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
-        """Take in the counts of another part of the run."""
+        """Add the counts of another part of the run."""
         for entry in fields(self):
             mine, its = getattr(self, entry.name), getattr(other, entry.name)
             setattr(self, entry.name, max(mine, its) if entry.name == "worst" else mine + its)
 
     def count(self, spec: Spec) -> None:
-        """Check one network and count what became of it."""
+        """Check one network and count its outcome."""
         outcome = check(spec)
         self.planted += outcome.planted
         self.found += outcome.found
@@ -86,7 +86,7 @@ class Tally:
 
 
 def signature(error: BaseException) -> str:
-    """The kind of an error: its class, its message without names and numbers, and where it was raised."""
+    """Return the kind of an error: its class, its message without names and numbers, and where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = re.sub(r"'.*?'|\d[\d.e+-]*|\(.*\)", "_", first_line(error))[:160]
     where = "" if isinstance(error, (VbpfxError, AssertionError)) else f" at {Path(frame.filename).name}:{frame.lineno}"
@@ -94,14 +94,14 @@ def signature(error: BaseException) -> str:
 
 
 def parts(spec: Spec) -> frozenset[str]:
-    """Templates, middle operators and spellings of a network."""
+    """Return the templates, middle operators and spellings of a network."""
     return frozenset(
         name for step in spec.steps for name in (step.template, *step.middle, *step.other, *step.spelled)
     ) | {spec.frontend}
 
 
 def run_chunk(number: int, examples: int, known: Known) -> Tally:
-    """That many networks from one seed; what fails in a new way goes into ``known`` with its smallest network."""
+    """Check ``examples`` networks from one seed; put each new kind of failure into ``known`` with its smallest network."""
     tally = Tally()
     first_failure: list[bool] = []
     smallest: list[tuple[Spec, BaseException]] = []
@@ -110,7 +110,7 @@ def run_chunk(number: int, examples: int, known: Known) -> Tally:
         shrinking = bool(first_failure)
         if shrinking:
             first_failure.append(True)
-            if len(first_failure) > SHRINKS:  # small enough: from now on nothing smaller fails
+            if len(first_failure) > SHRINKS:  # shrunk enough: from now on only the smallest network found fails
                 if spec == smallest[0][0]:
                     raise smallest[0][1]
                 return
@@ -162,12 +162,12 @@ def _work(task: tuple[int, int, Known]) -> Tally:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share in words that a table holds."""
+    """Return a share as text for a table."""
     return f"{part:,} ({100 * part / max(1, whole):.1f}%)"
 
 
 def section(asked: argparse.Namespace, tally: Tally, failures: int, seconds: float) -> str:
-    """The page's section on this run."""
+    """Return the page's section on this run."""
     verified = tally.ended["verified"]
     rows = {
         "networks": f"{tally.networks:,}",

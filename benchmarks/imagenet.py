@@ -1,9 +1,9 @@
-"""A real ImageNet ViT-Tiny, its calibration images and its validation images.
+"""Load a real ImageNet ViT-Tiny, its calibration images and its validation images.
 
-None of it is part of the repository. It is looked for in the folder that the environment variable
-``VBPFX_DATA`` names, otherwise in ``shared/data`` beside the repository. That folder holds
-``imagenet/vit_tiny_patch16_224.safetensors`` and, each with a CSV file of ``file,label``, the folders
-``imagenet/calibration`` and ``imagenet/validation``. Needs the extra ``vbpfx[timm]``.
+The data is not part of the repository. It is read from the folder that the environment variable ``VBPFX_DATA`` names, or
+otherwise from ``shared/data`` beside the repository. That folder holds ``imagenet/vit_tiny_patch16_224.safetensors`` and
+the folders ``imagenet/calibration`` and ``imagenet/validation``, each with a CSV file of ``file,label``. Needs the extra
+``vbpfx[timm]``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NETWORK = "vit_tiny_patch16_224"
 CALIBRATION_IMAGES = 1000
 
 _NORMALISED = (transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3))
-# The calibration photographs have a shorter side of 256 pixels; the validation images are cropped already.
+# The calibration photographs have a shorter side of 256 pixels. The validation images are already cropped.
 _CALIBRATION = transforms.Compose(
     (transforms.Resize(249, InterpolationMode.BICUBIC), transforms.CenterCrop(224), *_NORMALISED)
 )
@@ -36,31 +36,31 @@ _VALIDATION = transforms.Compose((transforms.Resize((224, 224), InterpolationMod
 
 
 def data_folder() -> Path:
-    """Where the data is looked for; it need not be there."""
+    """Return the folder in which the data is expected; it need not exist."""
     return Path(os.environ.get("VBPFX_DATA") or ROOT.parent / "shared" / "data") / "imagenet"
 
 
 def is_present(folder: Path) -> bool:
-    """Whether the weights and both image lists lie in the folder."""
+    """Return whether the folder holds the weights and both image lists."""
     return all((folder / name).is_file() for name in (f"{NETWORK}.safetensors", "calibration.csv", "validation.csv"))
 
 
 def load_network(folder: Path) -> nn.Module:
-    """The trained ViT-Tiny, in eval mode, on the CPU."""
+    """Load the trained ViT-Tiny in eval mode on the CPU."""
     network: nn.Module = timm.create_model(NETWORK)
     network.load_state_dict(load_file(folder / f"{NETWORK}.safetensors"), strict=True)
     return network.eval()
 
 
 def load_calibration(folder: Path, count: int, console: Console) -> Tensor:
-    """That many of the calibration images, spread evenly over the classes, (count, 3, 224, 224); no labels."""
+    """Load ``count`` calibration images, spread evenly over the classes, (count, 3, 224, 224), without labels."""
     files = [file for file, _ in _listed(folder / "calibration.csv")]
     chosen = [files[i * len(files) // count] for i in range(count)]
     return _decode(folder, chosen, _CALIBRATION, "decoding calibration images", console)
 
 
 def load_validation(folder: Path, console: Console) -> tuple[Tensor, Tensor]:
-    """All validation images, (N, 3, 224, 224), and their labels, (N,)."""
+    """Load all validation images, (N, 3, 224, 224), and their labels, (N,)."""
     listed = _listed(folder / "validation.csv")
     images = _decode(folder, [file for file, _ in listed], _VALIDATION, "decoding validation images", console)
     return images, torch.tensor([label for _, label in listed])

@@ -1,13 +1,12 @@
-"""Models that do not fit in memory: the analysis of seven billion parameters, and one billion pruned from files to files.
+"""Measure large models: the analysis of seven billion parameters, and one billion pruned from files to files.
 
-And what a model that does fit takes beside itself.
-
-Every figure comes from a process of its own, whose peak of resident memory is ``ru_maxrss``. Random weights: what is measured is
-memory, time, and whether the files hold what the path in memory makes, which a further process computes and compares.
+It also measures how much memory a model that fits in memory needs beyond its own weights. Each figure comes from a process of
+its own, whose peak resident memory is ``ru_maxrss``. Weights are random: the benchmark measures memory, time, and whether
+the pruned files equal the result of pruning in memory, which another process computes and compares.
 
     python benchmarks/large_models.py [--folder F] [--layers N] [--memory GIB] [--record]
 
-F needs room for the dense model and the pruned one: eight gigabytes.
+The folder F needs eight gigabytes of free space for the dense and the pruned model.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def _calibration() -> list[dict[str, torch.Tensor]]:
 
 
 def analyse(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A configuration of the shape of Llama 7B on the meta device: capture and analysis."""
+    """Capture and analyse a model with the shape of Llama 7B on the meta device."""
     from transformers import LlamaForCausalLM
 
     config = _configuration(32, hidden_size=4096, intermediate_size=11008)
@@ -71,7 +70,7 @@ def analyse(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The dense model in shards, of random weights, as Hugging Face writes it."""
+    """Write the dense model with random weights, in shards as Hugging Face writes them."""
     from transformers import LlamaForCausalLM
 
     config, generator = _billion(options.layers), torch.Generator().manual_seed(0)
@@ -90,7 +89,7 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prune_files(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """From files to files."""
+    """Prune from files to files."""
     start, own = time.perf_counter(), time.process_time()
     result = vbpfx.prune_files(
         folder / "dense", _calibration(), folder / "pruned", ratio=RATIO, uniform=True, memory=options.memory
@@ -102,7 +101,7 @@ def prune_files(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prune_in_memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The same in memory, compared with the files; and the files as Hugging Face loads them."""
+    """Prune the same model in memory and compare the result with the files, also as Hugging Face loads them."""
     from transformers import AutoModelForCausalLM
 
     start, own = time.perf_counter(), time.process_time()
@@ -126,11 +125,11 @@ def prune_in_memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]
 
 
 def share(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What capture, analysis, plan and ``convert(share=True)`` of a model in memory add to it, DeiT-B."""
+    """Measure the extra memory of capture, analysis, plan and ``convert(share=True)`` for DeiT-B in memory."""
     for name in (
         "deit_tiny_patch16_224",
         "deit_base_patch16_224",
-    ):  # the first loads what torch loads when it is first used
+    ):  # the first model triggers everything that torch loads at its first use
         model, batch = timm.create_model(name), torch.randn(2, 3, 224, 224)
         before = _peak()
         captured = vbpfx.capture(model, batch)
@@ -155,12 +154,12 @@ JOBS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
 
 
 def _peak() -> float:
-    """GiB."""
+    """Return the peak resident memory in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _times(wall: float, own: float) -> dict[str, float]:
-    """Seconds since two clocks were read."""
+    """Return wall-clock and processor seconds since the two clocks were read."""
     return {"seconds": time.perf_counter() - wall, "processor": time.process_time() - own}
 
 

@@ -1,7 +1,7 @@
-"""Whether ``latency=`` keeps its word: what is asked for, predicted, and measured on the result, network by network.
+"""Compare the requested, the predicted and the measured latency of networks pruned with ``latency=``.
 
 ``python benchmarks/latency_budget.py`` prunes each network once under a latency budget and writes the table into
-``docs/deployment.md``. Random weights and images of noise: what a network takes does not depend on their values.
+``docs/deployment.md``. Weights and images are random, because the latency does not depend on their values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NETWORKS = ("deit_small_patch16_224", "convnext_tiny", "mixer_b16_224", "swin_ti
 
 
 def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Prune one network; to be called in a process of its own."""
+    """Prune one network. Call this in a process of its own."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
@@ -50,7 +50,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on latency budgets into the page."""
     rows = [
         [
             found["network"],
@@ -95,7 +95,7 @@ compiling and measuring.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/latency_budget.py", description="Whether latency= keeps its word."
     )

@@ -1,9 +1,9 @@
-"""What `memory=` bounds, measured: the peak resident memory of a prune over what was asked plus the model.
+"""Compare the peak resident memory of a prune with its `memory=` limit plus the size of the model.
 
-A convolutional network whose maps are large beside its weights is pruned by half under `auto`, and the same as an ONNX file under
-`auto` and `vbp`, each in a process of its own, on batches that are made when they are asked for. Printed is how far the process's
-largest resident memory (`ru_maxrss`) lies above what it held when the call began, behind the prune of a tiny network, by which all
-is imported and set up.
+A convolutional network with feature maps much larger than its weights is pruned by half under `auto`. The same network is
+pruned as an ONNX file under `auto` and `vbp`. Each prune runs in a process of its own, on batches that are generated on
+demand. The table shows by how much the largest resident memory of the process (`ru_maxrss`) exceeds its memory at the start
+of the call. A tiny network is pruned first, so that everything is already imported and set up.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--memory 0.5 1.0] [--batch 128] [--batches 2]
 """
@@ -29,7 +29,7 @@ _GIB, _SIZE, _STREAM, _HIDDEN, _BLOCKS, _CLASSES = 2**30, 128, 32, 128, 3, 10
 
 
 class Residual(nn.Module):
-    """x + W2 relu(W1 (d * x)): a depthwise 3x3 convolution, and two of single pixels."""
+    """x + W2 relu(W1 (d * x)): a depthwise 3x3 convolution d and two 1x1 convolutions."""
 
     def __init__(self, stream: int, hidden: int) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Residual(nn.Module):
         self.up, self.down = nn.Conv2d(stream, hidden, 1), nn.Conv2d(hidden, stream, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum."""
+        """Return the sum."""
         return x + self.down(torch.relu(self.up(self.mix(x))))
 
 
 def network(stream: int = _STREAM, hidden: int = _HIDDEN, blocks: int = _BLOCKS) -> nn.Module:
-    """Residual blocks at the size of the image, and a classifier of their means."""
+    """Build residual blocks at full image resolution and a classifier on their average-pooled output."""
     torch.manual_seed(0)
     trunk = [Residual(stream, hidden) for _ in range(blocks)]
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stream, _CLASSES))
@@ -50,16 +50,16 @@ def network(stream: int = _STREAM, hidden: int = _HIDDEN, blocks: int = _BLOCKS)
 
 
 def as_file(model: nn.Module, size: int, path: Path) -> None:
-    """The network as an ONNX file for any number of samples."""
+    """Export the network to an ONNX file for any batch size."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that needs no further package
+        warnings.simplefilter("ignore")  # the exporter used here is deprecated, but needs no further package
         torch.onnx.export(
             model, (torch.randn(2, 3, size, size),), path, input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False
         )
 
 
 def prune(how: str, method: str, memory: float, folder: Path, size: int, batch: int, batches: int, *tiny: int) -> None:
-    """One call."""
+    """Prune once."""
     random = np.random.default_rng(0)
 
     def data() -> Iterator[np.ndarray]:
@@ -75,7 +75,7 @@ def prune(how: str, method: str, memory: float, folder: Path, size: int, batch: 
 
 
 def measure(how: str, method: str, memory: float, folder: Path, batch: int, batches: int) -> float:
-    """GiB above what the process held before the call."""
+    """Return the peak memory in GiB above what the process held before the call."""
     prune(how, method, memory, folder, 8, 4, 2, 4, 8, 2)
     begun = resident()
     prune(how, method, memory, folder, _SIZE, batch, batches)
@@ -83,7 +83,7 @@ def measure(how: str, method: str, memory: float, folder: Path, batch: int, batc
 
 
 def resident() -> float:
-    """GiB that the process holds."""
+    """Return the resident memory of the process in GiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / _GIB
 
 

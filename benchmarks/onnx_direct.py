@@ -1,8 +1,8 @@
-"""ONNX in, ONNX out, against the way through the PyTorch model: the same neurons and the same outputs?
+"""Check that pruning an ONNX file gives the same neurons and outputs as pruning the PyTorch model.
 
-Each network is exported by both exporters of torch, and each file is pruned by ``vbpfx.prune_onnx`` with ``method="vbp"`` on
-the data that ``vbpfx.prune`` gets. Compared are the kept neurons, block by block, and the outputs of the two narrowed ONNX
-files on data that neither saw. Weights of the vision networks are random; MiniLM's are trained.
+Each network is exported by both exporters of torch. ``vbpfx.prune_onnx`` prunes each file with ``method="vbp"`` on the same
+data as ``vbpfx.prune``. The benchmark compares the kept neurons, block by block, and the outputs of the two narrowed ONNX
+files on unseen data. The vision networks have random weights; MiniLM's are trained.
 
     python benchmarks/onnx_direct.py [network ...]
 """
@@ -42,7 +42,7 @@ COLUMNS = ("network", "exporter", "blocks", "neurons", "kept elsewhere", "output
 
 @dataclass(frozen=True)
 class Network:
-    """A model, its calibration batches by input name, and what neither way sees."""
+    """A model, its calibration batches by input name, and a test batch that neither way sees."""
 
     model: nn.Module
     data: list[dict[str, Tensor]]
@@ -53,10 +53,10 @@ def image_network(name: str) -> Network:
     torch.manual_seed(_SEED)
     model = timm.create_model(name).eval()
     with torch.no_grad():
-        for parameter in model.get_classifier().parameters():  # some are made with zeros, and then nothing would show
+        for parameter in model.get_classifier().parameters():  # an initialisation with zeros hides any difference
             parameter.normal_(0, 0.05)
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("gamma"):  # layer scales of 1e-6 would hide everything behind them
+            if parameter_name.endswith("gamma"):  # layer scales of 1e-6 would hide any difference behind them
                 parameter.fill_(0.5)
     batches = [{"x": torch.randn(2, 3, 224, 224)} for _ in range(_BATCHES + 1)]
     return Network(model, batches[:-1], batches[-1])
@@ -78,7 +78,7 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
 
 
 def export(network: Network, path: Path, *, dynamo: bool) -> None:
-    """One of torch's two exporters, batch and length of texts open."""
+    """Export by one of torch's two exporters, with dynamic batch size and sequence length."""
     example = network.data[0]
     open_axes = {n: {0: "batch"} if t.is_floating_point() else {0: "batch", 1: "length"} for n, t in example.items()}
     given: dict[str, Any] = {"input_names": list(example), "output_names": ["y"], "dynamo": dynamo}
@@ -104,7 +104,7 @@ def outputs(path: Path, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def compare(name: str, network: Network, folder: Path) -> list[dict[str, Any]]:
-    """One entry per exporter."""
+    """Return one result per exporter."""
     batches = [tuple(batch.values()) for batch in network.data]
     through = vbpfx.prune(network.model, batches, ratio=RATIO, method="vbp", progress=False, inputs=lambda b: (b, {}))
     through.to_onnx(folder / "through.onnx")

@@ -1,8 +1,9 @@
-"""How much memory an ONNX file of more than 2 GB takes to prune: its weights stay in the file's own pages.
+"""Measure the memory for pruning an ONNX file of more than 2 GB, whose weights are memory-mapped.
 
-A residual MLP of random weights is written to a temporary folder with its weights in a second file, pruned in a process of
-its own by half of its neurons (``method="vbp"``), and deleted. Printed are the sizes of both files, the process's largest
-resident memory (``ru_maxrss``, mapped pages of the files included), and the largest part of that which no file stands behind.
+A residual MLP with random weights is written to a temporary folder with its weights in a second file. Half of its neurons are
+pruned in a process of its own (``method="vbp"``), and the files are deleted. The benchmark prints the sizes of both files,
+the largest resident memory of the process (``ru_maxrss``, which includes mapped pages of the files), and the largest
+anonymous part of it, which is not backed by a file.
 
     python benchmarks/onnx_memory.py [--blocks 17]
 """
@@ -27,7 +28,7 @@ _MIB, _SEED = 2**20, 0
 
 
 def write_network(folder: Path, blocks: int) -> Path:
-    """x + W2 relu(W1 x + b1) + b2, so many times over; the weights go to the file one by one."""
+    """Write a file with ``blocks`` blocks x + W2 relu(W1 x + b1) + b2, weight by weight."""
     random = np.random.default_rng(_SEED)
     nodes, stored, offset = [], [], 0
     with (folder / "dense.onnx.data").open("wb") as data:
@@ -68,7 +69,7 @@ def write_network(folder: Path, blocks: int) -> Path:
 
 
 def prune(path: Path, found: Path) -> None:
-    """In a process of its own: what it took, as JSON."""
+    """Prune the file and write the memory used to a JSON file. Run this in a process of its own."""
     import torch
 
     import vbpfx
@@ -98,7 +99,7 @@ def prune(path: Path, found: Path) -> None:
 
 
 def _status(name: str) -> int:
-    """An entry of /proc/self/status, MiB."""
+    """Return an entry of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) // 1024
 

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: its memory and its threads are no one else's."""
+"""Run a measurement in a process of its own, so that it shares no memory and no threads with others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ T = TypeVar("T")
 
 
 def in_a_process(job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a job returns; what it raises is raised, and BrokenProcessPool where the process dies."""
+    """Run a job in a new process and return its result.
+
+    Exceptions of the job are raised here. If the process dies, BrokenProcessPool is raised.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(job, *args, **kwargs).result()

@@ -1,7 +1,8 @@
-"""The comparison with Torch-Pruning in docs/comparison.md: the same networks through both, and what comes of it.
+"""Compare vbpfx with Torch-Pruning on the same networks, for docs/comparison.md.
 
-Every network is one that a channel of the hidden layer leaves by a way of its own. Half of the hidden neurons are asked for.
-Torch-Pruning is driven as its documentation has it, without patches for single models; random weights, double precision.
+In each network, the hidden channels reach the output in a different way. Half of the hidden neurons are to be removed.
+Torch-Pruning is used as its documentation describes, without patches for single models. Weights are random, in double
+precision.
 
     pip install torch-pruning==1.6.1
     python benchmarks/peers.py
@@ -32,31 +33,31 @@ WIDTH, HIDDEN = 16, 64
 
 
 class Mlp(nn.Module):
-    """Two layers; ``middle`` is what stands between them."""
+    """Two linear layers with the function ``middle`` between them."""
 
     def __init__(self, middle: Callable[[Tensor], Tensor], read: int = HIDDEN) -> None:
         super().__init__()
         self.fc1, self.fc2, self.middle = nn.Linear(WIDTH, HIDDEN), nn.Linear(read, WIDTH), middle
 
     def forward(self, x: Tensor) -> Any:
-        """Second layer of the middle of the first."""
+        """Apply the first layer, ``middle`` and the second layer."""
         return self.fc2(self.middle(self.fc1(x)))
 
 
 class WithoutGradients(Mlp):
-    """Its forward pass is an inference function."""
+    """The same network with a forward pass under ``torch.no_grad``."""
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """The same, without gradients."""
+        """Apply the network without gradients."""
         return super().forward(x)
 
 
 class Exposed(Mlp):
-    """The hidden tensor is an output, too."""
+    """The same network, which also returns its hidden tensor."""
 
     def forward(self, x: Tensor) -> Any:
-        """Output, and hidden tensor."""
+        """Return the output and the hidden tensor."""
         h = self.middle(self.fc1(x))
         return self.fc2(h), h
 
@@ -80,7 +81,7 @@ def _image_model(name: str, **options: int) -> nn.Module:
 
 
 def _of_natural_size(model: nn.Module) -> nn.Module:
-    """Random weights that let signals through: some initialisations make whole branches nearly zero."""
+    """Set random weights that let signals through, because some initialisations make whole branches nearly zero."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -124,7 +125,10 @@ def _parameters(model: nn.Module) -> int:
 
 
 def by_torch_pruning(model: nn.Module, example: Tensor) -> str:
-    """What its pruner makes of the hidden layers, asked as its documentation does it: everything else is ignored."""
+    """Prune the hidden layers as Torch-Pruning's documentation describes, and return the outcome as text.
+
+    All other layers are passed as ``ignored_layers``.
+    """
     before, shapes = _parameters(model), _shapes(model, example)
     ignored = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and "fc1" not in name]
     importance = torch_pruning.importance.MagnitudeImportance()
@@ -146,7 +150,7 @@ def by_torch_pruning(model: nn.Module, example: Tensor) -> str:
 
 
 def by_vbpfx(model: nn.Module, example: Tensor) -> str:
-    """What vbpfx.prune makes of it, and what its oracle says."""
+    """Prune with ``vbpfx.prune`` and return the outcome as text, with that of the substitution oracle."""
     try:
         pruned = vbpfx.prune(model, [example], ratio=0.5, method="vbp", progress=False)
     except vbpfx.VbpfxError as error:
@@ -157,13 +161,13 @@ def by_vbpfx(model: nn.Module, example: Tensor) -> str:
 
 
 def pruned_reason(model: nn.Module, example: Tensor) -> str:
-    """Why the hidden layer is refused."""
+    """Return why the hidden layer is refused."""
     refusals = vbpfx.find_blocks(vbpfx.capture(model, example)).refusals
     return refusals[0].reason if refusals else ""
 
 
 def rows() -> list[list[str]]:
-    """Per network, what either does; each gets a model of its own."""
+    """Return one row per network with the outcome of either tool; each tool gets a new model."""
     found = []
     for name, make in NETWORKS.items():
         outcomes = []
@@ -176,7 +180,7 @@ def rows() -> list[list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table, and write it into docs/comparison.md."""
+    """Print the table and write it into docs/comparison.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=DOCS)
     where = parser.parse_args(arguments).docs

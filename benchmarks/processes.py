@@ -1,12 +1,16 @@
-"""What a second process brings to calibration, measured in one run.
+"""Measure how much a second process speeds up calibration.
 
-``python benchmarks/processes.py`` starts two processes of one thread each. In every round they calibrate the same images once by the
-first process alone, while the second waits, and once together (:func:`vbpfx.calibrate` under ``torch.distributed``, gloo, which
-merges the statistics); and once each runs plain forward passes over all of them by itself, at the same time and alone: what the
-machine itself gives to a second process. Wall-clock time; medians over rounds. Processor time over wall-clock time says how much of
-its core a process had: below 0.9 somebody else was there, and nothing is recorded. What is left to be seen then is the processor
-time of one process over that of the busier one of two: how evenly the work is divided, and what merging adds. Random weights and
-images of noise.
+``python benchmarks/processes.py`` starts two processes of one thread each. Every round has four measurements on the same images:
+
+- the first process calibrates alone, while the second waits;
+- both calibrate together: :func:`vbpfx.calibrate` under ``torch.distributed`` (gloo) divides the work and merges the statistics;
+- the first process runs plain forward passes over all images alone;
+- both do so at the same time, which shows what a second process gains on this machine at best.
+
+Times are wall-clock time, and the results are medians over rounds. A process's processor time divided by its wall-clock time
+says how much of a core it had. Below 0.9 other programs disturbed the run, and nothing is recorded. What can still be read
+then is the processor time of the single process divided by that of the busier one of two: it shows how evenly the work is
+divided, and what merging adds. Weights and images are random.
 """
 
 from __future__ import annotations
@@ -34,15 +38,16 @@ from vbpfx.storage.files import json_writer, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "processes.json"
 PERFORMANCE = PAGE.parent / "performance.md"
 PROCESSES = 2
-# Of its core a process needs so much for its time to mean something.
+# The share of a core that a process needs to have had for its wall-clock time to count.
 OWN_CORE = 0.9
 WAYS = ("alone", "together", "forward alone", "forward together")
 
 
 def _clocked(job: Callable[[], object]) -> tuple[float, float, float]:
-    """Seconds from a common start to the end of all; the share of its core that this process had until its own end; processor time.
+    """Run a job in all processes; return wall-clock seconds, the share of a core, and processor seconds.
 
-    The last is that of the process that took most.
+    Wall-clock seconds go from a common start to the end of the last process. The share of a core is that of this process until
+    its own end. Processor seconds are those of the process that took most.
     """
     dist.barrier()
     wall, own = time.perf_counter(), time.process_time()
@@ -58,7 +63,7 @@ def _clocked(job: Callable[[], object]) -> tuple[float, float, float]:
 def _measure(
     rank: int, port: int, name: str, images: int, at_once: int, rounds: int, covariance: bool, found: Any
 ) -> None:
-    """One process; the first one hands on what was found."""
+    """Measure in one process; the first process passes the results on."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
@@ -99,7 +104,7 @@ def _measure(
 
 
 def measure(name: str, images: int, at_once: int, rounds: int, covariance: bool) -> dict[str, Any]:
-    """Seconds of every way and round, and the medians' ratios."""
+    """Return the seconds of every way and round, and the ratios of their medians."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -125,7 +130,7 @@ def measure(name: str, images: int, at_once: int, rounds: int, covariance: bool)
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on processes into the page."""
     rows = [
         [
             name,
@@ -166,7 +171,7 @@ over that of the busier one of two.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 1 where the machine was too busy for figures."""
+    """Run the command line and return the exit status: 1 if the machine was too busy to measure."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/processes.py", description="What a second process brings to calibration."
     )

@@ -1,8 +1,9 @@
-"""The paper's sizes: parameters and MACs after Variance-Based Pruning at the published ratios.
+"""Reproduce the paper's sizes: parameters and MACs after Variance-Based Pruning at the published ratios.
 
-DeiT's sizes follow from the ratio alone, because every block is as wide: random weights and one random image are
-enough. Expected figures: VBP, ICCV 2025 (arXiv 2507.12988), tables 1 and 2. MACs here are those of matrix products and
-convolutions, attention's two products included; the paper's counter adds norms, hence the 0.5 %.
+The sizes of DeiT depend only on the ratio, because all its blocks are equally wide: random weights and one random image are
+enough. The expected figures are from tables 1 and 2 of VBP, ICCV 2025 (arXiv 2507.12988). MACs here are those of matrix
+products and convolutions, including attention's two products. The paper's counter also counts norms, which explains the
+difference of 0.5 %.
 
     python benchmarks/published.py
 """
@@ -23,7 +24,7 @@ import vbpfx
 
 @dataclass(frozen=True)
 class Published:
-    """A published result: millions of parameters and billions of MACs after pruning; None where not given."""
+    """A published result: millions of parameters and billions of MACs after pruning, or None if not published."""
 
     model: str
     ratio: float
@@ -43,7 +44,7 @@ PUBLISHED = (
 
 
 def prune_published(entry: Published) -> vbpfx.Pruned:
-    """Prune with random weights on one random image; the substitution oracle is on."""
+    """Prune with random weights on one random image and check with the substitution oracle."""
     torch.manual_seed(0)
     model = timm.create_model(entry.model)
     return vbpfx.prune(model, [torch.randn(1, 3, 224, 224)], ratio=entry.ratio, method="vbp", progress=False)
@@ -53,7 +54,7 @@ COLUMNS = ("model", "p", "neurons", "parameters", "published", "MACs", "publishe
 
 
 def row(entry: Published) -> list[str]:
-    """One line of the table: found beside published."""
+    """Return one line of the table: our figures beside the published ones."""
     pruned = prune_published(entry)
     params, macs = pruned.report.params[1] / 1e6, pruned.report.macs[1] / 1e9
     assert pruned.verification is not None

@@ -1,9 +1,9 @@
-"""Pruned, then quantised to int8 by the compilers' own tools: what is left of the accuracy.
+"""Measure the accuracy of networks that are pruned and then quantised to int8 by the compilers' own tools.
 
-``python benchmarks/quantized.py`` prunes a trained network as an exported program, takes the dense and the pruned program through
-each compiler in float32 and in int8, exactly as the examples in ``docs/examples`` do, and measures all of them on images that
-nothing has seen (``retention_measures.py`` says how). Results go to ``benchmarks/results/quantized.json`` and to the section of
-``docs/compilers.md``; ``--page`` writes the page alone. Compilers that are not installed are left out, with a message.
+``python benchmarks/quantized.py`` prunes a trained network as an exported program. It takes the dense and the pruned program
+through each compiler in float32 and in int8, exactly as the examples in ``docs/examples`` do, and measures all of them on
+unseen images, as ``retention_measures.py`` describes. Results go to ``benchmarks/results/quantized.json`` and to a section
+of ``docs/compilers.md``; ``--page`` only writes the page. Compilers that are not installed are skipped with a message.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A network in the forms that compilers take."""
+    """A network in the forms that the compilers accept."""
 
     module: nn.Module
     program: ExportedProgram
     inputs: Inputs
 
 
-# Each from a network, batches to quantise with (None: float32) and a folder, to a forward and the bytes of what is shipped.
+# Each function takes a network, calibration batches for quantisation (None for float32) and a folder. It returns a forward
+# function and the size of the deployed file in bytes.
 def _pt2e(example: Any, source: Source, batches: Sequence[Tensor] | None, folder: Path) -> tuple[Forward, int | None]:
     return source.program.module() if batches is None else example.int8(source.program, batches), None
 
@@ -80,7 +81,7 @@ def _openvino(example: Any, source: Source, batches: Sequence[Tensor] | None, fo
 
 @dataclass(frozen=True)
 class Way:
-    """A way to int8: its name on the page, its example's file name, and what it makes of a network."""
+    """A way to int8: its name on the page, the file name of its example, and the function that compiles a network."""
 
     title: str
     example: str
@@ -94,12 +95,12 @@ WAYS = {
     "openvino": Way("OpenVINO, NNCF", "openvino_int8", _openvino),
     "aotinductor": Way("AOTInductor, PT2E", "aotinductor", _aotinductor),
 }
-# Images at once, at most: what is compiled ahead of time wants to know.
+# The largest batch size, which ahead-of-time compilers need to know.
 MOST = 100
 
 
 def measure(name: str, ways: Sequence[str], ratio: float, images: int, console: Console) -> Iterator[dict[str, Any]]:
-    """The figures, whenever a way has been measured; nothing, with a message, where the data is not there."""
+    """Yield the figures after each way that has been measured; if the data is missing, print a message."""
     subject = NETWORKS[name]
     reason = subject.missing()
     if reason is not None:
@@ -150,7 +151,7 @@ def measure(name: str, ways: Sequence[str], ratio: float, images: int, console: 
 
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:
-    """What ways must have in common to stand in one table."""
+    """Return the settings that results must share to appear in one table."""
     return {key: value for key, value in found.items() if key != "ways"}
 
 
@@ -164,7 +165,7 @@ def _size(entry: dict[str, Any]) -> str:
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on int8 into the page."""
     parts = []
     for name, found in results.items():
         rows = [
@@ -191,7 +192,7 @@ torch {found["torch"]}; {machine["processor"]}, {machine["cores"]} cores, {machi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/quantized.py", description="What int8 leaves of pruned networks."
     )

@@ -1,4 +1,4 @@
-"""docs/results.md: every table in it is written by the program that measured it."""
+"""Write sections of docs/results.md: every table on it is written by the program that measured it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ table.
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures were computed on: the processor and the number of its cores, no names."""
+    """Return the processor and the number of its cores, without the name of the machine."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -34,20 +34,20 @@ def describe_machine() -> dict[str, Any]:
 
 
 def machine_line() -> str:
-    """The same in one line, with the version of torch."""
+    """Return a description of the machine and the version of torch in one line."""
     machine = describe_machine()
     return f"torch {torch.__version__}; {machine['processor']}, {machine['cores']} cores."
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with every column set to the right."""
+    """Return a Markdown table with right-aligned columns."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows))
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Put the text between the markers of that name; the rest of the page stays as it is.
+    """Put the text between the markers of that name and leave the rest of the page unchanged.
 
-    A page that is missing gets the introduction; one without the markers gets the section at its end.
+    A missing page is created with the introduction. If the page lacks the markers, the section is added at its end.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = page.read_text(encoding="utf-8") if page.exists() else INTRO

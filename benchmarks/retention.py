@@ -1,13 +1,13 @@
-"""Retention: what trained networks keep without any retraining, method against method.
+"""Measure retention: the accuracy that trained networks keep without any retraining, method by method.
 
 ``python benchmarks/retention.py`` prunes the networks of ``retention_networks.py`` by the methods of
 ``retention_methods.py`` at several shares p of the hidden neurons, and compares each pruned network with the dense one on
-the same test samples (``retention_measures.py`` says how). Networks whose data is not there are left out with a message.
+the same test samples (``retention_measures.py`` describes how). Networks whose data is missing are skipped with a message.
 
-Every result goes to ``benchmarks/results/retention-NETWORK.json`` as soon as it is measured, so that a run may be broken
-off: the next one takes up what is there if the package's code and the method are as they were then, or with ``--resume``
-in any case; ``--again`` measures all that is asked for anew. At the end, and with ``--page`` without measuring anything, the
-section of ``docs/results.md`` and its pictures are made from those files (``retention_page.py``).
+Every result is written to ``benchmarks/results/retention-NETWORK.json`` as soon as it is measured, so a run may be
+interrupted. The next run keeps results that were measured with the same code of the package and the same method. With
+``--resume`` it keeps all results; with ``--again`` it repeats all requested measurements. At the end, the section of
+``docs/results.md`` and its pictures are made from those files (``retention_page.py``); ``--page`` does only that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Key = tuple[str, float, int]  # method, ratio, calibration samples
 
 
 def stamp(method: str) -> str:
-    """A hash of the package's code and of the method's options: what a result depends on beside its data."""
+    """Return a hash of the package's code and of the method's options, on which a result depends besides its data."""
     digest = hashlib.sha256(repr(METHODS[method]).encode())
     for file in sorted(Path(vbpfx.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
@@ -47,18 +47,18 @@ def stamp(method: str) -> str:
 
 
 class Store:
-    """The JSON file of one network."""
+    """The JSON file with the results of one network."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: Record = json.loads(path.read_text()) if path.exists() else {"results": []}
 
     def find(self, key: Key) -> Result | None:
-        """The result with that key, if there is one."""
+        """Return the result with that key, if there is one."""
         return next((r for r in self.record["results"] if _key(r) == key), None)
 
     def put(self, result: Result) -> None:
-        """Add a result, or replace the one that was there, and write the file."""
+        """Add a result or replace the existing one with the same key, and write the file."""
         others = [r for r in self.record["results"] if _key(r) != _key(result)]
         order = list(METHODS)
         others.append(result)
@@ -66,7 +66,7 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         unfinished.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -78,7 +78,7 @@ def _key(result: Result) -> Key:
 
 
 def wanted(name: str, options: argparse.Namespace) -> list[Key]:
-    """What is asked for of a network; sizes of calibration sets last."""
+    """Return the requested measurements of a network, those at several calibration sizes last."""
     subject = NETWORKS[name]
     count = _cut(options.calibration or subject.calibration, subject.most)
     keys = [(m, ratio, count) for ratio in options.ratios or subject.ratios for m in options.methods]
@@ -92,7 +92,7 @@ def _cut(count: int, most: int | None) -> int:
 
 
 def measure(name: str, options: argparse.Namespace, console: Console) -> str | None:
-    """Measure what is asked for and not there yet; returns why nothing could be."""
+    """Measure what is requested and missing; return the reason if nothing could be measured."""
     subject, store = NETWORKS[name], Store(options.out / f"retention-{name}.json")
     reason = subject.missing()
     if reason is not None:
@@ -142,7 +142,7 @@ def _settled(store: Store, key: Key, resume: bool) -> bool:
 
 
 def _dense(network: Network, study: Study, output: Any) -> dict[str, Any]:
-    """The network before pruning, on the test samples."""
+    """Return the figures of the dense network on the test samples."""
     measured = network.judge(output, output)
     analysis = study.analysis
     score = measured.figures.get("top1", measured.figures.get("recall"))
@@ -157,7 +157,7 @@ def _dense(network: Network, study: Study, output: Any) -> dict[str, Any]:
 
 
 def _measured(network: Network, study: Study, method: str, ratio: float, dense: Any) -> Result:
-    """The figures of one pruned network, or why there is none."""
+    """Return the figures of one pruned network, or why there is none."""
     try:
         outcome = study.prune(METHODS[method], ratio)
     except vbpfx.BudgetError as error:
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(name: str, options: argparse.Namespace) -> str:
-    """The command that measures the same: what differs from the defaults and changes a result."""
+    """Return the command that repeats the measurement, with the options that differ from their defaults and matter."""
     words = ["--networks", name]
     lists = {"methods": options.methods if options.methods != list(METHODS) else None, "ratios": options.ratios}
     for option, values in {**lists, "calibration-sizes": options.calibration_sizes}.items():
@@ -261,7 +261,7 @@ def _command(name: str, options: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _parser().parse_args(argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if options.threads is not None:

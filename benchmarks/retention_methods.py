@@ -1,11 +1,12 @@
-"""The methods that retention compares, and what each costs.
+"""The pruning methods that the retention benchmark compares, and the cost of each.
 
-A method is a set of options for :func:`vbpfx.prune`. All but ``auto`` are one-shot: statistics of the dense network, a
-plan from them, and that is all. They share one capture and one calibration; ``auto`` is :func:`vbpfx.prune` itself.
-Those with one global ranking may narrow a block to a single neuron; the others keep a sixteenth of every block, the default.
+A method is a set of options for :func:`vbpfx.prune`. All methods except ``auto`` are one-shot: they make one plan from
+statistics of the dense network. They share one capture and one calibration; ``auto`` is :func:`vbpfx.prune` itself.
+Methods with one global ranking may narrow a block to a single neuron; the others keep at least a sixteenth of every block,
+which is the default.
 
-SNIP (ICLR 2019, arXiv 1810.02340) ranks by |h dL/dh|. Here without labels: over some calibration samples i and the
-positions t of the hidden activation h,
+SNIP (ICLR 2019, arXiv 1810.02340) ranks by |h dL/dh|. It is used here without labels: over some calibration samples i and
+the positions t of the hidden activation h,
 
     s_j = mean_i sum_t |h_itj dL_i / dh_itj|,
 
@@ -43,14 +44,14 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Method:
-    """A method by its options.
+    """A pruning method, defined by its options.
 
     Attributes:
-        about: what it is, for the page.
-        options: of :func:`vbpfx.make_plan`.
-        covariance: whether it needs covariances; variances cost less.
-        gradients: whether its criterion is SNIP's.
-        one_shot: whether one plan from one calibration is all of it.
+        about: description for the page.
+        options: options of :func:`vbpfx.make_plan`.
+        covariance: whether it needs covariances, which cost more than variances.
+        gradients: whether it uses SNIP's criterion.
+        one_shot: whether it only makes one plan from one calibration.
     """
 
     about: str
@@ -91,7 +92,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pruned network, and the processor seconds from the dense network to it."""
+    """A pruned network, and the processor seconds that it took to make it from the dense one."""
 
     network: nn.Module
     report: vbpfx.Report
@@ -99,22 +100,22 @@ class Outcome:
 
 
 class Study:
-    """A network and the data to calibrate it on; what several methods share is computed once, and counted for each."""
+    """A network and its calibration data. Results that methods share are computed once, but their time counts for each."""
 
     def __init__(self, network: Network, kind: Kind, samples: int) -> None:
         self.network, self.kind, self.samples = network, kind, samples
         self.batches = network.calibration(samples)
         self._seconds: dict[str, float] = {}
-        # what is loaded at the first call should not count for the method that comes first
+        # Warm up: modules loaded at the first call should not count for the first method.
         vbpfx.prune(network.model, [network.example], ratio=0.5, progress=False)
 
     def prune(self, method: Method, ratio: float) -> Outcome:
-        """Prune by a method.
+        """Prune with a method.
 
         Raises:
             BudgetError: the method cannot remove that share.
         """
-        gc.collect()  # what others have left behind should not be collected on this method's time
+        gc.collect()  # collecting the garbage of other methods should not count for this one
         if not method.one_shot:
             start = time.process_time()
             pruned = vbpfx.prune(
@@ -140,7 +141,7 @@ class Study:
 
     @cached_property
     def forward_seconds(self) -> float:
-        """Processor seconds of one plain forward pass over the calibration data."""
+        """The processor seconds of one plain forward pass over the calibration data."""
         inputs = [as_inputs(batch, self.network.model) for batch in self.batches]
         start = time.process_time()
         with torch.inference_mode():
@@ -163,12 +164,12 @@ class Study:
 
     @cached_property
     def variances(self) -> vbpfx.Statistics:
-        """Means and variances."""
+        """The statistics with means and variances."""
         return self._calibrate("variances", covariance=False)
 
     @cached_property
     def covariances(self) -> vbpfx.Statistics:
-        """The same with covariances."""
+        """The statistics with means and covariances."""
         return self._calibrate("covariances", covariance=True)
 
     def _calibrate(self, name: str, covariance: bool) -> vbpfx.Statistics:
@@ -191,7 +192,7 @@ class Study:
 
 
 class Snip:
-    """A criterion, as :func:`vbpfx.make_plan` takes one, from scores that are there already."""
+    """A criterion for :func:`vbpfx.make_plan` that returns precomputed scores."""
 
     __name__ = "snip"
 
@@ -199,12 +200,12 @@ class Snip:
         self.scores = scores
 
     def __call__(self, about: Scoring) -> Tensor:
-        """The scores of the block."""
+        """Return the scores of the block."""
         return self.scores[about.block.name]
 
 
 def saliencies(analysis: vbpfx.Analysis, kind: Kind, batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Block -> s_j, (d,) float64, the sum over what the block's consumers read."""
+    """Return block -> s_j, (d,) float64, summed over the tensors that the block's consumers read."""
     captured = analysis.captured
     nodes = {source.node for block in analysis.blocks for source in block.sources}
     total = {block.name: torch.zeros(block.width, dtype=torch.float64) for block in analysis.blocks}
@@ -222,7 +223,7 @@ def saliencies(analysis: vbpfx.Analysis, kind: Kind, batches: Sequence[Any]) -> 
 
 
 def _chunks(batch: Inputs) -> list[Inputs]:
-    """The batch in pieces of a few samples: their activations are held for the backward pass."""
+    """Split the batch into small parts, because their activations are kept for the backward pass."""
     return [
         batch.samples(start, start + _SAMPLES_AT_ONCE) for start in range(0, batch.batch_size or 1, _SAMPLES_AT_ONCE)
     ]
@@ -231,7 +232,7 @@ def _chunks(batch: Inputs) -> list[Inputs]:
 def _products(
     graph_module: fx.GraphModule, batch: Inputs, nodes: set[str], kind: Kind, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """|h dL/dh| at nodes."""
+    """Return node -> |h dL/dh|."""
     seen: dict[str, Tensor] = {}
 
     class Watching(fx.Interpreter):

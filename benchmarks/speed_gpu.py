@@ -1,4 +1,4 @@
-"""What ``speed.py`` measures on a GPU: dense against pruned, by precision and by who runs it."""
+"""The GPU part of ``speed.py``: dense and pruned networks, by precision and runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BATCH = 64
 
 
 def measure_gpu(rounds: int) -> list[dict[str, Any]]:
-    """One row per network, precision and runtime: milliseconds of a batch, dense and pruned."""
+    """Return one row per network, precision and runtime: milliseconds per batch, dense and pruned."""
     return [row for name, ratio in SUBJECTS.items() for row in _network(name, ratio, rounds)]
 
 

@@ -1,4 +1,4 @@
-"""What ``speed.py`` measures of networks as they are: the pass beside Torch-Pruning's, and what observers cost."""
+"""Two parts of ``speed.py``: our pass beside Torch-Pruning's, and the cost of observers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _BANDWIDTH_BYTES = 1 << 28
 
 
 def torch_pruning() -> Any:
-    """The package that the pass is compared with.
+    """Import Torch-Pruning, which our pass is compared with.
 
     Raises:
-        SystemExit: it is not installed.
+        SystemExit: Torch-Pruning is not installed.
     """
     try:
         return importlib.import_module("torch_pruning")
@@ -42,14 +42,14 @@ def torch_pruning() -> Any:
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
-    """The network with random weights, and one image of noise."""
+    """Return the network with random weights, and one random image."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     return model, torch.randn(1, *model.pretrained_cfg["input_size"])
 
 
 def invented(analysis: vbpfx.Analysis) -> vbpfx.Statistics:
-    """Statistics of no data: gathering them is measured apart."""
+    """Return random statistics, because gathering real ones is measured separately."""
     return vbpfx.Statistics(
         {
             b.name: tuple(Moments(100, torch.randn(b.width).double(), torch.rand(b.width).double()) for _ in b.sources)
@@ -59,7 +59,7 @@ def invented(analysis: vbpfx.Analysis) -> vbpfx.Statistics:
 
 
 def our_pass(model: nn.Module, image: Tensor) -> nn.Module:
-    """From a model to one with half of every MLP, on its graph."""
+    """Run our pass: remove half of every MLP's hidden neurons and return the narrowed graph."""
     captured = vbpfx.capture(model, image)
     analysis = vbpfx.find_blocks(captured)
     plan = vbpfx.make_plan(analysis, invented(analysis), ratio=0.5, method="vbp", allocation="equal")
@@ -67,7 +67,7 @@ def our_pass(model: nn.Module, image: Tensor) -> nn.Module:
 
 
 def their_pass(model: nn.Module, image: Tensor) -> nn.Module:
-    """The same of Torch-Pruning, in place: the dependency graph, and half of every MLP by magnitude."""
+    """Run Torch-Pruning's pass: build the dependency graph and remove half of every MLP by magnitude, in place."""
     tp = torch_pruning()
     halved = {module: 0.5 for name, module in model.named_modules() if name.endswith("mlp.fc1")}
     with warnings.catch_warnings():
@@ -88,7 +88,10 @@ PASSES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {"vbpfx": our_pass
 
 
 def pass_times(name: str, rounds: int) -> dict[str, Any]:
-    """Processor seconds of both, rounds in turn; the copy that Torch-Pruning changes is made before."""
+    """Return the processor seconds of both passes, in alternating rounds.
+
+    Copying the model that Torch-Pruning changes is not timed.
+    """
     model, image = network(name)
     seconds: dict[str, list[float]] = {way: [] for way in PASSES}
     left = {}
@@ -100,7 +103,7 @@ def pass_times(name: str, rounds: int) -> dict[str, Any]:
             small = PASSES[way](given, image)
             taken = time.process_time() - start
             left[way] = sum(p.numel() for p in small.parameters())
-            if number:  # the first is the warm-up
+            if number:  # the first round is a warm-up
                 seconds[way].append(taken)
     if len(set(left.values())) > 1:
         raise RuntimeError(f"{name}: the two did not remove the same: {left} parameters are left")
@@ -108,15 +111,15 @@ def pass_times(name: str, rounds: int) -> dict[str, Any]:
 
 
 def first_pass(name: str, way: str) -> dict[str, float]:
-    """Processor seconds and memory of the first pass of a process, which has to be a new one."""
+    """Return processor seconds and memory of the first pass in a process. Call this in a new process."""
     torch.set_num_threads(1)
     model, image = network(name)
     torch_pruning()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with torch.inference_mode():
-        model(image)  # what a forward pass needs for itself is there before
+        model(image)  # memory that forward passes need should not count
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory
     before, start = _memory("VmRSS"), time.process_time()
     small = PASSES[way](model, image)
     found = {"seconds": time.process_time() - start, "peak": _memory("VmHWM") - before, "weights": weights}
@@ -130,9 +133,9 @@ def _memory(entry: str) -> int:
 
 
 def observer_cost(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Plain forward passes and prepared ones in turn, and what of the prepared ones passes within the observers.
+    """Measure plain forward passes and prepared ones in turn, and the time spent within the observers.
 
-    At one thread the clock is processor time, at more it is that of the wall.
+    Times are processor time on one thread and wall-clock time on several.
     """
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -170,7 +173,7 @@ def _forward(graph_module: nn.Module, images: Tensor) -> None:
 
 
 def _within_observers(observed: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
-    """A prepared forward pass; the seconds of it that pass within the observers."""
+    """Run a prepared forward pass and return the seconds spent within the observers."""
     original, spent = Observer.forward, 0.0
 
     def clocked(self: Observer, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -189,13 +192,13 @@ def _within_observers(observed: nn.Module, images: Tensor, clock: Callable[[], f
 
 
 def _bytes(captured: vbpfx.Captured, source: Any) -> int:
-    """Of one sample's value."""
+    """Return the size in bytes of the source's value for one sample."""
     value = captured.nodes[source.node].meta["val"]
     return int(value.numel() // value.shape[0] * value.element_size())
 
 
 def bandwidth(clock: Callable[[], float]) -> float:
-    """Bytes a second that a sum reads of memory that no cache holds."""
+    """Return the bytes per second at which a sum reads memory that no cache holds."""
     values = torch.ones(_BANDWIDTH_BYTES // 4)
     (seconds,) = alternating({"sum": values.sum}, rounds=9, warmup=2, clock=clock).values()
     return _BANDWIDTH_BYTES / statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""The section *speed* of docs/performance.md and its picture, from what ``speed.py`` measured."""
+"""Write the section *speed* of docs/performance.md and its picture from the results of ``speed.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
     """Write the section into ``performance.md`` of a folder, and the picture beside it.
 
     Args:
-        found: part -> what was measured of it; parts that are not there are left out.
+        found: part -> its results; parts without results are left out.
     """
     sections = {"pass": _pass, "observers": _observers, "growth": _growth, "gpu": _gpu}
     text = ["## Speed\n\nThe medians of rounds in which all that is compared takes turns."]

@@ -1,4 +1,4 @@
-"""What ``speed.py`` measures of networks that grow: how time goes with depth, width, tokens and batches."""
+"""The scaling part of ``speed.py``: how time grows with depth, width, tokens and batches."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _IMAGES = 4
 
 
 def _vit(depth: int, width: int, tokens: int) -> tuple[nn.Module, int]:
-    """A vision transformer, and the size of its images."""
+    """Return a vision transformer and its image size."""
     size = 8 * round(tokens**0.5)
     options = {"patch_size": 8, "num_heads": 2, "num_classes": 10, "class_token": False, "global_pool": "avg"}
     return VisionTransformer(img_size=size, depth=depth, embed_dim=width, **options).eval(), size
 
 
 def _analysis(size: dict[str, int]) -> Callable[[], object]:
-    """Tracing and the dependency analysis, of weights that are never allocated."""
+    """Return a job that traces and analyses a network whose weights are never allocated."""
     with torch.device("meta"):
         model, pixels = _vit(size["depth"], size["width"], size["tokens"])
     images = torch.empty(2, 3, pixels, pixels, device="meta")
@@ -51,7 +51,7 @@ def _analysis(size: dict[str, int]) -> Callable[[], object]:
 
 
 def _calibration(size: dict[str, int]) -> Callable[[], object]:
-    """Variances of that many batches."""
+    """Return a job that gathers variances over batches."""
     model, pixels = _vit(size["depth"], size["width"], size["tokens"])
     analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.empty(2, 3, pixels, pixels)))
     observed = vbpfx.prepare(analysis.captured, analysis, covariance=False)
@@ -66,7 +66,7 @@ STAGES: dict[str, Callable[[dict[str, int]], Callable[[], object]]] = {
 
 
 def measure_scaling(rounds: int) -> dict[str, Any]:
-    """Per stage and quantity: sizes, median processor seconds, and the slope of their logarithms."""
+    """Return per stage and quantity the sizes, the median processor seconds, and the slope of their logarithms."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for stage, make in STAGES.items():
@@ -76,7 +76,7 @@ def measure_scaling(rounds: int) -> dict[str, Any]:
                 continue
             jobs = {str(value): make(_SMALL | {quantity: value}) for value in sizes}
             gc.collect()
-            gc.freeze()  # the collector should not walk the other networks while one is timed
+            gc.freeze()  # the garbage collector should not visit the other networks while one is timed
             seconds = alternating(jobs, rounds=rounds, warmup=1, clock=time.process_time)
             gc.unfreeze()
             medians = [statistics.median(taken) for taken in seconds.values()]
@@ -85,12 +85,12 @@ def measure_scaling(rounds: int) -> dict[str, Any]:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The slope b of log t = a + b log n, by least squares."""
+    """Return the slope b of log t = a + b log n, fitted by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def measure_largest(rounds: int) -> dict[str, Any]:
-    """The largest networks of timm, on the meta device: nodes, blocks, seconds of tracing and of analysis."""
+    """Measure timm's largest networks on the meta device: nodes, blocks, and seconds for tracing and for analysis."""
     torch.set_num_threads(1)
     found = {}
     for name in LARGEST:

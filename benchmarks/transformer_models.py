@@ -1,7 +1,8 @@
 """Tiny Hugging Face transformers with random weights, built offline from their configurations.
 
 ``TRANSFORMERS`` maps a name to a function that makes a model in eval mode and a batch of keyword arguments for it. Texts
-are padded at their ends. Batch, tokens, heads, widths and vocabulary all differ, so that no axis passes for another.
+are padded at their ends. Batch, tokens, heads, widths and vocabulary all have different sizes, so that no axis can be
+mistaken for another.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ _LENGTHS = (11, 8, 5)
 
 
 def texts() -> Batch:
-    """Token ids padded at the end, and the mask that says so."""
+    """Return token ids, padded at the end, and their attention mask."""
     mask = (torch.arange(TOKENS) < torch.tensor(_LENGTHS)[:, None]).long()
     return {"input_ids": torch.randint(3, VOCABULARY - 1, (SAMPLES, TOKENS)) * mask, "attention_mask": mask}
 
 
 def translations() -> Batch:
-    """Padded texts for an encoder and seven tokens for its decoder."""
+    """Return padded texts for an encoder and seven tokens for its decoder."""
     return texts() | {"decoder_input_ids": torch.randint(3, VOCABULARY - 1, (SAMPLES, 7))}
 
 
 def images(size: int = 32) -> Batch:
-    """Images in three channels."""
+    """Return images with three channels."""
     return {"pixel_values": torch.randn(SAMPLES, 3, size, size)}
 
 
 def speech() -> Batch:
-    """The spectrogram that Whisper's encoder takes, and seven tokens for its decoder."""
+    """Return a spectrogram for Whisper's encoder and seven tokens for its decoder."""
     return {
         "input_features": torch.randn(SAMPLES, 20, 44),
         "decoder_input_ids": torch.randint(3, VOCABULARY - 1, (SAMPLES, 7)),
@@ -55,11 +56,11 @@ def speech() -> Batch:
 
 
 def waves() -> Batch:
-    """Raw audio."""
+    """Return raw audio."""
     return {"input_values": torch.randn(SAMPLES, 1200)}
 
 
-# Widths by the names that most configurations share.
+# Sizes under the names that most configurations share.
 _LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 72}
 _TEXT = {**_LAYERS, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "use_cache": False}
 _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
@@ -72,7 +73,7 @@ _TOWER_IMAGE = {**_IMAGE, "intermediate_size": 80}
 
 def _both_towers() -> Batch:
     batch = texts()
-    batch["input_ids"][range(SAMPLES), torch.tensor(_LENGTHS) - 1] = VOCABULARY - 1  # CLIP pools at the end token
+    batch["input_ids"][range(SAMPLES), torch.tensor(_LENGTHS) - 1] = VOCABULARY - 1  # CLIP pools at this token
     return batch | images()
 
 

@@ -1,4 +1,4 @@
-"""What ``method="auto"`` takes for one wide hidden layer: seconds, and processor seconds, of the whole call.
+"""Measure ``method="auto"`` on one wide hidden layer: wall-clock and processor seconds of the whole call.
 
 OMP_NUM_THREADS=2 python benchmarks/wide_layer.py 1024 2048 4096
 """
@@ -17,7 +17,7 @@ _STREAM, _BATCH, _BATCHES = 256, 256, 32
 
 
 def measure(width: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds of pruning a layer of that width by half on 8,192 samples."""
+    """Return wall-clock and processor seconds for pruning a layer of that width by half on 8,192 samples."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(_STREAM, width), nn.GELU(), nn.Linear(width, _STREAM)).eval()
     data = [torch.randn(_BATCH, _STREAM) for _ in range(_BATCHES)]
@@ -30,7 +30,7 @@ def measure(width: int) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("widths", nargs="*", type=int, default=[1024, 2048, 4096])
-    measure(64)  # imports, and what PyTorch sets up once
+    measure(64)  # warm-up: imports, and what PyTorch sets up once
     for number in parser.parse_args().widths:
         seconds, spent = measure(number)
         print(f"width {number}: {seconds:.1f} s, {spent:.1f} s of processor time on {torch.get_num_threads()} threads")
