@@ -29,9 +29,8 @@ import vbpfx
 from vbpfx.data.inputs import Inputs, argument_names, as_inputs
 from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.outputs.differences import TOLERANCES, relative_error
 from vbpfx.rewrite.substitute import reference_graph
-from vbpfx.rewrite.verify import TOLERANCES
 
 EXAMPLES = 1  # named axes per reason
 # Rounding errors can grow on the way through a network. A float32 result counts as right if its error is at most this

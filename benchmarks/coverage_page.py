@@ -14,7 +14,7 @@ from coverage_measure import ROUNDING
 from coverage_models import LARGEST, LEFT_OUT, LISTS, SIZES, left_out_torchvision, subjects
 from results_page import machine_line, markdown_table
 
-from vbpfx.rewrite.verify import TOLERANCES
+from vbpfx.outputs.differences import TOLERANCES
 from vbpfx.storage.files import write_atomically
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"

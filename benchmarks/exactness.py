@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import export_onnx, run_session
-from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.outputs.differences import relative_error
 from vbpfx.rewrite.substitute import reference_graph
 
 

@@ -32,7 +32,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.outputs.differences import relative_error
 
 RATIO = 0.5
 _SEED = 0

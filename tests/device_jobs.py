@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 import vbpfx
 from vbpfx.calibration.moments import CoMoments
+from vbpfx.outputs.differences import relative_error
 from vbpfx.reconstruction.regression import Sums
-from vbpfx.rewrite.verify import relative_error
 
 NAME = "elsewhere"
 CPU = torch.device("cpu")

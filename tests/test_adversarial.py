@@ -14,7 +14,7 @@ from zoo import Net, mlp, parameter, tokens
 
 import vbpfx
 from vbpfx.errors import AnalysisError, ArtifactError, CaptureError, VerificationError
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.outputs.differences import relative_error
 
 BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from zoo import FOUND, REFUSED, Case, Net
 
 import vbpfx
-from vbpfx.rewrite.verify import reference_graph, relative_error
+from vbpfx.outputs.differences import relative_error
+from vbpfx.rewrite.substitute import reference_graph
 
 # float64: what rounding alone makes of a few dozen operations
 ROUNDING = 1e-12

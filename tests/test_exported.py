@@ -17,7 +17,7 @@ import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CalibrationError, CaptureError, ExportError
 from vbpfx.export.exported_program import export_program
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.outputs.differences import relative_error
 
 
 class Nested(nn.Module):

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import vbpfx
 from vbpfx.errors import AnalysisError, BudgetError, CalibrationError, CaptureError, VerificationError
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.outputs.differences import relative_error
 
 
 def network() -> nn.Module:

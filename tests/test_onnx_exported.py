@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import vbpfx
-from vbpfx.rewrite.verify import relative_error
+from vbpfx.outputs.differences import relative_error
 
 # Two ways to the same float32.
 ROUNDING = 1e-5

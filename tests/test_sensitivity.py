@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import BudgetError, CalibrationError
-from vbpfx.measurement.divergence import divergence
 from vbpfx.measurement.sensitivity import _drawn_together as _drawn
+from vbpfx.outputs.divergence import divergence
 from vbpfx.planning.allocation import ALLOCATIONS, Standing
 from vbpfx.planning.importance import Scoring, score
 

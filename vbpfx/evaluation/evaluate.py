@@ -21,7 +21,7 @@ from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
 from vbpfx.finetuning.distillation import Loss, Watched, mask_of, sample_means
 from vbpfx.graph.capture import require_module, share_parameters
-from vbpfx.measurement.divergence import divergence
+from vbpfx.outputs.divergence import divergence
 
 Compare = Literal["logits", "values"]
 

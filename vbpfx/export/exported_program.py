@@ -23,8 +23,7 @@ from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
-from vbpfx.rewrite.side_by_side import relative_error
-from vbpfx.rewrite.verify import TOLERANCES
+from vbpfx.outputs.differences import TOLERANCES, relative_error
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from vbpfx.graph.fake import propagate_shapes
 from vbpfx.graph.fields import path_name, result_paths
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
+from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.plans.records import Plan
-from vbpfx.rewrite.side_by_side import relative_error
 from vbpfx.storage.files import Write, write_atomically
 
-# Largest relative difference between ONNX Runtime and PyTorch: other kernels, the same float32.
-PARITY = 1e-4
+# Numbers of samples at which the file is compared with the network.
 _CHECKED_BATCHES = (1, 2, 5)
 
 

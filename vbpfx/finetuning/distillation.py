@@ -37,7 +37,8 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError, RankError, first_line
 from vbpfx.graph.fields import path_name, result_paths
-from vbpfx.measurement.divergence import divergence as kl
+from vbpfx.outputs.differences import squared_errors
+from vbpfx.outputs.divergence import divergence as kl
 
 Loss = Literal["kl", "mse"]
 
@@ -166,9 +167,7 @@ class Distillation:
         if by_divergence:
             found = kl(ours, theirs, self.temperature)
             return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found, key))
-        equal = ours == theirs  # infinite entries that agree are no distance
-        squares = (ours.masked_fill(equal, 0.0) - theirs.masked_fill(equal, 0.0)).square()
-        return mean_over_samples(squares, mask_of(inputs, ours, key)) / self.scales[key]
+        return mean_over_samples(squared_errors(ours, theirs), mask_of(inputs, ours, key)) / self.scales[key]
 
     def feature_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
         """The relative squared error of the features, averaged over modules and the batch: a scalar."""

@@ -19,16 +19,13 @@ from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.errors import ArtifactError, VerificationError
 from vbpfx.export.onnx import onnx_writer
 from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
+from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.plans.files import load_plan
 from vbpfx.plans.records import Plan
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
 from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.narrow import require_same_structure
-from vbpfx.rewrite.side_by_side import relative_error
-
-# Largest difference between a network in its class and its graph, relative to the output: the same numbers by other kernels.
-_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ class Tuning:
         """
         graph = _with_weights(self.captured, self.plan, tuned)
         error = _difference(graph, tuned, self.captured.inputs)
-        if not error <= _SAME:
+        if not error <= PARITY:
             raise VerificationError(
                 f"the graph with the tuned weights differs from the tuned network by {error:.1e} of the output's size (allowed "
-                f"{_SAME:.0e}); please report the model"
+                f"{PARITY:.0e}); please report the model"
             )
         tuning = "; then ".join(filter(None, (self.report.tuning, how)))
         # what the oracle and an evaluation have said is of the weights before
@@ -109,13 +106,13 @@ def open_tuning(folder: str | Path, dense: nn.Module, example: Inputs) -> Tuning
     except ArtifactError as reason:  # of the class: the model is the right one
         student, as_graph = load(folder), str(reason)
     error = _difference(_with_weights(captured, plan, student), student, captured.inputs)
-    if not error <= _SAME and not as_graph:
+    if not error <= PARITY and not as_graph:
         student, as_graph = load(folder), f"{type(dense).__name__} computes something else when it is narrowed"
         error = _difference(_with_weights(captured, plan, student), student, captured.inputs)
-    if not error <= _SAME:
+    if not error <= PARITY:
         raise VerificationError(
             f"{folder} does not hold what its plan makes of {type(dense).__name__}: outputs differ by {error:.1e} (allowed "
-            f"{_SAME:.0e}); save the pruned network again"
+            f"{PARITY:.0e}); save the pruned network again"
         )
     return Tuning(student, as_graph, plan, report, captured)
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import Inputs, Place, tensors_in
 from vbpfx.graph.frontends import unfused_attention, unheard
 from vbpfx.graph.precision import full_float32
+from vbpfx.outputs.differences import relative_error, tolerance_of
 
 # So many samples are run, and of more hypotheses about one axis, or in all, no more are tried.
 _SAMPLES, _MOST_PER_AXIS, _MOST = 3, 6, 12
-# Largest relative difference between a sample's values in two batches: other kernels, the same precision.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class _Follows(IntEnum):
@@ -148,11 +147,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return True
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    exact = torch.complex128 if one.is_complex() else torch.float64
-    a, b = one.to(exact), other.to(exact)
-    differs = (a - b).abs().where((a != b) & ~(a.isnan() & b.isnan()), 0.0)
-    size = a.abs().where(a.isfinite(), 0.0).max()
-    return bool(differs.max() <= _ROUNDING.get(one.dtype, _ROUNDING[torch.float32]) * size)
+    return relative_error([other], [one], both_nan=True) <= tolerance_of([one.dtype])
 
 
 def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:

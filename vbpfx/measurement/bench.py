@@ -31,7 +31,7 @@ from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.capture import capture, on_cpu, share_parameters
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Clock, Spread, alternating
-from vbpfx.rewrite.side_by_side import relative_error
+from vbpfx.outputs.differences import relative_error
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.memory import peak_memory
 from vbpfx.runtimes.table import runtime

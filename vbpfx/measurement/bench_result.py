@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vbpfx.display.tables import counted, table
-from vbpfx.export.onnx import PARITY
 from vbpfx.measurement.timing import Spread
+from vbpfx.outputs.differences import PARITY
 
 _WIDTH = 160  # of the printed table
 

@@ -14,12 +14,13 @@ from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.calibrate import progress_bar
+from vbpfx.calibration.samples import Samples
 from vbpfx.data.inputs import Inputs, tensors_in
-from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fields import returned_nodes
-from vbpfx.measurement.divergence import divergence
+from vbpfx.outputs.differences import squared_errors
+from vbpfx.outputs.divergence import divergence
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.convert import convert
 from vbpfx.rules.ops import called_module, is_linear, is_view
@@ -55,7 +56,7 @@ def sensitivities(
         analysis: of the dense graph.
         plan: of the shares to compare at; blocks that it leaves whole have none.
         batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
-            pass over them. Of several ranks' samples (:class:`vbpfx.distributed.samples.Samples`) each runs its own.
+            pass over them. Of several ranks' samples (:class:`vbpfx.calibration.samples.Samples`) each runs its own.
         progress: show a bar on standard error.
 
     Raises:
@@ -152,7 +153,7 @@ def _distances(y: Tensor, t: Tensor, logits: bool) -> Tensor:
     t = t.nan_to_num(0.0, torch.inf, -torch.inf)
     if logits:
         return divergence(y, t).clamp_min(0.0)  # which rounding makes negative
-    squares = torch.where(y == t, 0.0, y - t).square() / 2
+    squares = squared_errors(y, t) / 2
     return squares.sum(-1) if t.ndim > 1 else squares
 
 

@@ -27,6 +27,7 @@ from vbpfx.errors import ArtifactError, CalibrationError, VerificationError, fir
 from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.precision import full_float32
 from vbpfx.models.weightless import Weightless
+from vbpfx.outputs.differences import tolerance_of
 from vbpfx.pipeline.gathering import first_batch
 from vbpfx.pipeline.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.pipeline.model import EXAMPLE_SAMPLES
@@ -43,7 +44,7 @@ from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Changes
 from vbpfx.rewrite.own_class import apply_plan
 from vbpfx.rewrite.substitute import reference_graph
-from vbpfx.rewrite.verify import TOLERANCES, Outputs, Verification, judge
+from vbpfx.rewrite.verify import Outputs, Verification, judge
 from vbpfx.storage.files import require_new, whole_folder
 from vbpfx.storage.tensors import INDEX, Stored, byte_count, write_shards
 
@@ -255,8 +256,8 @@ def _verify(
         pruned=run(share_parameters(small), pruned),
     )
     stored = {shape.dtype for shape in pruned.stored.shapes.values() if shape.is_floating_point()}
-    bounds = [TOLERANCES.get(dtype, 1e-4) for dtype in stored | {t.dtype for t in outputs.dense}]
-    return judge(outputs, plan, tolerance=max(bounds, default=None))
+    precisions = stored | {t.dtype for t in outputs.dense}
+    return judge(outputs, plan, tolerance=tolerance_of(precisions) if precisions else None)
 
 
 def _write_configuration(hollow: Weightless, own: Any, folder: Path) -> None:

@@ -15,9 +15,9 @@ from vbpfx.calibration.calibrate import calibrate
 from vbpfx.calibration.compiled import Compile, compiling, forward_passes
 from vbpfx.calibration.passes import Forward
 from vbpfx.calibration.prepare import Statistics, statistics
+from vbpfx.calibration.samples import Samples
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
-from vbpfx.distributed.samples import Samples
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.held import samples_in_a_pass

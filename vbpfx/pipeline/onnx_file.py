@@ -25,7 +25,6 @@ from vbpfx.data.array_batches import ArrayBatches
 from vbpfx.data.inputs import Inputs, Place
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
-from vbpfx.export.onnx import PARITY
 from vbpfx.graph.capture import Captured, captured_file
 from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
@@ -45,6 +44,7 @@ from vbpfx.onnx_graph.runtime import open_session
 from vbpfx.onnx_graph.samples import find_samples
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
+from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
 from vbpfx.pipeline.gathering import Calibration, Run, first_batch
 from vbpfx.pipeline.model import EXAMPLE_SAMPLES, prune_captured
 from vbpfx.pipeline.result import Pruned
@@ -52,8 +52,7 @@ from vbpfx.pipeline.strategy import Fitting, Target
 from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
 from vbpfx.plans.records import Plan
 from vbpfx.report.report import Report
-from vbpfx.rewrite.side_by_side import relative_error
-from vbpfx.rewrite.verify import TOLERANCES, Verification
+from vbpfx.rewrite.verify import Verification
 from vbpfx.runtimes.table import DEFAULT
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from vbpfx.calibration.checkpoint import Work
+from vbpfx.calibration.samples import Samples
 from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import Ranks
-from vbpfx.distributed.samples import Samples
 from vbpfx.reconstruction.influence import Gradients
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vbpfx.analysis.masks import Mask, MaskArgument, find_masks
 from vbpfx.calibration.observer import as_rows, is_held_out, row_numbers
 from vbpfx.calibration.prepare import coprime, rows_a_sample
-from vbpfx.distributed.samples import Samples
+from vbpfx.calibration.samples import Samples
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.plans.records import Consumer, Source

@@ -22,8 +22,7 @@ from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_te
 from vbpfx.graph.frontends import fixing_line, unfused_attention, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.graph.source import line_of_node
-from vbpfx.rewrite.side_by_side import relative_error
-from vbpfx.rewrite.verify import TOLERANCES
+from vbpfx.outputs.differences import relative_error, tolerance_of
 
 # Sizes are tried on so many samples, and of so many groups of axes.
 _SAMPLES, _MOST_GROUPS = 2, 6
@@ -296,7 +295,7 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
         return differs
     dtype = next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     error = relative_error(found, expected) if not any(bool(t.isnan().any()) for t in expected) else 0.0
-    return "" if error <= TOLERANCES.get(dtype, TOLERANCES[torch.float32]) else f"by {error:.1e} of the output's size"
+    return "" if error <= tolerance_of([dtype]) else f"by {error:.1e} of the output's size"
 
 
 def _state(network: nn.Module) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.precision import full_float32
+from vbpfx.outputs.differences import relative_error
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.class_code import where_widths_are_used
-from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look, relative_error
+from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look
 
 # What may be left in float64: roundings to float32 that the graph states itself, and those that a class's own code does.
 _LEFT_IN_A_GRAPH, _LEFT_IN_A_CLASS = 1e-6, 1e-4

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.fake import graph_arguments
+from vbpfx.outputs.differences import relative_error
 from vbpfx.plans.records import BlockPlan, Consumer, Plan
 from vbpfx.rewrite.narrow import Changes, removed_channels
 from vbpfx.rewrite.substitute import reference_graph
@@ -320,21 +321,3 @@ def look(comparison: Comparison) -> Seen:
         errors[at.block] = max(errors[at.block], error)
         shares[at.block] = max(shares[at.block], relative_error([at.without], [at.whole], both_nan=True))
     return Seen(comparison.expected, comparison.found, dict(errors), dict(shares))
-
-
-def relative_error(found: list[Tensor], expected: list[Tensor], *, both_nan: bool = False) -> float:
-    """max over the tensors of max|found - expected| / max|expected|, in float64, or complex128.
-
-    Equal entries differ by nothing even where they are infinite (masked logits); any other NaN or
-    infinity makes the result infinite, except, with ``both_nan``, where both are NaN (rows of padding, of which nothing is read).
-    """
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if not b.numel():
-            continue
-        exact = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-        a, b = a.to(exact), b.to(exact)
-        difference = torch.where((a == b) | (a.isnan() & b.isnan() & both_nan), 0.0, (a - b).abs()).max()
-        scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
-        worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
-    return worst

@@ -20,13 +20,11 @@ from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, explain, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
+from vbpfx.outputs.differences import TOLERANCES, relative_error, tolerance_of
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.in_float64 import measure_loss, require_exact
-from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look, relative_error
+from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
-
-# Largest relative error of the output that rounding alone makes, by the precision the model computes in.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # What a rewrite that is right in float64 may differ by, in roundings of the dense network's own output: pruned network and reference
 # each round as it does, with sums over fewer and larger terms.
@@ -145,7 +143,7 @@ def verify(
             why += "\n  its code states a hidden width there: use the GraphModule (pruned.graph_module)"
         raise VerificationError(f"the pruned network does not run: {why}") from failure
     precision = _precision(captured.reference, dense)
-    allowed = TOLERANCES.get(precision, 1e-4)
+    allowed = tolerance_of([precision])
     bound = allowed if tolerance is None else tolerance
     outputs = Outputs(dense, model, seen.expected, seen.found)
     exact: Seen | None = None
@@ -221,7 +219,7 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
     """
     dense, pruned, substituted = outputs.dense, outputs.pruned, outputs.substituted
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
-    bound = TOLERANCES.get(dtype, 1e-4) if tolerance is None else tolerance
+    bound = tolerance_of([dtype]) if tolerance is None else tolerance
     if not dense:
         raise VerificationError(
             "the output holds no tensor in a tuple, list, dict or dataclass, so nothing can be compared; return tensors in one of "

@@ -1,0 +1,1 @@
+"""What networks return, and how far the outputs of two networks are apart."""
