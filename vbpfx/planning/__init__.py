@@ -1,1 +1,1 @@
-"""From statistics and a budget to a plan."""
+"""Planning: make a plan from activation statistics and a budget."""

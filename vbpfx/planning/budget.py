@@ -1,9 +1,9 @@
-"""Budget: how wide every block stays.
+"""Budget: choose the width of every block.
 
-One ranking over the neurons of all blocks, lowest score first, ties by block and index; the budget says
-how far down it goes. Every block keeps at least its floor. ``ratio`` is met to the neuron; ``macs``,
-``params`` and ``latency`` by the smallest number of neurons whose removal is enough. Where widths are multiples of a step, all
-of them are met as nearly as steps allow.
+The neurons of all blocks stand in one ranking, lowest score first, with ties broken by block and index. Neurons are
+removed in this order until the budget is met. Every block keeps at least its floor, the smallest width that it may
+have. ``ratio`` is met to the neuron. For ``macs``, ``params`` and ``latency`` the smallest number of neurons is removed
+that meets the budget. If widths must be multiples of a step, budgets are met as closely as the steps allow.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove: one of ``ratio``, ``macs``, ``params``, ``latency``, and its value in (0, 1)."""
+    """How much to remove: ``kind`` is ``ratio``, ``macs``, ``params`` or ``latency``, and ``value`` is in (0, 1)."""
 
     kind: str
     value: float
 
     @classmethod
     def of(cls, **given: Any) -> Budget:
-        """The one budget among the keyword arguments that is not None.
+        """Return the budget that is given as the one keyword argument that is not None.
 
         Raises:
             BudgetError: none or several are given, or the value is not a number in (0, 1).
@@ -58,7 +58,7 @@ class Budget:
 
 
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
-    """Smallest width of every block: ``min_width``, by default a sixteenth of the block's own width."""
+    """Return the smallest width of every block: ``min_width``, by default a sixteenth of the block's own width."""
     if min_width is None:
         return {block.name: math.ceil(block.width / 16) for block in blocks}
     return {block.name: min(min_width, block.width) for block in blocks}
@@ -73,23 +73,23 @@ def choose_widths(
     steps: Mapping[str, int],
     cost: Cost | None,
 ) -> dict[str, int]:
-    """The width of every block under the budget.
+    """Return the width of every block under the budget.
 
     Args:
-        groups: the blocks; those of one group are of one width and stay so.
-        scores: one per neuron, (d,).
-        floor: smallest width per block.
-        steps: per block what its width is a multiple of, unless it stays the block's own. Under ``ratio`` the total is the
-            nearest one possible; the others are never exceeded.
-        cost: MACs, parameters or latency of the whole model at given widths; None under ``ratio``.
+        groups: the blocks in groups. The blocks of a group have the same width before and afterwards.
+        scores: block -> one score per neuron, (d,).
+        floor: block -> its smallest width.
+        steps: block -> the number that its width must be a multiple of; the block's full width is always allowed. With
+            ``ratio`` the total is as close to the budget as possible; the other budgets are never exceeded.
+        cost: a function from widths to the MACs, parameters or latency of the whole model; None with ``ratio``.
 
     Raises:
-        BudgetError: the budget cannot be met above the floors; the nearest that can is named.
+        BudgetError: the budget cannot be met with the floors; the message names the nearest one that can.
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
     lowest = {name: rounded_up(floor[name], steps[name], full[name]) for name in full}
-    # the k-th neuron to leave a group is every block's k-th: its score is what they cost on the mean
+    # the k-th removal from a group takes the k-th neuron of each of its blocks: its score is the mean of theirs
     ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
     order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
     if not len(order):
@@ -119,7 +119,7 @@ def choose_widths(
         enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
         exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
         kept = total - wanted
-        # half a step of excess: the total ends on whichever side is nearer
+        # an excess of half a step is allowed, so that the total ends on the nearer side
         rounded = _round_widths(exact, full, lowest, steps, lambda widths: neurons(widths) - kept, 0.5)
         if rounded == full:
             step = max(steps.values())
@@ -144,7 +144,7 @@ def choose_widths(
 
 
 def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
-    """The blocks in groups whose layers have the same shapes: what one number in a configuration describes."""
+    """Return the blocks in groups whose layers have the same shapes, so that one configured number can serve a group."""
     tensors = named_tensors(model)
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
@@ -154,7 +154,7 @@ def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
 
 
 def _fewest(most: int, enough: Callable[[int], bool]) -> int:
-    """The smallest number up to ``most`` that is enough."""
+    """Return the smallest number up to ``most`` for which ``enough`` is true, by bisection."""
     few = 0
     while few < most:
         middle = (few + most) // 2
@@ -163,14 +163,17 @@ def _fewest(most: int, enough: Callable[[int], bool]) -> int:
 
 
 def _removal_order(ranked: Sequence[Tensor], removable: Sequence[int]) -> Tensor:
-    """Group number of every neuron that may go, lowest score first; the floor protects a group's own best."""
+    """Return the group number of every neuron that may be removed, lowest score first.
+
+    Of each group ``removable`` neurons may be removed, those with its lowest scores; the floor protects the rest.
+    """
     values = [scores[:count] for scores, count in zip(ranked, removable, strict=True)]
     owners = [torch.full((len(part),), number) for number, part in enumerate(values)]
     return torch.cat(owners)[torch.cat(values).argsort(stable=True)]
 
 
 def kept_neurons(scores: Tensor, width: int) -> tuple[int, ...]:
-    """Indices of the ``width`` highest scores, ascending; of equal scores the later one stays."""
+    """Return the indices of the ``width`` highest scores, ascending; of equal scores the later ones are kept."""
     return tuple(sorted(scores.argsort(stable=True)[len(scores) - width :].tolist()))
 
 
@@ -182,7 +185,10 @@ def _round_widths(
     excess: Callable[[Mapping[str, int]], float],
     slack: float = 0.0,
 ) -> dict[str, int]:
-    """Round down, then give back whole steps, largest remainder first, while the excess is at most ``slack`` of the step."""
+    """Round widths to steps: round all down, then round some up, largest remainder first.
+
+    A width is rounded up if the excess over the budget is then at most ``slack`` of the step.
+    """
     widths = {name: max(lowest[name], width // steps[name] * steps[name]) for name, width in exact.items()}
     widths = {name: exact[name] if exact[name] == full[name] else width for name, width in widths.items()}
     for name in sorted(exact, key=lambda name: widths[name] - exact[name]):
@@ -193,29 +199,29 @@ def _round_widths(
 
 
 def rounded_up(width: int, step: int, full: int) -> int:
-    """The next multiple of the step, or the full width where that is less."""
+    """Return the next multiple of the step, or the full width if it is smaller."""
     return min(full, math.ceil(width / step) * step)
 
 
 def require_positive(name: str, value: Any) -> int:
-    """The value, if it is a positive integer; a BudgetError otherwise."""
+    """Return the value if it is a positive integer, and raise a BudgetError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise BudgetError(f"{name}={value!r} is not a positive integer")
     return value
 
 
 def require_memory(value: Any) -> float:
-    """The value, if it is a number of GiB above 0; a BudgetError otherwise."""
+    """Return the value if it is a number of GiB above 0, and raise a BudgetError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise BudgetError(f"memory={value!r} is not a number of GiB above 0")
     return float(value)
 
 
 def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
-    """MACs of the model per sample at given widths.
+    """Return a function from widths to the model's MACs per sample.
 
-    Every product is linear in each hidden axis that its node carries or contracts, so a node's count
-    scales with w / d of each.
+    The MACs of a node are linear in the size of each hidden axis that it carries or contracts. So they scale with w / d
+    for each of these axes.
     """
     values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
     touching = _Axes()
@@ -230,7 +236,7 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
 
 
 def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
-    """Parameters of the model at given widths, the biases that the fold makes included."""
+    """Return a function from widths to the model's number of parameters, including the biases that folding adds."""
     tensors = named_tensors(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     touching = _Axes()
@@ -263,10 +269,10 @@ def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
 
 
 class _Axes:
-    """The narrowed axes that counts are proportional to.
+    """The narrowed axes to whose sizes MACs or parameter counts are proportional.
 
     Attributes:
-        of: node or parameter -> its narrowed axes, with their sizes.
+        of: node or parameter -> its narrowed axes with their sizes in the dense model.
     """
 
     def __init__(self) -> None:
@@ -274,11 +280,11 @@ class _Axes:
         self._blocks: dict[tuple[str, int], list[Block]] = defaultdict(list)
 
     def stand_on(self, axis: tuple[str, int], block: Block) -> None:
-        """The block is a part of the axis; said once for every part that it is."""
+        """Note that the block is a part of the axis; called once for every part that belongs to it."""
         self._blocks[axis].append(block)
 
     def kept(self, axis: tuple[str, int], size: int, widths: Mapping[str, int]) -> int:
-        """Size of an axis afterwards."""
+        """Return the size of an axis after its blocks are narrowed to these widths."""
         return size - sum(block.width - widths[block.name] for block in self._blocks.get(axis, ()))
 
 

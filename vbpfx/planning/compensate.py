@@ -1,17 +1,19 @@
-"""Compensation: what stands for the removed neurons. Tensors in, tensors out.
+"""Compensation: compute what replaces the removed neurons. These functions take tensors and return tensors.
 
-The consumer computes y = W h + b. With h_P replaced by a + B h_K,
+The consumer computes y = W h + b. If the removed neurons h_P are replaced by a + B h_K, a function of the kept ones,
+then
 
-    y = (W_K + W_P B) h_K + (b + W_P a),
+    y = (W_K + W_P B) h_K + (b + W_P a).
 
-so the folds are W' = W_K + W_P B and b' = b + W_P a with the original W; a layer without a bias gets one.
+So the replacement is folded into the consumer: W' = W_K + W_P B and b' = b + W_P a, with the original W. A layer
+without a bias gets one.
 
 - ``"none"``: a = 0, B = 0.
 - ``"mean"``, mean-shift compensation (VBP, ICCV 2025, section 3): a = mu_P, B = 0.
-- ``"ridge"``, the best linear prediction: B = C_PK (C_KK + lambda s I)^-1 and a = mu_P - B mu_K, with s the mean of the
-  diagonal of C_KK, so that lambda has no unit. lambda -> infinity is the mean fold. lambda is the best of
-  :data:`PENALTIES` on calibration samples that the regression does not see, infinity among them; then all samples are
-  used.
+- ``"ridge"``, the best linear prediction: B = C_PK (C_KK + lambda s I)^-1 and a = mu_P - B mu_K. s is the mean of the
+  diagonal of C_KK, so that lambda has no unit. For lambda -> infinity this is ``"mean"``. lambda is chosen from
+  :data:`PENALTIES`, infinity among them, on calibration samples that the regression does not see. The final regression
+  uses all samples.
 """
 
 from __future__ import annotations
@@ -25,26 +27,26 @@ from torch import Tensor
 from vbpfx.calibration.moments import CoMoments, Moments
 from vbpfx.planning.ridge import ridge_factor
 
-# The relative lambdas that are tried; infinity is the mean fold.
+# The relative lambdas that are tried; infinity is the same as "mean".
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
-DEFAULT_PENALTY = 1e-2  # where nothing was held out
+DEFAULT_PENALTY = 1e-2  # used when no samples were held out
 
 Prediction = tuple[Tensor, Tensor | None]
 Compensation = Callable[[Moments, Tensor, Tensor, bool], Prediction]
 
 
 def none(moments: Moments, kept: Tensor, pruned: Tensor, predicts: bool) -> Prediction:
-    """a = 0: the removed neurons are left out, nothing stands for them; (|P|,) float64."""
+    """Return a = 0, (|P|,) float64, and no B: nothing replaces the removed neurons."""
     return torch.zeros(len(pruned), dtype=torch.float64), None
 
 
 def mean(moments: Moments, kept: Tensor, pruned: Tensor, predicts: bool) -> Prediction:
-    """a = mu_P; (|P|,) float64."""
+    """Return a = mu_P, (|P|,) float64, and no B."""
     return moments.mean.cpu()[pruned], None
 
 
 def ridge(moments: Moments, kept: Tensor, pruned: Tensor, predicts: bool) -> Prediction:
-    """a (|P|,) and B (|P|, |K|), float64; the mean fold where nothing may be, or is worth being, predicted."""
+    """Return a (|P|,) and B (|P|, |K|), float64; as :func:`mean` where prediction is not possible or does not help."""
     if not predicts:
         return mean(moments, kept, pruned, predicts)
     penalty = (
@@ -56,7 +58,7 @@ def ridge(moments: Moments, kept: Tensor, pruned: Tensor, predicts: bool) -> Pre
 
 
 def predict(co: CoMoments, kept: Tensor, pruned: Tensor, penalty: float) -> Tensor:
-    """B = C_PK (C_KK + lambda s I)^-1, (|P|, |K|) float64; s = tr(C_KK) / |K|.
+    """Return B = C_PK (C_KK + lambda s I)^-1, (|P|, |K|) float64, with s = tr(C_KK) / |K|.
 
     Args:
         penalty: lambda, relative to the mean variance of the kept neurons.
@@ -69,7 +71,7 @@ def predict(co: CoMoments, kept: Tensor, pruned: Tensor, penalty: float) -> Tens
 
 
 def _held_out_error(moments: Moments, kept: Tensor, pruned: Tensor, penalty: float) -> float:
-    """Sum over P of the squared error of predicting h_P, on the samples that were held out."""
+    """Return the squared error of predicting h_P, summed over P, on the held-out samples."""
     if moments.co is None or moments.held is None:
         return 0.0
     prediction = predict(moments.co, kept, pruned, penalty)
@@ -82,11 +84,12 @@ COMPENSATIONS: Mapping[str, Compensation] = {"none": none, "mean": mean, "ridge"
 
 
 def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor:
-    """W_P a, what the consumer's bias gains; (out,) float64.
+    """Return W_P a, which is added to the consumer's bias; (out,) float64.
 
     Args:
-        weight: W; ``axis`` is the axis that is contracted, the other leading axis is the output, further
-            axes are the window of a convolution, over which a constant input sums up.
+        weight: W. The other one of its first two axes is the output axis. Further axes are a convolution's window: a
+            constant input is summed over it.
+        axis: the axis of W that is contracted.
         pruned: indices P along ``axis``.
         constants: a, (|P|,).
     """
@@ -96,10 +99,11 @@ def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor
 
 
 def fold_columns(weight: Tensor, axis: int, kept: Tensor, pruned: Tensor, prediction: Tensor) -> Tensor:
-    """W_P B at the kept columns, zero elsewhere: what the consumer's weight gains; shaped as W, float64.
+    """Return what is added to the consumer's weight: W_P B at the kept columns, zero elsewhere; shaped as W, float64.
 
     Args:
-        weight, axis, pruned: as for :func:`fold`; ``kept`` are the indices K.
+        weight, axis, pruned: as for :func:`fold`.
+        kept: indices K along ``axis``.
         prediction: B, (|P|, |K|).
     """
     moved = weight.detach().movedim(axis, -1).double()

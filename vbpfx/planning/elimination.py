@@ -1,14 +1,17 @@
 """Backward elimination of regressors: the optimal brain surgeon on a linear layer.
 
-The layer computes y = W h, (out,). With some neurons gone and the others, K, fitted again, removing one more neuron j adds
+The layer computes y = W h, (out,). Suppose that some neurons are removed and the layer is fitted again on the others,
+K, with weights V. Removing one more neuron j adds
 
     |v_j|^2 / [A^-1]_jj,    A = C_KK + lambda I,
 
-to the squared error of y, with v_j the column of the present fit, and moves the fit by V -= v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork 1993,
-applied to a layer's regression). Both A^-1 and V change by a matrix of rank one. Applying those one by one moves d^2
-numbers through memory for each neuron; here they are kept as factors and applied in blocks by one matrix product, which
-gives the same numbers. What belongs to neurons that are gone is dropped as soon as it is a share worth a copy of the rest, so
-that most products are of narrower matrices.
+to the squared error of y, where v_j is column j of V. The new fit is V - v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork
+1993, applied to a layer's regression).
+
+A^-1 and V both change by a matrix of rank one. Applying these changes one by one would move d^2 numbers through memory
+for every neuron. Here they are collected as factors and applied in blocks by one matrix product, which gives the same
+numbers. Rows and columns of removed neurons are dropped once there are enough of them to be worth a copy of the rest,
+so that most products are of smaller matrices.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from vbpfx.planning.ridge import ridge_factor
 
 # lambda, relative to the mean variance
 PENALTY = 1e-3
+# After this many removals the collected factors are applied.
 _BLOCK = 64
-# Rows and columns of removed neurons are dropped when they are one of so many.
+# Rows and columns of removed neurons are dropped when they are at least one in this many.
 _DROPPED_SHARE = 8
 
 
 def ridge_inverse(covariance: Tensor, penalty: float = PENALTY) -> Tensor:
-    """(C + lambda s I)^-1, (d, d) float64, with s the mean of the diagonal of C."""
+    """Return (C + lambda s I)^-1, (d, d) float64, with s the mean of the diagonal of C."""
     return torch.cholesky_inverse(ridge_factor(covariance, penalty))
 
 
@@ -40,20 +44,20 @@ def elimination_costs(
     penalty: float = PENALTY,
     block: int = _BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """The order in which neurons go, each time the one whose going costs least, and what each costs.
+    """Remove neurons one by one, each time the one that costs least.
 
     Args:
-        inputs: per consumer input the covariance C (d, d) and the weight W (out, d) that reads it.
-        remove: how many go; all but one by default.
-        among: indices of those that may go; all by default.
+        inputs: for every consumer input the covariance C (d, d) and the weight W (out, d) that reads it.
+        remove: the number of neurons to remove; all but one by default.
+        among: indices of the neurons that may be removed; all by default.
         penalty: lambda, relative to the mean variance.
-        block: after how many neurons the factors are applied. Any number gives the same result.
+        block: the number of removals after which the factors are applied. Every number gives the same result.
 
     Raises:
-        CalibrationError: a covariance or a weight holds NaN or infinity: nothing could be told from it.
+        CalibrationError: a covariance or a weight holds NaN or infinity, so that costs cannot be computed.
 
     Returns:
-        The indices of those that go, in order, int64, and the costs in that order, float64.
+        The indices of the removed neurons in the order of removal, int64, and their costs in the same order, float64.
     """
     if not all(bool(weight.isfinite().all()) for _, weight in inputs):
         raise CalibrationError("the weights that read its neurons hold NaN or infinity; mend them, or leave it out")
@@ -84,9 +88,10 @@ def elimination_costs(
 
 
 class _Elimination:
-    """One consumer input: A^-1 and V, up to date but for the last few removals, which are kept as factors.
+    """A^-1 and V for one consumer input. The last few removals are not applied to them yet, but kept as factors.
 
-    A removal of j with p = [A^-1]_jj makes A^-1 -= x x^T and V -= u x^T, x = [A^-1]_:j / sqrt(p), u = v_j / sqrt(p).
+    With p = [A^-1]_jj, removing j means A^-1 -= x x^T and V -= u x^T, where x = [A^-1]_:j / sqrt(p) and u = v_j /
+    sqrt(p).
     """
 
     def __init__(self, covariance: Tensor, weight: Tensor, penalty: float, block: int) -> None:
@@ -98,11 +103,11 @@ class _Elimination:
         self.pending = 0
 
     def costs(self) -> Tensor:
-        """|v_j|^2 / [A^-1]_jj for every neuron; meaningless for those that are gone."""
+        """Return |v_j|^2 / [A^-1]_jj for every neuron; the values of removed neurons have no meaning."""
         return self.norms / self.diagonal.clamp_min(1e-300)
 
     def remove(self, j: int) -> bool:
-        """Take neuron j out; whether no factor is waiting to be applied now."""
+        """Remove neuron j. Return whether all factors are applied, so that none is waiting."""
         x, u = self.x[: self.pending], self.u[: self.pending]
         root = self.diagonal[j].sqrt()
         column = (self.inverse[j] - x[:, j] @ x) / root
@@ -115,13 +120,13 @@ class _Elimination:
         if self.pending == len(self.x):
             self.inverse.addmm_(self.x.T, self.x, alpha=-1)
             self.fit.addmm_(self.u.T, self.x, alpha=-1)
-            # what the sums have gathered of rounding is dropped
+            # compute these anew, to drop the rounding errors that their updates have accumulated
             self.diagonal, self.norms = self.inverse.diagonal().clone(), self.fit.square().sum(0)
             self.pending = 0
         return self.pending == 0
 
     def keep(self, still: Tensor) -> None:
-        """Drop all rows and columns but these; no factor may be waiting."""
+        """Keep only these rows and columns; no factor may be waiting."""
         self.inverse = self.inverse[still][:, still]
         self.fit, self.diagonal, self.norms = self.fit[:, still], self.diagonal[still], self.norms[still]
         self.x = torch.empty(len(self.x), len(still), dtype=torch.float64)

@@ -1,19 +1,20 @@
-"""Importance: one score per hidden neuron of a block; the lowest go first.
+"""Importance: criteria that give every hidden neuron of a block a score. The lowest scores are removed first.
 
-h is the activation at a consumer's input, C its covariance, w_j the consumer's column j. With several consumer inputs
-the scores add up (several calls of one layer count once).
+h is the activation at a consumer's input, C is its covariance, and w_j is column j of the consumer's weight. If a block
+has several consumer inputs, their scores are added (several calls of one layer count once).
 
 - ``"variance"`` (Variance-Based Pruning, ICCV 2025, arXiv 2507.12988): C_jj. Replacing h_j by its mean costs an expected
-  squared error of just C_jj.
-- ``"output_variance"`` (FLAP, AAAI 2024, arXiv 2312.11983, without its normalisation): C_jj |w_j|^2, the same error behind
-  the consumer.
-- ``"denoised_variance"`` (DVBP, arXiv 2608.17657): (1 - p) C_jj + p D_jj, with D what is left of C above the
-  Marchenko-Pastur edge, and p the share that is removed.
+  squared error of C_jj.
+- ``"output_variance"`` (FLAP, AAAI 2024, arXiv 2312.11983, without its normalisation): C_jj |w_j|^2, the same error in
+  the consumer's output.
+- ``"denoised_variance"`` (DVBP, arXiv 2608.17657): (1 - p) C_jj + p D_jj, where D is the part of C above the
+  Marchenko-Pastur edge, and p the share of neurons that is removed.
 - ``"obs"`` (Optimal Brain Surgeon on the layer's regression): |w_j|^2 / [(C + lambda I)^-1]_jj, the error that is left when
-  j alone goes and the consumer is fitted again.
-- ``"greedy_obs"``: the same, one neuron after the other, with the fit brought up to date (:mod:`vbpfx.planning.elimination`).
-- ``"magnitude"``: the squared L2 norm of everything the neuron owns: its rows in the producers, its
-  columns in the consumers.
+  j alone is removed and the consumer is fitted again.
+- ``"greedy_obs"``: the same for one neuron after the other, with a new fit each time
+  (:mod:`vbpfx.planning.elimination`).
+- ``"magnitude"``: the squared L2 norm of all weights of the neuron: its rows in the producers and its columns in the
+  consumers.
 - ``"random"``: uniform, from a fixed seed.
 """
 
@@ -36,11 +37,12 @@ from vbpfx.plans.records import Block, Consumer
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a criterion sees of a block.
+    """What a criterion gets to score a block's neurons.
 
     Attributes:
         block: the block.
-        moments: one per entry of ``block.sources``; several calls of one layer have theirs pooled.
+        moments: the activation moments for every entry of ``block.sources``; those of several calls of one layer are
+            pooled.
         model: the model, for its weights.
         ratio: the share of all neurons that will be removed, as far as it is known.
         samples: number of calibration samples.
@@ -54,7 +56,7 @@ class Scoring:
 
     @cached_property
     def inputs(self) -> list[tuple[Moments, Tensor]]:
-        """Per distinct consumer input its moments, and the weights (out, d) that read it, float64."""
+        """The moments of every distinct consumer input, with the weights (out, d) that read it, float64."""
         found = []
         for pool in self.block.pools:
             sources = [self.block.sources[index] for index in pool]
@@ -68,33 +70,40 @@ Criterion = Callable[[Scoring], Tensor]
 
 
 def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
-    """The columns of a consumer's weight at a block's channels, (out, d) float64; windows count as further outputs."""
+    """Return the columns of a consumer's weight at a block's channels, (out, d) float64.
+
+    The positions of a convolution's window count as further outputs.
+    """
     weight = tensor_named(model, consumer.weight).detach().double().cpu()
     own = weight.index_select(consumer.weight_axis, consumer.source.at(range(width)))
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)
 
 
 def summed_variance(block: Block, moments: tuple[Moments, ...]) -> Tensor:
-    """The sum of a block's variances over its consumer inputs, (d,) float64; moments as :class:`Scoring` has them."""
+    """Return the sum of a block's variances over its consumer inputs, (d,) float64.
+
+    Args:
+        moments: as in :class:`Scoring`.
+    """
     return torch.stack([moments[pool[0]].variance.cpu() for pool in block.pools]).sum(0)
 
 
 def variance(about: Scoring) -> Tensor:
-    """Sum over the consumer inputs of M2 / (n - 1); (d,) float64."""
+    """Return the sum of M2 / (n - 1) over the consumer inputs; (d,) float64."""
     return summed_variance(about.block, about.moments)
 
 
 def output_variance(about: Scoring) -> Tensor:
-    """Sum over the consumer inputs of C_jj |w_j|^2; (d,) float64."""
+    """Return the sum of C_jj |w_j|^2 over the consumer inputs; (d,) float64."""
     return torch.stack([m.variance.cpu() * weight.square().sum(0) for m, weight in about.inputs]).sum(0)
 
 
 def denoised_variance(about: Scoring) -> Tensor:
-    """Sum over the consumer inputs of (1 - p) C_jj + p D_jj; (d,) float64.
+    """Return the sum of (1 - p) C_jj + p D_jj over the consumer inputs; (d,) float64.
 
-    D = sum of lambda_i u_i u_i^T over the eigenvalues of C above the Marchenko-Pastur edge s (1 + sqrt(d / n))^2, with n
-    the number of *samples* (positions of one image are not independent draws) and s the median eigenvalue over the
-    median of the Marchenko-Pastur law, here taken as 1.
+    D is the sum of lambda_i u_i u_i^T over the eigenvalues of C above the Marchenko-Pastur edge s (1 + sqrt(d / n))^2.
+    n is the number of *samples* (positions of one image are not independent draws). s is the median eigenvalue divided
+    by the median of the Marchenko-Pastur law, which is taken as 1 here.
     """
     total = torch.zeros(about.block.width, dtype=torch.float64)
     for moments, _ in about.inputs:
@@ -107,7 +116,7 @@ def denoised_variance(about: Scoring) -> Tensor:
 
 
 def obs(about: Scoring) -> Tensor:
-    """Sum over the consumer inputs of |w_j|^2 / [(C + lambda I)^-1]_jj; (d,) float64."""
+    """Return the sum of |w_j|^2 / [(C + lambda I)^-1]_jj over the consumer inputs; (d,) float64."""
     total = torch.zeros(about.block.width, dtype=torch.float64)
     for moments, weight in about.inputs:
         total += weight.square().sum(0) / ridge_inverse(moments.all_co.covariance.cpu()).diagonal()
@@ -115,16 +124,19 @@ def obs(about: Scoring) -> Tensor:
 
 
 def greedy_obs(about: Scoring) -> Tensor:
-    """The error of the consumer's output when the neuron goes in its turn; rises in the order of removal; (d,) float64."""
+    """Return the error in the consumers' outputs when each neuron is removed in its turn; (d,) float64.
+
+    The scores never fall in the order of removal.
+    """
     order, costs = elimination_costs([(m.all_co.covariance.cpu(), weight) for m, weight in about.inputs])
     scores = torch.full((about.block.width,), torch.inf, dtype=torch.float64)
-    # in its turn a neuron may cost less than one before it: what counts is the order
+    # a neuron may cost less than one that was removed before it; the running maximum keeps the order
     scores[order] = costs.cummax(0).values
-    return scores.clamp_max(2 * float(costs.max()) if len(costs) else 1.0)  # the last one left, whatever it costs
+    return scores.clamp_max(2 * float(costs.max()) if len(costs) else 1.0)  # the one neuron that is never removed
 
 
 def magnitude(about: Scoring) -> Tensor:
-    """Sum of the squares of all weights that belong to the neuron; (d,) float64."""
+    """Return the sum of the squares of all weights that belong to each neuron; (d,) float64."""
     block = about.block
     total = torch.zeros(block.width, dtype=torch.float64)
     weights = {*block.producers, *(consumer.weight for consumer in block.consumers)}
@@ -137,8 +149,8 @@ def magnitude(about: Scoring) -> Tensor:
 
 
 def random(about: Scoring) -> Tensor:
-    """Uniform in [0, 1), the same for the same block name; (d,) float64."""
-    # a checksum of the whole name: torch's generator uses no more than 32 bits of a seed
+    """Return uniform random numbers in [0, 1), the same for the same block name; (d,) float64."""
+    # the seed is a 32-bit checksum of the whole name, since torch's generator uses no more than 32 bits
     generator = torch.Generator().manual_seed(zlib.crc32(about.block.name.encode()))
     return torch.rand(about.block.width, dtype=torch.float64, generator=generator)
 
@@ -156,17 +168,25 @@ NEED_COVARIANCE = ("denoised_variance", "obs", "greedy_obs")
 
 
 def name_of(criterion: Criterion) -> str:
-    """Of a function, or of the class of what is called: not where in memory it is, which no other run shares."""
+    """Return the name of a function, or of a callable object's class.
+
+    Its ``repr`` would hold an address in memory, which differs from run to run.
+    """
     name: str = getattr(criterion, "__name__", type(criterion).__name__)
     return name
 
 
 def score(criterion: str | Criterion, about: Scoring) -> Tensor:
-    """The scores of one block, (d,) float64 on the CPU, by a criterion's name or the user's own function.
+    """Return the scores of one block, (d,) float64 on the CPU.
+
+    Args:
+        criterion: the name of a criterion, or the user's own function.
+        about: the block.
 
     Raises:
-        BudgetError: an own function returns something else than one finite number per neuron.
-        CalibrationError: weights or statistics of the block are so that a named criterion gives none.
+        BudgetError: the user's function returned something else than one finite number per neuron.
+        CalibrationError: a named criterion gave scores that are not finite, because of the block's weights or
+            statistics.
     """
     if isinstance(criterion, str):
         scores = CRITERIA[criterion](about)

@@ -1,4 +1,4 @@
-"""What every block costs in a runtime at every width: measured points, and the latency that they predict."""
+"""Latency tables: the measured latency of every block in a runtime at some widths, and predictions from it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from vbpfx.plans.records import Block
 class Latencies:
     """The measured latencies of one network in one runtime.
 
-    With t_b(w) the latency of block b alone at width w, linear between the points that were measured, the network's is
+    Let t_b(w) be the latency of block b alone at width w, interpolated linearly between the measured points. The
+    latency of the network is predicted as
 
         T(w) = T_dense - k sum_b (t_b(d_b) - t_b(w_b)).
 
     Attributes:
         runtime: name of the runtime.
-        batch: samples at once.
-        threads: the runtime's threads; None for its own choice.
-        dense: T_dense, seconds.
-        points: block -> (width, seconds) in ascending order of widths, the last one the block's own width.
-        correction: k, by which what blocks save alone becomes what the network saves, from a measurement of it.
+        batch: number of samples in a batch.
+        threads: number of the runtime's threads; None if the runtime chooses it.
+        dense: T_dense, in seconds.
+        points: block -> pairs (width, seconds) in ascending order of widths; the last width is the block's own.
+        correction: k. What blocks save by themselves, times k, is what the network saves; k comes from a measurement of
+            the whole network.
 
     Raises:
-        BudgetError: a latency is not a finite number above 0, or the correction none of 0 or more.
+        BudgetError: a latency is not a finite number above 0, or the correction is not a finite number of 0 or more.
     """
 
     runtime: str
@@ -53,10 +55,10 @@ class Latencies:
             )
 
     def ratio(self, widths: Mapping[str, int]) -> float:
-        """Predicted latency at these widths over the dense network's.
+        """Return the predicted latency at these widths divided by the dense network's.
 
         Args:
-            widths: block -> hidden width; blocks that are left out stay as they are.
+            widths: block -> hidden width; blocks that are left out keep their full width.
 
         Raises:
             BudgetError: a block was not measured.
@@ -64,7 +66,7 @@ class Latencies:
         return 1 - self.correction * sum(self._saved(name, width) for name, width in widths.items()) / self.dense
 
     def cost(self, widths: Mapping[str, int]) -> int:
-        """Predicted latency at these widths, in billionths of the dense network's.
+        """Return the predicted latency at these widths, in billionths of the dense network's.
 
         Args:
             widths: as for :meth:`ratio`.
@@ -78,10 +80,10 @@ class Latencies:
         """Check that these blocks were measured.
 
         Args:
-            blocks: of the model that is to be pruned.
+            blocks: blocks of the model that is to be pruned.
 
         Raises:
-            BudgetError: one was not, or at another width.
+            BudgetError: a block was not measured, or its width differs from the one that was measured.
         """
         for block in blocks:
             if block.name not in self.points or self.points[block.name][-1][0] != block.width:
@@ -92,5 +94,5 @@ class Latencies:
 
     def _saved(self, name: str, width: int) -> float:
         widths, seconds = zip(*self.points[name], strict=True)
-        rising = np.maximum.accumulate(seconds)  # noise must not make a narrower block dearer
+        rising = np.maximum.accumulate(seconds)  # noise must not make a narrower block slower than a wider one
         return float(rising[-1] - np.interp(width, widths, rising))

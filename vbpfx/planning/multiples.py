@@ -1,4 +1,4 @@
-"""Multiples: what widths are rounded to, and to how much less where that would leave nothing, or too little, to remove."""
+"""Multiples: choose the number that widths are rounded to, and a smaller one if the budget could not be met."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from vbpfx.planning.budget import Budget, Cost, mac_cost, parameter_cost, rounde
 from vbpfx.plans.records import Block
 from vbpfx.rules.ops import called_module, is_convolution
 
-# The multiple at which convolutions are fast in every runtime that was measured.
+# Convolutions are fast at multiples of this in every runtime that was measured.
 CHANNELS = 8
 
 
 def width_steps(
     captured: Captured, blocks: Sequence[Block], budget: Budget, floor: Mapping[str, int], round_to: int | None
 ) -> dict[str, int]:
-    """What the width of every block is a multiple of: ``round_to``; where it is None, 8 for convolutions, 4 for those of 5 to 8 channels.
+    """Return, for every block, the number that its width must be a multiple of.
 
-    Runtimes lay the channels of convolutions out in groups of 8, or of halves, and an odd width costs more than it saves, in the
-    narrowest layers, too. Products of matrices take any width (``benchmarks/rounding.py``).
+    It is ``round_to``, if given. Otherwise it is 8 for blocks with convolutions, 4 for those of 5 to 8 channels, and
+    smaller if the budget could not be met; it is 1 for all other blocks. Runtimes lay the channels of convolutions out
+    in groups of 8 or of 4, and an odd width costs more than it saves, even in the narrowest layers. Matrix products are
+    fast at any width (``benchmarks/rounding.py``).
     """
     if round_to is not None:
         return dict.fromkeys((block.name for block in blocks), round_to)
@@ -34,7 +36,7 @@ def width_steps(
 def fitting_multiple(
     multiple: int, captured: Captured, blocks: Sequence[Block], budget: Budget, floor: Mapping[str, int]
 ) -> int:
-    """The multiple, halved until all blocks can be rounded to it and the budget is still met."""
+    """Return the multiple, halved until the budget can be met with the widths of all blocks rounded to it."""
 
     def steps(most: int) -> dict[str, int]:
         return dict.fromkeys((block.name for block in blocks), most)
@@ -43,7 +45,7 @@ def fitting_multiple(
 
 
 def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set[str]:
-    """The names of the blocks that a convolution makes, carries or reads."""
+    """Return the names of the blocks that a convolution produces, carries or reads."""
     graph = captured.graph_module
     convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
     return {
@@ -75,13 +77,13 @@ def _fitting(
 def _is_met(
     steps: Mapping[str, int], blocks: Sequence[Block], budget: Budget, floor: Mapping[str, int], cost: Cost | None
 ) -> bool:
-    """Whether the blocks can give what the budget asks at these steps, and the nearest total is not all of them."""
+    """Return whether the budget can be met with these steps, without rounding all blocks to their full widths."""
     full = {block.name: block.width for block in blocks}
     lowest = {name: rounded_up(floor[name], steps[name], width) for name, width in full.items()}
     if cost is not None:
         return cost(lowest) <= budget.value * cost(full)
     removable = sum(full.values()) - sum(lowest.values())
-    if budget.kind == "latency":  # what widths cost there is measured later
+    if budget.kind == "latency":  # the latency of these widths is only measured later
         return removable > 0
     wanted = round(budget.value * sum(full.values()))
     spare = [steps[name] for name in full if lowest[name] < full[name]]
@@ -89,7 +91,7 @@ def _is_met(
 
 
 def _below(multiple: int, width: int) -> int:
-    """The multiple, halved until it is smaller than the width."""
+    """Return the multiple, halved until it is smaller than the width."""
     while multiple > 1 and multiple >= width:
         multiple //= 2
     return multiple

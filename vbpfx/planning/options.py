@@ -1,4 +1,4 @@
-"""The arguments of :func:`vbpfx.make_plan`: the methods by name, and the checks that need no data."""
+"""The options of :func:`vbpfx.make_plan`: the named methods, and the checks that need no data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion, name
 
 @dataclass(frozen=True)
 class Method:
-    """A named combination of the parts, and the floor and the multiple it comes with (None: by block)."""
+    """A named combination of criterion, allocation and compensation, with its ``min_width`` and ``round_to``.
+
+    None for one of the last two means that it is chosen for every block.
+    """
 
     criterion: str
     allocation: str
@@ -27,14 +30,14 @@ class Method:
 
 
 METHODS = {
-    # Variance-Based Pruning to the letter: raw variance, one global ranking, mean shift, no floor, any width.
+    # Variance-Based Pruning as published: raw variance, one global ranking, mean shift, no floor, any width.
     "vbp": Method("variance", "global", "mean", min_width=1, round_to=1),
     "auto": Method("greedy_obs", "sensitivity", "ridge", min_width=None, round_to=None),
 }
 
 
 class PlanArguments(TypedDict, total=False):
-    """The keyword arguments of :func:`vbpfx.make_plan`, which :func:`vbpfx.prune` hands on."""
+    """The keyword arguments of :func:`vbpfx.make_plan`, which :func:`vbpfx.prune` passes on to it."""
 
     ratio: float | None
     macs: float | None
@@ -53,7 +56,7 @@ class PlanArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The arguments of :func:`vbpfx.make_plan`, checked."""
+    """The checked options of :func:`vbpfx.make_plan`; ``own_...`` is true if the method's own choice is used."""
 
     budget: Budget
     method: str
@@ -87,10 +90,10 @@ class PlanOptions:
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
     ) -> PlanOptions:
-        """Check what can be checked before any data is seen.
+        """Return the options after all checks that need no data.
 
         Raises:
-            BudgetError: one of them is out of range or unknown.
+            BudgetError: an option is out of range or unknown.
         """
         budget = Budget.of(ratio=ratio, macs=macs, params=params, latency=latency)
         recipe = METHODS[_listed("method", method, METHODS)]
@@ -112,17 +115,17 @@ class PlanOptions:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether layers are fitted block after block, where nothing else is asked for."""
+        """Whether layers are fitted block after block: with ``method="auto"`` and no other compensation asked for."""
         return self.method == "auto" and self.own_compensation
 
     @property
     def chooses_on_the_way(self) -> bool:
-        """Whether reconstruction chooses the neurons, rather than a criterion that was asked for."""
+        """Whether reconstruction chooses the neurons: it does if no criterion was asked for."""
         return self.own_criterion
 
     @property
     def needs_covariance(self) -> bool:
-        """Whether calibration must gather covariances; variances alone are not enough."""
+        """Whether calibration must gather covariances, and not only variances."""
         return self.scores_need_covariance or self.compensation == "ridge"
 
     @property
@@ -132,7 +135,7 @@ class PlanOptions:
 
 
 def in_words(options: PlanArguments) -> str:
-    """The budget and the method, so that runs can be compared."""
+    """Return the given options as text, so that two runs can be compared."""
     given = {key: value for key, value in sorted(options.items()) if value is not None}
     return ", ".join(f"{key}={name_of(value) if callable(value) else repr(value)}" for key, value in given.items())
 

@@ -1,4 +1,4 @@
-"""Plan: from statistics and a budget to the neurons that stay and the constants that stand for the rest."""
+"""Plan: choose the neurons to keep from statistics and a budget, and compute what replaces the others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks
 from vbpfx.plans.records import Block, BlockPlan, Plan
 
-# Block -> what the output loses when it alone gives up its share.
+# Block -> the loss of the network's output when this block alone gives up its share of neurons.
 Sensitivity = Mapping[str, float]
 
 
@@ -47,40 +47,43 @@ def make_plan(
     latencies: Latencies | None = None,
     **options: Unpack[PlanArguments],
 ) -> Plan:
-    """Choose the neurons that go and what stands for them. Deterministic; ties are broken by index.
+    """Choose the neurons to remove and what replaces them. The result is deterministic; ties are broken by index.
 
-    With one global ranking of all hidden neurons by sample variance (``method="vbp"``, VBP, ICCV 2025, arXiv 2507.12988):
-    the lowest fraction goes, and its means move into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` goes by
-    greedy OBS and predicts what goes from what stays; it takes more of blocks whose loss the output hardly feels, where
-    ``sensitivity`` says which, otherwise the same share of every block (:mod:`vbpfx.planning.importance`, :mod:`vbpfx.planning.allocation`,
-    :mod:`vbpfx.planning.compensate`).
+    ``method="vbp"`` (VBP, ICCV 2025, arXiv 2507.12988) ranks all hidden neurons by their sample variance. It removes
+    the lowest fraction, and moves their means into the next bias, b2' = b2 + W2[:, P] mu_P. ``"auto"`` ranks neurons by
+    greedy OBS, and predicts the removed neurons from the kept ones. With ``sensitivity`` it removes more from blocks
+    whose loss hardly affects the output; otherwise it removes the same share from every block. See
+    :mod:`vbpfx.planning.importance`, :mod:`vbpfx.planning.allocation` and :mod:`vbpfx.planning.compensate`.
 
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
         ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
-        macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep; exactly one of the four.
+        macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep. Exactly one of these
+            three or ``ratio`` must be given.
         method: ``"vbp"``, or ``"auto"`` (default).
-        criterion: in place of the method's: a name of :data:`vbpfx.planning.importance.CRITERIA`, or a function from
-            :class:`vbpfx.planning.importance.Scoring` to one score per neuron (the lowest go).
-        allocation: in place of the method's: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
-        sensitivity: block -> what the output loses when it alone gives up its share (:func:`vbpfx.sensitivities`), which
-            ``allocation="sensitivity"`` compares blocks by; or a function that measures it on a plan. It is given one of equal
-            shares, and where this moves the output by nothing for some blocks, one in which these keep no more than their
-            floors: a block that moves nothing even so is free, and gives up what it may before any other gives. One block alone
-            compares with none, and is not measured.
-        latencies: what blocks cost in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
-        compensation: in place of the method's: ``"ridge"``, ``"mean"`` or ``"none"``.
-        round_to: make widths multiples of it. By default ``"auto"`` keeps those of convolutions at multiples of 8 (of 4 where they have
-            5 to 8 channels, and of less where the budget would not be met so), where runtimes are fast at them, and
+        criterion: replaces the method's criterion: a name in :data:`vbpfx.planning.importance.CRITERIA`, or a function
+            from :class:`vbpfx.planning.importance.Scoring` to one score per neuron (the lowest are removed).
+        allocation: replaces the method's allocation: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
+        sensitivity: block -> the loss of the output when this block alone gives up its share
+            (:func:`vbpfx.sensitivities`), which ``allocation="sensitivity"`` needs; or a function that measures this
+            for a plan. The function is called with a plan of equal shares. If some blocks do not change the output
+            then, it is called again with a plan in which these blocks keep only their floors. A block that does not
+            change the output even then costs nothing, and gives up its neurons before all others. A model with one
+            block needs no comparison, and is not measured.
+        latencies: the latencies of the blocks in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
+        compensation: replaces the method's compensation: ``"ridge"``, ``"mean"`` or ``"none"``.
+        round_to: make widths multiples of this number. By default ``"auto"`` makes the widths of convolutions multiples
+            of 8, at which runtimes are fast (of 4 for 5 to 8 channels, and of less if the budget could not be met), and
             rounds nothing else; ``"vbp"`` rounds nothing.
-        min_width: floor of every block; by default ``"auto"`` keeps a sixteenth of its width, ``"vbp"`` one neuron.
-        uniform: the same width in every block of the same shape, so that one number in a configuration
+        min_width: smallest width of every block; by default a sixteenth of its width with ``"auto"``, one neuron with
+            ``"vbp"``.
+        uniform: give all blocks of the same shape the same width, so that one number in a configuration
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
 
     Raises:
         BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is not a finite number.
-        AnalysisError: no block, or a pattern that matches none.
+        AnalysisError: there is no block, or a pattern matches none.
         CalibrationError: the statistics are of another model; or the weights of a block are not finite, so that its neurons
             cannot be ranked.
     """
@@ -98,11 +101,11 @@ def make_plan(
         return deciding.plan(entries, allocation, rows)
 
     rates: dict[str, float] = {}
-    if chosen.allocation == "sensitivity" and callable(sensitivity) and len(blocks) > 1:  # one compares with none
+    if chosen.allocation == "sensitivity" and callable(sensitivity) and len(blocks) > 1:  # a single block needs none
         equal = deciding.at_share(scores)
         rates = deciding.rates(scores, _of_all(blocks, sensitivity(plan(equal, "equal"))))
         unmoved = [name for name, rate in rates.items() if rate == 0 and len(equal[name]) > deciding.floor[name]]
-        if unmoved:  # what its share says nothing about: whether the block does anything at all
+        if unmoved:  # measure again with as few neurons as possible, to see whether these blocks do anything at all
             least = deciding.at_floor(scores, unmoved)
             rates |= deciding.rates(scores, sensitivity(plan(least, "equal")), at_floor=True)
     elif sensitivity and not callable(sensitivity):
@@ -112,10 +115,10 @@ def make_plan(
 
 
 class Deciding:
-    """The steps of :func:`make_plan`, of which some see one block alone.
+    """The steps of :func:`make_plan`, some of which need to see one block only.
 
     Attributes:
-        blocks: those that the plan may touch.
+        blocks: the blocks that the plan may narrow.
         floor: block -> its smallest width.
     """
 
@@ -130,21 +133,22 @@ class Deciding:
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
-        """Number of samples that a block's statistics are of."""
+        """Return the number of samples in a block's statistics."""
         return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0]))
 
     def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
-        """One score per neuron; ``moments`` are :func:`pooled`."""
+        """Return one score per neuron; ``moments`` must be :func:`pooled`."""
         return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
 
     def rates(
         self, scores: Mapping[str, Tensor], sensitivity: Sensitivity, *, at_floor: bool = False
     ) -> dict[str, float]:
-        """Block -> D / S (:class:`vbpfx.planning.allocation.Standing`), of those whose D is known.
+        """Return D / S (:class:`vbpfx.planning.allocation.Standing`) for every block whose D is known.
 
         Args:
-            sensitivity: D, at the share of all neurons that will go; or, ``at_floor``, where the blocks keep no more than
-                their floors.
+            scores: block -> one score per neuron.
+            sensitivity: block -> D, measured where the block gives up its share of the neurons.
+            at_floor: D was measured where the block keeps no more than its floor.
 
         Raises:
             BudgetError: a sensitivity is negative, or not finite.
@@ -163,10 +167,13 @@ class Deciding:
         return found
 
     def allocation(self, rates: Mapping[str, float]) -> str:
-        """How blocks share what goes: one alone compares with none; by sensitivity only where :meth:`rates` are known.
+        """Return the name of the allocation to use.
+
+        It is ``"equal"`` for a single block, and where ``method="auto"`` would use sensitivities but no :meth:`rates`
+        are known.
 
         Raises:
-            BudgetError: ``allocation="sensitivity"`` was asked for, and no block's is known.
+            BudgetError: ``allocation="sensitivity"`` was asked for, but no block's sensitivity is known.
         """
         chosen = self._chosen
         if len(self.blocks) == 1 and not rates:
@@ -181,10 +188,11 @@ class Deciding:
         )
 
     def at_share(self, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Block -> the neurons that stay where each gives up the share of all that will go, whatever widths are rounded to.
+        """Return, for every block, the neurons to keep if all blocks give up the same share, without rounding to steps.
 
-        Blocks are measured at that, and not at a plan that meets the budget: where such a plan ends between two blocks, or in
-        steps of ``round_to``, one of two equal blocks gives up more.
+        Sensitivities are measured at these widths, and not at a plan that meets the budget. In such a plan one of two
+        equal blocks may give up more than the other, because of ``round_to`` or because the last neuron must come from
+        one of them.
         """
         return {block.name: kept_neurons(scores[block.name], self._at_share(block)) for block in self.blocks}
 
@@ -192,14 +200,20 @@ class Deciding:
         return max(self.floor[block.name], block.width - max(1, round(self._share * block.width)))
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Block -> the neurons that stay where the named blocks keep as few as they may, and the others all."""
+        """Return, for every block, the neurons to keep if the named blocks are at their floors and the others whole."""
         widths = {b.name: self.floor[b.name] if b.name in narrowed else b.width for b in self.blocks}
         return {name: kept_neurons(scores[name], width) for name, width in widths.items()}
 
     def kept(
         self, scores: Mapping[str, Tensor], allocation: str, rates: Mapping[str, float]
     ) -> dict[str, tuple[int, ...]]:
-        """Block -> the neurons that stay, from the scores of all blocks, and their :meth:`rates` where the allocation takes these."""
+        """Return, for every block, the neurons to keep under the budget.
+
+        Args:
+            scores: block -> one score per neuron.
+            allocation: name of the allocation.
+            rates: block -> D / S (:meth:`rates`), for ``"sensitivity"``.
+        """
         chosen, blocks = self._chosen, self.blocks
         groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
         standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
@@ -208,11 +222,11 @@ class Deciding:
         return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
-        """What becomes of a block of which so many neurons stay; ``moments`` are :func:`pooled`."""
+        """Return the plan's entry for a block that keeps these neurons; ``moments`` must be :func:`pooled`."""
         return _block_plan(block, kept, moments, COMPENSATIONS[self._chosen.compensation])
 
     def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
-        """The plan with those entries; ``rows`` is the largest number of rows that statistics are of."""
+        """Return the plan with these entries; ``rows`` is the largest number of rows in any statistics."""
         chosen = self._chosen
         widths = {entry.block.name: len(entry.kept) for entry in entries}
         settings = {
@@ -231,7 +245,7 @@ class Deciding:
 
 
 def _of_all(blocks: Sequence[Block], sensitivity: Sensitivity) -> dict[str, float]:
-    """Block -> sensitivity; their mean for blocks that a plan of equal shares left whole."""
+    """Return a sensitivity for every block; blocks that were not narrowed, and so not measured, get the mean."""
     given = {b.name: sensitivity[b.name] for b in blocks if b.name in sensitivity}
     mean = sum(given.values()) / max(1, len(given))
     return {b.name: given.get(b.name, mean) for b in blocks} if given else {}
@@ -265,7 +279,10 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies
 
 
 def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
-    """Moments per source, those of several calls of one layer merged: their neurons share what stands for them."""
+    """Return the moments of every source, merged where one layer reads several sources in several calls.
+
+    The calls of a layer share its weights, so the same values must replace their removed neurons.
+    """
     merged = list(moments)
     for pool in block.pools:
         together = functools.reduce(operator.or_, (moments[index] for index in pool))
@@ -275,7 +292,7 @@ def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
 
 
 def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
-    """Block -> what one of its neurons costs under the budget; 1 where the budget is neurons."""
+    """Return, for every block, the cost of one neuron in the unit of the budget; 1 for a ratio of neurons."""
     if cost is None:
         return {block.name: 1.0 for block in blocks}
     full = {block.name: block.width for block in blocks}
@@ -285,7 +302,7 @@ def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
 
 
 def _neurons_that_cost(budget: Budget, blocks: Sequence[Block], cost: Cost | None) -> float:
-    """About which share of the neurons has to go for a budget of MACs or parameters, each block giving the same share."""
+    """Estimate which share of every block's neurons must be removed to meet a budget other than ``ratio``."""
     assert cost is not None
     full, half = ({b.name: max(1, int(b.width * share)) for b in blocks} for share in (1.0, 0.5))
     return min(1.0, 0.5 * (1 - budget.value) * cost(full) / max(1, cost(full) - cost(half)))
@@ -298,7 +315,7 @@ def _block_plan(
     goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
     once: dict[
         tuple[int, bool], tuple[Tensor, Tensor | None]
-    ] = {}  # pooled moments are one object, and so is what stands for them
+    ] = {}  # pooled moments are one object, and so is what replaces their neurons
     found = []
     for m, source in zip(moments, block.sources, strict=True):
         key = (id(m), block.takes_prediction(source))

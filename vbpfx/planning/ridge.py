@@ -1,4 +1,4 @@
-"""The one linear-algebra step that every regression here takes: C + lambda s I, factored."""
+"""The linear-algebra step that all ridge regressions share: factor C + lambda s I."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vbpfx.errors import CalibrationError
 
 
 def ridge_factor(covariance: Tensor, penalty: float) -> Tensor:
-    """Cholesky factor of C + lambda s I, (d, d) float64, with s the mean of the diagonal of C.
+    """Return the Cholesky factor of C + lambda s I, (d, d) float64, with s the mean of the diagonal of C.
 
-    Of a covariance that is rounding alone (nothing varies) it is the identity's; where rounding makes C indefinite beyond
-    lambda, lambda grows tenfold until it is not.
+    If s is not positive (nothing varies, and C holds only rounding errors), the factor is the identity. If rounding
+    makes the matrix indefinite, lambda is multiplied by ten until it is positive definite.
 
     Args:
         covariance: C, (d, d).
-        penalty: lambda, positive; s makes it free of units.
+        penalty: lambda, positive; it is relative to s, so it has no unit.
 
     Raises:
         CalibrationError: C holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""Which of the found blocks a plan may touch: include and exclude patterns."""
+"""Select the blocks that a plan may narrow, by include and exclude patterns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vbpfx.plans.records import Block, Consumer
 def select_blocks(
     analysis: Analysis, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
 ) -> tuple[Block, ...]:
-    """The blocks that match a glob of ``include`` (all without it) and none of ``exclude``.
+    """Return the blocks that match a glob pattern of ``include`` (all by default) and none of ``exclude``.
 
-    A pattern matches a block by the block's name or by the module path of one of its layers.
+    A pattern matches a block if it matches the block's name or the module path of one of its layers.
 
     Raises:
-        AnalysisError: the model has no block, a pattern matches nothing (near ones are named), or
-            nothing is left.
+        AnalysisError: the model has no block, a pattern matches nothing (the message names similar ones), or no block
+            is left.
     """
     if not analysis.blocks:
         raise AnalysisError(no_blocks(analysis))
@@ -40,7 +40,7 @@ def select_blocks(
 def select_layers(
     layers: Iterable[Consumer], include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
 ) -> tuple[Consumer, ...]:
-    """The layers beside the blocks whose module path the patterns leave in, by the same rule as blocks."""
+    """Return the layers whose module paths match ``include`` (all by default) and do not match ``exclude``."""
 
     def matches(layer: Consumer, patterns: Sequence[str] | str) -> bool:
         return any(fnmatch.fnmatchcase(layer.weight.rpartition(".")[0], pattern) for pattern in _as_list(patterns))
@@ -53,7 +53,10 @@ def select_layers(
 
 
 def _matching(analysis: Analysis, patterns: list[str], option: str) -> set[str]:
-    """The names of the blocks that match any pattern; names, since the hash of a block is that of everything in it."""
+    """Return the names of the blocks that match any pattern.
+
+    It is a set of names because hashing a block would hash everything in it.
+    """
     found: set[str] = set()
     for pattern in patterns:
         matches = {b.name for b in analysis.blocks if any(fnmatch.fnmatchcase(n, pattern) for n in (b.name, *b.layers))}
