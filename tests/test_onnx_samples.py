@@ -11,11 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import Net, mlp, with_biases
+from PIL import Image
 from typer.testing import CliRunner
 
 import vbpfx
 from vbpfx.cli import app
-from vbpfx.pipeline.onnx_file import calibration_file, typical_batch
+from vbpfx.onnx_graph.data import data_for_file
+from vbpfx.pipeline.onnx_file import typical_batch
 
 RANDOM = np.random.default_rng(0)
 Shape = list[int | str]
@@ -58,7 +60,7 @@ def test_samples_stand_where_the_file_has_them(tmp_path: Path) -> None:
     rate = np.array(16000)
     np.savez(tmp_path / "data.npz", x=x, state=state, rate=rate, table=table, labels=np.arange(3))
     require_batches(
-        calibration_file(path, tmp_path / "data.npz", 4),
+        data_for_file(path, tmp_path / "data.npz", batch=4),
         [{"x": x[i:j], "state": state[:, i:j], "rate": rate, "table": table} for i, j in ((0, 4), (4, 8), (8, 10))],
     )
 
@@ -74,7 +76,7 @@ def test_arrays_of_one_axis_more_are_batches(tmp_path: Path) -> None:
     nodes, edges, scale = floats(3, 20, 8), RANDOM.integers(0, 20, (3, 2, 50)), floats(3)
     np.savez(tmp_path / "data.npz", nodes=nodes, edges=edges, scale=scale)
     require_batches(
-        calibration_file(path, tmp_path / "data.npz", 32),
+        data_for_file(path, tmp_path / "data.npz", batch=32),
         [{"nodes": nodes[i], "edges": edges[i], "scale": scale[i]} for i in range(3)],
     )
 
@@ -84,7 +86,7 @@ def test_samples_of_a_file_that_knows_no_samples(tmp_path: Path) -> None:
     path = taking(tmp_path, {"x": (TensorProto.FLOAT, [3, 4, 4])})
     images = floats(5, 3, 4, 4)
     np.save(tmp_path / "data.npy", images)
-    found = list(calibration_file(path, tmp_path / "data.npy", 32))
+    found = list(data_for_file(path, tmp_path / "data.npy", batch=32))
     assert len(found) == 5
     for batch, image in zip(found, images, strict=True):
         np.testing.assert_array_equal(batch, image)
@@ -94,7 +96,7 @@ def test_different_numbers_of_samples_are_named(tmp_path: Path) -> None:
     path = taking(tmp_path, {"x": (TensorProto.FLOAT, ["n", 8]), "z": (TensorProto.FLOAT, ["n", 2])})
     np.savez(tmp_path / "data.npz", x=floats(10, 8), z=floats(9, 2))
     with pytest.raises(vbpfx.CalibrationError, match=r"no arrays of one number of samples: \{'x': 10, 'z': 9\}"):
-        calibration_file(path, tmp_path / "data.npz", 4)
+        data_for_file(path, tmp_path / "data.npz", batch=4)
 
 
 def two_inputs(folder: Path) -> Path:
@@ -202,3 +204,57 @@ def test_typical_batches_are_of_the_stated_types_and_sizes(tmp_path: Path) -> No
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
         "ids": ((1, 9), np.dtype(np.int64)), "which": ((), np.dtype(bool)),
     }  # fmt: skip
+
+
+def _photographs(folder: Path, count: int, side: int = 12) -> np.ndarray:
+    """Grey and coloured images in a folder for each of two classes; what they hold, (count, side, side, 3), by name."""
+    pixels = RANDOM.integers(0, 256, (count, side, side, 3), np.uint8)
+    for number, image in enumerate(pixels):
+        (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"class{number % 2}" / f"{number}.png")
+    return np.concatenate([pixels[::2], pixels[1::2]])
+
+
+def test_a_folder_of_images_is_read_for_a_file_of_one_image(tmp_path: Path) -> None:
+    """Pixels over 255, less 0.5, over 0.25, at the size that the file states, in whole batches where their size is fixed."""
+    pixels = _photographs(tmp_path / "photos", 10)
+    expected = ((pixels / 255 - 0.5) / 0.25).transpose(0, 3, 1, 2)
+    how: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "crop": 1.0}
+    for samples, sizes in ((["n"], [8, 2]), ([4], [4, 4])):
+        path = taking(tmp_path, {"x": (TensorProto.FLOAT, [*samples, 3, 12, 12])})
+        found = [batch[0].numpy() for batch in data_for_file(path, tmp_path / "photos", batch=8, **how)]
+        assert [len(batch) for batch in found] == sizes
+        if samples == ["n"]:
+            np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-6)
+    open_sizes = taking(tmp_path, {"x": (TensorProto.FLOAT, ["n", 3, "h", "w"])})
+    with pytest.raises(
+        vbpfx.CalibrationError, match="does not state the height and the width of its images; pass shape="
+    ):
+        data_for_file(open_sizes, tmp_path / "photos")
+    (batch,) = data_for_file(open_sizes, tmp_path / "photos", shape=(3, 6, 6), limit=2)
+    assert batch[0].shape == (2, 3, 6, 6)
+    two = taking(tmp_path, {"x": (TensorProto.FLOAT, ["n", 3, 8, 8]), "z": (TensorProto.FLOAT, ["n", 2])})
+    with pytest.raises(vbpfx.CalibrationError, match=r"takes 'x' \(n, 3, 8, 8\), 'z' \(n, 2\). Pass an .npz"):
+        data_for_file(two, tmp_path / "photos")
+    fixed = taking(tmp_path, {"x": (TensorProto.FLOAT, [16, 3, 12, 12])})
+    with pytest.raises(
+        vbpfx.CalibrationError, match=r"takes batches of 16 samples, and .*photos has 10; pass at least 16"
+    ):
+        data_for_file(fixed, tmp_path / "photos")
+
+
+def test_samples_of_a_file_are_limited(tmp_path: Path) -> None:
+    """So many of the samples, along their own axis and in their order; options of images are refused."""
+    path = taking(tmp_path, {"x": (TensorProto.FLOAT, ["t", "n"]), "state": (TensorProto.FLOAT, [2, "t"])})
+    x, data = np.arange(20.0, dtype=np.float32).reshape(10, 2), tmp_path / "data.npz"
+    np.savez(data, x=x, state=np.stack([x[:, 0], x[:, 1]]))
+    taken = np.sort(np.random.default_rng(3).permutation(10)[:5])
+    found = data_for_file(path, data, batch=3, limit=5, seed=3)
+    assert str(found) == f"5 of 10 samples from {data}"
+    require_batches(found, [{"x": x[k], "state": x[k].T} for k in (taken[:3], taken[3:])])
+    with pytest.raises(
+        vbpfx.CalibrationError, match=r"mean is for a folder of images, and .*data\.npz is not a folder"
+    ):
+        data_for_file(path, data, mean=(0.5,))
+    with pytest.raises(vbpfx.CalibrationError, match="limit must be at least 1, found 0"):
+        data_for_file(path, data, limit=0)

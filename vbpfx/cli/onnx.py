@@ -66,8 +66,9 @@ def onnx(
     )  # fmt: skip
     with failing_in_one_line(debug):
         with busy(f"loading {source}"):
-            from vbpfx.pipeline.onnx_file import calibration_file, prune_onnx
+            from vbpfx.onnx_graph.data import data_for_file
+            from vbpfx.pipeline.onnx_file import prune_onnx
 
-            calibration = calibration_file(source, data, batch)
+            calibration = data_for_file(source, data, batch=batch)
         pruned = prune_onnx(source, calibration, out, progress=shows_progress(), **options)
     typer.echo(str(pruned), nl=False)

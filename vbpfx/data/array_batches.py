@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vbpfx.data.batches import spread, taken
 from vbpfx.errors import CalibrationError, first_line
 
 Array = npt.NDArray[Any]
@@ -27,6 +28,7 @@ class ArrayBatches:
             are not named are left out. By default the first axis is the samples' in every array.
         ranks: per array how many axes a batch of it has. Where every array has one axis more, the first one is of batches:
             they are handed on one by one, whatever their axes are.
+        limit: take that many samples, chosen at random by ``seed``, in the order in which they stand.
 
     Raises:
         CalibrationError: it cannot be read, or its arrays have different numbers of samples.
@@ -40,8 +42,10 @@ class ArrayBatches:
         whole: bool = False,
         axes: Mapping[str, int | None] | None = None,
         ranks: Mapping[str, int] | None = None,
+        limit: int | None = None,
+        seed: int = 0,
     ) -> None:
-        self.batch = batch
+        self.path, self.batch = path, batch
         arrays = _load(path)
         self.axes: dict[str, int | None] = dict.fromkeys(arrays, 0) if axes is None else dict(axes)
         self.arrays = {name: array for name, array in arrays.items() if name in self.axes}
@@ -60,12 +64,18 @@ class ArrayBatches:
             raise CalibrationError(
                 f"{path} holds no arrays of one number of samples: {counts or ', '.join(arrays) or 'it is empty'}"
             )
+        self.of = self.samples
+        self._chosen = sorted(spread(None, self.of, seed)[:limit])
         if whole:
-            self.samples -= self.samples % batch
-            if not self.samples:
+            self._chosen = self._chosen[: len(self._chosen) // batch * batch]
+            if not self._chosen:
                 raise CalibrationError(
                     f"the network takes batches of {batch} samples, and {path} has fewer than that. Pass a file with at least {batch} samples"
                 )
+        self.samples = len(self._chosen)
+
+    def __str__(self) -> str:
+        return f"{taken(self.samples, self.of, 'batch' if self._one_by_one else 'sample')} from {self.path}"
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch)
@@ -78,15 +88,15 @@ class ArrayBatches:
     def _part(self, name: str, start: int) -> Array:
         array, axis = self.arrays[name], self.axes[name]
         if self._one_by_one:
-            return np.array(array[start])
+            return np.array(array[self._chosen[start]])
         if axis is None:
             return np.array(array)
-        return np.array(array[(slice(None),) * axis + (slice(start, min(start + self.batch, self.samples)),)])
+        return np.take(array, self._chosen[start : start + self.batch], axis)
 
 
 def _load(path: Path) -> dict[str, Array]:
     if path.suffix not in (".npy", ".npz"):
-        raise CalibrationError(f"{path} is neither .npy nor .npz")
+        raise CalibrationError(f"{path} is neither .npy nor .npz, and not a folder of images; pass one of these")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -67,17 +67,10 @@ def open_data(
         CalibrationError: there is nothing to read, it cannot be read, or does not go with the model. Files are named.
     """
     path = Path(path)
-    for what, value, least in (("batch", batch, 1), ("limit", limit, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise CalibrationError(f"{what} must be at least {least}, found {value}")
-    if bad_images not in ("refuse", "skip"):
-        raise CalibrationError(f"bad_images={bad_images!r} is unknown; use 'refuse' or 'skip'")
-    of_images = {"labels": labels, "classes": classes, "shape": shape, "mean": mean, "std": std, "crop": crop}
-    for option, given in of_images.items():
-        if given is not None and not path.is_dir():
-            raise CalibrationError(f"{option} is for a folder of images, and {path} is not a folder")
-    if max_length is not None and path.suffix not in TEXT_SUFFIXES:
-        raise CalibrationError(f"max_length is for text files ({', '.join(TEXT_SUFFIXES)}), and {path} is not one")
+    require_options_for(
+        path, batch=batch, limit=limit, workers=workers, bad_images=bad_images, max_length=max_length,
+        labels=labels, classes=classes, shape=shape, mean=mean, std=std, crop=crop,
+    )  # fmt: skip
     if path.is_dir():
         try:
             from vbpfx.data.image_transforms import Overrides
@@ -100,6 +93,29 @@ def open_data(
     raise CalibrationError(
         f"{path}: this kind of file is not supported; pass a folder of images, or a file that ends in {expected}"
     )
+
+
+def require_options_for(
+    path: Path,
+    *,
+    batch: int = 32,
+    limit: int | None = None,
+    workers: int = 0,
+    bad_images: str = "refuse",
+    max_length: int | None = None,
+    **of_images: Any,
+) -> None:
+    """Raise a CalibrationError where an option of :func:`open_data` is out of range, or is not for this kind of data."""
+    for what, value, least in (("batch", batch, 1), ("limit", limit, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise CalibrationError(f"{what} must be at least {least}, found {value}")
+    if bad_images not in ("refuse", "skip"):
+        raise CalibrationError(f"bad_images={bad_images!r} is unknown; use 'refuse' or 'skip'")
+    for option, given in of_images.items():
+        if given is not None and not path.is_dir():
+            raise CalibrationError(f"{option} is for a folder of images, and {path} is not a folder")
+    if max_length is not None and path.suffix not in TEXT_SUFFIXES:
+        raise CalibrationError(f"max_length is for text files ({', '.join(TEXT_SUFFIXES)}), and {path} is not one")
 
 
 def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:

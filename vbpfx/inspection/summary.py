@@ -18,7 +18,8 @@ from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Frontend, capture, named_tensors
 from vbpfx.inspection.kinds import calls, kinds
 from vbpfx.models.names import load_model, typical_inputs
-from vbpfx.pipeline.onnx_file import calibration_file, open_onnx, typical_batch
+from vbpfx.onnx_graph.data import data_for_file
+from vbpfx.pipeline.onnx_file import open_onnx, typical_batch
 from vbpfx.planning.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
 from vbpfx.plans.records import Block, Refusal
 
@@ -185,7 +186,7 @@ def inspect_model(
 
 
 def _analysed_file(path: Path, data: str | Path | None) -> Analysis:
-    batch = typical_batch(path) if data is None else next(iter(calibration_file(path, Path(data), 2)))
+    batch = typical_batch(path) if data is None else next(iter(data_for_file(path, data, batch=2)))
     return find_blocks(open_onnx(path, batch).captured)
 
 

@@ -21,7 +21,6 @@ from typing_extensions import Unpack
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.prepare import Statistics
-from vbpfx.data.array_batches import ArrayBatches
 from vbpfx.data.inputs import Inputs, Place
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
@@ -29,7 +28,6 @@ from vbpfx.graph.capture import Captured, captured_file
 from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
 from vbpfx.onnx_graph.file import (
-    fixed_batch,
     has_external_data,
     read_model,
     release_pages,
@@ -184,22 +182,6 @@ def prune_onnx(
     left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
     size = (dense_bytes, stored_bytes(model))
     return _result(out, pruned, size, opened.fidelity, observed_by, parity[0], left_alone)
-
-
-def calibration_file(path: str | Path, data: Path, batch: int) -> ArrayBatches:
-    """The samples of an ``.npy`` or ``.npz`` file in batches for an ONNX file, of its own size where that is fixed.
-
-    An array of an ``.npz`` belongs to the input of its name. It has the input's axes, with all samples on the axis that the input
-    has them on (the file says which: they have one name), or one more in front, where all arrays do: then each is a batch. What has
-    no axis of samples, such as a number, goes with every batch.
-    """
-    model = read_model(Path(path))
-    inputs, fixed = true_inputs(model), fixed_batch(model)
-    axes, ranks = stated_axes_of_samples(inputs), {str(v.name): len(v.shape) for v in inputs if v.shape is not None}
-    if data.suffix == ".npy":
-        first = str(inputs[0].name)
-        axes, ranks = {"": axes[first]}, {"": ranks[first]} if first in ranks else {}
-    return ArrayBatches(data, fixed or batch, whole=fixed is not None, axes=axes, ranks=ranks)
 
 
 @dataclass(frozen=True)
