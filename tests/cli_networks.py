@@ -1,4 +1,4 @@
-"""Networks that tests name as ``cli_networks:NAME``."""
+"""Networks that tests of the command line name as ``cli_networks:NAME``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def mlp() -> nn.Module:
-    """On images of 3x8x8: two blocks, of 32 and 16 neurons."""
+    """Return an MLP for images of 3x8x8 with two blocks, of 32 and 16 neurons."""
     torch.manual_seed(1)
     layers = nn.Linear(192, 32), nn.GELU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5)
     return nn.Sequential(nn.Flatten(), *layers)
 
 
 def single() -> nn.Module:
-    """One layer: nothing is hidden."""
+    """Return a network of one layer, which has no hidden axis."""
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
 
 
@@ -30,7 +30,7 @@ class _Branching(nn.Module):
 
 
 def branching() -> nn.Module:
-    """What it does depends on its input."""
+    """Return a network whose control flow depends on its input."""
     return _Branching()
 
 
@@ -53,39 +53,39 @@ class _Bessel(nn.Module):
 
 
 def bessel() -> nn.Module:
-    """Adds what ONNX has no operator for."""
+    """Return the MLP plus a Bessel function, for which ONNX has no operator."""
     return _Bessel()
 
 
 def hollow() -> nn.Module:
-    """Has no numbers."""
+    """Return a network on the meta device, whose weights hold no numbers."""
     with torch.device("meta"):
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
 
 
 def two() -> nn.Module:
-    """Takes ``tokens`` (samples, length) below 9 and ``scale`` (samples, 1)."""
+    """Return a network that takes ``tokens`` (samples, length) below 9 and ``scale`` (samples, 1)."""
     torch.manual_seed(1)
     return _Two()
 
 
 def wide() -> nn.Module:
-    """The MLP in float64."""
+    """Return the MLP in float64."""
     return mlp().double()
 
 
 def text() -> str:
-    """No network."""
+    """Return a text instead of a network."""
     return "no network"
 
 
 def raising() -> nn.Module:
-    """Cannot be made."""
+    """Raise an error instead of making a network."""
     raise ValueError("out of layers")
 
 
 def failing_in_rank_1() -> nn.Module:
-    """Can be made in the first process alone."""
+    """Return the MLP, or raise in the process of rank 1."""
     if os.environ["RANK"] == "1":
         raise ValueError("not in rank 1")
     return mlp()
@@ -103,6 +103,6 @@ class _Padded(nn.Module):
 
 
 def padded() -> nn.Module:
-    """Takes ``tokens`` (samples, length) below 9 and ``pad`` of the same shape, True at padding."""
+    """Return a network that takes ``tokens`` (samples, length) below 9 and ``pad`` of that shape, True at padding."""
     torch.manual_seed(1)
     return _Padded()

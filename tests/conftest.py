@@ -1,4 +1,4 @@
-"""One thread per worker, and a fixed seed before every test."""
+"""Use one thread per worker and a fixed seed before every test."""
 
 from __future__ import annotations
 

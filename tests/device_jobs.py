@@ -1,4 +1,6 @@
-"""What tests/test_other_device.py does on a device that is not the CPU, in a process of its own: the device stays registered.
+"""Jobs of tests/test_other_device.py on a device that is not the CPU.
+
+Each runs in a process of its own, because a registered device stays registered.
 
 The device is tests/other_device.cpp, which has to be compiled first.
 """
@@ -29,7 +31,7 @@ CASES = {case.name: case for case in (*zoo.FOUND, *zoo.PACKED, *zoo.NORMS, *zoo.
 
 
 def build(folder: Path) -> Path:
-    """Compile the device; takes some ten seconds."""
+    """Compile the device, which takes about ten seconds."""
     torch_folder, library = Path(torch.__file__).parent, folder / "other_device.so"
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "no C++ compiler, which torch.compile needs, too"
@@ -41,7 +43,7 @@ def build(folder: Path) -> Path:
 
 
 class _Module:
-    """What ``torch.elsewhere`` is."""
+    """The module that is registered as ``torch.elsewhere``."""
 
     is_available = is_initialized = staticmethod(lambda: True)
     _is_in_bad_fork = staticmethod(lambda: False)
@@ -62,13 +64,13 @@ def start(library: Path) -> None:
 
 
 def moved(model: nn.Module, device: str = NAME) -> nn.Module:
-    """A copy on the device; parameters that are one stay one, as they do on the way to a GPU."""
+    """Return a copy on the device; shared parameters stay shared, as they do on the way to a GPU."""
     memo = {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo).to(device).eval()
 
 
 def outputs(network: nn.Module, batch: Any, device: str) -> list[Tensor]:
-    """What the network makes of the batch, on the CPU."""
+    """Run the network on the device and return its output tensors on the CPU."""
     batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
     with torch.no_grad():
         made = (
@@ -82,7 +84,7 @@ def devices(network: nn.Module) -> set[str]:
 
 
 def the_device() -> dict[str, Any]:
-    """Whether the device is what the tests take it for."""
+    """Check that the device behaves as the tests assume."""
     here, there = torch.randn(3, 3), torch.randn(3, 3, device=NAME)
     refused = {}
     for name, mix in {
@@ -113,14 +115,14 @@ def the_device() -> dict[str, Any]:
 
 
 def like_the_cpu(name: str, frontend: Any, method: Any) -> dict[str, Any]:
-    """A case of the zoo pruned on both devices, and what was pruned here moved there and back."""
+    """Prune a case of the zoo on both devices, and run each pruned network on the other device, too."""
     torch.manual_seed(0)
     case = CASES[name]
     model = copy.deepcopy(case.make()).eval()
     batches = [case.batch() for _ in range(3)]
     prune = {"ratio": 0.4, "frontend": frontend, "method": method, "progress": False}
     here = vbpfx.prune(model, batches, **prune)
-    with torch.backends.cudnn.flags(allow_tf32=False):  # which would decide between neurons that matter alike
+    with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 rounding would decide between nearly equal neurons
         there = vbpfx.prune(moved(model), batches, **prune)
         of_here = outputs(here.graph_module, batches[0], "cpu")
         of_there = outputs(there.graph_module, batches[0], NAME)
@@ -134,7 +136,7 @@ def like_the_cpu(name: str, frontend: Any, method: Any) -> dict[str, Any]:
 
 
 class Placed(nn.Module):
-    """Code that asks a buffer where it is: a constant to fx's tracer."""
+    """A network whose code reads the device of a buffer, which fx's tracer records as a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ def text_model(kind: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
 
 def saved_elsewhere(kind: str, frontend: Any, start: str, end: str) -> dict[str, Any]:
-    """A network pruned on one device, saved, loaded without its class and run on another."""
+    """Prune a network on one device, save it, load it without its class and run it on another device."""
     model, batches = text_model(kind)
     pruned = vbpfx.prune(
         moved(model, start), batches, ratio=0.4, method="vbp", mask="attention_mask", frontend=frontend, progress=False
@@ -177,7 +179,7 @@ def saved_elsewhere(kind: str, frontend: Any, start: str, end: str) -> dict[str,
 
 
 def half_precision(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
-    """A model in half precision, which the CPU refuses where it is float16."""
+    """Prune a model in half precision; the CPU does not support float16 for it."""
     model, batches = text_model("llama")
     options = {"ratio": 0.4, "mask": "attention_mask", "progress": False, **options}
     pruned = vbpfx.prune(moved(model).to(dtype), batches, **options)
@@ -186,7 +188,7 @@ def half_precision(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any
 
 
 def convolutions() -> dict[str, Any]:
-    """The oracle, the ONNX file and its parity, where convolutions are rounded unless somebody forbids it."""
+    """Check the oracle, the ONNX file and its parity on a device that rounds convolutions to TF32 by default."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 48, 1), nn.GELU(), nn.Conv2d(48, 8, 1)
@@ -201,7 +203,7 @@ def convolutions() -> dict[str, Any]:
 
 
 def covariances() -> dict[str, Any]:
-    """Covariances, and a regression's sums, where products are rounded, against those of float64."""
+    """Compare covariances and a regression's sums on a device that rounds products with those of float64."""
     torch.manual_seed(0)
     x, t = torch.randn(500, 24), torch.randn(500, 8)
     weights, exact = torch.ones(500), torch.cov(torch.cat([x, t], 1).double().T, correction=0)
@@ -222,7 +224,7 @@ def covariances() -> dict[str, Any]:
 
 
 def other_functions() -> dict[str, Any]:
-    """Everything else that takes a network and data, which need not be on one device."""
+    """Run all other functions that take a network and data, with the two on different devices."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 5)).eval()
     batches = [torch.randn(32, 8) for _ in range(4)]

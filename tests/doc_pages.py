@@ -1,4 +1,4 @@
-"""Pages of documentation, taken apart: what there is to run in them, and where their links lead."""
+"""Parse pages of documentation: the code blocks that can run, and the links."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Code:
     """A block of code.
 
     Attributes:
-        language: ``python`` and ``sh`` run; what another language holds is shown alone.
-        line: where it begins in its page.
-        title: the name of the file that it is, in place of code to run.
-        shown: what the page says that it prints: the ``text`` block behind it. ``...`` stands for anything.
-        needs: packages without which it is not run: ``<!-- needs: a, b -->`` in the line before.
-        parsed: a command that is parsed alone, as it would take too long: ``<!-- parsed -->`` there.
+        language: language of the block; ``python`` and ``sh`` blocks are run, others are not.
+        line: line of the page where the block begins.
+        title: name of the file that the block shows, if it is not code to run.
+        shown: expected output, from the ``text`` block that follows; ``...`` stands for any text.
+        needs: packages that the block needs, from ``<!-- needs: a, b -->`` in the line before; it is skipped without them.
+        parsed: whether the command is only parsed because it would take too long, from ``<!-- parsed -->`` in that line.
     """
 
     language: str
@@ -41,7 +41,7 @@ class Code:
 
 
 def code_blocks(page: Path) -> list[Code]:
-    """The blocks of a page in their order."""
+    """Return the code blocks of a page in order."""
     text = page.read_text()
     found = []
     for match in _FENCE.finditer(text):
@@ -54,17 +54,17 @@ def code_blocks(page: Path) -> list[Code]:
 
 
 def prose(page: Path) -> str:
-    """The page without its blocks of code and its code spans."""
+    """Return the page without its code blocks and code spans."""
     return re.sub(r"`[^`\n]*`", "``", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE))
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and pictures that lie in the repository."""
+    """Return the targets of links and pictures within the repository."""
     return re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", prose(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as Markdown's table of contents makes them."""
+    """Return the anchors of a page's headings as Markdown's table of contents generates them."""
     found: set[str] = set()
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""ONNX files made by hand, in the manner of other producers than torch, and an oracle that knows nothing of torch.fx."""
+"""Handmade ONNX files in the style of producers other than torch, and an oracle that does not use torch.fx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 class Net:
-    """A graph under construction: nodes and initializers in order, weights drawn from one generator."""
+    """A graph under construction: nodes and initializers in order, with weights drawn from one generator."""
 
     def __init__(self, opset: int = 17) -> None:
         self.opset = opset
@@ -64,10 +64,10 @@ class Net:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what is known of its one block.
+    """A model with the expected properties of its one block.
 
-    ``hidden`` is the value that the layers behind read, ``axis`` the hidden axis of it, ``width`` its length. Where they read
-    it behind a norm, ``before_norm`` is what that reads.
+    ``hidden`` is the value that the consumer layers read, ``axis`` its hidden axis, and ``width`` the length of that axis. If
+    they read it behind a norm, ``before_norm`` is the value that the norm reads.
     """
 
     name: str
@@ -95,14 +95,14 @@ def with_biases() -> onnx.ModelProto:
 
 
 def without_bias() -> onnx.ModelProto:
-    """The fold has to make a sum behind the product that is the output."""
+    """The last product has no bias, so the fold has to add a sum behind it."""
     net = Net()
     mlp(net, bias=False)
     return net.model(["n", "t", 6], ["n", "t", 5])
 
 
 def gemms() -> onnx.ModelProto:
-    """One weight as rows, one as columns; a bias of shape (1, 12), none, and a scaled product."""
+    """Gemm nodes with a transposed and an untransposed weight, a bias of shape (1, 12), no bias, and a scaled product."""
     net = Net()
     net.add("Gemm", ["x", net.weight("A", 6, 12), net.weight("B", 1, 12)], "g")
     net.add("Tanh", ["g"], "h")
@@ -113,7 +113,7 @@ def gemms() -> onnx.ModelProto:
 
 
 def constants() -> onnx.ModelProto:
-    """All weights are Constant nodes, behind the products that read them where that is allowed; GELU written out."""
+    """All weights are Constant nodes, listed after the products that read them if allowed; GELU is written out."""
     net = Net(opset=13)
     for name, shape in (("W1", (6, 12)), ("b1", (12,)), ("W2", (12, 5))):
         net.weight(name, *shape)
@@ -131,7 +131,7 @@ def constants() -> onnx.ModelProto:
 
 
 def depthwise() -> onnx.ModelProto:
-    """1x1, depthwise, batch norm, a slope per channel, 1x1: the attribute ``group`` is the width."""
+    """1x1 convolution, depthwise convolution whose ``group`` is the width, batch norm, slope per channel, 1x1 convolution."""
     net = Net()
     net.add("Conv", ["x", net.weight("expand.weight", 12, 4, 1, 1)], "e", kernel_shape=[1, 1])
     net.add("Conv", ["e", net.weight("depth.weight", 12, 1, 3, 3), net.weight("depth.bias", 12)], "d", group=12)
@@ -147,7 +147,7 @@ def depthwise() -> onnx.ModelProto:
 
 
 def gate(opset: int) -> onnx.ModelProto:
-    """A packed gate taken apart by a Split that leaves the sizes to its outputs."""
+    """A packed gate, split by a Split node without explicit sizes."""
     net = Net(opset)
     net.add("MatMul", ["x", net.weight("W", 6, 24)], "m")
     net.add("Split", ["m"], ["value", "gate"], axis=-1, **({"num_outputs": 2} if opset >= 18 else {}))
@@ -158,7 +158,7 @@ def gate(opset: int) -> onnx.ModelProto:
 
 
 def sliced_gate() -> onnx.ModelProto:
-    """The same by slices; the number between the halves is one initializer that both read."""
+    """A packed gate, split by slices; both read the boundary between the halves from one initializer."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 24)], "m")
     net.integers("zero", 0), net.integers("middle", 12), net.integers("last", 2**63 - 1), net.integers("axis", -1)
@@ -171,7 +171,7 @@ def sliced_gate() -> onnx.ModelProto:
 
 
 def computed_gate() -> onnx.ModelProto:
-    """The same, cut at half of the width that the file reads off the value itself."""
+    """A packed gate, split at half of the width that the file reads from the shape of the value."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 24)], "m")
     net.integers("zero", 0), net.integers("last", 2**63 - 1), net.integers("axis", -1)
@@ -187,7 +187,7 @@ def computed_gate() -> onnx.ModelProto:
 
 
 def reshaped() -> onnx.ModelProto:
-    """A reshape that states the width beside sizes that are read off the input, and another that states it alone."""
+    """One reshape states the width beside sizes read from the input; another states only the width."""
     net = Net()
     net.add("Flatten", ["x"], "rows", axis=2)
     net.add("MatMul", ["rows", net.weight("W", 6, 12)], "m")
@@ -202,7 +202,7 @@ def reshaped() -> onnx.ModelProto:
 
 
 def in_front() -> onnx.ModelProto:
-    """Token mixing with the weights in front: the new bias is a column."""
+    """Token mixing with the weights as left factors, so that the new bias is a column."""
     net = Net()
     net.add("MatMul", [net.weight("W", 12, 6), "x"], "m")
     net.add("Relu", ["m"], "h")
@@ -211,7 +211,7 @@ def in_front() -> onnx.ModelProto:
 
 
 def normed(kind: str) -> onnx.ModelProto:
-    """A norm over the hidden axis, in which what was removed goes on counting."""
+    """A norm over the hidden axis, whose statistics must still count the removed channels."""
     net = Net(23 if kind == "RMSNormalization" else 17)
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Add", ["m", net.weight("b", 12)], "h")
@@ -222,7 +222,7 @@ def normed(kind: str) -> onnx.ModelProto:
 
 
 def summed() -> onnx.ModelProto:
-    """A sum and a mean over the hidden axis beside the layer that reads it."""
+    """A sum and a mean over the hidden axis beside the layer that reads that axis."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Softplus", ["m"], "h")
@@ -235,7 +235,7 @@ def summed() -> onnx.ModelProto:
 
 
 def resized(*, by_size: bool) -> onnx.ModelProto:
-    """A Resize between two convolutions: by scales, or to sizes of which one states how many channels there are."""
+    """A Resize between two convolutions, by scales or to sizes, one of which states the number of channels."""
     net = Net()
     net.add("Conv", ["x", net.weight("W", 12, 4, 1, 1)], "c")
     net.add("Relu", ["c"], "r")
@@ -251,7 +251,7 @@ def resized(*, by_size: bool) -> onnx.ModelProto:
 
 
 def shared_matrix() -> onnx.ModelProto:
-    """Two inputs of one pair of layers: one weight, two calls."""
+    """One pair of layers is applied to two inputs: one weight, two calls."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Relu", ["m"], "h")
@@ -290,7 +290,7 @@ def run(model: onnx.ModelProto | Path, feeds: Mapping[str, Array]) -> list[Array
 
 
 def values(model: onnx.ModelProto, name: str, feeds: Mapping[str, Array]) -> Array:
-    """A value within the graph."""
+    """Return an intermediate value of the graph."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     shown.graph.output.append(onnx.ValueInfoProto(name=name))
@@ -298,7 +298,7 @@ def values(model: onnx.ModelProto, name: str, feeds: Mapping[str, Array]) -> Arr
 
 
 def substituted(model: onnx.ModelProto, name: str, axis: int, removed: Sequence[int], means: Array) -> onnx.ModelProto:
-    """The dense model with channels of a value replaced by constants, for whoever reads it."""
+    """Return the dense model with channels of a value replaced by constants for all nodes that read it."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     mask = np.ones(len(means), np.float32)

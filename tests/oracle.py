@@ -1,4 +1,4 @@
-"""What the tests share: the whole way through in few lines, and what must not change on the way."""
+"""Helpers for the tests: run all stages in few lines, and check that the model is unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Stages", "assert_unchanged", "double", "randomize", "stages", "state
 
 @dataclass
 class Stages:
-    """Every stage's result for one model."""
+    """The results of all stages for one model."""
 
     captured: vbpfx.Captured
     analysis: vbpfx.Analysis
@@ -28,7 +28,7 @@ class Stages:
 
 
 def stages(model: nn.Module, batch: Any, *, frontend: str = "auto", **options: Any) -> Stages:
-    """Capture, analyse, calibrate on the one batch, plan and convert."""
+    """Capture, analyse, calibrate on one batch, plan and convert."""
     captured = vbpfx.capture(model, batch, frontend=frontend)
     analysis = vbpfx.find_blocks(captured)
     observed = vbpfx.prepare(captured, analysis)
@@ -41,7 +41,7 @@ def stages(model: nn.Module, batch: Any, *, frontend: str = "auto", **options: A
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All of a model that pruning must leave alone."""
+    """Return everything of a model that pruning must leave unchanged."""
     return {
         "tensors": {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]},
         "identities": {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]},
@@ -54,7 +54,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    """The model is bit for bit what it was."""
+    """Assert that the model is unchanged, bit for bit."""
     after = state(model)
     for name, tensor in before.pop("tensors").items():
         assert torch.equal(tensor, after["tensors"][name]), f"{name} changed"
@@ -65,5 +65,5 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 
 def double(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode."""
+    """Return a float64 copy in eval mode."""
     return copy.deepcopy(model).double().eval()

@@ -1,4 +1,4 @@
-"""Pages read back: a strict parser, and the network with a hostile name that reports are made of."""
+"""Helpers for tests of report pages: a strict HTML parser, and a network with a hostile module name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oracle import randomize
 from torch import Tensor, nn
 
 HOSTILE = "a<b>&'c"  # torch.fx itself cannot write code with a double quote in a name
-# what reports of older versions do not hold
+# Fields that reports of older versions lack.
 LATER = [
     "network",
     "sample",
@@ -28,7 +28,7 @@ _VOID = {"meta"}
 
 
 class Two(nn.Module):
-    """Two MLPs one after the other: 48 neurons under a hostile name, 300 under a plain one."""
+    """Two consecutive MLPs: 48 neurons under a hostile name and 300 under a plain one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Two(nn.Module):
 
 
 def two() -> nn.Module:
-    """The network in eval mode with random weights."""
+    """Return the network in eval mode with random weights."""
     return randomize(Two()).eval()
 
 
@@ -56,7 +56,7 @@ class Element:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, name: str, class_: str | None = None) -> Iterator[Element]:
-        """Elements of that name below, in order."""
+        """Yield the descendants with that name, in order."""
         for child in self.children:
             if isinstance(child, Element):
                 if child.name == name and (class_ is None or class_ in (child.attributes.get("class") or "").split()):
@@ -64,7 +64,7 @@ class Element:
                 yield from child.all(name, class_)
 
     def one(self, name: str, class_: str | None = None) -> Element:
-        """The first of them."""
+        """Return the first descendant with that name."""
         return next(self.all(name, class_))
 
 
@@ -90,7 +90,7 @@ class _Strict(HTMLParser):
 
 
 def parse(page: str) -> Element:
-    """The tree of a page in which every element is closed by its own end tag."""
+    """Parse a page, in which every element must be closed by its own end tag, into a tree."""
     parser = _Strict()
     parser.feed(page)
     parser.close()
@@ -99,6 +99,6 @@ def parse(page: str) -> Element:
 
 
 def rows(table: Element) -> list[list[str]]:
-    """A table's cells as text, without its head."""
+    """Return the cells of a table as text, without its header."""
     body = table.one("tbody")
     return [[c.text for c in row.children if isinstance(c, Element)] for row in body.all("tr")]

@@ -1,4 +1,7 @@
-"""What must hold for every random network: found, exact, unchanged, and never an error of another kind."""
+"""Check the properties of every random network: planted blocks are found, the result is exact, the model is unchanged.
+
+Errors other than the expected kinds are failures.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,26 @@ from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import AnalysisError, ArtifactError, BudgetError, CaptureError, VbpfxError, VerificationError
 from vbpfx.graph.capture import named_tensors
 
-# In float64 rounding stays below 1e-12 of the output here: middles are bounded or grow linearly, weights are of natural size.
+# Rounding in float64 stays below 1e-12 of the output here, because middle operators are bounded or grow linearly and weights
+# are of natural size.
 TOLERANCE = 1e-9
 
 
 @dataclass
 class Outcome:
-    """What became of one network.
+    """The outcome for one network.
 
     Attributes:
-        ended: the last stage: ``verified``, ``no block``, ``no budget``, or ``not captured``: torch.export from an empty
-            batch or of parts changed in place, and `+=` that tracing took for `+`, which was noticed.
+        ended: the last stage: ``verified``, ``no block``, ``no budget``, or ``not captured``. The last is allowed for
+            torch.export with an empty batch or with parts changed in place, and when verify notices that tracing took
+            `+=` for `+`.
         planted: blocks that had to be found.
         found: blocks that were found.
         rewritten: blocks that were narrowed.
-        effect: of the substitution, relative to the output.
-        error: of the graph against the reference, relative to the output.
-        refusals: reasons, without names and numbers.
-        own_class: what ``apply_plan`` made: ``exact``, ``refused`` or ``not run``.
+        effect: effect of the substitution, relative to the output.
+        error: error of the graph against the reference, relative to the output.
+        refusals: reasons for refusals, without names and numbers.
+        own_class: outcome of ``apply_plan``: ``exact``, ``refused`` or ``not run``.
     """
 
     ended: str = "no block"
@@ -50,7 +55,7 @@ class Outcome:
 
 
 def check(spec: Spec) -> Outcome:
-    """Take the network through every stage; an AssertionError or any exception is a failure of the library."""
+    """Take the network through every stage. Any exception, AssertionError included, is a failure of the library."""
     model, planted = build(spec)
     before, example = state(model), batch(spec, spec.batch, 0)
     kept = copy.deepcopy(example)
@@ -66,7 +71,7 @@ def check(spec: Spec) -> Outcome:
 
 
 def _at_once(spec: Spec, model: nn.Module, outcome: Outcome) -> None:
-    """By :func:`vbpfx.prune` and its default method, which measures on the way how much each block's loss is felt."""
+    """Prune with :func:`vbpfx.prune` and its default method, which also measures the sensitivity to each block."""
     batches = [batch(spec, samples, number) for number, samples in enumerate(spec.calibrated, start=1)]
     options = {name: value for name, value in spec.options if name not in ("method", "criterion", "compensation")}
     try:
@@ -112,7 +117,7 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
         except AnalysisError:
             return
         raise AssertionError("a graph without blocks was prepared")
-    # torch.export may fix the batch where the network is called on a single sample or none; loops are unrolled
+    # torch.export may fix the batch size if the network is called on a single sample or none; loops are unrolled.
     fixed = captured.frontend == "export" and (captured.batch is None or spec.takes in UNROLLED)
     observed = vbpfx.prepare(captured, analysis)
     sizes = (spec.batch,) if fixed and spec.takes in UNROLLED else spec.calibrated
@@ -135,7 +140,7 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
         try:
             _verify(captured, small, plan, data, outcome)
         except VerificationError as error:
-            # fx traces `h += 1` as h = h + 1, which whoever else reads h does not see; verify must notice it
+            # fx traces `h += 1` as h = h + 1, so other readers of h do not see the change; verify must notice this.
             if "captured graph differs" in str(error) and _adds_in_place(spec):
                 outcome.ended = "not captured"
                 return
@@ -149,7 +154,7 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
     try:
         vbpfx.verify(captured, own, plan, batches[-1 if fixed else 0], tolerance=TOLERANCE)
     except VerificationError as error:
-        # code may state a width, or compute with one that torch.export made a number, and is told so
+        # The code may state a width, or compute with a width that torch.export made a number; the error says so.
         if "does not run" not in str(error) and "its code computes with a hidden width" not in str(error):
             raise
         outcome.own_class = "not run"
@@ -158,14 +163,14 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
 
 
 def _may_be_uncaptured(spec: Spec, error: VbpfxError) -> bool:
-    """Whether there is a reason that no graph holds for this network, which an error of the library's own has named."""
+    """Return whether this network may have no valid graph, for a reason that the library's error names."""
     if spec.takes in UNROLLED:
         return True
     if "captured graph differs" in str(error) and _adds_in_place(spec):
         return True
     if not spec.batch and ("the example batch is empty" in str(error) or "of 0 elements" in str(error)):
-        return True  # torch.export runs the model, and a reshape with -1 does not take an empty batch
-    # torch.export runs with gradients, under which the parts of a split cannot be changed in place
+        return True  # torch.export runs the model, and a reshape with -1 fails on an empty batch
+    # torch.export runs with gradients, under which the parts of a split cannot be changed in place.
     return spec.frontend == "export" and "modified inplace" in str(error)
 
 
@@ -180,7 +185,7 @@ def _verify(captured: vbpfx.Captured, small: nn.Module, plan: vbpfx.Plan, data: 
 
 
 def _check_all_are_found(planted: Any, analysis: vbpfx.Analysis) -> None:
-    """Every block that had to be found is there, with just its layers."""
+    """Every planted block is found with exactly its layers."""
     found = {(frozenset(b.producers), frozenset(c.weight for c in b.consumers), b.width) for b in analysis.blocks}
     for plant in planted:
         if (plant.producers, plant.consumers, plant.width) not in found:
@@ -191,7 +196,7 @@ def _check_all_are_found(planted: Any, analysis: vbpfx.Analysis) -> None:
 
 
 def _check_all_are_named(model: nn.Module, analysis: vbpfx.Analysis) -> None:
-    """Every weight inside a module that tracing does not enter is in a block, or refused by name."""
+    """Every weight inside a module that tracing does not enter is in a block or refused by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     known = {name for b in analysis.blocks for name in (*b.producers, *(c.weight for c in b.consumers))}
     known |= {name for refusal in analysis.refusals for name in refusal.producers}
@@ -204,7 +209,7 @@ def _check_all_are_named(model: nn.Module, analysis: vbpfx.Analysis) -> None:
 
 
 def _check_constant_blocks(model: nn.Module, plan: vbpfx.Plan) -> None:
-    """What reads no data gives nothing to a budget."""
+    """Blocks that read no data are not narrowed to meet a budget."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     constant = {names[id(parameter)] for block in model.blocks for parameter in block.constant()}
     for entry in plan.blocks:
@@ -212,7 +217,7 @@ def _check_constant_blocks(model: nn.Module, plan: vbpfx.Plan) -> None:
 
 
 def _check_unseen_blocks(model: nn.Module, plan: vbpfx.Plan, verified: vbpfx.Verification) -> None:
-    """An output that says nothing is made up for behind the blocks' layers, and what cannot be seen there either is named."""
+    """If the output hides a block, verify compares behind the block's layers; blocks hidden there, too, are named."""
     assert verified.behind is not None or verified.unproven or not verified.hidden
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for producer, consumer in (pair for block in model.blocks for pair in block.unseen()):
@@ -223,7 +228,7 @@ def _check_unseen_blocks(model: nn.Module, plan: vbpfx.Plan, verified: vbpfx.Ver
 
 
 def _check_twins(model: nn.Module, plan: vbpfx.Plan, analysis: vbpfx.Analysis, multiple: int) -> None:
-    """Blocks that are copies of each other are equally wide, but for one step where a budget ends between them."""
+    """Blocks that are copies of each other are equally wide, except for one step if the budget ends between them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     widths = {name: plan.widths.get(b.name, b.width) for b in analysis.blocks for name in b.producers}
     for block in model.blocks:
@@ -233,14 +238,14 @@ def _check_twins(model: nn.Module, plan: vbpfx.Plan, analysis: vbpfx.Analysis, m
 
 
 def _check_widths(dense: nn.Module, small: nn.Module, plan: vbpfx.Plan) -> None:
-    """Every tensor is as long along every axis as the plan says."""
+    """Every tensor has the shape that follows from the plan."""
     shapes = {name: list(tensor.shape) for name, tensor in named_tensors(dense).items()}
     for entry in plan.blocks:
         assert 0 < len(entry.kept) < entry.block.width
         for parameter in entry.block.parameters:
             shapes[parameter.name][parameter.axis] -= entry.block.width - len(
                 entry.kept
-            )  # packed parts are cut one by one
+            )  # packed parts are narrowed one by one
     for name, tensor in named_tensors(small).items():
         if name in shapes:
             assert list(tensor.shape) == shapes[name], (

@@ -1,4 +1,4 @@
-"""How the input of a random network comes and how its output goes: one class a form of ``forward``."""
+"""Forms of input and output of random networks: one class for each signature of ``forward``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 class InPlace(nn.Module):
-    """ReLU of the stream, in place on a copy."""
+    """Apply ReLU in place to a copy of the stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu_(x + 0.1)
 
 
 def norm(kind: str, layout: str, channels: int) -> nn.Module:
-    """What the stream passes in front of a block."""
-    if kind == "layer" and channels > 1:  # GroupNorm refuses a single value
+    """Return the norm or activation that the stream passes in front of a block."""
+    if kind == "layer" and channels > 1:  # GroupNorm does not accept a single value
         return nn.GroupNorm(1, channels, 1e-2) if layout == "images" else nn.LayerNorm(channels, 1e-2)
     if kind == "batch" and layout != "tokens":
         return nn.BatchNorm2d(channels) if layout == "images" else nn.BatchNorm1d(channels)
@@ -26,7 +26,7 @@ def norm(kind: str, layout: str, channels: int) -> nn.Module:
 
 
 class Network(nn.Module):
-    """The steps of a specification (:class:`random_networks.Spec`) one behind the other."""
+    """The steps of a specification (:class:`random_networks.Spec`) in sequence."""
 
     def __init__(self, spec: Any) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Network(nn.Module):
         self.head = nn.Linear(channels, 3) if spec.head else None
 
     def run(self, x: Tensor) -> Any:
-        """From the input to the output."""
+        """Run all steps from the input to the output."""
         taps: list[Tensor] = []
         for step, before, block in zip(self.spec.steps, self.norms, self.blocks, strict=True):
             for _ in range(step.calls):
@@ -54,13 +54,13 @@ class Network(nn.Module):
         return self.returned(x, taps)
 
     def returned(self, x: Tensor, taps: list[Tensor]) -> Any:
-        """The output in the form that the specification has it in."""
+        """Return the output in the form that the specification asks for."""
         match self.spec.returns:
             case "mapping":
                 return {"out": x, "taps": taps}
             case "nested":
                 return ({"first": x.sin(), "rest": [x, *taps]}, x.cos())
-            case "chunks":  # parts of one value, which share its memory
+            case "chunks":  # these parts share the memory of one value
                 parts = x.chunk(2, dim=-1)
                 return (parts[0], parts[-1], *taps)
         return (x, *taps) if taps or self.spec.returns == "tuple" else x
@@ -70,7 +70,7 @@ class Network(nn.Module):
 
 
 class OfTwo(Network):
-    """Two arguments, tensors of one shape; the second is optional."""
+    """Two arguments, which are tensors of one shape; the second is optional."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         return self.run(x if y is None else x + y.sin())
@@ -84,21 +84,21 @@ class OfMapping(Network):
 
 
 class OfAny(Network):
-    """Any number of tensors, as wrappers around a model take them."""
+    """Any number of tensors as ``*args``, as wrappers around a model take them."""
 
     def forward(self, *xs: Tensor) -> Any:
         return self.run(sum((x.sin() for x in xs[1:]), xs[0]))
 
 
 class TimeFirst(Network):
-    """Time on the first axis, samples on the second, as nn.Transformer and recurrent layers take them by default."""
+    """Time is the first axis and samples the second, the default of nn.Transformer and recurrent layers."""
 
     def forward(self, x: Tensor) -> Any:
         return self.run(x.transpose(0, 1))
 
 
 class OverTime(Network):
-    """A loop over the steps of time, which stand on the first axis, with a state that goes on."""
+    """A loop over time steps, which are the first axis, with a state carried from step to step."""
 
     def forward(self, x: Tensor) -> Any:
         state, seen = torch.zeros_like(x[0]), []
@@ -109,7 +109,7 @@ class OverTime(Network):
 
 
 class OverSamples(Network):
-    """A loop over the samples of a batch: a graph of it has as many steps as the example has samples."""
+    """A loop over the samples of a batch; its graph has as many steps as the example batch has samples."""
 
     def forward(self, x: Tensor) -> Any:
         return self.run(torch.stack([sample.tanh() for sample in x]))
@@ -125,5 +125,5 @@ KINDS: dict[str, type[Network]] = {
     "over time": OverTime,
     "over samples": OverSamples,
 }
-# Whose graph is right for the sizes of the example alone, or that are not captured: what is asked of these is not to be wrong.
+# Forms whose graph holds only for the sizes of the example, or that cannot be captured. They only must not give wrong results.
 UNROLLED = frozenset({"over time", "over samples"})

@@ -1,7 +1,7 @@
-"""What stands between producer and consumer in a random network: every operator of the table, and traps.
+"""Operators between producer and consumer in random networks: every operator of the table, and traps.
 
 A :class:`Middle` maps a hidden tensor to a hidden tensor of the same shape. Its functions are bounded or grow linearly, so
-that a network of many of them stays well conditioned and an error of 1e-9 is none of rounding.
+that a network of many of them stays well conditioned. An error of 1e-9 cannot come from rounding then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Hidden:
-    """Where a hidden axis lies: ``flat`` (B, w), ``tokens`` (B, T, w) or ``images`` (B, w, H, W), in a stream of channels."""
+    """The layout of a hidden tensor: ``flat`` (B, w), ``tokens`` (B, T, w) or ``images`` (B, w, H, W)."""
 
     layout: str
     positions: tuple[int, ...]
@@ -37,16 +37,16 @@ class Hidden:
 
     @property
     def per_channel(self) -> tuple[int, ...]:
-        """Shape of a tensor with one entry per channel that broadcasts."""
+        """The shape of a broadcastable tensor with one entry per channel."""
         return (self.width, 1, 1) if self.layout == "images" else (self.width,)
 
     def layer(self, inputs: int, outputs: int) -> nn.Module:
-        """A layer over the channels."""
+        """Return a layer over the channels."""
         return nn.Conv2d(inputs, outputs, 1) if self.layout == "images" else nn.Linear(inputs, outputs)
 
 
 class Op(nn.Module):
-    """One middle operator with what it owns."""
+    """One middle operator with its parameters, buffers and layers."""
 
     def __init__(self, name: str, hidden: Hidden) -> None:
         super().__init__()
@@ -66,11 +66,11 @@ class Middle:
     """A middle operator.
 
     Attributes:
-        apply: from the op, the hidden tensor and the stream that the block reads to the hidden tensor behind.
-        make: parameters, buffers and layers that it owns.
-        fits: where it can stand.
-        in_place: whether it changes its operand.
-        jumps: whether it is discontinuous; such a one stands directly behind the producer, where no value lies on a jump.
+        apply: function from the op, the hidden tensor and the stream that the block reads to the new hidden tensor.
+        make: function that makes the parameters, buffers and layers of the operator.
+        fits: function that says for which layouts the operator is possible.
+        in_place: whether it changes its operand in place.
+        jumps: whether it is discontinuous. It then follows the producer directly, where no value lies on a jump.
     """
 
     apply: Callable[[Any, Tensor, Tensor], Tensor]
@@ -304,7 +304,7 @@ def _positions() -> None:
 
 
 def _across() -> None:
-    """Norms across the hidden axis: refused, or rewritten with the removed channels' share carried along."""
+    """Register norms across the hidden axis, which are refused or rewritten with the removed channels' share."""
 
     def entry(
         name: str, apply: Callable[..., Tensor], fits: Callable[[Hidden], bool] = lambda d: True, **make: Any
@@ -337,7 +337,7 @@ def _across() -> None:
     entry(
         "GroupNorm",
         lambda m, h, x: m.n(h),
-        lambda d: d.layout != "tokens" and d.width > 1,  # it refuses a single value
+        lambda d: d.layout != "tokens" and d.width > 1,  # a single value is not accepted
         n=lambda d: nn.GroupNorm(1, d.width, 1e-3),
     )
     entry(

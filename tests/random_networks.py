@@ -1,4 +1,4 @@
-"""Random networks: a specification that prints itself, a strategy that draws one, a network built from it."""
+"""Random networks: a printable specification, a strategy that draws one, and the network built from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from random_middles import ACROSS, MIDDLES, PLAIN, TRAPS, Hidden
 from random_templates import FITS, SPELLED, TEMPLATES, Planted, Step, Template
 from torch import nn
 
-# Whose blocks must be found: templates, middle operators and spellings that the analysis covers today. A block is planted
-# where all of its parts stand here; every other one may be found or refused, and must be exact where it is found.
+# Templates, middle operators and spellings that the analysis covers today. A block must be found if all of its parts are
+# listed here. Any other block may be found or refused, and must be exact if it is found.
 EXPECTED = (
     PLAIN
     | {"LayerNorm", "F.layer_norm", "RMSNorm", "LayerNorm, channels last", "RMS by hand", "GRN", "centred across"}
@@ -30,22 +30,23 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Spec:
-    """All of a random network and of what is done to it; :func:`build` makes the same network of it every time.
+    """A complete description of a random network and its test; :func:`build` always makes the same network from it.
 
     Attributes:
-        layout: of the stream: ``flat`` (B, C), ``tokens`` (B, T, C) or ``images`` (B, C, H, W).
+        layout: layout of the stream: ``flat`` (B, C), ``tokens`` (B, T, C) or ``images`` (B, C, H, W).
         positions: T or (H, W).
         channels: C.
-        steps: the blocks, one behind the other.
-        takes: how the input comes, a key of :data:`random_forms.KINDS`.
-        returns: how the output goes: ``tensor`` (where nothing is tapped), ``tuple``, ``mapping``, ``nested`` or ``chunks``.
-        head: a pooled layer at the end: ``layer``, one whose weights are ``zeros``, or none.
-        batch, calibrated, other: samples in the batch that is captured, in those for calibration, in the one for verification.
-        training: the mode in which the model is handed over.
+        steps: the blocks in sequence.
+        takes: form of the input, a key of :data:`random_forms.KINDS`.
+        returns: form of the output: ``tensor`` (if nothing is tapped), ``tuple``, ``mapping``, ``nested`` or ``chunks``.
+        head: a pooled layer at the end: ``layer``, ``zeros`` for a layer with zero weights, or none.
+        batch, calibrated, other: numbers of samples in the captured batch, in each calibration batch, in the batch for
+            verification.
+        training: whether the model is handed over in training mode.
         frontend: ``auto``, ``symbolic`` or ``export``.
-        options: of ``make_plan``.
-        whole: all of it by :func:`vbpfx.prune` and its default method, instead of stage by stage.
-        seed: of weights and data.
+        options: options of ``make_plan``.
+        whole: whether to call :func:`vbpfx.prune` with its default method instead of stage by stage.
+        seed: seed of weights and data.
     """
 
     layout: str
@@ -75,7 +76,7 @@ class Expected:
 
 
 def build(spec: Spec) -> tuple[nn.Module, tuple[Expected, ...]]:
-    """The network in float64 with weights of natural size, and the blocks that must be found in it."""
+    """Return the network in float64 with weights of natural size, and the blocks that must be found in it."""
     torch.manual_seed(spec.seed)
     model = randomize(KINDS[spec.takes](spec).double()).train(spec.training)
     for block in model.blocks:
@@ -86,7 +87,7 @@ def build(spec: Spec) -> tuple[nn.Module, tuple[Expected, ...]]:
     planted: list[Planted] = []
     for step, block in zip(spec.steps, model.blocks, strict=True):
         if step.template == "over a buffer" and not step.residual:
-            break  # from here on nothing reads data
+            break  # no later step reads data
         planted += _planted(block) if must_be_found(step) else []
     return model, tuple(
         Expected(
@@ -95,7 +96,7 @@ def build(spec: Spec) -> tuple[nn.Module, tuple[Expected, ...]]:
             plant.width,
         )
         for plant in planted
-        if plant.width > 1  # at a width of one the axis is lost in broadcasting, and there is nothing to remove
+        if plant.width > 1  # an axis of length one broadcasts, and no channel of it can be removed
     )
 
 
@@ -105,16 +106,16 @@ def _planted(block: nn.Module) -> list[Planted]:
 
 
 def must_be_found(step: Step) -> bool:
-    """Whether every part of a step is expected to be rewritten."""
+    """Return whether every part of a step is expected to be rewritten."""
     if step.template in ("packed slices", "packed interleaved") and any(
         MIDDLES[name].in_place for name in (*step.middle, *step.other)
     ):
-        return False  # that two slices share no memory is not looked at
+        return False  # the analysis does not check whether two slices share memory
     return step.calls == 1 and {step.template, *step.middle, *step.other, *step.spelled} <= EXPECTED
 
 
 def batch(spec: Spec, samples: int, seed: int) -> Any:
-    """A batch for the network."""
+    """Return a batch for the network."""
     shape = {
         "flat": (spec.channels,),
         "tokens": (*spec.positions, spec.channels),
@@ -136,7 +137,7 @@ _SPELLED_TRAPS = tuple(sorted(TRAPS))
 
 @st.composite
 def middles(draw: st.DrawFn, hidden: Hidden, most: int) -> tuple[str, ...]:
-    """Up to so many operators that fit; mostly plain ones, sometimes a norm across the axis, sometimes a trap."""
+    """Draw at most ``most`` operators that fit: mostly plain ones, sometimes a norm across the axis or a trap."""
     chosen: list[str] = []
     for place in range(draw(st.integers(0, most))):
         kind = draw(st.sampled_from(["plain"] * 12 + ["across", "trap"]))
@@ -148,7 +149,7 @@ def middles(draw: st.DrawFn, hidden: Hidden, most: int) -> tuple[str, ...]:
 
 @st.composite
 def steps(draw: st.DrawFn, layout: str, positions: tuple[int, ...], channels: int, samples: int) -> Step:
-    """A block that fits behind so many channels."""
+    """Draw a block that fits a stream of ``channels`` channels."""
     residual = draw(st.booleans())
     outputs = channels if residual else draw(st.sampled_from([channels, 4, 6, 3]))
     width = draw(st.sampled_from([*SIZES, channels, max(1, samples), *positions]))
@@ -182,7 +183,7 @@ _OF_TWO_CHAINS = ("gated", "sum of producers", "two consumers", "nested", "uneve
 
 @st.composite
 def specs(draw: st.DrawFn, exported: float = 0.02) -> Spec:
-    """A random network; ``exported`` is the share that torch.export captures."""
+    """Draw a random network; ``exported`` is the share of networks that torch.export captures."""
     layout = draw(st.sampled_from(["tokens", "images", "flat"]))
     channels = draw(st.sampled_from([4, 8, 6, 5, 3, 2, 1]))
     samples = draw(st.sampled_from([2, 3, 1, 5, 4, 0, channels]))
@@ -212,7 +213,7 @@ def specs(draw: st.DrawFn, exported: float = 0.02) -> Spec:
         options["min_width"] = draw(st.sampled_from([1, 2, 3]))
     forms = ["tensor"] * 8 + ["two", "keywords", "mapping", "any"] * 2
     if samples:
-        forms += ["over samples"] * (samples > 1)  # torch.export traces a single sample as two
+        forms += ["over samples"] * (samples > 1)  # torch.export traces two samples instead of a single one
         forms += ["time first", "over time"] * (layout == "tokens")
     return Spec(
         layout,

@@ -1,4 +1,4 @@
-"""The blocks of random networks: each a template that plants hidden axes, plain ones and trapped ones."""
+"""The blocks of random networks: templates that plant hidden axes, both prunable ones and traps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Step:
     """One block of a random network.
 
     Attributes:
-        template: its name in :data:`TEMPLATES`.
+        template: name of the template in :data:`TEMPLATES`.
         width: hidden width.
-        outputs: channels behind it.
-        middle, other: names in :data:`random_middles.MIDDLES`; the template says where they stand.
-        spelled: how producers and consumers are spelled.
-        biased: whether they have biases.
-        norm: what the stream passes in front: ``""``, ``"layer"``, ``"batch"``, ``"relu"`` or ``"relu_"``.
+        outputs: output channels.
+        middle, other: names in :data:`random_middles.MIDDLES`; the template decides where they are placed.
+        spelled: how producers and consumers are written.
+        biased: whether producers and consumers have biases.
+        norm: what the stream passes in front of the block: ``""``, ``"layer"``, ``"batch"``, ``"relu"`` or ``"relu_"``.
         residual: whether the block is added to the stream.
-        calls: how often it is called, one after the other.
+        calls: how often the block is called in sequence.
     """
 
     template: str
@@ -51,7 +51,7 @@ class Planted:
 
 
 class Around(nn.Module):
-    """A layer that sees the channels at another axis: Conv1d over tokens, Linear over images."""
+    """A layer that needs the channels at another axis: Conv1d for tokens, Linear for images."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Around(nn.Module):
 
 
 class Bare(nn.Module):
-    """A functional layer over parameters of its own."""
+    """A functional layer with parameters of its own."""
 
     def __init__(self, spelled: str, layout: str, inputs: int, outputs: int, biased: bool) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ SPELLED = {
 
 
 def weight(layer: Any) -> nn.Parameter:
-    """The weight of what :meth:`Template.layer` made."""
+    """Return the weight of a layer that :meth:`Template.layer` made."""
     return (layer.layer if isinstance(layer, Around) else layer).weight
 
 
 class Chain(nn.Module):
-    """Middle operators one behind the other."""
+    """Middle operators in sequence."""
 
     def __init__(self, names: tuple[str, ...], hidden: Hidden) -> None:
         super().__init__()
@@ -112,12 +112,12 @@ class Chain(nn.Module):
 
     @property
     def gates(self) -> list[Any]:
-        """Its squeeze-and-excites: they read the hidden axis and make it."""
+        """The squeeze-and-excite operators of the chain, which both read and make the hidden axis."""
         return [op for op in self.ops if hasattr(op, "down")]
 
 
 class Template(nn.Module):
-    """A block from a stream to a stream. ``taps`` collects what the network returns besides."""
+    """A block from a stream to a stream; ``taps`` collects further outputs of the network."""
 
     def __init__(self, step: Step, layout: str, positions: tuple[int, ...], channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Template(nn.Module):
         raise NotImplementedError
 
     def layer(self, end: int, inputs: int, outputs: int) -> nn.Module:
-        """A layer over the channels, spelled and biased as the step has it for producers (0) or consumers (1)."""
+        """Return a layer over the channels in the step's spelling for producers (``end=0``) or consumers (``end=1``)."""
         spelled, biased = self.step.spelled[end], self.step.biased[end]
         if spelled == "around":
             return Around(
@@ -147,14 +147,14 @@ class Template(nn.Module):
         )
 
     def chain(self, names: tuple[str, ...] | None = None, width: int | None = None) -> Chain:
-        """The step's middle operators, or others."""
+        """Return a chain of the step's middle operators or of others."""
         hidden = Hidden(self.layout, self.positions, self.channels, self.step.width if width is None else width)
         return Chain(self.step.middle if names is None else names, hidden)
 
     def block(
         self, producers: list[nn.Module], consumers: list[nn.Module], *chains: Chain, width: int | None = None
     ) -> list[Planted]:
-        """The planted block of these layers, and those inside the squeeze-and-excites of its chains."""
+        """Return the planted block of these layers, and the blocks in the squeeze-and-excites of its chains."""
         gates = [gate for chain in chains for gate in chain.gates]
         makers, readers = [*producers, *(g.up for g in gates)], [*consumers, *(g.down for g in gates)]
         own = Planted(
@@ -164,27 +164,27 @@ class Template(nn.Module):
         return [own, *inside]
 
     def planted(self) -> list[Planted]:
-        """What must be found where every part of the block is expected to be rewritten."""
+        """Return the blocks that must be found if every part of this block is expected to be rewritten."""
         return []
 
     def constant(self) -> list[nn.Parameter]:
-        """Weights that read no data: whatever they make is not to be narrowed for the sake of a budget."""
+        """Return weights that read no data, whose outputs must not be narrowed to meet a budget."""
         return []
 
     def inside(self) -> list[nn.Parameter]:
-        """Weights of layers that stand in a module which tracing does not enter: each is in a block or refused by name."""
+        """Return weights inside a module that tracing does not enter; each must be in a block or refused by name."""
         return []
 
     def twins(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Producers of blocks that are copies of each other, which by symmetry must end up equally wide."""
+        """Return the producers of blocks that are copies of each other, which must end up equally wide by symmetry."""
         return []
 
     def unseen(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Producers of blocks, and the one layer that reads each, behind which nothing of the block can be seen."""
+        """Return pairs of the producer and the only consumer of a block whose effect the consumer hides completely."""
         return []
 
     def settle(self) -> None:
-        """What the block asks of its weights once they are random: zeros, copies."""
+        """Set weights that the block needs to be special, such as zeros or copies, after random initialisation."""
 
 
 TEMPLATES: dict[str, type[Template]] = {}
@@ -194,7 +194,7 @@ FITS: dict[str, Callable[[Step, str, tuple[int, ...], int], bool]] = {}
 def template(
     name: str, fits: Callable[[Step, str, tuple[int, ...], int], bool] = lambda *_: True
 ) -> Callable[[Any], Any]:
-    """Enter a template; ``fits`` says for which step, layout, positions and channels it can be made."""
+    """Register a template; ``fits`` says for which step, layout, positions and channels it is possible."""
 
     def enter(kind: type[Template]) -> type[Template]:
         TEMPLATES[name], FITS[name] = kind, fits
@@ -254,7 +254,7 @@ class TwoConsumers(Template):
 
     def planted(self) -> list[Planted]:
         if any(op.middle.in_place for chain in (self.first, self.second) for op in chain.ops):
-            return []  # the other branch reads what this one changes
+            return []  # one branch changes in place what the other one reads
         return self.block([self.fc], [self.a, self.b], self.first, self.second)
 
 
@@ -295,7 +295,7 @@ class TokenMixing(Template):
 
 @template("window", lambda step, layout, positions, channels: layout == "images" and min(positions) >= 2)
 class Window(Template):
-    """A padded window makes the hidden axis, an unpadded one of two by two reads it; the border comes back behind it."""
+    """A padded convolution makes the hidden axis, an unpadded 2x2 one reads it, and the border is padded again."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=self.step.biased[0])
@@ -321,7 +321,7 @@ class PaddedWindow(Plain):
 
 @template("over a buffer")
 class OverBuffer(Plain):
-    """The layers read a table of the model's own beside the stream."""
+    """The layers read a table stored in the model and not the stream."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -362,7 +362,7 @@ class ConsumerTwice(Plain):
 
 
 class Packed(Template):
-    """One producer makes gate and value."""
+    """One producer makes both gate and value."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.packed, self.down, self.between = (
@@ -372,7 +372,7 @@ class Packed(Template):
         )
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and value."""
+        """Return gate and value."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
@@ -423,7 +423,7 @@ class Glu(Packed):
 
 @template("maxout")
 class Maxout(Packed):
-    """The larger of two neighbours, or of the entries of two halves."""
+    """Maxout over pairs of neighbours or over two halves."""
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         h, axis = self.packed(x), self.hidden.axis
@@ -434,7 +434,7 @@ class Maxout(Packed):
 
 @template("packed halves crossed", lambda step, layout, positions, channels: step.width % 2 == 0)
 class Crossed(Packed):
-    """Overlapping parts: channel c of one is another channel of the other."""
+    """Two overlapping parts: one channel has different positions in them."""
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
         half = self.step.width // 2
@@ -458,7 +458,7 @@ class PackedTapped(Packed):
 
 @template("uneven split")
 class Uneven(Template):
-    """One producer, two parts of unlike widths, a consumer each."""
+    """The output of one producer is split into two parts of unequal widths, each with its own consumer."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.packed = self.layer(0, inputs, width + 3)
@@ -472,7 +472,7 @@ class Uneven(Template):
 
 @template("concatenated")
 class Concatenated(Template):
-    """Two hidden tensors side by side before one consumer."""
+    """Two hidden tensors are concatenated before one consumer."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.a, self.b = self.layer(0, inputs, width), self.layer(0, inputs, 3)
@@ -503,7 +503,7 @@ class WithStream(Template):
 
 @template("dense net")
 class DenseNet(Template):
-    """A second layer reads the first, a third reads both."""
+    """The second layer reads the first one, and the third layer reads both."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.a, self.b, self.down = (
@@ -576,7 +576,7 @@ class Tied(Tapped):
 
 @template("one weight twice", lambda step, layout, positions, channels: step.spelled[0] == step.spelled[1] == "layer")
 class OneWeightTwice(Tapped):
-    """Two blocks whose producers share their weight, and one bias that stands at two consumers."""
+    """Two blocks share the weight of their producers, and one bias belongs to two consumers."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -603,7 +603,7 @@ class ChangedBetween(Tapped):
 
 @template("attention", lambda step, layout, positions, channels: layout == "tokens")
 class Attention(Tapped):
-    """One head of the hidden width; queries and keys are contracted with each other, the values are a block."""
+    """Attention with one head of the hidden width: the values are a block; queries and keys are contracted together."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -633,7 +633,7 @@ class Heads(Tapped):
     lambda step, layout, positions, channels: layout != "flat" and prod(positions) > 1,
 )
 class Flattened(Tapped):
-    """The consumer reads positions and channels as one axis: a head behind a convolution."""
+    """The consumer reads positions and channels as one axis, like a head behind a convolution."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         self.fc1, self.between = self.layer(0, inputs, width), self.chain()

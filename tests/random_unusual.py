@@ -1,4 +1,4 @@
-"""Blocks of random networks that see no data, that move nothing, or that stand where the analysis does not look."""
+"""Unusual blocks of random networks: they read no data, do not change the output, or are inside opaque modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _even_tokens(step: Step, layout: str, positions: tuple[int, ...], channels: 
 
 @template("positions from a table", _tokens)
 class Positions(Plain):
-    """An MLP over a fixed table makes a bias of positions; another block reads the stream with it (Swin v2)."""
+    """An MLP over a fixed table makes a position bias, which is added to the stream before a plain block (Swin v2)."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -37,7 +37,7 @@ class Positions(Plain):
 
 @template("learned queries", _tokens)
 class Queries(Plain):
-    """An MLP over learned vectors makes queries, which attend to the stream."""
+    """An MLP over learned vectors makes queries that attend to the stream."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -54,7 +54,7 @@ class Queries(Plain):
 
 @template("consumer of zeros")
 class ZeroConsumer(Plain):
-    """A branch that was just made: the layer that ends it is zero."""
+    """A newly initialised branch whose last layer has zero weights."""
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         return super().forward(x, taps) + x.mean() * 0.1
@@ -68,7 +68,7 @@ class ZeroConsumer(Plain):
 
 @template("gate that is shut")
 class ShutGate(Plain):
-    """A saturated gate: it is exactly zero whatever comes."""
+    """A saturated gate, which is exactly zero for any input."""
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         return super().forward(x, taps) * F.hardsigmoid(x.mean().tanh() - 9) + x.mean() * 0.1
@@ -92,7 +92,7 @@ class ShutHiddenGate(Plain):
 
 @template("twins", lambda step, *_: not step.middle)
 class Twins(Plain):
-    """Two copies of one block side by side: by symmetry neither can be worth more than the other."""
+    """Two parallel copies of one block, which must get the same importance by symmetry."""
 
     def make(self, width: int, inputs: int, outputs: int) -> None:
         super().make(width, inputs, outputs)
@@ -110,7 +110,7 @@ class Twins(Plain):
 
 
 class Hidden(Tapped):
-    """A module of torch.nn that symbolic tracing does not enter stands on the stream before a plain block."""
+    """A plain block beside a module of torch.nn that symbolic tracing does not enter."""
 
     inner: Any
 
@@ -168,7 +168,7 @@ class TorchTransformer(Hidden):
 
 @template("bilinear", lambda step, layout, *_: layout != "images")
 class Bilinear(Hidden):
-    """A layer with weights that no row of the table has."""
+    """A layer with weights that has no row in the operator table."""
 
     def enter(self, width: int, inputs: int) -> None:
         self.inner = nn.Bilinear(inputs, inputs, inputs)
@@ -179,7 +179,7 @@ class Bilinear(Hidden):
 
 @template("layers in DataParallel")
 class Parallel(Hidden):
-    """A wrapper of torch.nn around layers of one's own."""
+    """A wrapper of torch.nn around the model's own layers."""
 
     def enter(self, width: int, inputs: int) -> None:
         self.inner = nn.DataParallel(
@@ -189,7 +189,7 @@ class Parallel(Hidden):
 
 @template("loop over positions", _tokens)
 class OverPositions(Plain):
-    """The block is called on one position after the other, and what it made goes on with the next."""
+    """The block is called on one position after the other, with a state carried to the next."""
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         made, state = [], x[:, :1]

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do; imported by them without the rest of the tests."""
+"""Jobs for the processes of tests/test_ranks.py, which import only this file and not the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, TOKENS = 6, 5
 
 
 class Block(nn.Module):
-    """A residual block over tokens, with a mixing of tokens before it."""
+    """A residual block over tokens, preceded by token mixing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a classifier of the mean over tokens; in float64, so that sums in another order show in the last digits alone."""
+    """Two blocks and a classifier of the mean over tokens.
+
+    It computes in float64, so that the order of summation only affects the last digits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ def network() -> nn.Module:
 
 
 def batches(count: int, masked: bool = False) -> list[Any]:
-    """Batches of unlike sizes; no two are alike."""
+    """Return batches of different sizes and contents."""
     generator = torch.Generator().manual_seed(1)
     made: list[Any] = []
     for number in range(count):
@@ -86,7 +89,7 @@ def prune(data: Any, **options: Any) -> vbpfx.Pruned:
 
 
 def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: dict[str, Any]) -> None:
-    """One process of a job; writes what it raised, if it raised something of vbpfx."""
+    """Run one process of a job and write the error to a file if vbpfx raised one."""
     torch.set_num_threads(1)
     vbpfx.distributed.meeting.SILENCE, vbpfx.distributed.meeting.BEAT = 4.0, 0.2
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
@@ -98,7 +101,7 @@ def run_rank(job: str, rank: int, count: int, port: int, folder: Path, options: 
         dist.destroy_process_group()
 
 
-# What is pruned on several processes and on one; fewer batches than ranks among it.
+# Options for pruning on several processes and on one. One entry has fewer batches than processes.
 WAYS: dict[str, dict[str, Any]] = {
     "vbp": {"number": 7, "method": "vbp"},
     "ridge": {"number": 6, "method": "vbp", "compensation": "ridge"},
@@ -111,7 +114,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def pruned(number: int, masked: bool = False, **options: Any) -> vbpfx.Pruned:
-    """What one of the ways gives."""
+    """Prune in one of the ``WAYS``."""
     return prune(batches(number, masked), **options)
 
 
@@ -125,7 +128,7 @@ def job_prune(rank: int, folder: Path) -> None:
 
 
 def job_own(rank: int, folder: Path) -> None:
-    """Data of their own, of which the second rank has none; and a rank alone."""
+    """Give each rank its own data, of which the second has none, and let each rank prune alone."""
     data = batches(4)
     shares = [data, []]
     result = prune(shares[rank], ranks="own", example_inputs=data[0])
@@ -135,7 +138,7 @@ def job_own(rank: int, folder: Path) -> None:
 
 
 def job_differ(rank: int, folder: Path) -> None:
-    """Other weights, another ratio, another function."""
+    """Let the ranks differ in their weights, in the ratio, and in the called function."""
     said = []
 
     def attempt(job: Callable[[], object]) -> None:
@@ -156,7 +159,7 @@ def job_differ(rank: int, folder: Path) -> None:
 
 
 class Failing:
-    """Data whose batch of some number raises, or ends the process, on one rank."""
+    """Data that raises or kills the process at a given batch on one rank."""
 
     def __init__(self, rank: int, bad_rank: int, at: int, how: str) -> None:
         self.bad, self.at, self.how = rank == bad_rank, at, how
@@ -179,7 +182,7 @@ def job_fail(rank: int, folder: Path, bad: int, how: str, **options: Any) -> Non
 
 
 def prune_slowly(number: int, checkpoint: Path, artifact: Path) -> None:
-    """Prune with a checkpoint after every batch, each of which takes a while, and save."""
+    """Prune with slow batches and a checkpoint after each, and save the result."""
     torch.set_num_threads(1)
 
     def data() -> Iterator[Any]:
@@ -191,7 +194,7 @@ def prune_slowly(number: int, checkpoint: Path, artifact: Path) -> None:
 
 
 def save_killed(renames: int, folder: Path) -> None:
-    """Save a network, killed before a rename when so many have been made."""
+    """Save a network; the process is killed after ``renames`` renames, just before the next one."""
     torch.set_num_threads(1)
     result, original, made = prune(batches(2), ratio=0.5, method="vbp"), Path.replace, itertools.count()
 

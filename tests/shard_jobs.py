@@ -1,4 +1,4 @@
-"""What the processes of tests/test_sharding.py do; imported by them without the rest of the tests."""
+"""Jobs for the processes of tests/test_sharding.py, which import only this file and not the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEATURES, HIDDEN, CLASSES, BLOCKS = 8, 31, 4, 3
 
 
 class Block(nn.Module):
-    """A residual block; its layers have rows that two processes cannot share evenly."""
+    """A residual block whose layers have odd numbers of rows, which two processes cannot share evenly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks, a classifier, a scale without axes, and a layer that is never called."""
+    """Blocks, a classifier, a scalar parameter, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A student and its teacher in float64, the student a disturbed copy."""
+    """Return a student and its teacher in float64; the student is a perturbed copy."""
     torch.manual_seed(1)
     teacher, student = Net().double().eval(), Net().double().eval()
     with torch.no_grad():
@@ -62,7 +62,10 @@ def pair() -> tuple[nn.Module, nn.Module]:
 def finetune(
     student: nn.Module, teacher: nn.Module, dtype: torch.dtype = torch.float64, **options: Any
 ) -> vbpfx.FineTuned:
-    """Two epochs of seven batches of unlike sizes, one more held out; for two processes, the last step has one batch."""
+    """Fine-tune for two epochs of seven batches of different sizes, with one more batch held out.
+
+    On two processes, the last step of an epoch has a single batch.
+    """
     torch.manual_seed(2)
     data = [torch.randn(4 + number % 3, FEATURES, dtype=dtype) for number in range(8)]
     given: dict[str, Any] = {
@@ -77,7 +80,7 @@ def finetune(
 
 
 def held(state: TrainingState) -> dict[str, list[int]]:
-    """Bytes of weights, gradients and moments: those in this process's memory, and those of the whole."""
+    """Return the bytes of weights, gradients and moments, in this process's memory and in total."""
 
     def size(tensors: list[Tensor]) -> list[int]:
         memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -91,7 +94,7 @@ def held(state: TrainingState) -> dict[str, list[int]]:
 
 
 def train(rank: int, folder: Path) -> None:
-    """Runs that are sharded and runs that are not; weights, losses and sizes are left in the folder."""
+    """Run sharded and unsharded fine-tuning and write weights, losses and sizes to the folder."""
     student, teacher = pair()
     before = [tensor.clone() for network in (student, teacher) for tensor in network.state_dict().values()]
     sizes: list[dict[str, list[int]]] = []
@@ -113,7 +116,7 @@ def train(rank: int, folder: Path) -> None:
     def break_off(inputs: Inputs) -> Inputs:
         nonlocal calls
         calls += 1
-        if calls == 6 - rank:  # step 6: of four steps an epoch, the second process has a batch in three
+        if calls == 6 - rank:  # step 6: the second process has a batch in only three of the four steps per epoch
             raise KeyboardInterrupt
         return inputs
 
@@ -122,7 +125,7 @@ def train(rank: int, folder: Path) -> None:
         finetune(student, teacher, augment=break_off, shard=True, **checkpoint)
     assert calls == 6 - rank
     done["resumed"] = finetune(student, teacher, shard=True, **checkpoint)
-    done["resumed whole"] = finetune(student, teacher, **checkpoint)  # from the end
+    done["resumed whole"] = finetune(student, teacher, **checkpoint)  # from the final checkpoint
     for name, precision in (("single", "no"), ("half", "bf16"), ("sharded half", "bf16")):
         networks = (network.float() for network in pair())
         options: dict[str, Any] = {"mixed_precision": precision, "shard": name.startswith("sharded"), "epochs": 1}
@@ -137,7 +140,7 @@ def train(rank: int, folder: Path) -> None:
 
 
 def command_line(rank: int, arguments: list[str]) -> None:
-    """The command line, killed on rank 1 in its first forward pass behind the second epoch's checkpoint."""
+    """Run the command line; kill rank 1 in its first forward pass after the second epoch's checkpoint."""
     save, run = Training._save, Inputs.run
     done = []
 

@@ -1,4 +1,4 @@
-"""Small students and teachers for fine-tuning; a script under torchrun imports them without the rest of the tests."""
+"""Small students and teachers for fine-tuning, in a file that a script under torchrun can import without the tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 class Plain(nn.Module):
-    """Without dropout or BatchNorm: a step does not depend on how its samples are split."""
+    """A network without dropout and BatchNorm, so that a step does not depend on how its samples are split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Plain(nn.Module):
 
 
 def pair(kind: type[nn.Module] = Net) -> tuple[nn.Module, nn.Module]:
-    """A student and its teacher, both in float64, the student a disturbed copy."""
+    """Return a student and its teacher, both in float64; the student is a perturbed copy."""
     torch.manual_seed(1)
     teacher = kind().double().eval()
     student = copy.deepcopy(teacher)

@@ -1,4 +1,4 @@
-"""Small networks that carry their expected blocks, and small networks whose hidden axis must be refused."""
+"""Small networks with their expected blocks, and small networks whose hidden axis must be refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.nn.utils import parametrizations
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an example batch, and what the analysis must find.
+    """A network, an example batch, and the expected result of the analysis.
 
-    ``blocks`` is name -> width. ``own`` is why the model's own class cannot hold the result. ``refused`` is a part of the reason for which the axis of a layer is refused.
+    ``blocks`` maps names to widths. ``own`` is the reason why the model's own class cannot hold the result. ``refused`` maps
+    layers to a part of the reason for which their axis is refused.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Case:
 
 
 class Net(nn.Module):
-    """Layers as attributes, the forward pass as a function of them."""
+    """A module with given layers as attributes and a given forward function."""
 
     def __init__(self, forward: Callable[..., Any], **layers: Any) -> None:
         super().__init__()
@@ -54,12 +55,12 @@ def images() -> Tensor:
 
 
 def mlp(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Module]:
-    """fc1 8 -> 12 and fc2 12 -> 8, beside what else the case wants."""
+    """Return a maker of a network with fc1 8 -> 12, fc2 12 -> 8, and further layers of the case."""
     return lambda: Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 8), **layers)
 
 
 def packed(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Module]:
-    """fc1 8 -> 24, of which two halves gate each other, and fc2 12 -> 8 without a bias."""
+    """Return a maker of a network with fc1 8 -> 24, whose halves gate each other, and fc2 12 -> 8 without a bias."""
     return lambda: Net(forward, fc1=nn.Linear(8, 24), fc2=nn.Linear(12, 8, bias=False), **layers)
 
 
@@ -74,7 +75,7 @@ class ResidualBlock(nn.Module):
 
 
 class EqualSizes(nn.Module):
-    """Tokens, channels, hidden width and head count all of one length: only arguments can tell them apart."""
+    """Tokens, channels and hidden width have the same length, so that only arguments can tell the axes apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class TokenMixing(nn.Module):
 
 
 class Nested(nn.Module):
-    """Each layer in the middle is consumer of one block and producer of the next; no biases."""
+    """Each inner layer is the consumer of one block and the producer of the next; there are no biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class Nested(nn.Module):
 
 
 class TwoConsumers(nn.Module):
-    """Two layers read the hidden axis behind different functions: two statistics, one choice of neurons."""
+    """Two layers read the hidden axis behind different functions, which gives two statistics for one choice of neurons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class Functional(nn.Module):
-    """Weights that belong to no layer, without biases, and a depthwise convolution whose groups are a number."""
+    """Weights that belong to no layer, no biases, and a depthwise convolution whose groups are a literal number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ class Functional(nn.Module):
 
 
 class Reshaped(nn.Module):
-    """Literal sizes, sizes read from the tensor itself, permutations and flattened positions."""
+    """Literal sizes, sizes read from the tensor, permutations and flattened positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class Attention(nn.Module):
 
 
 class SpatialGate(nn.Module):
-    """gMLP: one half is normed, mixed over the tokens, and gates the other."""
+    """gMLP: one half is normalised, mixed over the tokens, and gates the other half."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class SpatialGate(nn.Module):
 
 
 class Parallel(nn.Module):
-    """One layer makes the hidden axes of two branches and a part that must stay."""
+    """One layer makes the hidden axes of two branches and a part that must not be narrowed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ class Parallel(nn.Module):
 
 
 class FusedOutput(nn.Module):
-    """Packed at both ends, and cut at one end in another order than joined at the other."""
+    """Packed producer and packed consumer: the parts are split in one order and concatenated in another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +224,7 @@ class FusedOutput(nn.Module):
 
 
 class Dense(nn.Module):
-    """DenseNet: every layer reads what all layers before it made."""
+    """DenseNet: every layer reads the outputs of all earlier layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +238,7 @@ class Dense(nn.Module):
 
 
 class ResponseNorm(nn.Module):
-    """ConvNeXt V2's block."""
+    """The block of ConvNeXt V2, with its response norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +262,7 @@ def two_paths() -> nn.Module:
 
 
 class HiddenStream(nn.Module):
-    """h = h + act(fc(h)): the width of a network, not of a block."""
+    """h = h + act(fc(h)): this width belongs to the residual stream and not to a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,7 +408,7 @@ SPLIT = [
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens as rows, and the numbers of those whose first entry is positive."""
+    """Return all tokens as rows, and the indices of those whose first entry is positive."""
     rows = x.flatten(0, 1)
     return rows, (rows[:, 0] > 0).nonzero()[:, 0]
 
@@ -444,7 +445,7 @@ def hidden_gathered(m: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedEncoder(nn.Module):
-    """Of its mask torch's encoder asks whether it is the causal one."""
+    """An encoder with a causal mask: torch's encoder checks whether its mask is the causal one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -458,7 +459,7 @@ class MaskedEncoder(nn.Module):
 
 
 def two_kinds() -> Tensor:
-    """Tokens of which every other one has a positive first entry."""
+    """Return tokens, every other one of which has a positive first entry."""
     x = tokens()
     x[..., 0] = torch.tensor([1.0, -1.0]).repeat(8)[:15].view(3, 5)
     return x
