@@ -1,4 +1,4 @@
-"""Networks that once broke something: each is refused for a reason or rewritten exactly."""
+"""Networks that once caused an error: each is refused with a reason or rewritten exactly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 
 
 def check(model: nn.Module, batch: Any, frontend: str, *, blocks: int) -> Any:
-    """That many blocks, and the oracle holds for them in float64."""
+    """Assert that the analysis finds ``blocks`` blocks and that the oracle holds for them in float64."""
     model = double(randomize(model))
     captured = vbpfx.capture(model, batch.double(), frontend=frontend)
     found = vbpfx.find_blocks(captured)
@@ -33,7 +33,7 @@ def check(model: nn.Module, batch: Any, frontend: str, *, blocks: int) -> Any:
 
 
 class ReadsBuffer(nn.Module):
-    """A relative position bias: layers over a buffer, whose name is nested. Its own hidden axis is a block too."""
+    """A layer over a buffer with a nested name, as for relative position biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_rewritten_exactly(name: str, frontend: str) -> None:
 
 
 class Padded(nn.Module):
-    """What is usual and wrong: a mean over tokens that takes padding in."""
+    """A common mistake: a mean over tokens that includes padding."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def test_a_graph_unlike_its_model_says_why() -> None:
 
 
 class Complex(nn.Module):
-    """One block of complex numbers, one of real ones, and a complex output."""
+    """A block of complex numbers, a block of real numbers, and a complex output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def test_movedim_is_read_by_name() -> None:
 
 
 def test_a_class_whose_code_states_the_width_is_a_typed_error() -> None:
-    """An ATen graph cannot tell that the code states the width; running the class can."""
+    """An ATen graph does not show that the code states the width; the error appears when the class runs."""
     model = mlp(lambda m, x: m.fc2(m.fc1(x).relu().reshape(-1, 12)))()
     pruned = vbpfx.prune(model, [tokens()], ratio=0.5, frontend="export", progress=False)
     with pytest.raises(VerificationError, match="does not run"):
@@ -240,13 +240,13 @@ def test_a_size_that_states_another_tensors_shape_is_refused(frontend: str) -> N
     model = Net(forward, fc1=nn.Linear(8, 12), fc2=nn.Linear(12, 12))
     if frontend == "symbolic":
         check(model, tokens(), frontend, blocks=0)
-    else:  # in an ATen graph that size is a number, and the output keeps it
+    else:  # in an ATen graph that size is a number, which the output keeps
         check(model, tokens(), frontend, blocks=1)
 
 
 @BOTH
 def test_a_created_bias_takes_nobodys_name(frontend: str) -> None:
-    """Layers that add their bias later: the fold must not overwrite it."""
+    """A layer adds its own bias later, and the fold must not overwrite it."""
 
     class SkipBias(nn.Module):
         def __init__(self) -> None:
@@ -364,7 +364,7 @@ def test_old_weight_norm_elsewhere_in_the_model_does_not_stop_apply_plan() -> No
 
 
 class _Scaled(nn.Module):
-    """A class that computes with its hidden width: how, the test says."""
+    """A class that computes with its hidden width in the way that the test gives."""
 
     def __init__(self, scale: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def test_code_that_computes_with_a_width_is_named_by_its_line(name: str) -> None
 
 
 def test_a_scale_that_a_class_remembers_is_left_as_it_is() -> None:
-    """As the graph has it: the plan is of the network with that scale, and the class computes the same."""
+    """Graph and class both keep the remembered scale, so they compute the same."""
     model = _Scaled(lambda m, h: m.remembered)
     pruned = vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", frontend="export", progress=False)
     small, batch = pruned.apply_to(model), torch.randn(5, 8)
@@ -405,7 +405,7 @@ def test_a_scale_that_a_class_remembers_is_left_as_it_is() -> None:
 
 
 class _Cuts(nn.Module):
-    """A class that does not run narrowed, since it remembers where its gate begins."""
+    """A class that cannot run at other widths, because it stores the index at which its gate begins."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The shape of the project: imports in one direction, one public door, a wheel that works."""
+"""The structure of the project: imports go in one direction, public names are documented, the wheel works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = ROOT / "vbpfx"
 
 
 def _lines() -> list[list[str]]:
-    """The packages in the lines of the import contract in pyproject.toml, from the top."""
+    """Return the packages of each layer of the import contract in pyproject.toml, from the top."""
     block = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     assert block is not None
     return [line.split(" | ") for line in re.findall(r'"(.*)"', block[1])]
@@ -48,7 +48,7 @@ def test_the_map_shows_every_package_in_the_order_of_the_contract() -> None:
 
 @pytest.mark.parametrize("name", _modules())
 def test_imports_go_down_alone(name: str) -> None:
-    """Packages import from lines below their own, and every file says what it is for."""
+    """Packages import only from layers below their own, and every file has a docstring."""
     level = {package: number for number, line in enumerate(_lines()) for package in line}
     package = name.split("/")[0]
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
@@ -67,7 +67,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 
 
 def test_a_wheel_builds_and_works_outside_the_checkout(tmp_path: Path) -> None:
-    """Installed without its dependencies beside the environment that has them; the shipped weights must be in it."""
+    """The wheel is installed without dependencies, which the environment already has; it must contain the weights."""
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

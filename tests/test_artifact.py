@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, and a damaged, foreign or hostile artifact is an ArtifactError."""
+"""A saved network loads bit for bit, and a damaged, foreign or hostile artifact raises ArtifactError."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Functional(nn.Module):
-    """Weights that belong to no layer: the fold makes a parameter of its own."""
+    """Weights that belong to no layer, so that the fold makes a new parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Functional(nn.Module):
 
 
 class Buffers(nn.Module):
-    """A persistent buffer, one that is not, and an integer one."""
+    """A persistent buffer, a non-persistent one, and an integer one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Buffers(nn.Module):
 
 
 class Tied(nn.Module):
-    """The output layer is the embedding."""
+    """The output layer shares its weight with the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Tied(nn.Module):
 
 
 class Nested(nn.Module):
-    """Dictionaries, tuples and lists inside each other come out."""
+    """Nested dictionaries, tuples and lists are returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Nested(nn.Module):
 
 
 class Keywords(nn.Module):
-    """Two tensors by keyword only, and an option with a default."""
+    """Two keyword-only tensors, and an option with a default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class Wrapped(nn.Module):
-    """A function of the user's that the tracer does not look into."""
+    """A function of the user that the tracer does not enter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def run(network: nn.Module, batch: Any) -> Any:
 
 
 def assert_same_output(found: nn.Module, expected: nn.Module, batch: Any) -> None:
-    """Bit for bit, and of the same structure."""
+    """Assert that the outputs are equal bit for bit and have the same structure."""
     got, wanted = pytree.tree_flatten(run(found, batch)), pytree.tree_flatten(run(expected, batch))
     assert got[1] == wanted[1]
     for a, b in zip(got[0], wanted[0], strict=True):
@@ -225,7 +225,7 @@ def test_the_tensors_come_back_under_their_names(case: Case, frontend: str, tmp_
     pruned = prune(randomize(case.make()), case.batch(32), frontend=frontend)
     pruned.save(tmp_path)
     loaded, small = vbpfx.load(tmp_path), pruned.graph_module
-    # without duplicates: a tied weight that came back twice would be counted and trained twice
+    # No duplicates: a tied weight that was loaded twice would be counted and trained twice.
     assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
     assert sorted(n for n, _ in loaded.named_buffers()) == sorted(n for n, _ in small.named_buffers())
     assert sorted(loaded.state_dict()) == sorted(small.state_dict()), "a buffer became persistent, or is so no more"
@@ -233,14 +233,14 @@ def test_the_tensors_come_back_under_their_names(case: Case, frontend: str, tmp_
 
 
 def test_a_network_saved_by_an_earlier_version_loads() -> None:
-    """Gates, a carried norm and named results, as version 0.1.0 saved them, with what the network computed then."""
+    """Version 0.1.0 saved this network with gates, a carried norm and named results, and its outputs of that time."""
     saved = Path(__file__).parent / "saved"
     expected = load_file(saved / "gated_0.1.0-expected.safetensors")
     loaded = vbpfx.load(saved / "gated_0.1.0")
     found = loaded(expected["x"])
     assert set(found) == {"logits", "hidden"}
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)  # sums may be taken in another order
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)  # the order of summation may differ
     written = json.loads((saved / "gated_0.1.0" / "report.json").read_text())["widths"]
     assert load_plan(saved / "gated_0.1.0").widths == {name: now for name, (_, now) in written.items()}
 
@@ -259,7 +259,7 @@ def test_tied_weights_come_back_as_one_parameter(tmp_path: Path) -> None:
     graph, own = vbpfx.load(tmp_path), vbpfx.load(tmp_path, into=randomize(Tied()))
     for loaded in (own, graph):
         assert loaded.get_parameter("head.weight") is loaded.get_parameter("embed.weight")
-    # by hand: embedding, then two linear layers with 8 of 16 neurons left; the head costs nothing
+    # Counted by hand: an embedding, then two linear layers with 8 of 16 neurons left; the tied head adds none.
     wanted = 11 * 8 + (8 * 8 + 8) + (8 * 8 + 8)
     assert sum(p.numel() for p in own.parameters()) == wanted
     assert sum(p.numel() for p in graph.parameters()) == wanted
@@ -271,7 +271,7 @@ def test_the_call_signature_survives(frontend: str, tmp_path: Path) -> None:
     pruned = prune(randomize(Keywords()), batch, frontend=frontend)
     pruned.save(tmp_path)
     loaded = vbpfx.load(tmp_path)
-    names = ["x", "context", "extra"] if frontend == "symbolic" else ["x", "context"]  # export drops what was not given
+    names = ["x", "context", "extra"] if frontend == "symbolic" else ["x", "context"]  # export drops unused arguments
     for network in (pruned.graph_module, loaded):
         assert list(inspect.signature(network.forward).parameters) == names
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_the_plan_comes_back_equal(case: Case, frontend: str, tmp_path: Path) ->
         assert [c.dtype for c in found.constants] == [torch.float64] * len(expected.constants)
         for a, b in zip(found.constants, expected.constants, strict=True):
             assert torch.equal(a, b)
-    # the plan that came back does what the plan did
+    # The loaded plan has the same effect as the original one.
     assert_same_output(vbpfx.convert(pruned.captured, plan), pruned.graph_module, case.batch(3))
 
 
@@ -355,7 +355,7 @@ def test_beside_its_dense_model_a_network_is_the_graph_that_was_checked(artifact
     beside = load_beside(artifact, mlp())
     assert isinstance(beside, fx.GraphModule)
     assert_same_output(beside, vbpfx.load(artifact), rows(3))
-    (artifact / "graph.json").write_text("[]")  # damage is not a reason to take the other way
+    (artifact / "graph.json").write_text("[]")  # a damaged graph must not silently lead to the class
     with pytest.raises(ArtifactError, match=r"graph\.json is damaged"):
         load_beside(artifact, mlp())
 
@@ -422,7 +422,7 @@ def test_weights_that_lack_a_tensor_are_an_artifact_error(artifact: Path, into: 
     tensors = load_file(artifact / "model.safetensors")
     del tensors["2.weight"]
     save_file(tensors, artifact / "model.safetensors")
-    # into= must not leave the fresh model's own random weight standing
+    # into= must not keep the fresh model's own random weight.
     with pytest.raises(ArtifactError, match=r"2\.weight"):
         vbpfx.load(artifact, into=mlp() if into else None)
 
@@ -496,7 +496,7 @@ def test_an_interrupted_write_leaves_the_old_artifact(
 
 
 def test_a_full_disk_is_an_artifact_error(artifact: Path) -> None:
-    resource = pytest.importorskip("resource")  # a limit on the size of a file stands for the disk
+    resource = pytest.importorskip("resource")  # a limit on file sizes simulates a full disk
     before = {p.name: p.read_bytes() for p in artifact.iterdir()}
     other = prune(randomize(mlp()), rows(32), ratio=0.25)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -521,7 +521,7 @@ def test_saving_over_an_artifact_replaces_all_of_it(artifact: Path) -> None:
 
 
 def call(op: str, target: Any, args: list[Any], kwargs: list[Any] | None = None) -> Callable[[Any], None]:
-    """Insert a node in front of the output, which returns it."""
+    """Insert a node in front of the output and let the output return it."""
 
     def edit(data: Any) -> None:
         node = {"name": "evil", "op": op, "target": target, "args": {"tuple": args}, "kwargs": {"dict": kwargs or []}}
@@ -546,13 +546,13 @@ CODE = "__import__('pathlib').Path('executed').touch()"
 
 def named_by_code(data: Any) -> None:
     """fx writes ``getattr(self, "<name>")`` for a module whose name is not an identifier."""
-    dotless = CODE.replace(".", "\\x2e")  # a dot would end the name
+    dotless = CODE.replace(".", "\\x2e")  # a dot would split the name
     name = f'1"), exec("{dotless}"), getattr(self, "1'
     data["modules"][name] = data["modules"]["0"]
     next(node for node in data["nodes"] if node["op"] == "call_module")["target"] = name
 
 
-# A module of Python's own that nothing here imports, and that does nothing when it is.
+# A standard library module that nothing here imports, and whose import has no side effects.
 HARMLESS = "wsgiref.validate"
 HARMLESS_ENUM = {"__enum__": True, "fqn": f"{HARMLESS}:Kind", "name": "A"}
 HARMLESS_FACTORY = {"default_factory_module": HARMLESS, "default_factory_name": "Kind", "dict_context": []}
@@ -661,7 +661,7 @@ def test_a_hostile_graph_is_an_artifact_error(
     monkeypatch.setattr(importlib, "import_module", lambda name, *_: asked.append(name) or importing(name))
     error: Exception | None = None
     try:
-        load(artifact)(rows(2))  # what is written into the code may run at the first call only
+        load(artifact)(rows(2))  # injected code may run only at the first call
     except Exception as raised:
         error = raised
     assert list(empty.iterdir()) == [], "the file was executed"
@@ -672,7 +672,7 @@ def test_a_hostile_graph_is_an_artifact_error(
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*zoo.PACKED, *zoo.NORMS, *zoo.SHARED)])
 def test_every_kind_of_rewrite_loads_without_the_class(case: zoo.Case, tmp_path: Path) -> None:
-    """Splits by sizes, norms in plain operators, biases behind products: all of it is data in graph.json."""
+    """Splits by sizes, norms in plain operators and biases behind products are all stored as data in graph.json."""
     model, batch = randomize(case.make()).eval(), case.batch()
     pruned = vbpfx.prune(model, [batch], ratio=0.5, progress=False)
     pruned.save(tmp_path)
@@ -728,7 +728,7 @@ def pictures(samples: int) -> Tensor:
 def test_layers_that_keep_something_to_themselves(
     make: Callable[[], nn.Module], batch: Callable[[int], Any], tmp_path: Path
 ) -> None:
-    """Recurrent layers name their weights in private, convolutions the padding that is not of zeros."""
+    """Recurrent layers keep the names of their weights in private attributes, as convolutions do their padding."""
     torch.manual_seed(0)
     pruned = prune(make(), batch(16), method="vbp", frontend="symbolic")
     again = vbpfx.load(pruned.save(tmp_path / "a"))
@@ -737,7 +737,7 @@ def test_layers_that_keep_something_to_themselves(
 
 
 class Parts(nn.Module):
-    """Reads a tensor's parts: of those, a saved graph may read ``real``, and not ``grad_fn``."""
+    """Reads an attribute of a tensor: a saved graph may read ``real``, but not ``grad_fn``."""
 
     def __init__(self, part: str) -> None:
         super().__init__()
@@ -761,7 +761,7 @@ def test_a_graph_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 
 def test_a_plan_states_numbers_among_arguments_alone(artifact: Path) -> None:
-    """Where a number of channels stands comes from plan.json, and is written there."""
+    """plan.json says where the graph states a number of channels, and the new number is written there."""
 
     def edit(data: Any) -> None:
         literal = {"node": "input_1", "path": ["target"], "axis": 1, "start": 0, "stop": 1}
@@ -807,7 +807,7 @@ class Returning(nn.Module):
 
 
 def described(value: Any) -> Any:
-    """A result as nested names and tensors, whatever its classes are called."""
+    """Return a result as nested names and tensors, independent of its classes."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Fields):
@@ -895,7 +895,7 @@ def test_a_result_that_a_file_cannot_describe_is_refused_by_name(tmp_path: Path)
 
 
 def test_what_earlier_versions_wrote_is_read_where_it_names_nothing(tmp_path: Path) -> None:
-    """They wrote PyTorch's own text; tuples, lists and dictionaries in it are read, classes are not."""
+    """Earlier versions wrote PyTorch's own text, from which tuples, lists and dictionaries are read, but no classes."""
     pruned = prune(randomize(Nested()), rows(16), frontend="export")
     pruned.save(tmp_path)
     info = pruned.graph_module.graph._codegen.pytree_info

@@ -1,4 +1,4 @@
-"""Every bad input is an error that says what, where and what to do, and leaves the model as it was."""
+"""Every bad input raises an error that says what, where and what to do, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vbpfx.errors import (
 
 
 class Net(nn.Module):
-    """Two blocks, BatchNorm, dropout, a hook, a frozen weight, a gradient; in training mode but for one layer."""
+    """Two blocks, BatchNorm, dropout, a hook, a frozen weight, a gradient; all but one layer are in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ NEURONS = 16 + 32
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All of a model that must stay: comparing two of these with == is exact, to the bit and the identity."""
+    """Return everything of a model that must not change, so that == compares bits and identities."""
 
     def bits(tensor: Tensor | None) -> Any:
         return None if tensor is None else (tensor.dtype, tuple(tensor.shape), tensor.detach().numpy().tobytes())
@@ -92,7 +92,7 @@ def test_a_snapshot_sees_every_change() -> None:
 
 @contextmanager
 def refused(model: nn.Module, kind: type[VbpfxError], *parts: str) -> Iterator[None]:
-    """Exactly that kind of error, with all the parts in its message, and the model as it was."""
+    """Expect exactly that kind of error with all the parts in its message, and an unchanged model."""
     before = snapshot(model)
     with pytest.raises(VbpfxError) as caught:
         yield
@@ -143,14 +143,14 @@ def test_a_loader_that_does_not_know_its_length() -> None:
 
     loader = torch.utils.data.DataLoader(Endless(), batch_size=len(batches()[0]))
     with pytest.raises(TypeError):
-        len(loader)  # though it has the method
+        len(loader)  # although it has the method
     model = Net()
     assert prune(model, loader).plan.widths == prune(model, batches()).plan.widths
 
 
 def test_an_iterable_that_yields_only_once() -> None:
     class Once:
-        """Not an iterator, but its data is gone after the first time."""
+        """An iterable that is not an iterator, but whose data is used up after the first pass."""
 
         def __init__(self) -> None:
             self.left = batches()
@@ -160,7 +160,7 @@ def test_an_iterable_that_yields_only_once() -> None:
                 yield self.left.pop()
 
     pruned = prune(Net(), Once())
-    # three batches of 16 were there, and the look at the first must not lose it
+    # There were three batches of 16; reading the first one in advance must not lose it.
     assert pruned.plan.settings["samples"] == 48
 
 
@@ -197,7 +197,7 @@ def test_a_model_that_overflows_by_itself() -> None:
     with torch.no_grad():
         model.second[0].weight.fill_(1e38)
         for layer in (model.stem, model.first[0], model.first[3]):
-            layer.bias.zero_()  # zeros stay zeros up to the second block
+            layer.bias.zero_()  # zeros remain zeros up to the second block
     with refused(
         model,
         CalibrationError,
@@ -280,7 +280,7 @@ def test_a_graph_that_was_not_prepared() -> None:
         calibrate(captured.graph_module, batches())
 
 
-# ---- models that are none ------------------------------------------------------------------------------------------
+# ---- objects that are not models -----------------------------------------------------------------------------------
 
 
 def _quantised() -> nn.Module:
@@ -334,7 +334,7 @@ def test_no_budget() -> None:
     with refused(model, BudgetError, *options):
         vbpfx.prune(model, batches(), progress=False)
     with refused(model, BudgetError, *options):
-        vbpfx.prune(model, iter(()), progress=False)  # before the data is touched
+        vbpfx.prune(model, iter(()), progress=False)  # the error is raised before the data is read
 
 
 @pytest.mark.parametrize("second", ["macs", "params"])
@@ -345,7 +345,7 @@ def test_two_budgets(second: str) -> None:
 
 
 def kept(pruned: vbpfx.Pruned, kind: str) -> float:
-    """What is left of the dense model, counted by hand: Net at hidden widths w1 and w2."""
+    """Return the kept share of the dense model, counted by hand for Net at hidden widths w1 and w2."""
     w1, w2 = (pruned.report.widths[name][1] for name in ("first", "second"))
     weights = lambda w1, w2: 8 * 8 + 2 * 8 * w1 + 2 * 8 * w2  # noqa: E731
     biases = lambda w1, w2: 8 + 2 * 8 + (w1 + 8) + (w2 + 8)  # noqa: E731
@@ -365,7 +365,7 @@ def test_an_impossible_budget_names_the_nearest(kind: str, options: dict[str, An
     nearest = float(re.search(rf"use {kind}=([\d.]+) or more", str(caught.value))[1])
     pruned = prune(model, **({"ratio": None, kind: nearest} | options))
     assert kept(pruned, kind) <= nearest
-    # and it is the nearest to the four digits it is given with: the floors themselves
+    # The named budget is the nearest possible one to four digits: every block is at its floor.
     lowest = {"min_width": (12, 12), "round_to": (8, 8), "method": (1, 1)}.get(next(iter(options), ""), (1, 2))
     assert tuple(pruned.report.widths[name][1] for name in ("first", "second")) == lowest
     assert nearest - kept(pruned, kind) < 1e-4
@@ -516,7 +516,7 @@ def test_a_model_that_cannot_be_traced(kind: type[nn.Module], frontend: str) -> 
         CaptureError,
         rf"^{kind.__name__} could not be traced with inputs \(0: \(4, 8\) float32\)",
         "Try: check that the model runs on these inputs",
-        # every front end that tried names the line
+        # Every front end that was tried names the line.
         "".join(rf"(?s:.*){name}: [^\n]*\n    at {re.escape(__file__)}:{number}: " for name in front_ends),
     ):
         prune(model, frontend=frontend)
@@ -567,7 +567,7 @@ def test_statistics_of_a_model_of_another_width(width: int) -> None:
 
 def test_statistics_of_a_model_with_other_consumers() -> None:
     class Two(nn.Module):
-        """``b`` reads the hidden values as they are, or behind a function: one consumer input, or two."""
+        """``b`` reads the hidden values directly or behind a function, which gives one or two consumer inputs."""
 
         def __init__(self, behind: Callable[[Tensor], Tensor]) -> None:
             super().__init__()

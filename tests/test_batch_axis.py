@@ -1,4 +1,4 @@
-"""Which axis of every input is the batch: found by running the model, and honoured by every stage."""
+"""The batch axis of every input is found by running the model, and every stage respects it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vbpfx.graph.batch_axis import find_batch_axes
 
 
 class Computing(nn.Module):
-    """A function of a network and inputs as a module."""
+    """A module that applies a function to a network and the inputs."""
 
     def __init__(self, compute: Callable[..., Any], network: nn.Module | None = None) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def lstm_batch(steps: int, samples: int) -> tuple[Any, ...]:
     return torch.randn(steps, samples, 8), (torch.randn(1, samples, 8), torch.randn(1, samples, 8))
 
 
-# name, model, inputs -> the axis of every tensor that has one, in order; whether samples influence one another
+# (name, model, inputs, batch axis of every tensor or None, whether samples influence one another)
 CASES: list[tuple[str, Callable[[], nn.Module], tuple[Any, ...], list[int | None], bool]] = [
     ("elements alike", mlp, (torch.randn(6, 5, 8),), [0], False),
     ("one sample", mlp, (torch.randn(1, 8),), [0], False),
@@ -152,7 +152,7 @@ def test_a_loop_over_time_reads_every_step() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequence_first_encoders_are_pruned_as_those_whose_batch_comes_first(masked: bool) -> None:
-    """Against the same network whose data come batch first: axes are all that differs."""
+    """The reference is the same network with batch-first data; only the axes differ."""
 
     class First(nn.Module):
         def __init__(self) -> None:
@@ -172,7 +172,7 @@ def test_sequence_first_encoders_are_pruned_as_those_whose_batch_comes_first(mas
     turned.load_state_dict(model.state_dict())
     mask = (nn.Transformer.generate_square_subsequent_mask(5).double(),) if masked else ()
     data = [(torch.randn(5, 20, 8, dtype=torch.float64), *mask) for _ in range(3)]
-    # co-moments choose among samples that are held out, by their numbers
+    # Co-moments hold samples out by their numbers.
     options: dict[str, Any] = {"ratio": 0.5, "progress": False, "reconstruct": False}
     pruned = vbpfx.prune(model, data, **options)
     other = vbpfx.prune(turned, [(x.transpose(0, 1), *rest) for x, *rest in data], **options)
@@ -203,7 +203,7 @@ def test_the_batch_of_a_sequence_first_network_stays_open_in_files(tmp_path: Any
 
 
 class Graphs(nn.Module):
-    """Messages along edges: neither nodes nor edges are samples."""
+    """A graph network with messages along edges: neither nodes nor edges are samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ def test_a_graph_of_nodes_and_edges_is_taken_whole(options: dict[str, Any]) -> N
     pruned = vbpfx.prune(model, data, ratio=0.5, progress=False, **options)
     assert pruned.captured.batch is None
     assert pruned.plan.widths == {"mlp": 24}
-    assert pruned.captured.inputs.args[0].shape == (40, 8)  # uncut
-    # over the nodes of all graphs
+    assert pruned.captured.inputs.args[0].shape == (40, 8)  # all nodes are used
+    # The statistics cover the nodes of all graphs.
     seen = torch.cat([model.mlp[1](model.mlp[0](x + torch.zeros_like(x).index_add(0, e[1], x[e[0]]))) for x, e in data])
     torch.testing.assert_close(pruned.statistics.moments["mlp"][0].mean, seen.mean(0).detach().cpu())
     for x, e in data:

@@ -1,4 +1,4 @@
-"""Batches whose entries may be labels, options or one object: what is said of them."""
+"""Batches whose entries may be labels, options or a single object, and the messages about them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_numbers_that_may_be_targets_are_passed_on_and_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruned = prune(model, [(x, target)], inputs=lambda batch: ((batch[0],), {}))
-        assert len(as_inputs((x, randn(8)), model).args) == 2  # not one of every sample
+        assert len(as_inputs((x, randn(8)), model).args) == 2  # the second entry does not have one value per sample
         assert len(as_inputs((x, target), nn.Linear(8, 1)).args) == 1  # forward takes one argument
     torch.testing.assert_close(mean_of_hidden(pruned), model.mlp[:2](x).mean(0).detach())
 

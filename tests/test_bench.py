@@ -1,4 +1,4 @@
-"""Bench: the figures are those of the runs, on a clock and runtimes that say what they take."""
+"""bench reports the true figures, checked with a fake clock and runtimes of known speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vbpfx.runtimes.interface import Compiled, Runtime
 
 
 class Clock:
-    """Seconds that pass only when somebody says so."""
+    """A clock that only advances when it is told to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -40,7 +40,7 @@ def _mlp(width: int) -> nn.Module:
 
 
 class _Fake(Compiled):
-    """Takes seconds in proportion to the hidden width and the batch, and errs by a known amount."""
+    """A runtime that takes time proportional to hidden width and batch size, with a known error."""
 
     def __init__(self, network: nn.Module, clock: Clock, error: float, calls: list[int]) -> None:
         self.network, self.clock, self.error, self.calls = network, clock, error, calls
@@ -57,7 +57,7 @@ class _Fake(Compiled):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
-    """A runtime ``fake`` on a clock, and one that refuses narrow networks; what was called, by width."""
+    """Register fake runtimes; return their clock and the list of calls, each given by its width."""
     clock, calls = Clock(), []
 
     def refuse(network: nn.Module, inputs: Inputs, threads: int | None) -> Compiled:
@@ -77,7 +77,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
 
     monkeypatch.setattr(
         importlib.import_module("vbpfx.measurement.bench"), "runtime", runtime
-    )  # the package's name for it is the function
+    )  # ``vbpfx.bench`` is the function, not this module
     return clock, calls
 
 
@@ -90,7 +90,7 @@ def test_the_figures_are_those_of_the_runs(fake: tuple[Clock, list[int]]) -> Non
     )  # fmt: skip
     assert dense.training
     assert_unchanged(dense, before)
-    # by hand: 8 x 32 + 32 x 4 products against 8 x 8 + 8 x 4
+    # Counted by hand: 8 x 32 + 32 x 4 products against 8 x 8 + 8 x 4.
     assert result.macs == (384, 96)
     assert [(row.threads, row.batch) for row in result.rows] == [(1, 1), (1, 4), (2, 1), (2, 4)]
     for row in result.rows:
@@ -103,11 +103,11 @@ def test_the_figures_are_those_of_the_runs(fake: tuple[Clock, list[int]]) -> Non
             assert side.parity == pytest.approx(1e-5, rel=0.02)  # the error was added in float32
         assert (row.dense.size, row.pruned.size) == (32_000, 8_000)
     assert not result.problems
-    # once for parity, three to warm up, then in turn and every other round in reverse
+    # One call for parity, three for warming up, then both in turn, with every other round in reverse order.
     assert calls[:18] == [32, 8, *[32, 8] * 3, *[32, 8, 8, 32] * 2, 32, 8]
     printed = str(result)
     assert "MACs 384 -> 96 (4.00x less)" in printed
-    assert "125.0 -> 31.2" in printed  # ms of a batch of four
+    assert "125.0 -> 31.2" in printed  # milliseconds for a batch of four
     assert "4.00 (4.00-4.00)" in printed
 
 
@@ -150,7 +150,7 @@ def test_onnx_runtime_for_real() -> None:
         assert 0 < side.parity < 1e-5
     assert row.dense.size is not None
     assert row.pruned.size is not None
-    # 16 neurons of 8 + 1 + 4 numbers in float32 less; what else is stored differs by a few bytes
+    # 16 neurons with 8 + 1 + 4 float32 numbers each are removed; other stored data differs by a few bytes.
     assert row.dense.size - row.pruned.size == pytest.approx(16 * 13 * 4, abs=100)
 
 
@@ -197,7 +197,7 @@ def test_runs_alternate_and_only_rounds_are_timed() -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact, the model it is of as a module, and both as ONNX files."""
+    """Save an artifact, a module with its dense model, and both as ONNX files."""
     folder = tmp_path_factory.mktemp("bench")
     dense = _mlp(32)
     pruned = vbpfx.prune(dense, [torch.randn(16, 8)], ratio=0.5, method="vbp", progress=False)
@@ -239,7 +239,7 @@ def test_the_command_on_a_folder(saved: Path, monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize("name", ["two", "wide"])
 def test_inputs_that_no_shape_describes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tensors, one of them integers; and a network in float64."""
+    """One network takes two tensors, one of which holds integers; another is in float64."""
     monkeypatch.chdir(tmp_path)
     if name == "two":
         tokens = np.random.default_rng(0).integers(0, 9, (4, 6))

@@ -1,4 +1,4 @@
-"""The benchmarks of fine-tuning, calibration cost, int8, deployment, processes and speed: small runs, and what they write."""
+"""Small runs of the benchmarks on fine-tuning, calibration cost, int8, deployment, processes and speed, and their pages."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_quantized_writes_what_it_measured(tmp_path: Path) -> None:
     assert list(figures) == list(quantized.VARIANTS)
     assert figures["dense"]["kept"] == 1  # the same float32 network, in another runtime
     assert figures["dense"]["agreement"] == 1
-    assert 0.9 < figures["pruned + int8"]["agreement"] <= 1  # seen: 0.99 to 1
+    assert 0.9 < figures["pruned + int8"]["agreement"] <= 1  # observed: 0.99 to 1
     page = (tmp_path / "compilers.md").read_text()
     both = figures["pruned + int8"]
     assert f"| {both['kept']:.1%} ± {both['kept_se']:.1%}, {both['agreement']:.1%} |" in page
@@ -155,7 +155,7 @@ def test_speed_writes_what_it_measured(tmp_path: Path) -> None:
     assert speed.main(["--part", "observers", *small, *where]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     (observers,) = found["observers"]["costs"]
-    # depth, channels c, side; the second layer of an MLP reads 4 c channels of 4 bytes, of 2 images
+    # (depth, channels c, side): the second layer of each MLP reads 4 c channels of 4 bytes for 2 images.
     stages = ((1, 24, 40), (2, 32, 20), (4, 48, 10), (2, 64, 5))
     assert observers["bytes"] == 2 * sum(depth * 4 * 4 * c * side**2 for depth, c, side in stages)
     text = (tmp_path / "performance.md").read_text()
@@ -164,7 +164,7 @@ def test_speed_writes_what_it_measured(tmp_path: Path) -> None:
         "`python benchmarks/speed.py --part observers --rounds 1 --observed test_convnext --batch 2 --threads 1`"
         in text
     )
-    assert "`c`  \nanother" in text  # what another run has measured stays
+    assert "`c`  \nanother" in text  # results of another run are kept
 
 
 def test_the_speed_page_shows_growth_and_gpus(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The analysis finds what each network carries, refuses what it must, and the oracle holds for what it found."""
+"""The analysis finds the expected blocks of each network and refuses the others, and the oracle holds for all it finds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import vbpfx
 from vbpfx.outputs.differences import relative_error
 from vbpfx.rewrite.substitute import reference_graph
 
-# float64: what rounding alone makes of a few dozen operations
+# Rounding errors of a few dozen operations in float64.
 ROUNDING = 1e-12
 
 
@@ -89,7 +89,7 @@ def test_printing_the_analysis_names_blocks_and_reasons() -> None:
 
 
 class _Positions(nn.Module):
-    """A block over data, added to what a block over positions computes: of a table, a parameter, or a size."""
+    """A block over data plus a block over positions, which are computed from a table, a parameter, or a size."""
 
     def __init__(self, positions: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_a_module_that_runs_another_in_parallel_or_compiled_is_looked_into() -> 
 
 
 class _Leaves(nn.Module):
-    """Layers of torch.nn that hold weights, return several values, and stand in no row."""
+    """Layers of torch.nn that hold weights, return several values, and have no row in the operator table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_a_layer_without_a_row_is_refused_by_name_with_all_its_weights() -> None
     assert found["attention", 8][0] == {"attention.out_proj.weight"}, "it lies one module deeper"
 
 
-@pytest.mark.filterwarnings("ignore")  # both are deprecated, and still in models
+@pytest.mark.filterwarnings("ignore")  # both are deprecated but still used in models
 def test_quantised_and_scripted_layers_are_refused_by_name() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(_two_layers().eval(), {nn.Linear})
     with pytest.raises(vbpfx.AnalysisError, match=r"0: layer 0 is quantised \(Linear\): prune the plain model"):
@@ -238,7 +238,7 @@ def test_a_weight_that_is_made_before_every_call_is_named_once_with_the_way_to_u
 
 
 class _Stream(nn.Module):
-    """Two blocks on a stream x, beside a gate g of another input and a layer t of the stream itself."""
+    """Two blocks on a stream x, with a gate g computed from another input and layers t on the stream."""
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_a_stream_with_gated_branches_is_the_width_of_the_network_and_a_gate_on_
 
 
 class _Adapted(nn.Module):
-    """A linear layer with adapters of low rank beside it, as libraries for fine-tuning make them."""
+    """A linear layer with parallel low-rank adapters, as fine-tuning libraries make them."""
 
     def __init__(self, base: nn.Linear, count: int) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class _Adapted(nn.Module):
 
 
 class _Tuned(nn.Module):
-    """A mixing layer and an MLP on a stream, some of their layers with adapters."""
+    """A mixing layer and an MLP on a stream; some of their layers have adapters."""
 
     def __init__(self, adapted: dict[str, int]) -> None:
         super().__init__()
@@ -408,7 +408,7 @@ def test_sparse_weights_and_layouts_that_cannot_be_copied_are_named() -> None:
 def test_costs_of_picked_rows_are_those_of_all_rows() -> None:
     case = next(case for case in FOUND if case.name == "rows picked and added")
     captured = vbpfx.capture(case.make(), case.batch())
-    assert sum(captured.macs.values()) == 5 * (8 * 12 + 12 * 8)  # five tokens a sample
+    assert sum(captured.macs.values()) == 5 * (8 * 12 + 12 * 8)  # five tokens per sample
 
 
 def test_an_expert_that_saw_nothing_is_named_with_what_to_do() -> None:

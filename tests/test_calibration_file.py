@@ -1,6 +1,6 @@
-"""Runs that are killed: calibration goes on from its checkpoint bit for bit, and files are the old ones or the new ones.
+"""Killed runs: calibration resumes from its checkpoint bit for bit, and files are either the old or the new ones.
 
-No tolerance anywhere: the same batches go through the same operators in the same order.
+There is no tolerance, because the same batches go through the same operators in the same order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCHES = 9
 
 
 class Stopping:
-    """Batches, of which one is not reached."""
+    """Batches that raise KeyboardInterrupt before one of them."""
 
     def __init__(self, stop: int) -> None:
         self.stop = stop
@@ -60,7 +60,7 @@ def test_a_run_that_is_broken_off_anywhere_ends_like_one_that_is_not(options: di
         with pytest.raises(KeyboardInterrupt):
             ranks_jobs.prune(Stopping(stop), **kept)
     assert _same(ranks_jobs.prune(ranks_jobs.batches(BATCHES), **kept), whole)
-    again = ranks_jobs.prune(ranks_jobs.batches(BATCHES), **kept)  # from the end
+    again = ranks_jobs.prune(ranks_jobs.batches(BATCHES), **kept)  # resumes from the final checkpoint
     assert _same(again, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
 
@@ -80,7 +80,10 @@ KILLS = 10
 
 
 def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
-    """Ten times: while it starts, calibrates, resumes, saves. There is the old artifact or the new one, and no other plan."""
+    """The process is killed ten times: while it starts, calibrates, resumes or saves.
+
+    The artifact is always the old or the new one, with one of the two plans.
+    """
     data = ranks_jobs.batches(BATCHES)
     whole, old = ranks_jobs.prune(data), ranks_jobs.prune(data, ratio=0.25, method="vbp")
     plans = {plan_digest(pruned.plan): pruned.graph_module for pruned in (whole, old)}
@@ -90,7 +93,7 @@ def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
     while kills < KILLS or not finished:
         process = _FORKS.Process(target=ranks_jobs.prune_slowly, args=(BATCHES, checkpoint, artifact))
         process.start()
-        if kills % 2:  # every other one goes on for a while from what the one before it had written
+        if kills % 2:  # let every other process resume from the last checkpoint for a while
             while process.is_alive() and not (checkpoint / "calibration.safetensors").exists():
                 time.sleep(0.01)
         process.join(chance.uniform(0.0, 1.5) if kills < KILLS else 120)
@@ -114,7 +117,7 @@ def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("renames", [0, 1, 2, 6, 7])
 def test_a_save_that_is_killed_leaves_the_old_artifact_or_the_new_one(renames: int, tmp_path: Path) -> None:
-    """After every number of renames, of which the list of them is the first."""
+    """The process is killed after a number of renames; the first rename is that of the list of renames."""
     data = ranks_jobs.batches(2)
     old, new = (ranks_jobs.prune(data, ratio=ratio, method="vbp") for ratio in (0.25, 0.5))
     old.save(tmp_path)
@@ -129,7 +132,7 @@ def test_a_save_that_is_killed_leaves_the_old_artifact_or_the_new_one(renames: i
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(expected.report.to_json()))
     new.save(tmp_path)
     names = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}
-    assert {path.name for path in tmp_path.iterdir()} == names  # nothing is left over
+    assert {path.name for path in tmp_path.iterdir()} == names  # no temporary files are left
 
 
 def test_a_list_of_renames_reaches_no_other_folder(tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_list_of_renames_reaches_no_other_folder(tmp_path: Path) -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """A checkpoint of four batches."""
+    """Return the folder of a checkpoint after four batches."""
     with pytest.raises(KeyboardInterrupt):
         ranks_jobs.prune(Stopping(5), checkpoint=tmp_path, checkpoint_every=2)
     return tmp_path
@@ -214,7 +217,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(begun: Path) -> 
 
 
 def test_the_time_left_is_that_of_batches_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten batches of 40 s each behind 50 that an earlier run had done: 40 batches are left, 1600 s."""
+    """50 batches were done by an earlier run and 10 now, in 40 s each, so the 40 remaining ones take 1600 s."""
     from rich.progress import Progress
 
     clock, bars = [0.0], []

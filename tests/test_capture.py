@@ -1,4 +1,4 @@
-"""Capture: shapes on every node, a dynamic batch, the model's own signature, and errors that name the line."""
+"""Capture records shapes on every node, a dynamic batch and the model's signature, and its errors name the line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
 
 class Nested(nn.Module):
-    """A dictionary with a list in, a named tuple with a dictionary out, options that stay at their defaults."""
+    """The input is a dictionary with a list, the output is nested, and options keep their defaults."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_an_option_left_at_its_default_keeps_its_place_and_cannot_change_in_sile
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in FOUND])
 def test_every_node_knows_its_shape(case: Any) -> None:
-    """The recorded shapes are those of a real run, with the batch in the place of the stand-in."""
+    """The recorded shapes are those of a real run, with the batch size in place of the stand-in."""
     captured = vbpfx.capture(case.make(), case.batch(), frontend=case.frontends[0])
     real: dict[str, Any] = {}
 
@@ -88,10 +88,10 @@ def test_every_node_knows_its_shape(case: Any) -> None:
         value = node.meta["val"]
         if isinstance(real[node.name], Tensor):
             assert isinstance(value, FakeTensor)
-            # the batch may have been merged with another axis: 2018 is two heads of 1009 samples
+            # The batch may be merged with another axis: 2018 is two heads of 1009 samples.
             shape = [s // captured.batch * len(batch) if s % captured.batch == 0 else s for s in value.shape]
             found = list(real[node.name].shape)
-            if case in PICKED:  # how many rows are picked depends on values; what is recorded is the most
+            if case in PICKED:  # the number of picked rows depends on values; the largest is recorded
                 assert len(found) == len(shape), node.name
                 assert all(map(operator.le, found, shape)), node.name
             else:
@@ -134,7 +134,7 @@ def test_export_is_the_fallback_where_symbolic_tracing_stops() -> None:
     result = stages(randomize(Branches()), torch.randn(1, 5, 8))
     assert result.captured.frontend == "export"
     assert result.plan.widths == {"mlp": 6}
-    # a batch of one did not tie the graph to it, and the result can change mode and train
+    # The graph is not fixed to the example's batch of one, and the result can switch to training mode.
     assert result.small(torch.randn(4, 5, 8)).shape == (4, 5, 8)
     assert result.small.train().training
     with pytest.raises(CaptureError, match="symbolic"):
@@ -160,7 +160,7 @@ def test_capture_copies_no_weights_and_leaves_logging_alone() -> None:
 
 
 def test_macs_are_those_of_the_arithmetic() -> None:
-    """Per sample: qkv 5x8x24, two attention products 2x5x5x8, proj 5x8x8, mlp 2x5x8x12."""
+    """Counts per sample: qkv 5x8x24, two attention products 2x5x5x8, proj 5x8x8, mlp 2x5x8x12."""
     captured = vbpfx.capture(Attention(), tokens())
     assert sum(captured.macs.values()) == 5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8 + 2 * 5 * 8 * 12
     assert captured.macs["mlp_0"] == 5 * 8 * 12
@@ -223,7 +223,7 @@ def test_a_model_divided_over_processes_is_named_with_the_way_to_gather_it() -> 
 
 
 class _Remembers(nn.Module):
-    """Forward leaves what it computed in an attribute."""
+    """Its forward pass stores a tensor in an attribute."""
 
     def __init__(self) -> None:
         super().__init__()

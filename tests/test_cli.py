@@ -1,4 +1,4 @@
-"""The command line, on a short version of the demo."""
+"""The command line, tested on a short version of the demo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_demo_leaves_files_that_work(demo: tuple[Path, str]) -> None:
     folder, output = demo
     names = {path.name for path in folder.iterdir()}
     assert {"digits.onnx", "digits-dense.onnx", "accuracy.png", "demo.json", "plan.json", "model.safetensors"} <= names
-    for name in ("digits.onnx", "report.html"):  # whole, whatever the terminal's width and the folder's name
+    for name in ("digits.onnx", "report.html"):  # not wrapped or interpreted as markup
         assert str(folder / name) in output
     session = onnxruntime.InferenceSession(folder / "digits.onnx", providers=["CPUExecutionProvider"])
     split = load_digits()
@@ -57,7 +57,7 @@ def test_the_figures_of_the_demo_are_those_of_its_networks(demo: tuple[Path, str
     assert report.evaluation["test accuracy"] == [figures["dense_accuracy"], figures["onnx_accuracy"]]
     assert report.bench == figures["bench"]
     found = {(p["criterion"], p["ratio"]): p["accuracy"] for p in figures["points"]}
-    # 597 images: half of the neurons cost nothing that can be seen, and at 90 % the ranking does
+    # On 597 images, removing half of the neurons has no visible cost, and at 90 % the ranking matters.
     assert found["variance", 0.5] > figures["dense_accuracy"] - 0.01
     assert found["variance", 0.9] > found["random", 0.9]
 

@@ -1,4 +1,4 @@
-"""Bad command lines: one line that says why, the right exit status, and every file as it was."""
+"""Bad command lines give a one-line reason and the right exit status, and leave every file unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRUNE = ["prune", MLP, "--data", "good.npy", "--out", "out", "--ratio", "0.5"]
 
 
 class _Code:
-    """Pickled, it makes a file when it is loaded."""
+    """Its pickle creates a file when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("code-has-run",)
@@ -42,9 +42,9 @@ class _Code:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with good and bad files in it."""
+    """Return a working directory with good and bad files."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")  # usage errors are boxed: in one line
+    monkeypatch.setenv("COLUMNS", "400")  # keeps a boxed usage error on one line
     images = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
     np.save("good.npy", images)
     np.save("narrow.npy", images[..., 1:])
@@ -90,7 +90,7 @@ def _prune(
     return ["prune", model, "--data", data, "--out", out, *budget.split(), *others]
 
 
-# what is wrong -> arguments, exit status, what the line says
+# mistake -> (arguments, exit status, part of the message)
 LINES: dict[str, tuple[list[str], int, str]] = {
     # data
     "data that is not there": (_prune(data="nowhere"), 1, "nowhere does not exist"),
@@ -182,7 +182,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 def test_a_folder_without_permission_is_refused_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root may write everywhere, the system's answer is simulated."""
+    """The system's answer is simulated, because root may write everywhere."""
 
     def deny(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -193,7 +193,7 @@ def test_a_folder_without_permission_is_refused_before_the_work(place: Path, mon
 
 
 def test_the_folder_is_looked_at_before_any_work(place: Path) -> None:
-    """Models take long to load, and data to read."""
+    """The folder is checked before the model is loaded and the data read, which take long."""
     _require_one_line(
         _run(*_prune(model="cli_networks:raising", data="nowhere", out="other")), 1, "other holds thesis.tex"
     )
@@ -238,10 +238,10 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(stage: str, place: Path, monkeypa
 
 
 def test_ctrl_c_in_a_terminal(place: Path) -> None:
-    """A real signal to a real process."""
+    """A real process gets a real signal."""
     script = (
         "import os, signal, sys, time, vbpfx.pipeline.model, vbpfx.cli\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts behind its back ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background processes ignore SIGINT
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.argv[1:] = {PRUNE}\n"
         "vbpfx.pipeline.model.capture_faithfully = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "vbpfx.cli.main()"
@@ -260,7 +260,7 @@ def test_training_is_not_lost_where_onnx_cannot_be_made(place: Path) -> None:
     assert "\x1b" not in made.stderr
     tune = ["finetune", "out", "--dense", model, "--data", "good.npy", "--epochs", "1", "--out", "tuned"]
     Path("tuned").mkdir()
-    for name in ("plan.json", "graph.json", "model.onnx"):  # of an earlier result
+    for name in ("plan.json", "graph.json", "model.onnx"):  # files of an earlier result
         Path("tuned", name).write_text("")
     _require_one_line(_run(*tune), 1, "tuned holds everything but model.onnx")
     assert not Path("tuned/model.onnx").exists()
@@ -268,7 +268,7 @@ def test_training_is_not_lost_where_onnx_cannot_be_made(place: Path) -> None:
 
 
 def test_what_cannot_become_onnx_is_saved_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one error that leaves files: hours of work, whole, without the file of an earlier result among them."""
+    """This is the only error that leaves files: the complete result of a long run, without an earlier ONNX file."""
     assert _run(*PRUNE).exit_code == 0
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""``vbpfx eval`` and ``vbpfx finetune`` on the demo's network."""
+"""Tests of ``vbpfx eval`` and ``vbpfx finetune`` on the demo's network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RATIO = 0.97
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network pruned hard, samples to train on, and labelled ones."""
+    """Write a heavily pruned network, samples to train on, and labelled samples."""
     folder = tmp_path_factory.mktemp("files")
     split = load_digits()
     pruned = vbpfx.prune(load_trained(), [split.train_images[:200]], ratio=RATIO, method="vbp", progress=False)
@@ -64,7 +64,7 @@ def test_eval_counts_what_both_get_right(files: Path) -> None:
 
 
 def test_eval_reads_images_in_folders_of_classes(files: Path, tmp_path: Path) -> None:
-    """The digits as pictures of 256 greys, which all their 17 values survive."""
+    """The digits are stored as 8-bit images, which keep all of their 17 values."""
     split = load_digits()
     low, high = split.test_images.min().item(), split.test_images.max().item()
     for number, (image, label) in enumerate(zip(split.test_images[:120], split.test_labels[:120], strict=True)):
@@ -146,7 +146,7 @@ def test_finetune_writes_an_artifact_of_the_tuned_weights(files: Path, tmp_path:
 
 
 def test_finetune_is_what_python_does(files: Path, tmp_path: Path) -> None:
-    """The same weights as vbpfx.finetune on the same loader, and a tuned network can be tuned again."""
+    """The weights equal those of vbpfx.finetune on the same loader, and a tuned network can be tuned again."""
     options = ["--recipe", "few", "--epochs", 1, "--batch", 64, "--no-onnx", "--seed", 3]
     common = ["--dense", MODEL, "--data", files / "train.npy", *options]
     assert _run("finetune", files / "pruned", *common, "--out", tmp_path / "a").exit_code == 0
@@ -187,7 +187,7 @@ def test_finetune_goes_on_from_its_checkpoint(files: Path, tmp_path: Path) -> No
 
 
 def test_two_processes_train_together(files: Path, tmp_path: Path) -> None:
-    """Batches of half the size in two processes: the steps are those of one process, to the order of sums."""
+    """Two processes with half the batch size take the steps of one process, up to the order of summation."""
     env = os.environ | {
         "ACCELERATE_USE_CPU": "1",
         "OMP_NUM_THREADS": "1",
@@ -216,12 +216,12 @@ def test_two_processes_train_together(files: Path, tmp_path: Path) -> None:
     def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         return float(sum((a[name] - tensor).double().square().sum() for name, tensor in b.items()) ** 0.5)
 
-    # AdamW's first steps have the sign of a gradient, which sums in another order turn where it is nearly zero
+    # AdamW's first steps follow the sign of a gradient, which another order of summation can flip if it is nearly zero.
     assert distance(one, two) < 0.02 * distance(before, two)
 
 
 def test_a_graph_is_trained_where_the_class_cannot_hold_the_plan(tmp_path: Path) -> None:
-    """The squeeze of an axis that the code states by number: the class would compute with the dense width."""
+    """The code states the hidden width as a number, so that the class cannot run narrowed."""
     module = tmp_path / "stated.py"
     module.write_text(
         "import torch\n"

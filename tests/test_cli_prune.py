@@ -1,4 +1,4 @@
-"""The command prune: what it writes is what the library makes, and its options arrive there."""
+"""The command prune writes the same as the library and passes its options on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MLP = "cli_networks:mlp"
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """24 samples, in a working directory of their own."""
+    """Write 24 samples into a new working directory and return them."""
     monkeypatch.chdir(tmp_path)
     samples = np.random.default_rng(0).standard_normal((24, 3, 8, 8)).astype(np.float32)
     np.save("data.npy", samples)
@@ -79,7 +79,7 @@ def test_json_is_the_report_and_nothing_else(data: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("command", ["prune", "eval", "finetune"])
 def test_a_model_that_nobody_trained_is_told(command: str, data: torch.Tensor) -> None:
-    """Without --weights the student of a trained network would learn from noise, and nobody would hear of it."""
+    """Without this message, somebody who forgets --weights would not notice that the weights are random."""
     np.save("images.npy", np.random.default_rng(0).standard_normal((3, 3, 160, 160)).astype(np.float32))
     save_file(timm.create_model("test_vit").state_dict(), "trained.safetensors")
     given = ["--data", "images.npy", "--batch", "3"]
@@ -185,7 +185,7 @@ def test_two_processes_write_what_one_does(elsewhere: Path, monkeypatch: pytest.
     ("model", "data", "line"),
     [
         ("cli_networks:failing_in_rank_1", "data.npy", "vbpfx: rank 1: model 'cli_networks:failing_in_rank_1'"),
-        (MLP, "nowhere.npy", ": nowhere.npy does not exist"),  # all of them find that
+        (MLP, "nowhere.npy", ": nowhere.npy does not exist"),  # every kind of model reports missing data
     ],
 )
 def test_what_fails_in_one_process_is_said_once(model: str, data: str, line: str, elsewhere: Path) -> None:

@@ -1,4 +1,4 @@
-"""What stands for removed neurons, against NumPy; and the affine substitution oracle on every kind of block."""
+"""The compensation for removed neurons against NumPy, and the affine substitution oracle on every kind of block."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_prediction_is_numpys_ridge_regression() -> None:
     centred = rows.numpy() - rows.numpy().mean(0)
     x, y = centred[:, KEPT], centred[:, PRUNED]
     scale = np.trace(x.T @ x) / (len(rows) - 1) / len(KEPT)
-    # ridge as least squares on data with extra rows
+    # Ridge regression is least squares on data with extra rows.
     extra = math.sqrt(penalty * scale * (len(rows) - 1)) * np.eye(len(KEPT))
     expected = np.linalg.lstsq(np.vstack([x, extra]), np.vstack([y, np.zeros((len(KEPT), len(PRUNED)))]), rcond=None)[0]
     np.testing.assert_allclose(found, expected.T, rtol=1e-9, atol=1e-11)
@@ -62,7 +62,7 @@ def test_ridge_with_an_infinite_penalty_is_the_mean_fold() -> None:
 
 
 def test_the_penalty_is_chosen_on_what_was_held_out() -> None:
-    rows = _rows(14)  # so few that the smallest penalty fits noise
+    rows = _rows(14)  # few rows, so that the smallest penalty fits noise
     held = _rows(5000, seed=1)
     moments = _moments(rows, held)
     errors = {}
@@ -86,7 +86,7 @@ def test_where_prediction_does_not_help_it_is_the_mean() -> None:
 
 
 def double_batch(case: Case) -> object:
-    """The case's example batch in float64."""
+    """Return the case's example batch in float64."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, case.batch())
 
 
@@ -99,7 +99,7 @@ def test_the_affine_oracle_holds_on_every_kind_of_block(case: Case, criterion: s
     generator = torch.Generator().manual_seed(1)
 
     def drawn(entry: BlockPlan) -> tuple[Tensor | None, ...]:
-        """A prediction for every source; calls of one layer, whose weight takes one, share theirs."""
+        """Draw a prediction for every source; calls of one layer share theirs, because they share the weight."""
         found = [
             0.3 * torch.randn(len(entry.pruned), len(entry.kept), generator=generator, dtype=torch.float64)
             if entry.block.takes_prediction(source)
@@ -111,7 +111,7 @@ def test_the_affine_oracle_holds_on_every_kind_of_block(case: Case, criterion: s
                 found[other] = found[first]
         return tuple(found)
 
-    # the oracle holds for any a and B; small samples would leave B at zero here and there
+    # The oracle holds for any a and B. They are drawn here because small samples would leave some B at zero.
     blocks = tuple(dataclasses.replace(entry, predictions=drawn(entry)) for entry in result.plan.blocks)
     plan = dataclasses.replace(result.plan, blocks=blocks)
     found = vbpfx.verify(result.captured, vbpfx.convert(result.captured, plan), plan, tolerance=1e-9)
@@ -145,7 +145,7 @@ def test_criteria_are_their_formulas() -> None:
     inverse = np.linalg.inv(c + 1e-3 * np.trace(c) / 8 * np.eye(8))
     np.testing.assert_allclose(CRITERIA["obs"](about), (w**2).sum(0) / np.diag(inverse), rtol=1e-8)
     values, vectors = np.linalg.eigh(c)
-    edge = np.sort(values)[3] * (1 + math.sqrt(8 / 200)) ** 2  # torch's median of an even number is the lower one
+    edge = np.sort(values)[3] * (1 + math.sqrt(8 / 200)) ** 2  # torch takes the lower median
     denoised = (vectors**2 * np.where(values > edge, values, 0)).sum(1)
     expected = 0.7 * moments.variance.numpy() + 0.3 * denoised
     np.testing.assert_allclose(CRITERIA["denoised_variance"](about), expected, rtol=1e-9)

@@ -1,6 +1,6 @@
-"""Calibration with torch.compile: the statistics of plain passes, and nothing compiled where nobody asked.
+"""Calibration with torch.compile gives the statistics of plain passes, and nothing is compiled unless requested.
 
-Most of it goes through ``aot_eager``, which traces as Inductor does and needs no C++ compiler.
+Most tests use ``aot_eager``, which traces as Inductor does and needs no C++ compiler.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRACED = {"backend": "aot_eager"}
 
 
 class GatedLayer(nn.Module):
-    """Masked attention of two heads, and a gated MLP."""
+    """Masked attention with two heads, and a gated MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class GatedLayer(nn.Module):
 
 
 class Texts(nn.Module):
-    """Two layers of which the first is called twice, several inputs by keyword, and a buffer."""
+    """Two layers, the first of which is called twice, with several keyword inputs and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def texts(samples: int, tokens: int = 9) -> dict[str, Tensor]:
 
 
 class SmallConvNeXt(nn.Sequential):
-    """timm's own blocks."""
+    """A network of timm's ConvNeXt blocks."""
 
     def __init__(self) -> None:
         blocks = ConvNeXtBlock(8), ConvNeXtBlock(8)
@@ -89,7 +89,7 @@ NETWORKS = {"vit": small_vit, "convnext": SmallConvNeXt, "texts": Texts}
 
 
 def network(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[Any]]:
-    """A network and its batches: two full ones, of which the second is compiled for, another one, and a smaller last one."""
+    """Return a network and its batches: three of one size, of which the second triggers compilation, and a smaller one."""
     batches: list[Any] = [texts(n) if name == "texts" else {"x": torch.randn(n, 3, 16, 16)} for n in (3, 3, 3, 2)]
     batches = [{key: t.to(dtype) if t.is_floating_point() else t for key, t in batch.items()} for batch in batches]
     return randomize(NETWORKS[name]()).to(dtype).eval(), batches if name == "texts" else [b["x"] for b in batches]
@@ -102,7 +102,7 @@ def prepared(model: nn.Module, batch: Any, **options: Any) -> tuple[vbpfx.Analys
 
 
 def rows_by_hand(model: nn.Module, layer: str, batches: list[Any]) -> np.ndarray:
-    """What a layer of the model reads of all batches, padding left out."""
+    """Return the inputs of a layer over all batches, without padding."""
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     rows = []
@@ -119,7 +119,7 @@ def rows_by_hand(model: nn.Module, layer: str, batches: list[Any]) -> np.ndarray
 def assert_by_hand(
     model: nn.Module, analysis: vbpfx.Analysis, found: vbpfx.Statistics, batches: list[Any], rtol: float
 ) -> None:
-    """NumPy's moments of what the model's own layers read, of every block that one linear layer reads."""
+    """Compare the moments of every block with a single linear consumer with NumPy's on that layer's inputs."""
     checked = 0
     for block in analysis.blocks:
         layers = {consumer.weight.rpartition(".")[0] for consumer in block.consumers}
@@ -127,12 +127,12 @@ def assert_by_hand(
             continue
         rows = rows_by_hand(model, layers.pop(), batches)
         moments = found.moments[block.name]
-        # a block that is called several times is seen once a call
+        # A block that is called several times is observed at every call.
         assert sum(m.count for m in moments) == len(rows)
         whole = moments[0]
         for further in moments[1:]:
             whole = whole | further
-        # a value rounds by its own size, which is more than its deviation where the mean is large
+        # Rounding is relative to the size of a value, which exceeds the deviation if the mean is large.
         size, deviation = np.sqrt(np.square(rows).mean(0)), rows.std(0, ddof=1)
         assert (np.abs(whole.mean.numpy() - rows.mean(0)) <= rtol * size).all()
         assert (np.abs(whole.variance.numpy() - deviation**2) <= rtol * size * deviation).all()
@@ -152,7 +152,7 @@ def test_statistics_are_those_of_plain_passes(name: str, way: str) -> None:
 
 
 class Counting:
-    """A backend that runs what it is given as it is, and counts how often it is asked, and how often that is run."""
+    """A backend that runs graphs unchanged and counts compilations and runs."""
 
     def __init__(self) -> None:
         self.asked = self.ran = 0
@@ -167,7 +167,7 @@ class Counting:
         return run
 
 
-PIECES = 3  # of the network of two blocks: in front of their second layers, and behind
+PIECES = 3  # a network of two blocks is split in front of both second layers
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ PIECES = 3  # of the network of two blocks: in front of their second layers, and
 def test_shapes_are_compiled_for_when_they_come_again(
     sizes: list[int], options: dict[str, Any], compiled: int, batches: int
 ) -> None:
-    """A last smaller batch never, and once for open sizes where they vary."""
+    """A smaller last batch is never compiled; varying sizes are compiled once with dynamic shapes."""
     _, observed = prepared(mlp().eval(), torch.randn(4, 3, 8, 8))
     backend = Counting()
     vbpfx.calibrate(observed, [torch.randn(n, 3, 8, 8) for n in sizes], compile={"backend": backend} | options)
@@ -203,7 +203,7 @@ def test_the_prepared_graph_stays_as_it_was() -> None:
     assert observed.code == code
     assert {node.name: set(vars(node)) for node in observed.graph.nodes} == nodes
     once = vbpfx.statistics(observed)
-    vbpfx.calibrate(observed, batches)  # and goes on gathering
+    vbpfx.calibrate(observed, batches)  # it can still gather
     for name, sources in vbpfx.statistics(observed).moments.items():
         for whole, half in zip(sources, once.moments[name], strict=True):
             assert whole.count == 2 * half.count
@@ -211,7 +211,7 @@ def test_the_prepared_graph_stays_as_it_was() -> None:
 
 
 class InPlace(nn.Module):
-    """Values changed in place on the way; with ``shared``, one of which a view is read on the other side of a block."""
+    """Values are changed in place; with ``shared``, a view of one of them is read on the other side of a block."""
 
     def __init__(self, shared: bool) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_values_changed_in_place_are_changed_for_all_pieces() -> None:
 
 
 def marking(graph: fx.GraphModule, example: list[Any]) -> Any:
-    """A backend whose results can be told from those of plain passes."""
+    """A backend whose results differ recognisably from those of plain passes."""
 
     def run(*values: Any) -> Any:
         return tuple(v * 1.001 if isinstance(v, Tensor) and v.is_floating_point() else v for v in graph(*values))
@@ -255,7 +255,7 @@ def moments_of(statistics: vbpfx.Statistics) -> list[Tensor]:
 
 @pytest.mark.parametrize("through", ["calibrate", "exported", "prune"])
 def test_a_run_that_is_broken_off_ends_like_one_that_is_not(through: str, tmp_path: Path) -> None:
-    """Bit for bit: which batches run compiled does not depend on where it was broken off."""
+    """The results are equal bit for bit: which batches run compiled does not depend on the interruption."""
     model, batches = mlp().eval(), [torch.randn(n, 3, 8, 8) for n in (5, 3, 5, 3, 5, 4)]
 
     def run(data: Any, **options: Any) -> list[Tensor]:
@@ -283,7 +283,7 @@ def test_a_run_that_is_broken_off_ends_like_one_that_is_not(through: str, tmp_pa
 
 
 class Recurrent(nn.Module):
-    """Runs, and cannot be compiled: Dynamo leaves torch's recurrent layers alone."""
+    """A network that runs but cannot be compiled, because Dynamo does not enter torch's recurrent layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ def test_what_cannot_be_compiled_is_named() -> None:
 
 
 def failing(graph: fx.GraphModule, example: list[Any]) -> Any:
-    """A backend that cannot do what it is asked."""
+    """A backend that always fails."""
     raise NotImplementedError("no such kernel\nand more about it")
 
 
@@ -344,7 +344,7 @@ def test_a_batch_that_does_not_fit_is_no_matter_of_the_compiler() -> None:
         vbpfx.calibrate(observed, batches, compile=TRACED)
     model, words = network("texts", torch.float64)
     _, observed = prepared(model, words[0])
-    words[2]["input_ids"][0, 0] = 50  # one more than there are; of shapes that are compiled for
+    words[2]["input_ids"][0, 0] = 50  # an invalid token id in a batch of a compiled shape
     with pytest.raises(
         CalibrationError, match=r"batch 3 \(counted from 1\) does not fit the model: index out of range"
     ):
@@ -398,7 +398,10 @@ def test_the_command_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nothing_is_compiled_where_nobody_asks() -> None:
-    """Nor is the compiler imported, which takes seconds. (Tracing imports parts of it: the graph is made by hand.)"""
+    """The compiler, whose import takes seconds, is not even imported.
+
+    The graph is made by hand, because tracing imports parts of the compiler.
+    """
     script = (
         "import sys, torch, vbpfx\n"
         "from vbpfx.calibration.observer import Observer\n"

@@ -1,4 +1,4 @@
-"""Sizes that code computes to say where an axis is cut: a gate's halves, from the front, from the back, in parts."""
+"""Code that computes where to split an axis: the halves of a gate, counted from the front or the back, and parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vbpfx.errors import ArtifactError
 
 
 class Gate(nn.Module):
-    """A packed gate; ``cut`` makes what the second layer reads of its 24 channels."""
+    """A packed gate; ``cut`` computes the input of the second layer from its 24 channels."""
 
     def __init__(self, cut: Callable[[Tensor], Tensor], width: int = 12) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_code_that_takes_a_number_off_the_width_is_refused_in_the_models_own_cla
 
 
 def test_branches_of_one_layer_are_cut_where_each_of_them_ends() -> None:
-    """The first third and the second one are blocks with widths of their own; the last one nobody reads."""
+    """The first two thirds are blocks with their own widths; nothing reads the last third."""
 
     def branches(h: Tensor) -> Tensor:
         d = h.size(1) // 3
@@ -116,7 +116,7 @@ def test_branches_of_one_layer_are_cut_where_each_of_them_ends() -> None:
 
 
 def test_a_part_of_another_axis_as_long_as_half_the_width_stays_whole() -> None:
-    """The width of one block says which part of a value of another width is taken."""
+    """The width of one block determines which part of a value of another width is taken."""
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What conversion leaves alone, what it copies, and that the oracle would notice."""
+"""convert leaves the model unchanged and copies what it needs, and the oracle notices wrong conversions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_frozen_parameters_stay_frozen() -> None:
 
 
 def test_a_narrowed_graph_can_be_prepared_again() -> None:
-    """Blocks one at a time: statistics on the network narrowed so far, plans of disjoint blocks add up."""
+    """Blocks are pruned one at a time with statistics of the narrowed network; plans of disjoint blocks add up."""
     model, batch = double(randomize(Nested())), tokens().double()
     captured = vbpfx.capture(model, batch)
     analysis = vbpfx.find_blocks(captured)
