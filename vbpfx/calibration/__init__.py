@@ -1,1 +1,1 @@
-"""Activation statistics: an instrumented graph, and the loop that runs data through it."""
+"""Calibration: gather activation statistics by running data through an instrumented graph."""

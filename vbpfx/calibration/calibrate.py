@@ -1,4 +1,4 @@
-"""Calibrate: run the user's batches through a prepared graph."""
+"""Calibrate: run the user's batches through a prepared graph to gather its statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError, first_line
 
 ReadBatch = Callable[[Any], Inputs]
-# The time left is that of the mean batch of so many seconds: long enough for slow batches, short enough for a change of pace.
+# The time left is estimated from the mean pace of this many seconds. That is long enough for slow batches, and short
+# enough to follow a change of pace.
 _PACE = 600.0
 
 
@@ -43,34 +44,37 @@ def calibrate(
 ) -> None:
     """Run every batch through the prepared graph, without gradients.
 
-    Where ``torch.distributed`` is initialised, every rank runs its share, and all end with the statistics of all data, as one
-    process would have gathered them (to the rounding of float64 sums).
+    If ``torch.distributed`` is initialised, every rank runs its share of the data. At the end all ranks have the
+    statistics of all data, as one process would have gathered them (up to the rounding of float64 sums).
 
     Args:
         observed: what :func:`vbpfx.prepare` returned.
-        data: batches; gone through once.
-        read: from a batch to the arguments of the forward call; :func:`vbpfx.data.inputs.as_inputs` by default.
-        work: what is done with a batch instead, where more is wanted than the statistics.
-        compile: run what stands between the observers compiled by ``torch.compile``; a mapping holds its arguments, such as
-            ``{"mode": "reduce-overhead"}``, which takes CUDA graphs. Batches are compiled for when their shapes come for the second
-            time, and sizes left open once two shapes were. Worth it for much data alone: see docs/performance.md. The prepared
-            graph stays as it was.
-        total: number of batches, where it is known.
-        progress: show a bar on standard error, with the time left where ``total`` is known.
-        ranks: of N processes, with ``"share"`` all are given the same data, in the same order, and rank r runs batches r, r + N,
-            r + 2N, ...; with ``"own"`` every one is given data of its own (a ``DistributedSampler``'s) and runs all of it; with
-            ``"alone"`` this process has nothing to do with others.
-        checkpoint, checkpoint_every: a folder; what was gathered is written there every ``checkpoint_every`` batches of a rank, and at the end. If
-            it is there already, its batches are read again but not run, and the statistics end bit for bit as without a break.
-            The data must come in the same order; that is checked by a few of its values.
-        settings: what else makes the run this run, for the checkpoint.
+        data: an iterable of batches; it is iterated once.
+        read: a function from a batch to the arguments of the forward call; :func:`vbpfx.data.inputs.as_inputs` by
+            default.
+        work: what to do with every batch in place of a plain forward pass, if more than the statistics is wanted.
+        compile: run the parts of the graph between the observers compiled by ``torch.compile``. A mapping holds
+            arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``, which uses CUDA graphs. Code is
+            compiled when the shapes of a batch occur for the second time, and for any size once two different shapes
+            were compiled. It pays for large data sets only: see docs/performance.md. The prepared graph is not changed.
+        total: number of batches, if it is known.
+        progress: show a bar on standard error, with the time left if ``total`` is known.
+        ranks: how N processes divide the data. With ``"share"`` all of them get the same data in the same order, and
+            rank r runs batches r, r + N, r + 2N, ... With ``"own"`` every rank gets data of its own (from a
+            ``DistributedSampler``) and runs all of it. With ``"alone"`` this process works independently of others.
+        checkpoint, checkpoint_every: a folder for checkpoints. The statistics so far are written there every
+            ``checkpoint_every`` batches of a rank, and at the end. If there is a checkpoint already, the batches that
+            it covers are read again but not run, and the final statistics are bit for bit the same as without an
+            interruption. The data must come in the same order; some of its values are compared to check this.
+        settings: other settings of this run; a checkpoint is used only if they are the same.
 
     Raises:
-        CalibrationError: the model has no values, there is no batch, one does not fit the model, or one makes activations that are
-            not finite. The message counts batches from 1 and names the block. On a GPU it comes with the next checkpoint or at
-            the end: looking at every batch would hold up the next. Or ``torch.compile`` cannot take the network, or not these
-            arguments.
-        ArtifactError: the checkpoint is damaged, of another model, other settings or other data, or cannot be written.
+        CalibrationError: the model's weights have no values, there is no batch, a batch does not fit the model, or a
+            batch causes activations that are not finite. The message counts batches from 1 and names the block. On a
+            GPU activations are checked only at checkpoints and at the end, because checking every batch would delay the
+            next one. Or ``torch.compile`` cannot compile the network, or does not accept the arguments.
+        ArtifactError: the checkpoint is damaged, belongs to another model, other settings or other data, or cannot be
+            written.
         RankError: another rank has failed or died.
     """
     assert isinstance(ranks, Ranks)  # joined
@@ -148,9 +152,9 @@ def calibrate(
 
 
 def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphModule, error: Exception) -> str:
-    """What to say of a batch that a graph does not run on; ``first`` is one that it ran on."""
+    """Return the message for a batch that the graph does not run on; ``first`` is a batch that it did run on."""
     dtype = next((p.dtype for p in observed.parameters() if p.is_floating_point()), None)
-    given = {t.dtype for t in inputs.tensors if t.is_floating_point() or t.dtype == torch.uint8}  # as images are stored
+    given = {t.dtype for t in inputs.tensors if t.is_floating_point() or t.dtype == torch.uint8}  # uint8: stored images
     cast = f"; the model computes in {dtype}: cast the batch to it" if dtype and given - {dtype} else ""
     fitted = f"\n  a batch that did: {first.describe()}" if first is not None else ""
     return f"batch {seen} (counted from 1) does not fit the model: {first_line(error)}\n  this batch: {inputs.describe()}{fitted}{cast}"
@@ -159,12 +163,12 @@ def misfit(seen: int, inputs: Inputs, first: Inputs | None, observed: fx.GraphMo
 def _require_finite(
     observed: fx.GraphModule, called: Sequence[int], ran: Sequence[int], last: Inputs | None = None
 ) -> None:
-    """Raise a CalibrationError that names the first batch whose activations are not finite, and its first block.
+    """Raise a CalibrationError if activations are not finite. It names the first such batch, and the first block in it.
 
     Args:
-        called: how often every observer had been called before.
-        ran: the number of the batch of every call since then.
-        last: the last one of them, where it is the only one that can be bad.
+        called: how often every observer had been called before this run.
+        ran: the batch number of every call in this run.
+        last: the last batch, if only its activations need the check.
     """
     watching = zip(observers(observed), called, strict=True)
     found = [(o.bad_call - before, o.name) for o, before in watching if o.bad_call is not None]
@@ -175,7 +179,11 @@ def _require_finite(
 
 
 def not_finite(seen: int, block: str, inputs: Inputs | None, observed: fx.GraphModule) -> str:
-    """What to say of a batch that makes NaN or infinite activations; ``inputs`` are the batch, where it is still there."""
+    """Return the message for a batch that causes NaN or infinite activations.
+
+    Args:
+        inputs: the batch, if it is still there.
+    """
     parameters = ((name, p) for name, p in observed.named_parameters() if not p.is_meta)
     bad = next((name for name, parameter in parameters if not bool(parameter.isfinite().all())), None)
     if bad is not None:
@@ -191,10 +199,10 @@ def not_finite(seen: int, block: str, inputs: Inputs | None, observed: fx.GraphM
 
 @contextmanager
 def progress_bar(title: str, total: int | None, progress: bool, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, if asked for; what is yielded moves it on by one.
+    """Show a progress bar on standard error if ``progress`` is true. Yield a function that advances it by one.
 
     Args:
-        done: what was done in an earlier run: it counts in the bar, and not in the pace.
+        done: the number of steps that an earlier run has done. They count in the bar, but not in the pace.
     """
     if not progress:
         yield lambda: None

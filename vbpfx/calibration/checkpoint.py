@@ -1,4 +1,4 @@
-"""The file that a calibration can go on from."""
+"""Checkpoints of a calibration: the file from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from vbpfx.errors import ArtifactError, CalibrationError
 from vbpfx.storage.checkpoint import CALIBRATION, digest, load_checkpoint, save_checkpoint
 from vbpfx.storage.files import make_folder
 
-# A batch is known again by at most so many values of each of its tensors.
+# To recognise a batch, at most about this many values of each of its tensors are compared.
 _VALUES = 4096
 
 
 class Work(Protocol):
-    """What is done with the batches; they stay as they are."""
+    """What a calibration does with every batch. Implementations must not change the batches."""
 
     def run(self, batch: Inputs, start: int) -> None:
-        """A batch, on the model's device; ``start`` is the number of its first sample among those of all data."""
+        """Run a batch, which is on the model's device; ``start`` is the number of its first sample in all data."""
 
     def run_before(self, batch: Inputs, start: int) -> None:
-        """A batch that had been run when the checkpoint was written."""
+        """Handle a batch that was run before the checkpoint was written."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint is to hold of it."""
+        """Return the state that a checkpoint must hold."""
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Continue from what :meth:`state` returned."""
 
 
 class CalibrationFile:
-    """One rank's checkpoint: what observers have gathered, how many batches it is of, and which they were.
+    """One rank's checkpoint: what the observers have gathered, from how many batches, and from which ones.
 
     Attributes:
-        every: after how many of the rank's batches it is written.
+        every: the number of the rank's batches after which the file is written.
     """
 
     def __init__(self, path: Path, every: int, run: Mapping[str, Any]) -> None:
@@ -55,11 +55,11 @@ class CalibrationFile:
     def of(
         cls, folder: str | Path | None, every: int, observed: fx.GraphModule, ranks: Ranks, settings: Mapping[str, Any]
     ) -> CalibrationFile | None:
-        """The rank's file in a folder; None without a folder.
+        """Return this rank's file in a folder; None without a folder.
 
         Raises:
-            CalibrationError: ``every`` is not a number of batches.
-            ArtifactError: the folder cannot be made or written.
+            CalibrationError: ``every`` is smaller than 1.
+            ArtifactError: the folder cannot be made, or files in it cannot be written.
         """
         if every < 1:
             raise CalibrationError(f"checkpoint_every must be at least 1, found {every}")
@@ -81,10 +81,10 @@ class CalibrationFile:
         return cls(make_folder(Path(folder)) / name, every, run)
 
     def load(self, watching: Sequence[Observer], work: Work, device: torch.device) -> int:
-        """Give observers and work back what the file holds; returns of how many batches that is.
+        """Restore the observers and the work from the file. Return how many batches it covers, 0 without a file.
 
         Raises:
-            ArtifactError: the file is damaged, or of another run.
+            ArtifactError: the file is damaged or belongs to another run.
         """
         if not self.path.exists():
             return 0
@@ -96,10 +96,10 @@ class CalibrationFile:
         return self._batches
 
     def note(self, batch: Inputs, number: int) -> None:
-        """Take note of a batch, counted from 1, before it is run.
+        """Record which batch comes next, before it is run; ``number`` counts from 1.
 
         Raises:
-            ArtifactError: it is the last one that the file holds, and they were others.
+            ArtifactError: it is the last batch that the file covers, and the file was written with other batches.
         """
         for tensor in batch.tensors:
             flat = tensor.detach().flatten()
@@ -112,7 +112,7 @@ class CalibrationFile:
             )
 
     def save(self, watching: Sequence[Observer], work: Work, batches: int) -> None:
-        """Write what was gathered from so many batches."""
+        """Write what was gathered from the first ``batches`` batches."""
         tensors, counts = to_tensors(watching)
         tensors |= {f"work/{name}": tensor for name, tensor in work.state().items()}
         data = {"batches": batches, "counts": counts, "known by": self._known.hexdigest()}
@@ -120,10 +120,10 @@ class CalibrationFile:
         self._batches = batches
 
     def finish(self, watching: Sequence[Observer], work: Work, batches: int) -> None:
-        """Write what was gathered from all batches, if the file does not hold it yet.
+        """Write what was gathered from all batches, unless the file holds it already.
 
         Raises:
-            ArtifactError: the file is of more batches than there are.
+            ArtifactError: the file covers more batches than the data has.
         """
         if batches < self._batches:
             raise ArtifactError(

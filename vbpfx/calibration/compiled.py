@@ -1,8 +1,9 @@
-"""Forward passes that torch.compile has compiled, in pieces from observer to observer.
+"""Forward passes with torch.compile. The graph is compiled in pieces, from one observer to the next.
 
-An observer looks at values and keeps what it found, which no compiler can take: the graph is cut at the observers, every piece in
-between is compiled by itself, and the observers are called as ever. What a piece hands on is freed as soon as nobody reads it.
-The prepared graph is not touched: the pieces are a copy of its nodes, and share its modules.
+An observer reads values and keeps state, which torch.compile cannot handle. So the graph is cut at the observers: every
+piece between two of them is compiled by itself, and the observers are called as usual. A value that one piece passes to
+another is freed after its last use. The prepared graph is not changed: the pieces are copies of its nodes, and share
+its modules.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from vbpfx.errors import CalibrationError, first_line
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.frontends import quiet_logging
 
-# Whether, and with which arguments of torch.compile.
+# Whether to compile, or a mapping of arguments for torch.compile.
 Compile = bool | Mapping[str, Any]
-# By torch.compile's ``dynamic``: after so many compiled shapes its code is for any.
+# torch.compile's ``dynamic`` -> the number of compiled shapes after which its code works for any shape.
 _SHAPES_TO_OPEN = {True: 1, None: 2, False: math.inf}
-# Characters: Inductor lists all of its options where it does not know one.
+# Longest reason in characters. For an unknown option Inductor's message lists all of its options.
 _LONGEST_REASON = 300
 
 
 def forward_passes(observed: fx.GraphModule, compile: Compile) -> Forward:
-    """Passes through a prepared graph for its observers.
+    """Return the work that runs forward passes through a prepared graph, for its observers.
 
     Args:
         compile: see :func:`vbpfx.calibrate`.
 
     Raises:
-        CalibrationError: torch.compile does not take these options, or the graph cannot be cut.
+        CalibrationError: torch.compile does not accept these options, or the graph cannot be cut into pieces.
     """
     if not isinstance(compile, (bool, Mapping)):
         raise CalibrationError(
@@ -52,7 +53,7 @@ def forward_passes(observed: fx.GraphModule, compile: Compile) -> Forward:
 
 
 def compiling(compile: Compile) -> dict[str, str | None]:
-    """What a checkpoint holds of it: statistics of compiled passes differ in their last digits."""
+    """Return the setting for a checkpoint, since compiled passes give statistics that differ in their last digits."""
     if isinstance(compile, Mapping):
         named = {name: getattr(value, "__qualname__", value) for name, value in sorted(compile.items())}
         return {"compile": str(named)}
@@ -60,17 +61,19 @@ def compiling(compile: Compile) -> dict[str, str | None]:
 
 
 class CompiledForward(Forward):
-    """Passes that are compiled for the shapes of a batch when they come for the second time.
+    """Forward passes that are compiled when the shapes of a batch occur for the second time.
 
-    What comes once is run as it is: a last smaller batch is not worth a compilation, and what does not fit the model says so in
-    the model's own words. Which batches run compiled follows from the batches alone, those of a checkpoint included.
+    Shapes that occur once run without compilation: a smaller last batch is not worth it, and a batch that does not fit
+    the model then raises the model's own error. Which batches run compiled depends on the batches alone, including
+    those that a checkpoint covers.
 
     Args:
         observed: a prepared graph.
-        options: arguments of torch.compile; ``fullgraph=True`` by default, so that what it cannot take is an error.
+        options: arguments of torch.compile. ``fullgraph=True`` is the default, so that it is an error if some code
+            cannot be compiled.
 
     Raises:
-        CalibrationError: torch.compile does not take the options, or the graph cannot be cut.
+        CalibrationError: torch.compile does not accept the options, or the graph cannot be cut into pieces.
     """
 
     def __init__(self, observed: fx.GraphModule, options: Mapping[str, Any]) -> None:
@@ -82,23 +85,23 @@ class CompiledForward(Forward):
         self.compiled: set[Any] = set()
 
     def run(self, batch: Inputs, start: int) -> None:
-        """One batch."""
+        """Run one batch."""
         if not self._is_compiled(batch):
             self.forward(batch)
             return
         if model_device(self.observed).type == "cuda":
-            # what one piece hands to the next is of one step: CUDA graphs keep its memory until then
+            # all pieces of a pass are one step: CUDA graphs keep the memory of its values until the next step begins
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         own = batch.map(torch.clone)
         with torch.inference_mode(), quiet_logging():
             self.pieces(*graph_arguments(self.observed, own))
 
     def run_before(self, batch: Inputs, start: int) -> None:
-        """A batch that was run: its shapes count."""
+        """Count the shapes of a batch that was run before."""
         self._is_compiled(batch)
 
     def _is_compiled(self, batch: Inputs) -> bool:
-        """Whether a batch runs compiled; takes note of its shapes."""
+        """Count the batch's shapes, and return whether it runs compiled."""
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in batch.tensors)
         if shapes in self.once and len(self.compiled) < self.to_open:
             self.compiled.add(shapes)
@@ -107,7 +110,7 @@ class CompiledForward(Forward):
 
 
 class _Piece(nn.Module):
-    """A compiled piece that says where it is when the compiler gives up."""
+    """A compiled piece of the graph. If compilation fails, its error names the place in the network."""
 
     def __init__(self, piece: nn.Module, place: str, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -118,19 +121,19 @@ class _Piece(nn.Module):
             raise CalibrationError(f"torch.compile does not take compile={dict(options)}: {_reason(error)}") from error
 
     def forward(self, *values: Any) -> Any:
-        """The piece's values."""
+        """Return the piece's outputs."""
         try:
             return self.compiled(*values)
         except Exception as error:
-            self.piece(*values)  # where the values are at fault, the operators say so themselves
+            self.piece(*values)  # if the values are to blame, the operators themselves raise the better error here
             raise CalibrationError(
                 f"torch.compile cannot take the network {self.place}: {_reason(error)}; leave compile out"
             ) from error
 
 
 def _compiled_pieces(observed: fx.GraphModule, options: Mapping[str, Any]) -> fx.GraphModule:
-    """The prepared graph's calls, with everything between its observers compiled; it returns nothing."""
-    from torch.fx.passes.split_module import split_module  # takes sympy along
+    """Return a copy of the prepared graph with everything between its observers compiled. It returns nothing."""
+    from torch.fx.passes.split_module import split_module  # imported here because it imports sympy
 
     whole = fx.GraphModule(observed, copy.deepcopy(observed.graph))
     (output,) = whole.graph.find_nodes(op="output")
@@ -155,7 +158,10 @@ def _compiled_pieces(observed: fx.GraphModule, options: Mapping[str, Any]) -> fx
 
 
 def _refuse_shared_memory(whole: fx.GraphModule, piece_of: Mapping[fx.Node, int]) -> None:
-    """Raise where a value is changed in place in one piece and read in another: a piece may hand on a view as a copy."""
+    """Raise a CalibrationError if a value is changed in place in one piece and read in another.
+
+    A compiled piece may return a copy instead of a view, and the copy would miss the change.
+    """
     nodes = {node.name: node for node in whole.graph.nodes}
     for value, change in read_after_mutation(whole).items():
         touching = {piece_of[node] for node in (value, nodes[change], *value.users)}
@@ -167,7 +173,7 @@ def _refuse_shared_memory(whole: fx.GraphModule, piece_of: Mapping[fx.Node, int]
 
 
 def _reason(error: BaseException) -> str:
-    """What the compiler says, in one line: of a backend's failure the backend's own words."""
+    """Return the compiler's message in one line; if a backend failed, the backend's own message."""
     return textwrap.shorten(
         first_line(getattr(error, "inner_exception", None) or error), _LONGEST_REASON, placeholder=" ..."
     )

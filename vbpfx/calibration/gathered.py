@@ -1,6 +1,7 @@
-"""What observers have gathered: for a file, and over all ranks.
+"""Gathered moments: merge the observers' moments over all ranks, and convert them for a checkpoint.
 
-Of ranks r with counts n_r, means mu_r and centred second moments M2_r, all together have (Chan, Golub and LeVeque 1979)
+If rank r has count n_r, mean mu_r and centred second moment M2_r, then all ranks together have (Chan, Golub and LeVeque
+1979)
 
     n = sum n_r,    mu = sum n_r mu_r / n,    M2 = sum M2_r + n_r (mu_r - mu)(mu_r - mu)^T.
 """
@@ -21,11 +22,13 @@ from vbpfx.distributed.ranks import Ranks
 def over_all_ranks(
     moments: Sequence[Moments | None], widths: Sequence[int], device: torch.device, ranks: Ranks
 ) -> list[Moments | None]:
-    """The moments of what all ranks have seen, the same on all of them; None where none has seen anything.
+    """Return the moments of the data of all ranks, for every observer; None if no rank has seen data for it.
+
+    The result is the same on all ranks.
 
     Args:
-        moments, widths: of every observer, in the same order on all ranks.
-        device: where they lie.
+        moments, widths: the moments and the width of every observer, in the same order on all ranks.
+        device: the device of the moments.
     """
     nothing = [(0, torch.zeros(width, dtype=torch.float64, device=device)) for width in widths]
     kinds = (list(moments), [m and m.co for m in moments], [m and m.held for m in moments])
@@ -60,7 +63,7 @@ def _products(delta: Tensor, count: int) -> Tensor:
 
 
 def to_tensors(watching: Sequence[Observer]) -> tuple[dict[str, Tensor], list[dict[str, int]]]:
-    """What the observers have gathered, and the counts of it."""
+    """Return the observers' moments as tensors by name, and the counts that belong to them."""
     tensors: dict[str, Tensor] = {}
     counts: list[dict[str, int]] = []
     for number, observer in enumerate(watching):
@@ -76,7 +79,7 @@ def put_back(
     counts: Sequence[Mapping[str, int]],
     device: torch.device,
 ) -> None:
-    """Give observers what :func:`to_tensors` took of them."""
+    """Restore the observers' moments from what :func:`to_tensors` returned."""
     for number, (observer, parts) in enumerate(zip(watching, counts, strict=True)):
         read = _reader(tensors, f"{number}/", device)
         observer.moments = Moments.from_tensors(read, parts) if parts else None

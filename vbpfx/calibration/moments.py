@@ -1,16 +1,17 @@
 """Streaming moments of activations.
 
-For n samples x of d channels: count n, mean mu = sum(x) / n and the centred second moment
-M2 = sum((x - mu)^2), per channel. Two sets merge pairwise (Chan, Golub and LeVeque 1979):
+For n samples x of d channels they are, per channel, the count n, the mean mu = sum(x) / n and the centred second moment
+M2 = sum((x - mu)^2). Two sets a and b are merged pairwise (Chan, Golub and LeVeque 1979):
 
     delta = mu_b - mu_a
     mu    = mu_a + delta n_b / n
     M2    = M2_a + M2_b + delta^2 n_a n_b / n
 
-which never subtracts two large sums as E[x^2] - E[x]^2 does. Totals are float64. A batch is read once, in pieces that stay
-in the cache and in the activations' own precision: a piece less one of its batch's samples loses no digits to a large mean
-(Chan, Golub and LeVeque 1983, shifted data), and what rounding is left is of that precision relative to the variance.
-:class:`CoMoments` are the same with the full matrix sum((x - mu)(x - mu)^T) in place of M2.
+This never subtracts two large sums, as E[x^2] - E[x]^2 does. Totals are float64. Every batch is read once, in the
+activations' own precision and in pieces that stay in the cache. One of the batch's samples is subtracted from each
+piece, so that a large mean costs no digits (Chan, Golub and LeVeque 1983, shifted data). The remaining rounding error
+is of that precision relative to the variance. :class:`CoMoments` have the full matrix sum((x - mu)(x - mu)^T) in place
+of M2.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from vbpfx.errors import CalibrationError
 from vbpfx.graph.precision import full_float32
 
 _HALF = (torch.float16, torch.bfloat16)
-# A piece of 2 MiB stays in the cache, and is long enough that calling the operators costs nothing beside it. Rows are added
-# up one after another: a piece of few channels ends before its roundings add up.
+# On the CPU a piece of 2 MiB stays in the cache, and is large enough for the cost of calling operators not to matter.
+# Rows are summed one after another, so the number of rows is limited, too, before rounding errors add up.
 _ELEMENTS_AT_ONCE, _ROWS_AT_ONCE = 1 << 19, 1 << 12
-# Elsewhere every operator is a launch, and sums are trees of partial ones: pieces only bound the memory for the shifted copy.
+# On a GPU every operator is a kernel launch and sums are computed as trees, so pieces only limit the memory for the
+# shifted copy.
 _ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
@@ -36,8 +38,8 @@ _ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 26
 class CoMoments:
     """Number of rows n, mean (d,) and centred second moment (d, d) of one channel axis; float64.
 
-    The products are taken in the rows' own precision (float32 for the half ones) after their mean is subtracted: an error
-    of that precision relative to the variance, never to the mean.
+    The products are computed in the rows' own precision (float32 for half precision) after the mean is subtracted. So
+    their error is relative to the variance and not to the mean.
     """
 
     count: int
@@ -46,21 +48,21 @@ class CoMoments:
 
     @classmethod
     def of(cls, rows: Tensor) -> CoMoments:
-        """Co-moments of ``rows`` (n, d), n >= 1."""
+        """Return the co-moments of ``rows`` (n, d), n >= 1."""
         wide = widened(rows)
         mean = wide.mean(0, dtype=torch.float64)
         centred = wide - mean.to(wide.dtype)
-        left = centred.mean(0, dtype=torch.float64)  # what rounding the mean to the rows' precision left of it
+        left = centred.mean(0, dtype=torch.float64)  # the part of the mean lost by rounding it to the rows' precision
         with full_float32():
             product = centred.T @ centred
         m2 = product.double().addr_(left, left, alpha=-len(rows))
-        # no entry of it is larger than those of its diagonal, which is all that needs looking at
+        # no entry is larger than the largest on the diagonal, so checking the diagonal is enough
         if wide.dtype != torch.float64 and answers_at_once(wide.device) and not bool(m2.diagonal().isfinite().all()):
-            return cls.of(wide.double())  # squares of what is finite may leave float32
+            return cls.of(wide.double())  # squares of finite numbers may overflow float32
         return cls(len(rows), mean.to(wide.dtype).double() + left, m2)
 
     def __or__(self, other: CoMoments) -> CoMoments:
-        """The co-moments of both sets together."""
+        """Return the co-moments of both sets together."""
         count = self.count + other.count
         delta = other.mean - self.mean
         return CoMoments(
@@ -71,7 +73,7 @@ class CoMoments:
 
     @property
     def covariance(self) -> Tensor:
-        """Sample covariance C = M2 / (n - 1), (d, d)."""
+        """The sample covariance C = M2 / (n - 1), (d, d)."""
         return self.m2 / max(1, self.count - 1)
 
 
@@ -80,8 +82,8 @@ class Moments:
     """Count, mean (d,) and centred second moment (d,) of one channel axis; float64.
 
     Attributes:
-        co: co-moments of a share of the rows; None where none were asked for.
-        held: those of the rows of other samples, for choosing what ``co`` should not choose alone.
+        co: co-moments of a share of the rows; None if none were gathered.
+        held: co-moments of rows from held-out samples, to choose between fits that were made from ``co``.
     """
 
     count: int
@@ -92,7 +94,10 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor, axis: int = -1) -> Moments:
-        """Moments of every channel of ``axis`` over all other axes; any float dtype, at least one value a channel."""
+        """Return the moments of every channel of ``axis`` over all other axes.
+
+        ``values`` may have any float dtype, and must hold at least one value per channel.
+        """
         values = _samples_of_channels(values, axis)
         shift = widened(values[:1] if values.ndim == 2 else values[:1, :, :1])
         on_cpu = values.device.type == "cpu"
@@ -112,11 +117,11 @@ class Moments:
         mean = (local * n).sum(0) / count
         m2 = (torch.stack(variances).double() * n).sum(0) + ((local - mean).square() * n).sum(0)
         if values.dtype != torch.float64 and answers_at_once(values.device) and not bool(m2.isfinite().all()):
-            return cls.of(values.double(), 1)  # squares of what is finite may leave float32
+            return cls.of(values.double(), 1)  # squares of finite numbers may overflow float32
         return cls(count, mean + shift.double().flatten(), m2)
 
     def __or__(self, other: Moments) -> Moments:
-        """The moments of both sets together."""
+        """Return the moments of both sets together."""
         count = self.count + other.count
         delta = other.mean - self.mean
         return Moments(
@@ -128,14 +133,14 @@ class Moments:
         )
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """For a file: tensors by name, and the counts of their parts; :meth:`from_tensors` reads them."""
+        """Return tensors by name and counts by part, for a file; :meth:`from_tensors` is the inverse."""
         parts = {key: part for key, part in (("all", self), ("co", self.co), ("held", self.held)) if part}
         tensors = {f"{key}/{name}": getattr(part, name) for key, part in parts.items() for name in ("mean", "m2")}
         return tensors, {key: part.count for key, part in parts.items()}
 
     @classmethod
     def from_tensors(cls, read: Callable[[str], Tensor], counts: Mapping[str, int]) -> Moments:
-        """What :meth:`to_tensors` gave; ``read`` returns a tensor by its name."""
+        """Return the moments that :meth:`to_tensors` was called on; ``read`` returns a tensor by its name."""
         co = {
             key: CoMoments(counts[key], read(f"{key}/mean"), read(f"{key}/m2"))
             for key in ("co", "held")
@@ -145,15 +150,15 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Sample variance M2 / (n - 1), (d,); zero where only one sample was seen."""
+        """The sample variance M2 / (n - 1), (d,); zero if only one sample was seen."""
         return self.m2 / max(1, self.count - 1)
 
     @property
     def all_co(self) -> CoMoments:
-        """The co-moments of all rows that they were gathered from.
+        """The co-moments of all rows that enter them, including the held-out ones.
 
         Raises:
-            CalibrationError: none were gathered.
+            CalibrationError: no co-moments were gathered.
         """
         if self.co is None and self.held is None:
             raise CalibrationError(
@@ -164,17 +169,17 @@ class Moments:
 
 
 def widened(values: Tensor) -> Tensor:
-    """The values in float32 at least: squares and sums of half-precision ones lose too much."""
+    """Return the values in at least float32, because squares and sums of half-precision values lose too many digits."""
     return values.float() if values.dtype in _HALF else values
 
 
 def answers_at_once(device: torch.device) -> bool:
-    """Whether a value can be looked at without waiting for everything that was asked for before."""
+    """Return whether a value on this device can be read without waiting for work that is queued there."""
     return device.type == "cpu"
 
 
 def _samples_of_channels(values: Tensor, axis: int) -> Tensor:
-    """The same values as (n, d) or (n, d, l), a view wherever the memory's order admits one."""
+    """Return the values as (n, d) or (n, d, l) with channels d, as a view where the memory layout allows it."""
     axis %= values.ndim
     channels_last = values.movedim(axis, -1)
     if axis == values.ndim - 1 or channels_last.is_contiguous():
@@ -183,8 +188,8 @@ def _samples_of_channels(values: Tensor, axis: int) -> Tensor:
 
 
 def _var_mean(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance (divided by n) and mean of every channel of (n, d) or (n, d, l)."""
-    if values.device.type == "cpu":  # where the reduction over rows that torch.var_mean runs is ten times slower
+    """Return the variance (divided by n) and the mean of every channel of (n, d) or (n, d, l)."""
+    if values.device.type == "cpu":  # the reduction over rows in torch.var_mean is ten times slower here
         mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
         return variance, mean
     return torch.var_mean(values, [i for i in range(values.ndim) if i != 1], correction=0)

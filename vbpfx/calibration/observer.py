@@ -1,4 +1,4 @@
-"""Observers: modules that pass a tensor through and gather the moments of one of its axes."""
+"""Observers: modules that return their input unchanged and gather the moments of one of its axes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from torch import Tensor, nn
 
 from vbpfx.calibration.moments import CoMoments, Moments, answers_at_once
 
-# Of so many samples one is held out: its co-moments choose between fits that have not seen it.
+# One sample in this many is held out: its co-moments are used to choose between fits that have not seen it.
 _HELD_OUT_EVERY = 5
 
 
 class Observer(nn.Module):
-    """Identity that accumulates :class:`~vbpfx.calibration.moments.Moments` along one axis.
+    """An identity module that accumulates the :class:`~vbpfx.calibration.moments.Moments` of one axis.
 
-    Every other axis (samples, tokens, positions) is pooled. It holds no parameter and no buffer, so
-    nothing of it enters a ``state_dict``.
+    All other axes (samples, tokens, positions) are pooled. The module has no parameters and no buffers, so it adds
+    nothing to a ``state_dict``.
 
     Args:
-        name: what it observes, for messages.
-        axis: the channel axis of the tensor it will see.
-        start: the first channel on that axis that is observed; ``width`` is how many are, ``step`` is from one to the next.
-        masked: the axes of the tensor that a mask's samples and tokens are, if it is called with one: counted from the
-            end, one axis where they are merged.
-
-        every: of so many rows one enters the co-moments; 0 for none. Which ones does not depend on how the data is split
-            into batches, nor on which process sees them.
-        rows_a_sample: how many rows a sample has; a little more or less where its length varies.
-        samples: the axis of the tensor that the samples are on.
+        name: name of the block that is observed, for messages.
+        axis: the channel axis of the tensor.
+        start: the first observed channel on that axis.
+        width: the number of observed channels.
+        masked: the axes of the tensor that correspond to the samples and the tokens of a mask, counted from the end;
+            one axis if the tensor has them merged. It is used when the observer is called with a mask.
+        every: every n-th row enters the co-moments, with n = ``every``; 0 for no co-moments. Which rows these are
+            depends neither on the division of the data into batches nor on the process that sees them.
+        rows_a_sample: the number of rows of one sample, approximately if lengths vary.
+        samples: the axis of the samples in the tensor.
+        step: the distance on the axis from one observed channel to the next.
 
     Attributes:
-        moments: what was gathered; None before the first sample.
+        moments: the moments gathered so far; None before the first sample.
         calls: number of batches seen.
-        rows: the number of the next row among those of all data: its sample's number times ``rows_a_sample``. Who leaves out
-            samples that another process sees moves it on.
+        rows: the number of the next row among those of all data, which is its sample's number times ``rows_a_sample``.
+            A caller that skips samples of another process must increase it.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class Observer(nn.Module):
 
     @property
     def bad_call(self) -> int | None:
-        """Index of the first batch that held a NaN or an infinity; None without one. That batch and all after it are not gathered.
+        """Index of the first batch with a NaN or an infinity; None if there is none.
 
-        On a GPU batches are only looked at when this is asked for: looking at each would hold up the next. If one was bad then,
-        nothing is left of what was gathered.
+        That batch and all after it are not gathered. On a GPU the batches are checked only when this property is read,
+        because checking every batch would delay the next. If one of them was bad, all gathered moments are dropped.
         """
         waiting, self._finite = self._finite, []
         if waiting and not bool(torch.stack([finite for _, finite in waiting]).all()):
@@ -73,7 +74,7 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Gather, and return x itself. Where ``mask`` (B, T) is zero, nothing is gathered."""
+        """Gather the moments of x, and return x itself. Positions where ``mask`` (B, T) is zero are left out."""
         seen, axis = x.detach().narrow(self.axis, self.start, (self.width - 1) * self.step + 1), self.axis
         if self.step > 1:
             seen = seen.unfold(axis, 1, self.step).squeeze(-1)
@@ -87,7 +88,7 @@ class Observer(nn.Module):
 
     def _gather(self, seen: Tensor, axis: int, mask: Tensor | None) -> None:
         batch = Moments.of(seen, axis)
-        # A NaN or an infinity anywhere in the batch reaches M2, and no finite data makes it otherwise.
+        # A NaN or an infinity anywhere in the batch makes M2 not finite, and finite data never does.
         finite = batch.m2.isfinite().all()
         if not answers_at_once(seen.device):
             self._finite.append((self.calls, finite))
@@ -98,7 +99,10 @@ class Observer(nn.Module):
         self.moments = batch if self.moments is None else self.moments | batch
 
     def _with_co_moments(self, batch: Moments, rows: Tensor, mask: Tensor | None) -> Moments:
-        """The batch's moments, with co-moments taken over every n-th row (n = ``every``); every fifth sample's are kept apart."""
+        """Return the batch's moments with co-moments over every n-th row, n = ``every``.
+
+        Held-out samples have co-moments of their own.
+        """
         numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask)
         (index,) = (numbers % self.every == 0).nonzero(as_tuple=True)
         held = is_held_out(numbers[index], self.rows_a_sample)
@@ -109,34 +113,37 @@ class Observer(nn.Module):
 
 
 def row_numbers(count: int, start: int, rows_a_sample: int, mask: Tensor | None = None) -> Tensor:
-    """The numbers of a batch's rows among those of all data, (count,): sample s begins at s times ``rows_a_sample``.
+    """Return the numbers of a batch's rows among those of all data, (count,).
+
+    The rows of sample s begin at s times ``rows_a_sample``.
 
     Args:
         start: the number of the batch's first row.
-        mask: (B, T), zero for padding, which is not among the rows.
+        mask: (B, T), zero for padding; padding is not among the rows.
     """
     number = torch.arange(count)
     if mask is None or not count:
         return number + start
     real = mask.bool().sum(1).cpu()
-    real = real * (count // int(real.sum()))  # a value may have further axes
+    real = real * (count // int(real.sum()))  # a value with further axes has several rows per token
     sample = torch.arange(len(real)).repeat_interleave(real)
     return start + sample * rows_a_sample + number - (real.cumsum(0) - real)[sample]
 
 
 def is_held_out(numbers: Tensor, rows_a_sample: int) -> Tensor:
-    """Whether the samples of so numbered rows are held out."""
+    """Return, for rows with these numbers, whether their samples are held out."""
     return numbers // rows_a_sample % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
 def as_rows(x: Tensor, axis: int, mask: Tensor | None = None, masked: tuple[int, ...] = (), samples: int = 0) -> Tensor:
-    """A value as rows of channels (n, d), sample after sample; padding left out.
+    """Return a value as rows of channels (n, d), sample after sample, without padding.
 
     Args:
         axis: the channel axis.
-        mask: (B, T), zero for padding; ``masked`` are the axes of the value that its axes are, counted from the end, one
-            where they are merged.
-        samples: the axis that the samples are on.
+        mask: (B, T), zero for padding.
+        masked: the axes of the value that correspond to the mask's axes, counted from the end; one axis if the value
+            has them merged.
+        samples: the axis of the samples.
     """
     if mask is not None:
         seen = x.movedim((*masked, axis), (*range(len(masked)), -1))

@@ -1,4 +1,4 @@
-"""Forward passes: what calibration does with a batch where nothing more is wanted than the statistics."""
+"""Forward passes: what calibration does with a batch if only the statistics are wanted."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from vbpfx.data.inputs import Inputs
 
 
 class Forward:
-    """Forward passes, and nothing beside what the graph's observers gather.
+    """Calibration work that only runs forward passes, in which the graph's observers gather statistics.
 
     Args:
-        forward: what runs a batch.
+        forward: a function that runs a batch.
     """
 
     def __init__(self, forward: Callable[[Inputs], None]) -> None:
         self.forward = forward
 
     def run(self, batch: Inputs, start: int) -> None:
-        """One batch."""
+        """Run one batch."""
         self.forward(batch)
 
     def run_before(self, batch: Inputs, start: int) -> None:
-        """Nothing: the observers have seen it."""
+        """Do nothing: the observers' restored moments include this batch."""
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beside the observers'."""
+        """Return no state: the observers' moments are all."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""
 
 
 def run_forward(observed: fx.GraphModule, inputs: Inputs) -> None:
-    """One batch through the graph, without gradients."""
+    """Run one batch through the graph, without gradients."""
     with torch.inference_mode():
         inputs.run(observed)

@@ -1,4 +1,4 @@
-"""Prepare: the instrumented graph, and the statistics it gathered."""
+"""Prepare: insert observers into a graph, and read the statistics that they gathered."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from vbpfx.graph.edit import insert_at_sources
 from vbpfx.plans.records import Block, Source
 from vbpfx.storage.files import safetensors_writer, write_atomically
 
-# Covariances are taken of as many rows as keep their products below this share of the network's own.
+# As many rows enter the covariances as keep their multiply-accumulates below this share of the network's own.
 COVARIANCE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Activation moments per block, at everything that its consumers and statistics read (``block.sources``).
+    """The activation moments of every block, at each value that its consumers and reductions read (``block.sources``).
 
     ``a | b`` is the statistics of both data sets together; order and batching do not matter (pairwise merge, Chan et al. 1983).
-    Rows are positions: batch and tokens or pixels pooled. Sums are float64 on the network's device. The variance is M2 / (n - 1),
-    as in VBP (arXiv 2507.12988).
+    Rows are positions: samples and tokens or pixels are pooled. Sums are float64 on the network's device. The variance
+    is M2 / (n - 1), as in VBP (arXiv 2507.12988).
 
     Attributes:
-        moments: block -> one :class:`~vbpfx.calibration.moments.Moments` for each of its ``sources``: count, mean (d,), centred second
-            moment (d,), and, where asked for, the co-moments (d, d) of a share of the rows.
+        moments: block -> one :class:`~vbpfx.calibration.moments.Moments` for each of its ``sources``: count, mean (d,),
+            centred second moment (d,), and, if asked for, the co-moments (d, d) of a share of the rows.
     """
 
     moments: Mapping[str, tuple[Moments, ...]]
@@ -56,13 +56,13 @@ class Statistics:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to a ``.safetensors`` file, atomically.
+        """Write the statistics to a ``.safetensors`` file, atomically.
 
         Args:
-            path: of the file.
+            path: the path of the file.
 
         Raises:
-            ArtifactError: it cannot be written.
+            ArtifactError: the file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         counts: dict[str, list[dict[str, int]]] = {}
@@ -76,13 +76,13 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what :meth:`save` wrote.
+        """Read the statistics that :meth:`save` wrote.
 
         Args:
-            path: of the file.
+            path: the path of the file.
 
         Raises:
-            ArtifactError: it cannot be read, or holds something else.
+            ArtifactError: the file cannot be read, or holds something else.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -97,7 +97,7 @@ class Statistics:
                         for name, sources in counts.items()
                     }
                 )
-        except Exception as error:  # safetensors raises its own error type, json and keys theirs
+        except Exception as error:  # safetensors, json and look-ups raise errors of different types
             raise ArtifactError(
                 f"{path} cannot be read as statistics that vbpfx saved ({type(error).__name__}: {error}). Pass a file that vbpfx wrote"
             ) from error
@@ -111,23 +111,25 @@ def prepare(
     mask: MaskArgument | None = None,
     covariance: bool | float = True,
 ) -> fx.GraphModule:
-    """An instrumented copy of the captured graph, in eval mode: run your own data through it.
+    """Return an instrumented copy of the captured graph, in eval mode. Run your own data through it.
 
-    An :class:`~vbpfx.calibration.observer.Observer` stands at the input of every consumer, so that the statistics are
-    those of the value the layer really reads. The copy shares the model's parameters; running it
-    changes nothing of the model.
+    An :class:`~vbpfx.calibration.observer.Observer` is inserted at the input of every consumer, so that the statistics
+    are those of the value that the layer reads. The copy shares the model's parameters; running it does not change the
+    model.
 
     Args:
-        captured: the dense graph; it stays as it was.
-        analysis: of this graph.
-        blocks: the blocks to observe; all of the analysis by default.
-        mask: the model's argument that says which tokens are padding, (B, T); ``attention_mask`` is found by itself. Padding does not
-            enter the statistics, at every value whose token axis is the mask's. Whether nonzero entries are tokens
-            (Hugging Face) or padding (``nn.MultiheadAttention``) is tried out on a few samples: what is padding does not influence the
-            output elsewhere. ``("pad", "padding")`` or ``("keep", "tokens")`` says it, too, and is checked.
-        covariance: gather covariances as well as variances. Only every n-th position is used, so that gathering them costs less
-            than half of the network's own multiply-accumulates, or less than the share that is given. Regressions need covariances;
-            ``method="vbp"`` does not.
+        captured: the dense graph; it is not changed.
+        analysis: the analysis of this graph.
+        blocks: the blocks to observe; all blocks of the analysis by default.
+        mask: the model's argument that tells which tokens are padding, (B, T); ``attention_mask`` is found
+            automatically. Padding does not enter the statistics of any value that has the mask's token axis. Nonzero
+            entries may stand for tokens (Hugging Face) or for padding (``nn.MultiheadAttention``). This is found out by
+            running a few samples, since padding does not influence the output at other positions. A pair such as
+            ``("pad", "padding")`` or ``("keep", "tokens")`` states the argument's name and this meaning, which is
+            checked.
+        covariance: whether to gather covariances as well as variances. Only every n-th position is used, so that this
+            costs less than half of the network's own multiply-accumulates, or less than the share that is given as a
+            number. Regressions need covariances; ``method="vbp"`` does not.
 
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
@@ -164,7 +166,7 @@ def prepare(
 
 
 def _kept(observed: fx.GraphModule, mask: Mask) -> str:
-    """Name of the node whose value is nonzero at tokens: the mask, or its opposite, which is made where there is none yet."""
+    """Return the name of a node that is nonzero at tokens: the mask, or its negation, which is inserted if needed."""
     if mask.nonzero == "tokens":
         return mask.node
     inputs = observed.graph.find_nodes(op="placeholder")
@@ -179,15 +181,20 @@ def _kept(observed: fx.GraphModule, mask: Mask) -> str:
 
 
 def rows_a_sample(captured: Captured, source: Source) -> int:
-    """At how many positions one sample has a value there: tokens, pixels, windows."""
+    """Return the number of positions (tokens, pixels, windows) that one sample has in the source's value."""
     value: Tensor = captured.nodes[source.node].meta["val"]
     return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
 
 
 def rows_between(captured: Captured, sources: Mapping[Source, int], share: float) -> dict[Source, int]:
-    """Source -> of how many rows one enters the covariances, for sources of given widths, at a share of the network's products.
+    """Return, for every source, the n so that every n-th row enters the covariances.
 
-    The step has no divisor in common with the rows of a sample, so that all positions take their turn.
+    n is chosen so that the covariances cost about the given share of the network's multiply-accumulates. It has no
+    divisor in common with the number of rows of a sample, so that all positions are used in turn.
+
+    Args:
+        sources: source -> width.
+        share: the share of the network's multiply-accumulates.
     """
     rows = {source: rows_a_sample(captured, source) for source in sources}
     spent = sum(rows[source] * width**2 for source, width in sources.items())
@@ -196,12 +203,12 @@ def rows_between(captured: Captured, sources: Mapping[Source, int], share: float
 
 
 def coprime(step: int, count: int) -> int:
-    """The step, or a little more, so that it has no divisor in common with a count."""
+    """Return the smallest number from ``step`` on that has no divisor in common with ``count``."""
     return next((k for k in range(step, 2 * step + 2) if math.gcd(k, count) == 1), step)
 
 
 def observers(observed: fx.GraphModule) -> list[Observer]:
-    """The observers of a prepared graph: block after block, source after source.
+    """Return the observers of a prepared graph, ordered by block and source.
 
     Raises:
         CalibrationError: the graph was not made by :func:`prepare`.
@@ -213,13 +220,13 @@ def observers(observed: fx.GraphModule) -> list[Observer]:
 
 
 def statistics(observed: fx.GraphModule) -> Statistics:
-    """The statistics that a prepared graph has gathered so far.
+    """Return the statistics that a prepared graph has gathered so far.
 
     Args:
-        observed: what :func:`prepare` made, after data has run through it.
+        observed: what :func:`prepare` returned, after data has run through it.
 
     Raises:
-        CalibrationError: nothing ran through it, or an activation was not finite.
+        CalibrationError: no data has run through it, or an activation was not finite.
     """
     gathered: dict[str, list[Moments]] = {}
     for observer in observers(observed):
@@ -238,11 +245,11 @@ def statistics(observed: fx.GraphModule) -> Statistics:
     return Statistics({name: tuple(moments) for name, moments in gathered.items()})
 
 
-_SHOWN = 8  # refusals that an error names
+_SHOWN = 8  # the largest number of refusals that an error message lists
 
 
 def no_blocks(analysis: Analysis) -> str:
-    """Why there is nothing to prune, in words."""
+    """Return the message that says why there is nothing to prune."""
     if not analysis.refusals:
         return "the model has no block that can be narrowed: no layer with a weight was found"
     reasons = [f"\n  {r.label}: {r.reason}" + (f" (node {r.node})" if r.node else "") for r in analysis.refusals]
