@@ -1,4 +1,4 @@
-"""Data from paths: torchvision's and timm's own transforms and folders as the oracle, images made here."""
+"""Data from paths, with torchvision's and timm's own transforms and folders as the oracle, on generated images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIDE = 40
 
 
 class Classifier(nn.Module):
-    """A model that says nothing of its images."""
+    """A model without information on how its images are prepared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
 
 
 def _picture(path: Path, seed: int, size: tuple[int, int] = (SIDE, SIDE + 12), mode: str = "RGB") -> Path:
-    """Noise that is smooth enough for resizing to matter."""
+    """Write an image of noise that is smooth enough for resizing to matter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (9, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path)
@@ -80,7 +80,7 @@ def _by(transform: Any, files: list[Path]) -> Tensor:
 
 
 def test_timm_says_how_its_images_are_prepared(flat: Path) -> None:
-    model = timm.create_model("test_vit", num_classes=4)  # 160 pixels, a mean and std of its own
+    model = timm.create_model("test_vit", num_classes=4)  # 160 pixels, with its own mean and std
     config = timm.data.resolve_model_data_config(model)
     expected = _by(timm.data.create_transform(**config, is_training=False), sorted(flat.iterdir()))
     data = vbpfx.open_data(flat, model, batch=2)
@@ -110,7 +110,7 @@ def test_torchvision_says_how_its_images_are_prepared(flat: Path) -> None:
     assert torch.equal(_all(shifted), _by(expected, sorted(flat.iterdir())))
     with pytest.raises(CalibrationError, match="ResNet does not say what its images look like; pass shape="):
         vbpfx.open_data(flat, model)
-    for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn"):  # detectors' transforms take no settings
+    for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn"):  # transforms of detectors have no settings
         with pytest.raises(CalibrationError, match=f"torchvision:{name} is not an image classifier"):
             vbpfx.open_data(flat, model, name=f"torchvision:{name}")
 
@@ -158,7 +158,7 @@ def test_hugging_face_models_have_their_own_processor(flat: Path, tmp_path: Path
     own.save_pretrained(tmp_path / "model")
     data = vbpfx.open_data(flat, model)
     pictures = [Image.open(file).convert("RGB") for file in sorted(flat.iterdir())]
-    # one by one and all at once: the same numbers but for the order of sums in resizing
+    # Images are prepared one by one here and all at once there, so only the order of sums in resizing differs.
     expected = own(images=pictures, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(next(iter(data))["pixel_values"], expected, rtol=0, atol=1e-5)
     changed = vbpfx.open_data(flat, model, mean=(0.2,) * 3, std=(0.7,) * 3)
@@ -207,7 +207,7 @@ def test_names_of_classes_number_the_folders(classed: Path, tmp_path: Path) -> N
 
 
 def test_a_folder_without_images_is_a_class_without_samples(classed: Path) -> None:
-    """As for torchvision: left out, it would number the folders behind it anew, and every label would be another class."""
+    """As in torchvision, an empty folder counts; otherwise the labels of all later folders would be shifted."""
     (classed / "cow").mkdir()
     data = _open(classed)
     theirs = torchvision.datasets.ImageFolder(classed, allow_empty=True)
@@ -217,7 +217,7 @@ def test_a_folder_without_images_is_a_class_without_samples(classed: Path) -> No
 
 def test_a_folder_is_the_class_of_a_whole_line_before_that_of_a_first_word(classed: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
-    names.write_bytes(b"\xef\xbb\xbfcat\ndog house\nbird\ndog\n")  # as Windows writes UTF-8
+    names.write_bytes(b"\xef\xbb\xbfcat\ndog house\nbird\ndog\n")  # a byte order mark, as Windows writes it
     assert set(_open(classed, classes=names).labels) == {0, 2, 3}
     names.write_text("cat\ndog house\nbird\ndog rose\n")
     with pytest.raises(
@@ -228,7 +228,7 @@ def test_a_folder_is_the_class_of_a_whole_line_before_that_of_a_first_word(class
 
 @pytest.mark.parametrize("prefix", ["", "flat/"])
 def test_labels_from_a_list(flat: Path, prefix: str) -> None:
-    """Files are relative to the list or to the folder; what it says of other folders is left out."""
+    """Files are relative to the list or to the folder; entries for other folders are ignored."""
     lines = [f"{prefix}{name},{label}" for name, label in (("3.png", 7), ("0.jpg", 2), ("1.png", 0))]
     others = ["elsewhere/0.jpg,1"] if prefix else []
     (flat.parent / "list.csv").write_text("\n".join(["file,label", *lines, *others]) + "\n")
@@ -263,7 +263,7 @@ def test_lists_that_do_not_fit(flat: Path, text: str, message: str) -> None:
 
 
 def test_a_limit_is_spread_over_the_classes(classed: Path) -> None:
-    """6, 2 and 4 of three classes: six of them are two of each, the same every time, in the folders' order."""
+    """Of 6, 2 and 4 images of three classes, a limit of six takes two of each, always the same, in the folders' order."""
     data = _open(classed, limit=6)
     assert [data.labels.count(label) for label in range(3)] == [2, 2, 2]
     files = list(data.dataset.files)
@@ -339,7 +339,7 @@ def test_two_links_to_one_folder_are_two_folders(classed: Path, tmp_path: Path) 
     linked.mkdir()
     for name, target in (("a", "bird"), ("b", "bird"), ("c", "dog")):
         (linked / name).symlink_to(classed / target)
-    (linked / "c" / "round").symlink_to(linked)  # through another link, back to where all begins
+    (linked / "c" / "round").symlink_to(linked)  # a link back to the root folder makes a cycle
     data = _open(linked)
     assert data.classes == ("a", "b", "c")
     assert list(data.labels) == [0] * 2 + [1] * 2 + [2] * 4
@@ -395,7 +395,7 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(broken: Path) -> Non
 
 
 def test_images_that_pillow_would_cut_are_refused(flat: Path) -> None:
-    """16 bits a pixel would all be white."""
+    """Pillow would turn almost all 16-bit values into white."""
     deep = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
     Image.fromarray(deep).save(flat / "9.png")
     with pytest.raises(CalibrationError, match=r"9\.png: Pillow would cut its values \(mode I;16\) at 255"):
@@ -475,7 +475,7 @@ WORDS = "the cat sat on a mat while dogs ran over hills far away"
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small encoder of random weights, with a tokenizer of whole words."""
+    """Save a small encoder with random weights and a whole-word tokenizer."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", *WORDS.split()]
@@ -517,7 +517,7 @@ def test_texts_are_tokenised_and_padded(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_gets_the_arguments_that_it_takes() -> None:
-    """A tokenizer may make token types that the model does not know."""
+    """A tokenizer may return token types that the model does not accept."""
     made = {name: torch.ones(1, 2) for name in ("input_ids", "token_type_ids", "attention_mask")}
     tokens = _Tokens(lambda texts, **options: made, frozenset({"input_ids", "attention_mask"}), 8)
     assert set(tokens(["the cat"])) == {"input_ids", "attention_mask"}
@@ -544,7 +544,7 @@ def test_lines_of_json(bert: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
 def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> None:
-    """Each token one place later, behind the one that answers begin with: what training gives the decoder."""
+    """The decoder gets the answer shifted by one token behind the start token, as in training."""
     transformers = pytest.importorskip("transformers")
     sizes: dict[str, dict[str, int]] = {
         "T5": {"d_model": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2, "d_kv": 8},

@@ -27,7 +27,7 @@ OTHER_COMMANDS = ("make", "pip", "python", "torchrun", "source", "cd", "git", "#
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page in order, with one set of names, in a folder of their own."""
+    """All code blocks of a page run in order, in one namespace and in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -60,7 +60,7 @@ def _missing(package: str) -> bool:
 
 
 def _printed(name: str, code: Code, names: dict[str, object]) -> str:
-    """What a block of Python prints. Line numbers in tracebacks are those of the page."""
+    """Run a block of Python and return its output. Line numbers in tracebacks are those of the page."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile("\n" * (code.line - 1) + code.text, name, "exec"), names)
@@ -68,7 +68,7 @@ def _printed(name: str, code: Code, names: dict[str, object]) -> str:
 
 
 def _compare(name: str, code: Code, printed: str) -> None:
-    """A page's output is the real one; ``...`` stands for what differs from machine to machine."""
+    """Assert that the page shows the real output, where ``...`` stands for text that differs between machines."""
     if code.shown is None:
         return
     wanted, found = (_without_trailing_space(text) for text in (code.shown, printed))
@@ -81,12 +81,12 @@ def _without_trailing_space(text: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Commands, those over several lines put together."""
+    """Split into commands, joining those that span several lines."""
     return [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.strip()]
 
 
 def _run(line: str, code: Code) -> str:
-    """Run a vbpfx command, or parse it; of others, what they name must be there."""
+    """Run or parse a vbpfx command; for other commands, check that the files and targets they name exist."""
     words = shlex.split(line, comments=True)
     if not words:
         return ""
@@ -104,7 +104,7 @@ def _run(line: str, code: Code) -> str:
 
 
 def _parse(words: list[str]) -> None:
-    """The command, its arguments and its options exist."""
+    """Assert that the command, its arguments and its options exist."""
     group = typer.main.get_command(app)
     context = group.make_context("vbpfx", list(words), resilient_parsing=False)
     name, command, rest = group.resolve_command(context, words)  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def _require_what_it_names(line: str, words: list[str]) -> None:
 
 
 def test_the_readme_says_what_was_recorded() -> None:
-    """The table of what the ViT-Tiny keeps, from the file that the benchmark wrote."""
+    """The README's table on the ViT-Tiny shows the figures in the benchmark's results."""
     recorded = json.loads((ROOT / "benchmarks" / "results" / "retention-vit_tiny.json").read_text())["results"]
     kept = {(one["method"], one["ratio"]): one["figures"]["kept"] for one in recorded if one["calibration"] == 1000}
     readme = (ROOT / "README.md").read_text()

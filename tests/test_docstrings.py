@@ -1,4 +1,4 @@
-"""Every public name says what it does, what it takes, and what it raises."""
+"""The docstring of every public name describes what it does, its arguments, and its errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 
 import vbpfx
 
-# Raises nothing of its own.
+# Functions that raise no errors of their own.
 QUIET = {"find_blocks", "without_weights"}
-# Whose formulas are a paper's: the docstring says which.
+# Names whose formulas come from a paper, which the docstring cites.
 SOURCES = {"make_plan": "arXiv 2507.12988", "Statistics": "arXiv 2507.12988"}
-# Tensors among the fields or arguments: the docstring states shapes or units.
+# Names with tensors among their fields or arguments, whose docstring states shapes or units.
 UNITS = {"Statistics": "(d,)", "Report": "per sample", "Verification": "over"}
 
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Public functions, and public methods of public classes."""
+    """Yield public functions and public methods of public classes."""
     for name in vbpfx.__all__:
         found = getattr(vbpfx, name)
         if not inspect.isclass(found):
@@ -38,13 +38,13 @@ CLASSES = [name for name in vbpfx.__all__ if inspect.isclass(getattr(vbpfx, name
 
 
 def section(docstring: str, title: str) -> str:
-    """The text under a heading such as ``Args:``, empty where there is none."""
+    """Return the text under a heading such as ``Args:``, or an empty text without that heading."""
     match = re.search(rf"^{title}:\n((?:[ ]+.*\n?|\n)+)", docstring, re.MULTILINE)
     return match[1] if match else ""
 
 
 def entries(text: str) -> set[str]:
-    """The names that the entries of a section stand for, several in one line included."""
+    """Return the names that the entries of a section describe; one entry can have several."""
     heads = re.findall(r"^    (?! )([^:]+):", text, re.MULTILINE)
     return {name.strip(" *") for head in heads for name in head.split(",")}
 

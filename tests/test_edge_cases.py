@@ -1,4 +1,4 @@
-"""Numbers and data at the edge of what is possible: either they are computed right, or an error says what is wrong."""
+"""Extreme numbers and data either give right results or raise an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_covariance_that_is_not_finite_ends(value: float, place: tuple[int, in
 
 
 def test_squares_that_leave_float32_are_summed_all_the_same() -> None:
-    """Activations of 1e25 are finite, their squares are not; the sums scale as what they are of."""
+    """Activations of 1e25 are finite, but their squares overflow float32; the sums must scale accordingly."""
     x, t = torch.randn(50, 5), torch.randn(50, 3)
     large, small = Sums(), Sums()
     large.add(1e25 * x, 1e25 * t, torch.ones(50))
@@ -66,7 +66,7 @@ def test_activations_whose_squares_leave_float32_are_reconstructed() -> None:
 
 
 def test_small_gradients_in_half_precision_weigh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their squares are zero in float16, and sums of squares of 8 bits in bfloat16: both are taken in float32."""
+    """Squares are computed in float32: they would be zero in float16, and their sums would have 8 bits in bfloat16."""
     torch.manual_seed(0)
     model = mlp()
     captured = vbpfx.capture(model, data(4)[0], frontend="symbolic")
@@ -169,7 +169,7 @@ def test_a_model_that_returns_nan_is_not_said_to_be_traced_wrong() -> None:
 
 
 class Complex(nn.Module):
-    """A block of complex numbers, and one of real ones behind it."""
+    """A block of complex numbers followed by a block of real numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def test_targets_that_are_not_finite_fit_nothing(value: float) -> None:
 
 
 def test_gradients_whose_squares_leave_float32_weigh_nothing() -> None:
-    """A model that multiplies by 1e25 somewhere: rows count alike, no weight is NaN."""
+    """If a model multiplies by 1e25, all rows get equal weights and none is NaN."""
     model = mlp()[:3]
     with torch.no_grad():
         for parameter in model[2].parameters():

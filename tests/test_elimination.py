@@ -22,7 +22,7 @@ def _problem(width: int, out: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _error(a: np.ndarray, w: np.ndarray, kept: list[int]) -> float:
-    """Least error of W h when only the kept entries of h may be used, h of covariance A: solved anew each time."""
+    """Return the least error of W h from only the kept entries of h, which has covariance A, by a direct solve."""
     gone = [i for i in range(len(a)) if i not in kept]
     prediction = a[np.ix_(gone, kept)] @ np.linalg.inv(a[np.ix_(kept, kept)])
     left = a[np.ix_(gone, gone)] - prediction @ a[np.ix_(kept, gone)]
@@ -64,7 +64,7 @@ def test_blocks_of_any_size_give_the_plain_result(block: int) -> None:
 def test_dropping_neurons_that_are_gone_changes_neither_order_nor_costs(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against one removal after the other from whole matrices, with other inputs and neurons that must stay."""
+    """The reference removes neurons one by one from whole matrices, with two inputs and with neurons that must stay."""
     problems, among = [_problem(40, 5, 7), _problem(40, 3, 8)], torch.arange(0, 40, 2)
     narrowed = []
     keep = elimination._Elimination.keep
@@ -110,7 +110,7 @@ def test_where_nothing_varies_there_is_still_a_factor() -> None:
     factor = ridge_factor(indefinite, 1e-3)
     added = (factor @ factor.T - indefinite).diagonal()
     scale = float(indefinite.diagonal().mean())
-    torch.testing.assert_close(added, torch.full_like(added, 0.1 * scale))  # 1e-3 and 1e-2 are not enough
+    torch.testing.assert_close(added, torch.full_like(added, 0.1 * scale))  # 1e-3 and 1e-2 are too small
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""Evaluation: counted by hand in NumPy; intervals against published figures, and against what they promise."""
+"""Evaluation against counts in NumPy, and confidence intervals against published figures and their nominal coverage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, SAMPLES = 7, 60
 
 
 class Table(nn.Module):
-    """Samples are numbers; what it returns for each is a row of a table."""
+    """A network that returns a row of a table for each sample, which is the number of the row."""
 
     def __init__(self, rows: np.ndarray) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def _rows(seed: int) -> np.ndarray:
 
 @pytest.fixture
 def three() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The logits of two networks that mostly agree, and labels that the first one mostly has."""
+    """The logits of two networks that mostly agree, and labels that the first one mostly predicts."""
     dense = _rows(0)
     random = np.random.default_rng(2)
     labels = np.where(random.random(SAMPLES) < 0.7, dense.argmax(1), random.integers(0, CLASSES, SAMPLES))
@@ -87,7 +87,7 @@ def test_every_figure_is_what_counting_gives(three: tuple[np.ndarray, ...], kind
     assert found.top1_change.value == pytest.approx(right[1].mean() - right[0].mean())
     assert found.top5_change.value == pytest.approx(among[1].mean() - among[0].mean())
     assert found.agreement == pytest.approx((dense.argmax(1) == pruned.argmax(1)).mean(), rel=1e-12)
-    assert found.kl == pytest.approx(_kl(dense, pruned).mean(), rel=1e-6)  # in float32
+    assert found.kl == pytest.approx(_kl(dense, pruned).mean(), rel=1e-6)  # computed in float32
     assert found.retention == right[1].sum() / right[0].sum()
     for entry in found.classes:
         of = labels == entry.label
@@ -111,7 +111,7 @@ def test_labels_in_a_mapping(three: tuple[np.ndarray, ...]) -> None:
     mappings = [{"x": x, "labels": y} for x, y in pairs]
     assert _evaluate(Table(dense), Table(pruned), mappings) == _evaluate(Table(dense), Table(pruned), pairs)
     apart = vbpfx.evaluate(Table(dense), Table(pruned), mappings, inputs=lambda b: ((b["x"],), {}), progress=False)
-    assert apart.dense is None  # whoever says what the arguments are has no labels
+    assert apart.dense is None  # with inputs=, batches have no labels
 
 
 def test_without_labels(three: tuple[np.ndarray, ...]) -> None:
@@ -123,7 +123,7 @@ def test_without_labels(three: tuple[np.ndarray, ...]) -> None:
     assert (found.dense, found.pruned, found.top1_change, found.classes) == (None, None, None, ())
     assert (found.agreement, found.kl) == (labelled.agreement, labelled.kl)
     assert "accuracy" not in str(found)
-    assert "in brackets 95 % confidence intervals" in str(found)  # of the agreement
+    assert "in brackets 95 % confidence intervals" in str(found)  # the interval is that of the agreement
     assert set(found.to_json()) == {"samples", "agreement", "kl"}
 
 
@@ -138,7 +138,7 @@ def test_one_network_alone(three: tuple[np.ndarray, ...]) -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """Logits at every position: a sample's share of its own positions, then the mean over samples."""
+    """With logits at every position, figures average over a sample's own positions and then over samples."""
     random = np.random.default_rng(0)
     dense = random.normal(size=(3, 4, 5))
     pruned = dense + random.normal(size=dense.shape)
@@ -149,7 +149,7 @@ def test_padding_does_not_count() -> None:
     same, kl = dense.argmax(-1) == pruned.argmax(-1), _kl(dense, pruned)
     assert found.agreement == pytest.approx(np.mean([same[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-12)
     assert found.kl == pytest.approx(np.mean([kl[b, :n].mean() for b, n in enumerate(lengths)]), rel=1e-6)
-    assert "brackets" not in str(found)  # of a mean over positions there is no interval
+    assert "brackets" not in str(found)  # a mean over positions has no interval
 
 
 def test_a_network_is_itself() -> None:
@@ -217,7 +217,7 @@ def test_what_does_not_go_together(three: tuple[np.ndarray, ...], change: Any, m
 
 
 def test_names_must_be_those_of_the_outputs(three: tuple[np.ndarray, ...]) -> None:
-    """Ten folders of a thousand classes would be numbered 0 to 9, and every figure would be wrong."""
+    """Folders for ten of a thousand classes would be numbered 0 to 9, which would make every figure wrong."""
     dense, pruned, labels = three
     with pytest.raises(EvaluationError, match="the data has 3 classes, and the network has 7 outputs"):
         _evaluate(Table(dense), Table(pruned), _batches(labels % 3), classes=["a", "b", "c"])
@@ -232,7 +232,7 @@ def test_names_are_compared_with_the_outputs_before_hours_of_work(three: tuple[n
 
 
 class Moved(Table):
-    """A network of two inputs, the second of which is an integer for each sample."""
+    """A network with two inputs, the second of which is an integer per sample."""
 
     def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]
         return self.rows[(x + by) % SAMPLES]
@@ -255,19 +255,19 @@ def test_what_the_network_takes_is_no_label(three: tuple[np.ndarray, ...], input
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilsons_interval_as_published(count: int, samples: int, low: float, high: float) -> None:
-    """Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
+    """The figures are from Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
     assert Share(count, samples).interval == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_paired_interval_as_published() -> None:
-    """Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014): airway hyper-responsiveness, Newcombe's interval."""
+    """Newcombe's interval for airway hyper-responsiveness in Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014)."""
     assert PairedDifference(1, 1, 7, 12).interval == pytest.approx((0.026, 0.507), abs=5e-4)
     low, high = PairedDifference(1, 7, 1, 12).interval
     assert (low, high) == pytest.approx((-0.507, -0.026), abs=5e-4)
 
 
 def test_intervals_hold_as_often_as_they_promise() -> None:
-    """20 000 draws of 150 pairs: a coverage of 95 % is seen to a standard error of 0.15 %; Newcombe found 94 to 96.5 %."""
+    """In 20 000 draws of 150 pairs, a coverage of 95 % has a standard error of 0.15 %; Newcombe found 94 to 96.5 %."""
     chances = (0.70, 0.10, 0.05, 0.15)
     draws = np.random.default_rng(0).multinomial(150, chances, 20_000).tolist()
     truth, held, narrow = chances[2] - chances[1], 0, 0
@@ -290,7 +290,7 @@ def test_intervals_at_the_ends() -> None:
 
 
 class Encoder(Table):
-    """Four positions a sample, of which a mask keeps some."""
+    """A network with four positions per sample, some of which are masked."""
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
         return {"last_hidden_state": self.rows[x], "pooler_output": torch.zeros(len(x), 3)}
@@ -310,7 +310,7 @@ def test_embeddings_are_compared_by_their_cosine(size: int) -> None:
     cosines = (dense * pruned).sum(-1) / np.linalg.norm(dense, axis=-1) / np.linalg.norm(pruned, axis=-1)
     each = (cosines * mask).sum(1) / mask.sum(1)
     assert found.cosine is not None
-    # the tables are cast to float32 once, before they are compared
+    # The tables are cast to float32 before they are compared.
     assert found.cosine.value == pytest.approx(each.mean(), rel=1e-7)
     assert found.cosine.error == pytest.approx(each.std(ddof=1) / math.sqrt(SAMPLES), rel=1e-5)
     error = math.sqrt((((pruned - dense) ** 2)[mask]).sum() / (dense[mask] ** 2).sum())
@@ -327,8 +327,8 @@ def test_embeddings_are_compared_by_their_cosine(size: int) -> None:
 def test_what_outputs_are_can_be_said(three: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     dense, pruned, labels = three
     tables = Table(dense), Table(pruned)
-    assert _evaluate(*tables, _batches()).cosine is None  # one tensor is taken for logits
-    values = _evaluate(*tables, _batches(labels), compare="values")  # a folder's classes say nothing of embeddings
+    assert _evaluate(*tables, _batches()).cosine is None  # a single tensor is assumed to be logits
+    values = _evaluate(*tables, _batches(labels), compare="values")  # labels do not apply to embeddings
     assert values.cosine is not None
     assert (values.agreement, values.dense) == (None, None)
     with pytest.raises(EvaluationError, match="holds no logits"):
@@ -340,7 +340,7 @@ def test_what_outputs_are_can_be_said(three: tuple[np.ndarray, np.ndarray, np.nd
 
 
 def test_classes_that_both_networks_rule_out(three: tuple[np.ndarray, ...]) -> None:
-    """A mask sets their logits to -inf: the figures are those of the classes that are left."""
+    """A mask sets the logits of some classes to -inf; the figures are those of the remaining classes."""
     dense, pruned, labels = three
     labels = np.minimum(labels, CLASSES - 3)
     masked = [rows.copy() for rows in (dense, pruned)]

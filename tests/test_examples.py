@@ -1,4 +1,4 @@
-"""The scripts in docs/examples run, and print figures that hold."""
+"""The scripts in docs/examples run and print plausible figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 PAGE = ROOT / "docs" / "compilers.md"
 
-# Of 597 images the dense network has all but 3 right. 2 points are 12 images: pruning that keeps the function, and 8 bits that keep
-# it to a few per cent of the largest logit, change fewer; a wrong scale or a wrong fold loses tens of points.
+# The dense network gets all but 3 of 597 images right. Two percentage points are 12 images. Correct pruning and 8 bits, which
+# keep the logits to a few per cent, change fewer images. A wrong scale or a wrong fold loses tens of points.
 WITHIN = 2.0
-# float32 in another order of summation, over six blocks.
+# Rounding in float32 with another order of summation over six blocks.
 PARITY = 1e-4
 
 NEEDS = {
@@ -34,7 +34,7 @@ SAYS_PARITY = ("executorch_xnnpack", "aotinductor", "openvino_int8")
 
 
 def run(name: str) -> str:
-    """What the script prints. Warnings of other packages go to standard error."""
+    """Run the script and return its output; warnings of other packages go to standard error."""
     for package in NEEDS[name]:
         pytest.importorskip(package)
     if name == "aotinductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
@@ -58,7 +58,7 @@ def test_int8(name: str) -> None:
     printed = run(name)
     accuracy = {k: float(v) for k, v in re.findall(r"^(.+): accuracy ([\d.]+)%", printed, re.MULTILINE)}
     assert set(accuracy) == {"dense", "pruned", "int8", "pruned + int8"}
-    assert accuracy["dense"] == pytest.approx(99.50, abs=0.005)  # 594 of 597, as it was trained
+    assert accuracy["dense"] == pytest.approx(99.50, abs=0.005)  # 594 of 597
     assert all(abs(value - accuracy["dense"]) <= WITHIN for value in accuracy.values())
     if name in WRITES_FILES:
         size = {k: int(v.replace(",", "")) for k, v in re.findall(r"^(.+): accuracy .*, ([\d,]+) KiB", printed, re.M)}

@@ -1,4 +1,4 @@
-"""ExportedProgram in, ExportedProgram out."""
+"""Pruning from ExportedProgram to ExportedProgram."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vbpfx.outputs.differences import relative_error
 
 
 class Nested(nn.Module):
-    """Keyword arguments, a dictionary among the inputs, nested outputs; a layer without bias, a constant, and two buffers."""
+    """Keyword arguments, a dictionary input, nested outputs, a layer without bias, a constant and two buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Nested(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Two open axes: a batch and a length."""
+    """A network with two dynamic axes, batch and length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def test_no_batches() -> None:
 
 
 class Remembers(nn.Module):
-    """Counts its calls in a buffer, through a view."""
+    """A network that counts its calls in a buffer, through a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def test_pt2e_quantises_the_result(chosen: str) -> None:
     shapes = [(32, 16), (8, 32)] if chosen == "all" else [(32, 16)]
     assert [(w.dtype, tuple(w.shape)) for w in stored] == [(torch.int8, shape) for shape in shapes]
     fresh = torch.randn(100, 16)
-    # a step of 8 bits is 1/255 of a range of some 6 standard deviations: 0.7 % of noise per value, three values deep
+    # An 8-bit step is 1/255 of a range of about 6 standard deviations, which gives 0.7 % of noise at each of three values.
     error = (quantized(fresh) - small.module()(fresh)).std() / small.module()(fresh).std()
     assert 1e-4 < error < 0.03
 

@@ -1,4 +1,4 @@
-"""The captured graph held against the model on other batches, sizes and calls than the traced one."""
+"""The captured graph is compared with the model on other batches, sizes and calls than the traced one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Summed(EachSample):
 
 
 class Halves(EachSample):
-    """Two halves of a sequence, whose length is asked about in Python."""
+    """The two halves of a sequence, with Python code that branches on its length."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.shape[1] // 2
@@ -68,7 +68,7 @@ class Steps(EachSample):
 
 
 class Rounded(EachSample):
-    """Its length is made a number behind torch.export's back: the exported graph says that any length will do."""
+    """Python code turns the length into a number, although the exported graph claims to accept any length."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x[:, : int(x.shape[1] * 0.5)].mean(1))
@@ -94,7 +94,7 @@ def test_a_loop_over_samples_names_its_line() -> None:
 
 
 def test_a_loop_over_a_single_sample_is_no_other_error() -> None:
-    """torch.export traces two samples where there is one, so that the graph would stop on the very batch that was captured."""
+    """torch.export traces two samples instead of one, so that the graph would fail on the captured batch itself."""
     torch.manual_seed(0)
     with pytest.raises(CaptureError, match=r"does not run on a single sample .* pass at least two samples"):
         prune(Unbound(), [randn(1, 8), randn(5, 8)])
@@ -153,7 +153,7 @@ def test_a_size_that_the_graph_has_fixed_is_said_and_required(make: Callable[[],
     for network in (pruned.graph_module, vbpfx.load(tmp_path / "saved")):
         with pytest.raises(AssertionError, match=r"captured at one size alone: input 1, axis 1: 10.*test_fidelity"):
             nn.Module.__call__(network, randn(3, 11, 8))
-    # what requires the size stops nothing else
+    # The check of the size does not prevent pruning again.
     again = vbpfx.prune(pruned.graph_module, [randn(6, 10, 8)], ratio=0.5, method="vbp", progress=False)
     assert again.plan.widths == {"mlp": 6}
     with pytest.raises(AssertionError, match="one size alone"):

@@ -1,7 +1,7 @@
-"""Fine-tuning: losses computed by hand, nothing changed that is not the result, and runs that are broken off and go on.
+"""Fine-tuning: losses against computations by hand, unchanged inputs, and interrupted runs that resume.
 
-Small networks with dropout and BatchNorm stand for all; the digits transformer, pruned hard, is trained once. Equalities
-"to rounding" are in float64, where 1e-9 leaves room for AdamW, which divides by the root of small squares.
+Most tests use small networks with dropout and BatchNorm; one trains the heavily pruned digits transformer. Equalities up to
+rounding are in float64, with a tolerance of 1e-9 because AdamW divides by the root of small squares.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_kl_is_the_sum_written_out() -> None:
 
 
 def test_padding_counts_in_no_loss() -> None:
-    """A sample's mean over its own positions, then over samples: written out with loops."""
+    """Losses average over a sample's own positions and then over samples, computed here with loops."""
     lengths, mask = (4, 1), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     student, teacher = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
     inputs = Inputs((), {"attention_mask": mask})
@@ -113,7 +113,7 @@ def test_label_loss_is_the_cross_entropy_over_labels_that_count() -> None:
 
 
 def test_recorded_losses_are_those_of_the_networks() -> None:
-    """Start and end on held-out data, by two forward passes and NumPy; the first step's loss likewise."""
+    """The losses at start and end on held-out data and the loss of the first step equal those computed in NumPy."""
     student, teacher = pair(Plain)
     data, validation = make_batches(1), make_batches(3, size=5)
     done = _finetune(student, teacher, data, validation=validation, temperature=2.0, feature_weight=0.0, epochs=1)
@@ -147,7 +147,7 @@ def test_warm_up_rises_then_the_cosine_falls() -> None:
 
 
 def test_the_paper_is_adamw_on_the_kl() -> None:
-    """Three steps written out with torch.optim.AdamW on the divergence of the logits, in the order of the data."""
+    """Three steps equal those of torch.optim.AdamW on the KL divergence of the logits, in the order of the data."""
     student, teacher = pair(Plain)
     (batch,) = make_batches(1)
     done = vbpfx.finetune(
@@ -167,7 +167,7 @@ def test_the_paper_is_adamw_on_the_kl() -> None:
     assert done.best is done.history[3]
 
 
-# what stays as it was, and what comes back
+# unchanged objects and the returned model
 
 
 def test_teacher_student_and_generators_stay_as_they_were() -> None:
@@ -192,7 +192,7 @@ def test_teacher_student_and_generators_stay_as_they_were() -> None:
 
 
 def test_the_best_epoch_is_returned() -> None:
-    """A rate that overshoots at first: the epochs' losses rise and fall, and the lowest one's weights come back."""
+    """The learning rate overshoots, so that losses rise and fall; the weights of the epoch with the lowest are returned."""
     student, teacher = pair()
     validation = make_batches(2)
     done = _finetune(
@@ -229,7 +229,7 @@ def test_training_that_only_hurts_returns_the_start() -> None:
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5])
 def test_mixing_goes_a_part_of_the_way(alpha: float) -> None:
-    """Half of the way is half of the way, though training itself goes on from the trained weights."""
+    """The result is a mixture of start and trained weights, while training continues from the trained weights."""
     student, teacher = pair()
     options = {"held_out": 0, "epochs": 3}
     whole = _finetune(student, teacher, make_batches(), **options).model.state_dict()
@@ -248,7 +248,7 @@ def test_what_is_held_out_is_measured_on_the_mixture(tmp_path: Path) -> None:
     again = _finetune(done.model, teacher, make_batches(), **(options | {"epochs": 1, "learning_rate": 1e-9}))
     assert done.best is not done.history[0]
     assert again.history[0].held_out_loss == pytest.approx(done.best.held_out_loss, rel=1e-12)
-    # broken off after an epoch and taken up again, it still mixes with the first start
+    # A run that is interrupted after an epoch and resumed still mixes with the original start.
     first = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, max_seconds=0.0, **options)
     assert first.stopped == "time"
     resumed = _finetune(student, teacher, make_batches(), checkpoint=tmp_path, **options)
@@ -264,7 +264,7 @@ def test_trainable_chooses_parameters() -> None:
 
 
 class Writing(nn.Module):
-    """Changes its input in place."""
+    """A network that changes its input in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def test_a_graph_module_trains() -> None:
 
 
 class Rows(Dataset[tuple[Tensor, int]]):
-    """Samples that carry their number in every feature; notes which were read."""
+    """A data set whose features are the number of the sample, and which records the samples read."""
 
     def __init__(self, count: int) -> None:
         self.count, self.read = count, set[int]()
@@ -308,7 +308,7 @@ class Rows(Dataset[tuple[Tensor, int]]):
 
 
 class Stream:
-    """Batches without a length."""
+    """An iterable of batches without a length."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -318,7 +318,7 @@ class Stream:
 
 
 class Noting(nn.Module):
-    """Notes the numbers of the samples that it was trained on, and those it was measured on."""
+    """A network that records the numbers of the samples it was trained on and of those it was measured on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ def test_held_out_samples_are_never_trained_on(kind: str) -> None:
     assert set(trained) | set(measured) == set(range(40))
     epochs = [[n for batch in student.notes[True][i : i + 8] for n in batch] for i in (0, 8, 16)]
     assert all(sorted(epoch) == trained for epoch in epochs)
-    assert (epochs[0] != epochs[1]) == (kind in ("list", "shuffled"))  # the caller's order stays where it is one
+    assert (epochs[0] != epochs[1]) == (kind in ("list", "shuffled"))  # an order chosen by the caller is kept
 
 
 def test_a_stream_that_changes_is_refused() -> None:
@@ -405,12 +405,12 @@ def test_labels_count_only_if_asked() -> None:
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 def test_two_half_batches_are_one_step_of_the_whole(kind: Any) -> None:
-    """Of unequal halves, too: samples are counted, not batches."""
+    """This also holds for unequal halves, because the loss is averaged over samples and not over batches."""
     student, teacher = pair(Plain)
     whole = make_batches(2, size=9)
     halves = [half for batch in whole for half in (batch[:5], batch[5:])]
     options: dict[str, Any] = {"loss": kind, "validation": make_batches(2), "features": "fc2", "epochs": 3}
-    # one batch an epoch, so that the shuffled order of batches pairs the halves of one whole
+    # There is one batch per epoch, so that shuffling pairs the two halves of one batch.
     for batch, parts in zip(whole, (halves[:2], halves[2:]), strict=True):
         one = _finetune(student, teacher, [batch], **options)
         two = _finetune(student, teacher, parts, accumulate=2, **options)
@@ -434,11 +434,11 @@ def test_augmentation_reaches_training_alone_and_repeats() -> None:
     assert not held_out & set(seen)
 
 
-# breaks
+# interrupted runs
 
 
 def test_a_run_that_is_broken_off_at_every_step_ends_like_one_that_is_not(tmp_path: Path) -> None:
-    """Bit for bit, with dropout, BatchNorm, features, augmentation and a group that is not full at every epoch's end."""
+    """The result is equal bit for bit, with dropout, BatchNorm, features, augmentation and an incomplete last step."""
     student, teacher = pair()
     options: dict[str, Any] = {
         "epochs": 3,
@@ -449,7 +449,7 @@ def test_a_run_that_is_broken_off_at_every_step_ends_like_one_that_is_not(tmp_pa
     whole = _finetune(student, teacher, make_batches(), **options)
     runs = []
     while not runs or (runs[-1].stopped == "time" and len(runs) < 12):
-        torch.manual_seed(len(runs))  # the caller's generator has no say
+        torch.manual_seed(len(runs))  # the caller's random generator has no effect
         runs.append(_finetune(student, teacher, make_batches(), checkpoint=tmp_path, max_seconds=0, **options))
     assert len(runs) == 9
     assert [run.history[-1].step for run in runs] == list(range(1, 10))
@@ -469,7 +469,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -
     def break_off(inputs: Inputs) -> Inputs:
         nonlocal calls
         calls += 1
-        if calls == 11:  # of 7 steps an epoch
+        if calls == 11:  # an epoch has 7 steps
             raise KeyboardInterrupt
         return inputs
 
@@ -516,7 +516,7 @@ save_file(done.model.state_dict(), {folder!r} + f"/{{rank}}.safetensors")
 
 
 def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> None:
-    """Nine batches, one held out: the order of the rest is the same, and two of them are a step in both runs."""
+    """Of nine batches one is held out; both runs take the others in the same order, two per step."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -554,7 +554,7 @@ def test_half_precision_computes_in_half_and_keeps_whole_weights() -> None:
 
 
 class Encoder(nn.Module):
-    """Returns what a Hugging Face encoder returns, and would return a loss if it were given labels."""
+    """A network that returns the outputs of a Hugging Face encoder, and a loss if it is given labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -567,7 +567,7 @@ class Encoder(nn.Module):
 
 
 def test_embeddings_of_padded_text() -> None:
-    """What stands at padded places changes nothing."""
+    """Values at padded positions have no effect."""
     student, teacher = pair(Encoder)
     mask = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).long()
     torch.manual_seed(0)
@@ -685,11 +685,11 @@ def test_the_bar_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr().out == ""
 
 
-# the real thing
+# a real transformer
 
 
 def test_a_transformer_pruned_hard_recovers_without_labels() -> None:
-    """97 % of the hidden neurons removed by the paper's method: most of what was lost comes back in four epochs."""
+    """After the paper's method removed 97 % of the hidden neurons, four epochs recover most of the lost accuracy."""
     split, dense = load_digits(), load_trained()
     batches = list(torch.split(split.train_images, 50))
     pruned = vbpfx.prune(dense, batches[:12], ratio=0.97, method="vbp", progress=False, verify=False)
@@ -705,7 +705,7 @@ def test_a_transformer_pruned_hard_recovers_without_labels() -> None:
 
 
 class Several(nn.Module):
-    """Logits, boxes whose numbers are a hundred times as large, one number a sample, and logits of something else."""
+    """A network that returns logits, boxes with numbers a hundred times as large, one score per sample, and more logits."""
 
     def __init__(self, form: str = "dict") -> None:
         super().__init__()
@@ -720,7 +720,7 @@ class Several(nn.Module):
 
 
 def test_every_output_counts_by_its_spread() -> None:
-    """The loss is that of the logits, of the boxes and the score over their own variance, and of the other logits: written out."""
+    """The loss sums the KL divergences of both logits and the errors of boxes and score relative to their variances."""
     student, teacher = pair(Several)
     data = [torch.randn(40, FEATURES, dtype=torch.float64)]
     found = _finetune(
@@ -753,7 +753,7 @@ def test_no_output_gets_worse(form: str) -> None:
     tuned = vbpfx.finetune(student, teacher, data, epochs=4, learning_rate=3e-3, progress=False).model
 
     def apart(network: nn.Module) -> list[float]:
-        """Of every output: divergence of logits, squared error of others."""
+        """Return an error per output: KL divergence of logits, squared error of others."""
         with torch.no_grad():
             mine, dense = ([t for _, t in result_paths(n(test))] for n in (network.eval(), teacher))
         errors = [float((a - b).square().mean()) for a, b in zip(mine, dense, strict=True)]
@@ -802,7 +802,7 @@ def _translator(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("kind", ["BART", "T5", "Whisper"])
 def test_decoders_read_the_labels_one_place_later(kind: str) -> None:
-    """By the model itself, given its labels: the same logits at every label that counts; and by hand, the tokens."""
+    """Logits equal those of the model with its labels at every counted label, and tokens equal those made by hand."""
     model, batch = _translator(kind)
     labels = torch.randint(3, 30, (6, 7))
     labels[0, 4:] = -100
@@ -852,14 +852,17 @@ def test_a_model_that_does_not_say_how_labels_are_read_is_an_error() -> None:
         CalibrationError, match=r"has labels and no decoder_input_ids.*put decoder_input_ids into the batches"
     ):
         as_inputs(batch, Silent())
-    assert as_inputs(batch | {"labels": torch.arange(6)}, Silent()).kwargs.keys() == {"input_ids"}  # of classes
+    assert as_inputs(batch | {"labels": torch.arange(6)}, Silent()).kwargs.keys() == {"input_ids"}  # labels of classes
 
 
-# how often data is gone through
+# number of passes over the data
 
 
 def test_streams_are_read_once_an_epoch_and_their_split_is_looked_up() -> None:
-    """60 batches: counted, what is held out kept, an example of them, two epochs. The numbers held out are gone through once."""
+    """60 batches are read to count them, to keep those held out, and once per epoch.
+
+    The list of held-out numbers is traversed only once.
+    """
     reads, lookups = [], []
 
     class Stream:
@@ -877,7 +880,7 @@ def test_streams_are_read_once_an_epoch_and_their_split_is_looked_up() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_data_module, "_set_aside", lambda *given: tuple(map(Numbers, original(*given))))
         made = training_data_module.training_data(Stream(), 0.5, None, 0)
-        assert (len(reads), len(lookups)) == (2 * 60, 1)  # counted and kept; the numbers become a set once
+        assert (len(reads), len(lookups)) == (2 * 60, 1)  # read to count and to keep; one set of numbers
     for epoch in range(2):
         assert len(list(made.read(made.order(epoch)))) == 30
     assert len(reads) == 4 * 60

@@ -1,4 +1,4 @@
-"""The benchmark on ONNX files of other people: its inputs, what it counts, and its page; no package is fetched."""
+"""The benchmark on other people's ONNX files: its inputs, measures and page. No package is downloaded."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_kept_lines_are_those_that_the_dense_network_reads_too(tmp_path: Path) -
     helper.set_model_props(model, {"character": "a\nb\nc"})
     save(model, tmp_path / "in.onnx")
     truth = ["a", "b", "c", "ab"]
-    dense = [np.array([[1, 0], [2, 2], [1, 0], [1, 2]])]  # a, b, a, ab: three are right
-    small = [np.array([[1, 1], [1, 0], [3, 0], [1, 2]])]  # a, a, c, ab: two of these three
+    dense = [np.array([[1, 0], [2, 2], [1, 0], [1, 2]])]  # decodes to a, b, a, ab: three are right
+    small = [np.array([[1, 1], [1, 0], [3, 0], [1, 2]])]  # decodes to a, a, c, ab: two of these three are right
     assert foreign_networks.of_lines(dense, small, truth, tmp_path / "in.onnx") == (pytest.approx(2 / 3), 0.75)
 
 
@@ -45,7 +45,7 @@ def test_what_else_is_counted() -> None:
     masks = [np.array([[0.9, 0.9, 0.1]])], [np.array([[0.9, 0.1, 0.1]])]
     assert foreign_networks.of_pixels(*masks, None, NOWHERE) == (0.5, None)
     scores, others = np.arange(6.0).reshape(3, 2), np.arange(6.0).reshape(3, 2) + np.array([1.0, 0.0])
-    one = 1 - 1 / (8 / 3)  # an error of 1 against a variance of 8/3; the other score is right
+    one = 1 - 1 / (8 / 3)  # an error of 1 relative to a variance of 8/3; the other score is exact
     assert foreign_networks.of_scores([scores], [others], None, NOWHERE)[0] == pytest.approx((one + 1) / 2)
     eye, half = np.eye(2), np.array([[1.0, 1.0], [0.0, 2.0]])
     assert foreign_networks.of_embeddings([eye], [half], None, NOWHERE)[0] == pytest.approx((1 / np.sqrt(2) + 1) / 2)
@@ -72,7 +72,7 @@ def test_a_line_is_scaled_to_its_height_and_padded_with_zeros_blue_first() -> No
 
 
 def test_spectra_are_those_of_windows_that_lap_by_half() -> None:
-    """Against the transform by its definition, of one window in the middle."""
+    """The reference for one window in the middle is the Fourier transform by its definition."""
     clip = np.sin(np.arange(4096) * 0.3)
     found = foreign_inputs.spectra(clip)
     assert found.shape == (1, 17, 257)

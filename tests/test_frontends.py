@@ -1,4 +1,4 @@
-"""What models do that front ends find hard: further arguments, lengths, numbers from buffers, settings, recurrent layers."""
+"""Models that are hard to capture: further arguments, lengths, numbers from buffers, settings, recurrent layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("frontend", ["symbolic", "export"])
 
 
 class Body(nn.Module):
-    """Two layers, and tensors of every kind that code may read numbers from; ``code`` is the forward."""
+    """Two layers and all kinds of tensors from which code may read numbers; ``code`` is the forward function."""
 
     def __init__(self, code: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def assert_same(network: nn.Module, model: nn.Module, *args: Any, **kwargs: Any)
 
 
 class Further(nn.Module):
-    """``*args`` and ``**kwargs`` whose number and names the batch decides, and flags that choose what is computed."""
+    """``*args`` and ``**kwargs`` whose number and names depend on the batch, and flags that change the computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_further_arguments_become_inputs_one_by_one(frontend: str, tmp_path: Pat
     assert pruned.captured.frontend == frontend
     assert pruned.plan.widths == {"m": 6}
     pruned.save(tmp_path / "net")
-    pruned.to_onnx(tmp_path / "net.onnx")  # which holds it against ONNX Runtime
+    pruned.to_onnx(tmp_path / "net.onnx")  # this also compares with ONNX Runtime
     args, kwargs = further(9)
     assert_same(pruned.captured.graph_module, model, *args, **kwargs)
     for network in (pruned.apply_to(model), vbpfx.load(tmp_path / "net")):
@@ -144,7 +144,7 @@ def test_lengths_and_shapes_are_followed_by_symbolic_tracing(code: Callable[...,
     model = randomize(Body(code))
     result = stages(model, torch.randn(4, 8), frontend="symbolic")
     assert result.plan.widths == {"a->b": 6}
-    assert "len" not in globals()  # which tracing sets for the moment
+    assert "len" not in globals()  # tracing sets it temporarily
     for samples in (1, 9):
         assert_same(result.captured.graph_module, model, torch.randn(samples, 8))
     vbpfx.verify(result.captured, result.small, result.plan, torch.randn(9, 8))
@@ -290,7 +290,7 @@ def test_no_layer_of_a_region_is_hidden() -> None:
             self.b, self.h = (nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            if x.shape[-1] > 8:  # which symbolic tracing cannot decide
+            if x.shape[-1] > 8:  # symbolic tracing cannot decide this
                 return x
             with torch.autocast("cpu", enabled=False):
                 return x + self.h(x + self.b(x))
@@ -347,7 +347,7 @@ def test_layers_in_branches_that_values_choose_are_refused_by_name() -> None:
 
 
 class Recurrent(nn.Module):
-    """Two recurrent layers in both directions, a state, and a block behind; export alone can capture the branch."""
+    """Two bidirectional recurrent layers, a state, and a block behind them; only export can capture the branch."""
 
     def __init__(self, kind: type[nn.RNNBase], branch: bool, **options: Any) -> None:
         super().__init__()
@@ -368,13 +368,13 @@ KINDS = [(nn.GRU, {}), (nn.RNN, {"nonlinearity": "relu"}), (nn.LSTM, {}), (nn.LS
 
 
 @BOTH
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # and computed without it
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # computed without it
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_recurrent_layers_stay_whole(
     kind: type[nn.RNNBase], options: dict[str, Any], frontend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = randomize(Recurrent(kind, frontend == "export", **options))
-    with monkeypatch.context() as patched:  # capture never computes the layer, whose steps would be unrolled
+    with monkeypatch.context() as patched:  # capture must not compute the layer, which would unroll its steps
         for name in ("gru", "lstm"):
             patched.setattr(torch._VF, name, None, raising=False)
         patched.setattr(nn.modules.rnn, "_rnn_impls", None)
@@ -420,7 +420,7 @@ def test_graphs_are_copied_converted_and_pickled(frontend: str) -> None:
 
 @dataclasses.dataclass
 class Result:
-    """As models of transformers return it."""
+    """A result class like those of models in transformers."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...] | None = None
