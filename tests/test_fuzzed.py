@@ -1,4 +1,4 @@
-"""What the fuzzer of random networks found, each by the name of what was wrong once."""
+"""Networks that the fuzzer found, each named by what once went wrong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shape_in_slices(m: nn.Module, x: Tensor) -> Tensor:
     return m.out(first.relu() * second)
 
 
-# name -> network, widths of the blocks that must be found
+# name -> (network, widths of the blocks that must be found)
 FOUND: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "a sum behind a squeeze-and-excite is not a residual stream": (
         lambda: Net(gated_then_summed, a=L(8, 12), b=L(8, 12), down=L(12, 3), up=L(3, 12), out=L(12, 8)),
@@ -84,7 +84,7 @@ def test_found_and_exact(name: str, frontend: str) -> None:
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_one_matrix_read_from_both_sides_has_no_bias_for_both(frontend: str) -> None:
-    """x @ W and F.linear(y, W) would need biases of other lengths under one name."""
+    """x @ W and F.linear(y, W) would need biases of different lengths under the same name."""
 
     def body(m: nn.Module, x: Tensor) -> Tensor:
         return m.a(x).relu() @ m.w + F.linear(m.b(x).relu(), m.w).sum(-1, keepdim=True)
@@ -105,7 +105,7 @@ def test_export_from_an_empty_batch_says_so() -> None:
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_weight_that_is_computed_is_no_adapter(frontend: str) -> None:
-    """A layer whose weight the code makes, between two layers whose sum with the stream looks like an adapter's."""
+    """A layer whose weight the code computes is between two layers that look like an adapter on the stream."""
 
     def body(m: nn.Module, x: Tensor) -> Tensor:
         return x + m.b(F.linear(m.a(x), m.w * 0.5))
@@ -117,7 +117,7 @@ def test_a_weight_that_is_computed_is_no_adapter(frontend: str) -> None:
 
 
 def test_a_part_of_a_packed_weight_is_refused_by_the_name_of_the_weight() -> None:
-    """As nn.MultiheadAttention cuts its weight where queries and keys differ."""
+    """nn.MultiheadAttention splits its weight in this way if queries and keys differ."""
 
     def body(m: nn.Module, x: Tensor) -> Tensor:
         query, key = m.w.split([5, 7])

@@ -38,13 +38,13 @@ def exported(model: nn.Module) -> fx.GraphModule:
 
 
 def described(graph_module: fx.GraphModule) -> list[Any]:
-    """Everything of a graph that a pass could change."""
+    """Return everything of a graph that a pass could change."""
     nodes = graph_module.graph.nodes
     return [graph_module.code, dict(graph_module.meta), [(n.name, n.format_node(), dict(n.meta)) for n in nodes]]
 
 
 class Recorded(PassBase):
-    """Notes the graph that it is given; changes nothing."""
+    """A pass that records the graph it is given and changes nothing."""
 
     def __init__(self) -> None:
         self.seen: list[fx.GraphModule] = []
@@ -80,7 +80,7 @@ def test_the_budget_is_spent_once() -> None:
     step = vbpfx.VarianceBasedPruning(data(), ratio=0.5)
     result = PassManager([step], steps=4)(fx.symbolic_trace(network()))
     assert result.graph_module.get_parameter("0.weight").shape == (12, 6)
-    again = step(fx.GraphModule(result.graph_module, result.graph_module.graph))  # as a pass may rebuild it
+    again = step(fx.GraphModule(result.graph_module, result.graph_module.graph))  # another pass may rebuild the module
     assert again.modified is False
     other = step(fx.symbolic_trace(network()))
     assert other.modified is True
@@ -137,7 +137,7 @@ def test_shapes_are_renewed() -> None:
     small = vbpfx.VarianceBasedPruning(data(), ratio=0.5)(graph_module).graph_module
     before, after = ({n.name: n.meta for n in g.graph.nodes} for g in (graph_module, small))
     assert [str(size) for size in before["gelu"]["val"].shape][1] == "24"
-    assert after["gelu"]["val"].shape == (before["gelu"]["val"].shape[0], 12)  # the same symbol
+    assert after["gelu"]["val"].shape == (before["gelu"]["val"].shape[0], 12)  # the symbolic batch size is kept
     assert after["gelu"]["tensor_meta"].shape[1] == 12
     assert after["linear_1"]["val"].shape[1] == 5
     assert after["gelu"]["val"].fake_mode is before["gelu"]["val"].fake_mode
@@ -209,6 +209,6 @@ def test_what_it_ensures_is_checked_on_the_result(damage: str, monkeypatch: pyte
     match = "widths are not those" if damage == "width" else "substitution reference|corrected weight"
     with pytest.raises(VerificationError, match=match):
         Damaged(data(), ratio=0.5)(fx.symbolic_trace(network()))
-    with pytest.raises(Exception, match="'Damaged' pass") as raised:  # as the manager reports it
+    with pytest.raises(Exception, match="'Damaged' pass") as raised:  # the manager wraps the error
         PassManager([Damaged(data(), ratio=0.5)])(fx.symbolic_trace(network()))
     assert isinstance(raised.value.__cause__, VerificationError)

@@ -1,4 +1,4 @@
-"""What a project needs beside its code: versions that agree, templates that ask, a checklist that is true."""
+"""Files beside the code: consistent versions, issue templates that ask for what is needed, a correct checklist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``memory=`` bounds: batches run in parts, whose statistics are those of the whole, and no more tensors live at once than was asked."""
+"""``memory=`` bounds the tensors alive at once: batches run in parts that give the statistics of whole batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vbpfx
 from vbpfx.calibration.observer import Observer
 
-MIB = 2**-10  # of memory=, in GiB
+MIB = 2**-10  # one MiB in GiB, the unit of memory=
 SIZE, STREAM, HIDDEN = 16, 8, 32
-# Observers add up at most so many rows in float32 at a time: the bound of recursive summation's relative error.
+# Observers sum at most 4096 rows in float32 at a time; this is the bound on the relative error of such a sum.
 ROUNDING = 4096 * 2.0**-24
 
 
@@ -48,7 +48,7 @@ def _images(*samples: int) -> list[Tensor]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all tensors that were made under it and are still there, and the most that were."""
+    """Track the current and the largest number of bytes of all live tensors made in this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_no_more_tensors_live_than_the_memory_that_was_asked_for(options: dict[s
 
 
 def _largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of samples of every value that an observer sees."""
+    """Record the number of samples of every value that an observer sees, in the returned list."""
     seen, forward = [], Observer.forward
 
     def noting(self: Observer, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -96,7 +96,7 @@ def _largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _require_alike(found: vbpfx.Statistics, expected: vbpfx.Statistics) -> None:
-    """The same to the rounding of float32 sums, relative to the variance."""
+    """Assert that statistics are equal up to the rounding of float32 sums, relative to the variance."""
     assert found.moments.keys() == expected.moments.keys()
     for name, own in found.moments.items():
         for ours, theirs in zip(own, expected.moments[name], strict=True):
@@ -121,7 +121,7 @@ def test_batches_that_are_larger_run_in_parts_with_the_same_statistics(
     seen = _largest(monkeypatch)
     parts = vbpfx.prune(model, data, memory=6 * MIB, **options)
     a_sample = 4 * HIDDEN * SIZE**2
-    assert 1 < max(seen) <= 6 * 2**20 / 4 / a_sample  # a quarter of it, of one map alone
+    assert 1 < max(seen) <= 6 * 2**20 / 4 / a_sample  # a quarter of the memory, for one feature map
     _require_alike(parts.statistics, whole.statistics)
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_foreign_file_is_run_in_parts_from_the_first_batch_on(
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", noting)
     seen = _largest(monkeypatch)
     parts = vbpfx.prune_onnx(path, data, tmp_path / "parts.onnx", memory=6 * MIB, **options)
-    # a quarter of it: what both blocks read is held together
+    # A quarter of the memory, because the inputs of both blocks are kept at once.
     assert 1 < max(seen) <= 6 * 2**20 / 4 / (4 * HIDDEN * SIZE**2 * (2 if method == "vbp" else 1))
     assert max(fed) <= max(4, *seen)
     _require_alike(parts.statistics, whole.statistics)

@@ -1,4 +1,4 @@
-"""The page: well formed, closed in itself, escaped, and of the report's own figures."""
+"""The report page is well formed, self-contained, escaped, and shows the figures of the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class Largest:
-    """A criterion that is not a function."""
+    """A criterion that is a callable object and not a function."""
 
     def __call__(self, about: Scoring) -> torch.Tensor:
         return about.inputs[0][0].variance
@@ -44,7 +44,7 @@ def pruned() -> vbpfx.Pruned:
 
 @pytest.fixture
 def report(pruned: vbpfx.Pruned, tmp_path: Path) -> Report:
-    """As it comes back from the file, with everything that a report can hold."""
+    """Return a report loaded from its file, with all possible contents."""
     spread = Spread(0.004, 0.003, 0.005)
     side = Side(spread, 2e-7, 5_000_000)
     failed = Side(failure='<no> backend & no "device"')
@@ -68,7 +68,7 @@ def report(pruned: vbpfx.Pruned, tmp_path: Path) -> Report:
 
 
 def number(text: str) -> float:
-    """What a figure of the page says: ``3.94 M`` is 3.94e6."""
+    """Parse a figure of the page: ``3.94 M`` is 3.94e6."""
     digits, unit = re.fullmatch(r"([\d.,]+)\s*([kMGT]?)B?", text).groups()  # type: ignore[union-attr]
     return float(digits.replace(",", "")) * UNITS.get(unit, 1.0)
 
@@ -85,7 +85,7 @@ def test_the_page_is_one_file_that_needs_nothing_else(report: Report) -> None:
     for loaded in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "onload"):
         assert loaded not in page, loaded
     assert "width=device-width" in page
-    assert "@media screen and (prefers-color-scheme: dark)" in page  # paper is white
+    assert "@media screen and (prefers-color-scheme: dark)" in page  # dark mode must not apply to print
 
 
 def test_names_are_text_wherever_they_stand(report: Report) -> None:
@@ -96,7 +96,7 @@ def test_names_are_text_wherever_they_stand(report: Report) -> None:
     assert "<this>" not in page
     assert not list(tree.all("b"))
     found = sections(report)
-    # in the table of widths, over its chart, in the chart's title and label, and among the refusals
+    # Names appear in the table of widths, above the chart, in the chart's title and label, and among the refusals.
     assert [r[0] for r in rows(found["Width per block"].one("table"))] == list(report.widths)
     figures = list(found["Activation variance"].all("figure"))
     assert [f.one("figcaption").text for f in figures] == list(report.spectra)
@@ -121,7 +121,7 @@ def test_the_headline_says_the_figures(report: Report) -> None:
         "Size of the weights": report.size or (0, 0),
     }.items():
         shown, before, change = cards[name]
-        # three digits
+        # The page shows three digits.
         assert number(shown) == pytest.approx(now, rel=0.005)
         assert number(before) == pytest.approx(dense, rel=0.005)
         assert change == f"\u2212{100 * (dense - now) / dense:.1f}%"
@@ -165,7 +165,7 @@ def test_data_without_labels_is_under_no_heading_of_accuracy(report: Report) -> 
 
 
 def test_what_is_wrong_with_a_measurement_is_said(report: Report) -> None:
-    """Outputs that differ, and memory that could not be measured, as the terminal says it."""
+    """The page reports differing outputs and unmeasured memory in the same words as the terminal."""
     spread = Spread(0.004, 0.003, 0.005)
     dense = Side(spread, 1e-7, None, None, 40_000_000)
     wrong = Side(spread, 1e-2, 3_000_000, None, None, "the process was killed")
@@ -186,7 +186,7 @@ def test_a_runtime_whose_outputs_are_not_finite_is_shown(report: Report) -> None
     bench = BenchResult((Row("tvm", 1, 1, Side(spread, 0.0), side, Spread(1.0, 1.0, 1.0), None),), None, 3, {})
     (row,) = rows(sections(report.measured(bench=bench))["Latency"].one("table"))
     assert "not finite" in row
-    text = json.dumps(bench.to_json(), allow_nan=False)  # JSON has no infinity
+    text = json.dumps(bench.to_json(), allow_nan=False)  # JSON has no infinity; this raises if there is one
     assert BenchResult.from_json(json.loads(text)) == bench
 
 
@@ -220,7 +220,7 @@ def test_refusals_are_counted_by_reason(report: Report) -> None:
 
 @pytest.mark.parametrize("block", range(3))
 def test_charts_colour_what_stays(report: Report, block: int) -> None:
-    """The coloured columns, from their paths, against the spectrum's own flags."""
+    """The coloured columns, read from their SVG paths, agree with the spectrum's flags."""
     spectrum = list(report.spectra.values())[block]
     chart = list(sections(report)["Activation variance"].all("figure"))[block].one("svg")
     starts: dict[float, float] = {}
@@ -289,7 +289,7 @@ def test_no_variance_at_all_is_drawn(report: Report) -> None:
         assert "Variances beyond the scale" in section.text
     assert "All 2 neurons stay" in section.text
     assert "1 of 2 neurons stays; none of them varies on the calibration data" in section.text
-    assert len(list(section.all("line", "cut"))) == 2  # the legend's, and dead's
+    assert len(list(section.all("line", "cut"))) == 2  # one in the legend and one in the chart of ``dead``
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_one_is_no_plural(report: Report, spectrum: Spectrum, said: str) -> None
     assert said in page.one("figure").text
     assert "1 of 2 hidden neurons is gone from 1 block;" in page.text
     ticks = [text.text for text in page.one("svg", "spectrum").all("text")]
-    assert ticks.count("1") == 1 + (spectrum.neurons > 1)  # the first rank, and the cut behind it
+    assert ticks.count("1") == 1 + (spectrum.neurons > 1)  # the first rank, and the cut after it
 
 
 @pytest.mark.parametrize("highest", [1.0, 1.4, 3.0, 9.0, 2e-7])
@@ -321,7 +321,7 @@ def test_a_scale_can_be_read(report: Report, highest: float) -> None:
     chart = sections(replace(report, spectra={"a": spectrum}))["Activation variance"].one("svg", "spectrum")
     labels = {text.text: float(text.attributes["y"] or 0) for text in chart.all("text") if text.text.startswith("10")}
     assert len(labels) >= 2
-    assert all(20 < y < 165 for y in labels.values())  # between the top and the floor
+    assert all(20 < y < 165 for y in labels.values())  # between the top and the base line
 
 
 def test_a_block_that_never_varies_does_not_stretch_the_scale() -> None:
@@ -331,7 +331,7 @@ def test_a_block_that_never_varies_does_not_stretch_the_scale() -> None:
 
 
 def test_one_outlier_does_not_flatten_all_curves(report: Report) -> None:
-    """A neuron of 600 among 200 near 1: the scale ends above the others, and the chart says how high it goes."""
+    """One neuron has variance 600 among 200 near 1: the scale ends above the others, and the chart states the 600."""
     values = (600.0, *(2.0 - i / 200 for i in range(199)))
     spectrum = Spectrum(200, values, (1,) * 200, 200, 1.0)
     low, high = common_scale([spectrum])

@@ -1,4 +1,4 @@
-"""What `import vbpfx` and `vbpfx --help` import, and that no module is where a public name is."""
+"""`import vbpfx` and `vbpfx --help` import only what they need, and no module hides a public name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "networkx", "timm")
 
 
 def _child(script: str) -> str:
-    """What a fresh process prints."""
+    """Run a script in a new process and return its output."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_no_file_is_called_like_a_public_name() -> None:
-    """Importing ``vbpfx/prepare.py`` would put the module where the function ``vbpfx.prepare`` is."""
+    """Importing a file ``vbpfx/prepare.py`` would replace the function ``vbpfx.prepare`` by the module."""
     inside = {path.stem for path in PACKAGE.iterdir()}
     assert "pipeline" in inside
     assert not inside & set(vbpfx.__all__)
@@ -60,7 +60,7 @@ def test_what_is_not_there_is_no_attribute() -> None:
 
 
 def test_type_checkers_see_the_names_that_are_there() -> None:
-    """The imports under TYPE_CHECKING, the table of files, and __all__ say the same."""
+    """The imports under TYPE_CHECKING, the table of lazy imports and __all__ agree."""
     (block,) = [node for node in ast.parse(Path(vbpfx.__file__).read_text()).body if isinstance(node, ast.If)]
     seen = {name.name: entry.module for entry in block.body for name in entry.names}  # type: ignore[attr-defined]
     assert seen == {name: f"vbpfx.{home}" for name, home in vbpfx._HOME.items()}

@@ -1,4 +1,4 @@
-"""What inspect says: kinds by structure, shares and steps against counts by other means, the drawing as XML."""
+"""inspect: kinds of blocks by structure, shares and steps against independent counts, and the drawing as XML."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _found(model: nn.Module, *shape: int) -> Analysis:
 
 
 class Glu(nn.Module):
-    """x + W3 (W1 x * act(W2 x)), split or packed."""
+    """x + W3 (W1 x * act(W2 x)), with separate layers or with a packed one."""
 
     def __init__(self, packed: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Glu(nn.Module):
 
 
 class Swish(nn.Module):
-    """x sigmoid(x) written out: a product, and no gate."""
+    """x sigmoid(x) written out, which is a product but not a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Swish(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches, then one block over tokens and one over channels."""
+    """A patch embedding, then one block over tokens and one over channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Mixer(nn.Module):
 
 
 class Inverted(nn.Module):
-    """1x1, depthwise 3x3, squeeze-and-excite, 1x1."""
+    """1x1 convolution, depthwise 3x3, squeeze-and-excite, 1x1."""
 
     def __init__(self, excited: bool) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
 
 
 def test_the_sample_that_macs_are_of_is_said() -> None:
-    """MACs of a convolution go with the size of the image, and a name such as torchvision's inception does not say it."""
+    """MACs of a convolution depend on the image size, which a name such as torchvision's inception does not tell."""
     found = inspect_model("timm:test_vit", shape=(3, 160, 160))
     assert str(found).splitlines()[0].endswith("MACs per sample (3x160x160)")
     assert found.to_json()["sample"] == found.sample == "3x160x160"
@@ -165,7 +165,7 @@ def test_data_say_what_no_shape_describes(tmp_path: Path) -> None:
 
 
 def test_modules_are_imported_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is made without numbers; the tensors of the module that holds it are everybody's."""
+    """The model is made on the meta device, but tensors of its Python module must be real, as others may use them."""
     (tmp_path / "with_numbers.py").write_text(
         "import torch\nscale = torch.ones(3)\ndef build():\n    return torch.nn.Sequential(torch.nn.Linear(3, 3))\n"
     )
@@ -189,7 +189,7 @@ def test_steps_are_what_pruning_gives() -> None:
 
 def test_ratios_that_the_floors_forbid_are_left_out_and_said() -> None:
     found = inspect_model(MLP, shape=SHAPE, min_width=12)
-    assert [step.ratio for step in found.steps] == [0.1, 0.2, 0.3, 0.4, 0.5]  # 24 of 48 neurons stay at least
+    assert [step.ratio for step in found.steps] == [0.1, 0.2, 0.3, 0.4, 0.5]  # at least 24 of 48 neurons are kept
     assert "ratio=0.6 and more: the floors (min_width) forbid it" in str(found)
 
 
@@ -217,7 +217,7 @@ def test_a_hugging_face_folder_needs_no_weights(tmp_path: Path) -> None:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40,
         architectures=["BertForSequenceClassification"],
     )  # fmt: skip
-    config.save_pretrained(tmp_path)  # config.json alone; the third block is the pooler, which the classifier reads
+    config.save_pretrained(tmp_path)  # only config.json; the third block is the pooler, which the classifier reads
     found = inspect_model(f"hf:{tmp_path}")
     assert [(block.kind, block.width) for block in found.blocks] == [("MLP", 24), ("MLP", 24), ("MLP", 16)]
     assert found.params == sum(p.numel() for p in transformers.BertForSequenceClassification(config).parameters())

@@ -1,4 +1,4 @@
-"""Models that do not fit in memory: what comes out of files is what the in-memory path makes, bit for bit."""
+"""Models that do not fit in memory: pruning from files gives the result of pruning in memory, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vbpfx.rewrite.narrow import Changes
 from vbpfx.rewrite.verify import Outputs, judge
 from vbpfx.storage.tensors import Stored, write_shards
 
-KIB = 2**-20  # of memory=, in GiB
+KIB = 2**-20  # one KiB in GiB, the unit of memory=
 WIDTH, HIDDEN, WORDS, BLOCKS = 16, 24, 50, 4
 
 
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Words(nn.Module):
-    """Tied weights, statistics of a BatchNorm, and a buffer that no state dict holds."""
+    """Tied weights, a BatchNorm with running statistics, and a non-persistent buffer."""
 
     frequencies: Tensor
 
@@ -68,12 +68,12 @@ def _words() -> nn.Module:
 
 
 BATCHES = [torch.randint(0, WORDS, (n, 5), generator=torch.Generator().manual_seed(n)) for n in (6, 8, 3)]
-# Two blocks' weights at once; all samples, with 16 float32 at 5 positions each, at once.
+# Room for the weights of two blocks, and for all samples with 16 float32 at 5 positions each.
 TIGHT = 16 * KIB
 
 
 def _files(model: nn.Module, folder: Path) -> list[Path]:
-    """The state dict in three files; tied weights once."""
+    """Write the state dict to three files, with tied weights stored once."""
     folder.mkdir(exist_ok=True)
     tied = ("head.weight", "second.0.", "second.2.")
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(tied)}
@@ -100,7 +100,7 @@ def _assert_same_plan(found: vbpfx.Plan, expected: vbpfx.Plan) -> None:
 
 
 def _assert_files_hold(out: Path, network: nn.Module) -> None:
-    """Every parameter and buffer of the network, bit for bit, under its own name."""
+    """Assert that the files hold every parameter and buffer of the network under its name, bit for bit."""
     found = named_tensors(vbpfx.load(out))
     expected = named_tensors(network)
     assert found.keys() >= expected.keys()
@@ -142,7 +142,7 @@ def test_the_result_is_that_of_the_path_in_memory(case: str, tmp_path: Path) -> 
 
 
 class ReadsAPart(nn.Module):
-    """Its forward takes a weight of a module that it does not call."""
+    """Its forward pass reads the weight of a module that it does not call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_modules_that_read_the_weights_of_others(make: Any, tmp_path: Path) -> N
 
 
 class Twice(nn.Module):
-    """One block under two names, which the graph calls by the first; it counts its calls in a buffer that no file holds."""
+    """One block under two names, of which the graph uses the first, and a non-persistent buffer that counts calls."""
 
     calls: Tensor
 
@@ -222,7 +222,7 @@ class Answer:
 
 
 class Answering(Residual):
-    """Its output is made by ``answer`` of what a block computes."""
+    """A network whose output is ``answer`` applied to the output of a block."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__(HIDDEN)
@@ -255,7 +255,7 @@ def test_the_oracle_sees_outputs_of_any_structure(answer: Any, tmp_path: Path) -
 
 
 class InAutocast(Residual):
-    """Its hidden layer runs under autocast of the CPU."""
+    """Its hidden layer runs under CPU autocast."""
 
     def __init__(self, enabled: bool) -> None:
         super().__init__(HIDDEN)
@@ -269,7 +269,7 @@ class InAutocast(Residual):
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_autocast_regions_of_the_cpu_are_judged_as_in_memory(frontend: Frontend, enabled: bool, tmp_path: Path) -> None:
-    """The capture is on the meta device, which has no autocast; what is computed later is computed on the CPU."""
+    """The graph is captured on the meta device, which has no autocast, and later runs on the CPU."""
     model, batches = randomize(InAutocast(enabled)).eval(), [torch.randn(5, WIDTH)]
     with vbpfx.without_weights():
         hollow = InAutocast(enabled)
@@ -288,7 +288,7 @@ def test_autocast_regions_of_the_cpu_are_judged_as_in_memory(frontend: Frontend,
 
 
 class OfLengths(Residual):
-    """It states its input's length."""
+    """Its code reads the length of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).reshape(x.shape[0], x.shape[1], WIDTH)
@@ -335,7 +335,7 @@ def test_half_precision_on_the_cpu_is_refused_as_in_memory(tmp_path: Path) -> No
 def test_half_precision_in_files_is_loaded_in_the_precision_of_the_pruning(
     dtype: torch.dtype, shard_size: int | None, tmp_path: Path
 ) -> None:
-    """The numbers of the files, computed as the oracle computed them; tied tensors, and buffers that lie beside them."""
+    """Weights are loaded from half precision and computed in float32, including tied tensors and separate buffers."""
     model, out = _words(), tmp_path / "out"
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -357,7 +357,7 @@ def test_half_precision_in_files_is_loaded_in_the_precision_of_the_pruning(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_files(dtype: torch.dtype, tmp_path: Path) -> None:
-    """What the model is built in, float32, is not what its files hold."""
+    """Sizes follow the dtype in the files and not the float32 in which the model is built."""
     with vbpfx.without_weights():
         hollow = Residual(HIDDEN)
     files = _files(randomize(Residual(HIDDEN)).to(dtype), tmp_path)
@@ -373,7 +373,7 @@ def test_sizes_are_those_of_the_files(dtype: torch.dtype, tmp_path: Path) -> Non
 
 
 def test_saving_over_shards(tmp_path: Path) -> None:
-    """What the shards and the buffers beside them held is not what is loaded afterwards."""
+    """A new artifact replaces old shards and their buffer file, which must not be loaded any more."""
     model, out = _words(), tmp_path / "out"
     files, options = _files(model, tmp_path), {"ratio": 0.3, "method": "vbp", "progress": False}
     vbpfx.prune_files(_hollow(), BATCHES, out, weights=files, shard_size=2000, **options)
@@ -389,7 +389,7 @@ def test_saving_over_shards(tmp_path: Path) -> None:
 
 
 def test_texts_of_unequal_length_enter_covariances_as_in_memory(tmp_path: Path) -> None:
-    """Which rows enter goes by the sample's number, not by how many rows there were before."""
+    """Rows are selected by the number of their sample and not by the number of earlier rows."""
     texts = [
         torch.randint(0, WORDS, (4, length), generator=torch.Generator().manual_seed(length)) for length in (5, 9, 4)
     ]
@@ -412,7 +412,7 @@ def test_an_artifact_in_shards_loads_into_the_class(tmp_path: Path) -> None:
 def test_batches_that_do_not_fit_at_once_go_through_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A residual stream of 17 samples, 5 positions and 16 float32 takes 5440 bytes: not in half of 8 KiB."""
+    """A residual stream of 17 samples, 5 positions and 16 float32 takes 5440 bytes, more than half of 8 KiB."""
     model, ways = _words(), []
     run = Loading.run
     monkeypatch.setattr(
@@ -421,7 +421,7 @@ def test_batches_that_do_not_fit_at_once_go_through_one_after_the_other(
     files = _files(model, tmp_path)
     options = {"weights": files, "memory": 8 * KIB, "ratio": 0.3, "progress": False, "verify": False}
     result = vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "out", **options)
-    assert ways == [1, 2]  # 4 KiB hold 12 samples, and there are 6, 8 and 3
+    assert ways == [1, 2]  # 4 KiB hold 12 samples; the batches have 6, 8 and 3
     _assert_same_plan(result.plan, vbpfx.prune(model, BATCHES, ratio=0.3, method="vbp", progress=False).plan)
     with pytest.raises(vbpfx.CalibrationError, match=r"17 samples need . ways .* memory="):
         vbpfx.prune_files(_hollow(), BATCHES, tmp_path / "other", compensation="ridge", **options)
@@ -439,12 +439,12 @@ def test_pieces_hold_no_more_weights_than_allowed(tmp_path: Path) -> None:
     names = [node.name for node in graph.graph.nodes]
     lasts = [names.index(piece.last) for piece in found]
     assert lasts == sorted(set(lasts))
-    assert names[lasts[-1]] == "head"  # nothing behind it but the output
+    assert names[lasts[-1]] == "head"  # only the output follows
     assert len(found) >= BLOCKS
     for piece in found:
         size = sum(4 * tensors[name].numel() for name in piece.tensors)
         assert size <= max(one_block, 4 * WORDS * WIDTH)
-    # between blocks a sample holds the residual stream alone: 5 positions of 16 float32
+    # Between blocks, a sample only needs the residual stream: 5 positions with 16 float32.
     assert max(piece.held for piece in found[:-1]) == 5 * WIDTH * 4
 
     loans = Loans(hollow.stored, hollow.names, hollow.buffers)
@@ -468,7 +468,7 @@ def test_without_weights_leaves_buffers_and_ties() -> None:
     assert all(parameter.is_meta for parameter in hollow.parameters())
     assert hollow.head.weight is hollow.embed.weight
     assert torch.equal(hollow.frequencies, torch.arange(WIDTH).float().sin())
-    assert not nn.Linear(2, 2).weight.is_meta  # it is over
+    assert not nn.Linear(2, 2).weight.is_meta  # the context has ended
 
 
 def test_the_model_given_stays_as_it_was(tmp_path: Path) -> None:
@@ -687,7 +687,7 @@ print(size, peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_a_model_never_is_in_memory(tmp_path: Path) -> None:
-    """32 blocks of 8 MiB with 32 MiB of memory: the dense network, the result and everything between, in a third of it."""
+    """A model of 32 blocks of 8 MiB is pruned with memory= of 32 MiB, in less than a third of the size of the model."""
     done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], check=True, capture_output=True, text=True)
     size, extra = map(float, done.stdout.split()[-2:])
     assert 256 < size < 260

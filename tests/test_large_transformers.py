@@ -1,4 +1,4 @@
-"""Folders of Hugging Face, sharded and in other precisions, pruned without holding the model."""
+"""Hugging Face folders, with shards and other precisions, are pruned without loading the whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vbpfx.storage.tensors import Stored
 
 transformers = pytest.importorskip("transformers")
 
-KIB = 2**-20  # of memory=, in GiB
+KIB = 2**-20  # one KiB in GiB, the unit of memory=
 SIZES = {"vocab_size": 99, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 
 
@@ -37,7 +37,7 @@ def _mistral() -> nn.Module:
 
 
 def _batches() -> list[dict[str, Tensor]]:
-    """Texts of unequal length: one batch is padded, one is longer than the others."""
+    """Return batches of texts of unequal length: one is padded, and one is longer than the others."""
     generator = torch.Generator().manual_seed(3)
     sizes = ((4, 7), (3, 7), (2, 12))
     ids = [torch.randint(0, 99, size, generator=generator) for size in sizes]
@@ -49,7 +49,7 @@ def _batches() -> list[dict[str, Tensor]]:
 def _saved(model: nn.Module, folder: Path, size: str = "20KB") -> Path:
     model.save_pretrained(folder, max_shard_size=size)
     (folder / "tokenizer.json").write_text('{"words": 3}')
-    model.config.use_cache = False  # for the path in memory: no part of one forward pass
+    model.config.use_cache = False  # the cache is not part of a single forward pass in memory
     return folder
 
 
@@ -98,7 +98,8 @@ def test_bfloat16_is_computed_in_float32_and_written_in_bfloat16(tmp_path: Path)
     stored = Stored.of(out)
     assert {shape.dtype for shape in stored.shapes.values()} == {torch.bfloat16}
     for name, tensor in expected.apply_to(model.float()).state_dict().items():
-        # what is not folded keeps its bits; a fold is rounded once, in memory twice: by a unit of bfloat16 at most
+        # Weights without a fold keep their bits. A fold is rounded once here and twice in memory, so they can differ by one
+        # unit of bfloat16.
         torch.testing.assert_close(stored.read(name).float(), tensor, rtol=2**-7 if "bias" in name else 0, atol=0)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.bfloat16
@@ -138,7 +139,7 @@ def test_nothing_is_saved_over_a_model_of_hugging_face(tmp_path: Path) -> None:
 
 
 def test_a_class_without_a_place_for_the_fold(tmp_path: Path) -> None:
-    """Mistral's configuration knows no biases: the fold needs the graph, or is left out."""
+    """Mistral's configuration has no biases, so the fold needs the graph or must be left out."""
     folder, batches = _saved(_mistral(), tmp_path / "dense"), _batches()
     common: dict[str, Any] = {"ratio": 0.3, "uniform": True, "progress": False}
     with pytest.raises(ArtifactError, match=r"cannot describe .*down_proj.bias.*compensation='none'"):

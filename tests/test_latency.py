@@ -1,4 +1,4 @@
-"""Latency as a budget, on a runtime whose clock is arithmetic."""
+"""Latency as a budget, on a fake runtime with a computed clock."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vbpfx.measurement.latency import block_network
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.runtimes.interface import Compiled, Runtime
 
-# What every call of the runtime takes, in multiply-accumulates, beside those it computes.
+# Constant cost of every call of the runtime, in multiply-accumulates.
 OVERHEAD = 2000
 
 
 class _Clock:
-    """A clock that only runs of a network move."""
+    """A clock that advances only when a network runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class _Counted(Compiled):
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every runtime takes one second a multiply-accumulate, and some for the call."""
+    """Let every runtime take one second per multiply-accumulate, plus a constant for the call."""
     clock = _Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     engine = Runtime("counted", "none", "", lambda network, inputs, threads: _Counted(clock, network, inputs))
@@ -53,7 +53,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Residual(nn.Module):
-    """Two blocks of unlike width on a residual stream of 32."""
+    """Two blocks of different widths on a residual stream of width 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def _network() -> nn.Module:
 @pytest.mark.parametrize("allocation", ["equal", "global"])
 @pytest.mark.usefixtures("counted")
 def test_the_budget_is_met_to_the_neuron(target: float, allocation: str) -> None:
-    """Where latency is a constant and the products, tables and correction are exact."""
+    """If latency is a constant plus the cost of the products, the tables and the correction are exact."""
     data = [torch.randn(64, 32)]
     options = {"method": "vbp", "allocation": allocation, "round_to": 1}
     pruned = vbpfx.prune(_network(), data, latency=target, progress=False, **options)
@@ -93,7 +93,7 @@ def test_a_budget_out_of_reach_names_the_nearest() -> None:
 
 @pytest.mark.usefixtures("counted")
 def test_where_narrow_blocks_are_no_faster_no_budget_can_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that does not tell them apart, as that of a small network."""
+    """The clock does not depend on the width, as for a very small network."""
     monkeypatch.setattr(
         _Counted, "run", lambda self, inputs: setattr(self.clock, "now", self.clock.now + OVERHEAD) or []
     )
@@ -109,7 +109,7 @@ def test_no_multiple_of_the_rounding_below_a_width() -> None:
 
 
 def test_predicted_latency_by_hand() -> None:
-    # the point at 50 is noise: a narrower block is never dearer
+    # The point at 50 is noise: a narrower block never costs more.
     table = Latencies("x", 1, 1, 10.0, {"a": ((50, 2.5), (100, 2.0), (200, 4.0)), "b": ((10, 1.0), (20, 2.0))}, 0.5)
     assert table.ratio({"a": 150}) == pytest.approx(1 - 0.5 * (4.0 - 3.25) / 10, rel=1e-12)
     assert table.ratio({"a": 200, "b": 12}) == pytest.approx(1 - 0.5 * (2.0 - 1.2) / 10, rel=1e-12)
@@ -139,7 +139,7 @@ def test_an_unknown_runtime_is_an_error_before_calibration() -> None:
 
 
 class _Gated(nn.Module):
-    """A packed gate whose halves are read off the size."""
+    """A packed gate after a reshape with sizes read from the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_a_block_by_itself_computes_what_it_does_in_the_network(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
-            real[n.name] = value.clone() if isinstance(value, Tensor) else value  # some layers write in place
+            real[n.name] = value.clone() if isinstance(value, Tensor) else value  # some layers change it in place
             return value
 
     with torch.no_grad():

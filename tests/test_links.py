@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere, headings included. Nothing is fetched."""
+"""Links in the documentation have existing targets, including headings. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_anchors_are_those_of_the_site(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_programs_that_are_named_exist(name: str) -> None:
-    """Figures name the program that prints them; programs move."""
+    """Pages name the programs that print their figures, and those programs must exist."""
     for program in re.findall(r"\b((?:benchmarks|tests|docs/examples)/[\w/]+\.py)\b", SOURCES[name].read_text()):
         assert (ROOT / program).exists(), f"{name} names {program}"

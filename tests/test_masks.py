@@ -1,7 +1,7 @@
-"""Padding does not enter the statistics: they are those of the tokens that the mask keeps, counted by hand.
+"""Padding does not enter the statistics, which are those of the tokens that the mask keeps.
 
-The oracle knows no graph: forward hooks on the second MLP layers collect what these read, the mask picks rows, and NumPy
-takes mean and variance. Everything is in float64, where moments agree to 1e-10 and better.
+The oracle does not use the graph: forward hooks on the second MLP layers collect their inputs, the mask selects rows, and
+NumPy computes mean and variance. Everything is in float64, where moments agree to 1e-10 or better.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Layer(nn.Module):
         self.merged = merged
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # two heads: the values of a single one would be a hidden layer, too
+        # Two heads, because the values of a single head would be another hidden layer.
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = (q @ k.transpose(2, 3)).masked_fill(mask[:, None, None] == 0, -1e9)
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         h = self.norm(x)
-        if self.merged:  # samples and tokens in one axis, as OPT has them
+        if self.merged:  # samples and tokens in one axis, as in OPT
             h = h.flatten(0, 1)
         return x + self.fc2(torch.tanh(self.fc1(h))).view(x.shape)
 
 
 class Encoder(nn.Module):
-    """A text encoder of two layers."""
+    """A text encoder with two layers."""
 
     def __init__(self, merged: bool = False) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Encoder(nn.Module):
 
 
 class OtherName(Encoder):
-    """The mask under a name of its own, between two inputs that are none."""
+    """A mask with an unusual name, between two other inputs."""
 
     def forward(self, input_ids: Tensor, keep: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(input_ids, keep) * scale
 
 
 class TwoTowers(nn.Module):
-    """As many patches as tokens: lengths cannot tell which values the mask covers."""
+    """Patches and tokens have the same number, so that lengths cannot tell which values the mask covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class TwoTowers(nn.Module):
 
 
 class Translator(nn.Module):
-    """An encoder and a decoder, each with a mask of its own."""
+    """An encoder and a decoder, each with its own mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def _gather(
 
 
 def _read_by_hand(model: nn.Module, layer: str, batch: dict[str, Any]) -> np.ndarray:
-    """What a layer reads, one row per position."""
+    """Return the input of a layer with one row per position."""
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _assert_by_hand(
     batch: dict[str, Any],
     masks: dict[str, Tensor],
 ) -> None:
-    """Every MLP's statistics are those by hand; ``masks`` maps a part of a block's name to its mask."""
+    """Assert that every MLP has the statistics computed by hand; ``masks`` maps a part of a block's name to its mask."""
     checked = set()
     for block in analysis.blocks:
         (consumer,) = block.consumers
@@ -181,7 +181,7 @@ def test_hugging_face_models_are_masked_where_the_text_is(name: str) -> None:
     model = model.double()
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].double()
-    if "decoder_input_ids" in batch:  # as long as the encoder's text, which its mask must not take for its own
+    if "decoder_input_ids" in batch:  # as long as the encoder's text, whose mask must not apply here
         batch["decoder_input_ids"] = batch["input_ids"].flip(1).clamp(min=3)
     analysis, statistics = _gather(model, [batch])
     mask = batch["attention_mask"]
@@ -237,7 +237,7 @@ def test_a_mask_of_another_name_is_named() -> None:
     }
     analysis, statistics = _gather(model, [batch], mask="keep")
     _assert_by_hand(model, analysis, statistics, batch, {"first": MASK, "second": MASK})
-    # it is not found by itself: then all positions count
+    # The mask is not found automatically, so all positions count.
     analysis, statistics = _gather(model, [batch])
     _assert_by_hand(model, analysis, statistics, batch, {})
     for wrong in ("attention_mask", "scale", ""):
@@ -285,7 +285,7 @@ class Opposite(nn.Module):
 
 
 class Attention(nn.Module):
-    """``nn.MultiheadAttention`` as it is: True where there is padding; with ``causal``, nobody looks ahead."""
+    """``nn.MultiheadAttention`` with a mask that is True at padding; with ``causal``, attention is causal."""
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -300,14 +300,14 @@ class Attention(nn.Module):
 
 
 class Added(Encoder):
-    """A mask that is added to the scores: 0 at tokens, far below zero at padding."""
+    """A mask that is added to the scores: 0 at tokens and very negative at padding."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return super().forward(input_ids, (attention_mask == 0).long())
 
 
 class Unmasked(nn.Module):
-    """Reads a mask and mixes all tokens all the same."""
+    """A network that reads a mask but mixes all tokens anyway."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ class Unmasked(nn.Module):
 
 
 class Alone(Unmasked):
-    """No token sees another, so that nothing shows what the mask's entries are."""
+    """A network without any mixing of tokens, so that its outputs do not show what the mask's entries mean."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.fc2(self.fc1(self.words(input_ids) * attention_mask.unsqueeze(-1)).relu())
@@ -330,7 +330,7 @@ IDS = torch.arange(SAMPLES * TOKENS).view(SAMPLES, TOKENS) % (WORDS - 1) + 1
 
 
 def _assert_rows_of_tokens(model: nn.Module, batch: dict[str, Any], **options: Any) -> None:
-    """Every block's statistics are those of the tokens, by hand."""
+    """Assert that every block has the statistics of the tokens, computed by hand."""
     analysis, statistics = _gather(model, [batch], **options)
     assert len(analysis.blocks) > 0
     for block in analysis.blocks:
@@ -349,7 +349,7 @@ def test_padding_may_be_what_is_nonzero(merged: bool, frontend: str) -> None:
 @pytest.mark.parametrize("mask", ["pad", ("pad", "padding")])
 @pytest.mark.parametrize("causal", [False, True])
 def test_multihead_attention_calls_padding_true(causal: bool, mask: Any) -> None:
-    """Causal attention never looks at what stands behind, padding or not: the first position tells."""
+    """Causal attention never sees later positions, padding or not, so only the first position shows the meaning."""
     model = randomize(Attention(causal)).double().eval()
     _assert_rows_of_tokens(model, {"input_ids": IDS, "pad": MASK == 0}, mask=mask)
 
@@ -361,7 +361,7 @@ def test_a_mask_that_is_added_is_zero_at_tokens() -> None:
 
 
 def test_a_batch_without_padding_tells_as_well() -> None:
-    """What the entries are is tried out on masks made for it, so the first batch need not hold any padding."""
+    """The meaning of the entries is found on generated masks, so the first batch need not contain padding."""
     model = Opposite(randomize(Encoder()).double()).eval()
     full = {"input_ids": IDS, "attention_mask": torch.zeros_like(MASK)}
     padded = {"input_ids": IDS, "attention_mask": 1 - MASK}
@@ -400,7 +400,7 @@ def test_a_mask_is_a_name_or_a_name_and_what_it_says(mask: Any) -> None:
 
 
 def test_layers_are_fitted_on_the_tokens_of_either_kind_of_mask() -> None:
-    """The two networks are one, so neurons, constants and fits are the same, bit for bit."""
+    """The two networks are equivalent, so neurons, constants and fits are equal."""
     plain = randomize(Encoder()).double().eval()
     ids = torch.randint(1, WORDS, (24, TOKENS))
     mask = (torch.arange(TOKENS) < torch.randint(3, TOKENS + 1, (24, 1))).long()

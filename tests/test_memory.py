@@ -1,4 +1,4 @@
-"""Memory in bench: what a process of its own takes, against the bytes of the weights that it loads."""
+"""Memory in bench: the memory of a separate process compared with the size of the weights that it loads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vbpfx.runtimes.memory import peak_memory
 
 WIDTH = 512
 EXAMPLE = Inputs((torch.zeros(2, WIDTH),), {})
-# what a runtime loads with its first network, whatever that is
+# Memory that a runtime needs for its first network of any size.
 OWN_PARTS = 64 * 2**20
 
 
@@ -41,7 +41,7 @@ def _bytes(width: int) -> int:
 
 
 def _file(width: int, path: Path) -> Path:
-    """The ONNX file of such a network, without an exporter's time."""
+    """Write the ONNX file of such a network directly, which is faster than an exporter."""
     weights = {"up": (WIDTH, width), "up_bias": (width,), "down": (width, WIDTH), "down_bias": (WIDTH,)}
     nodes = [
         helper.make_node("Gemm", ["x", "up", "up_bias"], ["sum"]),
@@ -56,14 +56,17 @@ def _file(width: int, path: Path) -> Path:
 
 
 def test_what_is_measured_is_the_network(tmp_path: Path) -> None:
-    """64 MiB of weights against 4; a large parent, whose memory a new process's ru_maxrss would begin with, is not in it."""
+    """Compare 64 MiB of weights with 4.
+
+    The memory of a large parent process must not count, although ru_maxrss of a new process starts with it.
+    """
     widths = [2**14, 2**10]
     files = [_file(width, tmp_path / f"{width}.onnx") for width in widths]
     ballast = torch.ones(2**27)  # 512 MiB
     dense, pruned = (peak_memory("onnxruntime", file, EXAMPLE, 1) for file in files)
     assert ballast.sum() > 0
     weights = [_bytes(width) for width in widths]
-    # at most the file as it is read, its tensors, and the layout that the kernels want
+    # At most three copies: the file as it is read, its tensors, and the layout that the kernels use.
     assert weights[0] < dense < 4 * weights[0]
     assert weights[1] < pruned < weights[0]
     assert dense - pruned > 0.9 * (weights[0] - weights[1])
@@ -71,7 +74,7 @@ def test_what_is_measured_is_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["openvino", "executorch", "aotinductor"])
 def test_other_runtimes(name: str, tmp_path: Path) -> None:
-    """What each ships of a network, loaded again."""
+    """The deployed file of each runtime is loaded again in a new process."""
     width = 2**12
     try:
         taken = table.runtime(name)
@@ -111,7 +114,7 @@ def _bench_with(load: Any, file: Path, monkeypatch: pytest.MonkeyPatch, **option
 
 
 def test_a_process_that_fails_is_a_problem_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process does not know the runtime that this one made up."""
+    """The new process fails, because it does not know the fake runtime of this process."""
     result = _bench_with(lambda *args: None, tmp_path / "none", monkeypatch)
     (row,) = result.rows
     assert row.speedup is not None
@@ -146,7 +149,7 @@ def test_a_damaged_file_and_one_that_takes_too_long(tmp_path: Path) -> None:
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """In place of Python, what a line of shell does."""
+    """Replace the Python executable by a line of shell."""
 
     def set_to(line: str) -> None:
         path = tmp_path / "program"
@@ -159,7 +162,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell")
 def test_what_the_process_leaves_behind_is_not_waited_for(tmp_path: Path, program: Callable[[str], None]) -> None:
-    """It ends, and something that it started goes on, with its outputs open."""
+    """The process ends, but a child process of it continues with open outputs."""
     program("""sleep 8 &\necho '{"before": 1, "after": 3}' > "$7\"""")
     start = time.monotonic()
     assert peak_memory("onnxruntime", tmp_path / "none", EXAMPLE, None, patience=6) == 2
@@ -182,7 +185,7 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, p
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe with a name")
 def test_a_process_that_hangs_ends_by_itself(tmp_path: Path) -> None:
-    """Where nobody is left to end it: the inputs never come."""
+    """The inputs never arrive, and no parent is left to end the process."""
     os.mkfifo(tmp_path / "inputs")
     words = ["onnxruntime", "none", str(tmp_path / "inputs"), "0", str(tmp_path / "answer"), "0.5"]
     ended = subprocess.run([sys.executable, "-m", "vbpfx.runtimes.memory", *words], capture_output=True, timeout=120)

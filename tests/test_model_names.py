@@ -150,7 +150,7 @@ def test_weights_from_files(kind: str, tmp_path: Path) -> None:
     else:
         prefix = "module." if kind == "ddp.pth" else ""
         named: dict[str, Any] = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
-        more = {"args": argparse.Namespace(lr=0.1)} if "timm" in kind else {}  # as timm's train.py writes it
+        more = {"args": argparse.Namespace(lr=0.1)} if "timm" in kind else {}  # timm's train.py writes this
         torch.save({"state_dict": named, "epoch": 3, **more} if "wrapped" in kind or more else named, tmp_path / kind)
     model = load_model("test_model_names:make", tmp_path / kind)
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_or_are_none(tmp_path: Path) -> None:
 
 
 def test_weights_of_other_classes_than_timms_own(tmp_path: Path) -> None:
-    """As everyone has who trained one: the message says how such a model is named."""
+    """A fine-tuned timm model usually has other classes; the message says how to name such a model."""
     model = pytest.importorskip("timm").create_model("test_vit", num_classes=2)
     torch.save(model.state_dict(), tmp_path / "two.pth")
     with pytest.raises(ModelError, match=r"does not fit .*head.*name it as module:callable"):
@@ -220,7 +220,7 @@ def test_inputs_of_an_onnx_file(tmp_path: Path) -> None:
 
 
 def test_what_a_callable_imports_late_may_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder can be imported from while the callable runs, and not longer."""
+    """The folder is on the import path only while the callable runs."""
     (tmp_path / "own_late.py").write_text(
         "def build():\n    from own_sibling import layer\n    return layer()\n"
         "def failing():\n    from own_sibling import nothing\n    return nothing\n"
@@ -236,7 +236,7 @@ def test_what_a_callable_imports_late_may_lie_beside_it(tmp_path: Path, monkeypa
 
 
 def test_a_configuration_names_models_and_nothing_else() -> None:
-    """``architectures`` of a config.json may name anything of transformers: what is not a model is not called."""
+    """``architectures`` in a config.json may name anything in transformers; only model classes are called."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(architectures=["pipeline", "AutoModel", "nothing", "BertModel"])
     assert architecture(transformers, config) is transformers.BertModel

@@ -1,4 +1,4 @@
-"""Real architectures: the oracle in every form of the result, and the sizes the paper published."""
+"""Real architectures: the oracle for every form of the result, and the sizes that the paper published."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_oracle_holds_in_every_form(name: str) -> None:
     assert found.blocks >= 3
     assert max(found.graph64, found.own64) <= 1e-9
     assert max(found.graph32, found.own32, found.onnx32) <= 1e-4
-    # a comparison counts only where the substitution changes more than float32 rounding does
+    # A comparison is meaningful only if the substitution changes more than float32 rounding does.
     assert found.effect > 100 * max(found.graph32, 1e-9)
 
 

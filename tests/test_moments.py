@@ -33,8 +33,8 @@ def test_any_split_gives_numpys_moments(sizes: list[int], seed: int) -> None:
     np.testing.assert_allclose(moments.m2, ((data.numpy() - data.numpy().mean(0)) ** 2).sum(0), rtol=1e-12, atol=1e-12)
 
 
-# A piece of float32 is summed in float32: at most 4096 additions in a row, whose roundings are 6e-8 of the sum so far and of
-# either sign, sqrt(4096) * 6e-8 = 4e-6. (The values of bfloat16 are few: the same roundings come again.)
+# A piece of float32 is summed in float32 with at most 4096 consecutive additions. Each rounds by 6e-8 of the sum so far, with
+# random sign, which gives sqrt(4096) * 6e-8 = 4e-6. (bfloat16 has few values, so equal roundings repeat.)
 SINGLE = 4e-6
 
 
@@ -42,7 +42,7 @@ def test_large_mean_and_small_spread_in_float32() -> None:
     data = (torch.randn(20000, 3, dtype=torch.float64) * 1e-2 + 1e4).float()
     moments = _reduce(list(torch.split(data, 777)))
     exact = data.double().numpy()
-    # E[x^2] - E[x]^2 in float32 would be wrong in its first digit; the float64 of the same numbers is the oracle
+    # E[x^2] - E[x]^2 in float32 would be wrong in its first digit. The oracle is float64 arithmetic on the same numbers.
     np.testing.assert_allclose(moments.variance, exact.var(0, ddof=1), rtol=SINGLE)
     np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-12)  # the spread is 1e-6 of the mean
 
@@ -95,7 +95,7 @@ def test_observer_skips_an_empty_batch_and_marks_a_bad_one() -> None:
 
 @pytest.fixture
 def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where looking at a value waits for all that was asked for before."""
+    """Act as if on a GPU, where reading a value waits for all earlier work."""
     for name in ("moments", "observer", "calibrate"):
         monkeypatch.setattr(
             importlib.import_module(f"vbpfx.calibration.{name}"), "answers_at_once", lambda device: False
@@ -139,7 +139,7 @@ def test_a_bad_batch_is_named_at_the_end() -> None:
 
 @pytest.mark.parametrize("how", ["bfloat16 model", "autocast"])
 def test_half_precision_activations_have_moments_of_full_precision(how: str) -> None:
-    """The oracle is float64 arithmetic on the very activations, which are far from zero and close together."""
+    """The oracle is float64 arithmetic on the same activations, which are far from zero and close together."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Hardtanh(-1e3, 1e3), torch.nn.Linear(8, 2))
     model[0].bias.data += 50.0
@@ -160,7 +160,7 @@ def test_half_precision_activations_have_moments_of_full_precision(how: str) -> 
 
 @pytest.fixture(scope="module")
 def gathered() -> dict[int, vbpfx.Statistics]:
-    """The same 21 samples through a float64 network in batches of 1, 7 and all at once."""
+    """Gather statistics of the same 21 samples in a float64 network with batches of 1, 7 and 21."""
     torch.manual_seed(1)
     layers = [torch.nn.Linear(6, 20), torch.nn.GELU(), torch.nn.Linear(20, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)]
     model = torch.nn.Sequential(*layers).double()

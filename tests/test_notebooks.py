@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are stored without outputs."""
+"""The notebooks run from top to bottom and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cells(name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_cell_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cells' code, one after the other, with one set of names; figures are drawn and not shown."""
+    """The code of all cells runs in order in one namespace; figures are drawn but not shown."""
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
     import matplotlib.pyplot as plt

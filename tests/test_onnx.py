@@ -1,4 +1,4 @@
-"""The ONNX file computes what the pruned network computes, at any batch size, and a wrong file is never left behind."""
+"""The ONNX file computes the same as the pruned network at any batch size, and a wrong file is never left behind."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError, ExportError
 from vbpfx.export import onnx as exporter
 
-# Other kernels, the same float32: the documented bound.
+# The documented bound for other float32 kernels.
 PARITY = 1e-4
 
 
 class Layer(nn.Module):
-    """An MLP on a residual stream of tokens; the second layer has no bias, so that the fold makes one."""
+    """An MLP on a residual stream of tokens; the second layer has no bias, so that the fold adds one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Layer(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """Two tensors of one shape whose roles differ: swapped inputs show."""
+    """Two inputs of equal shape and different roles, so that swapped inputs are noticed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Images(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """``dense`` and ``small`` are shapes of weights before and after, by hand; either layout may be stored."""
+    """``dense`` and ``small`` are the shapes of weights before and after pruning; the file may store either layout."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -74,7 +74,7 @@ class Case:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """In the order of the signature, whatever the order of a mapping."""
+    """Return the tensors in the order of the signature, whatever the order of a mapping."""
     if isinstance(batch, Mapping):
         return [batch["a"], batch["b"]]
     return list(batch) if isinstance(batch, tuple) else [batch]
@@ -154,7 +154,7 @@ def test_onnx_runtime_computes_what_pytorch_does(case: Case, frontend: str, tmp_
 
 
 def test_the_dense_network_is_not_what_was_written(tmp_path: Path) -> None:
-    # the comparison above would mean little if the two networks agreed anyway
+    # The comparison above would prove little if the two networks agreed anyway.
     model = randomize(Layer())
     pruned = prune(model, torch.randn(32, 5, 8))
     session = onnxruntime.InferenceSession(str(pruned.to_onnx(tmp_path / "m.onnx")), providers=["CPUExecutionProvider"])
@@ -171,7 +171,7 @@ def pruned() -> vbpfx.Pruned:
 
 
 def other_weights(network: nn.Module, example: Any, to_program: Any) -> Any:
-    """The file is well-formed, but of a network that differs in one weight by a tenth."""
+    """Write a well-formed file of another network, one weight of which differs by 0.1."""
     other = copy.deepcopy(network)
     with torch.no_grad():
         other.get_parameter("fc1.weight")[3, 2] += 0.1
@@ -188,7 +188,7 @@ class Garbage:
 
 
 class Hollow:
-    """A file that is well-formed but that ONNX Runtime cannot load: its node's domain does not exist."""
+    """A well-formed file that ONNX Runtime cannot load, because the domain of its node does not exist."""
 
     def save(self, path: str, **_: Any) -> None:
         def value(name: str) -> onnx.ValueInfoProto:
@@ -260,7 +260,7 @@ def test_a_good_file_replaces_what_was_there(pruned: vbpfx.Pruned, tmp_path: Pat
 
 # ---- the shape check, on shapes alone -------------------------------------------------------------------------------
 
-# Layer at half its width: fc1 (12, 8), fc2 (8, 12) and the bias that the fold made
+# Layer at half its width: fc1 (12, 8), fc2 (8, 12) and the bias that the fold added.
 RIGHT = {"norm.weight": (8,), "norm.bias": (8,), "fc1.weight": (12, 8), "fc1.bias": (12,), "fc2.bias": (8,)}
 
 
@@ -282,7 +282,7 @@ def test_the_shape_check_accepts_small_weights(pruned: vbpfx.Pruned, weights: di
 
 
 def check(stored: dict[str, tuple[int, ...]], pruned: vbpfx.Pruned, plan: vbpfx.Plan | None) -> None:
-    """Products read all that is of two axes and more, and not called a mask."""
+    """Check shapes as if products read all tensors with two or more axes, except masks."""
     weights = {name for name, shape in stored.items() if len(shape) > 1 and "mask" not in name}
     exporter._check_shapes(stored, weights, pruned.graph_module, plan)
 
@@ -337,7 +337,7 @@ class Attending(nn.Module):
 
 
 def test_a_loaded_graph_is_exported_like_the_one_that_was_saved(tmp_path: Path) -> None:
-    """An artifact holds no shapes, which the exporter reads to take attention apart."""
+    """An artifact stores no shapes, which the exporter needs to decompose attention."""
     torch.manual_seed(0)
     example = torch.randn(2, 5, 8)
     small = prune(randomize(Attending()), torch.randn(32, 5, 8))
@@ -362,7 +362,7 @@ def test_a_dictionary_as_the_only_argument(tmp_path: Path) -> None:
     batch = {"x": torch.randn(6, 8), "scale": torch.rand(6, 1)}
     pruned = vbpfx.prune(OneDictionary(), [batch], ratio=0.5, progress=False)
     session = onnxruntime.InferenceSession(pruned.to_onnx(tmp_path / "model.onnx"))
-    assert len(session.get_inputs()) == 2  # and their values were compared before the file was written
+    assert len(session.get_inputs()) == 2  # the outputs were compared before the file was written
 
 
 @dataclass
@@ -373,7 +373,7 @@ class Found:
 
 
 class Detecting(nn.Module):
-    """Results called like a value in between (``relu``) and like an input (``x``)."""
+    """Its results have the names of an inner value (``relu``) and of an input (``x``)."""
 
     def __init__(self, as_dataclass: bool) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ def test_results_have_their_names_in_the_file(frontend: str, form: str, as_datac
 
 
 def small_logits(pruned: vbpfx.Pruned, x: Tensor) -> Tensor:
-    """The narrowed layers, by hand."""
+    """Compute the narrowed layers by hand."""
     w = dict(pruned.graph_module.named_parameters())
     with torch.no_grad():
         return F.linear(F.linear(x, w["fc1.weight"], w["fc1.bias"]).relu(), w["fc2.weight"], w["fc2.bias"])
