@@ -12,7 +12,7 @@ import pytest
 import vbpfx
 
 PACKAGE = Path(vbpfx.__file__).parent
-HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "networkx", "timm")
+HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "networkx", "timm", "jinja2")
 
 
 def _child(script: str) -> str:

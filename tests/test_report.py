@@ -97,7 +97,7 @@ def test_arguments_are_what_differs_from_the_defaults() -> None:
     given = {"ratio": 0.4, "criterion": smallest_first, "include": ("plain*",), "memory": 8.0, "refit": False}
     report = vbpfx.prune(two(), data(), progress=False, **given).report
     assert report.arguments == {"ratio": 0.4, "criterion": "smallest_first", "include": ["plain*"], "refit": False}
-    code = html_report(report)
+    code = parse(html_report(report)).text
     assert "    criterion=smallest_first,\n    include=['plain*'],\n    refit=False,\n)" in code
 
 

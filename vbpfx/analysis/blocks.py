@@ -20,8 +20,8 @@ from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.evidence import Evidence, Unread, gather
 from vbpfx.analysis.sizes import is_share
-from vbpfx.display.markup import tag
-from vbpfx.display.tables import counted, html_table, table
+from vbpfx.display.tables import counted, table
+from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
 from vbpfx.plans.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
 from vbpfx.rules.axes import Axis
@@ -61,8 +61,8 @@ class Analysis:
         return "".join(table(*content) for content in self._tables())
 
     def _repr_html_(self) -> str:
-        blocks, (title, columns, refusals) = self._tables()
-        return html_table(*blocks) + tag("details", tag("summary", title), html_table("", columns, refusals))
+        blocks, refusals = self._tables()
+        return render("analysis/blocks.html.jinja", blocks=blocks, refusals=refusals)
 
     @property
     def _flags(self) -> str:

@@ -1,1 +1,1 @@
-"""What people read: tables, figures in words, and markup."""
+"""What people read: tables, figures in words, and templates of HTML and SVG."""

@@ -1,4 +1,4 @@
-"""Tables: what print() shows of an analysis, a plan and a report, and the same for notebooks and pages."""
+"""Tables as plain text: what print() shows of an analysis, a plan and a report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -14,14 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vbpfx.display.figures import FROM_ZERO, SAME
-from vbpfx.display.markup import Markup, joined, tag
-
 _WIDTH = 110
 _FRAME = 3  # what a column takes beside its cells: a line, a space on either side
 _LEAST = 12  # a column of names
 _NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
-_SIGNS = ("-", "+", "\u2212")
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
@@ -60,39 +56,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
-def html_table(
-    caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, class_: str | None = None
-) -> Markup:
-    """The same as a table in HTML, whose first column names the rows; columns of numbers are of class ``number``."""
-    rows = [list(row) for row in rows]
-    kinds = ["number" if rows and all(_is_figure(row[i]) for row in rows) else None for i in range(len(columns))]
-    head = [
-        tag("th", column, scope="col", class_=kind) if column else tag("td")  # a header that says nothing is none
-        for column, kind in zip(columns, kinds, strict=True)
-    ]
-    body = [
-        tag(
-            "tr",
-            tag("th", row[0], scope="row", class_=kinds[0]),
-            *(tag("td", _figure(cell), class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
-        )
-        for row in rows
-    ]
-    title = tag("caption", caption) if caption else None
-    return tag("table", title, tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_)
-
-
-def facts(given: Mapping[str, str]) -> Markup:
-    """Names with what belongs to them, as a list of descriptions."""
-    pairs = (joined(tag("dt", name), tag("dd", value)) for name, value in given.items())
-    return tag("dl", *pairs, class_="facts")
-
-
-def scrolling(label: str, content: Markup) -> Markup:
-    """What is too wide for a phone scrolls by itself, by keyboard too."""
-    return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
-
-
 def _terminal(otherwise: int) -> int:
     """The width of the terminal that is printed to."""
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -102,12 +65,3 @@ def _terminal(otherwise: int) -> int:
 def _is_number(cell: Any) -> bool:
     """A number, or a number or a percentage as text."""
     return isinstance(cell, (int, float)) or (isinstance(cell, str) and _NUMBER.fullmatch(cell) is not None)
-
-
-def _is_figure(cell: Any) -> bool:
-    """A number, text that begins with a digit or a sign, or what stands for a figure where there is no difference."""
-    return isinstance(cell, (int, float)) or cell[:1] in _SIGNS or cell[:1].isdigit() or cell in (SAME, FROM_ZERO)
-
-
-def _figure(cell: Any) -> Any:
-    return f"{cell:,}" if isinstance(cell, (int, float)) else cell

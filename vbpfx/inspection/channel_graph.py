@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
-from vbpfx.display.markup import Markup, joined, tag
+from vbpfx.display.templates import render
 from vbpfx.errors import AnalysisError
 from vbpfx.plans.records import Block
 from vbpfx.rules.ops import called_module, describe
@@ -42,19 +43,17 @@ def channel_graph(analysis: Analysis, name: str) -> str:
         places |= {n: (left + x * (_WIDTH + _ACROSS), 3 * _MARGIN + y * (_HEIGHT + _DOWN)) for x, n in enumerate(row)}
     height = 4 * _MARGIN + len(rows) * (_HEIGHT + _DOWN)
     title = f"{name or '(whole model)'}: {known[name].width} hidden channels"
-    picture = tag(
-        "svg",
-        tag("defs", tag("marker", tag("path", d="M0,0 L8,4 L0,8 z", fill="#666"), id="head", markerWidth=8,
-                        markerHeight=8, refX=8, refY=4, orient="auto", markerUnits="userSpaceOnUse")),
-        tag("rect", width=width, height=height, fill="white"),
-        tag("text", title, x=_MARGIN, y=1.6 * _MARGIN, font_size=15, font_weight="bold"),
-        *(_arrow(places[a], places[b]) for a, b in drawn.edges),
-        *(_box(analysis, n, roles[n], places[n]) for n in roles),
-        _legend(height),
-        xmlns="http://www.w3.org/2000/svg", width=width, height=height, viewBox=f"0 0 {width} {height}",
-        font_family="sans-serif", font_size=12,
-    )  # fmt: skip
-    return f"{picture}\n"
+    return render(
+        "inspection/channel_graph.svg.jinja",
+        title=title,
+        width=width,
+        height=height,
+        margin=_MARGIN,
+        arrows=[_arrow(places[a], places[b]) for a, b in drawn.edges],
+        boxes=[_box(analysis, name, roles[name], places[name]) for name in roles],
+        fills=_FILLS,
+        box=(_WIDTH, _HEIGHT),
+    )
 
 
 def _parts(analysis: Analysis, block: Block) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -82,42 +81,27 @@ def _inputs(node: fx.Node, among: set[str]) -> list[str]:
     return [source.name for source in node.all_input_nodes if source.name in among]
 
 
-def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -> Markup:
-    node, (x, y) = analysis.captured.nodes[name], place
+def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -> dict[str, Any]:
+    """Where the box of a node lies, its colour, and its two lines of text."""
+    node = analysis.captured.nodes[name]
     value = node.meta.get("val")
     module = called_module(analysis.captured.graph_module, node)
     what = describe(node, module)
     shape = " x ".join(str(size) for size in value.shape[1:]) if isinstance(value, Tensor) else ""
     path = str(node.target) if node.op == "call_module" else name
-    return joined(
-        tag("rect", x=x, y=y, width=_WIDTH, height=_HEIGHT, rx=6, fill=_FILLS[part], stroke="#666"),
-        tag("text", _short(path), x=x + _WIDTH / 2, y=y + 19, text_anchor="middle", font_weight="bold"),
-        tag("text", _short(f"{what}  {shape}"), x=x + _WIDTH / 2, y=y + 36, text_anchor="middle", fill="#333"),
-    )
+    x, y = place
+    return {"x": x, "y": y, "fill": _FILLS[part], "name": _short(path), "about": _short(f"{what}  {shape}")}
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> Markup:
-    """Down to the next row; past the rows between where there are any."""
+def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
+    """The path down to the next row; past the rows between where there are any."""
     x, y, to_x, to_y = start[0] + _WIDTH / 2, start[1] + _HEIGHT, end[0] + _WIDTH / 2, end[1]
     past = to_y - y > _DOWN
     if past and x == to_x:
         aside = _WIDTH * 0.75
-        path = f"M{x},{y} C{x + aside},{y + _DOWN} {x + aside},{to_y - _DOWN} {x},{to_y}"
-    else:
-        last = to_y - _DOWN if past else y
-        path = f"M{x},{y} V{last} C{x},{last + _DOWN} {to_x},{to_y - _DOWN} {to_x},{to_y}"
-    return tag("path", d=path, fill="none", stroke="#666", marker_end="url(#head)")
-
-
-def _legend(height: float) -> Markup:
-    entries = []
-    for number, (part, fill) in enumerate(_FILLS.items()):
-        x, y = _MARGIN + number * 76, height - 1.6 * _MARGIN
-        entries += [
-            tag("rect", x=x, y=y, width=10, height=10, fill=fill, stroke="#666"),
-            tag("text", part, x=x + 14, y=y + 9),
-        ]
-    return joined(*entries)
+        return f"M{x},{y} C{x + aside},{y + _DOWN} {x + aside},{to_y - _DOWN} {x},{to_y}"
+    last = to_y - _DOWN if past else y
+    return f"M{x},{y} V{last} C{x},{last + _DOWN} {to_x},{to_y - _DOWN} {to_x},{to_y}"
 
 
 def _short(text: str, most: int = 44) -> str:

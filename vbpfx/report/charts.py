@@ -1,13 +1,13 @@
-"""Charts as inline SVG, coloured by the page's style sheet."""
+"""Where the parts of a chart of variances lie; ``spectrum.svg.jinja`` draws them in the colours of the page."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vbpfx.display.figures import percent, power_of_ten
-from vbpfx.display.markup import Markup, joined, tag
 from vbpfx.report.spectrum import Spectrum
 
 # The spectrum's picture in its own units, and what axes and labels take of it.
@@ -18,11 +18,55 @@ _MOST_DECADES = 8
 _ROOM = 0.15  # decades
 
 
-def bar(now: float, before: float, full: float) -> Markup:
-    """A bar of two lengths on a scale that ends at ``full``; the figures stand beside it."""
-    track = tag("rect", class_="track", width=f"{100 * before / full:.2f}%", height="100%", rx=2)
-    filled = tag("rect", class_="stays", width=f"{100 * now / full:.2f}%", height="100%", rx=2)
-    return tag("svg", track, filled, class_="bar", aria_hidden="true")
+@dataclass(frozen=True)
+class Label:
+    """A text in the picture: where its anchor is, and whether it begins, ends or is centred there."""
+
+    text: str
+    x: str
+    y: str
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A line at a rank, with the rank above it."""
+
+    x: str
+    top: int
+    floor: int
+    label: Label
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The variances of a block as shapes, in units of the picture.
+
+    Attributes:
+        name: of the block.
+        words: what the picture shows.
+        width, height: of the picture.
+        left, right: where the axes begin and end.
+        grid: per line its height and its label.
+        all: the area under the curve.
+        stays: per shade its opacity and the columns of the neurons that stay.
+        curve: the variances.
+        cut: where a cut by variance alone would be; None where nothing goes.
+        labels: the texts beside the axes.
+    """
+
+    name: str
+    words: str
+    width: int
+    height: int
+    left: int
+    right: int
+    grid: tuple[tuple[str, Label], ...]
+    all: str
+    stays: tuple[tuple[str, str], ...]
+    curve: str
+    cut: Cut | None
+    labels: tuple[Label, ...]
 
 
 def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
@@ -66,7 +110,7 @@ def describe(spectrum: Spectrum) -> str:
     )
 
 
-def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) -> Markup:
+def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) -> Chart:
     """Variances in descending order on a log scale; columns of neurons that stay are coloured.
 
     Args:
@@ -83,56 +127,51 @@ def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) ->
     ys = [y(math.log10(v)) if v > 0 else floor for v in spectrum.variances]
     columns = list(zip(itertools.pairwise(xs), ys, _shades(spectrum), strict=True))
     step = math.ceil((high - low) / 5)
-    lines = [
-        joined(
-            tag("line", class_="grid", x1=_LEFT, x2=right, y1=_number(y(e)), y2=_number(y(e))),
-            tag("text", power_of_ten(e), x=_LEFT - 5, y=_number(y(e) + 3.5), text_anchor="end"),
-        )
-        for e in range(math.floor(high), math.ceil(low) - 1, -step)
-    ]
     outline = "".join(f"V{_number(top)}H{_number(stop)}" for (_, stop), top, _ in columns)
-    areas = [tag("path", class_="goes", d=f"M{_LEFT} {floor}{outline}V{floor}Z")]
-    for shade in range(1, _SHADES + 1):
-        drawn = "".join(
+    shades = [
+        "".join(
             f"M{_number(start)} {floor}V{_number(top)}H{_number(stop)}V{floor}Z"
             for (start, stop), top, own in columns
             if own == shade
         )
-        if drawn:
-            areas.append(tag("path", class_="stays", fill_opacity=f"{shade / _SHADES:g}", d=drawn))
-    curve = tag("path", class_="curve", d=f"M{_LEFT} {_number(ys[0])}{outline}")
+        for shade in range(1, _SHADES + 1)
+    ]
     top = spectrum.variances[0]
-    labels = joined(
-        tag("text", f"variance, up to {top:.3g}" if top > 10**high else "variance", x=0, y=9),
-        tag("text", "1", x=_LEFT, y=floor + 14, text_anchor="middle"),
-        tag("text", f"{n:,}", x=right, y=floor + 14, text_anchor="end") if n > 1 else None,
-        tag("text", "neurons by rank of variance", x=(_LEFT + right) / 2, y=floor + 28, text_anchor="middle"),
+    labels = [
+        Label(f"variance, up to {top:.3g}" if top > 10**high else "variance", "0", "9", "start"),
+        Label("1", str(_LEFT), str(floor + 14), "middle"),
+        Label("neurons by rank of variance", str((_LEFT + right) / 2), str(floor + 28), "middle"),
+    ]
+    if n > 1:
+        labels.insert(2, Label(f"{n:,}", str(right), str(floor + 14), "end"))
+    return Chart(
+        name=name,
+        words=describe(spectrum),
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=right,
+        grid=tuple(
+            (_number(y(e)), Label(power_of_ten(e), str(_LEFT - 5), _number(y(e) + 3.5), "end"))
+            for e in range(math.floor(high), math.ceil(low) - 1, -step)
+        ),
+        all=f"M{_LEFT} {floor}{outline}V{floor}Z",
+        stays=tuple((f"{number / _SHADES:g}", drawn) for number, drawn in enumerate(shades, start=1) if drawn),
+        curve=f"M{_LEFT} {_number(ys[0])}{outline}",
+        cut=_cut(spectrum, floor, right),
+        labels=tuple(labels),
     )
-    return tag(
-        "svg", tag("title", f"{name}: {describe(spectrum)}"), *lines, *areas, curve, _cut(spectrum, floor, right), labels,
-        class_="spectrum", role="img", aria_label=f"Variance spectrum of {name}: {describe(spectrum)}",
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-    )  # fmt: skip
 
 
-def _cut(spectrum: Spectrum, floor: int, right: int) -> Markup | None:
+def _cut(spectrum: Spectrum, floor: int, right: int) -> Cut | None:
     """Where a cut by variance alone would be: behind the K highest, K of which stay."""
     kept = sum(spectrum.kept)
     if kept == spectrum.neurons:
         return None
     x = _LEFT + (right - _LEFT) * kept / spectrum.neurons
     near_end = kept / spectrum.neurons > 0.6
-    return joined(
-        tag("line", class_="cut", x1=_number(x), x2=_number(x), y1=_TOP - 11, y2=floor),
-        tag(
-            "text",
-            f"{kept:,}",
-            class_="strong",
-            x=_number(x + (-4 if near_end else 4)),
-            y=_TOP - 3,
-            text_anchor="end" if near_end else "start",
-        ),
-    )
+    label = Label(f"{kept:,}", _number(x + (-4 if near_end else 4)), str(_TOP - 3), "end" if near_end else "start")
+    return Cut(_number(x), _TOP - 11, floor, label)
 
 
 def _shades(spectrum: Spectrum) -> list[int]:

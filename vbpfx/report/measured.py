@@ -1,4 +1,4 @@
-"""Sections of the page: what was measured of both networks."""
+"""What the page says of measurements of both networks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from vbpfx.display.figures import (
     scientific,
     short,
 )
-from vbpfx.display.markup import Markup, joined, tag
-from vbpfx.display.tables import counted, facts, html_table, scrolling
 from vbpfx.measurement.bench_result import BenchResult, Row
 from vbpfx.report.report import Report
 
@@ -27,10 +25,10 @@ _BENCH = ("runtime", "batch", "threads", "dense", "pruned", "speed-up", "differe
 _SHARES = ("accuracy", "agreement")  # evaluations that are shares of 1, by a word of their names
 
 
-def cards(report: Report) -> Markup:
-    """The headline: what was, what is, and the difference."""
-    shown = [
-        ("Hidden neurons", *(f"{n:,}" for n in report.neurons), change(*report.neurons)),
+def cards(report: Report) -> list[tuple[str, str, str, str]]:
+    """The headline: per figure its name, what was, what is, and the difference."""
+    shown: list[tuple[str, str, str, str]] = [
+        ("Hidden neurons", f"{report.neurons[0]:,}", f"{report.neurons[1]:,}", change(*report.neurons)),
         ("Parameters", short(report.params[0]), short(*reversed(report.params)), change(*report.params)),
         ("MACs per sample", short(report.macs[0]), short(*reversed(report.macs)), change(*report.macs)),
     ]
@@ -42,19 +40,7 @@ def cards(report: Report) -> Markup:
     for name, (dense, pruned) in _measures(report).items():
         shown.append((capital(name), _score(name, dense), _score(name, pruned), _difference(name, dense, pruned)))
         break
-    return tag(
-        "dl",
-        *(
-            tag(
-                "div",
-                tag("dt", name),
-                tag("dd", now, class_="big"),
-                tag("dd", tag("span", f"dense {before} ", class_="of"), tag("span", difference, class_="change")),
-            )
-            for name, before, now, difference in shown
-        ),
-        class_="cards",
-    )
+    return shown
 
 
 def _latency_card(report: Report) -> list[tuple[str, str, str, str]]:
@@ -71,8 +57,8 @@ def _latency_card(report: Report) -> list[tuple[str, str, str, str]]:
     return []
 
 
-def evaluation(report: Report) -> Markup | None:
-    """What a data set says of both networks."""
+def evaluation(report: Report) -> dict[str, Any] | None:
+    """What a data set says of both networks: rows of a table, and other facts by name."""
     if not report.evaluation:
         return None
     measures = _measures(report)
@@ -91,40 +77,27 @@ def evaluation(report: Report) -> Markup | None:
         for name, value in report.evaluation.items()
         if name not in measures and value is not None
     }
-    return joined(
-        scrolling("Evaluation", html_table("", ("", "dense", "pruned", "difference", "kept"), rows)) if rows else None,
-        facts(others) if others else None,
-    )
+    return {"rows": rows, "others": others}
 
 
-def latency(report: Report) -> Markup | None:
-    """What was measured in runtimes."""
-    parts = []
+def latency(report: Report) -> dict[str, Any]:
+    """What was measured in runtimes: a sentence about the budget, the benchmark, and its table."""
+    budget = ""
     if found := report.latency:
-        parts.append(
-            tag(
-                "p",
-                f"The budget asked for {percent(found['asked'])} of the dense network's latency in {found['runtime']} at batch "
-                f"{found['batch']}; {percent(found['predicted'])} was predicted, and {percent(found['measured'])} measured "
-                f"on the result.",
-            )
+        budget = (
+            f"The budget asked for {percent(found['asked'])} of the dense network's latency in {found['runtime']} at batch "
+            f"{found['batch']}; {percent(found['predicted'])} was predicted, and {percent(found['measured'])} measured "
+            f"on the result."
         )
-    if bench := _bench(report):
-        parts.append(
-            tag(
-                "p",
-                f"Medians of {counted(bench.rounds, 'round')}, dense and pruned in turn; in brackets the quartiles of the "
-                f"speed-up. The difference of outputs is the largest from the same network's in a reference runtime, over the "
-                f"largest output; of dense and pruned, the larger.",
-                class_="note",
-            )
-        )
-        shown = len(_BENCH) - all(side.memory is None for row in bench.rows for side in (row.dense, row.pruned))
-        rows = [_bench_row(row)[:shown] for row in bench.rows]
-        parts.append(scrolling("Latency", html_table("", _BENCH[:shown], rows)))
-        if bench.problems:
-            parts.append(tag("ul", *(tag("li", problem) for problem in bench.problems)))
-    return joined(*parts) if parts else None
+    bench = _bench(report)
+    rows = bench.rows if bench else ()
+    shown = len(_BENCH) - all(side.memory is None for row in rows for side in (row.dense, row.pruned))
+    return {
+        "budget": budget,
+        "bench": bench,
+        "columns": _BENCH[:shown],
+        "rows": [_bench_row(row)[:shown] for row in rows],
+    }
 
 
 def _bench(report: Report) -> BenchResult | None:

@@ -6,62 +6,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbpfx.display.figures import capital
-from vbpfx.display.markup import Markup, joined, tag
-from vbpfx.display.tables import counted, scrolling
+from vbpfx.display.templates import render
 from vbpfx.measurement.bench_result import BenchResult
-from vbpfx.report.charts import common_scale, describe, leaves, spectrum_chart
+from vbpfx.report.charts import Chart, common_scale, leaves, spectrum_chart
 from vbpfx.report.measured import cards, evaluation, latency
-from vbpfx.report.notebook import widths_table
+from vbpfx.report.notebook import with_shares
 from vbpfx.report.report import Report
-from vbpfx.report.sections import check, making, refitted, refused
+from vbpfx.report.sections import checks, python_call, refusals_by_reason, settings, versions
 from vbpfx.report.spectrum import Spectrum
 from vbpfx.storage.files import Write, json_writer, text_writer, write_atomically
 
-_STYLE = Path(__file__).with_name("page.css")
 _MOST_CHARTS = 128
 
 
 def html_report(report: Report) -> str:
     """A report as one HTML page: no script, no font, no picture from elsewhere; light or dark as the reader has it."""
-    title = f"{report.network or 'Network'}, pruned"
-    body = joined(
-        tag(
-            "header",
-            tag("p", "vbpfx report", class_="eyebrow"),
-            tag("h1", title),
-            tag("p", report.summary, class_="lead"),
-            cards(report),
-            tag("p", f"MACs, multiply-accumulates, are those of one sample of shape {report.sample}.", class_="note")
-            if report.sample
-            else None,
-            tag("p", f"{report.sizes[:1].upper()}{report.sizes[1:]}.", class_="note") if report.fixed else None,
-        ),
-        tag(
-            "main",
-            *(
-                tag("section", tag("h2", heading), content)
-                for heading, content in (
-                    ("Evaluation", evaluation(report)),
-                    ("Latency", latency(report)),
-                    ("Width per block", _widths(report)),
-                    ("Activation variance", _spectra(report)),
-                    ("Not narrowed", refused(report)),
-                    ("Fitted beside the blocks", refitted(report)),
-                    ("Checked", check(report)),
-                    ("How it was made", making(report)),
-                )
-                if content is not None
-            ),
-        ),
-        tag("footer", tag("p", _made_by(report))),
+    return render(
+        "report/page.html.jinja",
+        report=report,
+        title=f"{report.network or 'Network'}, pruned",
+        cards=cards(report),
+        evaluation=evaluation(report),
+        latency=latency(report),
+        blocks=with_shares(report.widths),
+        spectra=_spectra(report.spectra),
+        refusals=refusals_by_reason(report),
+        refitted=report.settings.get("reconstruction", {}).get("refitted"),
+        checks=checks(report.verification) if report.verification else [],
+        call=python_call(report),
+        settings=settings(report),
+        versions=versions(report),
     )
-    head = joined(
-        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        tag("title", f"{title} - vbpfx"),
-        tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
-    )
-    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
 
 
 def report_files(report: Report) -> dict[str, Write]:
@@ -84,65 +59,18 @@ def update_report(
     return report
 
 
-def _widths(report: Report) -> Markup:
-    floor = report.settings.get("at_floor")
-    return joined(
-        tag("p", "Hidden neurons of every block, before and now; bars are drawn on one scale.", class_="note"),
-        scrolling("Width per block", widths_table(report.widths)),
-        tag("p", f"At the floor (min_width): {', '.join(floor)}.", class_="note") if floor else None,
-        tag("p", f"{report.advice}.", class_="note") if report.advice else None,
-    )
-
-
-def _spectra(report: Report) -> Markup | None:
-    if not report.spectra:
+def _spectra(spectra: Mapping[str, Spectrum]) -> dict[str, Any] | None:
+    """The charts on one scale, whether one leaves it, and whether entries stand for several neurons."""
+    if not spectra:
         return None
-    drawn = _drawn(report.spectra)
+    drawn = _drawn(spectra)
     scale = common_scale(drawn.values())
-    beyond = any(leaves(spectrum, scale) for spectrum in drawn.values())
-    text = "Each chart ranks the neurons of a block by the variance of their activation on the calibration data, on one log scale."
-    criterion, allocation = (report.settings.get(name) for name in ("criterion", "allocation"))
-    honest = (
-        f"The neurons of lowest variance go; how many of each block, the allocation says ({allocation})."
-        if criterion == "variance"
-        else f"The criterion is {criterion}, not this variance: neurons that stay and neurons that go mix."
-    )
-    shared = any(spectrum.neurons > len(spectrum.variances) for spectrum in drawn.values())
-    shades = " A column of several neurons is the paler the fewer of them stay." if shared else ""
-    some = (
-        f" Drawn are {len(drawn)} of {counted(len(report.spectra), 'block')}, evenly spread."
-        if len(drawn) < len(report.spectra)
-        else ""
-    )
-    return joined(
-        tag("p", text),
-        tag("p", honest, shades, some, class_="note"),
-        tag(
-            "ul",
-            tag("li", _swatch(tag("rect", class_="stays", width="100%", height="100%", rx=2)), "stays"),
-            tag("li", _swatch(tag("rect", class_="goes", width="100%", height="100%", rx=2)), "goes"),
-            tag(
-                "li",
-                _swatch(tag("line", class_="cut", x1="50%", x2="50%", y1=0, y2="100%")),
-                "where a cut by variance alone would be",
-            ),
-            class_="legend",
-        ),
-        tag(
-            "div",
-            *(
-                tag(
-                    "figure",
-                    tag("figcaption", tag("code", name)),
-                    spectrum_chart(name, spectrum, scale),
-                    tag("p", capital(describe(spectrum)), class_="note"),
-                )
-                for name, spectrum in drawn.items()
-            ),
-            class_="charts",
-        ),
-        tag("p", "Variances beyond the scale are drawn at its ends.", class_="note") if beyond else None,
-    )
+    charts: list[Chart] = [spectrum_chart(name, spectrum, scale) for name, spectrum in drawn.items()]
+    return {
+        "charts": charts,
+        "beyond": any(leaves(spectrum, scale) for spectrum in drawn.values()),
+        "shared": any(spectrum.neurons > len(spectrum.variances) for spectrum in drawn.values()),
+    }
 
 
 def _drawn(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
@@ -150,13 +78,3 @@ def _drawn(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
     names = list(spectra)
     count = min(_MOST_CHARTS, len(names))
     return {name: spectra[name] for name in (names[i * len(names) // count] for i in range(count))}
-
-
-def _swatch(shape: Markup) -> Markup:
-    return tag("svg", shape, aria_hidden="true")
-
-
-def _made_by(report: Report) -> str:
-    if not report.versions:
-        return "Made by vbpfx."
-    return f"Made by vbpfx {report.versions['vbpfx']}. The same figures, for programs, are in report.json beside this file."
