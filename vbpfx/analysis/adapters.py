@@ -1,8 +1,9 @@
-"""Adapters of low rank beside a layer: y = W x + s B (A x), two layers that are one with the layer that they adapt.
+"""Low-rank adapters (LoRA): layers A and B beside a layer W that compute y = W x + s B (A x).
 
-Read off the graph, not off names: nothing but scales, casts and dropout stands between A and B, what they make is added to what
-another layer makes of the same x, and the rank is smaller than what goes in and comes out. Merging W + s B A leaves no place for a
-bias between the two, so their rank is not a hidden width, and what they read cannot be folded.
+They are found from the graph's structure, not from names. Only scales, casts and dropout stand between A and B. Their
+output is added to the output of another layer that reads the same x. The rank is smaller than the input and the output
+width. An adapter will be merged into its layer as W + s B A, which leaves no place for a bias between A and B. So the
+rank is not a hidden width, and constants in the adapter's input cannot be folded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vbpfx.rules.ops import called_module, is_cast, is_sum, operands_read
 
 
 class Adapter(NamedTuple):
-    """The layers A (``down``), B (``up``) and the one that they adapt, by their weights."""
+    """The names of the weights A (``down``), B (``up``) and W, the layer that they adapt (``base``)."""
 
     down: str
     up: str
@@ -27,12 +28,12 @@ class Adapter(NamedTuple):
 
 
 def find_adapters(graph_module: fx.GraphModule, evidence: Evidence) -> list[Adapter]:
-    """Every adapter of the graph."""
+    """Return all adapters in the graph."""
     layers = {
         consumer.node: consumer
         for found in evidence.contracted.values()
         for consumer in found
-        if Axis(consumer.weight, 0, True) in evidence.sizes  # a computed weight is nobody's parameter
+        if Axis(consumer.weight, 0, True) in evidence.sizes  # a weight that is computed is not a parameter
     }
     return [
         Adapter(down.weight, up.weight, base.weight)
@@ -56,7 +57,7 @@ def _is_low_rank(down: Consumer, up: Consumer, evidence: Evidence) -> bool:
 def _beside(
     up: Consumer, down: Consumer, layers: dict[str, Consumer], graph_module: fx.GraphModule, evidence: Evidence
 ) -> Iterator[Consumer]:
-    """The layers of the same input that B's value is added to."""
+    """Yield the layers that read the same input and to whose output B's output is added."""
     read = _origin(_operand(down, evidence), graph_module)
     for total in _sums_ahead(evidence.nodes[up.node], graph_module):
         for operand in total.all_input_nodes:
@@ -66,7 +67,7 @@ def _beside(
 
 
 def _sums_ahead(node: fx.Node, graph_module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The sums that a value goes into, unchanged but for its scale."""
+    """Yield the sums that a value goes into, with nothing but scales in between."""
     for user in node.users:
         if is_sum(user):
             yield user
@@ -77,7 +78,7 @@ def _sums_ahead(node: fx.Node, graph_module: fx.GraphModule) -> Iterator[fx.Node
 def _layers_behind(
     node: fx.Node, layers: dict[str, Consumer], graph_module: fx.GraphModule, *, sums: bool
 ) -> Iterator[Consumer]:
-    """The layers whose values a value is, but for scales, and, with ``sums``, a sum of."""
+    """Yield the layers whose output a value is, apart from scales; with ``sums`` also those in a sum of outputs."""
     if node.name in layers:
         yield layers[node.name]
     elif (sums and is_sum(node)) or _only_scales(node, graph_module):
@@ -86,14 +87,14 @@ def _layers_behind(
 
 
 def _origin(node: fx.Node, graph_module: fx.GraphModule) -> fx.Node:
-    """What a value was before casts and dropout."""
+    """Return the node whose value this one is, apart from scales, casts and dropout."""
     while _only_scales(node, graph_module):
         (node,) = _operands(node)
     return node
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors whose values a call reads."""
+    """Return the tensors whose values a call reads."""
     return [operand for operand in operands_read(node) if isinstance(operand.meta.get("val"), Tensor)]
 
 
@@ -101,7 +102,7 @@ _HAND_ON = ("contiguous", "clone", "detach", "alias")
 
 
 def _only_scales(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    """Whether the call hands on its one operand, times a number at most."""
+    """Return whether a call returns its only operand, possibly times a number."""
     if len(_operands(node)) != 1 or not isinstance(node.meta.get("val"), Tensor):
         return False
     if (module := called_module(graph_module, node)) is not None:

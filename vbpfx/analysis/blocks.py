@@ -1,9 +1,10 @@
-"""The dependency analysis: which hidden axes can be narrowed, and why the others cannot.
+"""The dependency analysis: find which hidden axes can be narrowed, and why the others cannot.
 
-Every axis of every tensor is a vertex; :mod:`vbpfx.rules.ops` says which axes run channel by channel into
-which. A connected component is then everything that must be narrowed together. It is a block if weights
-produce it, weights contract it, and nothing opaque touches it: names, sizes and architectures decide
-nothing. One pass over the nodes and one over the components: linear in the size of the graph.
+Every axis of every tensor is a vertex of a graph. The rules of :mod:`vbpfx.rules.ops` tell which axes correspond
+channel by channel; these are joined by edges. Everything in a connected component must be narrowed together. A
+component is a block if weights produce it, weights contract it, and no axis in it is opaque (used in a way that forbids
+narrowing). Names, sizes and architectures play no part in this. The analysis makes one pass over the nodes and one over
+the components, so its time is linear in the size of the graph.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """What :func:`find_blocks` found.
+    """The result of :func:`find_blocks`.
 
     Attributes:
         blocks: every axis that can be narrowed exactly, in graph order.
-        refusals: every axis that a weight produces and that cannot, with the reason.
+        refusals: every axis that a weight produces but that cannot be narrowed, with the reason.
         captured: the graph that was analysed.
-        layers: every layer y = W x + b that works position by position on what comes from the model's inputs and alone uses
-            its weight, in graph order: what a regression can fit anew. Of a layer that is called several times there is one
-            entry per call. Their sources begin at 0.
+        layers: every layer that a regression can fit, in graph order. Such a layer computes y = W x + b position by
+            position, reads values that come from the model's inputs, and is the only user of its weight. A layer that
+            is called several times has one entry per call. The entries' sources begin at channel 0.
     """
 
     blocks: tuple[Block, ...]
@@ -70,7 +71,7 @@ class Analysis:
         return f"; captured with {flags}, and for nothing else" if flags else ""
 
     def _tables(self) -> tuple[_Content, _Content]:
-        """Title, columns and rows: of the blocks, and of what was refused."""
+        """Title, columns and rows of two tables: the blocks and the refusals."""
         blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return (
@@ -85,10 +86,10 @@ class Analysis:
 
 
 def find_blocks(captured: Captured) -> Analysis:
-    """Find every hidden channel axis that can be narrowed exactly, and every one that cannot, with its reason.
+    """Find every hidden channel axis that can be narrowed exactly, and every one that cannot, with the reason.
 
-    Read-only. A *hidden axis* begins at the rows of weights, passes through operators that treat channels
-    one by one, and ends at weights that sum over it.
+    A *hidden axis* begins at the rows of weights, passes through operators that treat channels one by one, and ends at
+    weights that sum over it. Nothing is changed.
 
     Args:
         captured: what :func:`capture` returned.
@@ -111,7 +112,7 @@ def find_blocks(captured: Captured) -> Analysis:
 
 
 def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]:
-    """The layers that a regression can fit anew, call by call: those of which every call is one that it can."""
+    """Return the calls of all layers that a regression can fit. For such a layer it can fit every call."""
     found: list[Consumer] = []
     parts = {weight for adapter in adapters for weight in (adapter.down, adapter.up)}
     calls = Counter(consumer.weight for consumers in evidence.contracted.values() for consumer in consumers)
@@ -132,7 +133,7 @@ def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]
 
 
 def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
-    """All axes with everything that links them, for distances."""
+    """Return the graph of all axes with all links between them, to measure distances."""
     graph = evidence.graph.copy()
     graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
     graph.add_edges_from((link.whole, link.part) for link in evidence.grouped)
@@ -142,7 +143,7 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
 def _judge(
     component: Component, linked: nx.Graph[Axis], adapters: list[Adapter], evidence: Evidence
 ) -> Block | Refusal | None:
-    """A component that weights produce: a block, or a refusal. None where no weight produces it."""
+    """Return a block or a refusal for a component; None if no weight produces it."""
     axes = component.axes
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
     if not produced:
@@ -190,7 +191,7 @@ def _judge(
 
 
 def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence) -> SizeLiteral:
-    """A number with the note whether the model's code computes it from the narrowed width, and gets the right one."""
+    """Return the literal; ``follows`` is true if the model's code computes the right number at every width."""
     computed = evidence.computed_sizes.get(literal, ())
     axes = {axis for number in computed for axis in evidence.read[number].axes}
     if not len(computed) == len(axes) == 1:
@@ -212,7 +213,7 @@ def _obstacle(
     linked: nx.Graph[Axis],
     evidence: Evidence,
 ) -> tuple[str, str]:
-    """The node and the reason that a component is not a block; empty strings where it is one."""
+    """Return the node and the reason that keep a component from being a block; empty strings if it is one."""
     axes = component.axes
     opaque = [axis for axis in axes if axis in evidence.opaque]
     if opaque:
@@ -240,7 +241,7 @@ def _obstacle(
 
 
 def _adapted(consumers: list[Consumer], adapters: list[Adapter]) -> tuple[str, str]:
-    """Why an adapter keeps an axis as it is: it is the adapter's rank, or the adapter reads it."""
+    """Return the node and the reason if an adapter forbids narrowing: the axis is its rank, or the adapter reads it."""
     for consumer in consumers:
         for down, up, base in adapters:
             if consumer.weight == up:
@@ -256,11 +257,12 @@ def _adapted(consumers: list[Consumer], adapters: list[Adapter]) -> tuple[str, s
 
 
 def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
-    """The node where the axis takes in, by a sum, what a layer behind it made of it; None without one.
+    """Return the sum at which a value that layers computed from the axis is added to the axis; None if there is none.
 
-    Such an axis could be narrowed exactly, but it is the width of the network, no block's hidden width.
-    A product of the axis with what was made of it is no such thing: squeeze-and-excite is a gate. A product of what was made of it with
-    anything else is: a gated branch.
+    Such an axis is a residual stream. It could be narrowed exactly, but it is the width of the network and not the
+    hidden width of a block. Products need care: a product of the axis with a value computed from it is a gate
+    (squeeze-and-excite), and the result still is the axis. A product of a value computed from the axis with anything
+    else is a gated branch, and the result counts as computed from the axis.
     """
     carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
     makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
@@ -274,7 +276,7 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
         operands = {made_of_it[source] for source in sources if source in made_of_it}
         if operands == {True, False} and is_sum(node):
             return node.name
-        if operands or node in evidence.computed:  # an embedding's value begins an axis, too
+        if operands or node in evidence.computed:  # an axis may also begin here, at an embedding
             made_of_it[node] = operands == {True} or (
                 operands == {True, False}
                 and is_product(node)
@@ -286,7 +288,10 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
 def _gates_the_stream(
     product: fx.Node, made_of_it: dict[fx.Node, bool], makers: set[fx.Node], start: int, position: dict[str, int]
 ) -> bool:
-    """Whether one factor was made of what the other comes from: it gates that; else it is a branch that the other gates."""
+    """Return whether a product gates the stream: whether its branch is computed from what its stream factor comes from.
+
+    Otherwise the branch is gated by the stream factor.
+    """
     stream, branch = ([n for n in product.all_input_nodes if made_of_it.get(n) is made] for made in (False, True))
     roots, stack, seen = set(), list(stream), set(stream)
     while stack:
@@ -301,7 +306,11 @@ def _gates_the_stream(
 
 
 def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
-    """Whether a node's inputs come, at whatever remove, from any of the given nodes (none before ``start``)."""
+    """Return whether a node depends, directly or indirectly, on any of the given nodes.
+
+    Args:
+        start: a position in the graph before which none of the given nodes stands.
+    """
     stack, seen = list(node.all_input_nodes), set()
     while stack:
         ancestor = stack.pop()
@@ -314,7 +323,7 @@ def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int
 
 
 def _enclosing(weights: Sequence[str]) -> str:
-    """The module path that encloses the layers of these weights."""
+    """Return the path of the innermost module that contains the layers of all these weights."""
     paths = [weight.split(".")[:-1] for weight in weights]
     common = []
     for parts in zip(*paths, strict=False):
@@ -325,7 +334,11 @@ def _enclosing(weights: Sequence[str]) -> str:
 
 
 def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
-    """A block alone in its module goes by the module; others add their layers, their weights, their rows."""
+    """Give every block a unique name.
+
+    A block that is alone in its module is named after the module. The others are named by their first and last layers,
+    by their weights, or by their rows in the first weight, whichever of these is unique first.
+    """
     choices = [
         (
             block.name,
@@ -344,7 +357,7 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
 
 
 def _range(block: Block) -> str:
-    """Where the block stands among the rows of its first producer."""
+    """Return the range of the block's rows in the weight of its first producer."""
     first = next(entry for entry in block.parameters if entry.name == block.producers[0])
     return f"{first.start}:{first.start + first.step * block.width}"
 

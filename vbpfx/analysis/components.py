@@ -1,12 +1,13 @@
-"""The connected components of the dependency graph: everything that must be narrowed together.
+"""The connected components of the dependency graph: axes, or parts of axes, that must be narrowed together.
 
-Axes that run channel by channel into one another over their whole length form a *group*. Groups that are parts of
-others (chunks of a packed gate, what a concatenation joins) are cut where the parts begin and end, until every cut has
-reached every group that it concerns. The segments in between are the vertices, and a component of segments is
-one hidden axis: its channel c stands at ``start + step c`` of every axis it touches, in some of them several times.
+Axes that correspond channel by channel over their whole length form a *group*. One group may be a part of another, such
+as a chunk of a packed gate or an operand of a concatenation. Groups are cut into segments where such parts begin and
+end, and every cut is carried over to all groups that it concerns. The segments are the vertices of a graph, and a
+connected component of segments is one hidden axis. Its channel c is channel ``start + step c`` of every axis that it
+touches; it may touch an axis several times.
 
-Where an axis is read in an interleaved way, several of its channels go with one of the part's. The segments of one component
-are then of unlike lengths, and the longer ones hold so many channels more for each of the component's.
+If an axis is read in an interleaved way, several of its channels correspond to one channel of the part. The segments of
+a component then differ in length, and a longer segment holds several channels for each channel of the component.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _MISFIT = "a slice with a step takes some of its entries, and another slice cuts
 
 @dataclass(frozen=True)
 class Component:
-    """Channels that live and die together.
+    """A hidden axis: channels of several axes that must be kept or removed together.
 
     Attributes:
-        width: their number d.
-        spans: where it stands.
+        width: the number of channels d.
+        spans: the places of these channels on all axes.
     """
 
     width: int
@@ -49,7 +50,7 @@ class Component:
 
     @property
     def axes(self) -> set[Axis]:
-        """The axes that hold it."""
+        """The axes that hold the component's channels."""
         return {span.axis for span in self.spans}
 
 
@@ -62,7 +63,7 @@ class _Segment(NamedTuple):
 
 
 class _Link(NamedTuple):
-    """Channel c of group ``part`` is the ``step`` channels from ``start`` + ``step`` c on of group ``whole``."""
+    """Channel c of group ``part`` stands for ``step`` channels of group ``whole``, from ``start`` + ``step`` c on."""
 
     whole: int
     part: int
@@ -71,7 +72,7 @@ class _Link(NamedTuple):
 
 
 def components(evidence: Evidence) -> Iterator[Component]:
-    """Every component, groups that have no parts first come first served, in linear time."""
+    """Yield every component of the graph; the time is linear in the size of the graph."""
     groups = list(nx.connected_components(evidence.graph))
     number = {axis: index for index, group in enumerate(groups) for axis in group}
     size = [evidence.sizes[next(iter(group))] for group in groups]
@@ -101,7 +102,7 @@ def components(evidence: Evidence) -> Iterator[Component]:
 
 
 def _spans(segments: list[_Segment], width: int, groups: list[set[Axis]]) -> Iterator[Span]:
-    """Where a component's channels stand: once in every segment of its own length, several times in longer ones."""
+    """Yield the places of a component's channels: one for a segment of its width, several for a longer segment."""
     for segment in segments:
         step = (segment.stop - segment.start) // width
         for axis in groups[segment.group]:
@@ -109,7 +110,10 @@ def _spans(segments: list[_Segment], width: int, groups: list[set[Axis]]) -> Ite
 
 
 def _cuts(links: list[_Link], size: list[int]) -> dict[int, set[int]]:
-    """Group -> the places where it is cut, its ends included; a fixed point over all links."""
+    """Return, for every group, the places where it is cut, including its ends.
+
+    Cuts are passed on along the links until none is new.
+    """
     cuts: dict[int, set[int]] = defaultdict(set)
     touching: dict[int, list[_Link]] = defaultdict(list)
     for link in links:

@@ -1,4 +1,4 @@
-"""What the rules say of a whole graph: one pass over its nodes, gathered by axis."""
+"""Evidence: apply the operator rules to every node of a graph, and collect what they say by axis."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from vbpfx.rules.ops import called_module, describe, operands_read, rule_for, ta
 from vbpfx.rules.pointwise import elementwise
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
-# Where hooks come from that make a weight before every call -> what they are, and what makes the layer plain.
+# Package of a hook that computes a weight before every call -> what it does, and how to remove it.
 _REMOVED_BY = {
     "torch.nn.utils.weight_norm": "has its {name} made by weight_norm before every call (torch.nn.utils.remove_weight_norm makes it plain)",
     "torch.nn.utils.spectral_norm": "has its {name} made by spectral_norm before every call (torch.nn.utils.remove_spectral_norm makes it plain)",
@@ -50,7 +50,7 @@ _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
 class Unread(NamedTuple):
-    """A weight of which nothing is known: whose it is, its rows, the node that reads it, and why."""
+    """A weight that no rule explains: the layer that owns it, its number of rows, the node that reads it, and why."""
 
     owner: str
     width: int
@@ -60,11 +60,11 @@ class Unread(NamedTuple):
 
 @dataclass
 class Evidence:
-    """What the rules said, gathered over the whole graph.
+    """What the rules said about the whole graph.
 
-    ``computed`` are the nodes whose values or sizes come from the model's inputs, not from parameters alone; ``fed`` are
-    those among them whose values do: what sees data. ``origins`` names the parameter that a layer's computed weight (a part of a
-    packed one, a normalised one) is made of.
+    ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
+    ``fed`` are those whose values do, so that they depend on the data. If a layer's weight is itself computed (a part
+    of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
     """
 
     nodes: dict[str, fx.Node]
@@ -92,12 +92,12 @@ class Evidence:
     origins: dict[str, str] = field(default_factory=dict)
 
     def first_use(self, name: str) -> int:
-        """Position of the first call that uses a parameter."""
+        """Return the position of the first call that uses a parameter; -1 if there is none."""
         return self.uses[name][0] if self.uses[name] else -1
 
 
 def gather(captured: Captured) -> Evidence:
-    """Ask every node's rule, and put the answers together."""
+    """Apply the rule of every node, and collect what the rules say."""
     graph_module, reference = captured.graph_module, captured.reference
     names, tied = parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -118,7 +118,7 @@ def gather(captured: Captured) -> Evidence:
             evidence.computed.add(node)
         if node.op == "placeholder" or (node not in sizes and not evidence.fed.isdisjoint(operands_read(node))):
             evidence.fed.update((node, *changed_by(node, graph_module)))
-        if node not in sizes:  # asking a parameter for its dtype is no use of it
+        if node not in sizes:  # reading a parameter's dtype or size does not count as a use
             _count_uses(node, module, names, evidence)
         for axis in own.axes if own is not None and node in mutated else ():
             evidence.opaque[axis].append((mutated[node], "it is changed in place and read both before and after"))
@@ -142,10 +142,11 @@ def gather(captured: Captured) -> Evidence:
 
 
 def _settle_computed_sizes(evidence: Evidence) -> None:
-    """Numbers that are computed from sizes, and say where an axis is cut: the narrowed graph states them.
+    """Handle numbers that are computed from sizes and that tell where an axis is cut.
 
-    That is right where the sizes are the same in every run: those of axes that run into a weight's. Whoever narrows such an axis
-    must state the number, too.
+    The narrowed graph holds such a number as a constant. This is right if the sizes are the same in every run, as those
+    of axes that correspond to an axis of a weight are. Whoever narrows such an axis must then change the number, too,
+    so it is noted for all axes that it is computed from. If a size can change from run to run, the axes become opaque.
     """
     if not evidence.computed_sizes:
         return
@@ -165,7 +166,7 @@ def _settle_computed_sizes(evidence: Evidence) -> None:
 
 
 def _mark_alone(evidence: Evidence) -> None:
-    """Say of every layer whether its own calls are all that uses its weight."""
+    """Set for every layer whether nothing but its own calls uses its weight."""
     readings = Counter(
         (consumer.weight, consumer.weight_axis) for found in evidence.contracted.values() for consumer in found
     )
@@ -183,7 +184,7 @@ def _mark_alone(evidence: Evidence) -> None:
 def _relations(
     node: fx.Node, module: nn.Module | None, names: Names, sizes: dict[fx.Node, SizeRead]
 ) -> Iterable[Relation]:
-    """What one node says of its axes."""
+    """Return what the rule of one node says about its axes."""
     site = Site(node, module, names, sizes)
     if node.op == "placeholder":
         return list(site.all_opaque("it is an input of the model"))
@@ -203,7 +204,7 @@ def _relations(
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return [*used, *site.all_opaque(f"operator {name} runs it in a graph of its own, which is not looked into")]
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
-        if takes_apart(source):  # the call that took it apart has said what its parts are
+        if takes_apart(source):  # the rule of the call that took it apart has described the parts
             return used
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
     why = _obstacle_of(node, module) if module is not None else getattr(node.target, "refusal", "")
@@ -238,9 +239,9 @@ def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
 def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
         case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
-            return  # of a single number, which has no axis
+            return  # this is about a single number, which has no axes
         case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
-            # broadcasting or a tensor without axes where the rule expects one: nothing is known of either
+            # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
             for axis in (a, b):
                 if axis in evidence.sizes:
                     evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
@@ -306,7 +307,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
 def _note_unread(
     node: fx.Node, module: nn.Module | None, names: Names, said: list[Relation], evidence: Evidence
 ) -> None:
-    """Matrices that an operator reads beside a computed value without a word of what it makes of them."""
+    """Note the weight matrices that an operator reads together with a computed value, if no rule explains them."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return
     values = [n.meta.get("val") for n in node.all_input_nodes if n in evidence.computed]
@@ -325,12 +326,12 @@ def _note_unread(
 
 
 def _note_leaf(node: fx.Node, module: nn.Module, reason: str, evidence: Evidence) -> None:
-    """All matrices of a layer that is called as a whole and whose rule cannot say what it makes of them."""
+    """Note all weight matrices of a layer that is one call in the graph, and that no rule explains."""
     path = str(node.target)
     for below, tensor in named_tensors(module).items():
         if tensor.ndim > 1:
             evidence.unread.setdefault(f"{path}.{below}", Unread(path, len(tensor), node.name, reason))
-    if not named_tensors(module) and module.state_dict():  # packed, as quantised weights are
+    if not named_tensors(module) and module.state_dict():  # its weights are packed, as quantised weights are
         value = node.meta.get("val")
         width = value.shape[-1] if isinstance(value, Tensor) and value.ndim else 1
         evidence.unread.setdefault(f"{path}.weight", Unread(path, width, node.name, reason))
@@ -341,7 +342,7 @@ def _owner(weight: str) -> str:
 
 
 def _obstacle_of(node: fx.Node, module: nn.Module) -> str:
-    """Why nothing is known of a layer that is called as a whole; an empty string where its rule speaks for it."""
+    """Return the reason why no rule explains a layer that is one call in the graph; an empty string if a rule does."""
     if parametrize.is_parametrized(module):
         return f"layer {node.target} {_PARAMETRIZED}"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -354,7 +355,7 @@ def _obstacle_of(node: fx.Node, module: nn.Module) -> str:
 
 
 def _hooked(module: nn.Module) -> str:
-    """What a layer's hooks are, and what makes it plain."""
+    """Return what a layer's hooks do, and how to remove them."""
     for hook in module._forward_pre_hooks.values():
         maker = type(hook).__module__
         if maker in _REMOVED_BY:
@@ -364,7 +365,7 @@ def _hooked(module: nn.Module) -> str:
 
 
 def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operand | None:
-    """The parameter that a value is, or is a view or a function of alone."""
+    """Return the parameter that a value is, or that it is computed from without the model's inputs; None otherwise."""
     while node.op != "get_attr" and node not in evidence.computed and node.all_input_nodes:
         node = node.all_input_nodes[0]
     operand = operand_of(node, names)
@@ -381,12 +382,12 @@ def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:
 
 
 def _outputs(weight: Axis, evidence: Evidence) -> tuple[int, ...]:
-    """Shape of the bias that goes with a weight: one entry per output."""
+    """Return the shape of the bias that belongs to a weight: one entry per output."""
     return (evidence.sizes[weight._replace(dim=1 - weight.dim)],)
 
 
 def _new_bias(weight: Axis, evidence: Evidence) -> str:
-    """Name of the bias that a layer without one gets: beside its weight, and nobody else's."""
+    """Return the name for the new bias of a layer that has none: beside its weight, and not used by another tensor."""
     owner, _, attribute = weight.owner.rpartition(".")
     name = f"{owner}.bias".lstrip(".") if attribute == "weight" else f"{weight.owner}_bias"
     while Axis(name, 0, True) in evidence.sizes:

@@ -1,8 +1,9 @@
-"""Which masks cover which values: padding must not enter the statistics.
+"""Masks: find which mask covers which value, so that padding does not enter the statistics.
 
-A mask has one entry per sample and token, (B, T). It covers a value if the value's token axis *is* the mask's, which the
-dependency graph knows: both run from the same tokens. Equal lengths say nothing: an image tower may have as many
-patches as the text has words. Whether its nonzero entries are tokens or padding is tried out (:mod:`vbpfx.analysis.polarity`).
+A mask has one entry per sample and token, (B, T). It covers a value if the value has the mask's own token axis. The
+dependency graph tells this: both axes come from the same tokens. Equal lengths do not tell it: an image tower may have
+as many patches as the text has words. An experiment tells whether nonzero entries mean tokens or padding
+(:mod:`vbpfx.analysis.polarity`).
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from vbpfx.graph.capture import Captured
 from vbpfx.plans.records import Source
 from vbpfx.rules.axes import Axis
 
-# What Hugging Face models call the masks of their two inputs.
+# The names of the masks in Hugging Face models, which are found without being named by the user.
 FOUND_BY_THEMSELVES = ("attention_mask", "decoder_attention_mask")
-# A name, or a name and what the nonzero entries stand for.
+# The mask argument's name, alone or with the meaning of its nonzero entries.
 MaskArgument = str | tuple[str, Polarity]
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask over a value.
+    """A mask that covers a value.
 
     Attributes:
         node: name of the mask's node.
-        axes: the axes of the value that stand for its samples and tokens, counted from the value's end; one axis where
-            they are merged, sample after sample.
-        nonzero: what its entries that are not zero stand for.
+        axes: the value's axes for samples and tokens, counted from the end; one axis if they are merged, sample after
+            sample.
+        nonzero: what the mask's nonzero entries stand for.
     """
 
     node: str
@@ -45,17 +46,20 @@ class Mask:
 
 
 def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument | None = None) -> dict[Source, Mask]:
-    """The mask of every source that has one.
+    """Return the mask of every source that has one.
+
+    A mask that was found automatically but covers no source causes a warning. So does a mask whose padding influences
+    the output.
 
     Args:
-        mask: the model's argument that is the mask, alone or with what its nonzero entries stand for: ``("pad", "padding")``; by
-            default ``attention_mask`` and ``decoder_attention_mask``, where the model was captured with them. What the entries
-            stand for is tried out; where nothing is seen, nonzero entries are tokens, or padding where ``padding`` is in the name.
+        mask: the name of the model's argument that is the mask, alone or with the meaning of its nonzero entries, such
+            as ``("pad", "padding")``. By default ``attention_mask`` and ``decoder_attention_mask``, if the model was
+            captured with them. The meaning is found out by experiment. If that shows nothing, nonzero entries are
+            padding if the name contains ``padding``, and tokens otherwise.
 
     Raises:
-        AnalysisError: the argument is not a mask, none of the graph's inputs, has no axes for samples and tokens, covers none
-            of the sources, or its entries are the opposite of what is said. A mask that was found by itself and covers none is a
-            warning, and so is one whose padding influences the output.
+        AnalysisError: the argument is not an input of the graph, has no axes for samples and tokens, covers none of the
+            sources, or its entries mean the opposite of what was stated.
     """
     name, stated = settled_mask(mask)
     inputs = {str(n.target): n for n in captured.graph_module.graph.nodes if n.op == "placeholder"}
@@ -92,10 +96,10 @@ def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument
 
 
 def settled_mask(mask: Any) -> tuple[str | None, Polarity | None]:
-    """Name and polarity of what was passed as ``mask``.
+    """Return the name and the polarity in an argument ``mask``; None for what it does not state.
 
     Raises:
-        AnalysisError: it is neither a name nor a name and a polarity.
+        AnalysisError: it is neither a name nor a pair of a name and a polarity.
     """
     match mask:
         case None | str():
@@ -109,7 +113,7 @@ def settled_mask(mask: Any) -> tuple[str | None, Polarity | None]:
 
 
 def _nonzero(captured: Captured, mask: fx.Node, beside: Collection[str], stated: Polarity | None) -> Polarity:
-    """What the nonzero entries of a mask stand for."""
+    """Return what the nonzero entries of a mask stand for."""
     usual: Polarity = "padding" if "padding" in str(mask.target) else "tokens"
     tried = try_out(captured, mask, beside)
     if tried.influences:
@@ -129,9 +133,11 @@ def _nonzero(captured: Captured, mask: fx.Node, beside: Collection[str], stated:
 
 
 def _beginnings(mask: fx.Node, inputs: Mapping[str, fx.Node]) -> list[Axis]:
-    """The token axes of a mask and of the tokens beside it, which masks made by indexing, or read inside of a layer, have no other link to.
+    """Return the token axes of a mask and of the token ids that belong to it.
 
-    Those are the token ids by their name, or else the only other input of as many samples and tokens.
+    The token ids are needed because the graph may have no link between the mask and the values, if the mask is used by
+    indexing or inside of a layer. They are found by their name; otherwise they are the only other input with as many
+    samples and tokens.
     """
     ids = inputs.get(str(mask.target).replace("attention_mask", "input_ids"))
     if ids is None or ids is mask:
@@ -143,7 +149,7 @@ def _beginnings(mask: fx.Node, inputs: Mapping[str, fx.Node]) -> list[Axis]:
 
 
 def _tokens(beginnings: list[Axis], evidence: Evidence) -> tuple[set[Axis], set[Axis]]:
-    """Every axis that is the mask's token axis, and every one that holds samples and tokens merged into rows."""
+    """Return every axis that is the mask's token axis, and every axis that has samples and tokens merged into rows."""
     tokens, rows = set[Axis](), set[Axis]()
     for axis in beginnings:
         tokens |= nx.node_connected_component(evidence.graph, axis)
@@ -163,7 +169,7 @@ def _tokens(beginnings: list[Axis], evidence: Evidence) -> tuple[set[Axis], set[
 def _covered(
     source: Source, tokens: set[Axis], rows: set[Axis], samples: int, evidence: Evidence
 ) -> tuple[int, ...] | None:
-    """The source's axes for samples and tokens; None where its tokens are not these."""
+    """Return the source's axes for samples and tokens; None if it does not have the mask's tokens."""
     shape = evidence.nodes[source.node].meta["val"].shape
     others = [dim for dim in range(len(shape)) if dim != source.axis % len(shape)]
     merged = [dim for dim in others if Axis(source.node, dim) in rows]

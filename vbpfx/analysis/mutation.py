@@ -1,7 +1,7 @@
-"""Which values are changed in place and read on both sides of the change.
+"""In-place changes: find values that are read both before and after an in-place operator changes their memory.
 
-A graph names values, an in-place operator changes memory: a name read before and after the change means two
-different things, and so would its statistics.
+A node's name stands for a value, but an in-place operator changes memory. So a name that is read before and after the
+change stands for two different values, and statistics of it would mix them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vbpfx.rules.ops import called_module, is_view, takes_apart
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """Every node whose memory is changed by a later in-place call and that is read again behind it.
+    """Find every node whose memory is changed by a later in-place call and that is read again after this call.
 
     Returns:
-        node -> name of the in-place call. Views of the same memory count as one.
+        node -> name of the in-place call. Views of the same memory count as the same value.
     """
     position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     root: dict[fx.Node, fx.Node] = {}
-    part: dict[fx.Node, tuple[fx.Node, Any]] = {}  # what was taken out of a chunk, a split, an unbind
+    part: dict[fx.Node, tuple[fx.Node, Any]] = {}  # a part of a chunk, split or unbind -> that call and the index
     aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     found: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
@@ -51,12 +51,12 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _apart(a: tuple[fx.Node, Any] | None, b: tuple[fx.Node, Any] | None) -> bool:
-    """Whether two views are different parts of one call that takes a tensor apart: they share no memory."""
+    """Return whether two views are different parts of the same chunk, split or unbind, so that they share no memory."""
     return a is not None and b is not None and a[0] is b[0] and a[1] != b[1]
 
 
 def changed_by(node: fx.Node, graph_module: fx.GraphModule) -> list[fx.Node]:
-    """The values whose memory a call changes: its first operand, and what that is a view of."""
+    """Return the values whose memory a call changes in place: its first operand, and what this is a view of."""
     changed: list[fx.Node] = []
     operand = node.args[0] if node.args else None
     if node.target is operator.setitem or is_in_place(node, called_module(graph_module, node)):
@@ -68,7 +68,7 @@ def changed_by(node: fx.Node, graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def is_in_place(node: fx.Node, module: Any) -> bool:
-    """Whether the call changes its first operand."""
+    """Return whether a call changes its first operand in place."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = spelling(node)

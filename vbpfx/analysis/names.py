@@ -1,4 +1,4 @@
-"""Names: what parameters are called in the model's state dict, and which module's code makes a call."""
+"""Names: the names of parameters in the model's state dict, and the modules whose code makes a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vbpfx.rules.axes import Names
 
 
 def is_layer(node: fx.Node, weight: str) -> bool:
-    """Whether the call is a layer of torch.nn (as a module, or as the module that export traced through)."""
+    """Return whether a call is a layer of torch.nn: a call of the module, or one that export traced inside it."""
     if node.op == "call_module":
         return True
     path, layer = enclosing_module(node)
@@ -19,7 +19,7 @@ def is_layer(node: fx.Node, weight: str) -> bool:
 
 
 def enclosing_module(node: fx.Node) -> tuple[str, str]:
-    """Path and class of the innermost module whose code made the call; empty strings where none is known."""
+    """Return the path and the class of the innermost module whose code made the call; empty strings if unknown."""
     if node.op == "call_module":
         return str(node.target), ""
     stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -31,7 +31,7 @@ def enclosing_module(node: fx.Node) -> tuple[str, str]:
 
 
 def parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple[Names, dict[str, list[str]]]:
-    """Names of the graph's parameters in the model's state dict, and the tensors that have several."""
+    """Return the names of the graph's parameters in the model's state dict, and the tensors with several names."""
     all_names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in named_tensors(reference).items():
         all_names[id(tensor)].append(name)
@@ -53,6 +53,6 @@ def parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple
 
 
 def _place(model: nn.Module, name: str) -> tuple[int, str]:
-    """Module and attribute: a module that is reached on several paths is not a tie."""
+    """Return module and attribute of a parameter. They are equal for all paths to one module, which are not a tie."""
     owner, _, attribute = name.rpartition(".")
     return id(model.get_submodule(owner)), attribute

@@ -1,9 +1,10 @@
-"""Which entries of a mask are padding: tried out, since names do not tell.
+"""Polarity: find out by experiment which entries of a mask mean padding, since names do not tell.
 
-Hugging Face's masks are nonzero at tokens, those of ``nn.MultiheadAttention`` at padding, and masks that are added to scores are far
-below zero there. What is padding does not influence the output at any other position. So one position of a few samples is
-called something else than all others, its token is replaced by two others in turn, and the outputs elsewhere are compared: once at
-the first position, which causal attention sees from everywhere, once at the last, which networks that take lengths leave out.
+Hugging Face's masks are nonzero at tokens, and those of ``nn.MultiheadAttention`` at padding. Masks that are added to
+attention scores are far below zero at padding. Padding does not influence the output at any other position. So we run a
+few samples with a mask that marks one position as padding, put two different tokens there in turn, and compare the
+outputs at all other positions. If they are equal, the position was padding. This is done at the first position, which
+causal attention sees from everywhere, and at the last, which networks that read lengths from the mask leave out.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.frontends import quiet_logging
 
-# What the entries of a mask that are not zero stand for.
+# What the nonzero entries of a mask stand for.
 Polarity = Literal["tokens", "padding"]
 POLARITIES: tuple[Polarity, ...] = ("tokens", "padding")
 
 _SAMPLES = 2
-# Largest change that counts as none, relative to the output: a masked score adds an exact zero, up to the order of sums.
+# The largest change, relative to the output, that counts as none. A masked score adds exactly zero, but the order of
+# sums may change.
 _NOTHING = 1e-5
 
 
 class Tried(NamedTuple):
-    """What trying out a mask has shown.
+    """The result of trying out a mask.
 
     Attributes:
-        polarity: what its nonzero entries are; None where that was not seen.
-        influences: whether neither is true: positions influence each other whatever the mask says.
+        polarity: what the mask's nonzero entries stand for; None if this could not be found out.
+        influences: whether neither meaning holds: positions influence each other whatever the mask says.
     """
 
     polarity: Polarity | None
@@ -45,7 +47,7 @@ def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried
 
     Args:
         mask: the mask's node, an input of the graph.
-        beside: names of further inputs whose second axis is the mask's, tokens or what is made of them.
+        beside: names of the inputs that hold tokens, or values computed from them, along the mask's second axis.
     """
     if any(tensor.is_meta for tensor in captured.graph_module.parameters()):
         return Tried(None)
@@ -83,7 +85,7 @@ def try_out(captured: Captured, mask: fx.Node, beside: Collection[str]) -> Tried
 
 
 def _nonzero_entry(mask: Tensor) -> Any:
-    """What a nonzero entry of the mask is."""
+    """Return the value of a nonzero entry of the mask; 1 if it has none."""
     nonzero = mask[mask != 0]
     if nonzero.numel():
         return nonzero.flatten()[0].item()
@@ -91,7 +93,10 @@ def _nonzero_entry(mask: Tensor) -> Any:
 
 
 def _two_tokens(tokens: Any) -> tuple[Tensor, Tensor] | None:
-    """Two tokens to put in one's place, neither the smallest nor the largest of those that are there, which may be special."""
+    """Return two tokens to use as replacements.
+
+    The smallest and the largest of the given tokens are avoided if possible, since they may be special.
+    """
     if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool or tokens.ndim < 2:
         return None
     if tokens.is_floating_point():
@@ -111,18 +116,21 @@ def _with(tokens: Tensor, place: int, token: Tensor) -> Tensor:
 
 
 def _run(graph_module: fx.GraphModule, arguments: list[Any]) -> list[Tensor] | None:
-    """The floating-point outputs; None where the network does not take such a mask."""
+    """Run the graph and return its floating-point outputs; None if the network does not accept such a mask."""
     own = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
     try:
         with torch.no_grad(), quiet_logging():
             output = fx.Interpreter(graph_module).run(*own, enable_io_processing=False)
-    except Exception:  # the model's own operators raise whatever they raise
+    except Exception:  # the model's operators may raise any error
         return None
     return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def _same(one: list[Tensor], other: list[Tensor], samples: list[int], *, place: int, length: int) -> bool:
-    """Whether the outputs are finite and equal everywhere but at the place, on whichever axis beside the samples' positions are."""
+    """Return whether the outputs are finite, and equal at all positions but ``place``.
+
+    Every axis of this length, except the samples' axis, is taken for positions.
+    """
     for a, b, axis_of_samples in zip(one, other, samples, strict=True):
         kept = torch.tensor([n for n in range(length) if n != place], device=a.device)
         for axis, size in enumerate(a.shape):

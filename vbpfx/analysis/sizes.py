@@ -1,8 +1,8 @@
-"""Where the numbers in a graph come from that were read off shapes.
+"""Sizes: find the numbers in a graph that are computed from shapes, and the axes whose sizes they are computed from.
 
-A hidden width that is read at run time may state the shape of a view, which then follows the narrowed
-axis by itself. Arithmetic on it may say where an axis is cut (``h[..., : h.shape[-1] // 2]``): a narrowed graph states that number.
-Anywhere else it is a number whose value changes with the width, and the axis must stay.
+A model may read a hidden width at run time. If it passes this size to a view, the view follows the narrowed axis
+without changes. If it computes from it where to cut an axis (``h[..., : h.shape[-1] // 2]``), the narrowed graph holds
+the new number in its place. Any other use makes a result depend on the width, so the axis cannot be narrowed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vbpfx.rules.axes import Axis, Names, SizeRead, operand_of
 _SAYS_NOTHING_OF_SIZES = frozenset({"device", "dtype", "ndim", "dim", "ndimension", "layout", "requires_grad",
                                     "is_floating_point", "is_cuda", "get_device", "element_size"})  # fmt: skip
 
-# Modules whose functions make numbers of numbers.
+# Modules whose functions compute numbers from numbers.
 _ARITHMETIC = ("_operator", "math", "builtins")
 
 
 def read_sizes(graph: fx.Graph, names: Names) -> dict[fx.Node, SizeRead]:
-    """Every node whose value is a number or a shape computed from shapes, with the axes it was read from."""
+    """Return every node whose value is a number or a shape computed from shapes, with the axes it was computed from."""
     sizes: dict[fx.Node, SizeRead] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -70,24 +70,24 @@ def _entry(read: SizeRead, index: Any) -> SizeRead:
 
 
 def is_share(number: fx.Node, sizes: Mapping[fx.Node, SizeRead], count: int, size: int, width: int) -> bool:
-    """Whether code that computes a number from an axis's size gets the right one at every width of the block.
+    """Return whether code that computes a number from an axis's size gets the right number at every width of the block.
 
     Args:
-        number: what the code computes.
-        sizes: what :func:`read_sizes` found.
-        count: how many channels the number counts in the dense network.
-        size: of the axis, which is ``size / width`` times the block's.
-        width: of the block.
+        number: the node that the code computes.
+        sizes: the result of :func:`read_sizes`.
+        count: the number's value in the dense network, a count of channels.
+        size: the axis's size in the dense network, a multiple of ``width``.
+        width: the block's width in the dense network.
     """
     try:
         found = (abs(_at_width(number, sizes, size // width * kept)) * width for kept in range(1, width + 1))
         return all(n == count * kept for kept, n in enumerate(found, 1))
-    except (ArithmeticError, ValueError):  # a width at which the code would stop
+    except (ArithmeticError, ValueError):  # the code fails at some width
         return False
 
 
 def _at_width(node: Any, sizes: Mapping[fx.Node, SizeRead], width: int) -> Any:
-    """What a node that was computed from the size of one axis would be at another size."""
+    """Return the value that a node, which is computed from one axis's size, has if this size is ``width``."""
     if not isinstance(node, fx.Node):
         return node
     if sizes[node].plain:
