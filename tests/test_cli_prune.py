@@ -25,8 +25,8 @@ from vbpfx.cli import app
 from vbpfx.cli.plan_options import AllocationName, CompensationName, CriterionName, Method, Place
 from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.compensate import COMPENSATIONS
-from vbpfx.planning.importance import CRITERIA
 from vbpfx.planning.options import METHODS
+from vbpfx.planning.scores import CRITERIA
 from vbpfx.plans.files import load_plan
 from vbpfx.runtimes.table import NAMES
 

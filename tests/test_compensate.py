@@ -17,7 +17,8 @@ import vbpfx
 from vbpfx.calibration.moments import CoMoments, Moments
 from vbpfx.errors import ArtifactError, BudgetError, CalibrationError
 from vbpfx.planning import compensate
-from vbpfx.planning.importance import CRITERIA, Scoring
+from vbpfx.planning.importance import Scoring
+from vbpfx.planning.scores import CRITERIA
 from vbpfx.plans.records import BlockPlan
 
 

@@ -187,7 +187,8 @@ def test_other_criteria(criterion: str) -> None:
     again = stages(model, DATA, **options)
     assert [e.kept for e in again.plan.blocks] == [e.kept for e in result.plan.blocks]
     if criterion == "random":
-        from vbpfx.planning.importance import Scoring, random
+        from vbpfx.planning.criteria.random import random
+        from vbpfx.planning.importance import Scoring
 
         drawn = [random(Scoring(block, (), model, 0.5, 50)) for block in result.analysis.blocks]
         assert not torch.equal(drawn[0][:16], drawn[1][:16])

@@ -19,7 +19,8 @@ from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.measurement.sensitivity import _drawn_together as _drawn
 from vbpfx.outputs.divergence import divergence
 from vbpfx.planning.allocation import ALLOCATIONS, Standing
-from vbpfx.planning.importance import Scoring, score
+from vbpfx.planning.importance import Scoring
+from vbpfx.planning.scores import score
 
 SHARE = 0.5
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

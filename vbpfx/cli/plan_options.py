@@ -32,15 +32,15 @@ class Place(str, Enum):
 
 
 class CriterionName(str, Enum):
-    """The names of :data:`vbpfx.planning.importance.CRITERIA`."""
+    """The names of :data:`vbpfx.planning.criteria.NAMES`."""
 
-    variance = "variance"
-    output_variance = "output_variance"
     denoised_variance = "denoised_variance"
-    obs = "obs"
     greedy_obs = "greedy_obs"
     magnitude = "magnitude"
+    obs = "obs"
+    output_variance = "output_variance"
     random = "random"
+    variance = "variance"
 
 
 class AllocationName(str, Enum):

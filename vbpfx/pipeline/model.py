@@ -25,9 +25,9 @@ from vbpfx.measurement.sensitivity import sensitivities
 from vbpfx.pipeline.gathering import Calibration, Run, first_batch, gather, require_batches
 from vbpfx.pipeline.result import Pruned
 from vbpfx.pipeline.strategy import Fitting, Strategy, Target
-from vbpfx.planning.importance import name_of
 from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.planning.plan import make_plan
+from vbpfx.planning.scores import name_of
 from vbpfx.plans.files import plan_digest
 from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
 from vbpfx.report.make import make_report

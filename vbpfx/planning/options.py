@@ -12,7 +12,8 @@ from vbpfx.errors import BudgetError
 from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.budget import Budget, require_positive
 from vbpfx.planning.compensate import COMPENSATIONS
-from vbpfx.planning.importance import CRITERIA, NEED_COVARIANCE, Criterion, name_of
+from vbpfx.planning.importance import Criterion
+from vbpfx.planning.scores import CRITERIA, NEED_COVARIANCE, name_of
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from vbpfx.planning.budget import (
     same_shape,
 )
 from vbpfx.planning.compensate import COMPENSATIONS, Compensation
-from vbpfx.planning.importance import Scoring, name_of, score
+from vbpfx.planning.importance import Scoring
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
 from vbpfx.plans.records import Block, BlockPlan, Plan
 
@@ -61,7 +62,7 @@ def make_plan(
         macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep. Exactly one of these
             three or ``ratio`` must be given.
         method: ``"vbp"``, or ``"auto"`` (default).
-        criterion: replaces the method's criterion: a name in :data:`vbpfx.planning.importance.CRITERIA`, or a function
+        criterion: replaces the method's criterion: a name in :data:`vbpfx.planning.scores.CRITERIA`, or a function
             from :class:`vbpfx.planning.importance.Scoring` to one score per neuron (the lowest are removed).
         allocation: replaces the method's allocation: ``"global"``, ``"normalised"``, ``"equal"`` or ``"sensitivity"``.
         sensitivity: block -> the loss of the output when this block alone gives up its share

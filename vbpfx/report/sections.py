@@ -6,7 +6,7 @@ from typing import Any
 
 from vbpfx.display.figures import said, scientific
 from vbpfx.display.tables import counted
-from vbpfx.planning.importance import CRITERIA
+from vbpfx.planning.scores import CRITERIA
 from vbpfx.report.report import Report
 from vbpfx.rewrite.verify import Verification
 

@@ -1,0 +1,26 @@
+"""The criterion ``"greedy_obs"``: as ``"obs"``, one neuron after the other, with a new fit each time.
+
+:mod:`vbpfx.planning.elimination` computes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vbpfx.planning.elimination import elimination_costs
+from vbpfx.planning.importance import Scoring
+
+NEEDS_COVARIANCE = True
+
+
+def greedy_obs(about: Scoring) -> Tensor:
+    """Return the error in the consumers' outputs when each neuron is removed in its turn; (d,) float64.
+
+    The scores never fall in the order of removal.
+    """
+    order, costs = elimination_costs([(m.all_co.covariance.cpu(), weight) for m, weight in about.inputs])
+    scores = torch.full((about.block.width,), torch.inf, dtype=torch.float64)
+    # a neuron may cost less than one that was removed before it; the running maximum keeps the order
+    scores[order] = costs.cummax(0).values
+    return scores.clamp_max(2 * float(costs.max()) if len(costs) else 1.0)  # the one neuron that is never removed
