@@ -1,1 +1,1 @@
-"""Data: from folders, arrays and texts to the arguments of a forward call."""
+"""Read data from folders, arrays and texts, and convert it to the arguments of a forward call."""

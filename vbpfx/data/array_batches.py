@@ -16,22 +16,22 @@ Array = npt.NDArray[Any]
 
 
 class ArrayBatches:
-    """Batches of the samples in a file: arrays from an ``.npy``, mappings from array name to batch from an ``.npz``.
+    """Batches of samples from a file: arrays from an ``.npy``, or mappings from array name to batch from an ``.npz``.
 
-    An ``.npy`` is mapped into memory.
+    An ``.npy`` is memory-mapped.
 
     Args:
-        path: the file. An ``.npy`` is one array, whose name here is the empty string.
-        batch: samples in a batch; what is left over in the end makes a smaller one.
-        whole: leave out what is left over, for networks that take one size alone.
-        axes: per array which axis is the samples'; None for one that goes whole with every batch, such as a number. Arrays that
-            are not named are left out. By default the first axis is the samples' in every array.
-        ranks: per array how many axes a batch of it has. Where every array has one axis more, the first one is of batches:
-            they are handed on one by one, whatever their axes are.
-        limit: take that many samples, chosen at random by ``seed``, in the order in which they stand.
+        path: the file. The one array of an ``.npy`` has the name "" here.
+        batch: samples per batch. Samples that are left over at the end form a smaller batch.
+        whole: drop the samples that are left over, for networks that accept only one batch size.
+        axes: array name -> batch axis, or None for an array that is passed whole with every batch, such as a number.
+            Arrays that are not named are left out. By default the first axis of every array is the batch axis.
+        ranks: array name -> number of axes of one batch. If every array in the file has one axis more, its first axis
+            enumerates ready-made batches, and these are yielded one by one, whatever their axes mean.
+        limit: take this many samples. They are chosen at random by ``seed``, and kept in their original order.
 
     Raises:
-        CalibrationError: it cannot be read, or its arrays have different numbers of samples.
+        CalibrationError: the file cannot be read, or its arrays have different numbers of samples.
     """
 
     def __init__(
@@ -102,5 +102,5 @@ def _load(path: Path) -> dict[str, Array]:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
         return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-    except Exception as error:  # numpy, zipfile and the file system have their own
+    except Exception as error:  # numpy, zipfile and the file system raise exceptions of their own
         raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Arrays of a file as batches."""
+"""Read the arrays of a file as batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vbpfx.data.inputs import LABELS, Labelled
 from vbpfx.errors import CalibrationError
 
 ARRAY_SUFFIXES = (".npy", ".npz")
-_BYTES = 8  # of a number: torch knows no larger ones
+_BYTES = 8  # the largest size of a number that torch supports
 
 
 @dataclass(frozen=True)
 class _Samples(Dataset[Any]):
-    """Samples of arrays by number: one array alone, or named ones."""
+    """A dataset of samples from one array, or from several named arrays."""
 
     arrays: dict[str, Array]
     labels: tuple[int, ...] | None
@@ -49,13 +49,13 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, batch: int) -> Data:
-    """The samples of an ``.npy`` or ``.npz``; arguments as :func:`vbpfx.open_data` takes them.
+    """Read the samples of an ``.npy`` or ``.npz``. The arguments are those of :func:`vbpfx.open_data`.
 
     Args:
-        dtype: of numbers that are not integers.
+        dtype: the dtype for numbers that are not integers.
 
     Raises:
-        CalibrationError: the file cannot be read, or holds something else.
+        CalibrationError: the file cannot be read, or does not hold arrays of samples.
     """
     read = ArrayBatches(path, batch)
     arrays = dict(read.arrays)

@@ -1,4 +1,4 @@
-"""Samples in batches: what every kind of data is read as."""
+"""``Data``: samples in batches, the form in which every kind of data is read."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from vbpfx.display.tables import counted
 
 @dataclass(frozen=True)
 class Data:
-    """Samples in batches, to be gone through as often as wanted, always in the same order.
+    """Samples in batches. They can be iterated over any number of times, always in the same order.
 
-    A batch is what the model takes, a tensor or a mapping of arguments; where there are labels, a pair of it and them.
-    ``len()`` is the number of batches, as of a ``DataLoader``. Printing it says what was read and how.
+    A batch is what the model takes: a tensor, or a mapping of arguments. If there are labels, it is a pair of inputs
+    and labels. ``len()`` is the number of batches, as for a ``DataLoader``. Printing it shows what was read and how.
 
     Attributes:
-        path: where it was read.
-        samples: how many there are.
-        labels: the class of every sample; None where nothing says it.
-        classes: names of the classes, as far as they are known.
-        skipped: what could not be read and was left out, each with the reason.
-        about: what was read and how, in lines.
-        batch: samples in a batch; the last may be smaller.
-        workers: processes that read ahead; 0 reads in this one.
-        dataset, collate: as ``DataLoader`` takes them.
+        path: the file or folder that was read.
+        samples: the number of samples.
+        labels: the class of every sample, or None if it is not known.
+        classes: the names of the classes, or None if they are not known.
+        skipped: the files that could not be read and were left out, each with the reason.
+        about: what was read and how, as lines of text.
+        batch: samples per batch; the last batch may be smaller.
+        workers: the number of processes that read ahead. With 0, this process reads.
+        dataset, collate: the arguments of a ``DataLoader``.
     """
 
     path: Path
@@ -53,12 +53,12 @@ class Data:
         return "\n".join(self.about)
 
     def loader(self, *, shuffle: bool = False) -> DataLoader[Any]:
-        """The batches as a ``DataLoader``, which :func:`vbpfx.finetune` splits by samples."""
+        """Return the batches as a ``DataLoader``, which :func:`vbpfx.finetune` can split by samples."""
         return DataLoader(self.dataset, self.batch, shuffle=shuffle, num_workers=self.workers, collate_fn=self.collate)
 
 
 def spread(labels: Sequence[int] | None, count: int, seed: int) -> list[int]:
-    """The numbers of all samples in an order whose every beginning is random, and spread over the classes."""
+    """Return all sample indices in random order, so that the first n, for any n, are spread evenly over the classes."""
     shuffled: list[int] = np.random.default_rng(seed).permutation(count).tolist()
     if labels is None:
         return shuffled
@@ -70,10 +70,10 @@ def spread(labels: Sequence[int] | None, count: int, seed: int) -> list[int]:
 
 
 def taken(number: int, of: int, thing: str) -> str:
-    """``128 of 1,000 images``; ``1,000 images`` where all are taken."""
+    """Return ``128 of 1,000 images``, or ``1,000 images`` if all are taken."""
     return f"{number:,} of {counted(of, thing)}" if number < of else counted(of, thing)
 
 
 def some(names: Sequence[str], between: str, most: int = 3) -> str:
-    """The first names, and a sign that there are more."""
+    """Join the first names, followed by "..." if there are more."""
     return between.join(names[:most]) + (f"{between}..." if len(names) > most else "")

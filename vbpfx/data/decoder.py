@@ -1,4 +1,4 @@
-"""What the decoder of an encoder-decoder model reads: the answers, each token one place later."""
+"""Make the decoder's input of an encoder-decoder model: the target tokens, each shifted by one position."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from vbpfx.errors import CalibrationError, first_line
 
 IDS, MASK = "decoder_input_ids", "decoder_attention_mask"
-_IGNORED = -100  # a label that counts in no loss, by which answers are padded
+_IGNORED = -100  # the label with which targets are padded; losses ignore it
 
 
 def shift_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """From the tokens of answers (B, T) to what the decoder reads: the model's own rule, or that of its configuration; None without one."""
+    """Return the function that turns target tokens (B, T) into the decoder's input.
+
+    It is the model's own function, or one that follows its configuration. Return None if there is neither.
+    """
     own: Callable[[Tensor], Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
         return own
@@ -33,14 +36,14 @@ def shift_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def with_decoder_inputs(model: nn.Module, arguments: Mapping[str, Any], labels: Any) -> dict[str, Any]:
-    """The arguments of a batch, and what the model would make of its labels for the decoder, where nothing else says what that reads.
+    """Return the arguments of a batch, with the decoder's input made from the labels if the batch does not state it.
 
-    The decoder reads each label one place later, and positions whose label is -100 are masked out as padding, which causal
-    attention does not see from any other.
+    The decoder reads the labels, each shifted by one position. Positions with the label -100 are padding, and are
+    masked out. With causal attention, no other position sees them anyway.
 
     Args:
-        arguments: of the forward call, by name, without labels.
-        labels: (B, T) tokens; other kinds of labels are not text.
+        arguments: the arguments of the forward call, by name, without labels.
+        labels: (B, T) tokens. Labels of another kind are ignored.
 
     Raises:
         CalibrationError: the model does not say how its decoder's input is made.
@@ -59,7 +62,7 @@ def with_decoder_inputs(model: nn.Module, arguments: Mapping[str, Any], labels: 
         )
     try:
         made = {IDS: shift(labels)}
-    except Exception as error:  # the model's own rule, on a configuration that lacks what it needs
+    except Exception as error:  # the model's own function, if its configuration is incomplete
         raise CalibrationError(
             f"the batch has labels and no {IDS}, and {type(model).__name__} cannot make one of the other ({first_line(error)}): complete the "
             f"model's configuration, or put {IDS} into the batches"

@@ -1,8 +1,8 @@
-"""Which images a folder holds, and of which classes.
+"""List the images of a folder, and their classes.
 
-Images lie directly in the folder, or in a folder for each class, sorted by name and numbered in that order, as in
-torchvision's ``ImageFolder``; a folder without images is a class without samples, so that the others keep their numbers.
-Hidden files and folders do not count; other files that are not images are told.
+Images are directly in the folder, or in a subfolder for each class. As in torchvision's ``ImageFolder``, classes are
+numbered in the order of their names. A subfolder without images is a class without samples, so that the other classes
+keep their numbers. Hidden files and folders are ignored. Other files that are not images are listed separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vbpfx.data.labels import read_class_names, read_labels
 from vbpfx.errors import CalibrationError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-_SYNSET = re.compile(r"^n\d{8}\s+")  # WordNet's number in front of a name
+_SYNSET = re.compile(r"^n\d{8}\s+")  # the WordNet ID in front of a class name
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "calibration"}
 
 
@@ -26,11 +26,11 @@ class ImageFiles:
     """The images of a folder, in the order of their names.
 
     Attributes:
-        files: their paths.
-        labels: a class for each image; None where nothing says it.
-        classes: names of the classes, as far as they are known; a label is a place in it.
-        others: files that are not images.
-        unlabelled: how many images the list of labels does not name; they are left out.
+        files: the paths of the images.
+        labels: the class of each image, or None if it is not known.
+        classes: the names of the classes, or None if they are not known. A label is an index into it.
+        others: the files that are not images.
+        unlabelled: the number of images that the list of labels does not name. They are left out.
     """
 
     files: tuple[Path, ...]
@@ -41,16 +41,16 @@ class ImageFiles:
 
 
 def list_images(folder: Path, labels: Path | None = None, classes: Path | None = None) -> ImageFiles:
-    """The images of a folder.
+    """List the images of a folder, with their classes.
 
     Args:
-        labels: a CSV file with the columns ``file`` and ``label`` (a number); files are relative to it, or to the folder.
-            Without it, folders are classes.
-        classes: a file with the name of a class on each line, the first one class 0. Where folders are classes, their names
-            are looked up in it: they are whole lines or a line's first word (``n01440764 tench``).
+        labels: a CSV file with the columns ``file`` and ``label`` (a number). Paths in it are relative to the CSV file,
+            or to ``folder``. Without it, every subfolder is a class.
+        classes: a text file with the name of a class on each line, beginning with class 0. If subfolders are classes,
+            their names are looked up in it: each must be a whole line, or the first word of one (``n01440764 tench``).
 
     Raises:
-        CalibrationError: there is no image, or what is said about labels does not fit.
+        CalibrationError: there are no images, or the labels or class names do not match them.
     """
     names = read_class_names(classes) if classes is not None else None
     shown = tuple(_SYNSET.sub("", name) for name in names) if names else None
@@ -99,7 +99,7 @@ def _places(folders: Sequence[str], names: Sequence[str], folder: Path) -> dict[
 
 
 def _numbered(names: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> where it stands."""
+    """Return name -> the indices at which it occurs."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(name, []).append(place)
@@ -107,7 +107,7 @@ def _numbered(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _leads_back(path: Path, folder: Path) -> bool:
-    """Whether it is a link to a folder on the way to it, where one would go round for ever."""
+    """Return whether a path is a link to one of its parent folders, which would be walked for ever."""
     if not path.is_symlink():
         return False
     parts = path.relative_to(folder).parts
@@ -116,7 +116,7 @@ def _leads_back(path: Path, folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """All images beneath a folder, and all other files, in order; hidden ones left out."""
+    """Return all images beneath a folder, and all other files, both sorted and without hidden ones."""
     images: list[Path] = []
     others: list[Path] = []
     for root, below, files in os.walk(folder, followlinks=True):

@@ -1,9 +1,10 @@
-"""From an image to the tensor that a model expects: as the model's own package says, or as one is told.
+"""Convert an image to the tensor that a model expects, by the rules of the model's own package or by given settings.
 
-timm models carry their sizes and normalisation with them; torchvision's are those of the default weights of the name; a
-Hugging Face model has ``preprocessor_config.json`` in its folder. For other models the shape must be given.
+A timm model knows its image size and normalisation. For a torchvision model they are those of the default weights for
+its name. A Hugging Face model has ``preprocessor_config.json`` in its folder. For other models the shape must be given.
 
-Images are decoded as torchvision's ``ImageFolder`` decodes them: by Pillow, as they lie in the file, transparency left out.
+Images are decoded as in torchvision's ``ImageFolder``: by Pillow, without applying EXIF rotation, and without
+transparency.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from torch import Tensor, nn
 from vbpfx.errors import CalibrationError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # more than 8 bits a pixel
-_CROP = 0.875  # 224 of 256, what most classifiers are measured with
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes with more than 8 bits per channel
+_CROP = 0.875  # 224 of 256 pixels, with which most classifiers are evaluated
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What is to be otherwise than the model's package says; None leaves it.
+    """Settings that replace those of the model's package. None keeps the package's setting.
 
     Attributes:
         shape: (channels, height, width) of a sample.
-        mean, std: one number a channel, of values between 0 and 1.
-        crop: the side of the central crop over that of the resized image; 1 keeps the whole image, for images that are
-            cropped already.
+        mean, std: one number per channel, for pixel values between 0 and 1.
+        crop: the side of the central crop divided by the side of the resized image. 1 keeps the whole image, for images
+            that are already cropped.
     """
 
     shape: tuple[int, ...] | None = None
@@ -61,13 +62,13 @@ class Overrides:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a decoded image to a tensor (channels, height, width).
+    """Converts a decoded image to a tensor (channels, height, width).
 
     Attributes:
         apply: the transform.
-        mode: of the image that it takes, ``"RGB"`` or ``"L"`` (grey).
-        argument: the name of the model's argument; None for the only one.
-        about: what it does, and who says so, in a line.
+        mode: the Pillow mode of the image that it takes, ``"RGB"`` or ``"L"`` (grey).
+        argument: the name of the model's argument, or None if it has only one.
+        about: a line that says what the transform does, and where its settings come from.
     """
 
     apply: Callable[[Image.Image], Tensor]
@@ -77,13 +78,13 @@ class ImageTransform:
 
 
 def image_transform(model: nn.Module, name: str, overrides: Overrides) -> ImageTransform:
-    """What prepares images for a model.
+    """Return the transform that prepares images for a model.
 
     Args:
         name: the string that the model was loaded by, such as ``torchvision:resnet18``.
 
     Raises:
-        CalibrationError: nothing says what the model's images look like, or the overrides do not go with it.
+        CalibrationError: the image size or normalisation is not known, or the overrides do not fit the model.
     """
     _package("torchvision", "torchvision")
     if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
@@ -126,7 +127,7 @@ def _of_torchvision(name: str, overrides: Overrides) -> ImageTransform:
             f"torchvision has no weights for {name!r} ({error}); pass shape=, mean= and std="
         ) from error
     make = weights.transforms
-    preset = getattr(make, "func", make)  # a class of its own where it takes no settings
+    preset = getattr(make, "func", make)  # a preset with settings is a functools.partial, one without is a class
     if preset is not presets.ImageClassification:
         raise CalibrationError(
             f"torchvision:{name} is not an image classifier: its images are prepared by {preset.__name__}; pass arrays (.npz)"
@@ -159,7 +160,7 @@ def _of_transformers(model: nn.Module, overrides: Overrides) -> ImageTransform:
     config = getattr(model, "config", None)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False) if folder else None
-    except (OSError, ValueError, ImportError):  # no preprocessor_config.json, or one of an unknown kind
+    except (OSError, ValueError, ImportError):  # there is no preprocessor_config.json, or its kind is not known
         processor = None
     if processor is None:
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
@@ -184,7 +185,7 @@ def _processed(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Te
 
 
 def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
-    """For models that say nothing: resized and cropped to the shape, with ImageNet's mean and std unless told."""
+    """Return the transform for other models: resize and crop to the shape, with ImageNet's mean and std by default."""
     if overrides.shape is None:
         raise CalibrationError(
             f"{type(model).__name__} does not say what its images look like; pass shape=(3, 224, 224) (--shape 3x224x224), or "
@@ -212,21 +213,21 @@ def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
 
 
 def open_image(path: Path, mode: str) -> Image.Image:
-    """The decoded image.
+    """Decode an image.
 
     Raises:
-        CalibrationError: it cannot be read; the message is the reason alone.
+        CalibrationError: it cannot be read. The message is only the reason, without the path.
     """
     with _decoding(path) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow thinks of transparent palettes
+        warnings.simplefilter("ignore")  # Pillow warns about palettes with transparency
         return image.convert(mode)
 
 
 def check_image(path: Path) -> str:
-    """Why the image cannot be read; an empty string where it can."""
+    """Return why an image cannot be read, or "" if it can."""
     try:
         with _decoding(path) as image:
-            image.draft("RGB", (1, 1))  # JPEG: reads all of the file, and decodes an eighth of each side
+            image.draft("RGB", (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
             image.load()
     except CalibrationError as error:
         return str(error)
@@ -246,7 +247,7 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         raise CalibrationError(
             "the file is not an image that Pillow can read, although its name ends like one"
         ) from None
-    except Exception as error:  # Pillow's plug-ins raise what they raise at damaged files
+    except Exception as error:  # Pillow's plug-ins may raise any exception for a damaged file
         raise CalibrationError(first_line(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Images of a folder as batches."""
+"""Read the images of a folder as batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from vbpfx.errors import CalibrationError
 
 
 class _UnreadableImageError(CalibrationError):
-    """An image that cannot be read; a DataLoader's worker puts its traceback in front of the message, which goes again."""
+    """An image cannot be read.
+
+    A DataLoader's worker raises the error anew, with its traceback in front of the message. The traceback is removed
+    here.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
@@ -27,7 +31,7 @@ class _UnreadableImageError(CalibrationError):
 
 @dataclass(frozen=True)
 class _Images(Dataset[Any]):
-    """Images by number, prepared; with their labels where there are any."""
+    """A dataset of prepared images, with their labels if there are any."""
 
     files: tuple[Path, ...]
     labels: tuple[int, ...] | None
@@ -52,7 +56,7 @@ class _Images(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Arguments:
-    """From samples to a batch, under the name of an argument."""
+    """Collates samples into a batch, under the name of the model's argument if it has one."""
 
     argument: str | None
 
@@ -84,13 +88,13 @@ def open_images(
     *,
     skip: bool,
 ) -> Data:
-    """The images of a folder; arguments as :func:`vbpfx.open_data` takes them.
+    """Read the images of a folder. The arguments are those of :func:`vbpfx.open_data`.
 
     Args:
-        skip: look at all that are taken, and leave out those that cannot be read.
+        skip: check all images before they are used, and leave out those that cannot be read.
 
     Raises:
-        CalibrationError: there are none, or nothing says how they are prepared.
+        CalibrationError: there are no images, or it is not known how to prepare them.
     """
     found = list_images(path, labels, classes)
     transform = image_transform(model, name, overrides)

@@ -1,4 +1,4 @@
-"""Batches: from whatever a data loader yields to the arguments of a forward call."""
+"""Convert the batches of any data loader to the arguments of a forward call."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from torch.utils import _pytree as pytree
 from vbpfx.data.decoder import with_decoder_inputs
 from vbpfx.errors import CalibrationError
 
-LABELS = "labels"  # what a mapping calls them; a model that is given them returns a loss
+LABELS = "labels"  # the key of the labels in a mapping; a Hugging Face model that gets them returns a loss
 
 
 def named_labels(batch: Any) -> Any:
-    """The ``labels`` of a batch that is a mapping, which :func:`as_inputs` leaves out; None where there are none."""
+    """Return the ``labels`` of a batch that is a mapping, or None. :func:`as_inputs` leaves them out."""
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         batch = batch[0]
     return batch.get(LABELS) if isinstance(batch, Mapping) else None
 
 
-# An argument, by its place or its name, and which of the tensors in it.
+# The place of a tensor: the position or name of its argument, and its index among the tensors in the argument.
 Place = tuple[int | str, int]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one forward call; tensors may be nested in tuples, lists and dictionaries.
+    """The arguments of one forward call. Tensors may be nested in tuples, lists and dictionaries.
 
     Attributes:
         args, kwargs: the arguments.
-        axes: which axis of each tensor holds the samples; None for a tensor that is not one of every sample. Where nobody has
-            looked (None for all of them), it is taken to be the first axis of every tensor that is as long there as the
-            first tensor. :func:`vbpfx.graph.batch_axis.find_batch_axes` looks.
-        coupled: samples influence one another, so that no part of a batch says what the model makes of the whole.
-        open: further axes whose sizes are to stay open, because batches differ there.
+        axes: place of a tensor -> its batch axis, or None for a tensor that does not hold samples. If ``axes`` itself
+            is None, they were not determined, and the first axis is assumed for all tensors that are as long there as
+            the first tensor. :func:`vbpfx.graph.batch_axis.find_batch_axes` determines them.
+        coupled: whether samples influence one another, so that the output for a part of a batch differs from that part
+            of the output for the whole batch.
+        open: further axes whose sizes the graph must leave open, because batches differ in them.
     """
 
     args: tuple[Any, ...]
@@ -52,28 +53,28 @@ class Inputs:
 
     @property
     def named(self) -> list[tuple[int | str, Any]]:
-        """Every argument with its place or its name, in order."""
+        """Every argument with its position or name, in order."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
     @property
     def leaves(self) -> list[Any]:
-        """Every value among the arguments, nested ones included, in order."""
+        """Every value in the arguments, including nested ones, in order."""
         return list(pytree.tree_leaves((self.args, self.kwargs)))
 
     @property
     def placed(self) -> dict[Place, Tensor]:
-        """Every tensor among the arguments with its place, in order."""
+        """Every tensor in the arguments by its place, in order."""
         found = ((name, [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]) for name, value in self.named)
         return {(name, number): tensor for name, tensors in found for number, tensor in enumerate(tensors)}
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, in order."""
+        """Every tensor in the arguments, in order."""
         return list(self.placed.values())
 
     @property
     def batch_axes(self) -> dict[Place, int]:
-        """The axis of the samples of every tensor that has one."""
+        """The batch axis of every tensor that has one."""
         if self.axes is not None:
             return {place: axis for place in self.placed if (axis := self.axes.get(place)) is not None}
         samples = next((t.shape[0] for t in self.tensors if t.ndim), None)
@@ -81,27 +82,27 @@ class Inputs:
 
     @property
     def batch_size(self) -> int | None:
-        """How many samples there are; None where no tensor has an axis of samples."""
+        """The number of samples, or None if no tensor has a batch axis."""
         placed = self.placed
         return next((placed[place].shape[axis] for place, axis in self.batch_axes.items()), None)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is a batch axis, and no sample on it."""
+        """Whether there is a batch axis of length zero."""
         return self.batch_size == 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same arguments with the function applied to every tensor."""
+        """Return the inputs with a function applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
     def each(self, function: Callable[[Any, int | None], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with every value in them replaced by what the function makes of it and its axis of samples."""
+        """Return the arguments with every value v replaced by ``function(v, its batch axis or None)``."""
         axes: Mapping[Any, int] = self.batch_axes
         return self.by_place(lambda leaf, place: function(leaf, axes.get(place)))
 
     def by_place(self, function: Callable[[Any, Place | None], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with every value in them replaced by what the function makes of it and its place, where it is a tensor."""
+        """Return the arguments with every value v replaced by ``function(v, its place, or None if v is no tensor)``."""
 
         def of(name: int | str, value: Any) -> Any:
             number = itertools.count()
@@ -112,28 +113,29 @@ class Inputs:
         return tuple(of(n, v) for n, v in enumerate(self.args)), {n: of(n, v) for n, v in self.kwargs.items()}
 
     def along(self, other: Inputs) -> Inputs:
-        """The same arguments with samples on the axes that another batch of the model has them on."""
+        """Return the inputs with the batch axes of another batch of the same model."""
         if other.axes is None:
             return self
         axes, own = dict(other.axes), list(self.placed)
-        if axes.keys() != set(own) and len(axes) == len(own):  # the same arguments, by name here and by place there
+        # The same arguments may be passed by name in one batch and by position in the other.
+        if axes.keys() != set(own) and len(axes) == len(own):
             axes = dict(zip(own, axes.values(), strict=True))
         return replace(self, axes=axes, coupled=other.coupled)
 
     def first(self, samples: int) -> Inputs:
-        """At most that many samples of the batch."""
+        """Return the first samples of the batch, at most ``samples`` of them."""
         return self.samples(0, samples)
 
     def samples(self, start: int, stop: int) -> Inputs:
-        """Those samples of the batch."""
+        """Return the samples from ``start`` up to, but not including, ``stop``."""
         return self._along_samples(lambda t, axis: t[(slice(None),) * axis + (slice(start, stop),)])
 
     def select(self, index: Sequence[int]) -> Inputs:
-        """The samples of those numbers, in that order."""
+        """Return the samples with the given indices, in that order."""
         return self._along_samples(lambda t, axis: t.index_select(axis, torch.tensor(index, device=t.device)))
 
     def resized(self, samples: int) -> Inputs:
-        """The batch repeated or cut to exactly that many samples."""
+        """Return the batch repeated or cut to exactly that many samples."""
         size = self.batch_size
         return self.select([number % size for number in range(samples)]) if size else self
 
@@ -142,19 +144,19 @@ class Inputs:
         return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device) -> Inputs:
-        """The same arguments with every tensor on the device."""
-        # who asks for numbers on the CPU reads them at once, and would read before they are there
+        """Return the inputs with every tensor on the device."""
+        # copies to the CPU must be blocking: the caller reads the values at once, perhaps before they have arrived
         return self.map(lambda t: t.to(device, non_blocking=device.type != "cpu"))
 
     def run(self, network: nn.Module) -> Any:
-        """What the network makes of the batch; of copies, since a model may write into its input."""
+        """Run a network on copies of the arguments, since a model may write into its inputs; return its output."""
         own = self.map(torch.clone)
-        # not network(...): fx's own wrapper prints the generated code when a batch does not fit
+        # network(...) of a GraphModule would print the generated code when a batch does not fit
         return nn.Module.__call__(network, *own.args, **own.kwargs)
 
     @property
     def sample(self) -> str:
-        """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
+        """The sizes of one sample, such as 3x224x224, with the names of the arguments if there are several."""
         axes = self.batch_axes
         sizes = {
             name: "x".join(str(size) for dim, size in enumerate(value.shape) if dim != axes.get((name, 0)))
@@ -166,11 +168,11 @@ class Inputs:
 
     @property
     def unlabelled(self) -> Inputs:
-        """The same without an argument that is called ``labels``."""
+        """The inputs without an argument called ``labels``."""
         return replace(self, kwargs={name: value for name, value in self.kwargs.items() if name != LABELS})
 
     def describe(self) -> str:
-        """Shapes and dtypes, for messages."""
+        """Return the shapes and dtypes of all tensors, for messages."""
         parts = []
         for name, value in self.named:
             tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
@@ -179,19 +181,19 @@ class Inputs:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter or buffer; the CPU where it has neither."""
+    """Return the device of the model's first parameter or buffer, or the CPU if it has neither."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """Of the model's numbers: that of its first floating-point parameter; torch's default where it has none."""
+    """Return the dtype of the model's first floating-point parameter, or torch's default dtype if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists, dicts and dataclasses, in order."""
+    """Return the tensors in nested tuples, lists, dicts and dataclasses, in order."""
     found: list[Tensor] = []
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
@@ -202,17 +204,17 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def holds_tensor(value: Any) -> bool:
-    """Whether the value is a tensor, or a nested structure with one in it."""
+    """Return whether a value is a tensor, or a nested structure that contains one."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def all_axes(inputs: Inputs) -> frozenset[tuple[Place, int]]:
-    """Every axis of every tensor."""
+    """Return every axis of every tensor."""
     return frozenset((place, axis) for place, tensor in inputs.placed.items() for axis in range(tensor.ndim))
 
 
 def unlike_axes(batches: Sequence[Inputs]) -> frozenset[tuple[Place, int]]:
-    """The axes on which batches differ in length."""
+    """Return the axes on which the batches differ in length."""
     shapes = [{place: tuple(tensor.shape) for place, tensor in batch.placed.items()} for batch in batches]
     return frozenset(
         (place, axis)
@@ -223,7 +225,7 @@ def unlike_axes(batches: Sequence[Inputs]) -> frozenset[tuple[Place, int]]:
 
 
 def argument_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    """The parameter names of ``model.forward`` that the inputs fill, in order."""
+    """Return the names of the parameters of ``model.forward`` that the inputs are passed to, in order."""
     return list(inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments)
 
 
@@ -244,11 +246,11 @@ def _are_labels(value: Any, batch_size: int | None) -> bool:
 def _are_targets(value: Any, batch_size: int | None) -> bool:
     if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
         return False
-    between_positions = value.ndim == 2 and value.shape[0] == value.shape[1]  # a mask of attention
+    between_positions = value.ndim == 2 and value.shape[0] == value.shape[1]  # an attention mask
     return value.shape[0] == batch_size and not between_positions
 
 
-# What may be labels or an optional argument.
+# The ends of two warnings about a batch entry that may be labels or an optional argument.
 _EXPLICIT = "; where it is {other}, say so: inputs=lambda batch: {arguments}"
 LEFT_OUT = (
     "the second entry of a batch, one integer per sample, is left out as labels, though forward takes an argument {name} there"
@@ -261,24 +263,26 @@ _PASSED_ON = (
 
 
 class Labelled(NamedTuple):
-    """A batch of which it is known that the second entry is labels."""
+    """A batch whose second entry is known to be the labels."""
 
     inputs: Any
     labels: Any
 
 
 def as_inputs(batch: Any, model: nn.Module) -> Inputs:
-    """The arguments that ``model.forward`` takes, from one batch.
+    """Convert a batch to the arguments that ``model.forward`` takes.
 
-    A tensor is the one argument. A mapping is keyword arguments (or, where the signature does not take
-    its keys, the one argument); its ``labels`` are left out unless ``forward`` demands them; of a model
-    with an encoder and a decoder, what the decoder reads is made of them where the batch does not say it (:mod:`vbpfx.data.decoder`). A sequence is positional arguments, from which labels are left out:
-    what ``forward`` cannot take, or a second entry that is one integer per sample. ``(args, kwargs)``
-    with a tuple and a dictionary is taken as it is.
+    - A tensor is the only argument.
+    - A mapping holds keyword arguments or, if the signature does not accept its keys, is the only argument. Its
+      ``labels`` are left out unless ``forward`` requires them. For an encoder-decoder model, the decoder's input is
+      made from the labels if the batch does not hold it (:mod:`vbpfx.data.decoder`).
+    - A sequence holds positional arguments. Labels are left out of it: entries that ``forward`` does not accept, or a
+      second entry that is one integer per sample.
+    - ``(args, kwargs)``, a tuple and a dictionary, is used as it is.
 
-    Where ``forward`` takes a second argument and does without, the second of two entries may be either. One integer per sample is
-    left out as labels (:func:`left_out` says so). Floating-point numbers per sample are passed on as the argument, with a
-    warning.
+    If the second argument of ``forward`` is optional, the second of two entries may be this argument or labels. One
+    integer per sample is left out as labels (:func:`left_out` reports this). Floating-point numbers per sample are
+    passed as the argument, with a warning.
     """
     if isinstance(batch, Inputs):
         return batch
@@ -310,10 +314,10 @@ def as_inputs(batch: Any, model: nn.Module) -> Inputs:
 
 
 def left_out(batch: Any, model: nn.Module) -> tuple[str, Inputs] | None:
-    """What :func:`as_inputs` leaves out of a batch as labels, though ``forward`` takes an argument there.
+    """Find an entry that :func:`as_inputs` leaves out as labels, although ``forward`` accepts an argument there.
 
     Returns:
-        the argument's name, and the arguments with it; None where there is no such entry.
+        The argument's name, and the inputs including it. None if there is no such entry.
     """
     if not isinstance(batch, (tuple, list)) or isinstance(batch, Labelled) or len(batch) != 2:
         return None
@@ -327,9 +331,9 @@ def left_out(batch: Any, model: nn.Module) -> tuple[str, Inputs] | None:
 def reader(
     model: nn.Module, inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None
 ) -> Callable[[Any], Inputs]:
-    """From a batch to its arguments: by the caller's function where there is one, else by :func:`as_inputs`.
+    """Return a function that converts a batch to inputs, with the caller's function or else with :func:`as_inputs`.
 
-    The function that is returned raises CalibrationError where the caller's returns something else than (args, kwargs).
+    The returned function raises CalibrationError if the caller's function does not return (args, kwargs).
     """
 
     def read(batch: Any) -> Inputs:

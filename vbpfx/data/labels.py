@@ -1,4 +1,4 @@
-"""Labels of files, and names of classes, from files."""
+"""Read the labels of files, and the names of classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from vbpfx.errors import CalibrationError
 
 
 def read_labels(path: Path, images: Sequence[Path], folder: Path) -> dict[Path, int]:
-    """Image -> label, for the images of a folder that the list names; what it says of other folders is left out.
+    """Return image -> label for the images that a CSV list names. Entries for other folders are ignored.
+
+    Args:
+        path: the list, with the columns ``file`` and ``label``.
+        images: the images of the folder.
+        folder: the folder of the images.
 
     Raises:
-        CalibrationError: the list cannot be read, names none of the images, or names a file of the folder that is not an image.
+        CalibrationError: the list cannot be read, names none of the images, names an image twice with different labels,
+            or names a file of the folder that is not an image.
     """
     root = os.path.realpath(folder)
     known = {os.path.join(root, image.relative_to(folder)): image for image in images}
@@ -51,10 +57,10 @@ def _labelled(path: Path, number: int, row: dict[str, str | None]) -> tuple[int,
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The lines of a file.
+    """Read the names of classes, one on each line of a file.
 
     Raises:
-        CalibrationError: it cannot be read, or is empty.
+        CalibrationError: the file cannot be read, or is empty.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -68,7 +74,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
-    """The rows, each with the number of its line."""
+    """Return the rows of a CSV file, each with its line number."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)

@@ -1,9 +1,9 @@
-"""Data for a network from one path: a folder of images, arrays, or a text file.
+"""Open data for a network from one path: a folder of images, a file of arrays, or a text file.
 
     data = open_data("photographs", model, limit=128)
     pruned = vbpfx.prune(model, data, ratio=0.5)
 
-Which samples there are, and in which order, is settled when the path is opened; they are read batch by batch.
+The samples and their order are fixed when the path is opened. The samples themselves are read batch by batch.
 """
 
 from __future__ import annotations
@@ -44,27 +44,32 @@ def open_data(
     Args:
         path: one of
 
-            - a folder of images, directly in it or in a folder for each class: prepared as the model's package says
-              (:mod:`vbpfx.data.image_transforms`);
-            - ``.npy``, or ``.npz`` with one array for each argument, samples first; an array ``labels`` is the labels;
-            - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each, for Hugging Face models; those with an
-              encoder and a decoder need its answer, a ``target``, beside it.
-        model: whom it is for. Numbers that are not integers are given in its dtype.
-        name: the string that the model was loaded by, such as ``torchvision:resnet18``: a torchvision model does not know.
-        batch: samples in a batch.
-        limit: take that many samples, chosen at random, spread over the classes, in the order in which they stand.
-        seed: of that choice.
-        labels: of images: a CSV file with the columns ``file`` and ``label`` (a number).
-        classes: of images: a file with the name of a class on each line.
-        bad_images: what to do about images that cannot be read: ``"refuse"`` ends with an error when one is reached,
-            ``"skip"`` decodes all once at the beginning, and leaves them out.
-        shape, mean, std, crop: of images: in place of what the model's package says. ``shape`` is (channels, height, width),
-            ``crop`` the side of the central crop over that of the resized image.
-        max_length: of texts: tokens after which one is cut; by default the model's limit, at most 512.
-        workers: processes that read images ahead.
+            - a folder of images, with the images directly in it or in a subfolder for each class. They are prepared by
+              the rules of the model's package (:mod:`vbpfx.data.image_transforms`);
+            - ``.npy``, or ``.npz`` with one array for each argument. The first axis is the batch axis. An array named
+              ``labels`` holds the labels;
+            - ``.txt`` with a text on each line, or ``.jsonl`` with a ``text`` in each line, for Hugging Face models.
+              Encoder-decoder models need ``.jsonl`` with the answer as ``target``.
+        model: the model that the data is for. Numbers that are not integers are converted to its dtype.
+        name: the string that the model was loaded by, such as ``torchvision:resnet18``. A torchvision model does not
+            know its name, which is needed to prepare images.
+        batch: samples per batch.
+        limit: take this many samples. They are chosen at random, spread over the classes, and kept in their original
+            order.
+        seed: the random seed of that choice.
+        labels: for images: a CSV file with the columns ``file`` and ``label`` (a number).
+        classes: for images: a file with the name of a class on each line.
+        bad_images: what to do about images that cannot be read. ``"refuse"`` raises an error when one is reached.
+            ``"skip"`` decodes every image once at the beginning, and leaves out those that fail.
+        shape, mean, std, crop: for images: settings that replace those of the model's package. ``shape`` is (channels,
+            height, width), and ``crop`` is the side of the central crop divided by that of the resized image.
+        max_length: for texts: the number of tokens after which a text is cut. By default the model's limit, but at most
+            512.
+        workers: for images: the number of processes that read ahead.
 
     Raises:
-        CalibrationError: there is nothing to read, it cannot be read, or does not go with the model. Files are named.
+        CalibrationError: there is nothing to read, or it cannot be read, or does not fit the model. The message names
+            the file.
     """
     path = Path(path)
     require_options_for(
@@ -74,7 +79,7 @@ def open_data(
     if path.is_dir():
         try:
             from vbpfx.data.image_transforms import Overrides
-            from vbpfx.data.images import open_images  # wants Pillow, which texts and arrays need not
+            from vbpfx.data.images import open_images  # needs Pillow, which texts and arrays do not
         except ImportError as error:
             raise CalibrationError(
                 f"images need Pillow and torchvision ({error}): pip install pillow torchvision"
@@ -119,14 +124,16 @@ def require_options_for(
 
 
 def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:
-    """The first samples of a path as the model's arguments, without labels: what its input looks like, where it does not say.
+    """Return the first samples of a path as inputs of the model, without labels.
+
+    They serve as example inputs if the model itself does not say what its inputs look like.
 
     Args:
-        path, model, name: as :func:`open_data` takes them.
-        batch: how many; fewer where there are no more.
+        path, model, name: as for :func:`open_data`.
+        batch: the number of samples; fewer are returned if the path holds fewer.
 
     Raises:
-        CalibrationError: as :func:`open_data`.
+        CalibrationError: as for :func:`open_data`.
     """
     return as_inputs(next(iter(open_data(path, model, name=name, batch=batch))), model)
 

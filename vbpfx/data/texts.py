@@ -1,4 +1,4 @@
-"""Texts of a file as batches, by the tokenizer of a model."""
+"""Read the texts of a file as batches of tokens, made by the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vbpfx.data.inputs import Labelled
 from vbpfx.errors import CalibrationError, first_line
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
-_USUAL_LENGTH = 512  # tokens, unless asked for more: what is longer is cut
+_USUAL_LENGTH = 512  # tokens; by default, longer texts are cut
 _LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions")
 
 
 @dataclass(frozen=True)
 class _Read:
-    """The texts of a file; labels, and the texts that answer them, where all have one."""
+    """The texts of a file, with their labels and their target texts, each only if all texts have one."""
 
     texts: Sequence[str]
     labels: Sequence[int] | None = None
@@ -33,9 +33,10 @@ class _Read:
 
 
 def _read_texts(path: Path) -> _Read:
-    """A line of a ``.txt`` is a text; a line of a ``.jsonl`` is an object with a ``text`` and perhaps a ``label``, a number, or a ``target``, a text.
+    """Read the texts of a file.
 
-    Empty lines do not count.
+    Each line of a ``.txt`` is a text. Each line of a ``.jsonl`` is an object with a ``text`` and, optionally, a
+    ``label`` (a number) or a ``target`` (a text). Empty lines are skipped.
 
     Raises:
         CalibrationError: the file cannot be read, or holds no text.
@@ -73,13 +74,14 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """From texts to the arguments of a Hugging Face model: token numbers, padded to the longest, and their mask.
+    """Converts texts to the arguments of a Hugging Face model: token ids, padded to the longest text, and their mask.
 
     Attributes:
-        tokenizer: the model's own.
-        names: the arguments that the model takes.
-        length: tokens after which a text is cut.
-        shift: of an encoder and a decoder: from the tokens of answers to those that the decoder takes, each one place later.
+        tokenizer: the model's own tokenizer.
+        names: the names of the arguments that the model takes.
+        length: the number of tokens after which a text is cut.
+        shift: for an encoder-decoder model: converts the tokens of target texts to the decoder's input, by shifting
+            them by one position.
     """
 
     tokenizer: Any
@@ -88,7 +90,7 @@ class _Tokens:
     shift: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, texts: Sequence[str], targets: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The arguments of one batch."""
+        """Return the arguments for one batch."""
         arguments = {name: tensor for name, tensor in self._made(list(texts)).items() if name in self.names}
         if self.shift is not None:
             arguments["decoder_input_ids"] = self.shift(self._made(text_target=list(targets))["input_ids"])
@@ -108,10 +110,10 @@ class _Tokens:
 
 
 def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
-    """The tokenizer in the folder that the model was loaded from.
+    """Load the tokenizer from the folder that the model was loaded from.
 
     Raises:
-        CalibrationError: there is none, or the model takes no tokens.
+        CalibrationError: there is no tokenizer, or the model does not take tokens.
     """
     folder, config = getattr(model, "name_or_path", None), getattr(model, "config", None)
     if config is None or not folder or getattr(model, "main_input_name", None) != "input_ids":
@@ -123,9 +125,10 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up from the configuration alone
+        # A tokenizer that is made from the configuration alone, without files, has only special tokens.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise OSError("there are no words in it")
-    except Exception as error:  # the hub, the files and the packages behind a tokenizer raise what they raise
+    except Exception as error:  # the hub, the files and the packages of a tokenizer may raise any exception
         raise CalibrationError(
             f"{folder} holds no tokenizer that can be loaded ({first_line(error)}); save it beside the model with "
             f"tokenizer.save_pretrained, or pass tokens as arrays: an .npz with input_ids and attention_mask"
@@ -153,7 +156,7 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
 
 @dataclass(frozen=True)
 class _Texts(Dataset[Any]):
-    """Each text in a tuple, with its answer or its label behind it where there is one."""
+    """A dataset of tuples: a text, and its target text or label if it has one."""
 
     columns: tuple[tuple[Any, ...], ...]
 
@@ -166,7 +169,7 @@ class _Texts(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Tokenised:
-    """From texts to a batch of their tokens, with their labels where there are any."""
+    """Collates texts into a batch of tokens, with their labels if there are any."""
 
     tokens: _Tokens
 
@@ -178,10 +181,10 @@ class _Tokenised:
 
 
 def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int | None, seed: int, batch: int) -> Data:
-    """The texts of a file; arguments as :func:`vbpfx.open_data` takes them.
+    """Read the texts of a file. The arguments are those of :func:`vbpfx.open_data`.
 
     Raises:
-        CalibrationError: the file holds none, or the model has no tokenizer.
+        CalibrationError: the file holds no texts, or the model has no tokenizer.
     """
     read, tokens = _read_texts(path), _tokens_of(model, max_length)
     known = None if tokens.shift else read.labels

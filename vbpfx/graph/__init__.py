@@ -1,1 +1,1 @@
-"""Models as graphs whose nodes know their shapes."""
+"""Capture models as graphs whose nodes know their shapes."""

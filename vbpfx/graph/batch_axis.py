@@ -1,9 +1,10 @@
-"""Which axis of every input is the batch: found by running the model, not assumed.
+"""Find the batch axis of every input by running the model, instead of assuming it.
 
-A hypothesis names an axis for each tensor. It is tested by three samples along these axes, and by two of them in another
-order: where the axes hold samples, the output has three and two entries along some axis, and a sample's values are the same in
-both. One run leaves samples out and changes their order, so that time is not taken for the batch by a network that only looks
-back, nor by one to which the order of its inputs is all the same.
+A hypothesis names an axis for each tensor. It is tested with two runs: one on three samples along these axes, and one
+on two of them in another order. If the axes hold samples, the outputs have three and two entries along some axis, and a
+sample's values are the same in both. The second run both leaves samples out and changes their order. So time is not
+mistaken for the batch in a causal network, which only looks back, nor in a network that ignores the order of its
+inputs.
 """
 
 from __future__ import annotations
@@ -22,33 +23,34 @@ from vbpfx.graph.frontends import unfused_attention, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
-# So many samples are run, and of more hypotheses about one axis, or in all, no more are tried.
+# The number of samples in a run, and the most hypotheses that are tried about one axis, and in total.
 _SAMPLES, _MOST_PER_AXIS, _MOST = 3, 6, 12
 
 
 class _Follows(IntEnum):
-    """How an output follows the samples, from the least to the most."""
+    """How an output depends on the samples, from the weakest to the strongest evidence for a batch axis."""
 
     NOT = 0
-    IN_SIZE = 1  # other values: samples influence one another
-    IN_PART = 2  # exactly, and beside it stands a mean over the batch
+    IN_SIZE = 1  # the size follows, the values differ: samples influence one another
+    IN_PART = 2  # one output follows exactly, and another is a value of the whole batch, such as a mean
     EXACTLY = 3
 
 
 def find_batch_axes(
     model: nn.Module, inputs: Inputs, likely: Sequence[Mapping[Place, int | None]] | None = None
 ) -> Inputs:
-    """The inputs with the axis of every tensor that holds the samples (:attr:`vbpfx.data.inputs.Inputs.axes`).
+    """Return the inputs with the batch axis of every tensor (:attr:`vbpfx.data.inputs.Inputs.axes`).
 
-    The first axis is tried first, so that a network that treats all entries alike has its batch there; then the second; then
-    every tensor's own axis of the same length. Where no axis holds samples that are independent of one another, the first
-    is taken if sizes follow it in every input and output (:attr:`vbpfx.data.inputs.Inputs.coupled`: a norm over the batch,
-    random numbers), and none otherwise: the nodes of a graph are not samples.
+    The first axis of the tensors is tried first, so it is chosen for a network that treats all axes alike. Then come
+    the second axis, and combinations of axes with the same length. If no axis holds independent samples, the first axis
+    is taken if sizes follow it in every input and output. Such samples are coupled, for example by a norm over the
+    batch or by random numbers (:attr:`vbpfx.data.inputs.Inputs.coupled`). Otherwise there is no batch axis: the nodes
+    of a graph are not samples.
 
     Args:
-        model: a copy that may be run: whatever it writes to stays written. On the meta device sizes alone are compared.
-        inputs: a batch on the model's device. A model that does not run on it has its batch where nobody has looked.
-        likely: the axes that come into question, the likeliest first; by default what the sizes suggest.
+        model: a copy that may be run, since a run may change it. On the meta device only sizes are compared.
+        inputs: a batch on the model's device. If the model does not run on it, the inputs are returned unchanged.
+        likely: possible axes, the most likely first. By default they are guessed from the sizes.
     """
     if inputs.axes is not None or inputs.is_empty or not inputs.tensors:
         return inputs
@@ -69,13 +71,13 @@ def find_batch_axes(
             return found[max(found)]
         try:
             _run(model, given)
-        except Exception:  # the model's own operators raise whatever they raise
+        except Exception:  # the model may raise any exception
             return inputs
     return replace(inputs, axes=dict.fromkeys(inputs.placed))
 
 
 def hypotheses(inputs: Inputs) -> Iterator[dict[Place, int | None]]:
-    """Axes for all tensors, the likeliest first."""
+    """Yield possible batch axes for all tensors, the most likely first."""
     shapes = {place: t.shape for place, t in inputs.placed.items() if t.ndim and t.layout is torch.strided}
     seen: list[dict[Place, int | None]] = []
     for anchor, shape in shapes.items():
@@ -99,7 +101,7 @@ def _is_first_axis_of_all(inputs: Inputs, axes: Mapping[Place, int | None]) -> b
 
 
 def _test(model: nn.Module, inputs: Inputs) -> _Follows:
-    """How the model's output follows the samples along the axes."""
+    """Return how the model's outputs depend on the samples along the axes of the inputs."""
     size = inputs.batch_size
     assert size
     count = min(size, _SAMPLES)
@@ -107,7 +109,7 @@ def _test(model: nn.Module, inputs: Inputs) -> _Follows:
     few = inputs.first(count)
     try:
         base, other = _run(model, few), _run(model, few.select(others))
-    except Exception:  # likewise
+    except Exception:  # the model may raise any exception
         return _Follows.NOT
     if len(base) != len(other):
         return _Follows.NOT
@@ -119,7 +121,10 @@ def _test(model: nn.Module, inputs: Inputs) -> _Follows:
 
 
 def _follows(base: Tensor, other: Tensor, count: int, others: Sequence[int]) -> _Follows | None:
-    """How one output follows ``count`` samples, of which the other run had ``others``; None for what does not depend on them."""
+    """Return how one output depends on the samples; None if it is the same in both runs.
+
+    ``base`` is the output for ``count`` samples, ``other`` the output for those of them with the indices ``others``.
+    """
     if base.ndim != other.ndim:
         return _Follows.NOT
     changed = [dim for dim in range(base.ndim) if base.shape[dim] != other.shape[dim]]
@@ -131,7 +136,7 @@ def _follows(base: Tensor, other: Tensor, count: int, others: Sequence[int]) -> 
         factor, rest = divmod(base.shape[dim], count)
         if rest or other.shape[dim] != factor * len(others):
             return _Follows.NOT
-        # where the samples' axis is merged with another it may stand before or behind it
+        # the batch axis may be merged with another axis, before or behind it
         shapes = (((count, factor), 0), ((factor, count), 1))
         expected = [
             torch.unflatten(part, dim, shape).index_select(dim + place, index).flatten(dim, dim + 1)
@@ -142,7 +147,7 @@ def _follows(base: Tensor, other: Tensor, count: int, others: Sequence[int]) -> 
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether values are equal to rounding; on the meta device whatever has the same shape."""
+    """Return whether values of the same shape are equal up to rounding; on the meta device they always are."""
     if one.is_meta or not one.numel():
         return True
     if not (one.is_floating_point() or one.is_complex()):

@@ -1,7 +1,7 @@
-"""Capture: a model becomes a graph whose nodes know their shapes.
+"""Capture: trace a model into a graph whose nodes know their shapes.
 
-Nothing is traced on the caller's model: the front ends (:mod:`vbpfx.graph.frontends`) work on a copy of its modules that shares
-every tensor, so no mode, hook or attribute of the original changes even for a moment.
+The caller's model itself is never traced. The front ends (:mod:`vbpfx.graph.frontends`) work on a copy of its modules
+that shares the parameters, so no mode, hook or attribute of the original changes, not even for a moment.
 
 Shapes come from one run on fake tensors (:mod:`vbpfx.graph.fake`).
 """
@@ -37,11 +37,11 @@ Frontend = Literal["auto", "symbolic", "export"]
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """By the shapes that flop_counter hands on."""
+    """Return the flops of attention, given the shapes that torch's flop counter passes."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-# What older versions of torch do not count.
+# Operators that older versions of torch do not count.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _UNCOUNTED: dict[Any, Callable[..., int]] = (
     {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _cpu_attention_flops}
@@ -51,13 +51,13 @@ _UNCOUNTED[STAND_IN.overloadpacket] = recurrent_flops
 
 @dataclass(frozen=True)
 class FixedSize:
-    """A size of an input that the graph is for alone, though the model takes others.
+    """A size of an input that is fixed in the graph, although the model accepts other sizes.
 
     Attributes:
-        place: which tensor of the inputs.
-        axis: of that tensor.
-        size: its length there.
-        where: a sentence that names the line of the model's code that fixed it; empty where it was not found.
+        place: the place of the tensor among the inputs.
+        axis: the axis of that tensor.
+        size: the fixed length of the axis.
+        where: a sentence that names the line of the model's code that fixed it, or "" if the line was not found.
     """
 
     place: Place
@@ -76,16 +76,16 @@ class Captured:
     """A captured model.
 
     Attributes:
-        graph_module: the graph; it shares its parameters with the model and is in eval mode. Every
-            node's ``meta["val"]`` holds its value as fake tensors.
-        reference: the model in its own class: a copy of its modules that shares their tensors, in eval mode.
-        frontend: what traced it, or ``"onnx"`` where it came from a file.
+        graph_module: the graph, in eval mode. It shares its parameters with the model. Every node's ``meta["val"]``
+            holds its value as fake tensors.
+        reference: the model in its own class: a copy of its modules in eval mode that shares their parameters.
+        frontend: the front end that traced the model, or ``"onnx"`` if the graph comes from a file.
         inputs: the example inputs.
-        batch: the size that stands for the batch axis in ``meta["val"]``; None where the graph
-            works for the example's own batch size only.
-        fingerprint: hash of the model's structure (names, shapes, module classes).
-        fixed: sizes of the inputs, but for the batch, that the graph is for alone though the model takes others; what
-            :func:`vbpfx.prune` has found on a few batches. A narrowed graph raises an AssertionError at other sizes.
+        batch: the size that stands for the batch axis in ``meta["val"]``, or None if the graph works only for the batch
+            size of the example.
+        fingerprint: a hash of the model's structure (names, shapes, module classes).
+        fixed: input sizes, except the batch size, that the graph has fixed although the model accepts others.
+            :func:`vbpfx.prune` finds them on a few batches. A narrowed graph raises AssertionError at other sizes.
     """
 
     graph_module: fx.GraphModule
@@ -98,17 +98,17 @@ class Captured:
 
     @property
     def divisible(self) -> bool:
-        """Whether the graph takes any number of samples, and makes of each what it is by itself: then batches may be cut."""
+        """Whether the graph accepts any number of samples and treats each independently, so that batches may be cut."""
         return self.batch is not None and not self.inputs.coupled
 
     def require_sizes(self, inputs: Inputs) -> None:
-        """Refuse inputs of another size than one that the graph is for alone.
+        """Check that a batch has the sizes that are fixed in the graph.
 
         Args:
             inputs: a batch.
 
         Raises:
-            CalibrationError: they are of another size.
+            CalibrationError: the batch has another size.
         """
         placed = inputs.placed
         for fixed in self.fixed:
@@ -121,19 +121,19 @@ class Captured:
                 )
 
     def samples_axis(self, value: str | Tensor) -> int | None:
-        """The axis that samples are on, alone or merged with another; None where there is none.
+        """Return the batch axis of a value, which may be merged with another axis; None if it has no batch axis.
 
-        The batch of ``meta["val"]`` is a prime, of which no other size is a multiple but by merging.
+        The batch size in ``meta["val"]`` is a large prime, so a size is a multiple of it only if it contains the batch.
 
         Args:
-            value: a node's name, or its value in ``meta["val"]`` or a part of that.
+            value: a node's name, or its value in ``meta["val"]``, or a part of that value.
         """
         shape = (self.nodes[value].meta["val"] if isinstance(value, str) else value).shape
         return next((dim for dim, size in enumerate(shape) if self.batch and size and size % self.batch == 0), None)
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The arguments that hold no tensor, None aside, with the values that the graph was made for: it takes no others."""
+        """The arguments that hold no tensor and are not None, with their values. The graph accepts no other values."""
         bound = inspect.signature(self.reference.forward).bind(*self.inputs.args, **self.inputs.kwargs)
         given: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -150,16 +150,16 @@ class Captured:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates per node and sample, nodes that have none left out.
+        """Multiply-accumulates per node and sample, without the nodes that have none.
 
-        Counted by :mod:`torch.utils.flop_counter` (matrix products and convolutions, attention's two
-        products included; norms, activations and biases count nothing), where one MAC is two flops.
+        They are counted by :mod:`torch.utils.flop_counter`, with one MAC for two flops. It counts matrix products and
+        convolutions, including the two products of attention, but no norms, activations and biases.
         """
         if self.batch is None:
             return self._count_macs(self.inputs.batch_size or 1)
         try:
             return self._count_macs(1)
-        except Exception:  # BatchNorm on batch statistics, for one, refuses a single sample
+        except Exception:  # a single sample may be refused, for example by BatchNorm on batch statistics
             return self._count_macs(self.batch)
 
     def _count_macs(self, samples: int) -> dict[str, int]:
@@ -173,18 +173,18 @@ def capture(
 ) -> Captured:
     """Trace a model into a graph whose nodes know their shapes, with a dynamic batch axis.
 
-    Which axis of every input is the batch is found by a few runs of the model (:mod:`vbpfx.graph.batch_axis`).
+    The batch axis of every input is found by a few runs of the model (:mod:`vbpfx.graph.batch_axis`).
 
     Args:
-        model: any module, on any device; it is left exactly as it was.
+        model: any module, on any device. It is not changed.
         example_inputs: one batch: a tensor, a mapping of keyword arguments, a sequence of positional
             arguments, or ``(args, kwargs)``. Only shapes and dtypes matter here.
-        frontend: ``"symbolic"``, ``"export"``, or ``"auto"``: symbolic first, then export.
-        samples: at most so many samples of the batch are kept; by default all.
+        frontend: ``"symbolic"``, ``"export"``, or ``"auto"``, which tries symbolic first, then export.
+        samples: the most samples of the batch to keep; by default all.
 
     Raises:
-        CaptureError: neither front end can trace it (the message names the line of the model's source
-            that stopped it), or the model computes in float16 on the CPU.
+        CaptureError: neither front end can trace the model (the message names the line of the model's source that
+            stopped it), or the model computes in float16 on the CPU.
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise CaptureError(f"frontend={frontend!r} is unknown; use 'auto', 'symbolic' or 'export'")
@@ -225,14 +225,14 @@ def capture(
 
 
 def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
-    """Raise a CaptureError for a batch that is one object, from which the model cannot take its arguments by itself."""
+    """Raise a CaptureError if the batch is a single object that the model does not accept, or that holds no tensor."""
     takes = ", ".join(inspect.signature(model.forward).parameters) or "nothing"
     alone = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
     if isinstance(alone, Mapping) and inputs.tensors:
         try:
             with torch.no_grad(), unheard():
                 inputs.to(model_device(model)).run(share_parameters(model))
-        except Exception as error:  # the model's own operators raise whatever they raise
+        except Exception as error:  # the model may raise any exception
             keys = [str(key) for key in alone]
             taken = ", ".join(f"batch[{key!r}]" for key in keys[:1])
             raise CaptureError(
@@ -254,14 +254,14 @@ def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _tensor_attributes(value: Any) -> list[str]:
-    """Names of an object's attributes that are tensors, as it lists them itself where it does."""
+    """Return the names of an object's attributes that are tensors, looked up in its own ``keys`` if it has them."""
     keys = getattr(value, "keys", None)
     names = keys() if callable(keys) else keys if keys is not None else getattr(value, "__dict__", ())
     return [str(name) for name in names if isinstance(getattr(value, str(name), None), Tensor)]
 
 
 def _require_plain_tensors(inputs: Inputs) -> None:
-    """Raise a CaptureError for arguments whose entries do not lie side by side: no graph of theirs can be made."""
+    """Raise a CaptureError for sparse and nested tensors among the arguments, which cannot be traced."""
     for (name, _), tensor in inputs.placed.items():
         if tensor.layout is not torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
@@ -274,16 +274,16 @@ def _require_plain_tensors(inputs: Inputs) -> None:
 
 
 def captured_file(graph_module: fx.GraphModule, inputs: Inputs) -> Captured:
-    """A graph that was not traced but made from a file, as if it had been captured; it is its own reference.
+    """Return a graph that was made from a file, not traced, as a captured model that is its own reference.
 
     Raises:
-        CaptureError: it does not run on the inputs.
+        CaptureError: the graph does not run on the inputs.
     """
     _refuse_half_on_cpu(graph_module)
     try:
         with quiet_logging():
             batch = propagate_shapes(graph_module, inputs)
-    except Exception as error:  # whatever the operators raise
+    except Exception as error:  # operators may raise any exception
         raise CaptureError(
             f"the graph of the file fails on these inputs ({inputs.describe()}): {first_line(error)}. Compare their names, shapes and types with the inputs that the file declares"
         ) from error
@@ -297,14 +297,18 @@ def require_module(model: Any) -> None:
 
 
 def _wrappers() -> dict[type[nn.Module], str]:
-    """Modules that run another one, on other devices, in other processes or compiled -> the attribute that holds it."""
+    """Return class -> attribute for modules that wrap another module, which is in that attribute.
+
+    They run it on several devices, in several processes, or compiled.
+    """
     found: dict[type[nn.Module], str] = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
-    if compiler := sys.modules.get("torch._dynamo"):  # whose import takes seconds; a compiled module has imported it
+    # Importing torch._dynamo takes seconds. If there is a compiled module, it is imported already.
+    if compiler := sys.modules.get("torch._dynamo"):
         found[compiler.OptimizedModule] = "_orig_mod"
     return found
 
 
-# Wrappers that hide the Python code -> what to pass in their place.
+# Wrappers that hide the Python code -> what to pass instead of them.
 _WRAPPERS = {
     nn.DataParallel: "the model in it, model.module",
     nn.parallel.DistributedDataParallel: "the model in it, model.module",
@@ -313,9 +317,10 @@ _WRAPPERS = {
 
 
 def require_code_and_numbers(model: nn.Module) -> None:
-    """Raise a CaptureError for a wrapper without code to trace, and for weights that are quantised or have no numbers."""
+    """Raise a CaptureError for a wrapper without code to trace, or for weights that are quantised or have no values."""
     wrappers = dict(_WRAPPERS)
-    if compiler := sys.modules.get("torch._dynamo"):  # whose import takes seconds; a compiled model has imported it
+    # Importing torch._dynamo takes seconds. If the model is compiled, it is imported already.
+    if compiler := sys.modules.get("torch._dynamo"):
         wrappers[compiler.OptimizedModule] = "the model that was compiled, model._orig_mod, and compile the result"
     for wrapper, instead in wrappers.items():
         if isinstance(model, wrapper):
@@ -341,7 +346,7 @@ _GATHER = (
 
 
 def _refuse_divided(model: nn.Module) -> None:
-    """Raise a CaptureError for a model whose weights are divided over processes."""
+    """Raise a CaptureError for a model whose weights are sharded over processes."""
     modules = {name: sys.modules.get(name) for name in ("torch.distributed.fsdp", "torch.distributed.tensor")}
     if fsdp := modules["torch.distributed.fsdp"]:
         for name, module in model.named_modules():
@@ -355,7 +360,7 @@ def _refuse_divided(model: nn.Module) -> None:
 
 
 def _refuse_fake(model: nn.Module) -> None:
-    """Raise a CaptureError where the model holds fake tensors, which an earlier trace has left."""
+    """Raise a CaptureError if the model holds fake tensors, which an earlier trace has left behind."""
     for path, module in model.named_modules():
         held = {**vars(module), **module._parameters, **module._buffers}
         for attribute, value in held.items():
@@ -376,7 +381,7 @@ def _refuse_fake(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and shapes of all parameters and persistent buffers and the module classes."""
+    """Return the SHA-256 of the names and shapes of all parameters and persistent buffers, and the module classes."""
     lines = [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict(keep_vars=True).items()
              if isinstance(tensor, Tensor)]  # fmt: skip
     lines += [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
@@ -392,7 +397,10 @@ def _refuse_half_on_cpu(model: nn.Module) -> None:
 
 
 def _refuse_sparse_weights(model: nn.Module) -> None:
-    """Sparse parameters have no rows and columns that could be cut; of sparse buffers, torch copies those of COO alone."""
+    """Refuse sparse parameters, which have no rows and columns to cut, and sparse buffers that torch cannot copy.
+
+    Torch can copy only sparse buffers in COO layout.
+    """
     for name, parameter in model.named_parameters():
         if "sparse" in str(parameter.layout):
             raise CaptureError(
@@ -412,12 +420,13 @@ def _layout(tensor: Tensor) -> str:
 
 
 def share_parameters(model: Model) -> Model:
-    """A copy of the modules that shares their parameters, in eval mode; buffers, which forward may write, are copied.
+    """Return a copy of a model, in eval mode, that shares its parameters.
 
-    A language model's copy makes no cache of keys and values: that is no part of one forward pass. Within a copy,
-    ``DataParallel``, ``DistributedDataParallel`` and compiled modules run the module that they wrap.
+    Buffers are copied, since forward may write to them. The copy of a language model makes no cache of keys and values,
+    which is not part of a single forward pass. In the copy, ``DataParallel``, ``DistributedDataParallel`` and compiled
+    modules run the module that they wrap.
     """
-    # an embedding with max_norm writes to its weight in forward
+    # the forward of an embedding with max_norm writes to its weight
     written = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in written} | plain_tensors(model)
     try:
@@ -432,7 +441,7 @@ def share_parameters(model: Model) -> Model:
         for wrapper, attribute in wrappers.items():
             if isinstance(module, wrapper):
                 module.forward = partial(_call, getattr(module, attribute))
-        config: Any = vars(module).get("config")  # a class's own would not be a copy
+        config: Any = vars(module).get("config")  # only the instance's own config is a copy, that of a class is not
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
     return shared.eval()
@@ -443,7 +452,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def on_cpu(model: Model) -> Model:
-    """The model itself where all of it is on the CPU, otherwise a copy there, in eval mode."""
+    """Return the model itself if all of it is on the CPU, otherwise a copy on the CPU in eval mode."""
     if all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers())):
         return model
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().cpu(), p.requires_grad) for p in model.parameters()}
@@ -452,27 +461,30 @@ def on_cpu(model: Model) -> Model:
 
 
 def plain_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """A deepcopy memo for tensors that are neither parameters nor buffers: deepcopy cannot copy computed ones."""
+    """Return a memo for ``copy.deepcopy`` with copies of tensors that are neither parameters nor buffers.
+
+    Deepcopy itself cannot copy tensors that were computed with gradients.
+    """
     attributes = (value for module in model.modules() for value in vars(module).values())
     return {id(value): value.detach().clone() for value in attributes if isinstance(value, Tensor)}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under every name it has."""
+    """Return name -> tensor for all parameters and buffers. A shared tensor appears under each of its names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return tensors | dict(model.named_buffers(remove_duplicate=False))
 
 
 def tensor_named(model: nn.Module, name: str) -> Tensor:
-    """One parameter or buffer by any name it has, without a look at the others (:func:`named_tensors`)."""
+    """Return one parameter or buffer by any of its names, without collecting all others like :func:`named_tensors`."""
     owner, _, attribute = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(owner), attribute)
     return found
 
 
 def explain(error: Exception, model: nn.Module) -> str:
-    """The error's first line and the line of code that it came from."""
-    if isinstance(error, CaptureError):  # ours, which says where
+    """Return the first line of an error, and the line of code that raised it."""
+    if isinstance(error, CaptureError):  # our own errors already name the place
         return str(error)
     text = first_line(error)
     if line := line_of_error(error):

@@ -1,8 +1,9 @@
-"""Numbers that a model's code reads from its parameters and buffers: constants of the graph, like numbers that the code states.
+"""Make numbers that a model's code reads from its own parameters and buffers constants of the graph.
 
-torch.export knows of tensors no more than their shapes while it traces, and stops where code decides by such a number. So
-they are read from the model's own tensors (:class:`KnownNumbers`). Where an operator of torch's makes a number of a tensor by itself,
-the graph has a node for that, in whose place the number comes (:func:`fold_numbers`).
+While torch.export traces, it knows only the shapes of tensors, and stops where the code makes a decision by a number
+from a tensor. So such numbers are read from the model's real tensors (:class:`KnownNumbers`). Some torch operators turn
+a tensor into a number themselves. The graph then has a node for it, which is replaced by the number
+(:func:`fold_numbers`).
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ _IN_PLACE = frozenset(
 
 
 class KnownNumbers(TorchFunctionMode):
-    """While it is entered, code that reads numbers from the model's tensors, or from what it makes of them alone, gets theirs.
+    """A context in which code can read numbers from the model's tensors, and from tensors computed from these alone.
 
-    After the first write to such a tensor nothing is known any more: which number code reads would depend on when.
+    After the first write to such a tensor, no number is known any more, because the value would depend on the time of
+    reading.
 
     Args:
-        model: its tensors may be exchanged for fake ones meanwhile; their values are those of now.
+        model: the model. Its tensors may be replaced by fake ones later; their values at this moment are used.
 
     Attributes:
-        unknown: the first line of code that read a number from something else; empty without one.
+        unknown: the first line of code that read a number from any other tensor, or "" if there was none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,7 +54,7 @@ class KnownNumbers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a call of the model's code, or read a number; how a tensor was made of known ones is noted."""
+        """Run a call of the model's code, or read a number. Record how results are computed from known tensors."""
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", ""))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -80,11 +82,11 @@ class KnownNumbers(TorchFunctionMode):
         return made
 
     def _maker(self, tensor: Tensor) -> Callable[[], Tensor] | None:
-        """What computes a tensor's values; None where they are not known."""
+        """Return a function that computes a tensor's values, or None if they are not known."""
         if id(tensor) in self._made:
             return self._made[id(tensor)][1]
         if next((held is not _at(self._model, name) for held, name in self._held.values()), True):
-            # torch.export has exchanged them
+            # torch.export has replaced the model's tensors
             self._held = {id(held): (held, name) for name, held in _tensors(self._model).items()}
         found = self._held.get(id(tensor))
         return None if found is None else functools.partial(self._values.__getitem__, found[1])
@@ -96,7 +98,7 @@ def _leaf(compute: Callable[[], Any], place: int) -> Tensor:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that are a model's, by name: parameters, buffers, and plain attributes."""
+    """Return name -> tensor for a model's parameters, buffers, and attributes that are tensors."""
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for held in (module._parameters, module._buffers, vars(module)):
@@ -110,7 +112,7 @@ def _at(model: nn.Module, name: str) -> Any:
 
 
 def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call changes its first tensor in place."""
+    """Return whether a call changes its first tensor in place."""
     changes = name.endswith("_") and not name.startswith("__")
     return changes or name == "__setitem__" or name in _IN_PLACE or kwargs.get("out") is not None
 
@@ -121,11 +123,11 @@ _CHECKS = (torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_r
 
 
 def fold_numbers(graph_module: fx.GraphModule, line: str) -> None:
-    """Put numbers that a graph reads from its own parameters and buffers in the place of the nodes that read them.
+    """Replace nodes that read a number from the graph's own parameters and buffers by that number.
 
     Args:
-        graph_module: the graph; it is changed in place.
-        line: of the model's code, where a number is read from something else.
+        graph_module: the graph, which is changed in place.
+        line: the line of the model's code that reads a number from any other tensor, for the error message; may be "".
 
     Raises:
         CaptureError: a number comes from a value that depends on the inputs, or from a tensor that the graph writes to.
@@ -150,12 +152,12 @@ def fold_numbers(graph_module: fx.GraphModule, line: str) -> None:
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
-        elif getattr(node.target, "__module__", "") in ("_operator", "math"):  # arithmetic on what has become numbers
+        elif getattr(node.target, "__module__", "") in ("_operator", "math"):  # arithmetic on the new numbers
             replace_by(node, node.target(*node.args, **node.kwargs))
 
 
 def _behind(node: Any) -> set[fx.Node]:
-    """A node and everything that it is made of."""
+    """Return a node and all nodes that its value is computed from."""
     found: set[fx.Node] = set()
     waiting = [node] if isinstance(node, fx.Node) else []
     while waiting:
@@ -171,7 +173,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a node's value is the same in every run if those that it is made of are."""
+    """Return whether a node's value is the same in every run, provided that its inputs are."""
     if node.op == "get_attr" or node.target is operator.getitem:
         return True
     known = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)

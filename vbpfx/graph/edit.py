@@ -1,4 +1,4 @@
-"""Edits of a graph, and the one exit that ends every one of them."""
+"""Edit a graph: insert modules and checks. Every edit ends with :func:`finish`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CAPTURE_ANOTHER = "Prune on data of this size, or make the model's code indepen
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for a tensor of the inputs."""
+    """A marker that replaces a tensor of the inputs."""
 
     place: Place
 
@@ -35,16 +35,17 @@ def insert_at_sources(
     """Insert a module in front of everything that reads a block's axis, in place.
 
     Args:
-        make: called with the block and the index of the source among ``block.sources``.
-        label: what the new submodules are called in the graph.
-        beside: source -> name of a node whose value the module gets, too.
+        make: returns the module to insert. It is called with the block and the index of the source in
+            ``block.sources``.
+        label: the beginning of the new submodules' names.
+        beside: source -> name of a node whose value the module gets as a second argument.
 
     Returns:
-        What was inserted where. Only the consumers read the new module's value; whoever else reads
-        the source reads the source as before.
+        The inserted modules, each with its block and the index of the source. Only the block's readers read the new
+        module's value; all other nodes still read the source itself.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    latest: dict[tuple[str, int], fx.Node] = {}  # several blocks may stand on one axis: their modules follow each other
+    latest: dict[tuple[str, int], fx.Node] = {}  # several blocks may share an axis; their modules follow each other
     inserted = []
     for number, block in enumerate(blocks):
         for index, source in enumerate(block.sources):
@@ -70,9 +71,9 @@ def insert_at_sources(
 
 
 def require_sizes(graph_module: fx.GraphModule, captured: Captured) -> None:
-    """Insert what raises an AssertionError where an input has another size than the one that the graph is for, in place.
+    """Insert checks that raise AssertionError if an input has another size than the one that the graph has fixed.
 
-    A tensor within a tuple, list or dictionary is not looked at where the graph takes that as one argument.
+    Tensors inside a tuple, list or dictionary are not checked if the graph takes the container as one argument.
     """
     if not captured.fixed:
         return
@@ -97,9 +98,10 @@ def require_sizes(graph_module: fx.GraphModule, captured: Captured) -> None:
 def insert_behind(
     graph_module: fx.GraphModule, layers: Iterable[Consumer], make: Callable[[Consumer], nn.Module], label: str
 ) -> None:
-    """Insert a module behind each layer, in place: it gets the layer's value and its input, all users get its value.
+    """Insert a module behind each layer, in place. It gets the layer's output and input, and all users read its output.
 
-    What was inserted before is part of the input: substitutions come first, then layers in graph order.
+    The input includes what was inserted before, so substitutions must be inserted first, and then layers in graph
+    order.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes if "val" in node.meta}
     for number, layer in enumerate(layers):
@@ -119,13 +121,13 @@ def insert_behind(
 
 
 def _behind_insertions(node: fx.Node, nodes: Mapping[str, fx.Node]) -> fx.Node:
-    """The captured graph's own node whose value an inserted call hands on, changed."""
+    """Return the captured graph's own node in front of any inserted calls."""
     while node.name not in nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def finish(graph_module: fx.GraphModule) -> None:
-    """The exit of every edit: the graph is checked and its code made anew."""
+    """End an edit: check the graph and regenerate its code."""
     graph_module.graph.lint()
     graph_module.recompile()

@@ -1,7 +1,7 @@
-"""Runs of a graph on fake tensors: shapes without data, weights or arithmetic.
+"""Run a graph on fake tensors, which gives shapes without data, weights or arithmetic.
 
-The batch is a large prime that divides no size of the model. A reshape read at such a size cannot confuse the batch
-with another axis, and unlike symbolic shapes it never specialises (timm's Swin does); it is also faster.
+The batch size is a large prime that divides no size of the model, so a reshape cannot confuse the batch with another
+axis. Unlike a symbolic size, it is never specialised (timm's Swin specialises them). It is also faster.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _SMALLEST_SENTINEL = 1009
 
 
 def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: bool = False) -> int | None:
-    """Write ``meta["val"]`` on every node; returns the size that stands for the batch, None where it is the inputs' own.
+    """Write ``meta["val"]`` on every node, and return the size that stands for the batch.
+
+    Return None if the graph works only for the batch size of the inputs.
 
     Args:
-        fixed: the graph is for the inputs' own batch size alone.
+        fixed: whether it is already known that the graph works only for the batch size of the inputs.
     """
 
     def record(node: fx.Node, run: Callable[[], Any]) -> Any:
@@ -43,7 +45,7 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
     if inputs.batch_size is not None and not fixed:
         try:
             run_fake(graph_module, inputs, samples, record, Repeated(graph_module))
-        except Exception:  # a graph that is tied to its batch size still works at that size
+        except Exception:  # a graph that is fixed to its batch size still works at that size
             pass
         else:
             if inputs.batch_size == 1:
@@ -54,10 +56,13 @@ def propagate_shapes(graph_module: fx.GraphModule, inputs: Inputs, *, fixed: boo
 
 
 def _require_one_sample(graph_module: fx.GraphModule, inputs: Inputs) -> None:
-    """Raise a CaptureError where a graph does not run on a single sample: torch.export traces two, and unrolls loops over them."""
+    """Raise a CaptureError if a graph does not run on a single sample.
+
+    torch.export traces two samples, and unrolls loops over them.
+    """
     try:
         run_fake(graph_module, inputs, 1, lambda node, run: run(), Repeated(graph_module))
-    except Exception as error:  # whatever the operators raise
+    except Exception as error:  # operators may raise any exception
         raise CaptureError(
             f"the graph does not run on a single sample ({first_line(error)}): it was traced with two, and a loop in the model's code over "
             f"an axis of its input was unrolled for them; pass at least two samples, and compute all entries of that axis at once"
@@ -67,7 +72,10 @@ def _require_one_sample(graph_module: fx.GraphModule, inputs: Inputs) -> None:
 def spent_by_node(
     graph_module: fx.GraphModule, inputs: Inputs, samples: int, meter: Callable[[], int]
 ) -> dict[str, int]:
-    """Node -> what its call spends by a meter, in a run with a batch of that many samples; nodes that spend nothing left out."""
+    """Run the graph on that many samples, and return node -> how much its call increased the meter.
+
+    Nodes that do not increase it are left out.
+    """
     repeated, spent = Repeated(graph_module, meter), dict[str, int]()
 
     def count(node: fx.Node, run: Callable[[], Any]) -> Any:
@@ -81,9 +89,10 @@ def spent_by_node(
 
 
 def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
-    """Write ``meta["val"]`` on every node of a narrowed graph from the shapes that the graph's own arguments had.
+    """Recompute ``meta["val"]`` of every node of a narrowed graph, from the shapes of the original graph's arguments.
 
-    Where the graph had none there will be none, nor where its shapes cannot be followed: nothing states a dense width.
+    If the arguments have no shapes, or these cannot be propagated, ``meta["val"]`` is removed, so that no dense width
+    remains.
     """
     values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
     mode = detect_fake_mode(values)
@@ -91,7 +100,7 @@ def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
     if mode is not None:
         try:
             _Renewal(small, mode).run(*values, enable_io_processing=False)
-        except Exception:  # shapes that another program read off its own arguments, for one
+        except Exception:  # for example symbolic shapes that belong to another exported program
             complete = False
     for node in small.graph.nodes:
         known = node.meta.pop("tensor_meta", None)
@@ -102,7 +111,7 @@ def renew_shapes(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
 
 
 class _OnFakes(fx.Interpreter):
-    """A run on fake tensors, where recurrent layers are one call each."""
+    """An interpreter for fake tensors, in which every recurrent layer is a single call."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(str(target))
@@ -116,7 +125,7 @@ class _OnFakes(fx.Interpreter):
 
 
 class _Renewal(_OnFakes):
-    """A run in the fake mode that a graph's shapes are of."""
+    """An interpreter that runs in the fake mode of a graph's existing shapes, and writes new ones."""
 
     def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(graph_module)
@@ -138,9 +147,9 @@ def run_fake(
     """Run the graph on fake tensors with a batch of that many samples.
 
     Args:
-        around: called with every node and a function that runs it; returns its value. Called with all of them a second time
-            where the results of like calls cannot be one.
-        repeated: what runs of like calls have found; without it every call is run.
+        around: is called with every node and a function that runs it, and returns the node's value. It is called for
+            all nodes a second time if equal calls turn out not to be able to share a result.
+        repeated: the stored results of earlier equal calls. Without it, every call is run.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -175,18 +184,19 @@ def run_fake(
     try:
         run_all()
     except ReshapedError:
-        assert repeated is not None  # who else raises it
+        assert repeated is not None  # nothing else raises this error
         repeated.forget()
         run_all()
 
 
 class _AllPicked(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What depends on values in how long it is (``nonzero``, an index by a mask) comes out as if every entry were picked.
+    """Makes results whose length depends on values as long as they can become.
 
-    So shapes are known, and costs are an upper bound: an expert of a mixture counts as if all tokens went to it.
+    ``nonzero`` and indexing by a mask return as many entries as if every entry were picked. So all shapes are known,
+    and costs are an upper bound: each expert of a mixture counts as if all tokens went to it.
     """
 
-    supports_higher_order_operators = True  # torch.cond and its kind, which are handed on
+    supports_higher_order_operators = True  # operators such as torch.cond are passed on unchanged
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -207,25 +217,25 @@ _BY_INDICES = frozenset(
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:
-    """An index as it is; a mask as one index for each of its axes."""
+    """Return an index as it is, and a mask as one index for each of its axes."""
     if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.ndim)]
 
 
 def _as_fake_tree(mode: FakeTensorMode, value: Any) -> Any:
-    """A node's value with fake tensors alone."""
+    """Return a node's value with every real tensor replaced by a fake one."""
 
     def as_fake(tensor: Tensor) -> Tensor:
-        # a parameter, or what an operator hands on unchanged, is still real
+        # a parameter is real, and so is a value that an operator returns unchanged
         found = tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
-        return found.detach() if found.requires_grad else found  # the flop counter hooks what asks for gradients
+        return found.detach() if found.requires_grad else found  # the flop counter adds hooks to tensors with gradients
 
     return pytree.tree_map_only(Tensor, as_fake, value)
 
 
 def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
-    """The inputs in the order of the graph's placeholders."""
+    """Return the inputs in the order of the graph's placeholders."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     codegen = graph_module.graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
@@ -238,7 +248,7 @@ def graph_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
 
 
 def _flattened(graph_module: fx.GraphModule, spec: pytree.TreeSpec, inputs: Inputs) -> list[Any]:
-    """The leaves in the order that the graph was exported with, however the arguments are passed."""
+    """Return the leaves of the arguments in the order of the exported graph, whether passed by position or by name."""
     given = inspect.signature(graph_module.forward).bind(*inputs.args, **inputs.kwargs)
     given.apply_defaults()
     values: Any = list(given.arguments.values())
@@ -249,15 +259,15 @@ def _flattened(graph_module: fx.GraphModule, spec: pytree.TreeSpec, inputs: Inpu
 
 
 def has_fixed_batch(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model is a graph that came with shapes, and batches cannot be cut or resized by them.
+    """Return whether the model is a graph whose recorded shapes forbid cutting or resizing a batch.
 
-    They state just the inputs' batch size, or sizes that follow from it beside the batch axes.
+    They do if they state the inputs' batch size as a number, or if other sizes are computed from the batch size.
     """
     if not isinstance(model, fx.GraphModule):
         return False
     try:
         given = graph_arguments(model, inputs)
-    except (TypeError, KeyError):  # the inputs are of another graph
+    except (TypeError, KeyError):  # the inputs do not fit the graph
         return False
     values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
     shapes: list[Sequence[Any]] = [
@@ -282,7 +292,7 @@ def _has_axes(value: Tensor, given: Any) -> bool:
 
 
 def sentinel(sizes: Iterable[int]) -> int:
-    """A prime that divides none of the sizes."""
+    """Return a large prime that divides none of the sizes."""
     present = {size for size in sizes if size}
     candidate = _SMALLEST_SENTINEL
     while any(size % candidate == 0 for size in present) or any(candidate % f == 0 for f in range(2, 100)):

@@ -1,4 +1,4 @@
-"""Results with named fields that need no class of the model's: what a dataclass becomes in a graph that stands alone."""
+"""``Fields``: results with named fields that replace a model's dataclasses, so that a graph needs no such classes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from vbpfx.data.inputs import tensors_in
 class Fields(Mapping[str, Any]):
     """Named values in order: ``result.logits``, ``result["logits"]`` and ``result[0]`` are the same.
 
-    It stands for a result that is a dataclass, such as the ``ModelOutput`` of transformers, wherever that class may be missing or
-    unknown: in saved networks, and in what exporters are given. As in transformers, a field without a value is None as an attribute,
-    and is passed over by everything else: names, places, :func:`torch.utils._pytree.tree_flatten`.
+    It replaces a dataclass result, such as the ``ModelOutput`` of transformers, wherever that class may be missing or
+    unknown: in saved networks, and in graphs for exporters. As in transformers, a field without a value is None as an
+        attribute. Everything
+    else skips it: iteration, indices, :func:`torch.utils._pytree.tree_flatten`.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -63,12 +64,12 @@ pytree.register_pytree_node(
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is an instance of a dataclass that PyTorch's trees do not look into."""
+    """Return whether a value is an instance of a dataclass, which PyTorch's pytrees treat as a leaf."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def without_classes(value: Any) -> Any:
-    """The value with :class:`Fields` in the place of dataclasses that PyTorch's trees take for leaves."""
+    """Return the value with dataclass instances replaced by :class:`Fields`, which PyTorch's pytrees can flatten."""
 
     def neutral(leaf: Any) -> Any:
         if not is_record(leaf):
@@ -79,10 +80,10 @@ def without_classes(value: Any) -> Any:
 
 
 def result_paths(output: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
-    """The tensors of a network's result in order, and where each stands: keys, names of fields (texts) and places (numbers)."""
+    """Return the tensors of a network's result in order, each with its path of keys, field names and indices."""
     try:
         found = pytree.tree_flatten_with_path(without_classes(output))[0]
-    except ValueError:  # a container that says nothing of its names
+    except ValueError:  # a container that does not name its entries
         return [((place,), tensor) for place, tensor in enumerate(tensors_in(output))]
     return [(tuple(map(_step, path)), leaf) for path, leaf in found if isinstance(leaf, Tensor)]
 
@@ -97,29 +98,29 @@ def _step(key: Any) -> Any:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Where a tensor stands, in one word: ``boxes.low``, ``hidden_states.0``."""
+    """Return a tensor's path as one word, such as ``boxes.low`` or ``hidden_states.0``."""
     return ".".join(map(str, path))
 
 
 class FieldsTracer(fx.Tracer):
-    """fx's tracer for graphs that return :class:`Fields`: who unpickles such a graph traces its code again."""
+    """fx's tracer for graphs that return :class:`Fields`. When such a graph is unpickled, it is traced again."""
 
     def create_arg(self, a: Any) -> Any:
-        """As fx's own, and a call of the class for :class:`Fields`, as fx has it for dataclasses."""
+        """Turn :class:`Fields` into a call of the class, as fx does for dataclasses, and all else as fx does."""
         if not isinstance(a, Fields):
             return super().create_arg(a)
         return self.create_node("call_function", Fields, (), {name: self.create_arg(v) for name, v in vars(a).items()})
 
 
 def tracer_of(spec: pytree.TreeSpec) -> type[fx.Tracer]:
-    """The tracer that can trace a graph's code again, by the structure of what it returns."""
+    """Return the tracer that can trace a graph's code again, given the structure of its result."""
     result = pytree.tree_unflatten(range(spec.num_leaves), spec)
     found = pytree.tree_leaves(result, is_leaf=lambda value: isinstance(value, Fields))
     return FieldsTracer if any(isinstance(leaf, Fields) for leaf in found) else fx.Tracer
 
 
 def returned_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes whose values a graph returns, in order; in the place of a node that only names its arguments, these."""
+    """Return the nodes whose values a graph returns, in order; for a node that makes a record, its arguments."""
     (output,) = graph.find_nodes(op="output")
     found: list[fx.Node] = []
 
@@ -137,7 +138,7 @@ def returned_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def makes_record(target: Any) -> bool:
-    """Whether what a graph calls is a dataclass, a named tuple, or :class:`Fields`."""
+    """Return whether a call's target is a dataclass, a named tuple, or :class:`Fields`."""
     return isinstance(target, type) and (
         target is Fields
         or dataclasses.is_dataclass(target)

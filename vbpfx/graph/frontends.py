@@ -1,14 +1,14 @@
-"""Front ends: from a model's code to a graph.
+"""Front ends: trace a model's code into a graph.
 
-Both make the same kind of object, a ``torch.fx.GraphModule``:
+Both return a ``torch.fx.GraphModule``:
 
-- ``"symbolic"``, :class:`torch.fx.Tracer` (:mod:`vbpfx.graph.symbolic`): keeps the module structure, ``train()`` / ``eval()`` and
-  the parameter names.
+- ``"symbolic"``, :class:`torch.fx.Tracer` (:mod:`vbpfx.graph.symbolic`): keeps the module structure, ``train()`` /
+  ``eval()`` and the parameter names.
 - ``"export"``, :func:`torch.export.export`: an ATen graph, for models whose Python control flow stops
   symbolic tracing.
 
-Arguments that are not tensors (flags, words, None) keep the values that they have in the example: the graph checks that later calls
-have the same. Recurrent layers stay whole in both.
+Arguments that are not tensors (flags, strings, None) keep their values from the example, and the graph checks that
+later calls pass the same values. Recurrent layers stay whole in both.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
 from vbpfx.graph.whole_process import shared_by_threads
 
-# Operator -> where it says that it trains.
+# Operator -> the index of its argument that says whether it runs in training mode.
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
 
 
 def refuse_training_operators(model: nn.Module) -> None:
-    """Raise a CaptureError for a graph whose operators say themselves that they train."""
+    """Raise a CaptureError for a graph with operators that are fixed in training mode."""
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         place = _TRAINS.get(node.target)
         if place is not None and len(node.args) > place and node.args[place] is True:
@@ -56,15 +56,15 @@ def refuse_training_operators(model: nn.Module) -> None:
 
 
 def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    # A batch of one would be specialised without a word; two samples keep the axis dynamic.
+    # torch.export would silently specialise a batch size of 1; two samples keep the axis dynamic.
     if inputs.batch_size == 0:
         raise CaptureError("the example batch is empty, and torch.export runs the model: pass at least one sample")
     samples = max(2, inputs.batch_size or 2)
-    example = inputs.resized(samples).map(torch.clone)  # one tensor as two arguments would become one input
+    example = inputs.resized(samples).map(torch.clone)  # a tensor that is passed twice would become a single input
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     device = model_device(model)
-    # without gradients: a no_grad region within the model would become a subgraph of its own
-    # and without the graph that it prints where the model's code depends on values
+    # without gradients, because a no_grad region in the model would otherwise become a subgraph of its own;
+    # unheard, because torch.export prints the graph where the model's code depends on values
     numbers = KnownNumbers(model)
     with (
         unheard(), unfused_attention(), masks_as_given(), torch.no_grad(),
@@ -82,22 +82,25 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     values = dict(zip(placeholders, graph_arguments(exported, example), strict=True))
     follow_inputs(graph, device, {node.target for node, value in values.items() if isinstance(value, Tensor)})
     require_constants(graph, {node: value for node, value in values.items() if not isinstance(value, Tensor)})
-    for node in graph.nodes:  # the rest holds on to the trace, and cannot be copied or pickled
+    for node in graph.nodes:  # other entries refer to the trace, and cannot be copied or pickled
         node.meta = {key: value for key, value in node.meta.items() if key in _KEPT}
     assert isinstance(graph._codegen, fx.graph._PyTreeCodeGen)
     assert graph._codegen.pytree_info.out_spec is not None
     graph._tracer_cls = tracer_of(graph._codegen.pytree_info.out_spec)
-    # Rebuilt as a plain GraphModule: what torch.export returns refuses train() and eval().
+    # Rebuilt as a plain GraphModule, because the module that torch.export returns refuses train() and eval().
     return fx.GraphModule(exported, graph, type(model).__name__)
 
 
-# What a node of torch.export's keeps of the trace: where it stood in the model's modules and in its code.
+# The metadata of torch.export that a node keeps: its place in the model's modules and in its code.
 _KEPT = ("nn_module_stack", "stack_trace")
 
 
 @contextmanager
 def neutral_results(model: nn.Module) -> Iterator[None]:
-    """The model returns :class:`~vbpfx.graph.fields.Fields` for dataclasses, which torch.export takes for unknown objects otherwise."""
+    """A context in which the model returns :class:`~vbpfx.graph.fields.Fields` for dataclasses.
+
+    torch.export does not know the dataclasses of a model.
+    """
     own, before = model.forward, vars(model).get("forward")
 
     @functools.wraps(own)
@@ -114,9 +117,10 @@ def neutral_results(model: nn.Module) -> Iterator[None]:
 
 
 def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, Any]:
-    """What torch.export may leave open, by argument: the batch axis, every axis of token ids and masks, and where batches differ.
+    """Return the axes that torch.export may leave open, by argument, in its own format.
 
-    Texts differ in length too; such an axis stays open wherever the model lets it.
+    They are the batch axis, every axis of integer and boolean tensors (token ids and masks), and the axes in which
+    batches differ. Texts differ in length, so such an axis stays open wherever the model allows it.
     """
 
     axes = example.batch_axes
@@ -132,10 +136,10 @@ def dynamic_shapes(model: nn.Module, example: Inputs, batch: Any) -> dict[str, A
 
 
 def fixing_line(model: nn.Module, inputs: Inputs, axes: Collection[tuple[Place, int]]) -> str:
-    """``file:line: code`` of what makes one number of sizes that torch.export is asked to leave open; empty where it is not known.
+    """Return ``file:line: code`` of the model's code that fixes the size of an axis, or "" if it is not found.
 
     Args:
-        axes: of the inputs, and nothing but them, the batch included.
+        axes: the axes of the inputs that torch.export is asked to leave open, and no others, not even the batch axis.
     """
     count = max(2, inputs.batch_size or 2)
     example = inputs.resized(count)
@@ -151,20 +155,21 @@ def fixing_line(model: nn.Module, inputs: Inputs, axes: Collection[tuple[Place, 
         values = [node.meta.get("val") for node in program.graph.nodes]
         mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
         guards = mode.shape_env.guards  # type: ignore[union-attr]
-        # what makes a number of a size is an equation, and where the code did so stands beside it
-        # sympy's equality; importing sympy takes long, and only torch.export, which has done so, makes guards
+        # A guard that fixes a size is an equation, and holds the line of code that caused it. ``is_Equality`` is
+        # sympy's. Sympy itself is not imported here, which would take long; where there are guards, torch.export has
+        # imported it.
         found: list[Any] = [guard.sloc.framework_loc for guard in guards if guard.expr.is_Equality]
         return line_of_frames(frame for frame in found if isinstance(frame, FrameSummary))
-    except Exception:  # no public interface of torch's: without it the line is not named
+    except Exception:  # this uses internals of torch; if they change, the line is not named
         return ""
 
 
 @shared_by_threads
 @contextmanager
 def masks_as_given() -> Iterator[None]:
-    """nn.TransformerEncoder compares a mask with the causal one, a decision by values: do without.
+    """Keep nn.TransformerEncoder from comparing a mask with the causal mask, a decision by values that stops tracing.
 
-    What it finds is a hint to fused kernels. The mask masks either way.
+    The result of the comparison is only a hint for fused kernels. The mask itself is applied in any case.
     """
     looks = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
@@ -177,7 +182,7 @@ def masks_as_given() -> Iterator[None]:
 @shared_by_threads
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """The fused inference kernels of attention and encoder layers hide the products inside: do without."""
+    """Switch off the fused inference kernels of attention and encoder layers, which hide the matrix products inside."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -189,7 +194,7 @@ def unfused_attention() -> Iterator[None]:
 @shared_by_threads
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """The exporters log what they try and give up; the error, if there is one, says it in one line."""
+    """Switch off logging. Exporters log every failed attempt, and a final error says the same in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -201,7 +206,7 @@ def quiet_logging() -> Iterator[None]:
 @shared_by_threads
 @contextmanager
 def unheard() -> Iterator[None]:
-    """No warnings, no logging, and nothing on Python's standard output and error."""
+    """Suppress warnings, logging, and Python's standard output and error."""
     nothing = io.StringIO()
     with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings(), quiet_logging():
         warnings.simplefilter("ignore")

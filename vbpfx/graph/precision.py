@@ -1,4 +1,4 @@
-"""The precision of products, whatever the process allows."""
+"""Compute float32 products in full float32, whatever lower precision the process allows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vbpfx.graph.whole_process import shared_by_threads
 @shared_by_threads
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32, as long as this lasts.
+    """A context in which float32 products and convolutions are computed in full float32.
 
-    GPUs round the factors of convolutions to TF32's 11 bits unless they are told otherwise, those of matrix products where
-    ``torch.set_float32_matmul_precision`` allows it, and some processors to bfloat16's 8. That is as good as the network needs,
-    but neither for comparing two networks to 1e-4 nor for a covariance that is inverted.
+    GPUs round the factors of convolutions to TF32's 11 bits by default, and those of matrix products if
+    ``torch.set_float32_matmul_precision`` allows it. Some processors round to bfloat16's 8 bits. That is good enough
+    for the network itself, but not for comparing two networks to 1e-4, and not for a covariance that is inverted.
     """
-    backends: Any = torch.backends  # which makes these as they are asked for
+    backends: Any = torch.backends  # torch creates these attributes on access, which type checkers do not see
     cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
     settings = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     before = [setting.fp32_precision for setting in settings]

@@ -1,7 +1,7 @@
-"""Recurrent layers stay whole: nn.RNN, nn.LSTM and nn.GRU as one call, whose shapes and arithmetic follow from their sizes.
+"""Keep the recurrent layers nn.RNN, nn.LSTM and nn.GRU as one call each, with shapes and flops from their sizes.
 
-Torch unrolls them on fake tensors, step by step, which takes far longer than the layer itself. A stand-in operator is what
-torch.export sees in their place, and what runs on fake tensors call.
+On fake tensors, torch unrolls these layers step by step, which takes far longer than running the layer itself. So
+torch.export and runs on fake tensors call a stand-in operator instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _values(
     x: Tensor, state: list[Tensor], path: str, kind: str, gates: int, hidden: int, projected: int, layers: int, directions: int,
     batch_first: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The layer's output and its last states, with shapes alone."""
+    """Return the layer's output and its last states as fake tensors, which have only shapes."""
     out = projected or hidden
     batch = [x.shape[0 if batch_first else 1]] if x.ndim == 3 else []
     sizes = [[*x.shape[:-1], directions * out], [directions * layers, *batch, out]]
@@ -42,10 +42,14 @@ def recurrent_flops(
     x: Any, state: Any, path: str, kind: str, gates: int, hidden: int, projected: int, layers: int, directions: int, *args: Any,
     **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Two for every product of a step: of each layer and direction, its gates' with the input and with the state before.
+    """Return the flops of a recurrent layer, two for every multiplication.
+
+    In every step, each layer and direction multiplies the weights of its gates with the input and with the previous
+    state.
 
     Args:
-        x: the input's shape, as :mod:`torch.utils.flop_counter` hands it on; the others as the stand-in takes them.
+        x: the input's shape, as :mod:`torch.utils.flop_counter` passes it. The other arguments are those of the
+            stand-in.
     """
     *steps, width = x
     out = projected or hidden
@@ -55,7 +59,7 @@ def recurrent_flops(
 
 
 def call_stand_in(module: nn.RNNBase, path: str, x: Tensor, state: Any = None) -> Any:
-    """What the layer returns, from the stand-in."""
+    """Call the stand-in, and return its results in the structure that the layer returns."""
     given = [] if state is None else [state] if isinstance(state, Tensor) else list(state)
     kind = module.mode.partition("_")[0]
     output, *states = STAND_IN(
@@ -66,7 +70,7 @@ def call_stand_in(module: nn.RNNBase, path: str, x: Tensor, state: Any = None) -
 
 
 def run_fake_call(target: Any, args: tuple[Any, ...]) -> list[Tensor] | None:
-    """What torch's own operators of recurrent layers return, from the stand-in; None for every other operator."""
+    """Call the stand-in for one of torch's recurrent operators, and return its results; None for any other operator."""
     if target not in _OPERATORS:
         return None
     x, states, _, _, layers, _, _, bidirectional, batch_first = args
@@ -94,7 +98,7 @@ _OPERATORS = {torch.ops.aten.gru.input: "GRU", torch.ops.aten.lstm.input: "LSTM"
 
 @contextmanager
 def recurrent_as_leaves(model: nn.Module) -> Iterator[None]:
-    """While it is entered, recurrent layers of the model call the stand-in; packed sequences are computed as ever."""
+    """A context in which the model's recurrent layers call the stand-in. Packed sequences are computed as usual."""
     changed = []
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and "forward" not in vars(module) and type(module).forward in _FORWARDS:
@@ -120,7 +124,7 @@ def _forward(module: nn.RNNBase, path: str) -> Any:
 
 
 def restore_recurrent(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Calls of the layers themselves in the place of the stand-in, in place; the layers are the model's own."""
+    """Replace the stand-in calls of a graph, in place, by calls of the model's own recurrent layers."""
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=STAND_IN):
         x, state, path = node.args[:3]

@@ -1,7 +1,7 @@
-"""Regions of a model's code that run under a setting: autocast, gradients on or off.
+"""Handle regions of a model's code that run under a setting: autocast, or gradients switched on or off.
 
-A graph holds calls and no settings. A region whose setting changes no value is part of the graph like any other code; one in
-which autocast computes in another precision is refused, since the graph would compute something else.
+A graph holds calls, but no settings. If a region's setting changes no value, its calls become part of the graph. A
+region in which autocast computes in another precision is refused, because the graph would compute something else.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from vbpfx.graph.tidy import replace_by
 
 
 class AutocastRegionError(CaptureError):
-    """A region of the model's code runs in autocast: no front end can help."""
+    """A region of the model's code runs in autocast, which no front end can capture."""
 
 
 def autocast_state(devices: Collection[str]) -> dict[str, torch.dtype]:
-    """Device type -> the precision that autocast computes in there at the moment; devices without autocast left out."""
+    """Return device type -> the precision of autocast on it, for the devices on which autocast is switched on now."""
     known = filter(torch.amp.is_autocast_available, devices)
     return {device: torch.get_autocast_dtype(device) for device in known if torch.is_autocast_enabled(device)}
 
 
 def autocast_devices(device: torch.device) -> frozenset[str]:
-    """The device types whose autocast changes what a model computes.
+    """Return the device types whose autocast changes what the model computes.
 
-    A model without numbers, on torch's meta device, will compute on a device that is not known yet: on the CPU or a GPU.
+    A model on the meta device has no values yet. It may later run on the CPU or on a GPU, so both are returned.
     """
     return frozenset({"cpu", "cuda"} if device.type == "meta" else {device.type})
 
 
 def refuse_autocast(inside: dict[str, torch.dtype], place: str = "") -> NoReturn:
-    """Raise the error that says what to remove.
+    """Raise the error for an autocast region, which says what to remove.
 
     Args:
-        inside: what :func:`autocast_state` is in the region.
-        place: the line of code, where it is known.
+        inside: the :func:`autocast_state` in the region.
+        place: the line of code, or "" if it is not known.
     """
     if inside:
         precision = " and ".join(
@@ -57,17 +57,18 @@ def refuse_autocast(inside: dict[str, torch.dtype], place: str = "") -> NoReturn
     )
 
 
-# Regions that were marked for checkpointing or for compilers, and the settings above: where the graph inside stands.
+# Operators for regions under one of these settings, and for regions marked for checkpointing or for compilers -> the
+# index of the argument that is the region's graph.
 _SUBGRAPH_AT = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1, "invoke_subgraph": 0, "wrap": 0,
                 "wrap_activation_checkpoint": 0, "tag_activation_checkpoint": 0}  # fmt: skip
 
 
 def inline_regions(graph_module: fx.GraphModule, devices: Collection[str]) -> None:
-    """Put the calls of regions that change no value in the place of the regions.
+    """Replace every region whose setting changes no value by the calls inside it.
 
     Args:
-        graph_module: the graph; it is changed in place.
-        devices: those of :func:`autocast_devices`.
+        graph_module: the graph, which is changed in place.
+        devices: the device types from :func:`autocast_devices`.
 
     Raises:
         AutocastRegionError: a region computes in another precision on one of the devices.
@@ -83,12 +84,12 @@ def inline_regions(graph_module: fx.GraphModule, devices: Collection[str]) -> No
 
 
 def _name(node: fx.Node) -> str:
-    """Name of a higher-order operator."""
+    """Return the name of a node's higher-order operator, or "" for any other node."""
     return str(node.target.__name__) if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
 def _region(graph_module: fx.GraphModule, held: Any) -> fx.GraphModule:
-    """The graph that a node fetches."""
+    """Return the region's graph that a get_attr node refers to."""
     found = graph_module.get_submodule(str(held.target))
     assert isinstance(found, fx.GraphModule)
     return found
@@ -107,7 +108,7 @@ def _require_no_effect(node: fx.Node, graph_module: fx.GraphModule, devices: Col
 
 
 def _inline(graph_module: fx.GraphModule, node: fx.Node, at: int) -> None:
-    """The calls of the graph that is the argument at that place, in the place of the node that runs it."""
+    """Replace a node that runs a region by the calls of the region's graph, which is its argument at index ``at``."""
     graph, held = graph_module.graph, node.args[at]
     assert isinstance(held, fx.Node)
     region = _region(graph_module, held)

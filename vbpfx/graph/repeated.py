@@ -1,9 +1,11 @@
-"""Calls that repeat an earlier call: on fake tensors equal arguments give equal results, and most of a network repeats.
+"""Reuse the results of equal calls on fake tensors.
 
-What decides over a result's shapes, strides and dtypes is put into a key: the operator or the layer with all it knows of itself, the
-arguments' shapes, autocast. Where something else might decide (the user's own code, values of real tensors, hooks), there is no key,
-and the call is run. Where such a call reshapes an argument in place, which may be the result of other calls, too, the graph must be run
-anew, each call by itself. What a call spends by a meter (its flops) is known again with its result.
+On fake tensors, equal arguments give equal results, and most calls of a network repeat. A call's key holds all that
+determines its result's shapes, strides and dtypes: the operator, or the layer with its attributes, the shapes of the
+arguments, and autocast. If anything else might matter (the user's own code, values of real tensors, hooks), the call
+has no key and is always run. If such a call reshapes an argument in place, which may also be the result of other calls,
+the whole graph must be run again with every call by itself. The cost of a call by a meter (its flops) is stored with
+its result.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-# These change what is known of a tensor, under every name that it has.
+# These methods change a tensor's shape in place, and with it every value that is the same tensor.
 _RESHAPING = frozenset({"resize_", "resize_as_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_",
                         "set_", "as_strided_"})  # fmt: skip
 _SIMPLE = (int, float, bool, str, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
@@ -25,22 +27,22 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _NoKeyError(Exception):
-    """Something else may decide over the result."""
+    """A call has no key, because something that the key cannot hold may determine its result."""
 
 
 class ReshapedError(Exception):
-    """A call has changed in place what is known of a tensor that may be the result of several calls."""
+    """A call has reshaped a tensor in place that may be the shared result of several calls."""
 
 
 class Repeated:
-    """The results of a graph's calls by their keys; those of like calls are one fake tensor, which nothing may reshape in place.
+    """The results of a graph's calls by their keys. Equal calls share one result, which nothing may reshape in place.
 
     Args:
         graph_module: the graph.
-        meter: what has been spent so far.
+        meter: returns the cost of all calls that were actually run so far.
 
     Attributes:
-        spent: what all calls so far would have spent, had each been run.
+        spent: the cost of all calls so far, as if each had been run.
     """
 
     def __init__(self, graph_module: fx.GraphModule, meter: Callable[[], int] = lambda: 0) -> None:
@@ -50,15 +52,15 @@ class Repeated:
         self._usable = not any(_name(node.target) in _RESHAPING for node in called)
 
     def run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
-        """The result of an earlier call that was like this one, or else what ``call`` returns.
+        """Return the result of an earlier equal call, or run ``call`` and return its result.
 
         Args:
-            operator: a function, a method's name, or a layer.
-            args, kwargs: what it is called with; a method's object comes first.
-            call: runs it; its tensors must be fake.
+            operator: a function, the name of a method, or a layer.
+            args, kwargs: its arguments. The object of a method comes first.
+            call: runs the call on fake tensors.
 
         Raises:
-            ReshapedError: it was run, and changed what is known of an argument.
+            ReshapedError: the call was run, and reshaped an argument in place.
         """
         if not self._usable:
             return self._run(call)[0]
@@ -79,11 +81,11 @@ class Repeated:
         return value
 
     def forget(self) -> None:
-        """Run every call by itself from now on."""
+        """Drop all results, and run every call by itself from now on."""
         self._usable, self._results = False, {}
 
     def _run(self, call: Callable[[], Any]) -> tuple[Any, int]:
-        """What a call returns, and what it spends."""
+        """Run a call; return its result and its cost."""
         before = self._meter()
         value = call()
         spent = self._meter() - before
@@ -92,7 +94,7 @@ class Repeated:
 
 
 def _watched(args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
-    """What a call returns; a ReshapedError where it changes what is known of an argument."""
+    """Run a call and return its result; raise ReshapedError if it reshapes an argument in place."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     before = [_known(tensor) for tensor in tensors]
     value = call()
@@ -107,7 +109,7 @@ def _known(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _name(target: Any) -> str:
-    """An operator's bare name."""
+    """Return an operator's name without namespace and overload."""
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     return packet if isinstance(packet, str) else str(getattr(packet, "__name__", ""))
 
@@ -124,13 +126,13 @@ def _operator(operator: Any) -> Hashable:
     package = str(getattr(operator, "__module__", "")).partition(".")[0]
     of_a_library = isinstance(operator, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
     foreign = of_a_library and not str(operator).startswith("aten.")
-    if foreign or package not in ("torch", "_operator", "None"):  # torch's own builtins name no module
+    if foreign or package not in ("torch", "_operator", "None"):  # the __module__ of torch's builtins is None
         raise _NoKeyError
     return operator  # type: ignore[no-any-return]
 
 
 def _layer(module: nn.Module) -> Hashable:
-    """A layer of torch.nn and all that it knows of itself."""
+    """Return the key of a torch.nn layer: its class, its attributes, and the shapes of its tensors."""
     known = dict(vars(module))
     hooked = any(known.pop(hooks) for hooks in _HOOKS)
     if hooked or known.pop("_modules") or not type(module).__module__.startswith("torch.nn.modules."):
@@ -141,7 +143,7 @@ def _layer(module: nn.Module) -> Hashable:
 
 
 def _key(value: Any) -> Hashable:
-    """A key of an argument; equal numbers of unlike types are unlike."""
+    """Return the key of an argument. Equal numbers of different types have different keys."""
     kind = type(value)
     if kind in _SIMPLE:
         return kind, value

@@ -1,4 +1,4 @@
-"""Lines of the model's code: where an error came from, and where a node did."""
+"""Find the line of the model's code that raised an error or made a node."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
 
 
 def line_of_node(node: fx.Node) -> str:
-    """``file:line: code`` of what made a node, where tracing noted it; otherwise an empty string."""
+    """Return ``file:line: code`` of the code that made a node, or "" if tracing did not record it."""
     return _of_text(str(node.meta.get("stack_trace") or ""))
 
 
 def line_of_error(error: BaseException) -> str:
-    """``file:line: code`` of what raised an error: the innermost line that is neither torch's nor ours.
+    """Return ``file:line: code`` of the innermost line that raised an error and is neither torch's nor ours.
 
-    A graph's interpreter adds the lines of the node that it ran to the message. Those of the model come first.
+    A graph's interpreter adds the model's lines for the failing node to the message. These are searched first.
     """
     if found := _of_text(str(error)):
         return found
@@ -31,12 +31,12 @@ def line_of_error(error: BaseException) -> str:
 
 
 def line_of_call() -> str:
-    """``file:line: code`` of the model's code that is running."""
+    """Return ``file:line: code`` of the model's code that is running now."""
     return _innermost((f.filename, f.lineno or 0, f.line or "") for f in traceback.extract_stack())
 
 
 def line_of_frames(frames: Iterable[traceback.FrameSummary]) -> str:
-    """The same of the first of several frames that is neither torch's nor ours; an empty string without one."""
+    """Return ``file:line: code`` of the first frame that is neither torch's nor ours, or "" if there is none."""
     return _innermost(reversed([(f.filename, f.lineno or 0, f.line or "") for f in frames]))
 
 

@@ -1,4 +1,4 @@
-"""The symbolic front end: :class:`torch.fx.Tracer` on the model's own code, module by module."""
+"""The symbolic front end: trace the model's own code with :class:`torch.fx.Tracer`, module by module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vbpfx.graph.tidy import (
 )
 from vbpfx.rules.ops import is_registered
 
-# Modules of torch.nn that run others in their own code.
+# Modules of torch.nn whose own code calls other modules.
 _COMPOSITE = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer,
     nn.DataParallel, nn.parallel.DistributedDataParallel,
@@ -40,11 +40,11 @@ _COMPOSITE = (
 class _Tracer(fx.Tracer):
     """fx's tracer for a model and one batch.
 
-    Composite modules of ``torch.nn`` are traced through, so that a block inside is seen. Placeholders are the arguments of the batch:
-    ``*args`` and ``**kwargs`` become as many as the batch has there.
+    It traces into composite modules of ``torch.nn``, so that blocks inside them are found. Every argument of the batch
+    gets a placeholder, including each entry that the batch passes to ``*args`` and ``**kwargs``.
 
     Attributes:
-        tensors: names of the placeholders that are tensors.
+        tensors: the names of the placeholders that are tensors.
         constants: placeholder -> its value, for arguments that hold no tensor.
     """
 
@@ -56,12 +56,12 @@ class _Tracer(fx.Tracer):
         self.constants: dict[fx.Node, Any] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, torch.jit.ScriptModule):  # no Python code, so nothing to trace
+        if isinstance(m, torch.jit.ScriptModule):  # it has no Python code that could be traced
             return True
         return is_registered(m) or (not isinstance(m, _COMPOSITE) and super().is_leaf_module(m, module_qualified_name))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """As fx's own, which goes through all modules whenever a parameter is read."""
+        """Do the same as fx, but look parameters up by id, where fx searches all modules on every read."""
         if not isinstance(attr_val, nn.Parameter):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         name = self._names.get(id(attr_val))
@@ -76,7 +76,7 @@ class _Tracer(fx.Tracer):
         return {id(parameter): name for name, parameter in self.root.named_parameters()}
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """As fx's own, but a call that autocast would change is refused: the graph would not say so."""
+        """Create a node as fx does, but refuse a call that autocast changes, since the graph would not record that."""
         if kind.startswith("call") and (inside := autocast_state(self._devices)) != self._outside:
             refuse_autocast(inside)
         return super().create_node(kind, *args, **kwargs)
@@ -84,13 +84,13 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """A placeholder for every argument of the batch, and for every argument that stays at its default."""
+        """Create a placeholder for every argument of the batch, and for every argument that keeps its default."""
         model: Any = self.root
         signature = inspect.signature(model.forward)
         bound = signature.bind(*self._inputs.args, **self._inputs.kwargs)
         given, taken = bound.arguments, {*signature.parameters, *self._inputs.kwargs}
         kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-        # what stands in front of further positional arguments has no default, as they have none
+        # arguments in front of *args get no default, since the placeholders of *args have none
         further = bool(given.get(kinds.get(inspect.Parameter.VAR_POSITIONAL, ""), ()))
         optional = False
         for name, parameter in signature.parameters.items():
@@ -123,7 +123,7 @@ class _Tracer(fx.Tracer):
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """A name that is not taken, which it is from now on."""
+    """Return a name that is not taken, and add it to ``taken``."""
     while name in taken:
         name += "_"
     taken.add(name)
@@ -131,9 +131,10 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    """A model as a graph of its leaf modules and of the functions that its code calls.
+    """Trace a model into a graph of its leaf modules and of the functions that its code calls.
 
-    What is a graph of known layers and operators already is not traced again: its own graph is taken, with its nodes' names.
+    A model that is already a graph of known layers and operators is not traced again. Its own graph is used, and its
+    nodes keep their names.
     """
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError(
@@ -150,19 +151,19 @@ def trace_symbolic(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     order_arguments(graph)
     follow_inputs(graph, device, tracer.tensors)
     require_constants(graph, tracer.constants)
-    graph._tracer_cls = fx.Tracer  # who unpickles the graph traces its code again, by fx's own
+    graph._tracer_cls = fx.Tracer  # unpickling the graph traces its code again, with fx's own tracer
     traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
     return _with_lengths(traced, inputs)
 
 
 def _is_flat(model: fx.GraphModule, tracer: _Tracer) -> bool:
-    """Whether the graph calls leaves alone, so that nothing in it is left to trace."""
+    """Return whether the graph calls only leaf modules, so that nothing is left to trace."""
     called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"} - {INPUT_GUARDS}
     return all(tracer.is_leaf_module(model.get_submodule(name), name) for name in called)
 
 
 def _own_graph(model: fx.GraphModule, devices: Collection[str]) -> fx.GraphModule:
-    """A graph as it is, for shapes to be written on; without what only checks the inputs, and without regions."""
+    """Return a copy of a graph to which shapes can be written, without input checks and with its regions inlined."""
     graph = copy.deepcopy(model.graph)
     drop_input_checks(graph)
     order_arguments(graph)
@@ -173,7 +174,7 @@ def _own_graph(model: fx.GraphModule, devices: Collection[str]) -> fx.GraphModul
 
 
 def _length(value: Any) -> Any:
-    """``len``, which of a value that is being traced is a call in the graph."""
+    """Behave like ``len``; for a value that is being traced, add a call to the graph."""
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", len, (value,), {})
     return builtins.len(value)
@@ -181,7 +182,7 @@ def _length(value: Any) -> Any:
 
 @contextmanager
 def _recorded_lengths(model: nn.Module) -> Iterator[None]:
-    """``len`` as :func:`_length` in the files of the model's classes, as fx itself does with functions that it wraps."""
+    """Replace ``len`` by :func:`_length` in the modules of the model's classes, as fx does for wrapped functions."""
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     files = {kind.__module__ for kind in classes if kind.__module__.partition(".")[0] not in ("torch", "builtins")}
     names = [vars(sys.modules[file]) for file in sorted(files) if file in sys.modules]
@@ -196,7 +197,7 @@ def _recorded_lengths(model: nn.Module) -> Iterator[None]:
 
 
 def _with_lengths(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
-    """The graph with ``x.size(0)`` for the lengths of tensors, and numbers for those of tuples, lists and shapes."""
+    """Replace ``len`` in the graph: by ``x.size(0)`` for tensors, and by a number for tuples, lists and shapes."""
     lengths = traced.graph.find_nodes(op="call_function", target=len)
     if not lengths:
         return traced

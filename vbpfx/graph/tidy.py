@@ -1,4 +1,4 @@
-"""What a front end traced, made plain: calls and arguments in one form, values in the place of nodes, checks of what is fixed."""
+"""Normalise a traced graph: bring calls and arguments into one form, replace nodes by values, add and drop checks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx._symbolic_trace import _assert_is_none
 
-# What torch.export calls the module that holds the guards on inputs.
+# The name that torch.export gives to the module with the guards on inputs.
 INPUT_GUARDS = "_guards_fn"
 
 
 def drop_input_checks(graph: fx.Graph) -> None:
-    """Erase what torch.export inserts to check inputs: it has no effect on the result and binds the graph to a precision."""
+    """Erase torch.export's checks of inputs, which do not affect the result, but bind the graph to one precision."""
     for node in list(graph.nodes):
         if node.target in (torch.ops.aten._assert_tensor_metadata.default, INPUT_GUARDS) and not node.users:
             graph.erase_node(node)
@@ -26,7 +26,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device,
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is data that a graph can hold and compare: numbers, words, and tuples, lists and dictionaries of them."""
+    """Return whether a graph can hold and compare a value: numbers, strings, dtypes, devices, containers of them."""
     if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
@@ -35,16 +35,16 @@ def is_plain(value: Any) -> bool:
 
 
 def require_constants(graph: fx.Graph, constants: Mapping[fx.Node, Any]) -> None:
-    """Make the graph refuse other values of arguments that are not tensors: what the model does with them was fixed by tracing.
+    """Add checks that arguments which are not tensors have the values that tracing has fixed.
 
     Args:
-        graph: it is changed in place.
-        constants: placeholder -> the value that it was traced with. Values of other kinds than plain data are not checked.
+        graph: the graph, which is changed in place.
+        constants: placeholder -> the value with which it was traced. Values that are not plain data are not checked.
     """
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1] if inputs else None):
         for node, value in reversed(list(constants.items())):
-            if not is_plain(value) or value != value:  # NaN
+            if not is_plain(value) or value != value:  # NaN equals nothing, so it cannot be checked
                 continue
             why = (
                 f"argument {node.target} was {value!r} when the network was captured, and the graph computes what the model does with "
@@ -59,7 +59,7 @@ def require_constants(graph: fx.Graph, constants: Mapping[fx.Node, Any]) -> None
 
 
 def replace_by(node: fx.Node, value: Any) -> None:
-    """A value in the place of a node, which may be another node or hold some; the node goes."""
+    """Replace a node by a value, which may be or contain other nodes, and erase the node."""
 
     def replaced(argument: Any) -> Any:
         return fx.map_arg(argument, lambda n: value if n is node else n)
@@ -70,11 +70,11 @@ def replace_by(node: fx.Node, value: Any) -> None:
 
 
 def follow_inputs(graph: fx.Graph, device: torch.device, names: Collection[Any]) -> None:
-    """Make tensors on the inputs' device, wherever that is, where tracing wrote down the one that the model was on.
+    """Make the graph create tensors on the device of its inputs, where tracing recorded the model's device.
 
     Args:
-        device: of the model.
-        names: the arguments that are tensors.
+        device: the model's device.
+        names: the names of the arguments that are tensors.
     """
     same = {device, torch.device(device.type)}
     nodes = [node for node in graph.nodes if same & set(filter(_is_device, (*node.args, *node.kwargs.values())))]
@@ -93,14 +93,14 @@ def _is_device(value: Any) -> bool:
     return isinstance(value, torch.device)
 
 
-# Where tensors stand among a call's arguments, by the names that torch gives them, and NumPy's names for torch's own.
+# The positions of tensors among a call's arguments, by torch's argument names; and NumPy's argument names -> torch's.
 _PLACES = {"input": 0, "tensors": 0, "other": 1, "mat2": 1}
 _OF_ATTENTION = {"query": 0, "key": 1, "value": 2}
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def order_arguments(graph: fx.Graph) -> None:
-    """The same calls with their tensors as positional arguments, so that nobody behind this has to look in two places."""
+    """Pass tensors as positional arguments in all calls, so that later code need not look at keyword arguments."""
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue

@@ -1,4 +1,4 @@
-"""Contexts that change something of the whole process, in any number of threads."""
+"""Context managers that change a setting of the whole process, made safe for several threads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, _GeneratorContextManag
 def shared_by_threads(
     make: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[], _GeneratorContextManager[None]]:
-    """A context that the first thread to ask for it enters, and the last one leaves.
+    """Return a context manager that the first thread really enters and the last one really leaves.
 
-    Streams, file descriptors, filters and settings of backends are the process's, not a thread's. Were each thread to keep what it
-    found and to put that back, two that overlap would leave behind what the first had changed.
+    Streams, file descriptors, filters and settings of backends belong to the process, not to a thread. If every thread
+    restored what it had found on entry, two threads that overlap would leave the changed setting behind.
 
     Args:
-        make: makes the context; it takes no arguments, since it is one for all.
+        make: makes the context manager. It takes no arguments, because all threads share one.
     """
     lock = threading.RLock()
     inside = 0

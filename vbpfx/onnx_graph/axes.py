@@ -1,8 +1,8 @@
 """The open axes of a file's inputs: their names, and which of them is the batch axis.
 
-A file can give names to its open axes. Axes with the same name are the same axis: ``batch`` may be the first axis of one input,
-and the second of another, such as the state of a recurrent network. Axes with different names differ, such as the nodes and the
-edges of a graph.
+A file can give names to its open axes. Axes with the same name are the same axis: ``batch`` may be the first axis of
+one input, and the second of another, such as the state of a recurrent network. Axes with different names differ, such
+as the nodes and the edges of a graph.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def names_of_axes(value: ir.Value, axes: int) -> list[str | None]:
 def stated_axes_of_samples(inputs: Sequence[ir.Value]) -> dict[str, int | None]:
     """Return the batch axis of every input, judging by the names and sizes in the file.
 
-    It is the axis with the same name as the first axis of the first input. If that axis has no name, it is the first axis of
-    every input whose first axis is open too, or has the same fixed size. An input without such an axis has None: it is not an
-    input per sample.
+    It is the axis with the same name as the first axis of the first input. If that axis has no name, it is the first
+    axis of every input whose first axis is open too, or has the same fixed size. An input without such an axis has
+    None: it is not an input per sample.
     """
     first = next((value for value in inputs if value.shape), None)
     size = first.shape[0] if first is not None and first.shape else None

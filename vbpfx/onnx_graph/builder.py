@@ -1,14 +1,15 @@
 """Build a torch.fx graph from ONNX nodes, one after another.
 
-Every value of the ONNX graph becomes one of three things: a node of the fx graph, a constant, or numbers computed from sizes.
-The third kind comes from ``Shape`` and the arithmetic behind it. Such numbers become integers among a call's arguments, as in a
-torch trace (``x.size(0)``), so that the analysis knows from which axis they were read.
+Every value of the ONNX graph becomes one of three things: a node of the fx graph, a constant, or numbers computed from
+sizes. The third kind comes from ``Shape`` and the arithmetic behind it. Such numbers become integers among a call's
+arguments, as in a torch trace (``x.size(0)``), so that the analysis knows from which axis they were read.
 
-Where the file computes in float16, the graph computes in float32. This avoids a rounding at every node, and sums that overflow.
+Where the file computes in float16, the graph computes in float32. This avoids a rounding at every node, and sums that
+overflow.
 
-Initializers become parameters that share the file's memory, except for those in float16. A matrix is one parameter, however often
-it is used. A vector (a bias, a scale) is a separate parameter for each use: exporters store equal vectors once, but layers that
-are narrowed independently must not share one.
+Initializers become parameters that share the file's memory, except for those in float16. A matrix is one parameter,
+however often it is used. A vector (a bias, a scale) is a separate parameter for each use: exporters store equal vectors
+once, but layers that are narrowed independently must not share one.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Stored:
         value: the ONNX value of the tensor.
         shape, dtype: shape and dtype of the tensor in the file.
         layout: how the parameter relates to the tensor.
-        computed: the precision in which the file computes with it. It differs from ``dtype`` if a Cast follows the tensor.
+        computed: the precision in which the file computes with it. It differs from ``dtype`` if a Cast follows the
+            tensor.
         cast: that Cast, if there is one.
         uses: the node inputs that the parameter stands for, as (node, index).
     """

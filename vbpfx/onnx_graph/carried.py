@@ -23,7 +23,7 @@ _NORMS_OF_SUMS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class _Term:
-    """A value of the file that supports a tensor's arithmetic: every operation inserts a node in front of ``before``."""
+    """A value of the file with a tensor's arithmetic: every operation inserts a node in front of ``before``."""
 
     file: OnnxEdit
     before: ir.Node

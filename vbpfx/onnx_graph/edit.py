@@ -91,7 +91,8 @@ class OnnxEdit:
         """Replace a node's first output for all its readers.
 
         Args:
-            make: is given a node, inserts new nodes in front of it, and returns the new value. It may read the old value.
+            make: is given a node, inserts new nodes in front of it, and returns the new value. It may read the old
+                value.
         """
         value = node.outputs[0]
         readers = list(value.uses())

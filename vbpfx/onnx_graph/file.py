@@ -36,14 +36,14 @@ _SMALLEST_OUTSIDE = 1024  # bytes; smaller tensors stay in the first file
 def read_model(path: Path) -> ir.Model:
     """Read an ONNX file, check it, and bring it to an opset that the operator tables know.
 
-    Weights in external data stay there and are mapped into memory. Local functions are inlined, and an If with a constant
-    condition is replaced by the branch that it takes.
+    Weights in external data stay there and are mapped into memory. Local functions are inlined, and an If with a
+    constant condition is replaced by the branch that it takes.
 
     Raises:
-        ArtifactError: the file or its external data is missing, damaged or truncated, or the external data lies outside the
-            file's folder.
-        CaptureError: the file is quantized, draws random numbers, or holds bfloat16. Or its opset is too old, or its local
-            functions cannot be inlined.
+        ArtifactError: the file or its external data is missing, damaged or truncated, or the external data lies outside
+            the file's folder.
+        CaptureError: the file is quantized, draws random numbers, or holds bfloat16. Or its opset is too old, or its
+            local functions cannot be inlined.
     """
     try:
         model = ir.load(path)
@@ -129,8 +129,8 @@ def _external(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
 def _require_inside(path: Path, name: str, tensor: ir.ExternalTensor) -> None:
     """Refuse external data outside the file's folder.
 
-    A file of unknown origin must not make us read other files on the machine. The checks in onnx-ir do not suffice: some of
-    its releases have none, and they do not work when the folder is the working directory.
+    A file of unknown origin must not make us read other files on the machine. The checks in onnx-ir do not suffice:
+    some of its releases have none, and they do not work when the folder is the working directory.
     """
     location = os.fspath(tensor.location)
     folder = path.absolute().parent
@@ -222,8 +222,8 @@ def require_writable(source: Path, out: Path) -> None:
     """Check before any work is done that the output can be written safely.
 
     Raises:
-        ArtifactError: the folder does not exist, ``out`` is a folder, or two files that belong together would have to be
-            replaced at once.
+        ArtifactError: the folder does not exist, ``out`` is a folder, or two files that belong together would have to
+            be replaced at once.
     """
     if not out.parent.is_dir():
         raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}; make it first")
@@ -262,8 +262,8 @@ def write_model(model: ir.Model, out: Path, *, source: Path, external: bool, che
     """Write a model under a temporary name, check it, and rename it to ``out`` only if the checks pass.
 
     Args:
-        source: the file that the model was read from. If ONNX's checker rejects the source as well, its verdict on the new
-            file is ignored: ONNX Runtime runs operators that the checker does not know.
+        source: the file that the model was read from. If ONNX's checker rejects the source as well, its verdict on the
+            new file is ignored: ONNX Runtime runs operators that the checker does not know.
         external: keep the weights in a second file, ``<name>.data``, as the source did. This happens in any case when
             they do not fit in one file.
         check: is called with the path of the written file, and raises an error if the file is not correct.

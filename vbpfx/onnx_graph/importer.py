@@ -1,8 +1,8 @@
 """Import an ONNX graph as an executable torch.fx graph whose calls the operator table knows.
 
-Nothing is traced. Every ONNX node becomes one or more torch functions that compute the same, and the initializers become
-parameters that share the file's memory. An operator that is in no table, or is used in a way that its row does not support,
-becomes a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), which the analysis refuses by name.
+Nothing is traced. Every ONNX node becomes one or more torch functions that compute the same, and the initializers
+become parameters that share the file's memory. An operator that is in no table, or is used in a way that its row does
+not support, becomes a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), which the analysis refuses by name.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
     """Open an ONNX Runtime session on a model.
 
     Raises:
-        CaptureError: ONNX Runtime rejects the model. The message names an operator that neither it nor vbpfx knows, or an input
-            that no node computes.
+        CaptureError: ONNX Runtime rejects the model. The message names an operator that neither it nor vbpfx knows, or
+            an input that no node computes.
     """
     for node in model.graph:
         for value in node.inputs:
@@ -112,8 +112,8 @@ def import_graph(model: ir.Model, example: Inputs, folder: Folder = Folder()) ->
     """Import an ONNX model as an fx graph, for any batch size if the file allows it.
 
     Args:
-        example: one batch, keyed by the names of the inputs. Its values matter only if the file holds unknown operators: then
-            the file is run, to learn the shapes of their outputs.
+        example: one batch, keyed by the names of the inputs. Its values matter only if the file holds unknown
+            operators: then the file is run, to learn the shapes of their outputs.
         folder: the folder of the file's external data.
 
     Raises:

@@ -54,8 +54,8 @@ def _is_right_factor_alone(b: Builder, weight: Constant) -> bool:
 def _bias_behind(b: Builder, outputs: int) -> tuple[ir.Node | None, int]:
     """Find the Add that makes a stored vector the bias of the current product.
 
-    Return the Add and the index of the vector among its inputs. Return (None, 0) if there is no such Add, or if another node
-    reads the product, too.
+    Return the Add and the index of the vector among its inputs. Return (None, 0) if there is no such Add, or if another
+    node reads the product, too.
     """
     product = b.node.outputs[0]
     users = list(product.uses())

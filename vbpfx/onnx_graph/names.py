@@ -1,8 +1,8 @@
 """Choose parameter names for the initializers of an ONNX file.
 
-A name that says where its tensor belongs is kept. Exporters give meaningless names to weights that they transposed and to tensors
-that several layers share. Such a tensor is named after the module whose code made the call if the file records it, and otherwise
-after the node that reads the tensor.
+A name that says where its tensor belongs is kept. Exporters give meaningless names to weights that they transposed and
+to tensors that several layers share. Such a tensor is named after the module whose code made the call if the file
+records it, and otherwise after the node that reads the tensor.
 """
 
 from __future__ import annotations

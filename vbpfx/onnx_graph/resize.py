@@ -1,7 +1,7 @@
 """ONNX's Resize: resample the positions of an image, independently in every channel.
 
-Torch's ``interpolate`` supports only some of ONNX's coordinate transformations; this supports all but ``tf_crop_and_resize``.
-https://onnx.ai/onnx/operators/onnx__Resize.html
+Torch's ``interpolate`` supports only some of ONNX's coordinate transformations; this supports all but
+``tf_crop_and_resize``. https://onnx.ai/onnx/operators/onnx__Resize.html
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def resize(
 
     Args:
         x: (N, C, positions).
-        sizes: the new size of every axis but the first, None for an axis that keeps its size. The channel axis has an entry,
-            too, and keeps its size.
+        sizes: the new size of every axis but the first, None for an axis that keeps its size. The channel axis has an
+            entry, too, and keeps its size.
         scales: used if no sizes are given: an axis gets floor(scale times size) positions.
         mode, transform, rounding, cubic, exclude_outside: ONNX's mode, coordinate_transformation_mode, nearest_mode,
             cubic_coeff_a and exclude_outside.

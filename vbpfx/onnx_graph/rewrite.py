@@ -1,7 +1,7 @@
 """Apply a plan to the ONNX graph: write back the narrowed fx graph's tensors, and correct the sizes in the file.
 
-Everything that the plan does not touch stays as it was: names, opset, metadata, the operators and their order. If several
-layers share a tensor and only some of them are narrowed, these get a copy of their own.
+Everything that the plan does not touch stays as it was: names, opset, metadata, the operators and their order. If
+several layers share a tensor and only some of them are narrowed, these get a copy of their own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Find the batch axis of every input of an ONNX file: guess it from axis names, and test the guess in ONNX Runtime.
 
-Axes with the same name are assumed to be the same axis, whatever their position. If the axes have no names, or different names in
-every input, only their sizes are used. Every guess is tested by running the file (:mod:`vbpfx.graph.batch_axis`), so an input is
-never cut or repeated in a way that the file does not accept. The nodes of a graph, for example, are not samples, and a recurrent
-state that belongs to one sample cannot take a second.
+Axes with the same name are assumed to be the same axis, whatever their position. If the axes have no names, or
+different names in every input, only their sizes are used. Every guess is tested by running the file
+(:mod:`vbpfx.graph.batch_axis`), so an input is never cut or repeated in a way that the file does not accept. The nodes
+of a graph, for example, are not samples, and a recurrent state that belongs to one sample cannot take a second.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _likely(names: Mapping[str, list[str | None]], inputs: Inputs) -> Iterator[A
 def _may_be_samples(places: Axes, names: Mapping[str, list[str | None]]) -> bool:
     """Return whether these can be the batch axes.
 
-    All of them must be open. The first input that has an open axis must be among them. At least one must be its input's first
-    axis or come after an open first axis. This rules out a sequence length after a fixed batch size, and the number of edges of
-    a graph, which is not the number of its nodes.
+    All of them must be open. The first input that has an open axis must be among them. At least one must be its input's
+    first axis or come after an open first axis. This rules out a sequence length after a fixed batch size, and the
+    number of edges of a graph, which is not the number of its nodes.
     """
     given = {key: axis for (key, _), axis in places.items() if axis is not None}
     first = next(key for key, axes in names.items() if any(name is not None for name in axes))

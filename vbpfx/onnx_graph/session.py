@@ -27,8 +27,8 @@ Array = npt.NDArray[Any]
 def batch_reader(model: ir.Model, imported_names: Mapping[str, str]) -> Callable[[Any], Inputs]:
     """Return a function that converts a batch to the arguments of the fx graph.
 
-    A batch is an array or a tensor (for one input), a mapping from input names to arrays, or a sequence in the order of the
-    inputs. A sequence may hold labels after the inputs; they are ignored.
+    A batch is an array or a tensor (for one input), a mapping from input names to arrays, or a sequence in the order of
+    the inputs. A sequence may hold labels after the inputs; they are ignored.
 
     Args:
         imported_names: input of the file -> argument of the graph.

@@ -1,8 +1,9 @@
 """ONNX operators that are in no table, such as control flow: each becomes a call that ONNX Runtime computes.
 
-Such a call is one function in the fx graph. The table of :mod:`vbpfx.rules.ops` does not know it either, so every axis of its
-inputs and outputs is refused under the operator's name. That includes values that its subgraphs read from the graph around them.
-The rest of the network is analysed as usual. The shapes of the call's outputs come from runs of the file at several batch sizes.
+Such a call is one function in the fx graph. The table of :mod:`vbpfx.rules.ops` does not know it either, so every axis
+of its inputs and outputs is refused under the operator's name. That includes values that its subgraphs read from the
+graph around them. The rest of the network is analysed as usual. The shapes of the call's outputs come from runs of the
+file at several batch sizes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.runtime import open_session, session_with
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
-# The file is run at these batch sizes to learn the shapes of its values. Two runs determine how the shapes depend on the
-# batch size, assuming that they do so linearly; the third run checks this.
+# The file is run at these batch sizes to learn the shapes of its values. Two runs determine how the shapes depend on
+# the batch size, assuming that they do so linearly; the third run checks this.
 _PROBED_BATCHES = (2, 3, 5)
 
 Shape = tuple[int, ...]

@@ -1,7 +1,7 @@
 """Convert files of earlier opsets to the oldest opset that the operator tables know.
 
-ONNX's own converter does the work, and one mistake that it makes (in Resize) is corrected here. A caller that has data should
-compare the result with the original file, as :func:`vbpfx.prune_onnx` does.
+ONNX's own converter does the work, and one mistake that it makes (in Resize) is corrected here. A caller that has data
+should compare the result with the original file, as :func:`vbpfx.prune_onnx` does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ OLDEST_OPSET = 7  # what ONNX Runtime promises to run
 READ_FROM = 13
 _CONVERTED = "vbpfx.converted_from"
 _RESIZED_ALIKE = 11  # from this opset on, Resize has an attribute for the coordinate transformation
-# Tensors of more bytes than this are kept from the converter, which copies all it is given. It needs only small tensors,
-# such as scales and axes.
+# Tensors of more bytes than this are kept from the converter, which copies all it is given. It needs only small
+# tensors, such as scales and axes.
 _LARGEST_NUMBERS = 1024
 
 

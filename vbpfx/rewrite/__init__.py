@@ -1,1 +1,1 @@
-"""A plan carried out, and proved right."""
+"""Apply a plan to a network, and verify the result."""

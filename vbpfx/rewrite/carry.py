@@ -1,9 +1,9 @@
-"""Statistics over a narrowed axis, in which the removed channels go on counting as constants.
+"""Correct statistics over a narrowed axis, so that they still include the removed channels, as constants.
 
-A sum, a mean or a norm between the layers reads every channel of the hidden axis. With N channels of which P were
-removed and stand at the constants a, sum_P a and sum_P a^2 are numbers; so the statistic over all N is known from the K
-that are left, and nothing is approximated. Sums are centred before they are squared, so that a large mean loses no
-digits: with m the mean over all N and a' the mean of a,
+A sum, a mean or a norm between two layers reads every channel of the hidden axis. Of its N channels P were removed, and
+are replaced by the constants a. Then sum_P a and sum_P a^2 are known numbers, so the statistic over all N channels
+follows exactly from the K channels that are left. Values are centred before they are squared, so that a large mean does
+not cost digits. With m the mean over all N channels and a' the mean of a,
 
     N var = sum_K (h - m)^2 + P (m - a')^2 + sum_P (a - a')^2
 """
@@ -23,11 +23,11 @@ from vbpfx.rules.ops import called_module
 
 @dataclass(frozen=True)
 class CarriedSums:
-    """All that a statistic needs to know of the removed channels of one axis, as numbers.
+    """All that a statistic over one axis needs to know of the removed channels, as plain numbers.
 
     Attributes:
         size: N, the size of the dense axis.
-        removed: P, how many channels are gone.
+        removed: P, the number of removed channels.
         sum, square_sum: sum_P a and sum_P a^2.
         mean: a', the mean of a.
         spread: sum_P (a - a')^2.
@@ -43,7 +43,7 @@ class CarriedSums:
 
 @dataclass(frozen=True)
 class Carried:
-    """What the removed channels of one axis add to a statistic over it.
+    """The removed channels of one axis, as constants.
 
     Attributes:
         size: N, the size of the dense axis.
@@ -55,7 +55,7 @@ class Carried:
 
     @cached_property
     def summed(self) -> CarriedSums:
-        """The same as numbers."""
+        """The sums of the constants that the statistics need."""
         a = self.constants
         return CarriedSums(
             size=self.size,
@@ -68,11 +68,12 @@ class Carried:
 
 
 def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carried) -> None:
-    """Make a statistic over a narrowed axis count the removed channels again, in place.
+    """Correct a statistic over a narrowed axis in place, so that it includes the removed channels again.
 
     Args:
-        node: the call that takes it; its input is narrowed already.
-        kind: of :attr:`vbpfx.plans.records.Reduction.kind`.
+        node: the call that computes the statistic. Its input is narrowed already.
+        kind: the kind of statistic, as in :attr:`vbpfx.plans.records.Reduction.kind`.
+        carried: the removed channels.
     """
     graph = graph_module.graph
     before = set(graph.nodes)
@@ -89,16 +90,16 @@ def carry(graph_module: fx.GraphModule, node: fx.Node, kind: str, carried: Carri
 
 
 class CarriedNorm(nn.Module):
-    """A norm over the last axis in which channels that are no longer there go on counting.
+    """A norm over the last axis whose statistics still include channels that were removed.
 
-    It stands for an ``nn.LayerNorm`` or ``nn.RMSNorm`` in a narrowed model of its own class, with the same parameters under
-    the same names. What the removed channels add is a few numbers (:class:`CarriedSums`), so that its forward is plain tensor
-    arithmetic: it can be traced, exported and narrowed again.
+    It replaces an ``nn.LayerNorm`` or ``nn.RMSNorm`` in a narrowed model of its own class, with the same parameters
+    under the same names. The removed channels enter as a few numbers (:class:`CarriedSums`), so the forward is plain
+    tensor arithmetic that can be traced, exported and narrowed again.
 
     Args:
-        norm: what it stands for; their parameters are the same.
+        norm: the norm to replace; its parameters are shared.
         kind: ``"layer_norm"`` or ``"rms_norm"``.
-        carried: what the removed channels add.
+        carried: the removed channels.
     """
 
     def __init__(self, norm: Any, kind: str, carried: Carried) -> None:
@@ -110,19 +111,19 @@ class CarriedNorm(nn.Module):
             self.register_parameter(name, getattr(norm, name, None))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The norm of x, (..., K)."""
+        """Return x, (..., K), normalised."""
         h = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         y: Tensor = NORMALISE[self.kind](h, self.carried, _eps(self.kind, self.eps, x.dtype)).to(x.dtype)
         y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Return the text that ``print(model)`` shows."""
         return f"{self.kind}, {self.carried.size - self.carried.removed} of {self.carried.size} channels"
 
 
 class _Call:
-    """A norm or a reduction, its arguments as proxies."""
+    """A call of a norm or a reduction, with its arguments as proxies."""
 
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node, tracer: fx.proxy.GraphAppendingTracer) -> None:
         self.graph_module, self.node, self.tracer = graph_module, node, tracer
@@ -139,7 +140,7 @@ class _Call:
         return self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
 
     def scaled(self, y: Any, weight: tuple[int, str], bias: tuple[int, str] | None) -> Any:
-        """y * weight + bias, those of them that the call has."""
+        """Return y * weight + bias, leaving out whichever of them the call does not have."""
         for entry, combine in ((weight, torch.mul), (bias, torch.add)):
             tensor = self.argument(*entry) if entry else None
             if isinstance(tensor, nn.Parameter) and entry is not None:
@@ -151,7 +152,7 @@ class _Call:
         return y
 
     def widened(self) -> Any:
-        """The input in at least float32, as norms compute."""
+        """Return the input in float32 or wider, the precision in which norms compute."""
         return self.x.to(torch.float32) if self.dtype in (torch.float16, torch.bfloat16) else self.x
 
     def narrowed(self, y: Any) -> Any:
@@ -178,7 +179,7 @@ def _rms_norm(call: _Call, carried: CarriedSums) -> Any:
 
 
 def _centred(h: Any, carried: CarriedSums, eps: float) -> Any:
-    """(h - m) / sqrt(var + eps) over the last axis, tensors or proxies."""
+    """Return (h - m) / sqrt(var + eps) over the last axis, of a tensor or a proxy."""
     mean = (h.sum(-1, keepdim=True) + carried.sum) / carried.size
     centred = h - mean
     offset = mean - carried.mean
@@ -187,17 +188,17 @@ def _centred(h: Any, carried: CarriedSums, eps: float) -> Any:
 
 
 def _scaled_to_one(h: Any, carried: CarriedSums, eps: float) -> Any:
-    """h / sqrt(mean square + eps) over the last axis, tensors or proxies."""
+    """Return h / sqrt(mean square + eps) over the last axis, of a tensor or a proxy."""
     squares = (h * h).sum(-1, keepdim=True) + carried.square_sum
     return h * torch.rsqrt(squares / carried.size + eps)
 
 
-# Norms over the last axis, of anything that computes like a tensor.
+# Norms over the last axis, of anything that supports a tensor's arithmetic.
 NORMALISE: Mapping[str, Callable[[Any, CarriedSums, float], Any]] = {"layer_norm": _centred, "rms_norm": _scaled_to_one}
 
 
 def _eps(kind: str, stated: float | None, dtype: torch.dtype) -> float:
-    """What torch adds where nothing is stated."""
+    """Return the stated epsilon, or torch's default if none is stated."""
     return stated if stated is not None else 1e-5 if kind == "layer_norm" else torch.finfo(dtype).eps
 
 
@@ -210,7 +211,7 @@ _FORMULAS: Mapping[str, Callable[[_Call, CarriedSums], Any]] = {
 
 
 def _infer(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Write ``meta["val"]`` on a new node, from its arguments'."""
+    """Compute ``meta["val"]`` of a new node from that of its arguments."""
     example = next(n for n in reversed(graph_module.graph.nodes) if isinstance(n.meta.get("val"), Tensor))
     mode = example.meta["val"].fake_mode
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -1,4 +1,7 @@
-"""Where a model's own code computes with a hidden width that it reads off a tensor: what no rewrite of tensors can change."""
+"""Find lines in a model's own code that read a hidden width from a tensor.
+
+What such a line computes with the width cannot be corrected by changing the model's tensors.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,26 @@ _MOST = 3
 
 
 def where_widths_are_used(small: nn.Module, plan: Plan, inputs: Inputs) -> str:
-    """The lines that read a narrowed width off a tensor, in words; an empty string where none does.
+    """Describe the lines of code that read a narrowed width from a tensor; return "" if there are none.
 
     Args:
         small: the narrowed model in its own class.
-        plan: what it was narrowed by.
-        inputs: what it runs on.
+        plan: the plan that it was narrowed by.
+        inputs: the batch to run it on.
     """
     now = {len(entry.kept) for entry in plan.blocks} - {entry.block.width for entry in plan.blocks}
     watch = _SizesRead(now)
     try:
         with torch.no_grad(), watch:
             inputs.run(small)
-    except Exception:  # a model that does not run is told of elsewhere
+    except Exception:  # a model that does not run is reported elsewhere
         pass
     read = watch.sizes or watch.shapes
     return "; ".join(f"{place} reads a narrowed width: {line}" for place, line in list(read.items())[:_MOST])
 
 
 class _SizesRead(TorchFunctionMode):
-    """Notes every line outside torch that reads one of some sizes off a tensor, by itself or within a shape."""
+    """Records every line outside torch that reads a wanted size from a tensor, by itself or as part of a shape."""
 
     def __init__(self, wanted: set[int]) -> None:
         super().__init__()

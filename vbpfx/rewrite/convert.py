@@ -1,4 +1,4 @@
-"""Convert: carry a plan out on the captured graph."""
+"""Convert: apply a plan to the captured graph."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vbpfx.rules.parts import split_axis
 
 
 def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphModule:
-    """A new, smaller GraphModule: rows and columns of the removed neurons gone, their constants folded.
+    """Return a new, smaller GraphModule without the removed neurons, whose constants are folded into the consumers.
 
-    For every consumer, W' = W[:, K] + W[:, P] B and b' = b + W[:, P] a (created where the layer had no bias), plus what
-    the plan corrects.
+    Every consumer gets W' = W[:, K] + W[:, P] B and b' = b + W[:, P] a, plus the plan's corrections. A bias is created
+    if the layer had none.
 
     Args:
-        captured: the dense graph; it stays as it was.
-        plan: which neurons stay (K), and a and B, which stand for the rest (P).
-        share: share the parameters that are not narrowed with the model instead of copying them; for
-            inference, or for models that hardly fit. Buffers are never shared.
+        captured: the dense graph. It is not changed.
+        plan: the neurons to keep (K), and a and B, which replace the others (P).
+        share: share the parameters that are not narrowed with the model instead of copying them. Use it for inference,
+            or if the model hardly fits into memory. Buffers are never shared.
 
     Raises:
-        ArtifactError: the plan was made for another model, or on the graph of another front end.
+        ArtifactError: the plan was made for another model, or on a graph of another front end.
     """
     require_same_structure(captured.fingerprint, plan, captured.reference)
     if plan.frontend != captured.frontend:
@@ -54,7 +54,7 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
 
 
 def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> None:
-    """Make every number that counts channels true again."""
+    """Correct every number among the calls' arguments that counts channels of a narrowed axis."""
     literals = {(literal.node, literal.path): literal for entry in plan.blocks for literal in entry.block.literals}
     for name in {node for node, _ in literals}:
         if takes_apart(nodes[name]):
@@ -66,7 +66,7 @@ def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> Non
 
 
 def _state_parts(node: fx.Node) -> None:
-    """chunk, or split by one size, as a split by the sizes of its parts."""
+    """Turn a chunk, or a split into parts of one size, into a split that states the size of every part."""
     dim = split_axis(node)
     if isinstance(node.target, torch._ops.OpOverload):
         node.target = torch.ops.aten.split_with_sizes.default
@@ -91,7 +91,7 @@ def _replaced(value: Any, path: list[str | int], count: int) -> Any:
 
 
 def _made_like(value: Any, entries: list[Any]) -> Any:
-    """The entries in a sequence of the value's kind; named tuples take them one by one."""
+    """Return the entries in a sequence of the same type as ``value``. Named tuples take them as separate arguments."""
     return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
@@ -116,7 +116,10 @@ def _narrow_meta(small: fx.GraphModule, removed: Removed) -> None:
 
 
 def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -> None:
-    """Functional layers take a new bias as an argument, matrix products as a sum; a module finds its own."""
+    """Make the graph use the new biases: as an argument of a functional layer, as a sum behind a matrix product.
+
+    A module needs no change, because it uses its own bias.
+    """
     consumers = new_biases(plan)
     in_front = {name for name, c in consumers.items() if nodes[name].args[0] is not nodes[c.source.node]}
     for name, consumer in consumers.items():
@@ -136,7 +139,7 @@ def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -
 
 
 def _add_behind(small: fx.GraphModule, node: fx.Node, bias: fx.Node, *, column: bool) -> None:
-    """x @ W + b, or W @ x + b[:, None] where the weight stands in front."""
+    """Add the bias to a matrix product: x @ W + b, or W @ x + b[:, None] with ``column``, for a weight on the left."""
     with small.graph.inserting_after(bias):
         if column:
             upright = small.graph.call_function(torch.unsqueeze, (bias, -1))

@@ -1,8 +1,9 @@
-"""Fidelity: the captured graph held against the model itself, before anything is gathered.
+"""Fidelity: compare the captured graph with the model itself, before any statistics are gathered.
 
-A trace is of one batch. What the model's code decides by that batch's sizes or values, or keeps from one call to the next, the
-graph has fixed. So both run on other batches: another number of samples, the sizes that later batches have, other sizes that the
-model itself takes. Nothing is written to the model: a copy runs.
+A trace follows one batch. Whatever the model's code decides by that batch's sizes or values, or keeps from one call to
+the next, is fixed in the graph. So graph and model are also compared on other batches: with another number of samples,
+with the sizes of later batches, and with other sizes that the model accepts. A copy of the model runs, so the model is
+not changed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from vbpfx.graph.precision import full_float32
 from vbpfx.graph.source import line_of_node
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
-# Sizes are tried on so many samples, and of so many groups of axes.
+# Other sizes are tried on this many samples, and for at most this many groups of axes.
 _SAMPLES, _MOST_GROUPS = 2, 6
-# So many further batches are run.
+# At most this many further batches are run.
 _MOST_OTHERS = 4
-# A size above this is tried larger by this much: images come in multiples of it.
+# A large size is also tried this much larger: sizes of images are often multiples of it.
 _STEP = 32
 _WITHOUT_A_LOOP = (
     "Compute all samples at once there, without a loop over them and without their number in arithmetic, so that the graph holds "
@@ -39,19 +40,21 @@ _WITHOUT_A_LOOP = (
 def capture_faithfully(
     model: nn.Module, example: Inputs, others: Sequence[Inputs], *, frontend: Frontend, samples: int
 ) -> Captured:
-    """Capture a model, and hold the graph against it.
+    """Capture a model, and check the graph against it.
 
-    Where fx's tracer made a graph of one size of several that the data has, ``torch.export`` is tried, which can leave it open.
+    The data may have several sizes where fx's tracer fixed one. Then ``torch.export`` is tried, which can leave a size
+    open.
 
     Args:
-        model: it stays as it was.
-        example: one batch; of it so many ``samples`` are kept.
+        model: it is not changed.
+        example: one batch, of which ``samples`` samples are kept.
         others: further batches, which may have other sizes.
         frontend: see :func:`vbpfx.capture`.
 
     Raises:
-        CaptureError: the model cannot be traced, keeps state between calls, or does not compute what the graph does on batches
-            of another number of samples or of other sizes; the message names the line of its code, where that can be found.
+        CaptureError: the model cannot be traced, keeps state between calls, or differs from the graph on batches with
+            another number of samples or other sizes. The message names the responsible line of the model's code if it
+            can be found.
     """
     captured = capture(model, example, frontend=frontend, samples=samples)
     try:
@@ -66,11 +69,11 @@ def capture_faithfully(
 
 
 def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
-    """Warn where one integer per sample is left out of a batch as labels, and the model runs with it as an argument.
+    """Warn if one integer per sample is left out of a batch as labels, although the model runs with it as an argument.
 
     Args:
-        model: it stays as it was.
-        batch: as the data gives it.
+        model: it is not changed.
+        batch: a batch as the data yields it.
     """
     found = left_out(batch, model)
     if found is None:
@@ -79,16 +82,16 @@ def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
     with torch.random.fork_rng([]), unheard(), torch.no_grad():
         try:
             both.first(_SAMPLES).to(model_device(model)).run(share_parameters(model))
-        except Exception:  # it is no such argument, and what follows runs without it
+        except Exception:  # the model does not accept it as an argument, so leaving it out is right
             return
     warnings.warn(LEFT_OUT.format(name=name), stacklevel=2)
 
 
 def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) -> Captured:
-    """The captured graph, with the sizes noted that it has fixed though the model takes others.
+    """Check a captured graph against the model; return it with a record of sizes that only the graph has fixed.
 
     Args:
-        model: what was captured.
+        model: the model that was captured.
         captured: the graph.
         others: further batches of the data; a few samples of each are run.
 
@@ -99,7 +102,7 @@ def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) ->
 
 
 class _Held:
-    """A model's copy and its graph, run side by side."""
+    """A copy of the model and its graph, run side by side."""
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
         self.model, self.captured, self.inputs = model, captured, captured.inputs
@@ -110,12 +113,12 @@ class _Held:
         with torch.random.fork_rng(cuda), unheard(), unfused_attention():
             try:
                 expected = self._run(self.copy, self.inputs)
-            except Exception:  # the model's own operators raise whatever they raise: calibration says on which batch
+            except Exception:  # the model itself does not run; calibration reports it, with the batch
                 return self.captured
             self._require_no_state(expected)
             if self._difference(self.inputs):
                 self._require_shapes(expected)
-                return self.captured  # random numbers, or fast paths: the oracle says which
+                return self.captured  # random numbers, or a fast path: verify reports which
             if self.captured.batch is not None:
                 self._require_any_batch()
             for other in _unlike(self.inputs, others):
@@ -123,25 +126,28 @@ class _Held:
             return replace(self.captured, fixed=tuple(self._fixed_sizes()))
 
     def _run(self, network: nn.Module, inputs: Inputs) -> list[Tensor]:
-        torch.manual_seed(0)  # what is random is the same in both
+        torch.manual_seed(0)  # graph and model draw the same random numbers
         with torch.no_grad(), full_float32():
             return tensors_in(inputs.run(network))
 
     def _difference(self, inputs: Inputs) -> str:
-        """What differs between the graph and the model on inputs that the model takes, in words; empty where nothing does."""
+        """Describe how graph and model differ on inputs that the model accepts; return "" if they agree."""
         expected = self._run(self.copy, inputs)
         try:
             found = self._run(self.captured.graph_module, inputs)
-        except Exception as error:  # whatever the operators raise
+        except Exception as error:  # operators may raise any exception
             return _stops(error)
         return _difference(found, expected)
 
     def _require_shapes(self, expected: list[Tensor]) -> None:
-        """Outputs of the model's shapes on the batch that was captured: torch.export takes two samples where there is one."""
+        """Check the shapes of the outputs on the batch that was captured.
+
+        They may differ because torch.export traces two samples if the batch has one.
+        """
         try:
             found = self._run(self.captured.graph_module, self.inputs)
             differs = _difference_of_shapes(found, expected)
-        except Exception as error:  # whatever the operators raise
+        except Exception as error:  # operators may raise any exception
             differs = _stops(error)
         if differs:
             raise CaptureError(
@@ -169,7 +175,7 @@ class _Held:
         more = self.inputs.resized(size + 1)
         try:
             self._run(self.copy, more)
-        except Exception:  # likewise
+        except Exception:  # the model itself accepts no other number of samples
             return
         if differs := self._difference(more):
             raise CaptureError(
@@ -178,12 +184,12 @@ class _Held:
             )
 
     def _require_alike(self, other: Inputs) -> None:
-        """The same on a further batch, as far as the model takes it."""
+        """Compare graph and model on a further batch, if the model accepts it."""
         few = other.along(self.inputs).to(self.device)
         few = few.first(_SAMPLES) if self.captured.divisible else few
         try:
             self._run(self.copy, few)
-        except Exception:  # calibration names the batch
+        except Exception:  # calibration reports it, with the batch
             return
         differs = self._difference(few)
         if not differs:
@@ -211,7 +217,7 @@ class _Held:
         return tensor.shape[axis] if tensor is not None and axis < tensor.ndim else None
 
     def _fixed_sizes(self) -> Iterator[FixedSize]:
-        """Sizes of the inputs, but for the batch, of which the model takes others while the graph computes something else."""
+        """Yield the input sizes, except the batch size, that the graph has fixed though the model accepts others."""
         few = self.inputs.first(_SAMPLES) if self.captured.divisible else self.inputs
         axes: dict[int, list[tuple[Place, int]]] = {}
         for place, tensor in few.placed.items():
@@ -227,7 +233,7 @@ class _Held:
                 resized = _resized(few, group, other)
                 try:
                     self._run(self.copy, resized)
-                except Exception:  # the model takes no such size
+                except Exception:  # the model does not accept the size
                     continue
                 settled.update(group)
                 if self._difference(resized):
@@ -236,7 +242,10 @@ class _Held:
                     break
 
     def _where_samples(self) -> str:
-        """The same of the number of samples, or the line that takes a batch apart into one value a sample."""
+        """Return a sentence that names the line which fixes the number of samples, or unpacks a batch into its samples.
+
+        It is "" if no such line is found.
+        """
         apart = (
             line_of_node(node)
             for node in self.captured.graph_module.graph.nodes
@@ -248,13 +257,13 @@ class _Held:
         return f"The samples are taken apart at {line}. " if line else ""
 
     def _where(self, axes: Sequence[tuple[Place, int]]) -> str:
-        """The line of the model's code that makes one number of the sizes, as a sentence; empty where it is not found."""
+        """Return a sentence that names the line which turns the sizes into fixed numbers, or "" if none is found."""
         line = fixing_line(share_parameters(self.model), self.inputs, axes)
         return f"The size is fixed at {line}. " if line else ""
 
 
 def _unlike(example: Inputs, others: Iterable[Inputs]) -> list[Inputs]:
-    """The first batch behind the first, and a few whose sizes are not those of one before."""
+    """Return the second batch, and a few others whose sizes do not occur in an earlier batch."""
     axes = {(place, axis) for place, axis in example.batch_axes.items()}
     found: dict[Any, Inputs] = {}
     for number, other in enumerate(others):
@@ -267,12 +276,12 @@ def _unlike(example: Inputs, others: Iterable[Inputs]) -> list[Inputs]:
 
 
 def _groups(together: list[tuple[Place, int]]) -> list[list[tuple[Place, int]]]:
-    """Axes of one length: all of them, then each by itself."""
+    """Return the groups in which axes of the same length are resized: all of them together, then each by itself."""
     return [together, *([axis] for axis in together)] if len(together) > 1 else [together]
 
 
 def _resized(inputs: Inputs, axes: Sequence[tuple[Place, int]], size: int) -> Inputs:
-    """The inputs with those axes repeated to a length."""
+    """Return the inputs with those axes repeated or cut to a length."""
     for place, axis in axes:
         along = replace(inputs, axes={place: axis}).resized(size)
         inputs = replace(along, axes=inputs.axes)
@@ -299,7 +308,7 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def _state(network: nn.Module) -> dict[str, Any]:
-    """What a module holds beside its parameters and its modules: buffers, tensors and numbers."""
+    """Return the state of a module besides its parameters: buffers, and attributes that are tensors or numbers."""
     found: dict[str, Any] = {
         name: t.clone() for name, t in named_tensors(network).items() if not isinstance(t, nn.Parameter)
     }

@@ -1,4 +1,7 @@
-"""Whether a difference is rounding: the same substitution in float64, and what rounding costs the dense network itself."""
+"""Decide whether a difference is due to rounding.
+
+The comparison is repeated in float64, and the rounding error of the dense network itself is measured.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,22 @@ from vbpfx.plans.records import Plan
 from vbpfx.rewrite.class_code import where_widths_are_used
 from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look
 
-# What may be left in float64: roundings to float32 that the graph states itself, and those that a class's own code does.
+# The relative difference that is allowed in float64. Some roundings to float32 remain there: those that the graph
+# states itself, and those in the code of a model's own class.
 _LEFT_IN_A_GRAPH, _LEFT_IN_A_CLASS = 1e-6, 1e-4
 
 
 @full_float32()
 @torch.no_grad()
 def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen | None:
-    """What the pruned network and its reference show in float64; None where they do not run in it.
+    """Compare the pruned network with its reference in float64; return None if they do not run in float64.
 
-    Every tensor that the plan changes must be what the plan makes of it, rounded once. With the same tensors before they were
-    rounded, the pruned network must compute what the reference does.
+    Every changed tensor must equal the one that follows from the plan, rounded once. With these tensors unrounded, the
+    pruned network must compute what the reference computes.
 
     Raises:
-        VerificationError: it does not: the rewrite is wrong. Names the tensor, or the block whose layers show it first.
+        VerificationError: one of them does not hold, so the rewrite is wrong. The message names the tensor, or the
+            block behind whose layers the difference is first seen.
     """
     exact, held = exact_tensors(captured, small, plan), named_tensors(small)
     for name, tensor in held.items():
@@ -40,7 +45,7 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
     allowed = _LEFT_IN_A_GRAPH if can_compare(small, plan) else _LEFT_IN_A_CLASS
     try:
         seen = _seen(captured, small, plan, inputs)
-    except Exception:  # an operator without float64, code that states a type
+    except Exception:  # an operator does not support float64, or the code states a dtype
         return None
     wrong = next((name for name, error in (seen.errors or {}).items() if not error <= allowed), None)
     error = seen.largest
@@ -77,7 +82,7 @@ def _wrong(error: float, how: str, plan: Plan) -> VerificationError:
 
 
 def _by_its_code(error: float, small: nn.Module, plan: Plan, inputs: Inputs) -> VerificationError:
-    """A class whose tensors are what the plan makes of them, and which computes something else with them."""
+    """Return the error for a class whose tensors are right, but whose code computes something else with them."""
     names = [entry.block.name for entry in plan.blocks]
     used = where_widths_are_used(small, plan, inputs)
     return VerificationError(
@@ -90,9 +95,9 @@ def _by_its_code(error: float, small: nn.Module, plan: Plan, inputs: Inputs) -> 
 @full_float32()
 @torch.no_grad()
 def measure_loss(captured: Captured, inputs: Inputs, dense: list[Tensor], precision: torch.dtype) -> float | None:
-    """What the dense network's output loses to rounding in its own precision, against float64; None where it does not run in it.
+    """Return the rounding error of the dense network's output relative to float64; None if it does not run in float64.
 
-    What float64 itself loses is taken from float32, times the ratio of their roundings.
+    The rounding error of float64 itself is estimated: it is that of float32 times the ratio of their machine epsilons.
     """
     try:
         wide = Steps(share_parameters(captured.graph_module), inputs, torch.float64).finish()
@@ -101,5 +106,5 @@ def measure_loss(captured: Captured, inputs: Inputs, dense: list[Tensor], precis
             ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             return relative_error(narrow, wide) * ratio
         return relative_error(dense, wide)
-    except Exception:  # likewise
+    except Exception:  # an operator does not support float64, or the code states a dtype
         return None

@@ -1,10 +1,10 @@
-"""The configuration of a narrowed model, made true again.
+"""Correct the configuration of a narrowed Hugging Face model.
 
-A model of Hugging Face is built from its ``config``: what is saved with ``save_pretrained`` loads only where the
-configuration describes the narrowed widths. Which entry does is not looked up by name: entries that hold a dense width
-are tried, and an entry is right if the class, built anew from the configuration, then has the shapes of the narrowed
-model. One number cannot say that layers have different widths: this is seen by comparing the blocks that an entry decides,
-without building anything.
+A Hugging Face model is built from its ``config``, so what ``save_pretrained`` writes can only be loaded if the
+configuration describes the narrowed widths. The right entry is not looked up by name. Instead, entries that hold a
+dense width are tried: an entry is right if the class, built anew from the changed configuration, has the shapes of the
+narrowed model. One entry cannot describe layers of different widths. This is found by comparing the blocks that the
+entry decides, without building anything.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from torch import nn
 from vbpfx.plans.records import Plan
 
 Shapes = dict[str, tuple[int, ...]]
-# An entry of a configuration, by its path, and what it becomes.
+# The path of a configuration entry, and its new value.
 Change = tuple[tuple[str, ...], float]
 Changes = tuple[Change, ...]
 
-# So many values of an entry are tried where the class cannot be built with the first ones (widths that heads do not divide).
+# At most this many values of an entry are tried until the class can be built. It cannot if heads do not divide a width.
 _TRIALS = 3
 
 
 def has_config(model: nn.Module) -> bool:
-    """Whether the model is one that its class builds from ``config`` alone."""
+    """Return whether the model is a Hugging Face model, which its class builds from ``config`` alone."""
     return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_dict")
 
 
 def describe_widths(model: nn.Module, plan: Plan) -> list[str]:
-    """Make ``model.config`` describe the narrowed model, in place, as far as its entries can.
+    """Change ``model.config`` in place so that it describes the narrowed model, as far as its entries allow.
 
-    Every entry that may hold a width is tried once. What it changed says which blocks it is of, and only a value that is
-    right for all of these is looked at further. So the class is built about as often as the configuration has such entries,
-    however many layers it describes.
+    Every entry that may hold a width is tried once. The shapes that change show which blocks the entry decides, and a
+    value is considered further only if it is right for all of these blocks. So the class is built about as often as the
+    configuration has such entries, however many layers it describes.
 
-    Where the configuration only knows biases on all layers of a block or on none (Llama's ``mlp_bias``), the layers
-    that had none get zeros.
+    Some configurations can only give biases to all layers of a block or to none (Llama's ``mlp_bias``). Then layers
+    that had no bias get zeros.
 
     Args:
         model: the narrowed model.
-        plan: what narrowed it.
+        plan: the plan that it was narrowed by.
 
     Returns:
-        Names of the parameters that the configuration cannot describe; none of them where it is true.
+        The names of the parameters that the configuration cannot describe. The list is empty if it describes all of
+        them.
     """
     wanted, trials = _shapes(model), _Trials(model)
     wrong = _wrong(trials.shapes(()), wanted)
@@ -73,42 +74,42 @@ def describe_widths(model: nn.Module, plan: Plan) -> list[str]:
 
 
 class _Trials:
-    """What the class has for shapes when it is built from its configuration with some entries changed; each is built once."""
+    """Builds the class from changed configurations, each once, and returns the shapes of its parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._class, self.dense = type(model), model.config
         self._built: dict[Changes, Shapes | None] = {}
 
     def config(self, changes: Changes) -> Any:
-        """The configuration with these changes, those that it takes."""
+        """Return a copy of the configuration with these changes, leaving out those that it rejects."""
         changed = copy.deepcopy(self.dense)
         for path, value in changes:
             owner = changed
             for name in path[:-1]:
                 owner = getattr(owner, name)
-            with contextlib.suppress(Exception):  # configurations check their entries' types and raise what they like
+            with contextlib.suppress(Exception):  # a configuration checks its entries, and may raise any exception
                 setattr(owner, path[-1], value)
         return changed
 
     def shapes(self, changes: Changes) -> Shapes | None:
-        """Of all parameters and buffers; None where the class cannot be built so."""
+        """Return the shapes of all parameters and buffers, or None if the class cannot be built with these changes."""
         if changes not in self._built:
             try:
                 with torch.device("meta"):
                     self._built[changes] = _shapes(self._class(self.config(changes)))
-            except Exception:  # an impossible configuration raises whatever the class raises
+            except Exception:  # for an impossible configuration the class may raise any exception
                 self._built[changes] = None
         return self._built[changes]
 
 
 def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
-    """Changes of one entry each that may be right for all blocks whose shapes the entry decides."""
+    """Return changes of single entries that may be right for all blocks whose shapes the entry decides."""
     pairs = dict.fromkeys((entry.block.width, len(entry.kept)) for entry in plan.blocks)
     by_axis, dense = _widths_by_axis(plan), trials.shapes(())
     assert dense is not None
     found = []
     for path, value in _entries(trials.dense):
-        possible: dict[float, tuple[int, int]] = {}  # what the entry may become -> before and after of a width
+        possible: dict[float, tuple[int, int]] = {}  # new value of the entry -> a width before and after
         for pair in pairs:
             changed = _changed(path[-1], value, *pair)
             if changed is not None:
@@ -116,7 +117,7 @@ def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
         trying = (trials.shapes(((path, changed),)) for changed in itertools.islice(possible, _TRIALS))
         built = next((shapes for shapes in trying if shapes is not None), None)
         if built is None or any(not name.endswith("bias") for name in built.keys() ^ dense.keys()):
-            continue  # other parameters than the model has
+            continue  # the built class has other parameters than the model
         touched = [
             by_axis[name][axis]
             for name in built.keys() & dense.keys() & by_axis.keys()
@@ -135,13 +136,16 @@ def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
 
 
 def _changed(name: str, value: Any, before: int, after: int) -> float | None:
-    """What an entry becomes if it says a width that was ``before`` and is ``after``; None where it cannot say that."""
+    """Return the new value of an entry if it stands for a width that changes from ``before`` to ``after``.
+
+    Return None if the entry cannot stand for this width.
+    """
     if isinstance(value, bool):
         return True if "bias" in name and not value else None
     if value == before or (value is None and name.startswith("n_")):
         return after
     if isinstance(value, float) and value > 1:
-        # a ratio to some other width, of which the class takes the integer part
+        # a ratio to another width, whose product the class rounds down; the half keeps rounding from missing ``after``
         return value * (after + 0.5) / before
     if isinstance(value, int) and value * after % before == 0:
         return value * after // before
@@ -149,13 +153,16 @@ def _changed(name: str, value: Any, before: int, after: int) -> float | None:
 
 
 def _agree(pair: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one number may describe both changes of a width, (before, after): the same share of it, up to rounding by one."""
+    """Return whether one entry may describe both changes of a width, given as (before, after).
+
+    It may if both keep the same share of the width, up to a rounding by one.
+    """
     (before, after), (width, kept) = pair, other
     return abs(width * after - kept * before) <= (0 if width == before else before)
 
 
 def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
-    """Parameter -> axis -> the widths before and after of the blocks that lie on it."""
+    """Return parameter -> axis -> the widths, before and after, of the blocks on that axis."""
     found: dict[str, dict[int, set[tuple[int, int]]]] = {}
     for entry in plan.blocks:
         for parameter in entry.block.parameters:
@@ -165,7 +172,7 @@ def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
 
 
 def _entries(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every number of a configuration and of those inside it, with its path."""
+    """Yield the path and value of every number in a configuration and in nested configurations."""
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
             yield from _entries(value, (*path, name))
@@ -174,7 +181,10 @@ def _entries(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def _wrong(built: Shapes | None, wanted: Shapes) -> set[str] | None:
-    """Parameters whose shape is another, or that the class does not have; None where the class cannot be built."""
+    """Return the names of parameters that have another shape or are missing on one side.
+
+    Return None if the class could not be built.
+    """
     if built is None:
         return None
     missing = {name for name in built.keys() - wanted.keys() if not name.endswith("bias")}
@@ -186,7 +196,7 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _within(config: Any, kind: type) -> Any:
-    """The configuration of that class: this one, or one inside it."""
+    """Return the configuration of the given class: this one, or one nested in it. None if there is none."""
     if type(config) is kind:
         return config
     inner = (value for value in vars(config).values() if hasattr(value, "to_dict"))

@@ -1,7 +1,8 @@
-"""Narrowed tensors: what a plan makes of parameters and buffers, and what becomes of the rest.
+"""Compute the narrowed parameters and buffers of a plan, and copy a module with them.
 
-For every consumer W' = W_K + W_P B and b' = b + W_P a; what the plan corrects is added. The narrowed tensors are made first; then the module is deep-copied with them in place of the old ones. So nothing is
-ever copied twice, and the original is never touched.
+Every consumer gets W' = W_K + W_P B and b' = b + W_P a, plus the plan's corrections. The narrowed tensors are computed
+first. Then the module is deep-copied with them in place of the old ones. So nothing is copied twice, and the original
+is never changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from vbpfx.planning.compensate import fold, fold_columns
 from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 from vbpfx.rewrite.carry import Carried
 
-# (node or parameter, axis, whether it is a parameter) -> the channels of it that are gone
+# (node or parameter, axis, whether it is a parameter) -> the removed channels of that axis
 Removed = Mapping[tuple[str, int, bool], frozenset[int]]
 
 
 def require_same_structure(found: str, plan: Plan, model: nn.Module) -> None:
-    """Raise an ArtifactError where a model's fingerprint is not the one that the plan was made for."""
+    """Raise an ArtifactError if the model's fingerprint is not the one that the plan was made for."""
     if found != plan.fingerprint:
         raise ArtifactError(
             f"the plan was made for a model of another structure than this {type(model).__name__}: parameter names, "
@@ -36,12 +37,12 @@ def require_same_structure(found: str, plan: Plan, model: nn.Module) -> None:
 def narrowed(
     root: nn.Module, plan: Plan, share: bool, instead: Mapping[nn.Module, nn.Module] | None = None
 ) -> nn.Module:
-    """A copy of a module, narrowed, with everything folded and corrected.
+    """Return a narrowed copy of a module, with the plan's folds and corrections applied.
 
     Args:
         root: the model, or its graph.
-        share: share the parameters that are not narrowed with it. Buffers are never shared.
-        instead: modules of it -> those that take their place, with the same parameters.
+        share: share the parameters that are not narrowed with ``root``. Buffers are never shared.
+        instead: modules of ``root`` -> modules with the same parameters that replace them.
     """
     tensors = named_tensors(root)
     replaced, created = _replacements(tensors, plan)
@@ -59,7 +60,7 @@ def narrowed(
 
 
 def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
-    """Every tensor that changes, and the biases that come into being, by name."""
+    """Return the tensors that change and the biases that are created, each by name."""
     changes = Changes(plan)
     replaced: dict[str, Tensor] = {}
     created: dict[str, nn.Parameter] = {}
@@ -74,11 +75,11 @@ def _replacements(tensors: dict[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
 
 
 class Changes:
-    """What a plan makes of a model's tensors, each by itself.
+    """Computes what each of a model's tensors becomes under a plan, one tensor at a time.
 
     Attributes:
-        made: biases that come into being -> the layer that gets them.
-        names: every tensor that changes or comes into being.
+        made: name of a bias that is created -> the layer that gets it.
+        names: the names of all tensors that change or are created.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -98,7 +99,7 @@ class Changes:
         self.names = tuple({**self._cuts, **self._gains, **self._corrections})
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
-        """What becomes of a tensor; ``dense`` gives those of the dense model by name."""
+        """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
         if name in self.made:
             weight = dense(self.made[name].weight)
             like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
@@ -114,10 +115,10 @@ class Changes:
         return new.to(like.dtype)
 
     def _readers(self, plan: Plan) -> dict[str, list[tuple[BlockPlan, Consumer]]]:
-        """Weights and biases that gain something for neurons that are removed -> the layers that read these."""
+        """Return weight or bias -> the consumers, each with its block, whose fold is added to it."""
         found: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
         for entry in plan.blocks:
-            # several calls of one layer fold the same constants into the same bias: once
+            # several calls of one layer would fold the same constants into the same bias; they are folded once
             consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
             for consumer in consumers.values():
                 if not consumer.creates_bias or consumer.bias in self.made:
@@ -128,7 +129,7 @@ class Changes:
 
 
 def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
-    """What a layer's weight or bias gains for the neurons that one block loses, float64, in its dense shape."""
+    """Return what the fold of one block's removed neurons adds to a weight or bias, float64, in its dense shape."""
     weight, axis = dense(consumer.weight), consumer.weight_axis
     kept, pruned = consumer.source.at(entry.kept), consumer.source.at(entry.pruned)
     if name == consumer.bias:
@@ -139,7 +140,7 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
 
 
 def new_biases(plan: Plan) -> dict[str, Consumer]:
-    """Node -> the layer, of those that must get a bias they lack: what they fold or correct is not zero."""
+    """Return node -> layer for the layers that need a new bias: they have none, and what is added is not zero."""
     found = {
         consumer.node: consumer
         for entry in plan.blocks
@@ -151,14 +152,14 @@ def new_biases(plan: Plan) -> dict[str, Consumer]:
 
 
 def _others(positions: frozenset[int], size: int) -> Tensor:
-    """The indices 0 .. size - 1 without the given ones."""
+    """Return the indices 0 .. size - 1 without the given ones."""
     kept = torch.ones(size, dtype=torch.bool)
     kept[list(positions)] = False
     return kept.nonzero().flatten()
 
 
 def _state_widths(layer: nn.Module) -> None:
-    """Make the numbers that a layer keeps about itself true again."""
+    """Set a layer's own size attributes, such as ``in_features``, to its narrowed sizes."""
     match layer:
         case nn.Linear():
             layer.out_features, layer.in_features = layer.weight.shape
@@ -182,7 +183,7 @@ def _state_widths(layer: nn.Module) -> None:
 
 
 def removed_channels(plan: Plan) -> Removed:
-    """Every channel that is gone, of every axis that a block of the plan stands on."""
+    """Return the removed channels of every axis that belongs to a block of the plan."""
     removed: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
         values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
@@ -198,13 +199,13 @@ def removed_channels(plan: Plan) -> Removed:
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:
-    """How many of the channels that a number counts are gone."""
+    """Return how many of the channels that a number counts were removed."""
     positions = removed.get((literal.owner, literal.axis, literal.of_parameter), ())
     return sum(literal.start <= p < literal.stop for p in positions)
 
 
 def carried(plan: Plan) -> dict[str, tuple[Reduction, Carried]]:
-    """Node -> the statistic it takes, and what all removed channels of its axis add to it."""
+    """Return node -> the statistic that it computes, and the removed channels of all blocks on its axis."""
     found: dict[str, Reduction] = {}
     constants: dict[str, list[Tensor]] = defaultdict(list)
     for entry in plan.blocks:

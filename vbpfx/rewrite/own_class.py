@@ -1,4 +1,4 @@
-"""A plan on the model's own class: the one to train."""
+"""Apply a plan to the model's own class, which can be trained further."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, r
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
-    """A narrowed copy of the model in its own class; the model itself stays as it was.
+    """Return a narrowed copy of the model in its own class. The model itself is not changed.
 
-    This is the one to train: unlike a graph captured in eval mode it has its dropout, stochastic depth
-    and BatchNorm behaviour. Code that computes with a width it remembers (``self.hidden ** -0.5``) is
-    beyond any rewrite of tensors: check the result with :func:`vbpfx.verify`, as ``Pruned.apply_to`` does.
+    Train this copy rather than a captured graph: it keeps its dropout, stochastic depth and BatchNorm behaviour, which
+    a graph captured in eval mode has lost. If the model's code computes with a width that it remembers (``self.hidden
+    ** -0.5``), no change of its tensors can correct that. So check the result with :func:`vbpfx.verify`, as
+    ``Pruned.apply_to`` does.
 
-    The ``config`` of a Hugging Face model is made to describe the result, where it can: with ``uniform=True`` it
-    must, so that ``save_pretrained`` writes what ``from_pretrained`` reads.
+    The ``config`` of a Hugging Face model is changed to describe the result if it can. If the plan was made with
+    ``uniform=True`` it must, so that ``from_pretrained`` reads what ``save_pretrained`` writes.
 
     Args:
-        model: of the class and the sizes that the plan was made for; its weights may be others.
-        plan: which neurons stay, and what stands for the rest.
+        model: a model of the class and sizes that the plan was made for. Its weights may differ.
+        plan: the neurons to keep, and what replaces the others.
 
     Raises:
-        ArtifactError: the plan was made for another model (names, shapes and module classes are
-            compared), a layer of the model has no place for the bias that the fold makes, or the model's
-            code states the hidden width (which only symbolic tracing can tell).
+        ArtifactError: the plan was made for another model (names, shapes and module classes are compared). Or a layer
+            has no place for the bias that the fold creates, or the model's code states the hidden width, which only
+            symbolic tracing can tell. Or the plan is uniform and the ``config`` cannot describe the result.
     """
     require_module(model)
     require_same_structure(fingerprint(model), plan, model)
@@ -59,7 +60,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) -> str:
-    """Why the class cannot hold a block's narrowing; an empty string where it can."""
+    """Return why the class cannot represent a narrowed block, or "" if it can."""
     block = entry.block
     for reduction in block.reductions:
         if not _is_norm(model, reduction):
@@ -71,7 +72,7 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
     for literal in block.literals:
         if literal.node in carried_nodes:  # its module is replaced
             continue
-        # torch.export writes every size as a number, wherever it came from: there a literal says nothing of the code
+        # torch.export turns every size into a number, so in its graphs a literal does not show what the code states
         if literal.by_code and not literal.follows and plan.frontend == "symbolic" and gone(literal, removed):
             return (
                 f"the model's code states the hidden width {block.width} as a number (node {literal.node}), which no rewrite "
@@ -87,7 +88,7 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
 
 
 def _is_norm(model: nn.Module, reduction: Reduction) -> bool:
-    """Whether a statistic is all that one module computes: its norm over the last axis, tried on a few numbers."""
+    """Return whether one module computes nothing but this norm over the last axis. It is tried on a few numbers."""
     if not reduction.module or reduction.kind not in ("layer_norm", "rms_norm") or reduction.calls > 1:
         return False
     norm: Any = model.get_submodule(reduction.module)
@@ -106,7 +107,7 @@ def _is_norm(model: nn.Module, reduction: Reduction) -> bool:
                 if reduction.kind == "layer_norm"
                 else F.rms_norm(x, (reduction.size,), weight, norm.eps)
             )
-    except Exception:  # a module of another kind raises whatever it raises
+    except Exception:  # a module of another kind may raise any exception
         return False
     return bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-5))
 
@@ -114,13 +115,13 @@ def _is_norm(model: nn.Module, reduction: Reduction) -> bool:
 def _has_place_for_bias(model: nn.Module, consumer: Consumer) -> bool:
     owner, _, attribute = consumer.bias.rpartition(".")
     layer = model.get_submodule(owner)
-    # a subclass may compute without the bias it inherits
+    # the forward of a subclass may ignore the bias that it inherits
     own = type(layer).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     return consumer.is_layer and own and attribute == "bias" and layer.bias is None
 
 
 def _unequal_chunks(literals: tuple[SizeLiteral, ...], removed: Removed) -> str | None:
-    """A call that cuts an axis into parts by itself and would now cut it elsewhere; None without one."""
+    """Return the name of a call such as ``chunk`` that would cut the narrowed axis at wrong places, or None."""
     sizes: dict[str, dict[Any, int]] = defaultdict(dict)
     for literal in literals:
         if not literal.by_code:

@@ -1,8 +1,9 @@
-"""The reference and the narrowed network side by side: what both compute behind every layer that reads a narrowed axis.
+"""Run the reference and the narrowed network side by side, and compare them behind layers that read a narrowed axis.
 
-Graphs run node by node, so that no more is held than either holds by itself; a class runs first, and its layers are heard. They run in the network's own precision, or every
-value, weight and fold in float64: then what is left of a difference is not a rounding. Casts to another floating-point type
-are left out there.
+Graphs run node by node, so that both together hold no more values than each needs by itself. A model of its own class
+runs first, and hooks record the outputs of its layers. Both networks run in their own precision, or with all values,
+weights and folds in float64. In float64 a remaining difference is not due to rounding. Casts to another floating-point
+type are skipped there.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from vbpfx.rules.ops import is_cast, is_matrix_product
 
 
 class Steps(fx.Interpreter):
-    """A graph that is run node by node.
+    """Runs a graph node by node.
 
     Args:
         graph_module: the graph.
-        inputs: what it runs on.
-        dtype: what every floating-point value is computed in; None leaves it to the network.
-        exact: tensors by identity -> their values before they were rounded to the network's precision.
+        inputs: the batch to run it on.
+        dtype: the precision for all floating-point values; None keeps the network's own.
+        exact: ``id`` of a tensor -> a function that returns its value before rounding to the network's precision.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Steps(fx.Interpreter):
         self.outputs: list[Tensor] = []
 
     def until(self, watched: set[fx.Node]) -> Iterator[fx.Node]:
-        """Run all nodes, and stop behind each of those that are watched; what it reads is still there then."""
+        """Run all nodes, and yield each watched node after it ran, while its inputs are still in ``env``."""
         self.args_iter = iter(pytree.tree_map(self._cast, graph_arguments(self._root, self._inputs)))
         self.env = {}
         for node in self.nodes:
@@ -64,13 +65,13 @@ class Steps(fx.Interpreter):
                 del self.env[done]
 
     def finish(self) -> list[Tensor]:
-        """Run all nodes; the tensors among the outputs."""
+        """Run all nodes, and return the tensors among the outputs."""
         for _ in self.until(set()):
             pass
         return self.outputs
 
     def again(self, node: fx.Node, instead: Mapping[fx.Node, Tensor]) -> Tensor:
-        """What a node computes where some of its operands are others."""
+        """Run a node again with some of its operands replaced, and return its value."""
         kept, self.env = self.env, {**self.env, **instead}
         try:
             value: Tensor = self.run_node(node)
@@ -79,7 +80,7 @@ class Steps(fx.Interpreter):
         return value
 
     def run_node(self, n: fx.Node) -> Any:
-        """As fx's own, in the precision asked for."""
+        """Run a node as fx's interpreter does, in the requested precision."""
         if self._dtype is None:
             return super().run_node(n)
         if n.op == "call_module":
@@ -106,13 +107,13 @@ class Steps(fx.Interpreter):
 
 @dataclass(frozen=True)
 class Behind:
-    """What both graphs compute behind one layer that reads a block.
+    """The outputs of both networks behind one layer that reads a block.
 
     Attributes:
         block: the block's name.
-        found, expected: what the narrowed network and the reference compute, of the channels that are left; None where the
-            narrowed one does not show it.
-        whole, without: what the layer of the reference computes as it is, and were all channels of the block zero.
+        found, expected: the output in the narrowed network and in the reference, of the channels that are left.
+            ``found`` is None if the narrowed network does not show it.
+        whole, without: the output of the reference's layer as it is, and with all channels of the block set to zero.
     """
 
     block: str
@@ -123,17 +124,17 @@ class Behind:
 
 
 class Comparison:
-    """The reference of a plan and a narrowed network, to be gone through once.
+    """Compares a plan's reference with a narrowed network. It can be iterated over once.
 
     Args:
         captured: the dense graph.
-        small: the narrowed graph; or the narrowed model in its own class, in the precision that is asked for.
-        plan: what it was narrowed by.
-        inputs: what both run on.
-        dtype: see :class:`Steps`; where it is given, weights of a graph are narrowed and folded in float64.
+        small: the narrowed graph, or the narrowed model in its own class and already in the requested precision.
+        plan: the plan that it was narrowed by.
+        inputs: the batch that both run on.
+        dtype: see :class:`Steps`. If it is given, the weights of a graph are narrowed and folded in float64.
 
     Attributes:
-        expected, found: the outputs of the reference and of the narrowed network, once it has been gone through.
+        expected, found: the outputs of the reference and of the narrowed network, available after the iteration.
     """
 
     def __init__(
@@ -171,14 +172,14 @@ class Comparison:
         self.expected, self.found = self._reference.outputs, self._small.finish()
 
     def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
-        """What a layer of the reference computes where a block's channels are zero."""
+        """Return the output of the reference's layer with a block's channels set to zero."""
         operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == consumer.source.node)
         value = self._reference.env[operand]
         own = consumer.source.at(range(entry.block.width)).to(value.device)
         return self._reference.again(node, {operand: value.index_fill(consumer.source.axis, own, 0)})
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
-        """The channels of a node's value that are left."""
+        """Return a node's value without the removed channels."""
         for axis in range(value.ndim):
             if positions := self._removed.get((name, axis, False)):
                 kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
@@ -187,27 +188,27 @@ class Comparison:
 
 
 class _GraphSide:
-    """A narrowed graph, which goes as far as it is asked for."""
+    """A narrowed graph that runs step by step, up to the layer that is asked for."""
 
     def __init__(self, steps: Steps, readers: set[str], own: Mapping[str, fx.Node]) -> None:
         self._steps = steps
         self._reached = steps.until({_folded(node, own) for node in steps.nodes if node.name in readers})
 
     def at(self, name: str) -> Tensor:
-        """The value behind the next layer that reads a block; all of them are asked for, in order."""
+        """Return the value behind the next layer that reads a block. Callers ask for all of these layers, in order."""
         node = next(self._reached)
         value: Tensor = self._steps.env[node]
         return value
 
     def finish(self) -> list[Tensor]:
-        """The outputs."""
+        """Run the rest of the graph, and return the outputs."""
         for _ in self._reached:
             pass
         return self._steps.outputs
 
 
 class _ClassSide:
-    """A narrowed model in its own class, whose layers are heard while it runs."""
+    """A narrowed model in its own class; hooks record the outputs of its layers while it runs."""
 
     def __init__(
         self, small: nn.Module, readers: Mapping[str, list[tuple[BlockPlan, Consumer]]], inputs: Inputs
@@ -233,23 +234,23 @@ class _ClassSide:
         return hear
 
     def at(self, name: str) -> Tensor | None:
-        """The value behind a layer; its calls are asked for in order."""
+        """Return the value behind a layer, or None if it was not recorded. Callers ask for a layer's calls in order."""
         path = self._path.get(name)
         return self._heard[path].pop(0) if path is not None and path in self._whole else None
 
     def finish(self) -> list[Tensor]:
-        """The outputs."""
+        """Return the outputs."""
         return self._output
 
 
 def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
-    """Whether a pruned network is a graph that still has the nodes of the dense one."""
+    """Return whether a pruned network is a graph that still has the dense graph's consumer nodes."""
     names = {node.name for node in small.graph.nodes} if isinstance(small, fx.GraphModule) else set()
     return all(consumer.node in names for entry in plan.blocks for consumer in entry.block.consumers) and bool(names)
 
 
 def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int, Callable[[], Tensor]]:
-    """Identity of each tensor of a narrowed network that the plan changes -> what makes it anew, in float64."""
+    """Return ``id`` of each changed tensor of a narrowed network -> a function that computes it in float64."""
     dense, held, changes = named_tensors(captured.graph_module), named_tensors(small), Changes(plan)
 
     def wide(name: str) -> Tensor:
@@ -259,19 +260,19 @@ def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int,
 
 
 def _corrected(node: fx.Node) -> fx.Node:
-    """Where the reference adds to a layer what the plan corrects; the layer itself where it corrects nothing."""
+    """Return the node that adds the plan's correction to a layer of the reference, or the layer if it has none."""
     added = (user for user in node.users if user.op == "call_module" and str(user.target).startswith("correct_"))
     return next((user for user in added if user.args[0] is node), node)
 
 
 def _folded(node: fx.Node, own: Mapping[str, fx.Node]) -> fx.Node:
-    """Where the narrowed graph adds to a product of matrices the bias that it lacked; the layer itself elsewhere."""
+    """Return the node that adds a new bias to a matrix product of the narrowed graph; without one, the layer itself."""
     users = [user for user in node.users if user.name not in own and user.target is torch.add]
     return users[0] if is_matrix_product(node) and len(node.users) == len(users) == 1 else node
 
 
 def _behind_insertions(node: fx.Node, own: Mapping[str, fx.Node]) -> str:
-    """Name of the captured graph's own node whose value an inserted call hands on, changed."""
+    """Return the name of the captured graph's node in front of the calls that were inserted behind it."""
     while node.name not in own:
         node = node.all_input_nodes[0]
     return node.name
@@ -279,12 +280,12 @@ def _behind_insertions(node: fx.Node, own: Mapping[str, fx.Node]) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a comparison saw.
+    """The result of a comparison.
 
     Attributes:
         expected, found: the outputs of the reference and of the pruned network.
-        errors: block -> the largest relative error behind its layers; None where these were not compared.
-        shares: block -> how much of what stands behind its layers comes from the block, the largest.
+        errors: block -> the largest relative error behind its layers; None if these were not compared.
+        shares: block -> the largest relative change behind its layers when the block is set to zero.
     """
 
     expected: list[Tensor]
@@ -294,27 +295,27 @@ class Seen:
 
     @property
     def behind(self) -> float | None:
-        """The largest error behind any block's layers."""
+        """The largest error behind any block's layers; None if these were not compared."""
         return None if self.errors is None else max(self.errors.values(), default=0.0)
 
     @property
     def largest(self) -> float:
-        """The largest error, of the outputs or behind a block's layers."""
+        """The largest error, at the outputs or behind any block's layers."""
         return max(relative_error(self.found, self.expected), self.behind or 0.0)
 
     @property
     def unproven(self) -> tuple[str, ...]:
-        """Blocks of which nothing was seen behind their layers, by name."""
+        """Names of the blocks for which the comparison proves nothing: their share is not larger than the error."""
         return tuple(name for name, error in (self.errors or {}).items() if self.shares[name] <= error)
 
 
 def look(comparison: Comparison) -> Seen:
-    """Go through a comparison."""
+    """Run a comparison, and return its errors."""
     errors: dict[str, float] = defaultdict(float)
     shares: dict[str, float] = defaultdict(float)
     for at in comparison:
         if at.found is None:
-            errors[at.block], shares[at.block] = errors[at.block], shares[at.block]  # known, and not seen
+            errors[at.block], shares[at.block] = errors[at.block], shares[at.block]  # enters the block with zeros
             continue
         alike = at.found.shape == at.expected.shape
         error = relative_error([at.found], [at.expected], both_nan=True) if alike else math.inf

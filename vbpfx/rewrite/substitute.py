@@ -1,8 +1,8 @@
-"""The substitution reference: the dense graph that computes what a plan says, with nothing narrowed.
+"""The substitution reference: a dense graph that computes what the narrowed network should compute.
 
-At every consumer's input the removed channels h_P are replaced by a + B h_K; behind every layer that the plan corrects,
-dW x + db is added to what it computes. No weight is sliced and no bias folded, so nothing is shared with the rewrite that
-is held against it.
+At every consumer's input the removed channels h_P are replaced by a + B h_K. Behind every layer that the plan corrects,
+dW x + db is added to its output. No weight is sliced and no bias is folded, so the reference shares no code with the
+rewrite that it is compared with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vbpfx.plans.records import BlockPlan, Consumer, Correction, Plan
 
 
 class Substitute(nn.Module):
-    """h_P replaced by a + B h_K at one of a block's sources, out of place."""
+    """Replaces h_P by a + B h_K at one of a block's sources, out of place."""
 
     def __init__(self, entry: BlockPlan, index: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Substitute(nn.Module):
         self.constants, self.prediction = entry.constants[index], entry.predictions[index]
 
     def forward(self, h: Tensor) -> Tensor:
-        """A copy of h with the channels P replaced."""
+        """Return a copy of h with the channels P replaced."""
         pruned, values = self.pruned.to(h.device), self.constants.to(h)
         if self.prediction is not None:
             kept = h.index_select(self.axis, self.kept.to(h.device)).movedim(self.axis, -1)
@@ -41,20 +41,20 @@ class Substitute(nn.Module):
 
 
 class Correct(nn.Module):
-    """dW x + db added to what a layer computes of x; dW (out, in) and db (out,) in the shapes of the dense layer."""
+    """Adds dW x + db to a layer's output for x; dW (out, in) and db (out,) have the shapes of the dense layer."""
 
     def __init__(self, layer: Consumer, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.axis, self.weight, self.bias = layer.source.axis, weight, bias
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + dW x + db."""
+        """Return y + dW x + db."""
         added = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(y), self.bias.to(y))
         return y + added.movedim(-1, self.axis)
 
 
 def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
-    """The dense graph that computes what the plan says; it shares all parameters."""
+    """Return the substitution reference of a plan; it shares all parameters with the dense graph."""
     reference = share_parameters(captured.graph_module)
     corrections = {call: correction for correction in plan.corrections for call in correction.calls}
     substitute(reference, plan.blocks)
@@ -68,7 +68,7 @@ def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
 
 
 def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> None:
-    """Carry out substitutions on a dense graph, in place."""
+    """Insert the substitutions of these blocks into a dense graph, in place."""
     by_name = {entry.block.name: entry for entry in entries}
     insert_at_sources(
         graph_module,
@@ -79,7 +79,7 @@ def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> No
 
 
 def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
-    """dW (out, in) and db (out,) of a layer, zero at what is removed, in the shapes of the dense layer."""
+    """Return dW (out, in) and db (out,) of a correction in the dense layer's shapes, with zeros at removed channels."""
     layer = correction.layer
     narrow = correction.weight.reshape(correction.weight.shape[:2])
     narrow = narrow.T if layer.weight_axis == 0 else narrow
@@ -95,11 +95,12 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
-    """The correction of a layer, from dW (out, in) and db (out,) in the shapes of the dense layer.
+    """Return the correction of a narrowed layer, from dW (out, in) and db (out,) in the dense layer's shapes.
 
     Args:
         calls: all calls of the layer.
-        like: the dense weight, for its layout.
+        weight, bias: dW and db.
+        like: the dense weight, whose layout the correction gets.
     """
     layer, *further = calls
     rows, columns = (
@@ -113,13 +114,13 @@ def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, lik
 
 
 def as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
-    """A layer's weight as (out, in), float64, on the CPU."""
+    """Return a layer's weight as an (out, in) matrix, float64, on the CPU."""
     matrix = weight.detach().double().cpu().reshape(weight.shape[:2])
     return matrix.T if layer.weight_axis == 0 else matrix
 
 
 def removed_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[int]:
-    """The indices of one axis of a parameter that are gone, ascending."""
+    """Return the removed indices of one axis of a parameter, ascending."""
     return sorted(
         {
             int(position)

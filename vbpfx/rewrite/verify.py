@@ -1,10 +1,10 @@
 """Verify: the substitution oracle.
 
-The *reference* (:mod:`vbpfx.rewrite.substitute`) is the dense graph in which, at every consumer's input, the removed channels h_P
-are replaced by the plan's a + B h_K. The pruned network must equal it to rounding. This needs no trained
-weights, holds for every architecture, and shares no code with the rewrite: no weight is sliced and no
-bias is folded in the reference. Layers that the plan corrects compute W x + b + (dW x + db) there; a second check holds
-every such weight of the pruned network against what the plan says of it.
+The *reference* (:mod:`vbpfx.rewrite.substitute`) is the dense graph in which the removed channels h_P are replaced by
+the plan's a + B h_K at every consumer's input. The pruned network must equal it up to rounding. This needs no trained
+weights, holds for every architecture, and shares no code with the rewrite, since the reference slices no weight and
+folds no bias. Layers that the plan corrects compute W x + b + (dW x + db) in the reference. A second check compares
+every corrected weight of the pruned network with the plan.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
 
-# What a rewrite that is right in float64 may differ by, in roundings of the dense network's own output: pruned network and reference
-# each round as it does, with sums over fewer and larger terms.
+# How far a rewrite that is right in float64 may differ, in multiples of the dense network's own rounding error. The
+# pruned network and the reference each have a rounding error of that kind, with sums over fewer and larger terms.
 LOSSES = 4.0
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the substitution oracle measured.
+    """The result of comparing a pruned network with the substitution reference.
 
     Attributes:
-        error: largest |pruned - reference| over the outputs, relative to the largest |reference|.
-        effect: the same between the dense network and the reference: how much the substitution does at
-            all. Where it is below ``error`` the comparison says nothing (zero-initialised branches).
+        error: the largest |pruned - reference| over the outputs, relative to the largest |reference|.
+        effect: the same between the dense network and the reference, that is, how much the substitution changes at all.
+            If it is below ``error``, the comparison of the outputs proves nothing (zero-initialised branches).
         capture: the same between the captured dense graph and the model itself in eval mode.
-        tolerance: the bound that ``error`` and ``capture`` were held to.
-        dtype: the precision that both ran in.
-        refits: largest relative difference between a corrected weight or bias and what the plan says of it.
-        behind: largest |pruned - reference| behind the layers that read a block, relative to the largest |reference| there;
-            None where that was not compared (a network that is not a graph of the dense one's nodes).
-        unproven: names of blocks that nothing was seen of: zeros in their place would change neither what stands behind
-            their layers nor, where that was not compared, the output.
-        exact: ``error`` and ``behind``, the larger, with every value and weight in float64; None where rounding alone explained what
-            was found.
+        tolerance: the bound that ``error`` and ``capture`` had to meet.
+        dtype: the precision in which both ran.
+        refits: the largest relative difference between a corrected weight and the one that follows from the plan.
+        behind: the largest |pruned - reference| behind the layers that read a block, relative to the largest
+            |reference| there. None if that was not compared, because the network is not a graph with the dense
+            graph's nodes.
+        unproven: names of the blocks for which the comparison proves nothing: setting them to zero would change neither
+            the values behind their layers nor, if these were not compared, the output.
+        exact: the larger of ``error`` and ``behind`` with all values and weights in float64. None if this was not
+            needed, because rounding alone explained the difference.
     """
 
     error: float
@@ -62,20 +63,20 @@ class Verification:
     exact: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "unproven", tuple(self.unproven))  # a list, where it comes from JSON
+        object.__setattr__(self, "unproven", tuple(self.unproven))  # JSON holds a list
 
     @property
     def hidden(self) -> bool:
-        """Whether the output says nothing: the substitution moves it by no more than the error."""
+        """Whether the output proves nothing, because the substitution changes it by no more than the error."""
         return self.effect <= self.error
 
     @property
     def proven(self) -> bool:
-        """Whether something was seen of every block that was narrowed."""
+        """Whether the comparison proves something for every narrowed block."""
         return not self.unproven
 
     def in_words(self) -> str:
-        """What was not proven at the output, or elsewhere, in a line; empty where the output says it all."""
+        """Return a line about what was not proven, or not at the output; "" if the output proves everything."""
         parts = []
         if self.hidden and self.behind is not None and not self.unproven:
             parts.append(
@@ -101,11 +102,12 @@ def verify(
 
     Args:
         captured: the dense graph.
-        small: the pruned GraphModule, or the model in its own class.
-        plan: what it was narrowed by.
-        example_inputs: one batch; by default what the model was captured with, and a sample more of it where the graph takes any
-            number.
-        tolerance: by default what the model's precision allows: 1e-4 in float32, 1e-9 in float64.
+        small: the pruned GraphModule, or the pruned model in its own class.
+        plan: the plan that it was narrowed by.
+        example_inputs: one batch. By default the batch that the model was captured with, with one more sample if the
+            graph accepts any number of samples.
+        tolerance: the largest relative error. By default it depends on the model's precision: 1e-4 in float32, 1e-9 in
+            float64.
 
     Raises:
         VerificationError: a network does not run on the inputs, or the outputs differ in structure, are not
@@ -114,20 +116,20 @@ def verify(
     device = model_device(captured.reference)
     inputs = captured.inputs
     if example_inputs is None and captured.batch is not None and inputs.batch_size:
-        inputs = inputs.resized(inputs.batch_size + 1)  # not the number of samples that was traced
+        inputs = inputs.resized(inputs.batch_size + 1)  # another number of samples than was traced
     if example_inputs is not None:
         inputs = as_inputs(example_inputs, captured.reference).to(device).along(captured.inputs)
     if inputs.is_empty:
         raise VerificationError("the example inputs hold no sample: nothing can be compared")
     try:
         model = _run(captured.reference, inputs)
-    except Exception as failure:  # the model's own operators raise whatever they raise
+    except Exception as failure:  # the model may raise any exception
         raise VerificationError(
             f"the dense network does not run on these inputs ({inputs.describe()}): {failure}"
         ) from failure
     try:
         dense = _run(captured.graph_module, inputs)
-    except Exception as failure:  # likewise
+    except Exception as failure:  # the graph may raise any exception
         raise VerificationError(
             f"the captured graph does not run on inputs ({inputs.describe()}) that the model takes: {failure}. {_OTHER_SIZE}"
         ) from failure
@@ -137,7 +139,7 @@ def verify(
         )
     try:
         seen = _compared(captured, small, plan, inputs)
-    except Exception as failure:  # likewise
+    except Exception as failure:  # the pruned network may raise any exception
         why = explain(failure, small)
         if not isinstance(small, fx.GraphModule):
             why += "\n  its code states a hidden width there: use the GraphModule (pruned.graph_module)"
@@ -150,9 +152,8 @@ def verify(
     try:
         found = judge(outputs, plan, tolerance=bound)
         doubtful = (seen.behind or 0.0) > max(bound, allowed) or precision in (torch.bfloat16, torch.float16)
-        if doubtful or (
-            found.unproven and seen.errors is None
-        ):  # of a class nothing was seen but an output that hides all
+        # The second case is a class, of which only the output was compared, and the output proves nothing.
+        if doubtful or (found.unproven and seen.errors is None):
             exact = require_exact(captured, small, plan, inputs)
     except (_ImpreciseError, _UnlikeModelError) as large:
         lost = measure_loss(captured, inputs, dense, precision) if tolerance is None else None
@@ -190,7 +191,7 @@ def verify(
 
 
 def _compared(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) -> Seen:
-    """Both networks' outputs, and what stands behind the blocks' layers where the pruned one is a graph of the same nodes."""
+    """Compare the outputs and, if the pruned network is a graph of the same nodes, the values behind the consumers."""
     if can_compare(small, plan):
         with torch.no_grad(), full_float32():
             return look(Comparison(captured, small, plan, inputs))
@@ -199,10 +200,13 @@ def _compared(captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs) 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What four networks compute of the same inputs.
+    """The outputs of four networks for the same inputs.
 
     Attributes:
-        dense, model, substituted, pruned: the captured graph, the model itself, the reference, the result.
+        dense: outputs of the captured graph.
+        model: outputs of the model itself.
+        substituted: outputs of the reference.
+        pruned: outputs of the pruned network.
     """
 
     dense: list[Tensor]
@@ -212,10 +216,10 @@ class Outputs:
 
 
 def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Verification:
-    """Hold outputs to the tolerance.
+    """Check that the outputs agree within the tolerance.
 
     Raises:
-        VerificationError: as :func:`verify`.
+        VerificationError: as for :func:`verify`.
     """
     dense, pruned, substituted = outputs.dense, outputs.pruned, outputs.substituted
     dtype = next((t.dtype for t in dense if t.is_floating_point()), torch.float32)
@@ -265,7 +269,7 @@ _DECIDES = (
 
 
 class _ImpreciseError(VerificationError):
-    """The pruned network does not compute what the reference does, by ``difference`` of the output's size."""
+    """The pruned network differs from the reference, by ``difference`` relative to the output's size."""
 
     def __init__(self, difference: float, bound: float, blocks: list[str]) -> None:
         super().__init__(
@@ -277,7 +281,7 @@ class _ImpreciseError(VerificationError):
 
 
 class _UnlikeModelError(VerificationError):
-    """The captured graph does not compute what the model does, by ``difference`` of the output's size."""
+    """The captured graph differs from the model, by ``difference`` relative to the output's size."""
 
     def __init__(self, difference: float, why: str) -> None:
         super().__init__(f"the captured graph differs from the model by {difference:.2e} of the output's size: {why}")
@@ -285,7 +289,7 @@ class _UnlikeModelError(VerificationError):
 
 
 def _why_unlike(captured: Captured, inputs: Inputs, dense: list[Tensor], model: list[Tensor]) -> str:
-    """Why the captured graph does not compute what the model does, and what to do."""
+    """Return why the captured graph differs from the model, and what to do about it."""
     again = _run(captured.reference, inputs)
     if relative_error(again, model) != 0.0:
         return (
@@ -303,7 +307,7 @@ def _why_unlike(captured: Captured, inputs: Inputs, dense: list[Tensor], model: 
 
 
 def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
-    """How far corrected weights are from W + dW over the channels that stay, with what the consumers' folds add to W."""
+    """Return the largest relative error of corrected weights, which must be W + dW plus folds, on the kept channels."""
     dense, narrow = named_tensors(captured.reference), named_tensors(small)
     worst = 0.0
     for correction in plan.corrections:
@@ -327,7 +331,7 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
 
 
 def _precision(reference: nn.Module, dense: list[Tensor]) -> torch.dtype:
-    """The coarsest type that the dense network computes in, of those with a tolerance."""
+    """Return the coarsest dtype in which the dense network computes, of those that have a tolerance."""
     found = {tensor.dtype for tensor in (*reference.parameters(), *dense)} & set(TOLERANCES)
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
