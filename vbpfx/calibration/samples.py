@@ -1,4 +1,4 @@
-"""Samples that several methods look at, and where a rank's share of them stands among all."""
+"""Calibration samples that several methods use, with their position among the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vbpfx.distributed.ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Samples:
-    """One rank's share of the samples that are kept.
+    """One rank's share of the calibration samples that are kept.
 
     Attributes:
-        batches: the rank's own.
-        starts: per batch the number of its first sample among those of all ranks.
-        total: how many samples all ranks have.
-        ranks: those ranks.
+        batches: the batches of this rank.
+        starts: for every batch the number of its first sample among those of all ranks.
+        total: the number of samples of all ranks together.
+        ranks: the processes that share the samples.
     """
 
     batches: tuple[Inputs, ...]
@@ -28,7 +28,7 @@ class Samples:
 
     @classmethod
     def of(cls, batches: Sequence[Inputs] | Samples) -> Samples:
-        """A sequence of batches as the samples of one process alone."""
+        """Return a sequence of batches as the samples of a single process; :class:`Samples` are returned as they are."""
         if isinstance(batches, Samples):
             return batches
         *starts, total = accumulate((batch.batch_size or 1 for batch in batches), initial=0)

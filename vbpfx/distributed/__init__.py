@@ -1,1 +1,1 @@
-"""One process or many."""
+"""Distributed runs: one process, or several that share the data."""

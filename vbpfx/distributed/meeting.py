@@ -1,7 +1,7 @@
-"""Meetings: processes wait for each other in the key-value store of their process group.
+"""Meetings: points where processes wait for each other, by means of the key-value store of their process group.
 
-Who waits there learns within seconds that another one has failed, and within a minute that it has died or gone elsewhere, whatever
-the backend does in such a case.
+A waiting process learns within seconds that another one has failed, and within a minute that another one has died. It
+also learns if another one waits at a different meeting. This works whatever the backend does in such cases.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import TYPE_CHECKING
 
 from vbpfx.errors import RankError, first_line
 
-if TYPE_CHECKING:  # some builds of torch are without
+if TYPE_CHECKING:  # some builds of torch do not have it
     from torch._C._distributed_c10d import Store
 
-# Seconds: between signs of life; without one until a rank counts as dead; until all have begun; that rank 0, in whose process the
-# store often lives, waits for the others to hear a last word; between looks.
+# All in seconds. BEAT: from one sign of life to the next. SILENCE: without a sign of life, until a rank counts as dead.
+# ARRIVAL: until every rank must have started. GRACE: rank 0, in whose process the store often lives, waits so long for
+# the others to read its last message. PAUSE: from one look at the store to the next.
 BEAT, SILENCE, ARRIVAL, GRACE, PAUSE = 1.0, 60.0, 600.0, 5.0, 0.02
 
 
 class Meeting:
-    """One process among those that meet.
+    """One of the processes that meet.
 
     Args:
         rank: the number of this process, from 0.
-        count: how many there are.
-        store: of their own.
+        count: the number of processes.
+        store: a key-value store that only these meetings use.
     """
 
     def __init__(self, rank: int, count: int, store: Store) -> None:
@@ -40,7 +41,7 @@ class Meeting:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """From the first meeting to the last; what is raised in between is told to the others."""
+        """Take part in the meetings while the context is open, and report an error inside it to the other processes."""
         stop = threading.Event()
         beating = threading.Thread(target=self._beat, args=(stop,), daemon=True, name="vbpfx: signs of life")
         beating.start()
@@ -62,10 +63,10 @@ class Meeting:
             raise RankError(f"rank {rank} failed: {message}")
 
     def meet(self, place: str, value: str = "") -> None:
-        """Wait until all ranks are here, with the same value.
+        """Wait until all ranks have called this with the same place and the same value.
 
         Raises:
-            RankError: one has failed, gives no sign of life, is elsewhere, or has another value.
+            RankError: a rank has failed, gives no sign of life, or has called this with another place or value.
         """
         self._meetings += 1
         keys = [f"{self._meetings}/{rank}" for rank in range(self.count)]
@@ -82,7 +83,7 @@ class Meeting:
                 )
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others."""
+        """Report an error of this process to the others."""
         if isinstance(error, RankError):
             self._let_hear("failed")
         else:
@@ -90,13 +91,13 @@ class Meeting:
             self.say("failed", json.dumps([self.rank, f"{type(error).__name__}: {first_line(error)}"]))
 
     def say(self, key: str, message: str) -> None:
-        """A word to the others, before this process may end; whoever is not there does without."""
+        """Leave a message for the other ranks, and give them time to read it before this process ends."""
         with suppress(RuntimeError):  # nobody is left to tell
             self._store.set(key, message)
         self._let_hear(key)
 
     def _let_hear(self, key: str) -> None:
-        """Rank 0 leaves when the others have heard a word that was said, or soon after."""
+        """On rank 0, wait until the others have read a message, but not longer than GRACE."""
         others = [f"{key}/heard by {rank}" for rank in range(1, self.count)]
         until = time.monotonic() + GRACE
         with suppress(RuntimeError):
@@ -106,12 +107,12 @@ class Meeting:
                 time.sleep(PAUSE)
 
     def hear(self, key: str) -> None:
-        """Say that a word was heard."""
+        """Confirm that this rank has read a message."""
         with suppress(RuntimeError):
             self._store.set(f"{key}/heard by {self.rank}", "")
 
     def _part(self) -> None:
-        """The end of the run, for all at once: rank 0 goes last."""
+        """End the run on all ranks together; rank 0 leaves last."""
         self.meet("end")
         if not self.rank:
             self._wait([f"end/heard by {rank}" if rank else f"{self._meetings}/0" for rank in range(self.count)])
@@ -119,27 +120,27 @@ class Meeting:
             self.hear("end")
 
     def _beat(self, stop: threading.Event) -> None:
-        """Signs of life, until stopped."""
+        """Give signs of life until stopped."""
         for number in itertools.count():
             try:
                 self._store.set(f"beat/{self.rank}", str(number))
-            except RuntimeError:  # the store is gone; who waits says so
+            except RuntimeError:  # the store is gone; a process that waits for it raises the error
                 return
             if stop.wait(BEAT):
                 return
 
     def is_there(self, *keys: str) -> bool:
-        """Whether all these words were said."""
+        """Return whether the store holds all these keys."""
         with reaching():
             return bool(self._store.check(list(keys)))
 
     def read(self, key: str) -> str:
-        """A word that is there."""
+        """Return the value of a key that the store holds."""
         with reaching():
             return str(self._store.get(key).decode())
 
     def _wait(self, keys: list[str]) -> None:
-        """Wait for one key of every rank."""
+        """Wait until the store holds all keys, one of every rank."""
         begun = time.monotonic()
         self._pace = dict.fromkeys(range(self.count), ("", begun))
         pause = PAUSE / 64
@@ -163,7 +164,7 @@ class Meeting:
             self._give_up(rank, f"no sign of life for {SILENCE:g} s: it was killed, or its machine is gone")
 
     def _give_up(self, rank: int, why: str) -> None:
-        """A rank's failure, in its stead."""
+        """Report the failure of another rank in its place, and raise it here."""
         with reaching():
             self._store.set(f"failed/heard by {rank}", "")
             self._store.set("failed", json.dumps([rank, why]))
@@ -172,7 +173,7 @@ class Meeting:
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """An error of torch.distributed in a line that says what it means."""
+    """Turn an error of torch.distributed into a RankError that explains it in one line."""
     try:
         yield
     except RuntimeError as error:
@@ -184,13 +185,13 @@ def reaching() -> Iterator[None]:
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """:func:`reaching`, around work that holds exchanges among other things, whose errors stay as they are."""
+    """Like :func:`reaching`, for work that also does other things, whose errors pass through unchanged."""
     try:
         yield
     except RuntimeError as error:
         from torch import distributed
 
-        # gloo raises plain ones, which begin with a place in its sources
+        # gloo raises plain RuntimeErrors, whose messages begin with a path in its source code
         if isinstance(error, distributed.DistError) or "/gloo/" in first_line(error):
             with reaching():
                 raise

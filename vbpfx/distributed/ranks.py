@@ -1,7 +1,7 @@
-"""Ranks: what a run on many processes asks of ``torch.distributed``.
+"""Ranks: everything that a run on several processes needs from ``torch.distributed``.
 
-Ranks work on their own and meet (:mod:`vbpfx.distributed.meeting`) before every exchange. Tensors are exchanged when all have come, by one
-collective, the sum.
+Ranks work independently, and meet before every exchange of tensors (:mod:`vbpfx.distributed.meeting`). When all have
+arrived, tensors are exchanged by a single kind of collective, the sum.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Sharing = Literal["share", "own", "alone"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WRITING = 600.0  # seconds that ranks wait for what rank 0 writes
+WRITING = 600.0  # seconds that the other ranks wait until rank 0 has written a file
 _runs = itertools.count()
 
 
 class Ranks:
-    """This process and those that work with it; made by :func:`join`, or alone.
+    """This process and the processes that it works with. :func:`join` returns it; :data:`ALONE` is a single process.
 
     Attributes:
         rank: the number of this process, from 0.
-        count: how many there are.
-        own: whether every rank was given data of its own, rather than all the same.
+        count: the number of processes.
+        own: whether every rank was given data of its own; otherwise all were given the same data.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, *, own: bool = False, meeting: Meeting | None = None) -> None:
@@ -43,19 +43,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and shows things."""
+        """Whether this is rank 0, the process that writes files and shows progress."""
         return self.rank == 0
 
     def takes(self, number: int) -> bool:
-        """Whether a batch of the data, counted from 0, is this rank's."""
+        """Return whether this rank runs the batch with this number, counted from 0."""
         return self.own or number % self.count == self.rank
 
     def share_of(self, number: int) -> int:
-        """How many of so many batches are this rank's."""
+        """Return how many of ``number`` batches this rank runs."""
         return number if self.own else len(range(self.rank, number, self.count))
 
     def require_whole(self, data: object) -> None:
-        """Raise a CalibrationError for data that is divided already and would be divided again."""
+        """Raise a CalibrationError if the data is divided between the ranks already, and would be divided again."""
         divides = self.count > 1 and not self.own
         if divides and isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
             raise CalibrationError(
@@ -69,12 +69,19 @@ class Ranks:
             self._meeting.watch()
 
     def meet(self, place: str, value: str) -> None:
-        """Wait until all ranks are here, with the same value; a RankError if one has failed, died, or another value."""
+        """Wait until all ranks have come here with the same value.
+
+        Raises:
+            RankError: a rank has failed or died, or has another value.
+        """
         if self._meeting is not None:
             self._meeting.meet(place, value)
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Every tensor summed over the ranks, bit for bit the same on all of them; shapes are the same everywhere."""
+        """Return the sum of every tensor over the ranks, bit for bit the same on all ranks.
+
+        All ranks must pass tensors of the same shapes.
+        """
         if self._meeting is None:
             return list(tensors)
         self._meeting.meet("shapes", str([tuple(tensor.shape) for tensor in tensors]))
@@ -87,13 +94,13 @@ class Ranks:
         return summed
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Every number summed over the ranks."""
+        """Return the sum of every number over the ranks."""
         if self._meeting is None:
             return list(values)
         return list(self.sum([torch.tensor(values, dtype=torch.float64)])[0].tolist())
 
     def gather(self, values: Tensor) -> Tensor:
-        """What the ranks have, one behind the other along the last axis, on the CPU; all other axes are the same everywhere."""
+        """Return the ranks' tensors, concatenated along the last axis, on the CPU; all other sizes must be equal."""
         if self._meeting is None:
             return values.cpu()
         lengths = [int(n) for n in self.sums([float(values.shape[-1] * (r == self.rank)) for r in range(self.count)])]
@@ -102,7 +109,7 @@ class Ranks:
         return self.sum([joined])[0]
 
     def of_lowest(self, tensors: Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]]) -> list[Tensor] | None:
-        """The tensors of the lowest rank that has any, float64; None where none has."""
+        """Return the tensors of the lowest rank that has any, as float64; None if no rank has any."""
         if self._meeting is None:
             return None if tensors is None else [tensor.double() for tensor in tensors]
         have = self.sums([float(tensors is not None and rank == self.rank) for rank in range(self.count)])
@@ -113,7 +120,7 @@ class Ranks:
         return self.sum(own)
 
     def of_first(self, make: Callable[[], R]) -> R:
-        """What rank 0 makes, while the others wait."""
+        """Return what ``make`` returns on rank 0, on all ranks; the others wait for it."""
         if self._meeting is None:
             return make()
         made: list[Any] = [make() if self.first else None]
@@ -123,12 +130,12 @@ class Ranks:
         return made[0]  # type: ignore[no-any-return]
 
     def write(self, write: Callable[[], R], result: R) -> R:
-        """What rank 0 writes, once; a rank above it waits until that is done, and returns ``result``.
+        """Call ``write`` on rank 0 alone and return its result; the other ranks wait for it and return ``result``.
 
-        Rank 0 waits a few seconds for the others to know, and may be the only one to write.
+        Rank 0 waits a few seconds for the others to notice. It is allowed that only rank 0 calls this.
 
         Raises:
-            RankError: rank 0 could not write, or did not.
+            RankError: rank 0 could not write, or has not written in time.
         """
         if self._meeting is None:
             return write()
@@ -162,17 +169,19 @@ ALONE = Ranks()
 
 @contextmanager
 def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
-    """The ranks of ``torch.distributed``'s default group, if it is initialised, until the end of a run; otherwise one alone.
+    """Work together with the other ranks while the context is open. Yield the :class:`Ranks`.
 
-    An error here is told to the others, which end with a RankError. All end together.
+    These are the ranks of ``torch.distributed``'s default group, if it is initialised; otherwise this process alone. If
+    an error leaves the context, the other ranks end with a RankError. All ranks leave together.
 
     Args:
-        sharing: ``"share"``: all were given the same data, of which every rank takes its share; ``"own"``: every rank was
-            given its own; ``"alone"``: this process works alone. Ranks that have been joined stay so.
+        sharing: ``"share"`` if all ranks were given the same data, of which each runs its share; ``"own"`` if every
+            rank was given data of its own; ``"alone"`` if this process works alone. :class:`Ranks` that are joined
+            already are yielded as they are.
 
     Raises:
         RankError: another rank has failed, died, or does something else.
-        CalibrationError: there is no such ``sharing``.
+        CalibrationError: ``sharing`` is unknown.
     """
     if isinstance(sharing, Ranks):
         yield sharing
@@ -182,7 +191,7 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
     if sharing == "alone" or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield ALONE
         return
-    from torch._C._distributed_c10d import PrefixStore  # once it is known to be there
+    from torch._C._distributed_c10d import PrefixStore  # not at the top: some builds of torch do not have it
 
     store = PrefixStore(f"vbpfx/{next(_runs)}", dist.distributed_c10d._get_default_store())
     meeting = Meeting(dist.get_rank(), dist.get_world_size(), store)
@@ -192,7 +201,10 @@ def join(sharing: Sharing | Ranks) -> Iterator[Ranks]:
 
 
 def joining(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose argument ``ranks`` says which ranks it :func:`join`\\ s; it is given the :class:`Ranks`."""
+    """Decorate a function that has an argument ``ranks``, so that it runs inside of :func:`join`.
+
+    The caller passes ``ranks`` as ``sharing`` of :func:`join`; the function gets the :class:`Ranks`.
+    """
 
     @functools.wraps(function)
     def joined(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -205,6 +217,6 @@ def joining(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _exchange_device() -> torch.device:
-    """Where the backend takes tensors from."""
+    """Return the device on which the backend needs tensors to be."""
     takes_cpu = "cpu" in str(dist.get_backend_config())
     return torch.device("cpu") if takes_cpu else torch.device("cuda", torch.cuda.current_device())

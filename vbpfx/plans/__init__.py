@@ -1,1 +1,1 @@
-"""Plans: what is narrowed, as data."""
+"""Plans: data that describes which blocks are narrowed, and how."""

@@ -1,4 +1,4 @@
-"""A plan in its two files: what stays of which blocks, and the numbers that stand for the rest."""
+"""Save and load a plan: ``plan.json`` with the kept neurons, and ``plan.safetensors`` with what replaces the others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FORMAT = 3
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 over the neurons that stay and all numbers of a plan."""
+    """Return the SHA-256 of a plan's kept neurons and of all its tensors."""
     kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
     return tensors_digest(kept | _plan_tensors(plan))
 
 
 def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
-    """``plan.json`` and ``plan.safetensors`` of a folder, to be written."""
+    """Return ``plan.json`` and ``plan.safetensors`` of a folder as paths with functions that write them."""
     data = {
         "format": _FORMAT,
         "fingerprint": plan.fingerprint,
@@ -43,10 +43,10 @@ def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
 
 
 def load_plan(folder: str | Path) -> Plan:
-    """Read what :func:`plan_files` are.
+    """Read a plan from the files of :func:`plan_files`.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or of another format.
+        ArtifactError: a file is missing, is damaged or has another format.
     """
     folder = Path(folder)
     settle(folder)
@@ -81,7 +81,7 @@ def load_plan(folder: str | Path) -> Plan:
 
 
 def _further_calls(data: Mapping[str, Any]) -> list[Any]:
-    """Of every correction the other calls of its layer; plans that were written before there were any say nothing of them."""
+    """Return the further calls of every correction's layer; plans of earlier versions have no such entry."""
     further: list[Any] = data.get("further_calls", [[]] * len(data["corrections"]))
     return further
 
@@ -90,7 +90,7 @@ def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for number, entry in enumerate(plan.blocks):
         for index, (constants, prediction) in enumerate(zip(entry.constants, entry.predictions, strict=True)):
-            # calls of one layer may share theirs, and safetensors takes no memory twice
+            # calls of one layer may share their tensors, and safetensors forbids tensors that share memory
             tensors[f"{number}.{index}"] = constants.clone()
             if prediction is not None:
                 tensors[f"{number}.{index}.prediction"] = prediction.clone()

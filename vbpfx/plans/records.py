@@ -1,7 +1,7 @@
-"""The records that pass between the stages.
+"""The records that the stages pass to each other: blocks, refusals and plans.
 
-Frozen dataclasses that hold node and parameter *names*, never ``torch.fx.Node`` objects: they survive
-copies of the graph and serialise to JSON.
+They are frozen dataclasses that hold the *names* of nodes and parameters, and never ``torch.fx.Node`` objects. So they
+remain valid for copies of the graph, and can be written as JSON.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ParameterAxis:
     Attributes:
         name: the parameter's name in the model's ``state_dict``.
         axis: the axis of that tensor that holds the hidden axis.
-        start: where on it the block's channel 0 stands. Packed gates have one entry per part.
-        step: from one channel to the next. Interleaved gates have one entry for each of so many.
+        start: the position of the block's channel 0 on this axis. A packed gate has one entry for each of its parts.
+        step: the distance from one channel to the next. An interleaved gate has one entry for each interleaved part.
     """
 
     name: str
@@ -39,21 +39,24 @@ class ParameterAxis:
     step: int = 1
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
-        """Where some of the block's channels stand on the axis."""
+        """Return the positions of some of the block's channels on the axis."""
         return _at(self.start, self.step, channels)
 
 
 @dataclass(frozen=True)
 class SizeLiteral:
-    """An integer among a node's arguments that counts channels of an axis (a ``view``, a ``groups=``, a slice's end).
+    """An integer among a node's arguments that is a number of channels (in a ``view``, a ``groups=`` or a slice's end).
 
     Attributes:
         node: name of the node.
-        path: where the integer stands: ``("args", 1, 2)`` is ``node.args[1][2]``.
-        owner: the node (or parameter, if ``of_parameter``) that has the axis, and ``axis`` which one; ``start`` to ``stop``
-            are counted.
-        by_code: whether the model's own code states the number; ``chunk`` works it out.
-        follows: whether the code computes it from the width, as a share of it, so that it is right in a narrowed model.
+        path: the place of the integer: ``("args", 1, 2)`` is ``node.args[1][2]``.
+        owner: name of the node (or of the parameter, if ``of_parameter``) whose axis ``axis`` has these channels.
+        axis: the axis of the owner.
+        start, stop: the integer is the number of channels from ``start`` to ``stop``.
+        by_code: whether the model's own code states the number; for a ``chunk``, for example, PyTorch computes it.
+        of_parameter: whether ``owner`` is a parameter.
+        follows: whether the model's code computes the number as a share of the width, so that it is right in a narrowed
+            model.
     """
 
     node: str
@@ -68,12 +71,13 @@ class SizeLiteral:
 
 
 class Source(NamedTuple):
-    """A value that a layer or a statistic reads the hidden axis from.
+    """A value with the hidden axis that a layer or a reduction reads.
 
     Attributes:
         node: name of the node.
-        axis: the axis of its value, counted from its end (-1 is the last).
-        start: where on that axis the block's channel 0 stands; ``step`` is from one channel to the next.
+        axis: the axis of its value, counted from the end (-1 is the last).
+        start: the position of the block's channel 0 on this axis.
+        step: the distance from one channel to the next.
     """
 
     node: str
@@ -82,12 +86,12 @@ class Source(NamedTuple):
     step: int = 1
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
-        """Where some of the block's channels stand on the axis."""
+        """Return the positions of some of the block's channels on the axis."""
         return _at(self.start, self.step, channels)
 
 
 class Carrier(NamedTuple):
-    """A value that carries the hidden axis; ``start`` and ``step`` as of :class:`ParameterAxis`."""
+    """A value that has the hidden axis; ``start`` and ``step`` are as in :class:`ParameterAxis`."""
 
     node: str
     axis: int
@@ -95,7 +99,7 @@ class Carrier(NamedTuple):
     step: int = 1
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
-        """Where some of the block's channels stand on the axis."""
+        """Return the positions of some of the block's channels on the axis."""
         return _at(self.start, self.step, channels)
 
 
@@ -105,12 +109,13 @@ class Consumer:
 
     Attributes:
         node: name of the node that calls the layer.
-        source: what it reads as h.
-        weight: name of W; ``weight_axis`` is the axis of W that is contracted (1 for ``nn.Linear``).
-        bias: name of b; where ``creates_bias`` is true the layer has none and the fold makes one
-            under this name.
+        source: the value h.
+        weight: name of W.
+        weight_axis: the axis of W that is contracted (1 for ``nn.Linear``).
+        bias: name of b.
+        creates_bias: whether the layer has no bias yet, so that folding creates one under the name ``bias``.
         is_layer: whether the call is a layer of ``torch.nn``, whose class adds its bias by itself.
-        alone: whether nothing but calls of this layer uses the weight, so that its columns may change.
+        alone: whether only calls of this layer use the weight, so that its columns may change.
     """
 
     node: str
@@ -127,15 +132,15 @@ class Consumer:
 class Reduction:
     """A statistic over the hidden axis: a sum, a mean, or a norm between the layers.
 
-    The removed channels, constant by the plan, go on counting in it.
+    The plan replaces removed channels by constants, and these still count in the statistic.
 
     Attributes:
-        node: name of the node that takes it.
-        source: what it is taken of.
+        node: name of the node that computes it.
+        source: the value that it is computed from.
         kind: ``"sum"``, ``"mean"``, ``"layer_norm"`` or ``"rms_norm"``.
-        size: of the whole axis it is taken over, in the dense network.
-        module: path of the module whose code takes it; ``""`` where none is known.
-        calls: how often the graph calls that module.
+        size: the size of the whole axis in the dense network.
+        module: path of the module whose code computes it; ``""`` if unknown.
+        calls: the number of times that the graph calls this module.
     """
 
     node: str
@@ -151,13 +156,13 @@ class Block:
     """A hidden channel axis that can be narrowed exactly, from its producers to its consumers.
 
     Attributes:
-        name: the module path that encloses it; unique in the model.
+        name: a unique name, if possible the path of the module that contains the block.
         width: the hidden width d.
-        producers: names of the weights whose rows make the axis.
-        consumers: the layers that contract it.
-        reductions: the statistics that are taken over it.
-        parameters: every parameter and buffer axis that is sliced with it.
-        literals: every integer in the graph that depends on its width.
+        producers: names of the weights whose rows produce the axis.
+        consumers: the layers that contract the axis.
+        reductions: the statistics that are taken over the axis.
+        parameters: every axis of a parameter or buffer that is sliced when the block is narrowed.
+        literals: every integer in the graph that depends on the width.
         carriers: every value that carries the hidden axis, in graph order.
     """
 
@@ -177,14 +182,15 @@ class Block:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The distinct values that the readers read; statistics are gathered at each."""
+        """The distinct values that the readers read. Activation statistics are gathered at each of them."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
 
     def takes_prediction(self, source: Source) -> bool:
-        """Whether what is removed there may be predicted from what stays.
+        """Return whether removed neurons at a source may be predicted from the kept ones, and not only by constants.
 
-        Every weight that reads it must be a layer's own, and no statistic may be taken of it: those count constants. Where
-        a layer reads it that is called elsewhere, too, the same must hold there (:attr:`pools`).
+        Every weight that reads the source must belong to one layer alone, and no reduction may be taken over it,
+        because reductions can only count constants. If a layer that reads it is called at other sources, too, the same
+        must hold there (:attr:`pools`).
 
         Args:
             source: one of :attr:`sources`.
@@ -197,10 +203,10 @@ class Block:
 
     @property
     def pools(self) -> tuple[tuple[int, ...], ...]:
-        """The consumers' inputs, as indices into :attr:`sources`, grouped where one weight or bias takes the fold of several.
+        """Groups of the consumers' inputs, as indices into :attr:`sources`, that share a weight or a bias.
 
-        A layer that is called several times has one weight and one bias: what stands for a removed neuron must be the
-        same at every call.
+        A layer that is called several times has one weight and one bias for the fold. So a removed neuron must be
+        replaced in the same way at every call.
         """
         joined = nx.Graph()
         for consumer in self.consumers:
@@ -213,24 +219,24 @@ class Block:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Module paths of the producers and consumers: what include / exclude patterns see."""
+        """Module paths of the producers and consumers; include and exclude patterns are matched against them."""
         weights = (*self.producers, *(c.weight for c in self.consumers))
         return tuple(dict.fromkeys(weight.rpartition(".")[0] for weight in weights))
 
 
-_SHOWN = 3  # weights that a refusal is called by
+_SHOWN = 3  # the largest number of weights in the label of a refusal
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An axis that layers produce and that cannot be narrowed, with the reason.
+    """An axis that layers produce but that cannot be narrowed, with the reason.
 
     Attributes:
-        name: the module path that encloses its producers.
-        width: its width.
-        producers: names of the weights whose rows make it.
-        node: the node nearest to a producer that stands in the way (``""`` where it is a parameter).
-        reason: why, in words.
+        name: the path of the module that contains its producers.
+        width: the size of the axis.
+        producers: names of the weights whose rows produce the axis.
+        node: the node that prevents the narrowing, the one nearest to a producer; ``""`` if it is a parameter.
+        reason: the reason, in words.
     """
 
     name: str
@@ -241,7 +247,7 @@ class Refusal:
 
     @property
     def label(self) -> str:
-        """What people are shown: the module path, or the first weights where no module encloses them all."""
+        """The name to show to people: the module path, or the first weights if no module contains them all."""
         if self.name:
             return self.name
         others = len(self.producers) - _SHOWN
@@ -250,14 +256,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What becomes of one block.
+    """How one block is narrowed. At each source the removed neurons h_P are replaced by a + B h_K.
 
     Attributes:
         block: the block as it was found.
         kept: indices of the kept neurons, ascending.
-        constants: per entry of ``block.sources`` the values a that stand for the removed neurons,
-            float64, in the order of :attr:`pruned`.
-        predictions: per entry the matrix B (P, K), or None for B = 0; h_P is replaced by a + B h_K. Left out, all are None.
+        constants: for every entry of ``block.sources`` the constants a, float64, in the order of :attr:`pruned`.
+        predictions: for every entry of ``block.sources`` the matrix B (P, K), or None for B = 0; all None by default.
     """
 
     block: Block
@@ -308,11 +313,11 @@ class BlockPlan:
                     )
 
     def constants_at(self, source: Source) -> torch.Tensor:
-        """What stands for the removed neurons at one of the block's sources."""
+        """Return the constants a at one of the block's sources."""
         return self.constants[self.block.sources.index(source)]
 
     def prediction_at(self, source: Source) -> torch.Tensor | None:
-        """B at one of the block's sources; None for zero."""
+        """Return the prediction B at one of the block's sources; None for B = 0."""
         return self.predictions[self.block.sources.index(source)]
 
     @cached_property
@@ -324,13 +329,13 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Correction:
-    """A layer y = W x + b whose weights are fitted anew: W + dW, b + db, after everything removed is folded.
+    """A layer y = W x + b that was fitted anew: after removed neurons are folded, its weights become W + dW and b + db.
 
     Attributes:
-        layer: the layer; ``source`` is all of its input axis.
+        layer: the layer, or its first call; its ``source`` is the whole input axis.
         weight: dW, in the shape of the narrowed weight.
         bias: db, in the shape of the narrowed bias.
-        further: the other calls of a layer that is called several times; ``layer`` is the first.
+        further: the other calls, if the layer is called several times.
     """
 
     layer: Consumer
@@ -346,14 +351,14 @@ class Correction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which neurons go, and what stands for them. Pure data: no graph, no module.
+    """Which neurons are removed, and what replaces them. A plan is pure data, without a graph or a module.
 
     Attributes:
-        blocks: the blocks that are narrowed; blocks of which nothing is removed are left out.
-        corrections: layers that are fitted anew, in graph order: consumers of the blocks, and others where asked for.
-        fingerprint: hash of the structure of the model it was made for.
-        frontend: what traced that model; node names are those of its graphs.
-        settings: how it was made (criterion, compensation, budget, floors), for the report.
+        blocks: the blocks that are narrowed; blocks that stay whole are left out.
+        corrections: layers that were fitted anew, in graph order: consumers of the blocks, and others if asked for.
+        fingerprint: hash of the structure of the model that the plan was made for.
+        frontend: the front end that traced the model; node names in the plan are those of its graphs.
+        settings: how the plan was made (criterion, compensation, budget, floors), for the report.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -369,35 +374,35 @@ class Plan:
 
     @property
     def refitted(self) -> tuple[str, ...]:
-        """Weights of layers beside the blocks that are fitted anew."""
+        """Names of the weights of layers outside the blocks that were fitted anew."""
         consumers = {consumer.weight for entry in self.blocks for consumer in entry.block.consumers}
         return tuple(c.layer.weight for c in self.corrections if c.layer.weight not in consumers)
 
     @property
     def widths(self) -> dict[str, int]:
-        """Block name -> width afterwards."""
+        """Block name -> width after pruning."""
         return {entry.block.name: len(entry.kept) for entry in self.blocks}
 
 
 def consumer_from_json(data: Mapping[str, Any]) -> Consumer:
-    """The inverse of ``dataclasses.asdict``, after JSON."""
+    """Return the consumer that ``dataclasses.asdict`` turned into this dictionary, which may come from JSON."""
     return Consumer(**dict(data) | {"source": Source(*data["source"])})
 
 
 def block_to_json(block: Block) -> dict[str, Any]:
-    """The block as JSON-ready dictionaries and lists."""
+    """Return the block as dictionaries and lists that can be written as JSON."""
     return dataclasses.asdict(block)
 
 
 def _path_from_json(path: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Where a number stands; only among arguments, since numbers are written there."""
+    """Return the path of a number. It must lead into a call's arguments, because numbers will be written there."""
     if not path or path[0] not in ("args", "kwargs"):
         raise ValueError(f"a number stands at {path!r}, which is no place among a call's arguments")
     return tuple(path)
 
 
 def block_from_json(data: Mapping[str, Any]) -> Block:
-    """The inverse of :func:`block_to_json`."""
+    """Return the block that :func:`block_to_json` was called on."""
     return Block(
         name=data["name"],
         width=data["width"],

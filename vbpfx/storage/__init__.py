@@ -1,1 +1,1 @@
-"""Files: whole or not at all, and never pickle."""
+"""Storage: files that are written completely or not at all, and never with pickle."""

@@ -1,7 +1,7 @@
-"""Checkpoints: a long run in one file, without pickle.
+"""Checkpoints: save the state of a long run in one file, without pickle.
 
-Tensors lie in a safetensors file, everything else as JSON in its header. One file is one rename, so that a run that is
-killed at any moment leaves the old checkpoint or the new one, and never halves of both.
+Tensors are saved in a safetensors file, and everything else as JSON in its header. The file is put in place by one
+rename. So a run that is killed at any moment leaves the old checkpoint or the new one, and never a mixture.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """Where a file says that it is of this kind."""
+        """The key in a file's header under which checkpoints of this kind keep their data."""
         return f"vbpfx.{self.name}"
 
 
@@ -54,27 +54,28 @@ def save_checkpoint(
     """Write a checkpoint.
 
     Args:
-        run: what makes the run this run; :func:`load_checkpoint` compares it.
-        data: the rest, as JSON can hold it.
+        run: what identifies the run (networks, data, settings); :func:`load_checkpoint` compares it.
+        data: everything else that is to be saved; it must be possible to write it as JSON.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
-    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # none may share memory
+    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # safetensors forbids shared memory
     about = {"format": _FORMAT, "sum": _checksum(own), "run": dict(run), "data": dict(data)}
     write_atomically({path: safetensors_writer(own, {kind.key: json.dumps(about)})})
 
 
 def load_checkpoint(kind: Kind, path: Path, run: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and data of a checkpoint of the same run.
+    """Return the tensors and the data of a checkpoint of the same run.
 
     Raises:
-        VbpfxError: the kind's: the file is damaged, or of a run with other networks, data or settings.
+        VbpfxError: the file is damaged, or belongs to a run with other networks, data or settings. The error's class is
+            ``kind.error``.
     """
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[kind.key])
-            # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+            # cloned because tensors in the file's memory may be unaligned, and then other kernels would run
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 # no mapping
         number, theirs, data = about["format"], about["run"], about["data"]
         if number == _FORMAT and about["sum"] != _checksum(tensors):
@@ -94,12 +95,12 @@ def load_checkpoint(kind: Kind, path: Path, run: Mapping[str, Any]) -> tuple[dic
 
 
 def digest(network: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
+    """Return the SHA-256 of the names and bytes of all parameters and buffers."""
     return tensors_digest(dict((*network.named_parameters(), *network.named_buffers())))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
+    """Return the SHA-256 of the tensors' names, types, shapes and bytes."""
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

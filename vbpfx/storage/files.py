@@ -1,8 +1,9 @@
-"""Files: a write is whole or not at all, and an error names the path.
+"""Files: write them completely or not at all, with errors that name the path.
 
-One file is one rename. Several files that belong together are written beside their paths first; then one rename puts a list of
-all their renames in place, from which moment on the new files are the ones that count: whoever comes next carries out what is
-left of the list. So a process that is killed at any moment leaves all old files or all new ones.
+A single file is written under a temporary name and then renamed. Several files that belong together are first all
+written under temporary names. Then a list of the renames to do is put in place, by one rename. From this moment on the
+new files count: whoever reads or writes the folder next does the remaining renames on the list. So a process that is
+killed at any moment leaves either all old files or all new ones.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _RENAMES = ".vbpfx-renames.json"
 def write_atomically(files: Mapping[Path, Write]) -> None:
     """Write files of one folder, all of them or none.
 
-    A process that is killed, or a disk that fills, leaves the old files: nothing takes its name before
-    everything is written. What :func:`settle` has not seen yet may be a mixture.
+    If the process is killed or the disk is full, the old files remain, because no file gets its name before all are
+    written. Before :func:`settle` is called, a folder may hold a mixture of old and new files.
 
     Raises:
         ArtifactError: the folder cannot be made or a file cannot be written.
@@ -63,16 +64,16 @@ def write_atomically(files: Mapping[Path, Write]) -> None:
     finally:
         if (
             len(written) == 1 or not (path.parent / _RENAMES).exists()
-        ):  # else they are the new files, but for their names
+        ):  # otherwise they are the new files, which only need to be renamed
             for temporary in written.values():
                 temporary.unlink(missing_ok=True)
 
 
 def settle(folder: Path) -> None:
-    """Carry out what is left of renames that another process had begun; to be called before a folder is read.
+    """Finish the renames that another process had begun. Call this before reading a folder.
 
     Raises:
-        ArtifactError: a file cannot be renamed, or the list is not one that :func:`write_atomically` made.
+        ArtifactError: a file cannot be renamed, or the list of renames was not written by :func:`write_atomically`.
     """
     renames = folder / _RENAMES
     if not renames.exists():
@@ -99,10 +100,10 @@ def _unwritable(path: Path, error: Exception) -> ArtifactError:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the given name when all is written; otherwise nothing is left of it.
+    """Yield a temporary folder to write into. It gets the given name when the context ends, and is removed on an error.
 
     Raises:
-        ArtifactError: there is something under that name already, or it cannot be written.
+        ArtifactError: something exists under that name already, or the folder cannot be written.
     """
     require_new(folder)
     temporary: Path | None = None
@@ -123,7 +124,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new(folder: Path) -> None:
-    """Raise an ArtifactError where there is a file, or a folder that holds something."""
+    """Raise an ArtifactError if the path is a file, or a folder that is not empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
@@ -133,12 +134,12 @@ def require_new(folder: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """How names of a process's unfinished files begin."""
+    """Return the beginning of the names of this process's unfinished files."""
     return f".{path.name}.{socket.gethostname()}-{os.getpid()}."
 
 
 def _remove_remains(path: Path) -> None:
-    """Remove the unfinished files of processes of this machine that were killed."""
+    """Remove the unfinished files that killed processes of this machine have left."""
     if os.name != "posix":
         return
     host = socket.gethostname()
@@ -156,16 +157,18 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process belongs to another user
         return True
     return True
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, made if need be, before any work goes into what it will hold.
+    """Make the folder if needed, check that files can be written to it, and return it.
+
+    Call this before the work whose results it will hold.
 
     Raises:
-        ArtifactError: it cannot be made or written.
+        ArtifactError: the folder cannot be made, or files in it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,10 +180,12 @@ def make_folder(folder: Path) -> Path:
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """A folder that can be written; what was made of it goes again if the work within fails and leaves it empty.
+    """Make a folder that can be written, for the work in this context.
+
+    If the work fails, the folders that were made here are removed again, unless they hold something.
 
     Raises:
-        ArtifactError: it cannot be made or written.
+        ArtifactError: the folder cannot be made, or files in it cannot be written.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -200,7 +205,7 @@ def _umask() -> int:
 
 
 def json_writer(data: Any) -> Write:
-    """Writes data as JSON."""
+    """Return a function that writes the data to a path as JSON."""
     text = json.dumps(data, indent=1) + "\n"
 
     def write(path: Path) -> None:
@@ -210,7 +215,7 @@ def json_writer(data: Any) -> Write:
 
 
 def text_writer(text: str) -> Write:
-    """Writes text as UTF-8."""
+    """Return a function that writes the text to a path as UTF-8."""
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
@@ -219,7 +224,7 @@ def text_writer(text: str) -> Write:
 
 
 def safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Write:
-    """Writes tensors as safetensors."""
+    """Return a function that writes the tensors to a path as safetensors."""
 
     def write(path: Path) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, dict(metadata or {}))
@@ -231,7 +236,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ArtifactError: it is missing, truncated or no JSON.
+        ArtifactError: the file is missing or truncated, or is not JSON.
     """
     try:
         return json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Tensors that lie in safetensors files: read one at a time, written shard by shard.
+"""Tensors in safetensors files: read them one at a time, and write them shard by shard.
 
-The layout is that of Hugging Face: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on beside
-``model.safetensors.index.json``, which says what lies where.
+The layout is that of Hugging Face: either ``model.safetensors``, or files ``model-00001-of-00003.safetensors`` and so
+on with an index ``model.safetensors.index.json``, which says which file holds which tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors in files.
+    """Tensors that are stored in files.
 
     Attributes:
-        files: where each lies, by name.
-        shapes: an empty tensor of its shape and dtype, on the meta device.
+        files: name of a tensor -> the file that holds it.
+        shapes: name of a tensor -> an empty tensor of its shape and dtype on the meta device.
     """
 
     files: Mapping[str, Path]
@@ -36,10 +36,10 @@ class Stored:
 
     @classmethod
     def of(cls, weights: str | Path | Iterable[str | Path]) -> Stored:
-        """What lies in a folder (by its index, or in its one ``model.safetensors``), in a file, or in several.
+        """Return the tensors in a folder (by its index, or in its ``model.safetensors``), in a file or in several files.
 
         Raises:
-            ModelError: a file is missing, damaged, or no safetensors; or two hold a tensor of the same name.
+            ModelError: a file is missing, is damaged or is not safetensors; or two files hold tensors of the same name.
         """
         single = isinstance(weights, (str, Path))
         paths = _files_of(Path(weights)) if single else [Path(path) for path in weights]  # type: ignore[arg-type, union-attr]
@@ -57,13 +57,15 @@ class Stored:
         return cls(files, shapes)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own: as it lies in the file it may not be aligned, and other kernels would run.
+        """Read one tensor.
+
+        It is a copy, because a tensor in the file's memory may be unaligned, and then other kernels would run.
 
         Raises:
             ModelError: the file has changed since it was first read.
         """
         try:
-            # opened anew for every tensor: pages of a file that stays mapped count as memory of this process
+            # the file is opened for every tensor, because the pages of a mapped file count as memory of this process
             with safe_open(self.files[name], "pt") as file:
                 return file.get_tensor(name).clone()  # type: ignore[no-any-return]
         except (OSError, SafetensorError) as error:
@@ -81,7 +83,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _indexed_files(folder: Path) -> list[Path]:
-    """The shards that a folder's index names.
+    """Return the files that a folder's index names.
 
     Raises:
         ModelError: the index is damaged.
@@ -108,21 +110,21 @@ def _shapes(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_shards(shapes: Mapping[str, Tensor], make: Callable[[str], Tensor], folder: Path, limit: int) -> list[Path]:
-    """Write tensors to a folder, shard by shard; only one shard is in memory.
+    """Write tensors to a folder, shard by shard; only one shard is in memory at a time.
 
     Args:
-        shapes: what will be written: tensors of those shapes and dtypes, on the meta device.
-        make: the tensor of a name.
-        limit: bytes of a shard; a tensor that is larger is a shard of its own.
+        shapes: name -> an empty tensor on the meta device, with the shape and dtype of the tensor that will be written.
+        make: a function that returns the tensor with a name.
+        limit: the largest size of a shard in bytes; a larger tensor gets a shard of its own.
 
     Returns:
-        The files, with the index where there are several shards.
+        The paths of the files, including the index if there are several shards.
     """
     shards = list(_divided(shapes, limit))
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [WHOLE]
     for file, held in zip(names, shards, strict=True):
-        # the entry "format" is what transformers asks for
+        # transformers requires the entry "format"
         safetensors_writer({name: make(name) for name in held}, {"format": "pt"})(folder / file)
     paths = [folder / name for name in names]
     if len(shards) > 1:
@@ -134,10 +136,10 @@ def write_shards(shapes: Mapping[str, Tensor], make: Callable[[str], Tensor], fo
 
 
 def byte_count(size: int | str) -> int:
-    """A number of bytes, or one with a unit as Hugging Face writes it: ``"500MB"``, ``"5GB"``.
+    """Return a size in bytes, given as a number or as in Hugging Face: ``"500MB"``, ``"5GB"``.
 
     Raises:
-        ArtifactError: it is neither, or not positive.
+        ArtifactError: the size is neither of these, or is not positive.
     """
     found = re.fullmatch(r"([\d.]+) *([KMG])B", str(size), re.IGNORECASE)
     try:
@@ -166,13 +168,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Return all tensors of a safetensors file.
 
     Raises:
-        ArtifactError: it is missing or damaged.
+        ArtifactError: the file is missing or damaged.
     """
     try:
-        # cloned: tensors as they lie in the file are not aligned, and other kernels would run
+        # cloned because tensors in the file's memory may be unaligned, and then other kernels would run
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); save the network again") from error
