@@ -1,4 +1,4 @@
-"""The open axes of a file's inputs: which are one axis, which the samples stand along, and which sizes the file takes."""
+"""Dynamic axes of a file's inputs: which of them are the same axis, which is the batch, and which sizes the file accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx_files import Array, Net, run, substituted, values
 
 import vbpfx
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
 RATIO, KEPT = 5 / 12, 7
 RANDOM = np.random.default_rng(0)
@@ -25,7 +25,7 @@ def floats(*shape: int) -> Array:
 
 
 def hidden(net: Net, source: str, made: str) -> None:
-    """A block of 12 hidden neurons from 6 to 5."""
+    """Add a block of 12 hidden neurons from 6 to 5."""
     net.add("MatMul", [source, net.weight("W", 6, 12)], "m")
     net.add("Relu", ["m"], "h")
     net.add("MatMul", ["h", net.weight("V", 12, 5)], made)
@@ -52,7 +52,7 @@ def alone(names: Sequence[Any]) -> onnx.ModelProto:
 
 
 def with_a_state(x: Any, state: Any, *, first: bool = False) -> onnx.ModelProto:
-    """A state whose samples stand on its second axis, as recurrent networks have it."""
+    """A state whose second axis is the batch, as in recurrent networks."""
     net = Net()
     net.add("Squeeze", ["state", net.integers("zero", 0)], "s")
     net.add("Add", ["x", "s"], "z")
@@ -69,7 +69,7 @@ def two_inputs(first: Any, second: Any) -> onnx.ModelProto:
 
 
 def nodes_and_edges() -> onnx.ModelProto:
-    """What an edge is made of: the features of the two nodes that it joins."""
+    """A graph network that adds the features of the two nodes of each edge."""
     net = Net()
     hidden(net, "x", "v")
     for name, place in (("from", 0), ("to", 1)):
@@ -81,7 +81,7 @@ def nodes_and_edges() -> onnx.ModelProto:
 
 
 def state_of_one() -> onnx.ModelProto:
-    """The state is of one sample, so that an open number of samples is one all the same."""
+    """The state is that of one sample, so the batch size must be one although it is dynamic."""
     net = Net()
     net.add("Unsqueeze", ["x", net.integers("zero", 0)], "steps")
     inputs = ["steps", net.weight("input", 1, 18, 6), net.weight("again", 1, 18, 6), "", "", "state"]
@@ -92,7 +92,7 @@ def state_of_one() -> onnx.ModelProto:
 
 
 def of_graphs() -> list[dict[str, Array]]:
-    """Graphs of different sizes."""
+    """Return graphs of different sizes."""
     return [{"x": floats(n, 6), "edges": RANDOM.integers(0, n, (2, 3 * n))} for n in (11, 17, 30)]
 
 
@@ -101,7 +101,7 @@ def with_states(samples: int, axes: int = 3) -> list[dict[str, Array]]:
 
 
 ALONG = {("x", 0): 0, ("state", 0): 1}
-# name, file, data, which axes hold samples, and further batches that the written file is held against the reference on
+# (name, file, data, batch axes, further batches on which the written file is compared with the reference)
 CASES: list[tuple[str, Callable[[], onnx.ModelProto], list[dict[str, Array]], dict[Any, int], list[dict[str, Array]]]] = [
     ("-1", lambda: alone([-1]), [{"x": floats(8, 6)} for _ in range(3)], {("x", 0): 0}, [{"x": floats(3, 6)}]),
     ("-1, tokens", lambda: alone([-1, -1]), [{"x": floats(8, 4, 6)}], {("x", 0): 0}, [{"x": floats(3, 2, 6)}]),
@@ -127,7 +127,7 @@ def test_samples_are_where_the_file_says(
     further: list[dict[str, Array]],
     tmp_path: Path,
 ) -> None:
-    """The written file computes the dense one with the removed channels at their means, on other sizes, too."""
+    """The written file equals the dense one with the removed channels at their means, also at other sizes."""
     model, out = make(), tmp_path / "out.onnx"
     onnx.save(model, tmp_path / "in.onnx")
     pruned = vbpfx.prune_onnx(
@@ -144,7 +144,7 @@ def test_samples_are_where_the_file_says(
     assert (pruned.captured.batch is None) == (not axes)
     (entry,) = pruned.plan.blocks
     assert len(entry.kept) == KEPT
-    if method == "auto":  # whose layers are fitted anew: the oracle has held them against the plan
+    if method == "auto":  # layers are refitted; the oracle has compared them with the plan
         assert pruned.verification is not None
         return
     seen = np.concatenate([values(model, "h", feeds).reshape(-1, 12) for feeds in data])

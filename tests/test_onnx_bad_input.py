@@ -1,4 +1,4 @@
-"""What cannot be pruned as ONNX: one line that says why, and every file as it was."""
+"""ONNX files that cannot be pruned: a one-line reason, and unchanged files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def without_a_block(folder: Path) -> Path:
 
 
 def quantized(folder: Path) -> Path:
-    """The weight is stored as integers, with its scale beside it."""
+    """Write a file whose weight is stored as integers with a scale."""
     net = Net()
     mlp(net)
     weight = net.stored.pop("dense_1/kernel")
@@ -222,7 +222,7 @@ def test_a_file_may_be_replaced_by_its_own_narrow_self(tmp_path: Path) -> None:
 
 
 def test_two_files_are_never_replaced_at_once(tmp_path: Path) -> None:
-    """External data and the file that points into it: a crash between two renames would leave neither usable."""
+    """A crash between renaming external data and the file that refers to it would leave neither usable."""
     path = tmp_path / "in.onnx"
     onnx.save(with_biases(), path, save_as_external_data=True, location="in.onnx.data", size_threshold=0)
     before = contents(tmp_path)
@@ -234,7 +234,7 @@ def test_two_files_are_never_replaced_at_once(tmp_path: Path) -> None:
 def test_a_written_file_that_is_wrong_never_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vbpfx.onnx_graph import rewrite
 
-    monkeypatch.setattr(rewrite, "new_biases", lambda plan: {})  # the fold is forgotten
+    monkeypatch.setattr(rewrite, "new_biases", lambda plan: {})  # simulates a missing fold
     net = Net()
     mlp(net, bias=False)
     path = plain(tmp_path, net.model(["n", 6], ["n", 5]))
@@ -247,7 +247,7 @@ def test_a_written_file_that_is_wrong_never_takes_its_name(tmp_path: Path, monke
 def test_a_written_file_that_the_checker_rejects_never_takes_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the one that was read passes."""
+    """The file that was read is valid."""
     from vbpfx.onnx_graph.edit import OnnxEdit
 
     finish = OnnxEdit.finish
@@ -288,7 +288,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_is_kept(tmp_path: Path) -> None:
-    """Data comes in batches of that size, and the written file takes it."""
+    """Data comes in batches of the fixed size, and the written file keeps that size."""
     model = depthwise()
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 2

@@ -1,4 +1,4 @@
-"""ONNX in, ONNX out: the narrowed file computes what the plan says of the dense one, and nothing else changes."""
+"""Pruning from ONNX to ONNX: the narrowed file computes what the plan says, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from onnx_files import CASES, Case, Net, run, substituted, values
 
 import vbpfx
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
-# 7 of the 12 channels stay: no number that is right then was there before.
+# 7 of the 12 channels are kept: no size of a correct result occurs in the dense file.
 RATIO, KEPT = 5 / 12, 7
 
 
@@ -36,7 +36,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_file_computes_what_the_plan_says(case: Case, tmp_path: Path) -> None:
-    """The reference: the dense file with the removed channels' means, taken by ONNX Runtime, in their place."""
+    """The reference is the dense file with the removed channels replaced by their means in ONNX Runtime."""
     model, data = case.make(), batches(case.shape)
     out = tmp_path / "out.onnx"
     pruned = vbpfx.prune_onnx(saved(model, tmp_path), data, out, ratio=RATIO, method="vbp", progress=False)
@@ -45,22 +45,22 @@ def test_the_file_computes_what_the_plan_says(case: Case, tmp_path: Path) -> Non
     assert (entry.block.width, len(entry.kept)) == (case.width, KEPT)
     seen = np.concatenate([values(model, case.hidden, {"x": x}) for x in data])
     rows = np.moveaxis(seen, case.axis, -1).reshape(-1, case.width).astype(np.float64)
-    if case.before_norm is None:  # otherwise the variance of what the norm reads counts, too
+    if case.before_norm is None:  # otherwise the variance of the norm's input counts, too
         assert entry.pruned == tuple(sorted(np.argsort(rows.var(0))[:-KEPT].tolist()))
     reference = model
-    if case.before_norm is not None:  # the statistic counts the means of its input, the layer reads those of its output
+    if case.before_norm is not None:  # statistics use means of the norm's input, the layer those of its output
         before = np.concatenate([values(model, case.before_norm, {"x": x}) for x in data]).astype(np.float64)
         reference = substituted(model, case.before_norm, -1, entry.pruned, before.mean(0))
     reference = substituted(reference, case.hidden, case.axis, entry.pruned, rows.mean(0))
     x = batches(case.shape, seed=1)[0][:5]
     (found,), (wanted,), (dense,) = (run(m, {"x": x}) for m in (out, reference, model))
     assert relative(found, wanted) < ROUNDING
-    assert relative(wanted, dense) > 100 * ROUNDING  # or the comparison says nothing
+    assert relative(wanted, dense) > 100 * ROUNDING  # otherwise the comparison proves nothing
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_the_plan_does_not_touch_stays(case: Case, tmp_path: Path) -> None:
-    model, out = onnx.shape_inference.infer_shapes(case.make()), tmp_path / "out.onnx"  # shapes of all values stated
+    model, out = onnx.shape_inference.infer_shapes(case.make()), tmp_path / "out.onnx"  # with all shapes
     source = saved(model, tmp_path)
     before = source.read_bytes()
     vbpfx.prune_onnx(source, batches(case.shape), out, ratio=RATIO, method="vbp", progress=False)
@@ -76,14 +76,14 @@ def test_what_the_plan_does_not_touch_stays(case: Case, tmp_path: Path) -> None:
         model.producer_name,
         model.metadata_props,
     )
-    stored = [numpy_helper.to_array(t) for t in small.graph.initializer if t.name != "width"]  # which a sum corrects
+    stored = [numpy_helper.to_array(t) for t in small.graph.initializer if t.name != "width"]  # a sum corrects it
     stored += [numpy_helper.to_array(n.attribute[0].t) for n in small.graph.node if n.op_type == "Constant"]
     assert not [a.shape for a in stored if {case.width, 2 * case.width} & set(a.shape)]
     assert not [a for a in stored if a.dtype == np.int64 and {case.width, 2 * case.width} & set(a.reshape(-1).tolist())]
 
 
 def test_reconstruction_runs_on_the_files_graph(tmp_path: Path) -> None:
-    """method="auto" fits the layers behind; on the calibration data it comes nearer than the mean alone."""
+    """method="auto" refits the following layers and has a smaller error on the calibration data than the mean alone."""
     case = CASES[0]
     model, data = case.make(), batches(case.shape)
     errors = {}
@@ -96,7 +96,7 @@ def test_reconstruction_runs_on_the_files_graph(tmp_path: Path) -> None:
 
 
 def test_initializers_among_the_inputs(tmp_path: Path) -> None:
-    """As every file listed them before IR version 4."""
+    """Before IR version 4, every file listed its initializers among the inputs."""
     case = CASES[0]
     model = case.make()
     model.ir_version, model.opset_import[0].version = 3, 13
@@ -132,7 +132,7 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
 
 
 def test_reconstruction_at_a_fixed_batch(tmp_path: Path) -> None:
-    """A reshape states the batch: nothing of the file runs at another size, and no batch is cut."""
+    """A reshape fixes the batch size, so no part of the file runs at another size and no batch is split."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Relu", ["m"], "h")
@@ -177,7 +177,7 @@ def convolutional() -> onnx.ModelProto:
 def test_widths_are_multiples_that_the_runtime_is_fast_at(
     options: dict[str, Any], multiple: int, tmp_path: Path
 ) -> None:
-    """By default of ONNX Runtime, as vbpfx.prune rounds for it; to the paper's letter only where a runtime is named."""
+    """Widths are rounded for ONNX Runtime by default; under the paper's method only if a runtime is named."""
     path, data = saved(convolutional(), tmp_path), batches((3, 4, 4))
     given = {"ratio": 0.3, "allocation": "equal", "progress": False} | options
     pruned = vbpfx.prune_onnx(path, data, tmp_path / "out.onnx", **given)

@@ -1,4 +1,4 @@
-"""Exported by torch, either exporter: the same neurons and the same outputs as through the PyTorch model."""
+"""Files from either exporter of torch: the same neurons and outputs as from the PyTorch model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 import vbpfx
 from vbpfx.outputs.differences import relative_error
 
-# Two ways to the same float32.
+# Rounding between two float32 computations.
 ROUNDING = 1e-5
 
 
@@ -42,7 +42,7 @@ def vit() -> nn.Module:
 
 
 def convnext() -> nn.Module:
-    """With linear layers in its blocks, so that they come behind a permutation; its layer scales show."""
+    """Return a ConvNeXt whose blocks have linear layers behind a permutation, with visible layer scales."""
     return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 12, 12), num_classes=5, ls_init_value=1.0)
 
 
@@ -55,7 +55,7 @@ def images(size: int) -> list[dict[str, Tensor]]:
 
 
 def texts() -> list[dict[str, Tensor]]:
-    """Batches of unlike length, padded."""
+    """Return padded batches of different lengths."""
     made = []
     for length in (9, 12, 7):
         mask = (torch.arange(length) < torch.randint(3, length + 1, (4, 1))).long()
@@ -77,7 +77,7 @@ def test_the_same_as_through_the_model(name: str, tmp_path: Path) -> None:
     model = make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # no two tensors alike, no head of zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))  # no equal tensors, no head of zeros
     network = onnx_direct.Network(model, batches(), batches()[0])
     through = through_the_model(network)
     for dynamo in (True, False):
@@ -103,17 +103,17 @@ def prune_file(network: onnx_direct.Network, folder: Path) -> vbpfx.PrunedOnnx:
 
 
 def difference(network: onnx_direct.Network, through: vbpfx.Pruned, direct: vbpfx.PrunedOnnx) -> float:
-    """Of both narrowed networks on data that neither saw."""
+    """Return the difference between the two narrowed networks on unseen data."""
     expected = through.graph_module(*network.test.values()).detach()
     return relative_error(onnx_direct.outputs(direct.path, network.test), [expected])
 
 
 def test_equal_vectors_that_the_exporter_stored_once(tmp_path: Path) -> None:
-    """Zeros and ones as a network is made with: one tensor for many layers, which are narrowed apart."""
+    """The exporter stores equal initial zeros and ones once for many layers, which are narrowed separately."""
     network = onnx_direct.Network(vit().eval(), images(16), images(16)[0])
     onnx_direct.export(network, tmp_path / "dense.onnx", dynamo=False)
     stored = [tuple(t.dims) for t in onnx.load(tmp_path / "dense.onnx").graph.initializer]
-    assert stored.count((96,)) == 1  # the biases of both blocks' first layers
+    assert stored.count((96,)) == 1  # one tensor for the biases of the first layers of both blocks
     direct, through = prune_file(network, tmp_path), through_the_model(network)
     assert list(direct.plan.widths) == ["blocks.0.mlp", "blocks.1.mlp"]
     assert len(set(direct.plan.widths.values())) == 2
@@ -122,7 +122,7 @@ def test_equal_vectors_that_the_exporter_stored_once(tmp_path: Path) -> None:
 
 
 def test_a_classifier_of_scikit_learn(tmp_path: Path) -> None:
-    """Trained, converted, pruned: another producer, another domain's operators behind, and accuracy that stays."""
+    """A trained and converted classifier, with another producer and other operators behind, keeps its accuracy."""
     skl2onnx = pytest.importorskip("skl2onnx")
     from sklearn.datasets import load_digits
     from sklearn.neural_network import MLPClassifier

@@ -1,4 +1,4 @@
-"""External data: it stays external, lies in the file's own folder, and a network is never held in memory twice."""
+"""External data stays external in the folder of its file, and a network is never in memory twice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
     outside = {n for n, t in stored.items() if t.data_location == onnx.TensorProto.EXTERNAL}
     assert outside == {"up", "down"}
     assert (out.parent / "out.onnx.data").stat().st_size == 2 * 4 * 16 * 256
-    # the same as from one file
+    # The result equals that from a single file.
     onnx.save(model, tmp_path / "one.onnx")
     alone = vbpfx.prune_onnx(
         tmp_path / "one.onnx", data, tmp_path / "b" / "one.onnx", ratio=0.5, method="vbp", progress=False
@@ -53,7 +53,7 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
 
 
 def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
-    """The dense graph's parameters lie in the file's own pages."""
+    """The dense graph's parameters are memory-mapped from the file."""
     path, _ = wide(tmp_path)
     data = [np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)]
     pruned = vbpfx.prune_onnx(path, data, tmp_path / "out.onnx", ratio=0.5, method="vbp", progress=False)
@@ -65,7 +65,7 @@ def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
 
 
 def test_the_default_export_of_torch_is_pruned(tmp_path: Path) -> None:
-    """It keeps every tensor outside, the smallest ones, too, whose memory the graph shows while the file is written."""
+    """torch stores even the smallest tensors externally, and the graph maps their memory while the file is written."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16)).eval()
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
@@ -74,7 +74,7 @@ def test_the_default_export_of_torch_is_pruned(tmp_path: Path) -> None:
     stored = onnx.load(path, load_external_data=False).graph.initializer
     if not all(
         tensor.data_location == TensorProto.EXTERNAL for tensor in stored
-    ):  # as some versions of the exporter do
+    ):  # some versions of the exporter do this
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="in.onnx.data", size_threshold=0)
     pruned = vbpfx.prune_onnx(path, [x], out, ratio=0.5, method="vbp", progress=False)
     (entry,) = pruned.plan.blocks
@@ -86,7 +86,7 @@ def test_the_default_export_of_torch_is_pruned(tmp_path: Path) -> None:
 
 
 def named(path: Path, location: str) -> None:
-    """Let the file say that its data lies there."""
+    """Set the location of the file's external data."""
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -117,7 +117,7 @@ def through_a_folder(path: Path, data: Path) -> None:
 def test_data_outside_the_folder_is_not_read(
     point: Callable[[Path, Path], None], relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of unknown origin must not read others. The data is good, so without a check it would be pruned."""
+    """An untrusted file must not make us read other files. The data is valid, so without a check it would be pruned."""
     inside, elsewhere = tmp_path / "inside", tmp_path / "elsewhere"
     inside.mkdir()
     elsewhere.mkdir()
@@ -136,7 +136,7 @@ def test_data_outside_the_folder_is_not_read(
 
 
 def test_data_that_is_a_hard_link_is_not_read(tmp_path: Path) -> None:
-    """Which file it is a second name of cannot be seen."""
+    """A hard link does not show which other file it is."""
     path, _ = wide(tmp_path)
     os.link(tmp_path / "weights.bin", tmp_path / "other.bin")
     with pytest.raises(vbpfx.ArtifactError, match=r"keeps up in 'weights.bin', which is also .*hard link.*put a copy"):
@@ -154,7 +154,7 @@ def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
 
 
 def outside(array: np.ndarray, name: str, path: Path) -> onnx.TensorProto:
-    """A tensor of which the file only says where it lies, behind what lies there already."""
+    """Append an array to a data file and return an external tensor that refers to it."""
     tensor = numpy_helper.from_array(array, name)
     offset = path.stat().st_size if path.exists() else 0
     with path.open("ab") as file:
@@ -165,7 +165,7 @@ def outside(array: np.ndarray, name: str, path: Path) -> onnx.TensorProto:
 
 
 def scattered(folder: Path) -> Path:
-    """External tensors where few look for them: in a Constant, and in the branches of an If."""
+    """External tensors in unusual places: in a Constant and in the branches of an If."""
     random = np.random.default_rng(0)
     values = {
         "up": random.standard_normal((16, 512)).astype(np.float32),
@@ -201,7 +201,7 @@ def scattered(folder: Path) -> Path:
 
 
 def test_external_data_of_constants_and_branches(tmp_path: Path) -> None:
-    """The written file stands alone: nothing in it points to the data of the one that was read."""
+    """The written file is self-contained and does not refer to the data of the original one."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     path = scattered(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""Forms that real files have: networks in branches, layers before recurrent ones, names that say nothing, and what is said of all."""
+"""Forms found in real files: networks in branches, layers before recurrent ones, meaningless names, and the messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.onnx_graph.importer import import_graph
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
 RATIO, KEPT = 5 / 12, 7
 RANDOM = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def file(
 
 
 def branch(name: str, *, further: list[onnx.NodeProto] | None = None) -> onnx.GraphProto:
-    """A perceptron with weights of its own; the values within are called alike in every branch."""
+    """Make a perceptron with its own weights; inner values have the same names in all branches."""
     nodes = [
         helper.make_node("MatMul", ["x", f"{name}.W"], ["m"]),
         helper.make_node("Relu", ["m"], ["h"]),
@@ -90,7 +90,7 @@ def test_the_branch_that_is_always_taken_is_pruned(inverted: bool, tmp_path: Pat
 
 
 def test_two_constant_branches_with_names_in_common(tmp_path: Path) -> None:
-    """One after the other, and one of them within another."""
+    """Two branches follow each other, and one of them contains another."""
     inner = chosen("on", "made", branch("a"), branch("b"))
     around = helper.make_graph([inner], "around", [], [helper.make_tensor_value_info("made", TensorProto.FLOAT, None)])
     nodes = [
@@ -116,7 +116,7 @@ def test_weights_in_branches_that_the_data_chooses_are_named(tmp_path: Path) -> 
 
 
 def test_what_stands_beside_such_branches_is_pruned(tmp_path: Path) -> None:
-    """Their weights count in the report, and are in the written file as they were."""
+    """The branches' weights count in the report and are unchanged in the written file."""
     condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
     net = Net()
     net.add("MatMul", ["x", net.weight("A", 6, 12)], "a")
@@ -150,7 +150,7 @@ def test_a_layer_before_a_recurrent_one_has_its_own_reason(kind: str, gates: int
 
 
 def test_how_many_refusals_are_not_shown_is_said(tmp_path: Path) -> None:
-    """Twelve padded convolutions: each is named by its weight, eight are shown."""
+    """Of twelve padded convolutions, eight are shown, each named by its weight."""
     net, source = Net(), "x"
     for number in range(12):
         net.add("Conv", [source, net.weight(f"w{number}", 3, 3, 3, 3)], f"c{number}", pads=[1, 1, 1, 1])
@@ -183,7 +183,7 @@ def test_layers_go_by_their_nodes_where_their_weights_have_no_names(weight: str,
 
 
 def test_what_torch_logs_about_a_size_that_does_not_fit_stays_away(capfd: pytest.CaptureFixture[str]) -> None:
-    """The graph is tried at another number of samples first, which this one does not take."""
+    """The graph is first run at another batch size, which this one does not accept."""
     net = Net()
     net.stored["scale"] = floats(4, 6)
     net.add("Mul", ["x", "scale"], "y")

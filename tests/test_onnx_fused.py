@@ -1,4 +1,4 @@
-"""Files that ONNX Runtime's optimizer wrote: fused operators are taken apart for the analysis, and stay in the file."""
+"""Files from ONNX Runtime's optimizer: fused operators are decomposed for the analysis and kept in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx_files import Array, Net, run, substituted, values
 
 import vbpfx
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
 RATIO, KEPT = 5 / 12, 7
 MICROSOFT = "com.microsoft"
@@ -33,14 +33,14 @@ def file(net: Net, x: list[object], y: list[object], path: Path) -> Path:
 
 
 def fused(net: Net, number: int, op_type: str, **attributes: object) -> None:
-    """Another operator, of ONNX Runtime's own, in the place of a node."""
+    """Replace a node by a fused operator of ONNX Runtime."""
     node = net.nodes[number]
     node.op_type, node.domain = op_type, MICROSOFT
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
 
 
 def narrowed(source: Path, dense: onnx.ModelProto, hidden: str, axis: int, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """Prune the file, hold it against the dense one with the removed channels at their means, and give what was written."""
+    """Prune the file, compare with the dense one with the removed channels at their means, and return the result."""
     data: list[Array] = [RANDOM.standard_normal((8, *shape)).astype(np.float32) for _ in range(3)]
     out = source.with_name("out.onnx")
     pruned = vbpfx.prune_onnx(source, data, out, ratio=RATIO, method="vbp", progress=False, round_to=1)
@@ -73,7 +73,7 @@ def test_what_the_optimizer_makes_of_convolutions(tmp_path: Path) -> None:
 
 
 def test_a_convolution_with_a_sum_in_it_takes_the_fold_as_its_bias(tmp_path: Path) -> None:
-    """relu(V h + z): behind the activation the fold would be wrong."""
+    """The operator computes relu(V h + z), so the fold must not go behind the activation."""
     net = Net()
     net.add("Conv", ["x", net.weight("W", 12, 5, 1, 1)], "c")
     net.add("Sigmoid", ["c"], "h")
@@ -117,7 +117,7 @@ def test_a_product_of_two_gemms_takes_the_fold_in_front_of_its_activation(tmp_pa
 
 
 def test_a_norm_of_a_sum_goes_on_counting_what_was_removed(tmp_path: Path) -> None:
-    """Two layers that are added within the norm over the hidden axis."""
+    """The norm over the hidden axis adds the outputs of two layers."""
     net = Net()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "left")
     net.add("MatMul", ["x", net.weight("U", 6, 12)], "right")

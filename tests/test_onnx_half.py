@@ -1,4 +1,4 @@
-"""float16 files: pruned with statistics and folds in more precision, and written back as they were."""
+"""float16 files are pruned with statistics and folds of higher precision and written in float16 again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import vbpfx
 
-# The file rounds every value to 11 bits, 5e-4 of it at most, at some ten nodes in a row; the reference does not.
+# The file rounds every value to 11 bits, an error of at most 5e-4, at about ten consecutive nodes; the reference does not.
 ROUNDING = 4e-3
 RATIO, KEPT = 5 / 12, 7
 
 
 def with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The float32 model of the weights that float16 can hold."""
+    """Return the float32 model with its weights rounded to float16."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for stored in (
@@ -54,7 +54,7 @@ def tensors(model: onnx.ModelProto) -> dict[str, Array]:
 @pytest.mark.parametrize("keep_io", [False, True], ids=["float16 throughout", "float32 in and out"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_file_computes_what_the_plan_says(case: Case, keep_io: bool, tmp_path: Path) -> None:
-    """The reference: the same weights in float32 with means in the place of the removed neurons, in ONNX Runtime."""
+    """The reference is the float32 file with the same weights and means in place of the removed neurons."""
     wide = with_half_weights(case.make())
     model = convert_float_to_float16(wide, keep_io_types=keep_io)
     onnx.save(model, tmp_path / "in.onnx")
@@ -88,12 +88,12 @@ def test_the_file_computes_what_the_plan_says(case: Case, keep_io: bool, tmp_pat
     }
     sizes = tuple(sum(array.nbytes for array in tensors(m).values()) for m in (model, small))
     assert pruned.report.size == sizes
-    if case.before_norm is None:  # a norm's statistics are carried in float32
+    if case.before_norm is None:  # the statistics of a norm are in float32
         assert set(floats.values()) == {np.dtype(np.float16)}
 
 
 def test_what_is_stored_is_rounded_once(tmp_path: Path) -> None:
-    """Columns that stay are the dense ones bit for bit; the bias is what float64 makes of the fold, to a half unit."""
+    """Kept columns are unchanged bit for bit; the folded bias equals the float64 result, rounded once to float16."""
     net = Net()
     mlp(net)
     model = convert_float_to_float16(with_half_weights(net.model(["n", 6], ["n", 5])))
@@ -115,7 +115,7 @@ def test_what_is_stored_is_rounded_once(tmp_path: Path) -> None:
 
 
 def stored_in_half() -> onnx.ModelProto:
-    """float16 weights behind casts, everything computed in float32."""
+    """A file with float16 weights behind casts, which computes in float32."""
     net = Net()
     mlp(net)
     for name in list(net.stored):
@@ -125,7 +125,7 @@ def stored_in_half() -> onnx.ModelProto:
 
 
 def test_weights_alone_in_half(tmp_path: Path) -> None:
-    """The casts stay, and what stands in front of them is float16 as before; all else is float32's rounding."""
+    """The casts are kept with float16 weights in front of them; other differences are float32 rounding."""
     model = stored_in_half()
     onnx.save(model, tmp_path / "in.onnx")
     data, out = batches((6,), np.float32), tmp_path / "out.onnx"
@@ -145,14 +145,14 @@ def test_weights_alone_in_half(tmp_path: Path) -> None:
     reference = substituted(model, "h", -1, entry.pruned, hidden.mean(0))
     x = batches((6,), np.float32, seed=1)[0]
     (found_y,), (wanted,) = run(out, {"x": x}), run(reference, {"x": x})
-    assert relative(found_y, wanted) < 1e-3  # the bias that takes the fold is rounded to float16: 5e-4 of it
+    assert relative(found_y, wanted) < 1e-3  # the folded bias is rounded to float16, an error of 5e-4
     assert pruned.parity < 1e-6
 
 
 @pytest.mark.parametrize("name", ["dense_1/kernel", "dense_1/bias"])
 @pytest.mark.parametrize("how", ["a Cast of the Cast", "the Cast", "an unknown operator"])
 def test_a_cast_that_others_read_whole(name: str, how: str, tmp_path: Path) -> None:
-    """The layer gets a Cast of its own, where the other reader is not narrowed."""
+    """The layer gets its own Cast if another reader of the Cast is not narrowed."""
     model = stored_in_half()
     net = Net()
     net.nodes = list(model.graph.node)
@@ -173,9 +173,7 @@ def test_a_cast_that_others_read_whole(name: str, how: str, tmp_path: Path) -> N
     onnx.save(model, tmp_path / "in.onnx")
     data, out = batches((6,), np.float32), tmp_path / "out.onnx"
     arguments = {"ratio": RATIO, "method": "vbp", "progress": False}
-    if (
-        name == "dense_1/kernel" and how != "a Cast of the Cast"
-    ):  # one matrix is one parameter, however often it is used
+    if name == "dense_1/kernel" and how != "a Cast of the Cast":  # a matrix used several times is one parameter
         with pytest.raises(vbpfx.AnalysisError, match="no block that can be narrowed"):
             vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, **arguments)
         return
@@ -187,7 +185,7 @@ def test_a_cast_that_others_read_whole(name: str, how: str, tmp_path: Path) -> N
 
 
 def test_reconstruction(tmp_path: Path) -> None:
-    """Layers are fitted in float32 and more; on the calibration data they come nearer than the mean alone."""
+    """Layers are fitted in float32 or better and have a smaller error on the calibration data than the mean alone."""
     case = CASES[0]
     wide = with_half_weights(case.make())
     onnx.save(convert_float_to_float16(wide), tmp_path / "in.onnx")
@@ -214,10 +212,10 @@ def test_an_unknown_operator(tmp_path: Path) -> None:
 
 
 def test_a_fold_that_float16_cannot_hold(tmp_path: Path) -> None:
-    """Hidden values near 1e4 that cancel behind the layer; what is removed of them does not cancel alone."""
+    """Hidden values near 1e4 cancel in the layer behind; the fold of the removed ones alone is too large for float16."""
     net = Net()
     mlp(net)
-    net.stored["dense_1/kernel"][:, 6:] *= 3  # the first six vary least, and go
+    net.stored["dense_1/kernel"][:, 6:] *= 3  # the first six vary least and are removed
     net.stored["dense_1/bias"][:] = 2e4
     net.stored["dense_2/kernel"][:] = np.where(np.arange(12)[:, None] < 6, 1, -1)
     onnx.save(convert_float_to_float16(net.model(["n", 6], ["n", 5])), tmp_path / "in.onnx")
@@ -254,7 +252,7 @@ def test_what_torch_exports_of_a_half_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["LayerNormalization", "RMSNormalization"])
 def test_statistics_that_float16_cannot_hold(kind: str, tmp_path: Path) -> None:
-    """The squares of the hidden values add up to more than 65504: what carries the norm over computes in float32."""
+    """The sum of the squared hidden values exceeds 65504, so the carried norm computes in float32."""
     wide = normed(kind)
     for stored in wide.graph.initializer:
         if stored.name == "W":
@@ -263,7 +261,7 @@ def test_statistics_that_float16_cannot_hold(kind: str, tmp_path: Path) -> None:
     data, out = batches((6,), np.float16), tmp_path / "out.onnx"
     pruned = vbpfx.prune_onnx(tmp_path / "in.onnx", data, out, ratio=RATIO, method="vbp", progress=False)
     assert pruned.parity < ROUNDING
-    small = onnx.shape_inference.infer_shapes(onnx.load(out))  # in ONNX Runtime's CPU all sums are of float32
+    small = onnx.shape_inference.infer_shapes(onnx.load(out))  # running the file on a CPU would not show it
     types = {value.name: value.type.tensor_type.elem_type for value in small.graph.value_info}
     sums = [node.output[0] for node in small.graph.node if node.op_type == "ReduceSum"]
     assert {types[name] for name in sums} == {TensorProto.FLOAT}

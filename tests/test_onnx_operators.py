@@ -1,4 +1,4 @@
-"""Every ONNX operator of the tables: the torch functions against ONNX Runtime, at another batch size than the graph was made at."""
+"""Every ONNX operator of the tables: the torch functions against ONNX Runtime, at a batch size other than the captured one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx_files import run
 from vbpfx.data.inputs import Inputs
 from vbpfx.onnx_graph import importer
 
-# Other kernels, the same float32.
+# Rounding between different float32 kernels.
 ROUNDING = 2e-6
 RANDOM = np.random.default_rng(0)
 
@@ -37,7 +37,7 @@ def vector(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-X = floats(5, 4, 6)  # what most operators are given: the first axis is the batch's
+X = floats(5, 4, 6)  # the input of most operators, whose first axis is the batch
 IMAGES = floats(5, 4, 8, 8)
 BOOLS = X > 0
 IDS = RANDOM.integers(0, 7, (5, 3))
@@ -45,7 +45,7 @@ IDS = RANDOM.integers(0, 7, (5, 3))
 
 @dataclass
 class Call:
-    """One node: ``x`` is the input, ``further`` are initializers, ``before`` nodes that make further inputs of it."""
+    """A call of one operator: input ``x``, initializers ``further``, and nodes ``before`` that make other inputs of x."""
 
     op: str
     x: np.ndarray = field(default_factory=lambda: X)
@@ -81,7 +81,7 @@ def each(names: str, *args: Any, **kwargs: Any) -> list[Call]:
 
 
 def batch_of_x(names: str = "c0 c1") -> tuple[onnx.NodeProto, ...]:
-    """The number of samples, as exporters read it: a vector of one entry named ``n``; ``names`` are those of 0 and 1."""
+    """Make the batch size as exporters do, as a vector ``n`` of one entry; ``names`` are the names of 0 and 1."""
     return (helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Slice", ["shape", *names.split()], ["n"]))
 
 
@@ -228,7 +228,7 @@ def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto
     return helper.make_node(op, inputs.split(), [output], **attributes)
 
 
-# Arithmetic on sizes before a Reshape reads it: turned round, transposed, multiplied, chosen, and cast there and back.
+# Arithmetic on sizes before a Reshape reads them: reversed, transposed, multiplied, selected, and cast back and forth.
 SIZES = [
     Call("Reshape", further=(ints(-1), ints(-(2**63)), ints(0), ints(1, -1)), inputs=["x", "t"], before=(
         node("Shape", "x", "s"), node("Slice", "s c0 c1 c2 c0", "r"), node("Reshape", "r c3", "m"),

@@ -1,4 +1,4 @@
-"""Samples for ONNX files from .npy and .npz: inputs of any rank, under their names, and what inspect shows of a file."""
+"""Samples for ONNX files from .npy and .npz: named inputs of any rank, and the output of inspect for a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Shape = list[int | str]
 
 
 def taking(folder: Path, inputs: dict[str, tuple[int, Shape]]) -> Path:
-    """A file of those inputs, of which it hands out the first."""
+    """Write a file with those inputs that returns the first one."""
     values = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
     first = next(iter(inputs))
     output = helper.make_tensor_value_info("y", *inputs[first])
@@ -48,7 +48,7 @@ def require_batches(found: Any, expected: list[dict[str, np.ndarray]]) -> None:
 
 
 def test_samples_stand_where_the_file_has_them(tmp_path: Path) -> None:
-    """A state whose samples stand second, under the same name; a number and a table that go with every batch; labels beside."""
+    """A state with the batch as its second axis, a number and a table that are the same for all batches, and labels."""
     inputs: dict[str, tuple[int, Shape]] = {
         "x": (TensorProto.FLOAT, ["batch", 8]),
         "state": (TensorProto.FLOAT, [2, "batch", 3]),
@@ -66,7 +66,7 @@ def test_samples_stand_where_the_file_has_them(tmp_path: Path) -> None:
 
 
 def test_arrays_of_one_axis_more_are_batches(tmp_path: Path) -> None:
-    """A graph: its nodes and its edges are axes of their own, and no axis is of samples."""
+    """The axes of nodes and edges of a graph are not batch axes."""
     inputs: dict[str, tuple[int, Shape]] = {
         "nodes": (TensorProto.FLOAT, ["nodes", 8]),
         "edges": (TensorProto.INT64, [2, "links"]),
@@ -82,7 +82,7 @@ def test_arrays_of_one_axis_more_are_batches(tmp_path: Path) -> None:
 
 
 def test_samples_of_a_file_that_knows_no_samples(tmp_path: Path) -> None:
-    """An image without an axis of samples; one array of them, with that axis in front."""
+    """The file takes one image without a batch axis; the data is an array of images."""
     path = taking(tmp_path, {"x": (TensorProto.FLOAT, [3, 4, 4])})
     images = floats(5, 3, 4, 4)
     np.save(tmp_path / "data.npy", images)
@@ -100,7 +100,7 @@ def test_different_numbers_of_samples_are_named(tmp_path: Path) -> None:
 
 
 def two_inputs(folder: Path) -> Path:
-    """relu((x + scale z) W) V of two inputs and a number."""
+    """Write relu((x + scale z) W) V, with two tensor inputs and a number."""
     net = Net()
     net.add("Mul", ["z", "scale"], "zs")
     net.add("Add", ["x", "zs"], "s")
@@ -124,7 +124,7 @@ def run_cli(*arguments: str) -> Any:
 
 
 def test_the_command_takes_several_inputs_of_any_rank(tmp_path: Path) -> None:
-    """The same neurons as from the batches by hand, which ONNX Runtime's own means and variances decide."""
+    """The kept neurons are those with the largest variances computed by hand."""
     path, data = two_inputs(tmp_path), tmp_path / "data.npz"
     x, z, scale = floats(24, 7, 6), floats(24, 1, 6), np.array(0.5, np.float32)
     np.savez(data, x=x, z=z, scale=scale)
@@ -139,7 +139,7 @@ def test_the_command_takes_several_inputs_of_any_rank(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_the_parts_of_a_method(tmp_path: Path) -> None:
-    """Neurons by the norms of their weights alone, nothing in their place; a mask that is not there."""
+    """Neurons are chosen by the norms of their weights without compensation, and an unknown mask is an error."""
     path, data, out = tmp_path / "in.onnx", tmp_path / "x.npy", tmp_path / "out.onnx"
     onnx.save(with_biases(), path)
     np.save(data, floats(16, 6))
@@ -162,7 +162,7 @@ def test_inspect_shows_the_blocks_and_all_refusals_of_a_file(tmp_path: Path) -> 
     net = Net()
     mlp(net)
     net.add("Reshape", ["y", net.integers("as_image", -1, 5, 1, 1)], "c0")
-    for i in range(10):  # padded convolutions, which no channel can be taken from
+    for i in range(10):  # padded convolutions, which cannot be narrowed
         net.add("Conv", [f"c{i}", net.weight(f"conv{i}", 5, 5, 3, 3)], f"d{i}", pads=[1, 1, 1, 1])
         net.add("Relu", [f"d{i}"], f"c{i + 1}")
     path = tmp_path / "in.onnx"

@@ -1,4 +1,4 @@
-"""Operators that no table has: ONNX Runtime computes them, nothing that they touch is narrowed, and the rest is."""
+"""Operators without a row: ONNX Runtime computes them, nothing that they touch is narrowed, and everything else can be."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnx_files import Array, Net, mlp, run, substituted, values
 
 import vbpfx
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
 RATIO, KEPT = 5 / 12, 7
 MICROSOFT = "com.microsoft"
 
 
 class Strange(Net):
-    """A net with operators of other domains, and bodies."""
+    """A net with operators of other domains and with subgraphs."""
 
     def add(self, op_type: str, inputs: list[str], outputs: str | list[str], **attributes: Any) -> None:
         domain = attributes.pop("domain", "")
@@ -50,7 +50,7 @@ def body(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[str]) -> 
 
 
 def behind() -> onnx.ModelProto:
-    """A contributed operator with a weight of its own, behind the block."""
+    """A contributed operator with its own weight follows the block."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -59,7 +59,7 @@ def behind() -> onnx.ModelProto:
 
 
 def two_values() -> onnx.ModelProto:
-    """An operator of three values, one of which is not made, behind a token's layers."""
+    """An operator with three outputs, one of which is unused, follows layers over tokens."""
     net = Strange()
     net.add("MatMul", ["x", net.weight("W", 6, 12)], "m")
     net.add("Relu", ["m"], "h")
@@ -77,7 +77,7 @@ def two_values() -> onnx.ModelProto:
 
 
 def with_a_batch_of_its_own() -> onnx.ModelProto:
-    """Sizes that follow from the batch by more than a factor: three rows of padding, two samples to a row."""
+    """The number of rows is doubled and halved again, so the first axis is not the batch in between."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -97,7 +97,7 @@ def with_a_batch_of_its_own() -> onnx.ModelProto:
 
 
 def row_by_row() -> onnx.ModelProto:
-    """Scan and If: their bodies read the block's input and the layer's output from the graph around them."""
+    """The branches of an If read a bias and the layer's output from the graph around them."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -111,7 +111,7 @@ def row_by_row() -> onnx.ModelProto:
 
 
 def in_a_form_of_its_own() -> onnx.ModelProto:
-    """An operator that has a row, turned round half of an axis, which its row does not know."""
+    """An operator with a row, in a form that its row does not support: part of an axis is reversed."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -121,7 +121,7 @@ def in_a_form_of_its_own() -> onnx.ModelProto:
 
 
 def data_decides() -> onnx.ModelProto:
-    """How many rows there are depends on the values, so that nothing can be said of other sizes of batch."""
+    """A number of rows depends on the values, so nothing is known about other batch sizes."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -134,7 +134,7 @@ def data_decides() -> onnx.ModelProto:
 
 
 def weight_of_a_loop() -> onnx.ModelProto:
-    """The body reads a bias that the graph around it adds, too: the block behind keeps its own."""
+    """The body of a loop reads the bias of the block's first layer, which the graph around it also adds."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -154,7 +154,7 @@ def weight_of_a_loop() -> onnx.ModelProto:
 
 
 def a_further_output() -> onnx.ModelProto:
-    """The mean that a norm hands out beside its value; the row of the norm makes the value alone."""
+    """A norm's second output, the mean, is read, but the row of the norm only makes the first output."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -164,7 +164,7 @@ def a_further_output() -> onnx.ModelProto:
 
 
 def only_onnx_runtime_knows_it() -> onnx.ModelProto:
-    """ONNX's checker rejects the file that is read; ONNX Runtime runs it."""
+    """The file has an operator that ONNX's checker rejects and ONNX Runtime runs."""
     net = Strange()
     mlp(net)
     net.nodes[-1].output[0] = "m"
@@ -208,7 +208,7 @@ def relative(found: Array, expected: Array) -> float:
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.parametrize("method", ["vbp", "auto"])
 def test_the_block_beside_it_is_narrowed(name: str, method: str, tmp_path: Path) -> None:
-    """Against the dense file with means in the place of the removed neurons, all in ONNX Runtime."""
+    """The reference is the dense file with means in place of the removed neurons, in ONNX Runtime."""
     make, shape, operator = AROUND[name]
     model, data, out = make(), batches(shape), tmp_path / "out.onnx"
     file = saved(model, tmp_path)
@@ -220,18 +220,18 @@ def test_the_block_beside_it_is_narrowed(name: str, method: str, tmp_path: Path)
     assert (pruned.captured.batch is None) == (make is data_decides)
     x = batches(shape, seed=1)[0][:5]
     (found,), (dense,) = run(out, {"x": x}), run(model, {"x": x})
-    if method == "auto":  # corrected layers: the oracle in the pipeline covers them
+    if method == "auto":  # layers are refitted; the oracle in the pipeline covers them
         assert pruned.verification is not None
         assert pruned.verification.error < ROUNDING < pruned.verification.effect
         return
     hidden = np.concatenate([values(model, "h", {"x": batch}).reshape(-1, 12) for batch in data]).astype(np.float64)
     (wanted,) = run(substituted(model, "h", -1, entry.pruned, hidden.mean(0)), {"x": x})
     assert relative(found, wanted) < ROUNDING
-    assert relative(wanted, dense) > 100 * ROUNDING  # or the comparison says nothing
+    assert relative(wanted, dense) > 100 * ROUNDING  # otherwise the comparison proves nothing
 
 
 def two_blocks(strange: Callable[[Net], None]) -> onnx.ModelProto:
-    """The block of ``mlp``, something strange that makes y of its output z, and of its hidden value h and its weights."""
+    """Add an unknown operator that makes y from z, the output of the block ``mlp``, and from h or the block's weights."""
     net = Strange()
     net.add("MatMul", ["x", net.weight("A", 6, 16)], "a")
     net.add("Relu", ["a"], "other")
@@ -256,7 +256,7 @@ def reads_the_weight(net: Net) -> None:
 
 
 def a_body_reads_the_weight(net: Net) -> None:
-    """As the right factor of a product, as the layer itself does."""
+    """The body reads the weight as the right factor of a product, like the layer itself."""
     net.scalar("limit", 0.0)
     net.add("ReduceSum", ["x"], "total", keepdims=0)
     net.add("Greater", ["total", "limit"], "positive")
@@ -270,7 +270,7 @@ def a_body_reads_the_weight(net: Net) -> None:
 
 
 def a_body_adds_to_the_layer(net: Net) -> None:
-    """The only reader of the first product is a sum in a body: no bias of the layer, and the hidden axis all the same."""
+    """The only reader of the first product is a sum in a body, so its bias is not the layer's, but its axis is hidden."""
     for node in net.nodes:
         if node.output[0] == "m1":
             node.output[0] = "product"
@@ -280,7 +280,7 @@ def a_body_adds_to_the_layer(net: Net) -> None:
     before = len(net.nodes)
     net.add("Abs", ["x"], "sizes")
     net.add("ReduceMax", ["sizes"], "most", keepdims=0)
-    net.add("Greater", ["most", net.scalar("limit", -1.0)], "positive")  # always, which nobody knows
+    net.add("Greater", ["most", net.scalar("limit", -1.0)], "positive")  # always true, which the analysis cannot know
     added = [helper.make_node("Add", ["product", "dense_1/bias"], ["yes"])]
     same = [helper.make_node("Identity", ["dense_1/bias"], ["no"])]
     net.add("If", ["positive"], "a1", then_branch=body(added, [], ["yes"]), else_branch=body(same, [], ["no"]))
@@ -310,14 +310,14 @@ def test_what_it_reads_stays(strange: Callable[[Net], None], tmp_path: Path) -> 
     hidden = np.concatenate([values(model, "other", {"x": batch}) for batch in data]).astype(np.float64)
     reference = substituted(model, "other", -1, entry.pruned, hidden.mean(0))
     x = batches((6,), seed=1)[0][:5]
-    for sign in (1, -1):  # both branches
+    for sign in (1, -1):  # takes both branches
         (found,), (wanted,), (dense,) = (run(m, {"x": sign * np.abs(x)}) for m in (out, reference, model))
         assert relative(found, wanted) < ROUNDING
         assert relative(wanted, dense) > 100 * ROUNDING
 
 
 def test_shapes_of_its_values_stay_in_the_file(tmp_path: Path) -> None:
-    """Nobody infers them again; those of the narrowed values are true."""
+    """Shapes of unknown operators' values cannot be inferred again and are kept; those of narrowed values are updated."""
     model, out = behind(), tmp_path / "out.onnx"
     net = Strange()
     net.nodes = [

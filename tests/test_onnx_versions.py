@@ -1,4 +1,4 @@
-"""Files of opsets before 13: converted, held against the file as it was, and pruned."""
+"""Files with opsets before 13 are converted, compared with the original file, and pruned."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from onnx_files import Net, mlp, run, substituted, values
 import vbpfx
 from vbpfx.onnx_graph.file import read_model
 
-# Two ways to the same float32, both in ONNX Runtime.
+# Rounding between two float32 computations, both in ONNX Runtime.
 ROUNDING = 1e-5
 RATIO, KEPT = 5 / 12, 7
 RANDOM = np.random.default_rng(0)
 
 
 def of_opset(net: Net, opset: int, x: list[Any], y: list[Any], *, ir_version: int = 4) -> onnx.ModelProto:
-    """The file as its time wrote it: before IR version 4 the initializers are inputs, too."""
+    """Make a file of an older opset; before IR version 4, initializers are inputs, too."""
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)]
     if ir_version < 4:
         inputs += [
@@ -49,7 +49,7 @@ def perceptron(net: Net) -> None:
 
 
 def attributes(net: Net) -> None:
-    """What opset 13 takes as inputs stood in attributes: axes, bounds, ranges, the sizes of a split."""
+    """Axes, bounds and split sizes are attributes, which are inputs in opset 13."""
     net.add("Unsqueeze", ["x"], "u", axes=[1])
     net.add("Squeeze", ["u"], "s", axes=[1])
     net.add("MatMul", ["s", net.weight("W", 6, 24)], "m")
@@ -64,7 +64,7 @@ def attributes(net: Net) -> None:
 
 
 def images(mode: str) -> Callable[[Net], None]:
-    """An Upsample between two 1x1 convolutions, behind a BatchNormalization; opset 9 has no word for its coordinates."""
+    """Make an Upsample between two 1x1 convolutions; opset 9 does not name its coordinate mode."""
 
     def make(net: Net) -> None:
         net.add("Conv", ["x", net.weight("W", 12, 6, 1, 1)], "c")
@@ -91,7 +91,7 @@ FORMS = [
 def test_an_earlier_opset_is_converted_and_pruned(
     make: Callable[[Net], None], opset: int, shape: tuple[int, ...], axis: int, tmp_path: Path
 ) -> None:
-    """The written file is the file of the earlier opset with the removed channels at their means."""
+    """The written file equals the file of the earlier opset with the removed channels at their means."""
     net = Net()
     make(net)
     model = of_opset(net, opset, ["n", *shape], ["n", 5, *(2 * size for size in shape[1:])])
@@ -115,7 +115,7 @@ def test_an_earlier_opset_is_converted_and_pruned(
 @pytest.mark.parametrize("factor", [0.4, 0.7, 1.5, 1.7, 2.0, 2.3])
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_pictures_are_resized_as_before(mode: str, factor: float, tmp_path: Path) -> None:
-    """Opset 10 has one way to place and to round the samples; later opsets name theirs, and have others by default."""
+    """Opset 10 has one way to place and round sampling points; later opsets name theirs and have other defaults."""
     net = Net()
     net.add("Resize", ["x", net.vector("scales", 1, 1, factor, factor)], "y", mode=mode)
     size = int(np.floor(np.float32(10) * np.float32(factor)))
@@ -131,7 +131,7 @@ def test_pictures_are_resized_as_before(mode: str, factor: float, tmp_path: Path
 def test_initializers_that_are_inputs_stay_inputs(tmp_path: Path) -> None:
     net = Net()
     mlp(net)
-    net.stored["dense_1/kernel"] = np.tile(net.stored["dense_1/kernel"], (1, 6))  # more than the converter is shown
+    net.stored["dense_1/kernel"] = np.tile(net.stored["dense_1/kernel"], (1, 6))  # too large for the converter
     net.stored["dense_1/bias"] = np.tile(net.stored["dense_1/bias"], 6)
     net.stored["dense_2/kernel"] = np.tile(net.stored["dense_2/kernel"], (6, 1))
     model = of_opset(net, 9, ["n", 6], ["n", 5], ir_version=3)
@@ -151,7 +151,7 @@ def test_weights_beside_a_file_of_an_earlier_opset(tmp_path: Path) -> None:
     mlp(net)
     model = of_opset(net, 11, ["n", 6], ["n", 5])
     outside = onnx.ModelProto()
-    outside.CopyFrom(model)  # which saving empties
+    outside.CopyFrom(model)  # saving clears the tensors of the copy
     onnx.save(outside, tmp_path / "in.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     data = [RANDOM.standard_normal((16, 6)).astype(np.float32)]
     out = tmp_path / "out.onnx"
@@ -163,7 +163,7 @@ def test_weights_beside_a_file_of_an_earlier_opset(tmp_path: Path) -> None:
 
 
 def test_a_conversion_that_changes_the_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The converter is an outside library: what it makes is run beside the file as it was."""
+    """The converter is an external library, so its result is compared with the original file."""
     net = Net()
     mlp(net)
     onnx.save(of_opset(net, 9, ["n", 6], ["n", 5]), tmp_path / "in.onnx")

@@ -1,4 +1,4 @@
-"""Every row of the operator table, through the oracle: what an operator is said to do with an axis, it does."""
+"""Every row of the operator table is checked with the oracle: the operator treats axes as its row says."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from zoo import Net
 import vbpfx
 from vbpfx.rules import ops, shapes
 
-# Takes more than one tensor, or none that is a hidden activation.
+# Operators that take more than one tensor, or no hidden activation.
 _OTHERWISE = {"type_as", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "maximum", "minimum", "to", "type"}
-# Defined from 1 upwards alone, or random unless told otherwise.
+# Operators that are only defined from 1 upwards, are random by default, or need other dtypes.
 _OTHERWISE |= {"acosh", "native_dropout", "logical_and", "logical_or", "and_", "or_", "cuda", "invert"}
 _OTHERWISE |= {"bitwise_and", "bitwise_or", "bitwise_not"}
-# They take nothing but the form of their argument: what is computed behind them sees no data (tests/test_blocks.py).
+# Operators that only use the shape of their argument, so that no data reaches their output (see tests/test_blocks.py).
 _OTHERWISE |= {"zeros_like", "ones_like", "full_like"}
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("threshold", "_threshold"), (0.1, 0.0)),
@@ -45,7 +45,7 @@ def _call(function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Callab
 
 
 def _networks() -> list[Any]:
-    """One network per spelling of an elementwise operator: fc2(op(fc1(x)))."""
+    """Return one network fc2(op(fc1(x))) per spelling of an elementwise operator."""
     cases = []
     for spelling, rule in ops._TABLE.items():
         if rule is not ops.elementwise or isinstance(spelling, torch._ops.OpOverloadPacket):
@@ -62,10 +62,10 @@ def _networks() -> list[Any]:
     return cases
 
 
-@pytest.mark.filterwarnings("ignore")  # some of these operators are deprecated spellings of others
+@pytest.mark.filterwarnings("ignore")  # some spellings are deprecated
 @pytest.mark.parametrize("op", _networks())
 def test_elementwise_operators_are_elementwise(op: Callable[..., Tensor]) -> None:
-    """fp64 oracle where the operator gives finite floating-point values; others are not activation."""
+    """The float64 oracle holds if the operator returns finite floating-point values; others are not activations."""
     layers = {"fc1": nn.Linear(8, 12), "fc2": nn.Linear(12, 8)}
     if isinstance(op, nn.Module):
         model = Net(lambda m, x: m.fc2(m.act(m.fc1(x)).to(x.dtype)), act=op, **layers)
@@ -75,7 +75,7 @@ def test_elementwise_operators_are_elementwise(op: Callable[..., Tensor]) -> Non
     batch = torch.rand(16, 8, dtype=torch.float64)
     finite = bool(model(batch).isfinite().all())
     if not finite:
-        with torch.no_grad():  # logarithms and roots: into their domain
+        with torch.no_grad():  # logarithms and roots need positive arguments
             model.fc1.weight.abs_().mul_(0.2)
             model.fc1.bias.fill_(0.2)
     result = stages(model, batch, frontend="symbolic")
@@ -113,7 +113,7 @@ def test_the_table_has_every_activation_of_torch_nn() -> None:
 )
 def test_what_a_reshape_keeps_whole(before: tuple[int, ...], after: tuple[int, ...], kept: dict[int, int]) -> None:
     assert shapes._kept_whole(before, after) == kept
-    # the oracle: numbering the entries along a kept axis gives the same numbers behind the reshape, and only then
+    # The oracle: if and only if an axis is kept, entries numbered along it keep their numbers after the reshape.
     for dim in range(len(before)):
         index = torch.arange(before[dim]).reshape([-1 if d == dim else 1 for d in range(len(before))]).expand(before)
         reshaped = index.reshape(after)

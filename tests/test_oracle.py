@@ -1,4 +1,4 @@
-"""The oracle where the output hides a block, and where rounding is large: what is proven, what is not, and what is wrong."""
+"""The oracle when the output hides a block or rounding is large: what it proves, what it does not, and what it rejects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vbpfx.rewrite.side_by_side import Comparison, look
 
 
 def _hidden(**options: Any) -> vbpfx.Pruned:
-    """A head of zeros behind a block."""
+    """Prune a network with a head of zeros behind a block."""
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8), nn.Linear(8, 4))
     nn.init.zeros_(model[3].weight)
     return vbpfx.prune(model, [torch.randn(16, 8)], ratio=0.5, method="vbp", progress=False, **options)
@@ -47,7 +47,7 @@ def test_a_block_that_nothing_shows_is_called_not_proven(tmp_path: Path) -> None
 
 
 class _Dead(nn.Module):
-    """A live block and one whose layer is zero."""
+    """A live block and a dead block, whose last layer is zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_of_a_class_whose_output_hides_all_the_layers_are_heard() -> None:
 
 def test_of_a_block_that_a_class_does_not_show_nothing_is_proven() -> None:
     class Bare(nn.Module):
-        """A layer without a module, behind which a head of zeros stands."""
+        """A functional layer with a head of zeros behind it."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -136,7 +136,7 @@ def test_a_wrong_rewrite_behind_a_head_of_zeros_fails() -> None:
 
 
 class _Mixed(nn.Module):
-    """Half of a network in bfloat16, whose output is float32."""
+    """A network in half precision whose output is float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _Mixed(nn.Module):
 
 
 def _damaged(network: nn.Module, name: str) -> nn.Module:
-    """A copy in which one entry of one tensor is off by a twentieth of the largest."""
+    """Return a copy with one entry of a tensor changed by a twentieth of the largest entry."""
     wrong = copy.deepcopy(network)
     with torch.no_grad():
         tensor = wrong.get_parameter(name)
@@ -174,7 +174,7 @@ def test_every_precision_is_held_to_float64_where_it_is_coarse(dtype: torch.dtyp
 
 
 def _cancelling(scale: float) -> tuple[nn.Sequential, Tensor]:
-    """A column of large inputs, whose share the last layer cancels: float32 loses the digits that are left."""
+    """Return a model and data with a column of large inputs that cancels in the last layer, which loses float32 digits."""
     torch.manual_seed(0)
     model = randomize(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1))).double()
     data = torch.cat([torch.rand(256, 7), scale + torch.rand(256, 1)], 1)

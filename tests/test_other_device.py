@@ -1,7 +1,7 @@
-"""Models on a device that is not the CPU, as GPUs are: what has to be on it, what has to leave it, and what it rounds.
+"""Models on another device than the CPU, such as a GPU: where tensors must be, and how the device rounds.
 
-The device is one for tests (tests/other_device.cpp): it refuses what a GPU refuses and computes on the CPU, so that figures of
-both can be compared.
+The test device (tests/other_device.cpp) refuses the same calls as a GPU and computes on the CPU, so that results can be
+compared.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import device_jobs
 import pytest
 import torch
 
-# Relative: products of other shapes are added up in another order, in float32.
+# Relative rounding error in float32, because products of other shapes are summed in another order.
 ROUNDING = 5e-6
-# What TF32 makes of a product: a relative 2^-11 a factor, 5e-4 at most, and less where many are added up.
+# TF32 rounds each factor by a relative 2^-11, at most 5e-4; sums of many products have smaller errors.
 ROUNDED = 1e-5
 
 Run = Callable[..., dict[str, Any]]
@@ -25,7 +25,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a job of device_jobs where the device is."""
+    """Return a function that runs a job of device_jobs in a process with the device."""
     library = device_jobs.build(tmp_path_factory.mktemp("device"))
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawned, device_jobs.start, (library,)) as pool:
@@ -43,7 +43,7 @@ def test_the_device_refuses_and_rounds_like_a_gpu(run: Run) -> None:
     ("name", "frontend"), [(name, f) for name, case in device_jobs.CASES.items() for f in case.frontends]
 )
 def test_the_same_network_as_on_the_cpu(run: Run, name: str, frontend: str) -> None:
-    """The same neurons and outputs; and a network that was pruned on one device runs on the other."""
+    """Neurons and outputs are the same, and a network that was pruned on one device runs on the other."""
     found = run(device_jobs.like_the_cpu, name, frontend, "vbp" if frontend == "export" else "auto")
     here, there = found["kept"]
     assert here == there
@@ -56,7 +56,7 @@ def test_the_same_network_as_on_the_cpu(run: Run, name: str, frontend: str) -> N
     ("kind", "frontend"), [("llama", "export"), ("bert", "export"), ("own code", "export"), ("own code", "symbolic")]
 )
 def test_saved_on_one_device_loaded_on_another(run: Run, kind: str, frontend: str, start: str, end: str) -> None:
-    """Tracing writes the device that the model is on into the graph, torch.export wherever masks and positions are made."""
+    """Tracing records the model's device in the graph, and torch.export does so wherever masks and positions are made."""
     found = run(device_jobs.saved_elsewhere, kind, frontend, start, end)
     assert found["difference"] < ROUNDING
     assert found["in ONNX"]

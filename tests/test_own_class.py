@@ -1,6 +1,6 @@
-"""A pruned model of its own class is its class, a plan and a ``state_dict``: put together they are the model again.
+"""A pruned model of its own class can be rebuilt from the class, the plan and the ``state_dict``.
 
-No table of families decides whether that works, so families of many kinds are tried.
+This does not depend on a table of model families, so many kinds of families are tested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vbpfx.storage.files import write_atomically
 
 _SMALL = {"img_size": 64, "depth": 2}
 
-# family: timm's model, and the arguments that make it small
+# family -> (timm model, arguments that make it small)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("vit_tiny_patch16_224", {**_SMALL, "embed_dim": 48}),
     "DeiT": ("deit_tiny_distilled_patch16_224", _SMALL),
@@ -57,7 +57,7 @@ def _make(family: str) -> nn.Module:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_class_plan_and_state_dict_are_the_pruned_model(family: str, tmp_path: Path) -> None:
-    # layer scales of 1e-6 would hide every block
+    # Layer scales of 1e-6 would hide every block.
     model = randomize(_make(family)).eval()
     side = MODELS[family][1].get("img_size", 64)
     images = torch.randn(2, 3, side, side)
@@ -69,18 +69,18 @@ def test_class_plan_and_state_dict_are_the_pruned_model(family: str, tmp_path: P
     assert type(again) is type(model)
     with torch.no_grad():
         expected = small(images)
-        # the constructor gave other weights: what agrees below came out of the state_dict
+        # The constructor made other weights, so equal outputs below come from the state_dict.
         assert not torch.equal(fresh(images), model(images))
         assert not torch.equal(again(images), expected)
         again.load_state_dict(small.state_dict(), strict=True)
-        # the same kernels on the same numbers
+        # The same kernels run on the same numbers.
         assert torch.equal(again(images), expected)
         assert not torch.equal(model(images), expected)
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_the_list_has_a_norm_that_carries_constants() -> None:
-    """Those constants are in the plan alone, so one family must need them."""
+    """Those constants are only in the plan, so at least one family must need them."""
     model = _make("InceptionNeXt").eval()
     pruned = vbpfx.prune(model, [torch.randn(2, 3, 64, 64)], ratio=0.5, allocation="equal", progress=False)
     small = pruned.apply_to(model)
@@ -102,9 +102,7 @@ def test_a_norm_that_carries_constants_is_exported_and_narrowed_again(norm: nn.M
         program.save(tmp_path / "own.onnx")
         session = ort.InferenceSession(tmp_path / "own.onnx")
         (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-        torch.testing.assert_close(
-            torch.from_numpy(found), own(other), rtol=1e-4, atol=1e-5
-        )  # another library's kernels
+        torch.testing.assert_close(torch.from_numpy(found), own(other), rtol=1e-4, atol=1e-5)  # other kernels
     own = own.double()
     again = vbpfx.prune(own, [data.double()], ratio=0.3, progress=False)
     assert list(again.plan.widths.values()) == [17 - 5]
@@ -113,7 +111,7 @@ def test_a_norm_that_carries_constants_is_exported_and_narrowed_again(norm: nn.M
 
 
 class _Config:
-    """A configuration in the manner of Hugging Face: one entry for all layers of a tower."""
+    """A configuration in the style of Hugging Face, with one entry for all layers of a tower."""
 
     def __init__(self, **entries: Any) -> None:
         self.__dict__.update(entries)
@@ -123,7 +121,7 @@ class _Config:
 
 
 class _Configured(nn.Module):
-    """Two towers of MLPs, one behind the other, whose widths are entries or follow from a ratio; it counts how often it is built."""
+    """Two consecutive towers of MLPs, one with a configured width and one with a ratio; the class counts its instances."""
 
     built = 0
 
@@ -162,7 +160,7 @@ def _configured(depth: int) -> _Configured:
     model = randomize(_Configured(_Config(**entries))).eval()
     with torch.no_grad():
         for layer in model.first:
-            layer[0].weight.mul_(0.5)  # the towers come out unlike one another
+            layer[0].weight.mul_(0.5)  # makes the two towers differ
     return model
 
 
@@ -184,13 +182,13 @@ def test_entries_of_two_towers_of_one_width_are_told_apart() -> None:
 
 @pytest.mark.parametrize("depth", [3, 12])
 def test_how_often_the_class_is_built_does_not_depend_on_the_number_of_layers(depth: int) -> None:
-    """Layers of unlike widths: no entry describes them, which is seen without trying every width."""
+    """No entry describes layers of different widths, which is found without trying every width."""
     model = _configured(depth)
     plan = vbpfx.prune(model, [torch.randn(64, 8)], ratio=0.5, method="vbp", exclude="between", progress=False).plan
     assert len(set(plan.widths.values())) >= depth
     _Configured.built = 0
     small = vbpfx.apply_plan(model, plan)
-    numbers = 5  # entries that are numbers beyond one
+    numbers = 5  # number of entries above one
     assert 0 < _Configured.built <= 1 + 3 * numbers
     assert small.config.to_dict() == model.config.to_dict()
     first = next(entry for entry in plan.blocks if "first.0.0.weight" in {p.name for p in entry.block.parameters})

@@ -1,4 +1,4 @@
-"""The comparison with Torch-Pruning says what both do, as far as the package is here."""
+"""The comparison with Torch-Pruning shows the outcome of both tools; skipped if Torch-Pruning is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VBP's selection and the budgets, against brute force."""
+"""VBP's selection and the budgets against brute force."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_vbp_is_the_published_selection(ratio: float) -> None:
     model = _network()
     plan = stages(model, DATA, ratio=ratio, method="vbp").plan
     hidden = _activations(model)
-    # one global ranking of the raw sample variances; the lowest fraction goes, but never a block's last neuron
+    # One global ranking of the raw sample variances: the lowest fraction is removed, but never a block's last neuron.
     variances = [h.var(0, ddof=1) for h in hidden.values()]
     ranking = sorted(
         (float(v), block, i) for block, vs in enumerate(variances) for i, v in enumerate(vs) if i != vs.argmax()
@@ -75,7 +75,7 @@ def test_the_fold_is_the_papers_formula() -> None:
         assert torch.equal(small1.weight, w1[kept])
         assert torch.equal(small1.bias, model[first].bias[kept])
         assert torch.equal(small2.weight, w2[:, kept])
-        # b2' = b2 + W2[:, P] mu[P], rounded once to float32
+        # b2' = b2 + W2[:, P] mu[P], rounded once to float32.
         expected = bias + w2.double()[:, pruned] @ entry.constants[0]
         torch.testing.assert_close(small2.bias.double(), expected, rtol=6e-8, atol=1e-9)
         assert (small1.out_features, small2.in_features) == (len(kept), len(kept))
@@ -107,7 +107,7 @@ def test_macs_and_params_are_met_to_the_neuron(kind: str, kept: float) -> None:
 
     dense = cost(result.captured.graph_module)
     assert cost(result.small) <= kept * dense
-    # one neuron fewer removed, of any block, is over the budget: the last one in the ranking is among them
+    # Keeping one more neuron of any block exceeds the budget, in particular the last one removed.
     wider = []
     for entry in result.plan.blocks:
         scores = result.statistics.moments[entry.block.name][0].variance
@@ -146,7 +146,7 @@ def test_rounding(step: int) -> None:
 def test_floors_hold_and_the_total_is_still_met() -> None:
     model = _network()
     with torch.no_grad():
-        model[8].weight.mul_(1e-3)  # every variance of the last block is now the smallest
+        model[8].weight.mul_(1e-3)  # now the variances of the last block are the smallest
         model[8].bias.mul_(1e-3)
     default = stages(model, DATA, ratio=0.5, criterion="variance", allocation="global")
     assert default.plan.widths["8->10"] == 1
@@ -202,7 +202,7 @@ def test_other_criteria(criterion: str) -> None:
 
 
 def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
-    """Linear layers, and convolutions under the paper's method, keep any width."""
+    """Linear layers may have any width, and so may convolutions under the paper's method."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 72, 1), nn.ReLU(), nn.Conv2d(72, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.ReLU(),
@@ -215,7 +215,7 @@ def test_convolutions_keep_multiples_of_eight_where_nothing_is_said() -> None:
         return tuple(result.plan.widths[b.name] for b in result.analysis.blocks)
 
     assert widths(round_to=1) == widths(method="vbp") == (54, 18, 54)
-    assert widths() == (56, 16, 54)  # of 126 that is the nearest: 48 would miss it by 8
+    assert widths() == (56, 16, 54)  # the nearest to a total of 126; 48 would miss it by 8
     assert widths(round_to=8) == (56, 16, 56)
 
 
@@ -229,13 +229,13 @@ def convolutions(*channels: int) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("channels", "ratio", "expected"),
     [
-        ((16, 64), 0.2, (16, 48)),  # 64 of 80 stay, and a stem of 15 would be slower than one of 16
+        ((16, 64), 0.2, (16, 48)),  # 64 of 80 are kept; a stem of 15 would be slower than one of 16
         ((16, 16), 0.25, (16, 8)),
         ((12,), 0.3, (8,)),
         ((16,), 0.7, (4,)),
-        ((8,), 0.4, (4,)),  # a group of 8 is half empty then, and no slower
-        ((4,), 0.5, (2,)),  # nothing narrower than a group is lost
-        ((16,), 0.2, (12,)),  # 8 would be wanted from 4 neurons on
+        ((8,), 0.4, (4,)),  # half of a group of 8 is empty, but it is no slower
+        ((4,), 0.5, (2,)),  # below one group, any width is fine
+        ((16,), 0.2, (12,)),  # a width of 8 would need 4 removed neurons
         ((16,), 0.1, (14,)),
     ],
 )
@@ -253,7 +253,7 @@ def test_narrow_convolutions_keep_multiples_where_something_remains_to_remove(
 def test_a_runtime_takes_its_multiple_or_the_half_that_leaves_something_to_remove(
     width: int, ratio: float, expected: int
 ) -> None:
-    """Of ONNX Runtime: 8. With 8 the widths of 6 and 12 could not be met, and 3 of 64 would round to none."""
+    """ONNX Runtime's multiple is 8, with which nothing could be removed from 6 and 12, nor 3 neurons from 64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
     options: Any = {"ratio": ratio, "runtime": "onnxruntime", "method": "vbp", "progress": False}
@@ -262,7 +262,7 @@ def test_a_runtime_takes_its_multiple_or_the_half_that_leaves_something_to_remov
 
 
 def test_a_multiple_that_leaves_every_block_whole_is_an_error() -> None:
-    """Who asks for less wants less; a plan that changes nothing would say that it was done."""
+    """A plan without changes would look like a success, although nothing was removed."""
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(
         BudgetError, match=r"ratio=0.1 removes 2 of 16 neurons, and with widths that are multiples of 8"
@@ -316,7 +316,7 @@ def test_patterns_are_compared_once_with_every_block(monkeypatch: pytest.MonkeyP
 def test_scoring_looks_up_the_weights_of_a_block_and_not_those_of_all(
     criterion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So what planning looks at grows as the number of blocks does, not as its square."""
+    """The cost of planning grows linearly with the number of blocks and not quadratically."""
 
     def looked_at(blocks: int) -> int:
         model = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Plots return axes that hold the report's figures."""
+"""Plots return axes that show the figures of the report."""
 
 from __future__ import annotations
 

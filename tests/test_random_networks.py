@@ -1,4 +1,4 @@
-"""Random networks from every operator and every trap: found, exact, unchanged, never another kind of error."""
+"""Random networks from all operators and traps: blocks are found, results exact, models unchanged, and errors expected."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Calibration on many processes: what one process gathers and decides, and an end for all where one fails.
+"""Calibration on many processes gives the statistics and plans of one process, and if one process fails, all end.
 
-The networks compute in float64. Sums over processes come in another order than one process's, each addition with a relative
-rounding of 1e-16; a few dozen of them stay far below 1e-12.
+The networks compute in float64. Sums over processes have another order than in one process. Each addition has a relative
+rounding error of 1e-16, so a few dozen of them stay far below 1e-12.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vbpfx.errors import ArtifactError, CalibrationError
 from vbpfx.plans.files import load_plan
 
 ROUNDING = 1e-12
-# Each starts as a copy of one process that has imported everything.
+# Each process is forked from one that has already imported everything.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["vbpfx.pipeline.model", "torch._dynamo", "torch.export"])
 
@@ -38,7 +38,7 @@ def _free_port() -> int:
 
 
 def _run(job: str, count: int, folder: Path, **options: Any) -> list[int | None]:
-    """Run a job on so many processes; their exit codes."""
+    """Run a job on ``count`` processes and return their exit codes."""
     port = _free_port()
     ranks = [
         _FORKS.Process(target=ranks_jobs.run_rank, args=(job, rank, count, port, folder, options))
@@ -67,7 +67,7 @@ def _assert_equal(one: vbpfx.Statistics, other: vbpfx.Statistics) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, vbpfx.Pruned]:
-    """What one process makes of each way."""
+    """Return the result of one process for each of the ``WAYS``."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = {way: ranks_jobs.pruned(**options) for way, options in ranks_jobs.WAYS.items()}
@@ -79,7 +79,7 @@ def alone() -> dict[str, vbpfx.Pruned]:
 def test_many_processes_gather_and_decide_what_one_does(
     count: int, tmp_path: Path, alone: dict[str, vbpfx.Pruned]
 ) -> None:
-    """Batches of unlike sizes, uneven and empty shares, padding, co-moments, gradients, sensitivities and reconstruction."""
+    """This covers batches of different sizes, uneven and empty shares, padding, co-moments, gradients and reconstruction."""
     assert _run("prune", count, tmp_path) == [0] * count
     assert not list(tmp_path.glob("error*"))
     for way, one in alone.items():
@@ -90,14 +90,14 @@ def test_many_processes_gather_and_decide_what_one_does(
             assert plan.settings == one.plan.settings
             assert [c.layer for c in plan.corrections] == [c.layer for c in one.plan.corrections]
             for mine, theirs in zip(plan.corrections, one.plan.corrections, strict=True):
-                # float32 in the plan: one of its roundings
+                # The plan stores float32, so values can differ by one rounding.
                 torch.testing.assert_close(mine.weight, theirs.weight, rtol=2e-7, atol=1e-9)
                 torch.testing.assert_close(mine.bias, theirs.bias, rtol=2e-7, atol=1e-9)
         first, *others = [(tmp_path / f"{way} plan {rank}" / "plan.safetensors").read_bytes() for rank in range(count)]
         assert all(other == first for other in others)
     assert any(entry.kept for entry in alone["auto"].plan.blocks)
     assert alone["auto"].plan.corrections
-    # written by one of them, once, before any goes on
+    # One process writes the files once, before any process continues.
     assert len({(tmp_path / f"written {rank}").read_text() for rank in range(count)}) == 1
     assert vbpfx.load(tmp_path / "artifact")(ranks_jobs.batches(1)[0]).shape == (3, 4)
 
@@ -130,7 +130,7 @@ def test_all_end_where_one_fails(bad: int, how: str, tmp_path: Path) -> None:
 
 
 def test_ranks_go_on_from_their_checkpoints(tmp_path: Path) -> None:
-    """One is killed in the middle; the same ranks go on, others do not."""
+    """After one process is killed, the same number of ranks resumes, and another number is refused."""
     options: dict[str, Any] = {"checkpoint": str(tmp_path / "checkpoint"), "checkpoint_every": 1}
     _run("fail", 2, tmp_path, bad=1, how="kill", **options)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
@@ -154,7 +154,7 @@ def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
 
 
 def test_a_script_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script of docs/many_processes.md, as its reader starts it; and alone."""
+    """The script of docs/many_processes.md runs under torchrun and in one process."""
     page = Path(__file__).parent.parent / "docs" / "many_processes.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     script = tmp_path / "script.py"
@@ -173,7 +173,7 @@ def test_a_script_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_process_is_alone() -> None:
-    """Without torch.distributed nothing waits, nothing is exchanged, and values come back as they are."""
+    """Without torch.distributed nothing waits or is exchanged, and values are returned unchanged."""
     tensor = torch.randn(3)
     assert ALONE.sum([tensor])[0] is tensor
     assert ALONE.sums([1, 2.5]) == [1, 2.5]

@@ -1,4 +1,4 @@
-"""Reconstruction: the plan it makes is exact on every kind of block, and its regressions are NumPy's."""
+"""Reconstruction makes exact plans for every kind of block, and its regressions agree with NumPy's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_oracle_holds_on_every_kind_of_block(case: Case) -> None:
 
 
 class Residual(nn.Module):
-    """Two attention-like layers and two blocks on one stream, with layer scale; tokens (B, T, 8)."""
+    """Two attention-like layers and two blocks on one stream of tokens (B, T, 8), with layer scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_wrong_correction_is_noticed() -> None:
 
 
 def test_sums_of_wide_inputs_are_numpys() -> None:
-    """Wider than the panels that symmetric products are made of."""
+    """The inputs are wider than the panels in which symmetric products are computed."""
     torch.manual_seed(0)
     x, t, weights = torch.randn(50, 600).double(), torch.randn(50, 3).double(), torch.rand(50).double()
     sums = Sums()
@@ -171,7 +171,7 @@ def test_a_stream_computes_what_the_graph_computes() -> None:
     last = next(node for node in captured.graph_module.graph.nodes if node.op == "output").args[0].name
     for number, batch in enumerate(data):
         assert torch.equal(stream.value(number, last), captured.graph_module(batch))
-    # nothing is held that nobody will read
+    # No value is kept that is not read any more.
     assert all(len(run.env) == 1 for run in stream.runs)
 
 
@@ -206,7 +206,7 @@ def test_a_layer_without_a_bias_stays_without_one() -> None:
 
 
 class Undifferentiable(nn.Module):
-    """A residual block behind a root, whose derivative at zero is infinite."""
+    """A residual block in front of a square root, whose derivative at zero is infinite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_a_model_without_finite_derivatives_is_fitted_all_the_same() -> None:
 
 
 def test_influence_is_the_gradient() -> None:
-    """y = v . act(W x): the gradient of r y at h = act(W x) is r v, the same in every row."""
+    """The influence of rows and the metric follow the gradient of the output, computed by hand."""
     torch.manual_seed(0)
     model = randomize(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 1)))
     batch = torch.randn(300, 5)
@@ -238,11 +238,11 @@ def test_influence_is_the_gradient() -> None:
     with torch.no_grad():
         h = model[:3](batch).double()
         gradient = model[4].weight.double() * (1 - torch.tanh(h) ** 2)
-    # up to the square of one normal number a row: those of mean one are pulled out by comparing with that ratio
+    # Each row has a random factor, the square of a normal number with mean one; the mean ratio averages these factors.
     squares = gradient.square().sum(1)
     ratio = (found.weights[0].flatten().double() - 1e-3) / squares
     assert 0.8 < float(ratio.mean() * squares.mean()) < 1.6
-    # of the metric only the directions are compared: rows are weighted by those same squares
+    # Only the directions of the metric are compared, because its rows are weighted by those factors.
     expected = gradient.T @ gradient
     assert found.metric is not None
     cosine = float((found.metric * expected).sum() / found.metric.norm() / expected.norm())
@@ -251,7 +251,7 @@ def test_influence_is_the_gradient() -> None:
 
 @pytest.mark.parametrize("samples", [None, 25, 1000])
 def test_statistics_are_gathered_on_the_way_of_the_gradients(samples: int | None) -> None:
-    """One pass does for both: nothing is missed and nothing is counted twice, also where few samples are kept."""
+    """One pass gathers both, and nothing is missed or counted twice, even if only a few samples are kept."""
     torch.manual_seed(0)
     model = double(randomize(Residual()))
     batches = [torch.randn(10, 6, 8, dtype=torch.float64) for _ in range(8)]
@@ -268,7 +268,7 @@ def test_statistics_are_gathered_on_the_way_of_the_gradients(samples: int | None
 
 
 def test_gradients_do_not_depend_on_who_else_looks() -> None:
-    """A prepared graph computes the same values, so that gradients on it are those on the captured one."""
+    """A prepared graph computes the same values and therefore has the same gradients as the captured one."""
     torch.manual_seed(0)
     model = double(randomize(Residual()))
     batches = [Inputs((torch.randn(20, 6, 8, dtype=torch.float64),), {}) for _ in range(2)]
@@ -299,13 +299,13 @@ def test_an_output_of_one_number_has_gradients() -> None:
 
     captured = vbpfx.capture(randomize(Summed()).double(), torch.randn(4, 6, dtype=torch.float64))
     gradients = Gradients(captured, vbpfx.find_blocks(captured).layers)
-    gradients.add(captured.inputs)  # the spread of one number is not a number, and torch warns of it
+    gradients.add(captured.inputs)  # the standard deviation of one number is NaN, of which torch would warn
     assert all(bool(square.isfinite().all()) for found in gradients.squares.values() for square in found)
     assert any(bool((square > 0).any()) for found in gradients.squares.values() for square in found)
 
 
 class FromOneVector(nn.Module):
-    """A gate that is computed of one vector: a parameter, or the mean of all samples."""
+    """A gate that is computed from one vector: a parameter, or the mean of all samples."""
 
     def __init__(self, of_data: bool) -> None:
         super().__init__()
@@ -323,14 +323,14 @@ def test_hidden_values_of_one_axis(of_data: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(40, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
     pruned = vbpfx.prune(model, data, ratio=0.5, progress=False, min_width=8)
-    assert ("gate" in pruned.plan.widths) == of_data  # what sees no data takes no part
+    assert ("gate" in pruned.plan.widths) == of_data  # blocks that read no data are left out
     found = vbpfx.verify(pruned.captured, pruned.graph_module, pruned.plan, data[0], tolerance=1e-9)
     assert found.effect > 1e-6
 
 
 @pytest.mark.parametrize("time_first", [False, True])
 def test_influence_keeps_rows_in_the_order_of_the_value(time_first: bool) -> None:
-    """Gradients are taken of a few samples at a time; their weights stand where the samples stand in the whole batch."""
+    """Gradients are computed for a few samples at a time, and their weights keep the samples' order in the batch."""
 
     class Sequence(nn.Module):
         def __init__(self) -> None:
@@ -356,7 +356,7 @@ def test_influence_keeps_rows_in_the_order_of_the_value(time_first: bool) -> Non
 
 
 class Tower(nn.Module):
-    """Two blocks, one of them gated, on a stream of 6."""
+    """Two blocks, one of them gated, on a stream of width 6."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ class Tower(nn.Module):
 
 
 class Siamese(nn.Module):
-    """Both inputs go through one tower: called twice, or called once on both."""
+    """Both inputs go through one tower, which is called twice or once on both together."""
 
     def __init__(self, twice: bool) -> None:
         super().__init__()
@@ -383,7 +383,7 @@ class Siamese(nn.Module):
 
 
 class Again(nn.Module):
-    """One tower three times, each on what the one before made."""
+    """One tower is called three times in sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,7 +417,7 @@ def test_a_block_that_is_called_twice_is_fitted_as_if_it_were_called_once_on_bot
     pruned = auto[two]
     (fitted,) = (c for c in pruned.plan.corrections if c.layer.weight == "tower.one.2.weight")
     assert len(fitted.calls) == 2
-    # the oracle at both calls of every layer, on the graph and on the model's own class, and behind a file
+    # The oracle checks both calls of every layer in the graph, in the model's own class, and after loading from a file.
     for network in (pruned.graph_module, pruned.apply_to(two)):
         found = vbpfx.verify(pruned.captured, network, pruned.plan, test, tolerance=1e-9)
         assert found.effect > 1e-3
@@ -431,7 +431,7 @@ def test_predictions_of_blocks_that_are_called_twice_are_those_of_both_calls_tog
     """B = C_PK (C_KK + lambda s I)^-1 and a = mu_P - B mu_K, over the rows of both calls."""
     model = randomize(Siamese(True)).double()
     analysis = vbpfx.find_blocks(vbpfx.capture(model, _pairs(1)[0]))
-    observed = vbpfx.prepare(analysis.captured, analysis, covariance=1e9)  # of every row
+    observed = vbpfx.prepare(analysis.captured, analysis, covariance=1e9)  # uses every row
     vbpfx.calibrate(observed, _pairs(8))
     plan = vbpfx.make_plan(analysis, vbpfx.statistics(observed), ratio=0.5, allocation="equal")
     entry = next(entry for entry in plan.blocks if entry.block.name == "tower.one")
@@ -449,7 +449,7 @@ def test_predictions_of_blocks_that_are_called_twice_are_those_of_both_calls_tog
 
 
 def test_a_block_whose_calls_follow_each_other_is_predicted_from_all_of_them() -> None:
-    """No order of computation has the inputs of all calls before the first: the one-shot plan stays, with its predictions."""
+    """The inputs of all calls are not known before the first call, so the one-shot plan with its predictions is kept."""
     model = randomize(Again()).double()
     data = [a for a, _ in _pairs(8)]
     pruned, simple = (
@@ -511,7 +511,7 @@ def test_gradients_of_many_samples_at_once_are_those_of_each_alone() -> None:
     gradients = Gradients(captured, [layer], at_once=256, seed=5)
     gradients.add(Inputs((data,), {}))
     product, squares = torch.zeros(2, 2, dtype=torch.float64), []
-    for start in (0, 256):  # one random direction for each part
+    for start in (0, 256):  # each part has one random direction
         part = data[start : start + 256]
         with torch.no_grad():
             outputs = model(part)
@@ -523,7 +523,7 @@ def test_gradients_of_many_samples_at_once_are_those_of_each_alone() -> None:
             squares.append(g.square().sum())
     torch.testing.assert_close(gradients.products[layer.node], product, rtol=1e-10, atol=1e-12)
     (found,) = gradients.squares[layer.node]
-    torch.testing.assert_close(found[:, 0], torch.stack(squares).float(), rtol=1e-6, atol=1e-9)  # held in float32
+    torch.testing.assert_close(found[:, 0], torch.stack(squares).float(), rtol=1e-6, atol=1e-9)  # stored in float32
 
 
 def test_rows_in_larger_parts_are_the_same_rows() -> None:

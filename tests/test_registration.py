@@ -1,4 +1,4 @@
-"""Operators that the table lacks: refused by name, and after one call of ``register_operator`` analysed like any other."""
+"""Operators that the table lacks are refused by name; after ``register_operator`` they are analysed like any other."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vbpfx.rules import ops
 from vbpfx.rules.axes import Relation, Same, Site
 from vbpfx.rules.pointwise import elementwise
 
-# float64: what rounding alone makes of a few dozen operations
+# Rounding errors of a few dozen operations in float64.
 ROUNDING = 1e-12
 
 
 class Damped(nn.Module):
-    """x exp(-|a x|) I0(a x) with one a per channel: the Bessel function stands in no table."""
+    """x exp(-|a x|) I0(a x) with one a per channel; the Bessel function is not in the table."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Damped(nn.Module):
 
 
 def per_channel(site: Site) -> Iterator[Relation]:
-    """Elementwise, with one parameter per channel of the last axis."""
+    """A rule for an elementwise operator with one parameter per channel of the last axis."""
     rate = site.operand(1, "rate")
     assert rate is not None
     yield from (Same(a, b) for a, b in zip(site.x.axes, site.out.axes, strict=True))
@@ -51,7 +51,7 @@ def _(x: Tensor, strength: float) -> Tensor:
 
 @torch.fx.wrap
 def limited(x: Tensor) -> Tensor:
-    """Decides on a size, which symbolic tracing could not follow."""
+    """A function that branches on a size, which symbolic tracing cannot follow."""
     return x.tanh() * 2 if len(x) > 1 else x
 
 
@@ -71,7 +71,7 @@ class Net(nn.Module):
 
 
 class Limited(nn.Module):
-    """A function that fx keeps as one call is called by the name that its module knows."""
+    """A module that calls a wrapped function, which fx keeps as one call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return limited(x)
@@ -79,7 +79,7 @@ class Limited(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test enters is gone with it."""
+    """Give each test its own copy of the operator table."""
     monkeypatch.setattr(ops, "_TABLE", dict(ops._TABLE))
 
 
@@ -131,7 +131,7 @@ def test_a_registered_module_is_one_call_with_its_parameter_sliced() -> None:
 
 
 def test_a_wrong_rule_is_caught_by_the_oracle() -> None:
-    """Were softmax elementwise, as this says, narrowing would be exact: it is not, and verify says so."""
+    """The rule claims that softmax is elementwise, which makes narrowing inexact, and verify raises."""
 
     class Shares(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def test_a_wrong_rule_is_caught_by_the_oracle() -> None:
 
 def test_registering_twice() -> None:
     vbpfx.register_operator(per_channel, Damped)
-    vbpfx.register_operator(per_channel, Damped)  # a module that is imported again says nothing new
+    vbpfx.register_operator(per_channel, Damped)  # registering the same again is allowed, as after a second import
     with pytest.raises(AnalysisError, match="stands in the table already, with the rule per_channel"):
         vbpfx.register_operator(other_rule, Damped)
     with pytest.raises(AnalysisError, match="stands in the table already, with the rule elementwise"):

@@ -1,4 +1,4 @@
-"""Calls that repeat an earlier one: what is recorded is what running every call gives."""
+"""Shapes and MACs of repeated calls are copied, and are the same as when every call is run."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def described(value: Any) -> Any:
 
 
 def attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Two matrix products of each head: (tokens, width) by (width, keys), and (tokens, keys) by (keys, value width)."""
+    """Return the FLOPs of both products per head: (tokens, width) x (width, keys), (tokens, keys) x (keys, value width)."""
     heads, (tokens, width), (keys, value_width) = math.prod(query[:-2]), query[-2:], value[-2:]
     return 2 * heads * tokens * keys * (width + value_width)
 
 
-# Some versions of torch count nothing for attention on the CPU. Here every version counts by the formula above.
+# Some versions of torch count no FLOPs for attention on the CPU. The formula above makes all versions count them.
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 def counted_call_by_call(captured: vbpfx.Captured) -> dict[str, int]:
-    """MACs per node of a run of every call, one sample at a time where the graph takes one."""
+    """Run every call and return the MACs per node and sample."""
     samples, counts = 1 if captured.batch else captured.inputs.batch_size or 1, {}
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, unfused_attention():
 
@@ -60,7 +60,7 @@ def counted_call_by_call(captured: vbpfx.Captured) -> dict[str, int]:
 
 
 def assert_as_if_all_were_run(captured: vbpfx.Captured) -> int:
-    """Returns how many nodes share a value with an earlier one."""
+    """Compare with a run of every call; return how many nodes share a value with an earlier one."""
     differ, seen, shared = [], set(), 0
 
     def compare(node: fx.Node, run: Callable[[], Any]) -> Any:
@@ -98,7 +98,7 @@ def test_real_networks(name: str) -> None:
 
 
 class Counting(nn.Module):
-    """A layer of the user's, not of torch.nn: what it does next is its own affair."""
+    """A layer of the user, whose result changes with every call."""
 
     calls = 0
 
@@ -129,7 +129,7 @@ def counting(x: Tensor) -> Tensor:
 
 
 class Calls(nn.Module):
-    """Calls that differ from an earlier one in one thing."""
+    """A network of calls that differ from an earlier one in a single property."""
 
     def __init__(self, forward: Callable[..., Any], *layers: nn.Module) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def reshaping(x: Tensor, how: str) -> Tensor:
 @pytest.mark.parametrize("how", ["unsqueeze_", "resize_", "out="])
 @pytest.mark.parametrize("before", [False, True], ids=["first", "second"])
 def test_what_a_function_of_the_users_reshapes_in_place_is_not_the_result_of_like_calls(how: str, before: bool) -> None:
-    """Whichever of two like results it reshapes, the other one keeps its shape, and is read with it."""
+    """If a function reshapes one of two equal results in place, the other one keeps its shape."""
 
     def forward(_: nn.ModuleList, x: Tensor) -> Any:
         a, b = x.relu(), x.relu()

@@ -1,4 +1,4 @@
-"""What a report holds: spectra against variances that numpy takes of the activations, and what comes back from JSON."""
+"""Reports: spectra against variances that NumPy computes from activations, and loading from JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data() -> list[Tensor]:
 
 
 def test_names_stand_in_tables_as_they_are() -> None:
-    """Classes are called what their folders are called, which to rich may be a style, an end of one, or a picture."""
+    """Class names come from folder names, which rich could read as styles, closing tags, or emoji."""
     names = ("[other]", "[/b]", "a:cat:b")
     shown = table("[bold] title", ("name",), [(name,) for name in names])
     assert all(name in shown for name in ("[bold] title", *names))
@@ -42,7 +42,7 @@ def pruned() -> vbpfx.Pruned:
 
 
 def variances(model: nn.Module, name: str) -> np.ndarray[Any, Any]:
-    """Of the hidden activations, by numpy: the model's own first layer and activation."""
+    """Return the variances of the hidden activations by NumPy, from the model's own first layer and activation."""
     seen: list[Tensor] = []
     hidden = getattr(model, name)[1]
     handle = hidden.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
@@ -62,12 +62,12 @@ def test_a_spectrum_is_the_sorted_variances_and_marks_what_the_plan_keeps(pruned
     n, entries = len(found), len(spectrum.variances)
     assert entries == min(n, 200)
     assert spectrum.neurons == n
-    # ranks in equal shares, by integers alone
+    # Divide the ranks into equal shares, in integer arithmetic.
     owner = [next(e for e in range(entries) if (e + 1) * n // entries > rank) for rank in range(n)]
     for entry in range(entries):
         members = [order[rank] for rank in range(n) if owner[rank] == entry]
         assert spectrum.kept[entry] == len(kept & set(members))
-        # statistics are float32 sums of 192 rows, the report rounds to four digits
+        # Statistics are float32 sums of 192 rows, and the report rounds to four digits.
         assert any(spectrum.variances[entry] == pytest.approx(found[i], rel=1e-3, abs=1e-12) for i in members)
     assert spectrum.variances[0] == pytest.approx(found.max(), rel=1e-3)
     assert spectrum.variances[-1] == pytest.approx(found.min(), rel=1e-3, abs=1e-12)
@@ -110,7 +110,7 @@ def test_few_equal_or_dead_neurons_have_a_spectrum(values: list[float]) -> None:
 
 
 def test_of_equal_variances_those_that_stay_rank_first() -> None:
-    """Ties are broken by index, and it is the later ones that stay."""
+    """Ties are broken by index: later neurons are kept."""
     spectrum = reduced(torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0], dtype=torch.float64), (2, 3, 4))
     assert spectrum.variances == (2.0, 2.0, 2.0, 1.0, 1.0)
     assert spectrum.kept == (1, 1, 0, 1, 0)
@@ -128,7 +128,7 @@ def test_a_report_comes_back_from_its_file(pruned: vbpfx.Pruned, tmp_path: Path)
     assert report.command == "vbpfx prune x"
     assert report.refusals == pruned.analysis.refusals
     assert set(report.versions) == {"vbpfx", "torch", "Python", "platform"}
-    # by hand: 8 -> h -> b -> k -> 8 in float32, biases with them; b is a block, too
+    # Counted by hand: 8 -> h -> b -> k -> 8 in float32 with biases, where b is a block, too.
     h, b, k = (now for _, now in report.widths.values())
     sizes = [4 * (9 * h + (h + 1) * b + (b + 1) * k + (k + 1) * 8) for h, b, k in ((48, 8, 300), (h, b, k))]
     assert report.size == tuple(sizes)
@@ -172,7 +172,7 @@ def test_what_is_measured_later_joins_the_report(pruned: vbpfx.Pruned, tmp_path:
 
 
 def test_an_evaluation_on_other_data_takes_the_place_of_the_one_before(pruned: vbpfx.Pruned, tmp_path: Path) -> None:
-    """Otherwise the accuracy of labelled images would stand beside the name of others, which have no labels."""
+    """Otherwise the accuracy on labelled data would be shown with the name of other data without labels."""
     tuned = dataclasses.replace(pruned.report, tuning="400 samples, 1 epoch", verification=None)
     dataclasses.replace(pruned, report=tuned).save(
         tmp_path, evaluation={"top-1 accuracy": (0.8, 0.7), "samples": 650, "data": "labelled"}
@@ -217,7 +217,7 @@ def test_onnx_goes_in_the_same_commit(pruned: vbpfx.Pruned, tmp_path: Path, monk
 
 @pytest.mark.parametrize(("count", "width"), [(12, 3072), (32, 11_008), (96, 12_288), (1024, 1024)])
 def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, width: int) -> None:
-    """Blocks as in a ViT-B, a language model of 7 B, one of 175 B, and one of experts; both files as save writes them."""
+    """Both files stay small with the blocks of a ViT-B, of language models with 7 B and 175 B, and of one with experts."""
     (like, *_) = pruned.analysis.blocks
     blocks = tuple(dataclasses.replace(like, name=f"blocks.{i}.mlp", width=width) for i in range(count))
     moments = Moments(100, torch.zeros(width, dtype=torch.float64), torch.rand(width, dtype=torch.float64))
@@ -248,7 +248,7 @@ def test_how_it_was_pruned_is_said_in_words(given: dict[str, Any], title: str) -
 
 
 def test_names_are_no_markup_and_colours_are_never_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of classes and modules that rich would read as styles or pictures."""
+    """The names of classes and modules could be read as styles or emoji by rich."""
     for forced in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.setenv(forced, "1")
     text = table("[red]", ("block[b]",), [("layers[bold]",), (":cat:",), ("[/x]",)])
@@ -271,11 +271,11 @@ def test_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) 
     assert "123,456,796" in shown
     assert "123,456,797" in shown
     assert (shown == piped) == (columns == 140)
-    assert len(piped.splitlines()) == 7  # title, head, two rows, and their lines
+    assert len(piped.splitlines()) == 7  # title, header, two rows, and three rules
 
 
 def test_numbers_are_whole_where_a_table_hardly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``vbpfx inspect`` prints of ratios, on 60 columns: the headers are broken."""
+    """The table of ratios of ``vbpfx inspect`` on 60 columns wraps its headers but not its numbers."""
     columns = ("ratio", "hidden neurons", "parameters", "kept", "MACs per sample", "kept")
     rows = [
         (0.1, 8294, 5_362_448, "93.8%", 1_183_935_744, "94.4%"),

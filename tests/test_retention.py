@@ -1,4 +1,4 @@
-"""The benchmark of retention: its measures against formulas by hand, its SNIP against a network by hand, and one small run."""
+"""The retention benchmark: its measures and its SNIP against computations by hand, and one small run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_classifiers_by_hand() -> None:
     pruned = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])  # right, right, wrong, wrong
     found = compare(dense, pruned, labels)
     assert found.values.tolist() == [1, 1, 0, 0]
-    # one sample of four has its two logits exchanged: KL = (q - r) . (ln q - ln r) / 2 = 2 (q_1 - q_2)
+    # One of four samples has its two logits exchanged: KL = (q - r) . (ln q - ln r) / 2 = 2 (q_1 - q_2).
     q = math.exp(2) / (math.exp(2) + 1)
     expected = {"top1": 0.5, "kept": 2 / 3, "agreement": 0.75, "kl": 2 * (2 * q - 1) / 4}
     assert {name: found.figures[name] for name in expected} == pytest.approx(expected)
-    # residuals p - R d: 1/3, 1/3, -2/3, 0, their squares 6/9, over n (n - 1) = 12, and D = 3/4
+    # The residuals p - R d are 1/3, 1/3, -2/3, 0. The sum of their squares is 6/9, n (n - 1) = 12, and D = 3/4.
     assert found.figures["kept_se"] == pytest.approx(math.sqrt(6 / 9 / 12) / 0.75)
 
 
@@ -47,7 +47,7 @@ def test_the_error_of_a_ratio_is_the_jackknife_s() -> None:
     jackknife = math.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
     ratio, error = ratio_of_means(torch.tensor(p), torch.tensor(d))
     assert ratio == pytest.approx(p.mean() / d.mean())
-    assert error == pytest.approx(jackknife, rel=0.01)  # both are of first order in 1 / n
+    assert error == pytest.approx(jackknife, rel=0.01)  # both are correct to first order in 1 / n
 
 
 def test_differences_are_paired() -> None:
@@ -95,7 +95,7 @@ def test_snip_by_hand(kind: Kind) -> None:
     y = (h @ second.weight.T + second.bias).flatten(1).detach()
     if kind == "classifier":  # dL/dy = softmax(y) - onehot(argmax y)
         slope = y.softmax(1) - nn.functional.one_hot(y.argmax(1), 12)
-    else:  # in the benchmark's own pieces: eight samples at once, batch after batch
+    else:  # eight samples at a time, like the benchmark
         generator = torch.Generator().manual_seed(0)
         slope = torch.cat([torch.randn(n, 12, generator=generator) for n in (8, 5, 7)])
     gradient = slope.reshape(20, 4, 3) @ second.weight
@@ -122,7 +122,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     page = (docs / "results.md").read_text()
     assert "| 95% | obs | - |" in page
-    assert "auto - vbp" not in page  # never at the same number of calibration samples
+    assert "auto - vbp" not in page  # the two have no common number of calibration samples
     assert str(tmp_path) not in page
     assert (docs / "figures" / "retention-digits_vit.png").stat().st_size > 5000
 

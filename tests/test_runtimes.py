@@ -1,4 +1,4 @@
-"""Every runtime computes what PyTorch computes, dense and pruned, and says clearly why it cannot."""
+"""Every runtime computes what PyTorch computes, dense and pruned, or explains why it cannot."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vbpfx.export.onnx import export_onnx
 from vbpfx.runtimes.interface import Compiled
 from vbpfx.runtimes.table import NAMES, runtime
 
-# Other kernels, the same float32: the documented bound is 1e-4; networks of two layers stay far below it.
+# Rounding between different float32 kernels. The documented bound is 1e-4, and networks of two layers stay far below it.
 PARITY = 1e-5
 
 
 class Texts(nn.Module):
-    """Token ids and a mask by keyword, several outputs: what the adapters have to flatten and to keep in order."""
+    """Token ids and a mask by keyword, and several outputs, which the runtimes must flatten in the right order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def texts(batch: int = 3) -> dict[str, Any]:
 
 
 def _needed(name: str) -> None:
-    """Skip where an optional package or the C++ compiler is missing; ONNX Runtime and PyTorch are always there."""
+    """Skip the test if an optional package or the C++ compiler is missing; ONNX Runtime and PyTorch are always installed."""
     modules = {"openvino": "openvino", "executorch": "executorch", "tvm": "tvm"}
     if name in modules:
         pytest.importorskip(modules[name])
@@ -65,7 +65,7 @@ def _agree(compiled: Compiled, inputs: Inputs, network: nn.Module) -> None:
 
 
 def _compile_dense_and_pruned(name: str) -> list[int | None]:
-    """Both networks in a runtime, held against PyTorch; their sizes."""
+    """Compile both networks, compare them with PyTorch, and return their sizes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Texts().eval()
@@ -77,7 +77,7 @@ def _compile_dense_and_pruned(name: str) -> list[int | None]:
     for network in (model, small):
         compiled = runtime(name).compile(network, inputs, 1)
         _agree(compiled, inputs, network)
-        _agree(compiled, Inputs((), texts()), network)  # other values than it was compiled with
+        _agree(compiled, Inputs((), texts()), network)  # values other than those at compile time
         sizes.append(compiled.size)
     assert all(torch.equal(before[key], value) for key, value in inputs.kwargs.items())
     assert torch.get_num_threads() == 1
@@ -86,7 +86,7 @@ def _compile_dense_and_pruned(name: str) -> list[int | None]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_and_pruned_agree_with_pytorch(name: str) -> None:
-    """In a process of its own: native code that was compiled a moment ago takes no other test along where it fails."""
+    """This runs in a separate process, so that a crash of freshly compiled native code does not end other tests."""
     _needed(name)
     sizes = in_a_process(_compile_dense_and_pruned, name)
     assert (sizes == [None, None]) == (name in ("pytorch", "torch_compile"))
@@ -131,7 +131,7 @@ def test_a_missing_package_names_what_to_install(name: str, monkeypatch: pytest.
 
 
 class Refused(nn.Module):
-    """Runs, and cannot be exported: what it does depends on values."""
+    """A network that runs but cannot be exported, because its control flow depends on values."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"y": x * 2 if float(x.sum()) > 0 else x}
@@ -157,7 +157,7 @@ def test_aotinductor_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_executorch_keeps_the_pool_that_a_loaded_program_holds() -> None:
-    """Its programs hold the pool of threads by address: taking it away under one would crash the process."""
+    """Programs hold the thread pool by address, so replacing it under a loaded program would crash the process."""
     _needed("executorch")
     model, inputs = Texts().eval(), Inputs((), texts())
     compiled = runtime("executorch").compile(model, inputs, 1)

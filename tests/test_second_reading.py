@@ -1,4 +1,4 @@
-"""What an adversarial reading of parts, carried statistics, masks and streams found; each was wrong once."""
+"""Errors that an adversarial review of parts, carried statistics, masks and streams found and that are now fixed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk_by_keyword(m: nn.Module, x: Tensor) -> Tensor:
     return m.o1(torch.tanh(first)) + m.o2(torch.relu(second))
 
 
-# Blocks that must be found, and exact in the graph and, where it can hold them, in the model's own class.
+# Blocks that must be found and exact in the graph and, if possible, in the model's own class.
 EXACT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "a packed bias": (lambda: Net(chunked_bias, w1=parameter(H, 8), w2=parameter(H, 8), bias=parameter(2 * H), o=L(H, 8)), tokens),
     "a packed scale": (lambda: Net(lambda m, x: m.o1(torch.relu(m.a(x) * m.s[:H])) + m.o2(torch.tanh(m.b(x) * m.s[H:])), a=L(8, H), b=L(8, H), s=parameter(2 * H), o1=L(H, 8), o2=L(H, 8)), tokens),
@@ -87,7 +87,7 @@ def test_exact(name: str, frontend: str) -> None:
         assert "does not run" in str(error)  # noqa: PT017
 
 
-# Axes that cannot be narrowed exactly; each was narrowed once.
+# Axes that cannot be narrowed exactly and once were narrowed by mistake.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "a sum of truths": (lambda: Net(lambda m, x: m.o(torch.relu(h := m.a(x))) * (h > 0).sum(-1, keepdim=True), a=L(8, H), o=L(H, 8)), tokens),
     "a sum in integers": (lambda: Net(lambda m, x: m.o(torch.relu(h := m.a(x))) * h.relu().sum(-1, keepdim=True, dtype=torch.int64), a=L(8, H), o=L(H, 8)), tokens),
@@ -155,7 +155,7 @@ def test_an_embedding_that_renormalises_its_weight_in_forward() -> None:
 
 
 class Encoder(nn.Module):
-    """Attention and an MLP over padded tokens; the mask meets the tokens in attention alone."""
+    """Attention and an MLP over padded tokens; the mask is only used in attention."""
 
     def __init__(self, first: str) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_a_transposed_convolution_says_its_true_widths() -> None:
 
 
 def test_macs_where_a_layer_reads_a_view_of_a_parameter() -> None:
-    """The flop counter hooked the view for gradients that it does not have."""
+    """torch's FLOP counter must not register gradient hooks on the view, which fails."""
     model = Net(
         lambda m, x: m.f2(m.f1(m.q.expand(x.shape[0], -1, -1)).relu()), q=parameter(1, 3, 8), f1=L(8, H), f2=L(H, 8)
     )

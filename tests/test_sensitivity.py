@@ -1,4 +1,4 @@
-"""Sensitivity and the allocation by it, against what is written out by hand."""
+"""Sensitivities and the allocation by them, against computations by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(1), dtype=torc
 
 
 class Two(nn.Module):
-    """Two residual blocks of widths 20 and 12, the second with a tenth of the first's effect, and a head of logits."""
+    """Two residual blocks of widths 20 and 12, the second with a tenth of the effect of the first, and a head."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def _stages(model: nn.Module) -> tuple[vbpfx.Analysis, vbpfx.Statistics]:
 
 
 def _masked(model: nn.Module, which: str, pruned: list[int], x: Tensor) -> np.ndarray:
-    """The model with those neurons of one block at their mean over the data."""
+    """Return the output of the model with the pruned neurons of one block at their mean over the data."""
 
     def block(name: str, value: Tensor) -> Tensor:
         layers = getattr(model, name)
@@ -67,7 +67,7 @@ def _masked(model: nn.Module, which: str, pruned: list[int], x: Tensor) -> np.nd
 
 
 def _by_hand(dense: np.ndarray, narrowed: np.ndarray, logits: bool) -> np.ndarray:
-    """d of every sample."""
+    """Return the output difference d of every sample."""
     if not logits:
         return ((narrowed - dense) ** 2).sum(1) / 2
     q, r = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (dense, narrowed))
@@ -91,7 +91,7 @@ def test_each_block_is_measured_alone(head: nn.Module, logits: bool) -> None:
     plan = vbpfx.make_plan(analysis, statistics, ratio=SHARE, method="vbp", allocation="equal")
     found = vbpfx.sensitivities(analysis, plan, [Inputs((DATA,), {})])
     dense = _masked(model, "", [], DATA)
-    few = len(DATA) // 4  # two blocks, half a pass
+    few = len(DATA) // 4  # half of a forward pass for two blocks
     narrowed = [_masked(model, entry.block.name, list(entry.pruned), DATA) for entry in plan.blocks]
     expected = _drawn_together([_by_hand(dense[:few], n[:few], logits) for n in narrowed])
     assert list(found) == [entry.block.name for entry in plan.blocks]
@@ -131,7 +131,7 @@ def test_masked_logits_do_not_count() -> None:
 
 
 def test_every_output_counts_once() -> None:
-    """A number a sample is not a logit, an output that is not one of every sample counts for all, and integers do not."""
+    """One number per sample is not a logit, an output without a batch axis counts for all samples, integers do not count."""
 
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -159,12 +159,12 @@ def test_every_output_counts_once() -> None:
 @pytest.mark.parametrize("given", [{"first": 30.0, "second": 0.05}, {"first": 1.0, "second": 1.0}])
 @pytest.mark.parametrize("budget", [{"ratio": 0.4}, {"macs": 0.5}])
 def test_the_allocation_is_its_formula(budget: dict[str, Any], given: dict[str, float]) -> None:
-    """s_j / s_k (s_k D / (S c))^(1/4), ranked over all neurons."""
+    """Neurons are ranked by s_j / s_k (s_k D / (S c))^(1/4) over all blocks."""
     model = _two(nn.Linear(6, 5))
     analysis, statistics = _stages(model)
     options: dict[str, Any] = {"criterion": "output_variance", "compensation": "mean", "min_width": 1}
     plan = vbpfx.make_plan(analysis, statistics, sensitivity=given, allocation="sensitivity", **options, **budget)
-    per_neuron = {"first": 12, "second": 24}  # multiplications: 6 or 18 in, 6 out
+    per_neuron = {"first": 12, "second": 24}  # multiplications per neuron: 6 or 18 in, 6 out
     dense = 20 * 12 + 12 * 24 + 6 * 5
     share = budget.get("ratio") or (1 - budget["macs"]) * dense / (20 * 12 + 12 * 24)
     ranked = []
@@ -190,7 +190,7 @@ def test_the_allocation_is_its_formula(budget: dict[str, Any], given: dict[str, 
 
 
 def test_alike_blocks_give_alike_shares() -> None:
-    """Where one more neuron costs the output the same in every block, shares are equal."""
+    """If removing one more neuron has the same cost in every block, the shares are equal."""
     analysis, statistics = _stages(_two(nn.Linear(6, 5)))
     equal = vbpfx.make_plan(analysis, statistics, ratio=SHARE, allocation="equal")
     given = {}
@@ -207,7 +207,7 @@ def test_alike_blocks_give_alike_shares() -> None:
     ("options", "width"), [({"ratio": 0.3}, 5), ({"ratio": 0.3, "round_to": 4}, 5), ({"ratio": 0.01}, 1)]
 )
 def test_blocks_are_measured_at_the_share_of_all(options: dict[str, Any], width: int) -> None:
-    """Each gives up the same share, wherever the budget ends, and in whatever steps widths are rounded."""
+    """Each block is measured with the same share removed, independent of budget and rounding."""
     model = randomize(Parallel()).double()
     for twin in model.equal[1:]:
         twin.load_state_dict(model.equal[0].state_dict())
@@ -228,7 +228,7 @@ def test_auto_measures_and_says_so() -> None:
     model = _two(nn.Linear(6, 5))
     pruned = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False)
     assert pruned.plan.settings["allocation"] == "sensitivity"
-    assert pruned.plan.widths["first"] > 10  # of 20; the other block's effect is a tenth
+    assert pruned.plan.widths["first"] > 10  # more than half of 20, because the other block has a tenth of the effect
     assert pruned.plan.removed == 16
     one_shot = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False, method="vbp", allocation="sensitivity")
     assert one_shot.plan.widths["first"] > 10
@@ -239,7 +239,7 @@ def test_auto_measures_and_says_so() -> None:
 
 
 class Parallel(nn.Module):
-    """Four equal blocks that read one input, and others behind them; everything is summed up."""
+    """Four equal blocks and others read one input, and all outputs are summed."""
 
     def __init__(self, *others: nn.Module) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Parallel(nn.Module):
 
 
 class Gated(nn.Module):
-    """A block behind a saturated gate: the output is moved by exactly nothing, though layers of the block have weights."""
+    """A block behind a saturated gate, which has no effect on the output although its weights are not zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,11 +277,11 @@ def _parallel(*others: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dead", [_zero, Gated], ids=["weights of zero", "saturated gate"])
 @pytest.mark.parametrize("budget", [{"ratio": 0.4}, {"macs": 0.6}])
 def test_a_block_that_moves_nothing_decides_for_no_other(dead: Any, budget: dict[str, float]) -> None:
-    """It gives all it may; four equal blocks give the same, whichever comes first in the graph."""
+    """It is narrowed as far as allowed, and four equal blocks lose the same number of neurons."""
     plan = vbpfx.prune(_parallel(dead()), [DATA], progress=False, **budget).plan
     alike = [width for name, width in plan.widths.items() if name.startswith("equal")]
     (free,) = (width for name, width in plan.widths.items() if name.startswith("others"))
-    assert free == 1  # a sixteenth of 16
+    assert free == 1  # the floor, a sixteenth of 16
     assert len(alike) == 4
     assert max(alike) - min(alike) <= 1
     if "ratio" in budget:
@@ -325,7 +325,7 @@ def test_one_block_alone_meets_its_budget() -> None:
 
 @pytest.mark.parametrize("criterion", ["greedy_obs", "variance", "obs", "output_variance"])
 def test_neurons_that_never_fire_say_nothing_of_the_rest_of_their_block(criterion: str) -> None:
-    """Half of a block is constant: what that half costs is nothing, and the other half is no cheaper than anywhere else."""
+    """Half of a block is constant and free to remove; the other half must not become cheaper because of it."""
     half = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
     model = randomize(Parallel(half)).double()
     with torch.no_grad():
@@ -336,9 +336,9 @@ def test_neurons_that_never_fire_say_nothing_of_the_rest_of_their_block(criterio
     options: dict[str, Any] = {"criterion": criterion, "allocation": "sensitivity", "compensation": "mean"}
     plan = vbpfx.prune(model, [DATA], ratio=SHARE, progress=False, **options).plan
     entry = next(entry for entry in plan.blocks if entry.block.name.startswith("others"))
-    assert {*range(8)} <= {*entry.pruned}  # those that never fire go
+    assert {*range(8)} <= {*entry.pruned}  # the constant neurons are removed
     alike = [width for name, width in plan.widths.items() if name.startswith("equal")]
-    assert len(entry.kept) >= min(alike) - 1  # of what is left, no more than of the others
+    assert len(entry.kept) >= min(alike) - 1  # the rest loses no more than the other blocks
 
 
 def test_what_is_not_finite_names_the_block() -> None:
@@ -377,7 +377,7 @@ def test_what_ranks_is_finite_and_keeps_the_order_of_a_block(allocation: str, ra
 
 
 def _divergence_by_hand(q: list[float], p: list[float]) -> float:
-    """sum of p ln(p / q) where p is not 0."""
+    """Return the sum of p ln(p / q) over classes with p > 0."""
     dense, narrowed = (np.exp(np.array(v)) / np.exp(np.array(v)).sum() for v in (p, q))
     there = dense > 0
     with np.errstate(divide="ignore"):
@@ -417,11 +417,11 @@ def test_divergence_of_equal_rows_is_nothing_whatever_they_hold() -> None:
     assert rows.grad is not None
     assert rows.grad.tolist() == [[0.0, 0.0]] * 3
     nan = torch.tensor([[float("nan"), 0.0]])
-    assert divergence(nan, nan).isnan().all()  # what is not a number is never taken for agreement
+    assert divergence(nan, nan).isnan().all()  # NaN never counts as agreement
 
 
 def test_classes_that_the_bias_rules_out() -> None:
-    """Logits of -inf through the layer that makes them: the other classes are what is compared."""
+    """A bias sets the logits of some classes to -inf; only the other classes are compared."""
     whole = _two(nn.Linear(6, 5))
     with torch.no_grad():
         whole.head.bias[3] = -INF
@@ -450,7 +450,7 @@ def test_classes_that_the_bias_rules_out() -> None:
     ids=["chunk", "split", "unbind", "nested"],
 )
 def test_outputs_that_are_parts_of_one_another(parts: Any) -> None:
-    """A mean and a spread, for one: half the squared distance, summed over the parts."""
+    """For outputs such as a mean and a spread, the difference is half the squared distance, summed over the parts."""
 
     class Parts(nn.Module):
         def forward(self, x: Tensor) -> Any:
@@ -472,7 +472,7 @@ def test_outputs_that_are_parts_of_one_another(parts: Any) -> None:
 
 
 def test_batches_whose_first_axis_is_time() -> None:
-    """The same network on the same numbers, samples first and time first: a block's figure is the same."""
+    """A block has the same sensitivity in a batch-first and in a time-first version of a network."""
 
     class Steps(nn.Module):
         def __init__(self, time: int) -> None:

@@ -1,7 +1,7 @@
-"""Fine-tuning with networks divided over processes: the weights of a run that is not, in half of the memory.
+"""Sharded fine-tuning gives the weights of an unsharded run with half of the memory per process.
 
-The networks compute in float64. Sums over processes come in another order than one process's; AdamW, which divides by the root of
-small squares, leaves less than 1e-9 of that.
+The networks compute in float64. Sums over processes have another order than in one process. AdamW divides by the root of
+small squares, after which the difference is below 1e-9.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _environment() -> dict[str, str]:
 
 
 def _two(*arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """Two processes of shard_jobs.py, of which nobody ends one because the other has ended, as torchrun does."""
+    """Run two processes of shard_jobs.py without torchrun, which would end one process when the other has ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,7 +76,7 @@ def _difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes have left."""
+    """Return the folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("trained")
     for process in _two("train", folder):
         assert process.returncode == 0, process.stderr[-3000:]
@@ -84,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """The weights of a run, which are the same in both processes."""
+    """Return the weights of a run, which must be the same in both processes."""
     one, other = (load_file(folder / f"{name} {rank}.safetensors") for rank in range(2))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     return one
@@ -92,7 +92,7 @@ def _weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["", "graph"])
 def test_a_sharded_run_is_the_run_that_is_not(trained: Path, kind: str) -> None:
-    """With features, frozen parameters, a layer that is never called, a clipped gradient, and one process without a batch."""
+    """This covers features, frozen parameters, an unused layer, gradient clipping, and a process without a batch."""
     sharded, whole = _weights(trained, f"sharded {kind}".strip()), _weights(trained, kind or "whole")
     student, teacher = shard_jobs.pair()
     start = student.state_dict()
@@ -117,7 +117,7 @@ def test_losses_are_those_over_all_samples(trained: Path) -> None:
 
 
 def test_each_process_holds_half(trained: Path) -> None:
-    """Rows that are left over make a process's share a little larger than half; nothing is left out."""
+    """Each process holds about half, or a little more because of odd numbers of rows, and nothing is missing."""
     sizes = [json.loads((trained / f"sizes{rank}.json").read_text()) for rank in range(2)]
     for kind in ("weights", "gradients", "moments"):
         (_, whole), *_ = ours = [sharded[kind] for _, sharded in sizes]
@@ -127,7 +127,7 @@ def test_each_process_holds_half(trained: Path) -> None:
 
 
 def test_a_sharded_run_goes_on_bit_for_bit(trained: Path) -> None:
-    """Broken off in its sixth step of eight; its last checkpoint is whole, and a run that is not sharded reads it, too."""
+    """A run is interrupted in step six of eight; its last checkpoint is complete and also works for an unsharded run."""
     sharded = _weights(trained, "sharded")
     assert _difference(_weights(trained, "resumed"), sharded) == 0
     assert _difference(_weights(trained, "resumed whole"), sharded) == 0
@@ -138,7 +138,7 @@ def test_a_sharded_run_goes_on_bit_for_bit(trained: Path) -> None:
 
 
 def test_half_precision_is_the_same_sharded(trained: Path) -> None:
-    """One step: the losses before it are equal to the last bit of float32, and AdamW's step to that of a gradient in bfloat16."""
+    """The losses before one step are equal, and the step differs only by the rounding of a bfloat16 gradient."""
     losses = json.loads((trained / "losses0.json").read_text())
     assert losses["sharded half"][0] == losses["half"][0] != losses["single"][0]
     assert losses["sharded half"][1][0] == losses["half"][1][0]
@@ -148,7 +148,7 @@ def test_half_precision_is_the_same_sharded(trained: Path) -> None:
 
 
 def test_the_command_line_ends_with_a_killed_process_and_goes_on_without(tmp_path: Path) -> None:
-    """The demo's network, of which the second process is killed behind the second of three epochs."""
+    """The second of two processes is killed after the second of three epochs on the demo's network."""
     images = load_digits().train_images[:200]
     pruned = vbpfx.prune(load_trained(), [images], ratio=0.9, method="vbp", progress=False)
     pruned.save(tmp_path / "pruned", onnx=False)
@@ -181,7 +181,7 @@ def test_the_command_line_ends_with_a_killed_process_and_goes_on_without(tmp_pat
     def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         return float(sum((one[name] - tensor).double().square().sum() for name, tensor in other.items()) ** 0.5)
 
-    # AdamW's first steps have the sign of a gradient, which float32 sums in another order turn where it is nearly zero
+    # AdamW's first steps follow the sign of a gradient, which another order of summation can flip if it is nearly zero.
     assert distance(ours, theirs) < 0.02 * distance(before, theirs)
 
 
@@ -189,7 +189,7 @@ def test_the_command_line_ends_with_a_killed_process_and_goes_on_without(tmp_pat
 
 
 class Reading(nn.Module):
-    """Attention reads the weight of a layer that it does not call, and the network that of a layer it calls, too."""
+    """Attention reads the weight of a layer without calling it; the network reads the weight of a layer that it also calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Reading(nn.Module):
 
 
 class Tied(nn.Module):
-    """One weight in two layers, another in one and in a spare that is not called."""
+    """One weight is shared by two layers, and another by a layer and an unused one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Tied(nn.Module):
 
 
 class Folding(nn.Module):
-    """Returns a view."""
+    """A module that returns a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Folding(nn.Module):
 
 
 class Writing(nn.Module):
-    """Two modules return views, and something is written into the first one's."""
+    """Two modules return views, and the first view is changed in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Opaque:
 
 
 class Hiding(nn.Module):
-    """The first layer's parent returns something that hides its tensor."""
+    """The parent of the first layer returns an object that hides its tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class Inner(nn.Module):
 
 
 class Caching(nn.Module):
-    """Returns something hidden beside a tensor, as decoders return a cache; so does its part, which is not a unit therefore."""
+    """A module that returns a hidden object beside a tensor, like a decoder's cache; its inner module does, too, and so is not a unit."""
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__()
@@ -290,10 +290,10 @@ def test_units_are_whole_while_they_run(kind: type[nn.Module], units: list[str])
 
 
 def test_blocks_are_units_and_graphs_go_layer_by_layer() -> None:
-    """Of 1,696 parameters a norm has 16, too few for an exchange of its own, and a block has 567, more than an eighth."""
+    """Of 1,696 parameters, a norm has 16, too few for its own exchange, and a block has 567, more than an eighth."""
     network, inputs = shard_jobs.pair()[0], Inputs((torch.randn(2, 8, dtype=torch.float64),), {})
     layers = [f"blocks.{block}.fc{layer}" for block in range(shard_jobs.BLOCKS) for layer in (1, 2)]
-    assert find_units(network, inputs, trained=True) == [*layers, "blocks", "head"]  # the norms together
+    assert find_units(network, inputs, trained=True) == [*layers, "blocks", "head"]  # the norms form one unit
     assert find_units(fx.symbolic_trace(network), inputs, trained=True) == [*layers, "head"]
     deep = nn.Sequential(*[shard_jobs.Block() for _ in range(9)])
     assert find_units(deep, Inputs((torch.randn(2, 8),), {}), trained=True) == [str(number) for number in range(9)]

@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, and fetches nothing."""
+"""The documentation site builds without warnings, and its pages load nothing from other servers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")
     out = tmp_path_factory.mktemp("site")
-    # not --quiet: warnings that are not shown are not counted
+    # Without --quiet, because hidden warnings are not counted.
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(
         build, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Fetched(HTMLParser):
-    """What a browser would fetch to show a page."""
+    """Collect the resources that a browser would load to show a page."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The shipped small networks: their weights fit, they are trained, and they have blocks to prune."""
+"""The shipped small networks load their weights, are trained, and have blocks to prune."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from small_networks import NAMES, WEIGHTS, load
 import vbpfx
 from vbpfx.demo.digits import Split, accuracy, load_digits
 
-# Measured test accuracy, blocks and hidden neurons; half a percent is three of the 597 test images.
+# Measured test accuracy, number of blocks and hidden neurons; half a per cent is three of the 597 test images.
 MEASURED = {
     "convnext": (0.9966, 7, 384),
     "mixer": (0.9883, 12, 720),

@@ -1,4 +1,4 @@
-"""Hugging Face models: their MLPs are found, and what is pruned uniformly goes through their own files unchanged."""
+"""Hugging Face models: their MLPs are found, and uniformly pruned models can be saved and loaded by Hugging Face."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ pytest.importorskip("transformers")
 from transformer_models import TRANSFORMERS
 from transformers.integrations.executorch import register_dynamic_cache_export_support
 
-# Hidden widths of the MLPs -> how many there are, by the layers and towers of the configurations in
-# benchmarks/transformer_models.py.
+# Hidden width of MLPs -> number of such MLPs, from the configurations in benchmarks/transformer_models.py.
 MLPS: dict[str, dict[int, int]] = {
     **{
         name: {72: 2}
@@ -32,7 +31,7 @@ MLPS: dict[str, dict[int, int]] = {
     "DINOv2": {96: 2},  # three times 32
     "DINOv2 SwiGLU": {64: 2},  # two thirds of 96
     "Swin": {48: 1, 96: 2},
-    "Swinv2": {48: 1, 96: 2},  # the MLPs that make the position biases see no data
+    "Swinv2": {48: 1, 96: 2},  # the MLPs for position biases read no data
     "ConvNeXt": {64: 1, 96: 2},
     "ConvNeXtV2": {64: 1, 96: 2},
     "SegFormer": {48: 1, 72: 2},
@@ -40,7 +39,7 @@ MLPS: dict[str, dict[int, int]] = {
     "Hiera": {48: 1, 96: 2},
     "MobileViT": {60: 4, 72: 3},  # three times the width of every transformer
     "CLIP": {72: 2, 80: 2},
-    "SigLIP": {72: 2, 80: 3},  # the vision tower's head has one
+    "SigLIP": {72: 2, 80: 3},  # the head of the vision tower has one, too
     "ALBERT": {72: 1},  # one layer, called twice
     "ModernBERT": {72: 3},
     "T5 gated": {72: 4},
@@ -51,12 +50,12 @@ MLPS: dict[str, dict[int, int]] = {
     "Whisper": {72: 2, 80: 2},
 }  # fmt: skip
 
-# What else is between two layers: width -> number.
+# Other hidden axes between two layers: width -> number.
 OTHERS: dict[str, dict[int, int]] = {
     "BERT": {32: 1}, "RoBERTa": {32: 1}, "DistilBERT": {32: 1}, "ELECTRA": {32: 1}, "ALBERT": {32: 1},
     "DeBERTa-v2": {32: 1},  # the pooler, read by the classifier
     "Wav2Vec2": {24: 2},  # the convolutions in front
-    "SegFormer": {16: 1, 20: 3},  # the reduction of keys and values; the decoder
+    "SegFormer": {16: 1, 20: 3},  # the reduction of keys and values, and the decoder
 }  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def _assert_blocks(name: str, analysis: vbpfx.Analysis, model: nn.Module) -> Non
     found = Counter(block.width for block in analysis.blocks)
     for width, count in MLPS[name].items():
         assert found[width] == count, f"{count} MLPs of width {width}"
-    # every layer of the model that reads an MLP's width is the second of one
+    # Every layer of the model that reads an MLP's width is the second layer of an MLP.
     second = {c.weight.rpartition(".")[0] for b in analysis.blocks if b.width in MLPS[name] for c in b.consumers}
     assert second == {n for n, module in model.named_modules() if _reads(module) in MLPS[name]}
     if name != "MobileViT":  # a convolutional network between its transformers
@@ -72,14 +71,14 @@ def _assert_blocks(name: str, analysis: vbpfx.Analysis, model: nn.Module) -> Non
 
 
 def _reads(module: nn.Module) -> int:
-    """Number of channels that a layer reads."""
+    """Return the number of input channels of a layer."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
         return 0
     return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
 
 
-# What the configuration can describe: compensation, and what to leave out.
+# Pruning that the configuration can describe: compensation, and blocks to leave out.
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     **{n: {} for n in ("ViT", "DeiT", "BEiT", "CLIP", "SigLIP", "GPT-2", "OPT", "Llama", "GPT-NeoX", "Whisper")},
     "BERT": {"exclude": "*pooler*"},
@@ -120,8 +119,8 @@ CACHING = [
 
 @pytest.mark.parametrize("name", CACHING)
 def test_caches_are_left_out_and_left_as_they_are(name: str) -> None:
-    """Language models return keys and values by default, for the next token."""
-    register_dynamic_cache_export_support()  # so that their tensors are seen among the outputs
+    """Language models return keys and values by default, for generating the next token."""
+    register_dynamic_cache_export_support()  # makes their tensors visible among the outputs
     model, batch = TRANSFORMERS[name]()
     _set_caches(model, True)
     assert len(model(**batch).to_tuple()) > len(_without_cache(model, batch))
@@ -135,7 +134,7 @@ def test_caches_are_left_out_and_left_as_they_are(name: str) -> None:
 
 
 def _cache_settings(model: Any) -> list[Any]:
-    """A decoder behind an encoder has a configuration of its own."""
+    """Return the configurations with a cache setting; a decoder behind an encoder has its own."""
     return [model.config, *([model.get_decoder().config] if model.config.is_encoder_decoder else [])]
 
 
@@ -161,9 +160,9 @@ def test_saved_and_loaded_by_hugging_face(name: str, tmp_path: Path) -> None:
     small.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     expected, found = _outputs(small, batch), _outputs(loaded, batch)
-    # the same kernels on the same numbers
+    # The same kernels run on the same numbers.
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    # and that is another function than the dense one, which stayed as it was
+    # The function differs from that of the dense model, which is unchanged.
     assert any(not torch.equal(a, b) for a, b in zip(expected, dense, strict=True))
     assert model.config.to_dict() == config
     assert small.config.to_dict() != config
@@ -179,12 +178,12 @@ def test_saved_and_loaded_by_hugging_face(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_widths_that_no_configuration_describes_are_refused(name: str, parameter: str) -> None:
-    """Both multiply the width by four in their code."""
+    """Both classes multiply the width by four in their code."""
     model, batch = TRANSFORMERS[name]()
     pruned = vbpfx.prune(model, [batch], ratio=0.5, uniform=True, progress=False)
     with pytest.raises(ArtifactError, match=f"the configuration of {type(model).__name__} cannot .*{parameter}"):
         pruned.apply_to(model)
-    # the graph needs no configuration
+    # The graph needs no configuration.
     assert pruned.verification is not None
     assert pruned.plan.removed > 0
 

@@ -1,4 +1,4 @@
-"""Convolutions at widths that ONNX Runtime is slow at: the report and the export say so, and nobody else does."""
+"""Convolutions at widths at which ONNX Runtime is slow: only the report and the export say so."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _pruned(model: nn.Module, batch: torch.Tensor, **options: object) -> vbpfx.P
 
 
 class _Scaled(nn.Module):
-    """Linear layers around a scale of four axes, as the response norm of Hugging Face's ConvNeXt V2 has one."""
+    """Linear layers around a scale with four axes, as in the response norm of Hugging Face's ConvNeXt V2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Scaled(nn.Module):
 
 
 class _Functional(nn.Module):
-    """Linear layers around a depthwise convolution that no module makes, as SegFormer's have one between."""
+    """Linear layers around a functional depthwise convolution, as in SegFormer."""
 
     def __init__(self) -> None:
         super().__init__()

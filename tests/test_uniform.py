@@ -1,4 +1,4 @@
-"""``uniform=True``: one width for all blocks of one shape, chosen as brute force would choose it."""
+"""``uniform=True`` gives all blocks of one shape the same width, chosen as by brute force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import vbpfx
 from vbpfx.report.make import count_parameters
 
 DATA = torch.randn(60, 6, generator=torch.Generator().manual_seed(5))
-# Hidden widths of the blocks, of which equal ones have equal shapes; the softmax between them bounds the outputs.
+# Hidden widths of the blocks; blocks of equal width have equal shapes. The softmax between them bounds the outputs.
 WIDTHS = (24, 40, 24, 24, 40)
 
 
@@ -28,12 +28,12 @@ def _network() -> nn.Module:
 
 
 def _widths(result: Stages) -> dict[str, int]:
-    """Every block's width afterwards, of those too that lost nothing."""
+    """Return every block's width after pruning, including blocks that lost nothing."""
     return {b.name: b.width for b in result.analysis.blocks} | result.plan.widths
 
 
 def _per_group(result: Stages) -> dict[int, set[int]]:
-    """Width before -> widths afterwards."""
+    """Return width before pruning -> widths after pruning."""
     found: dict[int, set[int]] = defaultdict(set)
     for block in result.analysis.blocks:
         found[block.width].add(_widths(result)[block.name])
@@ -53,7 +53,7 @@ def test_blocks_of_one_shape_have_one_width(options: dict[str, Any]) -> None:
     groups = _per_group(result)
     assert {before: len(after) for before, after in groups.items()} == {24: 1, 40: 1}
     assert all(width % options.get("round_to", 1) == 0 for widths in groups.values() for width in widths)
-    # without it the same budget gives other widths: the constraint does something
+    # Without the constraint the same budget gives other widths, so the constraint has an effect.
     free = stages(_network(), DATA, **options)
     assert any(len(after) > 1 for after in _per_group(free).values())
     vbpfx.verify(result.captured, result.small, result.plan)
@@ -62,7 +62,7 @@ def test_blocks_of_one_shape_have_one_width(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.77])
 def test_the_ratio_is_met_to_one_step_of_a_group(ratio: float) -> None:
     result = stages(_network(), DATA, ratio=ratio, uniform=True)
-    # a neuron leaves all blocks of its group at once: the larger group has three
+    # A step removes one neuron from all blocks of a group; the larger group has three blocks.
     assert abs(result.plan.removed - round(ratio * sum(WIDTHS))) <= 3 / 2
 
 
@@ -78,7 +78,7 @@ def test_macs_and_params_hold(kind: str, kept: float) -> None:
 
     dense, spent = cost(result.captured.graph_module), cost(result.small)
     assert spent <= kept * dense
-    # three neurons more, each with 6 weights in, 6 out and (params) a bias, are the largest step there is
+    # The largest step is three neurons, each with 6 weights in, 6 out and, for params, a bias.
     assert spent > kept * dense - 3 * (6 + 6 + (kind == "params"))
 
 
@@ -97,7 +97,7 @@ def test_it_is_deterministic() -> None:
 def test_groups_are_ranked_by_the_mean_of_their_kth_smallest_scores(ratio: float) -> None:
     model = _network()
     result = stages(model, DATA, ratio=ratio, uniform=True, method="vbp")
-    # the oracle: variances from the layers themselves, every order of removal by hand
+    # The oracle: variances from the layers themselves, and every order of removal by hand.
     x, variances = DATA, []
     for layer in range(0, len(model), 4):
         hidden = model[layer + 1](model[layer](x))
@@ -132,6 +132,6 @@ def test_equal_widths_of_other_shapes_are_groups_of_their_own() -> None:
     )  # fmt: skip
     model = randomize(nn.Sequential(*layers))
     with torch.no_grad():
-        model[8].weight.mul_(1e-3)  # its variances are the lowest by far: alone in its group it goes first
+        model[8].weight.mul_(1e-3)  # by far the lowest variances: alone in its group it is narrowed first
     result = stages(model, DATA, ratio=0.3, uniform=True, method="vbp")
     assert result.plan.widths == {"8->10": 16 - round(0.3 * 48)}

@@ -1,4 +1,4 @@
-"""What is changed of the whole process is as it was when the last thread is done, whichever came first."""
+"""Settings of the whole process are restored when the last thread leaves, in whatever order threads enter and leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from vbpfx.graph.whole_process import shared_by_threads
 def overlapping(
     context: Callable[[], AbstractContextManager[None]], within: Callable[[], Any] = lambda: None
 ) -> list[Any]:
-    """Two threads: the first enters, the second enters, the first leaves, the second leaves; what is seen between the last two."""
+    """Let two threads enter a context one after the other and leave it in the same order.
+
+    Return what ``within`` sees between the two exits.
+    """
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
     seen: list[Any] = []
 
