@@ -1,1 +1,1 @@
-"""Distillation from the dense network."""
+"""Fine-tune a pruned network by distillation from the dense one."""

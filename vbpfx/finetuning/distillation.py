@@ -1,22 +1,24 @@
-"""Distillation: how far a network is from its teacher.
+"""Distillation losses: how far a network is from its teacher.
 
 For logits z (student) and t (teacher) of shape (batch, ..., classes), at temperature T:
 
     KL = T^2 mean over the batch of sum_c p_c (log p_c - log q_c),   p = softmax(t / T),  q = softmax(z / T)
 
-(Hinton, Vinyals and Dean 2015; T^2 keeps the gradient's size independent of T). For outputs that are not logits, and for
-features, the mean squared error relative to the teacher's variance:
+(Hinton, Vinyals and Dean 2015; T^2 keeps the gradient's size independent of T). For outputs that are not logits, and
+for features, the mean squared error relative to the teacher's variance:
 
     MSE = mean (s - t)^2 / mean_c Var[t_c]
 
-with the variance of every channel of the last axis over samples and positions, measured once, in float64, so that a loss
-does not depend on how data is split into batches. Predicting the teacher's mean scores 1.
+where the variance of every channel of the last axis is taken over samples and positions. It is measured once, in
+float64, so that the loss does not depend on how the data is split into batches. Predicting the teacher's mean gives a
+loss of 1.
 
-Where a network returns several tensors, every one counts: one that ``logits`` stands in the name of by KL where the loss is ``kl``,
-any other by its MSE, and the losses are added. Each is relative to how far the teacher's own output spreads, so none drowns the others.
+If a network returns several tensors, each contributes to the loss, and the losses are added. Where the loss is ``kl``,
+tensors with ``logits`` in their name contribute their KL, and all others their MSE. Each MSE is relative to the
+variance of the teacher's output, so that no tensor dominates the others.
 
-Means are taken within a sample first, over the positions that an ``attention_mask`` (of a decoder's values, a
-``decoder_attention_mask``) keeps, then over samples.
+Means are taken first within a sample, over the positions that the ``attention_mask`` keeps (for a decoder's values, the
+``decoder_attention_mask``), and then over samples.
 """
 
 from __future__ import annotations
@@ -42,15 +44,21 @@ from vbpfx.outputs.divergence import divergence as kl
 
 Loss = Literal["kl", "mse"]
 
-# What a model's output calls the tensor to compare.
+# The names under which a model's output may hold the tensor to compare, by loss.
 _NAMES: dict[str, tuple[str, ...]] = {"kl": ("logits",), "mse": ("last_hidden_state", "logits")}
-# The key of the output among the scales; no module is called so.
+# The key of the output among the scales. No module has this name.
 OUTPUT = ""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What one run of a network gave: its output, the outputs of the modules watched, call by call, and what else it returned, by name."""
+    """The results of one run of a network.
+
+    Attributes:
+        output: the output that is compared.
+        features: watched module -> its outputs, one for each call.
+        others: name -> further floating-point outputs.
+    """
 
     output: Tensor
     features: dict[str, list[Tensor]]
@@ -58,15 +66,16 @@ class Signals:
 
 
 class Watched:
-    """A network whose modules' outputs are kept, run by run; :meth:`stop` takes the hooks off.
+    """A network with hooks that keep the outputs of some modules in every run. :meth:`stop` removes the hooks.
 
     Args:
-        network: left as it is but for forward hooks.
-        names: the modules to watch.
-        loss: which output is compared; None for that of the first run: its logits, or else its values.
+        network: the network. Nothing but forward hooks is added to it.
+        names: the names of the modules to watch.
+        loss: the loss, which decides which output is compared. With None, the first run decides: logits if there are
+            any, otherwise values.
 
     Attributes:
-        loss: the same, settled by the first run.
+        loss: the loss, which the first run sets if it was None.
     """
 
     def __init__(self, network: nn.Module, names: Iterable[str], loss: Loss | None) -> None:
@@ -86,8 +95,8 @@ class Watched:
         """Run the network.
 
         Raises:
-            FinetuneError: the batch does not fit, or the output holds nothing to compare.
-            RankError: the network is divided over processes, of which another has ended.
+            FinetuneError: the network does not run on the batch, or its output holds nothing to compare.
+            RankError: the network is sharded over processes, and another process has ended.
         """
         self._seen = {}
         try:
@@ -95,7 +104,7 @@ class Watched:
                 output = inputs.run(self.network)
         except RankError:
             raise
-        except Exception as error:  # the model's own operators raise whatever they raise
+        except Exception as error:  # the model may raise any exception
             raise FinetuneError(
                 f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
                 f"  the batch: {inputs.describe()}"
@@ -110,7 +119,7 @@ class Watched:
         return Signals(compared, self._seen, others)
 
     def stop(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -120,11 +129,12 @@ class Distillation:
     """The losses of a student against its teacher.
 
     Attributes:
-        loss: of the outputs, ``kl`` or ``mse``.
+        loss: the loss of the outputs, ``kl`` or ``mse``.
         temperature: T.
-        features: names of the modules whose outputs are compared.
-        others: names of further outputs that are compared.
-        scales: name -> the teacher's variance there; under ``OUTPUT`` that of its output, and behind a colon those of further outputs.
+        features: the names of the modules whose outputs are compared.
+        others: the names of further outputs that are compared.
+        scales: name -> variance of the teacher's values. The key is a module's name, ``OUTPUT`` for the output, or a
+            colon and a name for a further output.
     """
 
     loss: Loss
@@ -134,7 +144,7 @@ class Distillation:
     scales: dict[str, float] = field(default_factory=dict)
 
     def measure_scales(self, runs: Iterable[tuple[Inputs, Signals]]) -> None:
-        """Take the variances from runs of the teacher; a signal that never varies is taken as it is (scale 1)."""
+        """Measure the variances on runs of the teacher. A value that never varies gets the scale 1."""
         moments: dict[str, Moments] = {}
         for inputs, signals in runs:
             outputs = {OUTPUT: [signals.output]} if self.loss == "mse" else {}
@@ -148,7 +158,7 @@ class Distillation:
         self.scales = {name: found.variance.mean().item() or 1.0 for name, found in moments.items()}
 
     def output_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
-        """The loss of all outputs that are compared, averaged over the batch: a scalar."""
+        """Return the loss of all compared outputs, averaged over the batch: a scalar."""
         ours, theirs = _comparable(student.output, teacher.output, "the output")
         total = self._apart(inputs, ours, theirs, OUTPUT, by_divergence=self.loss == "kl")
         for name in self.others:
@@ -170,7 +180,7 @@ class Distillation:
         return mean_over_samples(squared_errors(ours, theirs), mask_of(inputs, ours, key)) / self.scales[key]
 
     def feature_loss(self, inputs: Inputs, student: Signals, teacher: Signals) -> Tensor:
-        """The relative squared error of the features, averaged over modules and the batch: a scalar."""
+        """Return the relative squared error of the features, averaged over modules and the batch: a scalar."""
         losses = []
         for name in self.features:
             for mine, dense in zip(student.features[name], teacher.features[name], strict=True):
@@ -180,9 +190,9 @@ class Distillation:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (batch, ..., classes) against labels (batch, ...), averaged over the batch.
+    """Return the cross-entropy of logits (batch, ..., classes) and labels (batch, ...), averaged over the batch.
 
-    A label of -100 is left out, as everywhere in PyTorch.
+    Labels of -100 are ignored, as everywhere in PyTorch.
     """
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         raise FinetuneError(
@@ -195,12 +205,12 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_over_samples(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over samples of each sample's own mean, over what the mask (batch, ...) keeps of its leading axes."""
+    """Return the mean over samples of each sample's own mean, over the positions that the mask (batch, ...) keeps."""
     return values.mean() if mask is None else sample_means(values, mask).mean()
 
 
 def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Each sample's own mean over its leading axes, those that the mask (batch, ...) keeps: (batch,)."""
+    """Return each sample's own mean, (batch,), over the positions that the mask (batch, ...) keeps."""
     if mask is None:
         return values.reshape(len(values), -1).mean(-1)
     positions = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
@@ -209,7 +219,7 @@ def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def choose_outputs(student: Signals, teacher: Signals, patterns: Sequence[str] | str | None) -> tuple[str, ...]:
-    """The further outputs that are compared: those that match the patterns; without patterns, all that both networks return.
+    """Return the further outputs to compare: those that match the patterns, by default all that both networks return.
 
     Raises:
         FinetuneError: a pattern matches nothing.
@@ -223,10 +233,11 @@ def choose_outputs(student: Signals, teacher: Signals, patterns: Sequence[str] |
 def choose_features(
     student: nn.Module, teacher: nn.Module, example: Inputs, patterns: Sequence[str] | str | None, loss: Loss
 ) -> tuple[str, ...]:
-    """The modules whose outputs are compared: those that match the patterns; without patterns, repeated blocks.
+    """Return the modules whose outputs to compare: those that match the patterns, or by default repeated blocks.
 
-    Both networks run once, in the mode they are in. Repeated blocks are the children of a list of modules of one class,
-    outermost lists first; of those the ones that both networks call, with outputs of equal shapes.
+    Both networks run once, in their present mode. Repeated blocks are the children of a list of modules of one class.
+    Lists inside other lists do not count. Only blocks that both networks call, with outputs of equal shapes, are
+    returned.
 
     Raises:
         FinetuneError: a pattern matches nothing, or something that cannot be compared.
@@ -259,10 +270,10 @@ def choose_features(
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
-    """The names that match any glob pattern, in order.
+    """Return the names that match any glob pattern, in order.
 
     Raises:
-        FinetuneError: a pattern matches nothing; near names are given.
+        FinetuneError: a pattern matches nothing. The message suggests similar names.
     """
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -278,14 +289,15 @@ def _repeated_blocks(network: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         children = dict(module.named_children())
         inside = any(name.startswith(f"{block}.") or name == block for block in found)
-        kinds = {type(child).forward for child in children.values()}  # a class is another where a module is sharded
+        # Forwards are compared, because sharding changes a module's class.
+        kinds = {type(child).forward for child in children.values()}
         if len(children) > 1 and len(kinds) == 1 and all(key.isdigit() for key in children) and not inside:
             found += [f"{name}.{key}".removeprefix(".") for key in children]
     return found
 
 
 def _named(output: Any, loss: Loss) -> list[Tensor]:
-    """The tensors of an output that a loss may be of."""
+    """Return the tensors of an output from which a loss may be computed."""
     named = [output.get(n) if isinstance(output, Mapping) else getattr(output, n, None) for n in _NAMES[loss]]
     tensors = [value for value in named if isinstance(value, Tensor)]
     if not tensors and not (loss == "kl" and isinstance(output, Mapping)):
@@ -323,10 +335,11 @@ def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor
 
 
 def mask_of(inputs: Inputs, values: Tensor, name: str = "") -> Tensor | None:
-    """The padding mask as booleans, where the values have its two leading axes.
+    """Return the padding mask as booleans if it fits the two leading axes of the values, otherwise None.
 
     Args:
-        name: of the values; those of a decoder have a mask of their own, or none, unless the name begins with ``encoder``.
+        name: the name of the values. In an encoder-decoder model all values count as the decoder's, with the decoder's
+            mask, unless the name begins with ``encoder``.
     """
     decodes = "decoder_input_ids" in inputs.kwargs and not name.removeprefix(":").startswith("encoder")
     mask = inputs.kwargs.get("decoder_attention_mask" if decodes else "attention_mask")

@@ -1,7 +1,8 @@
 """Fine-tuning: a pruned network learns from the dense one, without labels.
 
-The losses stand in :mod:`vbpfx.finetuning.distillation`, the numbers in :mod:`vbpfx.finetuning.recipes`, what is held out in
-:mod:`vbpfx.finetuning.training_data`, and the loop in :mod:`vbpfx.finetuning.training`.
+The losses are in :mod:`vbpfx.finetuning.distillation`, the hyperparameters in :mod:`vbpfx.finetuning.recipes`, the
+split into training and held-out data in :mod:`vbpfx.finetuning.training_data`, and the loop in
+:mod:`vbpfx.finetuning.training`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class FineTuned:
 
     Attributes:
         model: the network with the best weights, in eval mode, on the student's device.
-        history: the start, and the network after every epoch.
-        best: the entry of the history whose weights these are.
-        stopped: why training ended: its ``epochs`` were done, ``patience`` or ``time`` was over.
-        features: the modules whose outputs were matched.
+        history: the losses at the start and after every epoch.
+        best: the entry of the history whose weights ``model`` has.
+        stopped: why training ended: all ``epochs`` were done, or ``patience`` or ``time`` ran out.
+        features: the names of the modules whose outputs were matched.
     """
 
     model: nn.Module = field(repr=False)
@@ -95,55 +96,62 @@ def finetune(
 ) -> FineTuned:
     """Train a copy of a pruned network to compute what the dense one computes.
 
-    It runs where ``accelerate`` runs: on the CPU (``ACCELERATE_USE_CPU=1`` forces it), on a GPU if there is one, and in many
-    processes under ``torchrun``. A batch is then one process's: R processes take R batches a step. Every process gets the
-    whole of ``data`` and reads its share.
+    It runs on every device that ``accelerate`` supports: on a GPU if there is one, otherwise on the CPU
+    (``ACCELERATE_USE_CPU=1`` forces it), and in several processes under ``torchrun``. Batches are per process: R
+    processes take R batches in one step. Pass the whole ``data`` in every process; each reads its share.
 
     Args:
-        student: ``Pruned.apply_to(model)``, which has its dropout and its blocks, or a GraphModule. It stays as it was; the
-            copy is trained in train mode.
-        teacher: the dense network; it stays as it was, and runs in eval mode without gradients.
-        data: batches that can be gone through once an epoch, as :func:`vbpfx.prune` takes them; the batch size is theirs. A
+        student: ``Pruned.apply_to(model)``, which keeps its dropout and its blocks, or a GraphModule. It is not
+            changed: a copy is trained, in train mode.
+        teacher: the dense network. It is not changed, and runs in eval mode without gradients.
+        data: batches as :func:`vbpfx.prune` takes them, in an iterable that can be iterated over once per epoch. A
             ``DataLoader`` with PyTorch's own samplers is split by samples, anything else by batches
             (:mod:`vbpfx.finetuning.training_data`).
-        recipe: ``"default"`` (little data), ``"few"`` (no more than pruning saw), ``"paper"``, or a :class:`vbpfx.finetuning.recipes.Recipe`; the numbers below change it.
-            The paper holds nothing out: ``held_out=0`` trains on everything and returns the last weights.
-        loss: ``"kl"`` for models that return logits over their last axis, the default; ``"mse"`` for embeddings. A tensor
-            does not tell which it is: a network without a classifier needs ``"mse"``.
-        labels: add the cross-entropy of the labels, a batch's second entry or its ``labels``, position by position (a
-            language model's must be shifted already). Without it they are left out.
-        epochs, learning_rate, weight_decay, temperature, feature_weight, patience, mixing: see :class:`vbpfx.finetuning.recipes.Recipe`.
-        features: glob patterns over names of modules whose outputs are to agree; by default repeated blocks. They count
-            where ``feature_weight`` is above 0.
-        outputs: glob patterns over names of further outputs that are to agree, where the networks return several tensors
-            (``"boxes"``, ``"hidden_states.*"``; of tuples the places, ``"1"``); by default all of them, each relative to the variance
-            of the teacher's. ``()`` trains toward the logits (or values) alone.
-        held_out: the share of the data that is never trained on, and decides.
-        validation: batches to decide on instead; then all of ``data`` is trained on.
-        trainable: glob patterns over names of parameters; by default all that require gradients in the student.
-        augment: changes the arguments of a training batch, for student and teacher alike.
-        mixed_precision: ``"bf16"`` or ``"fp16"`` for autocast; weights stay as they are.
-        accumulate: batches a step, in each process.
-        shard: divide weights, gradients and AdamW's moments of the student, and the teacher's weights, over the processes
-            (FSDP2; :mod:`vbpfx.finetuning.sharding`): each holds a piece of every parameter. ``student`` and ``teacher`` best
-            lie on the CPU, from where only pieces go to the device; the result has the student's device again, whole.
-        checkpoint, checkpoint_every: a folder that all processes see; ``finetune.safetensors`` is written there after every epoch, every
-            ``checkpoint_every`` steps, and when the time is over.
-        resume: go on from the checkpoint if there is one. The result is bit for bit that of a run without a break, as far
-            as the device computes the same twice; random transforms in a loader's worker processes repeat only from
-            the start of an epoch.
-        max_seconds: end with the first step that is done after this time. At least one step is made.
+        recipe: ``"default"`` (for little data), ``"few"`` (for no more data than pruning saw), ``"paper"``, or a
+            :class:`vbpfx.finetuning.recipes.Recipe`. The options below override its numbers. The paper holds nothing
+            out: ``held_out=0`` trains on everything, and returns the last weights.
+        loss: ``"kl"`` (the default) for models that return logits over their last axis, ``"mse"`` for embeddings. This
+            cannot be seen from a tensor, so pass ``"mse"`` for a network without a classifier.
+        labels: add the cross-entropy of the labels, which are a batch's second entry or its ``labels``. They are
+            compared position by position, so those of a language model must be shifted already. By default labels are
+            ignored.
+        epochs, learning_rate, weight_decay, temperature, feature_weight, patience, mixing: see
+            :class:`vbpfx.finetuning.recipes.Recipe`.
+        features: glob patterns for the names of modules whose outputs should match the teacher's; by default repeated
+            blocks. They matter only if ``feature_weight`` is above 0.
+        outputs: glob patterns for the names of further outputs that should match, if the networks return several
+            tensors (``"boxes"``, ``"hidden_states.*"``; entries of a tuple are named by their index, ``"1"``). By
+            default all of them, each relative to the variance of the teacher's. ``()`` trains only toward the logits
+            (or values).
+        held_out: the share of the data that is not trained on, and decides which epoch is best.
+        validation: batches that decide instead. All of ``data`` is then trained on.
+        trainable: glob patterns for the names of parameters to train; by default all that require gradients in the
+            student.
+        augment: changes the arguments of a training batch, before both student and teacher see them.
+        mixed_precision: ``"bf16"`` or ``"fp16"`` for autocast. The weights keep their precision.
+        accumulate: batches per step, in each process.
+        shard: shard the student's weights, gradients and AdamW moments, and the teacher's weights, over the processes
+            (FSDP2; :mod:`vbpfx.finetuning.sharding`). Each process then holds a part of every parameter. Pass
+            ``student`` and ``teacher`` on the CPU, so that only parts are moved to the device. The result is whole
+            again, on the student's device.
+        checkpoint, checkpoint_every: a folder that all processes can access. ``finetune.safetensors`` is written there
+            after every epoch, after every ``checkpoint_every`` steps, and when the time is over.
+        resume: continue from the checkpoint if there is one. The result is bit for bit that of an uninterrupted run, if
+            the device computes deterministically. Random transforms in a loader's worker processes repeat only from the
+            start of an epoch.
+        max_seconds: stop after the first step that ends later than this. At least one step is made.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
-        seed: of the split, the order and all random numbers; the caller's generators stay as they were.
-        progress: show a bar on standard error.
+        seed: the seed of the split, the order and all random numbers. The caller's random generators are not changed.
+        progress: show a progress bar on standard error.
 
     Returns:
-        The weights with the lowest held-out loss among the start and the ends of the epochs: by that measure never worse
-        than the student. If no epoch is better, they are the student's, unchanged.
+        The network with the weights of the lowest held-out loss, among the start and the ends of all epochs. So by that
+        loss it is never worse than the student. If no epoch is better, the weights are the student's, unchanged.
 
     Raises:
-        FinetuneError: the settings, networks or data do not fit, a loss is not finite, the checkpoint is of another run, or
-            accelerate is missing; with ``shard=True``, there is one process, or a network cannot be divided.
+        FinetuneError: the settings, networks or data do not fit, a loss is not finite, the checkpoint belongs to
+            another run, or accelerate is missing. With ``shard=True``, there is only one process, or a network cannot
+            be sharded.
         RankError: another process has ended.
         CaptureError: student or teacher is not a module, or cannot be copied.
         ArtifactError: the checkpoint cannot be written.
@@ -158,7 +166,7 @@ def finetune(
         if value is not None and value < 1:
             raise FinetuneError(f"{name} must be at least 1, found {value}")
     split = training_data(data, held_out, validation, seed)
-    # a graph does not know how its decoder's input is made of labels
+    # a graph does not know how its decoder's input is made from labels, but the teacher does
     settings = Settings(
         reader(teacher if isinstance(student, fx.GraphModule) else student, inputs),
         labels,
@@ -179,7 +187,8 @@ def finetune(
         else:
             network.to(running.device)
             if model_device(dense) != running.device:
-                dense = copy.deepcopy(dense).to(running.device)  # .to() alone would move the teacher's own parameters
+                # Without the copy, .to() would move the teacher's own parameters.
+                dense = copy.deepcopy(dense).to(running.device)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         training = Training(network, dense, trained, split, chosen, measure, settings, running)
         with views_allowed() if shard else nullcontext():
@@ -202,7 +211,7 @@ def finetune(
 
 
 def _shard(student: nn.Module, teacher: nn.Module, settings: Settings, data: TrainingData, running: Processes) -> None:
-    """Divide both networks over the processes, in place."""
+    """Shard both networks over the processes, in place."""
     if running.count == 1:
         raise FinetuneError(
             "shard=True divides the networks over several processes, but there is only one process. Start several with torchrun --nproc-per-node, or leave shard out"
@@ -213,7 +222,7 @@ def _shard(student: nn.Module, teacher: nn.Module, settings: Settings, data: Tra
 
 
 def _choose_trainable(network: nn.Module, patterns: Sequence[str] | str | None) -> None:
-    """Let the parameters to train, and no others, require gradients."""
+    """Make the parameters to train, and no others, require gradients."""
     named = dict(network.named_parameters())
     if patterns is None:
         names = [name for name, parameter in named.items() if parameter.requires_grad]

@@ -1,8 +1,8 @@
-"""Processes: what a training run asks of ``accelerate``.
+"""Processes: what a training run needs from ``accelerate``.
 
-Gradients are summed by hand once a step. A wrapper of the network (DistributedDataParallel) would average gradients over
-processes, where sums over samples are wanted, and stop at a parameter that the loss does not reach. (FSDP2 is told to sum; what it
-does with a network is asked of torch itself: :mod:`vbpfx.finetuning.sharding`.)
+Gradients are summed here, once per step. The wrapper DistributedDataParallel would average them over processes, where
+sums over samples are needed, and would fail at a parameter that the loss does not reach. FSDP2 can sum, and is set up
+with torch itself (:mod:`vbpfx.finetuning.sharding`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Processes:
 
     Attributes:
         rank: the number of this process, from 0.
-        count: how many there are.
-        device: where this one computes.
+        count: the number of processes.
+        device: the device of this process.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -42,35 +42,35 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and shows things."""
+        """Whether this is the process that writes files and shows output."""
         return self.rank == 0
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the gradients in float16; None elsewhere."""
+        """The scaler of the gradients in float16; None in other precisions."""
         scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         return scaler
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The region of mixed precision."""
+        """Return the context of mixed precision."""
         region: AbstractContextManager[None] = self._accelerator.autocast()
         return region
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The optimizer, which unscales gradients before it steps."""
+        """Return the optimizer, wrapped so that it unscales gradients before a step."""
         prepared: torch.optim.Optimizer = self._accelerator.prepare(optimizer)
         return prepared
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+        """Compute the gradients of a loss, and add them to those of the parameters."""
         self._accelerator.backward(loss)
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
-        """Cut the gradient to a norm."""
+        """Clip the gradient to a norm."""
         self._accelerator.clip_grad_norm_(parameters, max_norm)
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the processes.
+        """Return each value summed over the processes.
 
         Raises:
             RankError: another process has ended.
@@ -84,7 +84,7 @@ class Processes:
         return summed.tolist()
 
     def evenly(self, batches: Iterator[T]) -> Iterator[T | None]:
-        """The batches of this process, and None in their place as long as another process has more."""
+        """Yield the batches of this process, and then None as long as another process has more."""
         while True:
             batch = next(batches, None)
             if not self.sums([float(batch is not None)])[0]:
@@ -92,9 +92,9 @@ class Processes:
             yield batch
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes; a parameter that has none in any process gets none.
+        """Sum gradients over the processes. A parameter without a gradient in all processes gets none.
 
-        Those of sharded parameters are summed already.
+        The gradients of sharded parameters are summed already.
         """
         parameters = [parameter for parameter in parameters if not is_piece(parameter)]
         if self.count == 1 or not parameters:
@@ -112,7 +112,7 @@ class Processes:
                 parameter.grad = summed.view_as(parameter)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite float tensors by the first process's."""
+        """Overwrite floating-point tensors with those of the first process."""
         if self.count == 1:
             return
         from accelerate.utils import broadcast
@@ -125,7 +125,7 @@ class Processes:
 
 @contextmanager
 def processes(mixed_precision: Precision) -> Iterator[Processes]:
-    """The processes that this one is among: those of ``torchrun``, or itself alone.
+    """Yield the processes of this run: those that ``torchrun`` started, or this process alone.
 
     Raises:
         FinetuneError: accelerate is not installed, the precision is unknown, or this machine does not support it.
@@ -149,13 +149,13 @@ def processes(mixed_precision: Precision) -> Iterator[Processes]:
         yield Processes(accelerator)
     finally:
         if not callers:
-            # accelerate keeps one precision for all the process's life; the next run may want another
+            # accelerate fixes one precision for the whole process; the next run may need another
             AcceleratorState._reset_state()
 
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Put the state of every random number generator back that :func:`seed_everything` sets."""
+    """A context that restores the state of all random number generators that :func:`seed_everything` seeds."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
         try:

@@ -1,11 +1,13 @@
-"""A network divided over the processes: FSDP2, torch's ``fully_shard``.
+"""Shard a network over the processes with FSDP2, torch's ``fully_shard``.
 
-Every parameter is cut along its first axis; a process holds one piece of it, of its gradient and of AdamW's moments. A unit
-(:mod:`vbpfx.finetuning.units`) is gathered while it runs, forward and backward, and its gradients are summed into the pieces.
+Every parameter is cut along its first axis. A process holds one piece of the parameter, of its gradient and of its
+AdamW moments. The weights of a unit (:mod:`vbpfx.finetuning.units`) are gathered while it runs forward and backward,
+and its gradients are summed into the pieces.
 
-``accelerate``'s plugin for FSDP2 is not used: it exists for GPUs alone (on the CPU it makes DistributedDataParallel of a network), it averages
-gradients where sums are wanted, it prepares a network only with an optimizer of its own, where the teacher has none, and it chooses
-modules by class or size, of which some cannot be divided.
+``accelerate``'s plugin for FSDP2 is not used, for four reasons. It supports only GPUs (on the CPU it uses
+DistributedDataParallel). It averages gradients, where sums are needed. It prepares a network only together with an
+optimizer, which the teacher does not have. And it chooses modules by class or size, although some of them cannot be
+sharded.
 """
 
 from __future__ import annotations
@@ -26,16 +28,17 @@ from vbpfx.finetuning.units import find_units
 
 
 def shard(network: nn.Module, inputs: Inputs, device: torch.device, *, trained: bool) -> None:
-    """Divide a network over all processes, in place: afterwards its parameters are pieces, on the device.
+    """Shard a network over all processes, in place. Afterwards its parameters are pieces, on the device.
 
     Args:
-        network: with the same weights in every process. Tensors that it shares with another network stay as they are.
-        inputs: of one batch, on the network's device.
-        device: where this process computes.
-        trained: whether gradients are wanted.
+        network: a network with the same weights in every process. Tensors that it shares with another network do not
+            change.
+        inputs: one batch, on the network's device.
+        device: the device of this process.
+        trained: whether the network needs gradients.
 
     Raises:
-        FinetuneError: the network cannot be divided.
+        FinetuneError: the network cannot be sharded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -48,7 +51,7 @@ def shard(network: nn.Module, inputs: Inputs, device: torch.device, *, trained: 
         parameter.data = parameter.to(device)
     try:
         for module in (*map(network.get_submodule, units), network):
-            # the root, too: parameters are pieces whenever nothing runs
+            # for the root, too, so that all parameters are pieces when nothing runs
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=single)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise FinetuneError(
@@ -57,11 +60,11 @@ def shard(network: nn.Module, inputs: Inputs, device: torch.device, *, trained: 
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            module.set_force_sum_reduction_for_comms(True)  # the gloo backend supports no other reduction
 
 
 def _own_parameters(network: nn.Module) -> None:
-    """Give a network parameters of its own, on the same memory: FSDP2 moves those that it is given."""
+    """Give a network parameter objects of its own on the same memory, because FSDP2 moves those that it gets."""
     own: dict[nn.Parameter, nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -72,7 +75,7 @@ def _own_parameters(network: nn.Module) -> None:
 
 
 def is_piece(tensor: Tensor) -> bool:
-    """Whether a tensor is divided, and this process has a piece of it."""
+    """Return whether a tensor is sharded, so that this process holds a piece of it."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -81,7 +84,7 @@ def is_piece(tensor: Tensor) -> bool:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, whole; pieces are put together one by one. All processes go through all of them."""
+    """Yield the tensors whole, joining the pieces of one after another. All processes must iterate over all of them."""
     for name, tensor in tensors.items():
         if is_piece(tensor):
             piece: Any = tensor
@@ -91,7 +94,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor as the other is: divided, or whole. Nothing is exchanged."""
+    """Return a whole tensor sharded like ``other``, or whole if ``other`` is. Processes do not communicate."""
     if not is_piece(other) or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -102,7 +105,10 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def views_allowed() -> Iterator[None]:
-    """FSDP2 warns of every output that is a view; :func:`vbpfx.finetuning.units.find_units` has looked whether anything writes to one."""
+    """A context without FSDP2's warning about outputs that are views.
+
+    :func:`vbpfx.finetuning.units.find_units` has already checked that nothing writes to such a view.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module", UserWarning)
         yield

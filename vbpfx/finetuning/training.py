@@ -1,14 +1,14 @@
-"""The training loop of a distillation: steps, measurements, the best weights, and going on after a break.
+"""The training loop of a distillation: steps, evaluations, the best weights, and resuming from a checkpoint.
 
-One step takes ``accumulate`` batches in each process. With n_i samples in batch i, N = sum n_i and L_i the mean loss over
-its samples, the gradient is that of
+One step takes ``accumulate`` batches in each process. With n_i samples in batch i, N = sum n_i and L_i the mean loss
+over its samples, the gradient is that of
 
     L = 1/N sum_i n_i L_i,    L_i = output loss + feature_weight * feature loss (+ cross-entropy of labels),
 
 so that the result does not depend on how a step's samples are split into batches or over processes.
 
-Every step draws its random numbers (dropout, augmentation) from a seed of its own, made of the run's seed, the step and the
-process. So there is no state of a generator to save, and a run that was broken off goes on as it would have.
+Every step draws its random numbers (dropout, augmentation) from a seed of its own, which is made of the run's seed, the
+step and the process. So no generator state has to be saved, and an interrupted run resumes exactly.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from vbpfx.storage.checkpoint import FINETUNE, load_checkpoint, save_checkpoint
 
 Stop = Literal["epochs", "patience", "time"]
 
-# The teacher's variances are taken from so many batches at most.
+# The teacher's variances are measured on at most this many batches.
 _SCALE_BATCHES = 8
-# What seeds are for, beside the order of the data.
+# Keys that keep the seeds of steps and of held-out data apart from that of the data's order.
 _STEP, _HELD_OUT = 1, 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is told beside its recipe.
+    """The settings of a run besides its recipe.
 
     Attributes:
-        read: from a batch to the arguments of the forward call.
-        labels: whether the labels count.
+        read: converts a batch to the arguments of the forward call.
+        labels: whether labels contribute to the loss.
         augment: changes the arguments of a training batch.
-        accumulate: batches a step, in each process.
-        seed: of the order and all random numbers.
-        sharded: whether the networks are divided over the processes, all of which then have to run them equally often.
+        accumulate: batches per step, in each process.
+        seed: the seed of the data's order and all random numbers.
+        sharded: whether the networks are sharded. Then all processes must run them equally often.
     """
 
     read: Callable[[Any], Inputs]
@@ -67,9 +67,10 @@ class Settings:
 
 
 class Training:
-    """A run. The network is trained in place, on the processes' device; the teacher lies there, too, in eval mode.
+    """A training run.
 
-    The network has the same weights in every process.
+    The network is trained in place, and must have the same weights in every process. Network and teacher must be on the
+    process's device, the teacher in eval mode.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Training:
         self._identity: dict[str, Any] = {}
 
     def choose_features(self, patterns: Sequence[str] | str | None, outputs: Sequence[str] | str | None = None) -> None:
-        """Settle which modules' outputs and which further outputs are compared, and measure how much the teacher's vary."""
+        """Choose the modules and the further outputs to compare, and measure the variances of the teacher's values."""
         self.network.eval()
         examples = list(itertools.islice(self._examples(), _SCALE_BATCHES))
         if not examples:
@@ -113,10 +114,13 @@ class Training:
                 self.measure.measure_scales((inputs, teacher(inputs)) for inputs in examples)
 
     def keep_in(self, folder: Path, every: int | None, resume: bool, digests: Mapping[str, str]) -> None:
-        """Write checkpoints to the folder; go on from the one that is there.
+        """Write checkpoints to a folder, and resume from the one that is there if ``resume``.
 
         Args:
-            digests: of student and teacher.
+            folder: the folder.
+            every: write a checkpoint after every so many steps, besides that after every epoch.
+            resume: whether to resume.
+            digests: the digests of student and teacher, by which a checkpoint of another run is recognised.
         """
         self.path, self.every = folder / "finetune.safetensors", every
         self._identity = {
@@ -139,7 +143,7 @@ class Training:
                 self.processes.scaler.load_state_dict(data["scaler"])
 
     def run(self, max_seconds: float, progress: bool) -> Stop:
-        """Train; the best weights are in the network afterwards."""
+        """Train, and leave the best weights in the network. Return why training ended."""
         self.deadline = time.monotonic() + max_seconds
         size = self.settings.accumulate * self.processes.count
         steps = len(chunks(self.data.order(0), size)) * self.recipe.epochs
@@ -175,7 +179,7 @@ class Training:
                 show(at.step, at.mean_loss)
                 if over and number < len(own):
                     self._save()
-                    self._record(at.mean_loss)  # not in the checkpoint: a run without a break has no such entry
+                    self._record(at.mean_loss)  # recorded after saving, since an uninterrupted run has no such entry
                     return "time"
                 if self.every is not None and at.step % self.every == 0:
                     self._save()
@@ -188,7 +192,7 @@ class Training:
         return "epochs"
 
     def _step(self, batches: Iterator[Any], steps: int) -> bool:
-        """One step of the optimizer; returns whether the time is over, in any process."""
+        """Make one step of the optimizer. Return whether the time is over in any process."""
         at, rate = self.state.position, self.recipe.rate(self.state.position.step, steps)
         self._seed(_STEP, at.step, self.processes.rank)
         self.network.train()
@@ -246,7 +250,7 @@ class Training:
         return loss / samples
 
     def _record(self, train_loss: float | None) -> None:
-        # BatchNorm's running statistics are each process's own
+        # the running statistics of BatchNorm differ between processes
         self.processes.broadcast(self.network.buffers())
         with self.state.mixed(self.recipe.mixing):
             self.state.record(train_loss, self._held_out_loss())
@@ -256,13 +260,16 @@ class Training:
         return patience is not None and len(self.state.history) - 1 - self.state.position.best >= patience
 
     def _arguments(self, batches: Iterator[Any]) -> Iterator[tuple[Inputs, Tensor | None, bool]]:
-        """What :meth:`_read` makes of each batch, and whether it counts: where a process of a sharded network has none left and others
-        have, it runs what it has seen before, and its loss is taken zero times."""
+        """Yield the arguments and labels of each batch, and whether it counts.
+
+        If a process of a sharded network has no batch left while others have, it runs an earlier batch again, which
+        does not count.
+        """
         for batch in self.processes.evenly(batches) if self.settings.sharded else batches:
             yield (self._stand_in, None, False) if batch is None else (*self._read(batch), True)
 
     def _read(self, batch: Any) -> tuple[Inputs, Tensor | None]:
-        """The arguments of a batch on the device, without its labels; and these, if they count."""
+        """Return the arguments of a batch on the device, without labels, and the labels if the loss uses them."""
         inputs = self.settings.read(batch)
         labels = inputs.kwargs.get(LABELS, named_labels(batch))
         own = inputs.unlabelled.to(self.processes.device)
@@ -277,7 +284,7 @@ class Training:
         return own, labels.to(self.processes.device)
 
     def _examples(self) -> Iterator[Inputs]:
-        """Held-out batches, or training batches where nothing is held out; the same in every process."""
+        """Yield held-out batches, or training batches if nothing is held out. They are the same in every process."""
         self._seed(_HELD_OUT)
         batches = self.data.held(0, 1) if self.data.measured else self.data.read(self.data.order(0)[:_SCALE_BATCHES])
         return (self._read(batch)[0] for batch in batches)
@@ -306,7 +313,7 @@ class Training:
 
 @contextmanager
 def _bar(steps: int, done: int, progress: bool) -> Iterator[Callable[[int, float], None]]:
-    """A bar on standard error, if asked for; what is yielded takes the number of steps done and the loss."""
+    """Show a progress bar on standard error, if ``progress``. Yield a function of the steps done and the loss."""
     if not progress:
         yield lambda step, loss: None
         return

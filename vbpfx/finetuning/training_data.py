@@ -1,16 +1,16 @@
-"""Data to train on: what is held out, in which order the rest comes, and which process reads what.
+"""Training data: which part is held out, in which order the rest is read, and which process reads what.
 
-Everything is settled by numbers before anything is read: which samples (or batches) are held out, and the order of an
-epoch, follow from the seed alone. So every process knows what the others read, and a run that goes on after a break skips
-what it has had without reading it.
+Everything is decided by indices before anything is read. The held-out samples (or batches), and the order of every
+epoch, follow from the seed alone. So every process knows what the others read, and a resumed run skips earlier batches
+without reading them.
 
-Three kinds of data:
+There are three kinds of data:
 
-- a ``DataLoader`` with PyTorch's own samplers: *samples* are held out; batches are put together anew, of the same size, by
-  the loader's own dataset, workers and collation, shuffled if the loader shuffles;
-- a list, or any sequence of batches: whole batches are held out; their order is shuffled;
-- anything else that can be gone through again and again: whole batches are held out by their number. That means nothing
-  where the batches change from pass to pass, so every pass is checked.
+- A ``DataLoader`` with PyTorch's own samplers: *samples* are held out. New batches of the same size are made with the
+  loader's own dataset, workers and collate function, and shuffled if the loader shuffles.
+- A list, or any sequence of batches: whole batches are held out, and the order of the others is shuffled.
+- Any other iterable that can be iterated over repeatedly: whole batches are held out by their index. This only makes
+  sense if the batches are the same in every pass, so every pass is checked.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from torch.utils.data import (
 
 from vbpfx.errors import FinetuneError
 
-# What names one batch: the numbers of its samples, or its own number.
+# What identifies a batch: the list of its samples' indices, or its own index.
 Unit = Any
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Batches to train on, and batches never trained on.
+    """Batches to train on, and held-out batches.
 
     Attributes:
         order: epoch -> the units of all its batches, in order.
         read: units in the order of an epoch -> their batches.
-        held: (rank, processes) -> one process's share of the held-out batches, the same at every call.
+        held: (rank, number of processes) -> a process's share of the held-out batches, the same at every call.
         measured: whether there are held-out batches.
     """
 
@@ -58,19 +58,22 @@ class TrainingData:
 
 
 def seed_of(*key: int) -> int:
-    """A seed (32 bits) for what the key names: the same for the same key, unrelated for others."""
+    """Return a seed (32 bits) for a key. Equal keys give equal seeds, and different keys give unrelated ones."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def training_data(data: Iterable[Any], held_out: float, validation: Iterable[Any] | None, seed: int) -> TrainingData:
-    """Split data into what is trained on and what is held out.
+    """Split data into a part to train on and a held-out part.
 
     Args:
-        held_out: the share to hold out, at least one sample or batch; 0 for none. Not used with ``validation``.
-        validation: batches to measure on; all of ``data`` is trained on.
+        data: the batches.
+        held_out: the share to hold out, at least one sample or batch; 0 for none. It is ignored with ``validation``.
+        validation: batches to evaluate on instead. All of ``data`` is then trained on.
+        seed: the seed of the split and the order.
 
     Raises:
-        FinetuneError: the data is empty, too little to be split, used up by one pass, or sharded already.
+        FinetuneError: the data is empty, too little to be split, an iterator that one pass uses up, or already divided
+            over processes.
     """
     if isinstance(data, (Tensor, Mapping)):
         raise FinetuneError(f"data is one {type(data).__name__}; pass an iterable of batches: [batch]")
@@ -136,7 +139,7 @@ def _from_loader(loader: DataLoader[Any], share: float, seed: int) -> TrainingDa
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's batches are its dataset's samples, each once, in order or shuffled."""
+    """Return whether the loader yields every sample of its dataset once, in order or shuffled."""
     sampler = loader.sampler
     return (
         type(loader) is DataLoader
@@ -189,7 +192,7 @@ def _from_stream(data: Iterable[Any], share: float, seed: int) -> TrainingData:
 
 
 def _set_aside(count: int, share: float, seed: int, thing: str) -> tuple[list[int], list[int]]:
-    """The numbers to train on and those held out, both rising."""
+    """Return the indices to train on and those held out, both ascending."""
     if not count:
         raise FinetuneError("data is empty: pass at least one batch")
     number = max(1, round(share * count)) if share else 0
@@ -215,5 +218,5 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def chunks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
-    """The units in groups of that size; the last may be smaller."""
+    """Return the units in groups of the given size; the last group may be smaller."""
     return [list(units[start : start + size]) for start in range(0, len(units), size)]

@@ -1,4 +1,4 @@
-"""How far a training run has come: position, history, weights, the best weights, and AdamW's moments."""
+"""The state of a training run: position, history, weights, the best weights, and AdamW's moments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from vbpfx.finetuning.sharding import gathered, like
 
 @dataclass(frozen=True)
 class Epoch:
-    """The network after so many epochs and steps; epoch 0 is the start.
+    """The losses after an epoch; epoch 0 is the start.
 
     Attributes:
-        train_loss: mean loss over the epoch's samples, features and labels included; None at the start.
-        held_out_loss: mean loss of the outputs over the held-out samples; None where there are none.
+        epoch, step: the number of epochs and steps done.
+        train_loss: the mean loss over the epoch's samples, including features and labels; None at the start.
+        held_out_loss: the mean loss of the outputs over the held-out samples; None if there are none.
     """
 
     epoch: int
@@ -30,14 +31,14 @@ class Epoch:
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """The position of a run.
 
     Attributes:
-        epoch: epochs that are done.
-        group: steps of the present epoch that are done.
-        step: all steps that are done.
-        loss, samples: sums over the present epoch.
-        best: the number of the best entry of the history.
+        epoch: the number of epochs done.
+        group: the number of steps done in the current epoch.
+        step: the number of all steps done.
+        loss, samples: the sums of losses and of samples in the current epoch.
+        best: the index of the best entry of the history.
     """
 
     epoch: int = 0
@@ -49,17 +50,17 @@ class Position:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of the present epoch."""
+        """The mean loss of the current epoch."""
         return self.loss / self.samples
 
 
 def parameters_and_buffers(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each once."""
+    """Return name -> tensor for all parameters and buffers, each once."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 class TrainingState:
-    """Everything of a run that changes, and its form as tensors and JSON."""
+    """Everything that changes during a run. It can be packed as tensors and JSON."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = network, optimizer
@@ -70,11 +71,11 @@ class TrainingState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the network."""
+        """The parameters and buffers of the network, by name."""
         return parameters_and_buffers(self.network)
 
     def record(self, train_loss: float | None, held_out_loss: float | None) -> None:
-        """Add an entry to the history; keep the weights if none before were as good, or if nothing is held out."""
+        """Add an entry to the history. Keep the weights if they are the best so far, or if nothing is held out."""
         at = self.position
         self.history.append(Epoch(at.epoch + (at.group > 0), at.step, train_loss, held_out_loss))
         best = self.history[at.best].held_out_loss
@@ -84,7 +85,7 @@ class TrainingState:
 
     @contextmanager
     def mixed(self, alpha: float) -> Iterator[None]:
-        """Within it the network is start + alpha (trained - start), and as it was afterwards."""
+        """A context in which the network's weights are start + alpha (trained - start); afterwards they are restored."""
         if alpha == 1:
             yield
             return
@@ -96,14 +97,14 @@ class TrainingState:
             self._write(trained)
 
     def restore_best(self) -> None:
-        """Give the network the best weights."""
+        """Write the best weights into the network."""
         self._write(self._best)
 
     def packed(self, *, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, whole, and the rest as JSON can hold it.
+        """Return the state as whole tensors, and everything else in a form that JSON can hold.
 
         Args:
-            keep: False for a process that takes part and writes nothing; it gets no tensors.
+            keep: False for a process that only takes part in gathering sharded tensors. It gets no tensors.
         """
         tensors = {f"network.{name}": tensor for name, tensor in self.tensors.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
@@ -113,7 +114,7 @@ class TrainingState:
         return whole, {"position": asdict(self.position), "history": [asdict(epoch) for epoch in self.history]}
 
     def unpack(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Become what :meth:`packed` gave."""
+        """Restore the state that :meth:`packed` returned."""
         of: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}, "adamw": {}}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")

@@ -1,8 +1,9 @@
-"""A pruned network that is fine-tuned: out of one artifact, into another.
+"""Fine-tune a saved network: read one artifact, and write another.
 
-The plan stays as it was. It says what became of the dense network's neurons and applies to the dense model as before; the
-tuned weights stand in ``model.safetensors``, from where :func:`vbpfx.load` takes them in either form. The graph is the dense
-model's, captured anew, narrowed by the plan, with the tuned weights in it.
+The plan does not change. It says which of the dense network's neurons were removed, and still applies to the dense
+model. The tuned weights are in ``model.safetensors``, from which :func:`vbpfx.load` reads them, for the graph or for
+the model's own class. To make the new graph, the dense model is captured again and narrowed by the plan, and the tuned
+weights are copied into it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from vbpfx.rewrite.narrow import require_same_structure
 
 @dataclass(frozen=True)
 class Tuning:
-    """A pruned network on its way from one artifact to another.
+    """A pruned network from an artifact, to be fine-tuned and saved again.
 
     Attributes:
-        student: the network, to be trained: in the model's own class, or as a graph where that cannot hold it.
-        as_graph: why it is a graph; empty where it is none.
-        plan, report: of the artifact that it comes from.
+        student: the network to train, in the model's own class, or as a graph if the class cannot hold the network.
+        as_graph: why ``student`` is a graph; "" if it is not one.
+        plan, report: the plan and the report of the artifact.
         captured: the dense model.
     """
 
@@ -54,13 +55,13 @@ class Tuning:
         how: str = "",
         command: str = "",
     ) -> Path:
-        """Write the folder that :func:`vbpfx.load` reads; nothing is written where that goes wrong.
+        """Write an artifact that :func:`vbpfx.load` reads. If an error occurs, nothing is written.
 
         Args:
             tuned: the student after training.
-            folder: where to; it may be the one that the student comes from.
+            folder: the folder to write; it may be the one that the student was read from.
             onnx: write ``model.onnx``, too.
-            how, command: for the report: how it was trained, in words, and the command line that did it.
+            how, command: for the report: how the network was trained, in words, and the command line that did it.
 
         Raises:
             ArtifactError: the folder cannot be written.
@@ -75,7 +76,7 @@ class Tuning:
                 f"{PARITY:.0e}); please report the model"
             )
         tuning = "; then ".join(filter(None, (self.report.tuning, how)))
-        # what the oracle and an evaluation have said is of the weights before
+        # the verification and the evaluation in the report are of the earlier weights
         report = dataclasses.replace(self.report, verification=None, evaluation=None, tuning=tuning)
         commands = " && ".join(filter(None, (report.command, command)))
         beside = report_files(report.measured(command=commands))
@@ -85,16 +86,16 @@ class Tuning:
 
 
 def open_tuning(folder: str | Path, dense: nn.Module, example: Inputs) -> Tuning:
-    """Read an artifact to train it.
+    """Read an artifact in order to fine-tune it.
 
     Args:
         folder: the artifact.
-        dense: the model that was pruned; it stays as it was.
+        dense: the model that was pruned. It is not changed.
         example: a few samples.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, or of another model.
-        VerificationError: neither the class nor the artifact's graph computes what the plan makes of the model.
+        ArtifactError: the artifact is missing or damaged, or belongs to another model.
+        VerificationError: neither the network in its class nor the artifact's graph computes what the plan prescribes.
         CaptureError: the model does not run on the samples.
     """
     folder = Path(folder)
@@ -103,7 +104,8 @@ def open_tuning(folder: str | Path, dense: nn.Module, example: Inputs) -> Tuning
     captured = capture(dense, example, frontend="export" if plan.frontend == "export" else "symbolic")
     try:
         student, as_graph = load(folder, into=dense), ""
-    except ArtifactError as reason:  # of the class: the model is the right one
+    # It is the class that cannot hold the network: the check above has shown that the model is the right one.
+    except ArtifactError as reason:
         student, as_graph = load(folder), str(reason)
     error = _difference(_with_weights(captured, plan, student), student, captured.inputs)
     if not error <= PARITY and not as_graph:
@@ -118,12 +120,12 @@ def open_tuning(folder: str | Path, dense: nn.Module, example: Inputs) -> Tuning
 
 
 def _with_weights(captured: Captured, plan: Plan, tuned: nn.Module) -> fx.GraphModule:
-    """The dense graph, narrowed, with a network's weights."""
+    """Return the dense graph, narrowed by the plan, with the weights of a tuned network."""
     graph = convert(captured, plan)
     own, trained = named_tensors(graph), named_tensors(tuned)
     with torch.no_grad():
         for name, tensor in own.items():
-            if name not in trained:  # a constant that tracing made
+            if name not in trained:  # a constant that was created by tracing
                 continue
             if tensor.shape != trained[name].shape:
                 raise ArtifactError(

@@ -1,15 +1,15 @@
-"""Where a network can be divided: modules whose weights need to be whole only while they run.
+"""Find the units of a network for sharding: modules whose weights need to be whole only while the module runs.
 
-FSDP2 gathers a module's weights before its forward and lets go of them behind it. Names and classes do not say for which
-modules that is enough: attention may read the weight of a layer that it never calls, and operators of an exported graph read weights
-straight from the graph. So the network runs once, and a module is a unit only if
+FSDP2 gathers a module's weights before its forward and frees them afterwards. Names and classes do not tell for which
+modules this is enough. Attention, for example, may read the weight of a layer that it never calls, and operators of an
+exported graph read weights directly from the graph. So the network is run, and a module is a unit only if
 
 - it is called, and every operator that reads one of its weights runs inside it;
-- no module outside of it holds one of its weights, too;
+- no module outside of it holds one of its weights;
 - its outputs are tensors in tuples, lists and dictionaries, where FSDP2 finds them and waits for their gradients;
-- nothing writes into an output that is a view, which would undo that.
+- nothing writes into an output that is a view, since FSDP2 would then miss its gradient.
 
-What is not a unit's stays with the unit around it, at last with the network as a whole.
+Weights that belong to no unit are gathered with the unit around them, or with the network as a whole.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import FinetuneError, first_line
 from vbpfx.graph.capture import share_parameters
 
-# A unit has at most this share of the network's weights, where the modules inside it can be units themselves; and what is too
-# small to be worth an exchange of its own has together at most this share, too.
+# A unit holds at most 1/8 of the network's weights, if the modules inside it can be units themselves. All modules that
+# are too small for a communication of their own together hold at most 1/8, too.
 _SHARE = 8
 
 
 class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
-    """One run of a network, watched.
+    """A recording of one run of a network.
 
     Attributes:
         called: the modules that were called.
-        closed: those that cannot be units, for what they return.
-        inside: parameter -> the modules that were running whenever an operator read it.
+        closed: the modules that cannot be units because of what they return.
+        inside: parameter -> the modules that were running every time an operator read it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -50,7 +50,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         self._network = network
         self._known = {id(parameter) for parameter in network.parameters()}
         self._running: list[nn.Module] = []
-        self._views: list[tuple[Tensor, nn.Module]] = []  # kept, so that no other tensor takes a view's memory
+        self._views: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that no other tensor reuses their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -64,7 +64,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Watch which modules run."""
+        """A context that records which modules run."""
         handles = []
         for module in self._network.modules():
             handles.append(module.register_forward_pre_hook(self._before))
@@ -83,7 +83,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         self._running.pop()
         leaves = pytree.tree_leaves(output)
         hides = any(not isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves)
-        # losses are taken of what is seen of the network's own output; a cache beside it does no harm
+        # the loss uses only the tensors that are found in the network's own output; a cache beside them does no harm
         if hides and not (module is self._network and any(isinstance(leaf, Tensor) for leaf in leaves)):
             self.closed.add(module)
         self._views += [(leaf, module) for leaf in leaves if isinstance(leaf, Tensor) and leaf._base is not None]
@@ -94,17 +94,18 @@ def _memory(tensor: Tensor) -> int:
 
 
 def find_units(network: nn.Module, inputs: Inputs, *, trained: bool) -> list[str]:
-    """The names of the modules to divide one by one, those inside others first; the network itself is not among them.
+    """Return the names of the modules to shard one by one, inner modules first, without the network itself.
 
     Args:
-        network: its weights whole; it stays as it was.
-        inputs: of one batch, on the network's device.
-        trained: the network runs in train mode with gradients, too.
+        network: the network, not sharded yet. It is not changed.
+        inputs: one batch, on the network's device.
+        trained: whether the network will also run in train mode with gradients.
 
     Raises:
-        FinetuneError: the batch does not run, or a network that is trained returns something that hides its tensors.
+        FinetuneError: the network does not run on the batch, or it is to be trained and hides the tensors that it
+            returns.
     """
-    network = share_parameters(network)  # running changes buffers
+    network = share_parameters(network)  # a copy, because a run may change buffers
     runs = [_run(network, inputs, training) for training in (False, True)[: 1 + trained]]
     if trained and any(network in run.closed for run in runs):
         raise FinetuneError(
@@ -147,7 +148,7 @@ def _run(network: nn.Module, inputs: Inputs, training: bool) -> _Run:
     try:
         with torch.set_grad_enabled(training), run.hooks(), run:
             inputs.run(network)
-    except Exception as error:  # the model's own operators raise whatever they raise
+    except Exception as error:  # the model may raise any exception
         raise FinetuneError(
             f"a batch does not run through {type(network).__name__} on {inputs.tensors[0].device}, before it is sharded: "
             f"{first_line(error)}\n  the batch: {inputs.describe()}"
