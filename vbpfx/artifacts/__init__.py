@@ -1,1 +1,1 @@
-"""Pruned networks in folders, and graphs as JSON."""
+"""Artifacts: save and load pruned networks as folders, with their graphs as JSON."""

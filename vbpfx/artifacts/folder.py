@@ -1,15 +1,16 @@
 """Artifacts: a pruned network in a folder, without pickle.
 
-    plan.json           which neurons stayed, of which blocks, of a model of which structure
-    model.safetensors   the pruned network's tensors under the model's own names; or several files, and an index of them, and
-                        what the graph needs beside in buffers.safetensors (:mod:`vbpfx.pipeline.files`)
-    plan.safetensors    what stands for the removed neurons, and the corrections of layers that were fitted anew
-    graph.json          the graph, to run it without the model's class, and which files hold its tensors
-    report.json         the figures
-    report.html         the same, to look at
-    model.onnx          the pruned network for a runtime, where it was asked for
+    plan.json           the kept neurons of every block, and a hash of the model's structure
+    model.safetensors   the pruned network's tensors under the model's own names; or several such files with an index,
+    and
+                        buffers.safetensors with other tensors that the graph needs (:mod:`vbpfx.pipeline.files`)
+    plan.safetensors    what replaces the removed neurons, and the corrections of layers that were fitted anew
+    graph.json          the graph, to run it without the model's class, and the names of the files with its tensors
+    report.json         the figures of the report
+    report.html         the report, to look at
+    model.onnx          the pruned network for a runtime, if it was asked for
 
-Every file is written whole or not at all.
+Every file is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ from vbpfx.storage.files import Write, json_writer, made_folder, read_json, safe
 from vbpfx.storage.tensors import INDEX, WHOLE, Stored, read_tensors
 
 _BUFFERS = "buffers.safetensors"
-_CONFIG = "config.json"  # of a model of Hugging Face, which the artifact is one of, too (:mod:`vbpfx.pipeline.files`)
+_CONFIG = "config.json"  # present if the artifact is a Hugging Face model as well (:mod:`vbpfx.pipeline.files`)
 
 
 @contextmanager
 def folder_for_artifact(folder: Path) -> Iterator[None]:
-    """A folder that an artifact will be written to, tried before the work begins; it goes again if that fails.
+    """Check that an artifact can be written to the folder, before the work in this context begins.
+
+    The folder is made if needed. If the work fails, a folder that was made here is removed again.
 
     Raises:
-        ArtifactError: it cannot be written, or holds something else than an artifact.
+        ArtifactError: the folder cannot be written, or holds something else than an artifact.
     """
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; choose a folder")
@@ -58,16 +61,23 @@ def folder_for_artifact(folder: Path) -> Iterator[None]:
 def save_network(
     graph_module: fx.GraphModule, reference: nn.Module, plan: Plan, beside: Mapping[str, Write], folder: str | Path
 ) -> Path:
-    """Write the whole artifact, with the files of ``beside`` (by name) in the same commit; returns the folder.
+    """Write the whole artifact and return its folder.
 
-    What the model has and the graph does not use (a layer for training alone) is taken from ``reference``,
-    the dense model, so that loading into the model's class restores it too.
+    Tensors that the model has but the graph does not use (a layer for training only) are taken from the dense model, so
+    that loading into the model's class restores them, too.
 
-    A graph that calls functions which are not torch's cannot be written: such an artifact loads into the
-    model's own class only, and its ``graph.json`` says why.
+    A graph that calls functions outside of torch cannot be written. Then the artifact can be loaded only into the
+    model's own class, and its ``graph.json`` says why.
+
+    Args:
+        graph_module: the pruned graph.
+        reference: the dense model.
+        plan: the plan that the graph was pruned by.
+        beside: name -> function that writes this file. These files are put in place together with the others.
+        folder: the folder of the artifact.
 
     Raises:
-        ArtifactError: a file cannot be written, or the folder holds somebody else's model of Hugging Face.
+        ArtifactError: a file cannot be written, or the folder holds a Hugging Face model that is not an artifact.
     """
     folder = Path(folder)
     described = _described_widths(folder)
@@ -86,7 +96,7 @@ def save_network(
             **{folder / name: write for name, write in beside.items()},
         }
     )
-    # of an artifact in shards that was here before, which graph.json no longer names
+    # files of an earlier artifact in shards, which graph.json no longer names
     stale = [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / _BUFFERS]
     if described is not None and described != (plan.fingerprint, plan.widths):
         stale.append(folder / _CONFIG)
@@ -97,10 +107,10 @@ def save_network(
 
 
 def _described_widths(folder: Path) -> tuple[str, dict[str, int]] | None:
-    """Of which model and widths a configuration in the folder is; None without one.
+    """Return the fingerprint of the model and the widths that the folder's ``config.json`` describes; None without one.
 
     Raises:
-        ArtifactError: it is not of an artifact, whose files may be written over.
+        ArtifactError: the folder does not hold an artifact, so that its files must not be overwritten.
     """
     settle(folder)
     if not (folder / _CONFIG).exists():
@@ -119,7 +129,7 @@ def _described_widths(folder: Path) -> tuple[str, dict[str, int]] | None:
 def _graph(
     graph_module: fx.GraphModule, tied: Mapping[str, str], tensors: list[str], unused: list[str], files: list[str]
 ) -> dict[str, Any]:
-    """The graph, and what it has to do with the tensors in the files beside it."""
+    """Return the contents of ``graph.json``: the graph, and how it uses the tensors in the other files."""
     about = {
         "files": files,
         "tied": dict(tied),
@@ -142,13 +152,14 @@ def save_beside_weights(
     stored: Mapping[str, str],
     others: Mapping[str, Tensor],
 ) -> None:
-    """Write everything of an artifact but the weights, which lie in the folder already.
+    """Write all files of an artifact except for the weights, which are in the folder already.
 
     Args:
-        graph_module: the graph; its weights may be on the meta device, and of another precision than in the files.
-        beside: further files, by name.
-        stored: name of a tensor -> the name that it has in the files.
-        others: values of the graph's tensors that are not there, by name.
+        graph_module: the graph. Its weights may be on the meta device, and may have another precision than in the
+            files.
+        beside: name -> function that writes this file, for further files.
+        stored: name of a tensor in the graph -> its name in the files.
+        others: name -> value, for tensors of the graph that are not in the files.
     """
     own = named_tensors(graph_module)
     tied = {name: source for name, source in stored.items() if name != source}
@@ -177,10 +188,11 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     """Read a saved network.
 
     Args:
-        folder: what :func:`save` wrote.
-        into: a dense model of the class that was pruned, with any weights: the result is a narrowed copy of
-            it with the saved weights, in its own precision. Without it the result is a GraphModule that needs no model class,
-            in the precision that it was pruned in, whatever its files hold (see :func:`vbpfx.prune_files`).
+        folder: the folder that :func:`save` wrote.
+        into: a dense model of the class that was pruned, with any weights. The result is then a narrowed copy of this
+            model with the saved weights, in the model's precision. Without ``into`` the result is a GraphModule, which
+            does not need the model's class. It has the precision in which it was pruned, even if its files hold another
+            one (see :func:`vbpfx.prune_files`).
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or of another model.
@@ -213,17 +225,20 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
         return network
     except VbpfxError:
         raise
-    except Exception as error:  # a file that was tampered with can go wrong anywhere
+    except Exception as error:  # a manipulated file can cause any error
         raise ArtifactError(
             f"{folder / 'graph.json'} is damaged ({type(error).__name__}: {error}); save the network again"
         ) from error
 
 
 def load_beside(folder: Path, dense: nn.Module) -> nn.Module:
-    """A saved network to compare with its dense model: the graph, as it was checked, or the model's class where it has no graph.
+    """Read a saved network, to compare it with its dense model.
+
+    The result is the saved graph, which is what was verified; or a model of the dense model's class if no graph was
+    saved.
 
     Raises:
-        ArtifactError: as :func:`load`.
+        ArtifactError: as for :func:`load`.
     """
     settle(folder)
     graph = read_json(folder / "graph.json")
@@ -235,7 +250,7 @@ def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder:
     own = named_tensors(small)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name not in own:  # constants that tracing made
+            if name not in own:  # a constant that tracing created
                 continue
             if own[name].shape != tensor.shape:
                 raise ArtifactError(
@@ -247,7 +262,7 @@ def _load_into(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], folder:
 
 
 def _read_all_tensors(folder: Path, files: list[str]) -> dict[str, Tensor]:
-    """What lies in the files that graph.json names."""
+    """Return all tensors in the files that graph.json names."""
     if not all(name == Path(name).name for name in files):
         raise ArtifactError(f"{folder / 'graph.json'} names files outside of its folder")
     return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}

@@ -1,11 +1,16 @@
-"""A GraphModule as JSON, without pickle and without the model's class.
+"""Write a GraphModule as JSON and read it back, without pickle and without the model's class.
 
-Nodes are written as names and arguments, leaf modules as their class in ``torch.nn`` and their plain
-attributes; tensors go to safetensors beside it. Reading executes nothing that the file brings: a target
-must be a function that takes tensors (``torch.overrides`` lists them), an arithmetic operator, an ATen
-operator or a public Tensor method, a module must be a class of ``torch.nn.modules``, a container one of those that
-:mod:`vbpfx.artifacts.tree_format` lists, and every name that enters the generated code must be an identifier. All of them are
-looked up in lists that are made before the file is read, so nothing is imported because a file names it.
+Nodes are written as names and arguments, and leaf modules as their class in ``torch.nn`` and their plain attributes.
+Tensors are saved in safetensors files beside the JSON. Reading a file never runs code from it:
+
+- The target of a call must be a function on tensors (listed by ``torch.overrides``), an arithmetic operator, an ATen
+  operator or a public Tensor method.
+- A module must be of a class in ``torch.nn.modules``.
+- A container must be one of those that :mod:`vbpfx.artifacts.tree_format` lists.
+- Every name that enters the generated code must be an identifier.
+
+All targets and classes are looked up in lists that are made before the file is read. So nothing is imported because a
+file names it.
 """
 
 from __future__ import annotations
@@ -31,20 +36,20 @@ from vbpfx.graph.fields import Fields
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
                          "requires_grad"})  # fmt: skip
 _FORBIDDEN = frozenset({"load", "save", "from_file"})
-# Methods of a tensor that are not operators of ATen, and that read or convert it.
+# Methods that read or convert a tensor, and that are not ATen operators.
 _METHODS = frozenset({"size", "dim", "numel", "ndimension", "type", "float", "double", "half", "bfloat16", "int", "long",
                       "bool", "cpu", "cuda", "is_floating_point", "reshape_as", "new_tensor", "unflatten"})  # fmt: skip
-# What a recurrent layer keeps beside its weights: the same tensors once more.
+# Attributes in which a recurrent layer keeps its weights a second time.
 _MADE_OF_WEIGHTS = {"_flat_weights", "_flat_weight_refs"}
 _VARIABLE = re.compile(r"\*{0,2}[A-Za-z_]\w*")
 _PATH = re.compile(r"[^\"'\\\r\n{}]+")
 
 
 def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The graph and its modules; tensors are not included.
+    """Return the graph and its modules as plain data, without the tensors.
 
     Raises:
-        ArtifactError: something in it is neither plain data nor an operator of torch.
+        ArtifactError: the graph holds something that is neither plain data nor an operator of torch.
     """
     graph = graph_module.graph
     codegen, persistent = graph._codegen, graph_module.state_dict().keys()
@@ -70,14 +75,14 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
 
 
 def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict[str, str]) -> fx.GraphModule:
-    """The inverse of :func:`graph_to_json`, in eval mode.
+    """Return the GraphModule that :func:`graph_to_json` was called on, in eval mode.
 
     Args:
         tensors: every parameter and buffer by name.
-        tied: further name -> name among ``tensors`` for tensors with several names.
+        tied: for tensors with several names, every further name -> its name in ``tensors``.
 
     Raises:
-        ArtifactError: the file names something that a saved network may not hold.
+        ArtifactError: the data names something that a saved network may not hold.
     """
     _check_names(data, [*tensors, *tied])
     root = nn.Module()
@@ -118,7 +123,7 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict
 
 
 def _check_names(data: dict[str, Any], tensors: list[str]) -> None:
-    """fx writes names into the code that it compiles: only names may stand there."""
+    """Raise an ArtifactError unless all names are identifiers or paths: fx writes them into code that it compiles."""
     nodes = data["nodes"]
     variables = [data["name"], *data.get("pytree", {}).get("arguments", ())]
     variables += [entry["name"] for entry in nodes]
@@ -144,10 +149,10 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
 
 @functools.cache
 def _functions() -> dict[str, Callable[..., Any]]:
-    """Every function that a saved graph may call, by name."""
+    """Return every function that a saved graph may call, by name."""
     found: dict[str, Callable[..., Any]] = {}
     for place, functions in torch.overrides.get_overridable_functions().items():
-        if isinstance(place, type(torch)):  # a module; Tensor's own methods are called by name
+        if isinstance(place, type(torch)):  # a module; methods of Tensor are called by name instead
             for function in functions:
                 found[f"{place.__name__}.{function.__name__}"] = function
     found |= {f"operator.{name}": getattr(operator, name) for name in operator.__all__ if name.islower()}
@@ -163,7 +168,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
 def _target_to_json(node: fx.Node) -> Any:
     target = node.target
     if isinstance(target, str):
-        _target_from_json(node.op, target)  # what cannot be read back is not written
+        _target_from_json(node.op, target)  # raises an error now if it could not be read back
         return target
     if target is getattr and node.args[1] not in _ATTRIBUTES:
         raise ArtifactError(
@@ -173,7 +178,7 @@ def _target_to_json(node: fx.Node) -> Any:
     if isinstance(target, type) and dataclasses.is_dataclass(target) and not node.args:
         for name in node.kwargs:
             field_name(name)
-        return "fields"  # which any class can be read as
+        return "fields"  # every dataclass is read back as Fields
     if isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields"):
         named_tuple(target.__name__, target._fields)
         return {"namedtuple": [target.__name__, list(target._fields)]}
@@ -217,7 +222,7 @@ def _target_from_json(op: str, target: Any) -> Any:
 
 
 def _value_to_json(value: Any, where: str) -> Any:
-    """Plain values as they are; everything else as a dictionary with one key that says what it is."""
+    """Return plain values as they are, and all others as a dictionary with one key that names the kind of value."""
     match value:
         case fx.Node():
             return {"node": value.name}
@@ -272,23 +277,23 @@ def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 @functools.cache
 def _constants() -> dict[str, Any]:
-    """torch's types of numbers and layouts, by name."""
+    """Return torch's dtypes, layouts and memory formats by name."""
     kinds = (torch.dtype, torch.layout, torch.memory_format)
     return {name: value for name, value in vars(torch).items() if isinstance(value, kinds)}
 
 
 def _of_torch(name: Any) -> Any:
-    # not getattr(torch, name), which imports what it does not find
+    # not getattr(torch, name), which tries to import a name that it does not find
     if name not in _constants():
         raise ArtifactError(f"the graph holds torch.{name}, which is not a dtype or layout")
     return _constants()[name]
 
 
 def dtype_from_json(name: Any) -> torch.dtype:
-    """The dtype of a name in a file.
+    """Return the dtype that a file names.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is no dtype of this name.
     """
     found = _of_torch(name)
     if not isinstance(found, torch.dtype):
@@ -298,7 +303,7 @@ def dtype_from_json(name: Any) -> torch.dtype:
 
 @functools.cache
 def _module_classes() -> dict[str, type[nn.Module]]:
-    """The modules of ``torch.nn`` that are imported with torch, by the full name of their class."""
+    """Return the module classes of ``torch.nn`` that are imported with torch, by their full names."""
     files = [value for value in vars(nn.modules).values() if isinstance(value, types.ModuleType)]
     kinds = [kind for file in files for kind in vars(file).values() if isinstance(kind, type)]
     return {
@@ -318,7 +323,7 @@ def _module_to_json(name: str, module: nn.Module) -> dict[str, Any]:
         try:
             attributes[key] = _value_to_json(vars(module)[key], f"module {name}")
         except ArtifactError:
-            if not key.startswith("_"):  # private ones may be what another package keeps there
+            if not key.startswith("_"):  # a private attribute may belong to another package, and is left out
                 raise
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -345,7 +350,7 @@ def _module_from_json(name: str, data: dict[str, Any]) -> nn.Module:
 
 
 def _holder(root: nn.Module, path: str) -> nn.Module:
-    """The submodule at a path; plain modules are made where there are none."""
+    """Return the submodule at a path; missing modules on the path are created as plain ones."""
     holder = root
     for part in path.split(".") if path else ():
         if part not in holder._modules:

@@ -1,14 +1,16 @@
-"""The structure of a network's arguments and results as JSON, and safely back.
+"""Write the structure of a network's arguments and results as JSON, and read it back safely.
 
-What PyTorch calls a tree specification says how tensors lie in tuples, lists and dictionaries. Its own reader resolves and imports
-names that stand in the text, so here is a format that has none: a leaf is ``"leaf"``, everything else a dictionary with one key.
+PyTorch's tree specifications describe how tensors are nested in tuples, lists and dictionaries. PyTorch's own reader
+imports names that it finds in the text. The format here names nothing to import: a leaf is ``"leaf"``, and everything
+else is a dictionary with one key.
 
     {"tuple": [...]}   {"list": [...]}   {"dict": [[key, ...], ...]}   {"ordered": [[key, ...], ...]}
     {"fields": [[name, ... or null], ...]}        named fields: a dataclass, such as the results of transformers
-    {"namedtuple": [name, [[field, ...], ...]]}   a tuple with named places
-    {"returned": [name, [...]]}                   what an operator of torch returns, such as ``torch.return_types.max``
+    {"namedtuple": [name, [[field, ...], ...]]}   a named tuple
+    {"returned": [name, [...]]}                   the result of a torch operator, such as ``torch.return_types.max``
 
-A dataclass comes back as :class:`vbpfx.graph.fields.Fields`, a named tuple as one of the same name and fields.
+A dataclass is read back as :class:`vbpfx.graph.fields.Fields`, and a named tuple as a new class with the same name and
+fields.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ _SEQUENCES: dict[str, type] = {"tuple": tuple, "list": list}
 
 @functools.cache
 def _returned() -> dict[str, type]:
-    """The named results of torch's operators, by name."""
+    """Return the classes of named results of torch's operators, by name."""
     return {kind.__name__: kind for kind in torch.return_types.all_return_types}
 
 
 def spec_to_json(spec: pytree.TreeSpec) -> Any:
-    """A tree specification as plain data.
+    """Return a tree specification as plain data.
 
     Raises:
-        ArtifactError: it holds a container that a file cannot describe.
+        ArtifactError: the specification holds a container that this format cannot describe.
     """
     leaves = [torch.empty(0) for _ in range(spec.num_leaves)]
     places = {id(leaf): place for place, leaf in enumerate(leaves)}
@@ -74,9 +76,9 @@ def spec_to_json(spec: pytree.TreeSpec) -> Any:
         raise ArtifactError(_indescribable(kind))
 
     data = described(pytree.tree_unflatten(leaves, spec))
-    if met != list(range(len(leaves))):  # a class that keeps tensors elsewhere than in its fields
+    if met != list(range(len(leaves))):  # a class keeps tensors somewhere else than in its fields
         raise ArtifactError(_indescribable(spec.type))
-    spec_from_json(data)  # what cannot be read back is not written
+    spec_from_json(data)  # raises an error now if it could not be read back
     return data
 
 
@@ -89,10 +91,12 @@ def _indescribable(kind: type) -> str:
 
 
 def spec_from_json(data: Any) -> pytree.TreeSpec:
-    """The inverse of :func:`spec_to_json`; nothing that the data names is looked up anywhere but in closed lists.
+    """Return the tree specification that :func:`spec_to_json` was called on.
+
+    Names in the data are looked up only in fixed lists, and never imported.
 
     Raises:
-        ArtifactError: it is not a structure of the containers that a file can describe.
+        ArtifactError: the data does not describe a structure of the containers in this format.
     """
     if isinstance(data, str) and data != _LEAF:
         data = _of_old_text(data)
@@ -100,7 +104,7 @@ def spec_from_json(data: Any) -> pytree.TreeSpec:
 
 
 def _example(data: Any) -> Any:
-    """A value of that structure, whose leaves are zeros."""
+    """Return a value of the described structure whose leaves are zeros."""
     if data == _LEAF:
         return 0
     match data:
@@ -134,10 +138,10 @@ def _key(key: Any) -> str | int:
 
 
 def field_name(name: Any) -> str:
-    """The name, if a field may be called so.
+    """Return the name if it is allowed for a field.
 
     Raises:
-        ArtifactError: it is not an identifier, or begins with an underscore.
+        ArtifactError: the name is not an identifier, or begins with an underscore.
     """
     if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_"):
         return name
@@ -147,10 +151,10 @@ def field_name(name: Any) -> str:
 
 
 def named_tuple(name: Any, fields: Sequence[Any]) -> type[tuple[Any, ...]]:
-    """A new named tuple.
+    """Return a new named tuple class.
 
     Raises:
-        ArtifactError: a name is none, or there twice.
+        ArtifactError: a name is not allowed, or there are two fields of the same name.
     """
     names = [field_name(field) for field in fields]
     if len(set(names)) < len(names):
@@ -164,7 +168,10 @@ _OLD_MAPPINGS = {"builtins.dict": "dict", "collections.OrderedDict": "ordered"}
 
 
 def _of_old_text(text: str) -> Any:
-    """What earlier versions wrote in PyTorch's own format, where it holds nothing but tuples, lists and dictionaries."""
+    """Return this format's data from a text in PyTorch's own format, which earlier versions wrote.
+
+    Only tuples, lists and dictionaries are accepted.
+    """
     version, tree = json.loads(text)
     if version != 1:
         raise ArtifactError(

@@ -1,1 +1,1 @@
-"""Dense against pruned on data, with labels or without."""
+"""Evaluation: compare the pruned network with the dense one on data, with or without labels."""

@@ -1,4 +1,4 @@
-"""Evaluate: what a pruned network has lost, against the dense one, on the same samples."""
+"""Evaluate: measure what a pruned network has lost against the dense one, on the same samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vbpfx.outputs.divergence import divergence
 
 Compare = Literal["logits", "values"]
 
-# The losses that are of such outputs.
+# The loss that belongs to each kind of output.
 _LOSSES: dict[Compare, Loss] = {"logits": "kl", "values": "mse"}
 _MANY = 5  # top-5
 
@@ -40,27 +40,29 @@ def evaluate(
     compare: Compare | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run both networks on the same samples and compare their outputs, and the labels.
+    """Run both networks on the same samples, and compare their outputs with each other and with the labels.
 
-    Logits, over the last axis: accuracies where there are labels, agreement and divergence. Without labels: these two alone. Other
-    values, an encoder's embeddings y of the dense network and z of the pruned one: the cosine y z / (|y| |z|) over the last axis, and
-    sqrt(sum |z - y|^2 / sum |y|^2).
+    If the outputs are logits (over the last axis), the result holds the networks' agreement and the KL divergence, and
+    with labels also the accuracies. If they are other values, such as the embeddings y of a dense and z of a pruned
+    encoder, it holds the cosine y z / (|y| |z|) over the last axis, and the relative error sqrt(sum |z - y|^2 / sum
+    |y|^2).
 
     Args:
-        dense, pruned: networks of one output, each on its own device; they run in eval mode and stay as they were. Without
-            ``pruned`` the dense network alone is evaluated, which needs labels.
-        batches: as :func:`vbpfx.prune` takes them, gone through once. Labels are a batch's second entry, where the network does
-            not take it, or its ``labels``: one integer a sample.
+        dense, pruned: the two networks, each with one output and on its own device. They run in eval mode and are not
+            changed. Without ``pruned`` only the dense network is evaluated, which needs labels.
+        batches: an iterable of batches as for :func:`vbpfx.prune`; it is iterated once. Labels are one integer per
+            sample. They are a batch's ``labels``, or its second entry if the network does not take it.
         classes: the names of the classes, in order.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
-        compare: what the outputs are: ``"logits"`` or ``"values"``. By default logits, where the output is one tensor or has
-            ``logits``. Of an output with several tensors, values are ``last_hidden_state``, or the first.
+        compare: what the outputs are: ``"logits"`` or ``"values"``. The default is logits if the output is one tensor
+            or has ``logits``. If an output has several tensors, its values are ``last_hidden_state``, or else the first
+            tensor.
         progress: show a bar on standard error.
 
     Raises:
-        EvaluationError: there is no batch, one does not run through a network, an output is not finite, or networks and
-            labels do not go together.
-        CaptureError: one of the two is not a module, or cannot be copied.
+        EvaluationError: there is no batch, a batch does not run through a network, an output is not finite, or the
+            labels do not fit the networks.
+        CaptureError: one of the networks is not a module, or cannot be copied.
     """
     networks = [dense] if pruned is None else [dense, pruned]
     for network in networks:
@@ -107,7 +109,11 @@ def _not_finite(output: Tensor) -> str:
 
 
 def _without_labels(inputs: Inputs, batch: Any, named: Any) -> tuple[Inputs, Tensor | None]:
-    """The arguments of a batch without its labels, and these; ``named`` are those that were left out already."""
+    """Return the arguments of a batch without the labels, and the labels.
+
+    Args:
+        named: labels that were found in the batch by name and are not among its arguments.
+    """
     labels = inputs.kwargs.get(LABELS, named)
     if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
         labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
@@ -116,7 +122,7 @@ def _without_labels(inputs: Inputs, batch: Any, named: Any) -> tuple[Inputs, Ten
 
 @dataclass
 class _Tally:
-    """What is added up over batches."""
+    """The sums over all batches from which the result is computed."""
 
     samples: int = 0
     agreeing: float = 0.0
@@ -131,7 +137,7 @@ class _Tally:
     by_position: bool = False
 
     def add_logits(self, outputs: list[Tensor], labels: Tensor | None, mask: Tensor | None) -> None:
-        """A batch's logits (samples, ..., classes) of each network, and its labels."""
+        """Add a batch: the logits (samples, ..., classes) of each network, and the labels."""
         if self.samples and (labels is None) == bool(self.labels):
             here, before = ("no labels", "had some") if labels is None else ("labels", "had none")
             raise EvaluationError(f"this batch has {here}, those before {before}")
@@ -146,7 +152,7 @@ class _Tally:
             self._count([dense, *others], labels.cpu())
 
     def add_values(self, outputs: list[Tensor], mask: Tensor | None) -> None:
-        """A batch's values (samples, ..., features) of each network."""
+        """Add a batch: the values (samples, ..., features) of each network."""
         dense, *others = self._checked(outputs, alone=False, ruled_out=False)
         kept = dense.new_ones(dense.shape[:-1], dtype=torch.bool) if mask is None else mask
         for output in others:
@@ -155,12 +161,12 @@ class _Tally:
             self.whole += dense[kept].double().square().sum().item()
 
     def _checked(self, outputs: list[Tensor], *, alone: bool, ruled_out: bool) -> list[Tensor]:
-        """The outputs in float32, whose samples count.
+        """Check the outputs of a batch, count its samples, and return the outputs in float32.
 
         Args:
-            alone: whether one network's say anything.
-            ruled_out: whether the dense network's may hold -inf, and then the pruned one's in the same places: classes that a
-                mask rules out.
+            alone: whether the outputs of one network alone are enough.
+            ruled_out: whether the outputs may hold -inf at the same places in both networks, for classes that a mask
+                rules out.
         """
         dense, *others = found = [output.float() for output in outputs]
         if not dense.ndim or not len(dense):

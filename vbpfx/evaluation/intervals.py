@@ -1,16 +1,19 @@
 """95 % confidence intervals of shares, of the difference of two shares of the same samples, and of means.
 
-One share of n samples, k of them: Wilson's score interval (1927), with z = 1.96:
+For a share of k in n samples we use Wilson's score interval (1927), with z = 1.96:
 
     (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2)
 
-Two shares of the same samples, a of which count in both, b in the first alone, c in the second alone, d in neither:
-Newcombe's "square and add" of the two Wilson intervals (Statistics in Medicine 17, 1998, method 10), with the correlation
+For two shares of the same samples, let a samples count in both, b only in the first, c only in the second, and d in
+neither. We use Newcombe's "square and add" of the two Wilson intervals (Statistics in Medicine 17, 1998, method 10),
+with the correlation
 
-    phi = (a d - b c) / sqrt((a + b) (c + d) (a + c) (b + d)),   whose numerator is lowered by n / 2, to 0 at least, if above 0.
+    phi = (a d - b c) / sqrt((a + b) (c + d) (a + c) (b + d)).
 
-Both hold for few samples and for shares near 0 and 1, where intervals of the normal distribution do not. A mean of n values has that
-interval: mean +- z s / sqrt(n), with their sample deviation s.
+If the numerator of phi is positive, n / 2 is subtracted from it, but it does not become negative.
+
+Both intervals hold for few samples and for shares near 0 and 1, where intervals of the normal distribution fail. For
+the mean of n values with sample deviation s we use that of the normal distribution: mean +- z s / sqrt(n).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Share:
-    """So many of so many samples."""
+    """A share: ``count`` of ``samples`` samples."""
 
     count: int
     samples: int
@@ -37,7 +40,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's interval."""
+        """Wilson's 95 % interval."""
         k, n = self.count, self.samples
         middle, reach = k + _Z**2 / 2, _Z * math.sqrt(k * (n - k) / n + _Z**2 / 4)
         return max(0.0, (middle - reach) / (n + _Z**2)), min(1.0, (middle + reach) / (n + _Z**2))
@@ -45,12 +48,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of so many samples' values.
+    """The mean of one value per sample.
 
     Attributes:
         value: the mean.
-        error: its standard error, s / sqrt(n); of one sample it is not known, and 0 stands here.
-        samples: how many.
+        error: the standard error of the mean, s / sqrt(n); 0 for a single sample, where it is not known.
+        samples: the number of samples.
     """
 
     value: float
@@ -59,22 +62,25 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Of values, one a sample."""
+        """Return the mean of values, one per sample."""
         n = len(values)
         return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0, n)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """That of the normal distribution."""
+        """The 95 % interval of the normal distribution."""
         return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The share of the second less that of the first, of the same samples.
+    """The second share minus the first, where both are shares of the same samples.
 
     Attributes:
-        both, first, second, neither: how many samples count in both, in one alone, in neither.
+        both: the number of samples that count in both shares.
+        first: the number that counts only in the first.
+        second: the number that counts only in the second.
+        neither: the number that counts in neither.
     """
 
     both: int
@@ -84,7 +90,7 @@ class PairedDifference:
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """The number of samples."""
         return self.both + self.first + self.second + self.neither
 
     @property
@@ -94,7 +100,7 @@ class PairedDifference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Newcombe's interval."""
+        """Newcombe's 95 % interval."""
         one, two = Share(self.both + self.first, self.samples), Share(self.both + self.second, self.samples)
         (low_one, high_one), (low_two, high_two) = one.interval, two.interval
         phi = self._correlation()

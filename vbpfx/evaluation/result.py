@@ -1,4 +1,4 @@
-"""What an evaluation found, as figures and as tables."""
+"""The result of an evaluation, as figures and as tables."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vbpfx.display.figures import MINUS
 from vbpfx.display.tables import counted, table
 from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 
-_FEW = 10  # samples a class, below which what one class lost says little
+_FEW = 10  # with fewer samples per class, the change of a single class says little
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often one network is right.
+    """How often a network is right.
 
     Attributes:
-        top1: the label has the largest logit.
-        top5: it is among the five largest; None for networks of five classes and fewer.
+        top1: the share of samples whose label has the largest logit.
+        top5: the share of samples whose label is among the five largest logits; None for five classes or fewer.
     """
 
     top1: Share
@@ -28,10 +28,13 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: how many samples it has, and how many of them each network gets right.
+    """How pruning changed one class.
 
     Attributes:
-        label: its number; ``name`` what it is called.
+        label: the number of the class.
+        name: the name of the class.
+        samples: the number of its samples.
+        dense, pruned: how many of these samples each network classifies correctly.
     """
 
     label: int
@@ -43,19 +46,21 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dense against pruned on one set of samples. Printing it shows tables.
+    """The comparison of a dense and a pruned network on the same samples. Printing it shows tables.
 
     Attributes:
-        samples: how many.
-        dense, pruned: how often each is right; None where there are no labels, ``pruned`` also where it was not evaluated.
-        top1_change, top5_change: what pruning changed, of the same samples; None without both accuracies.
-        agreement: in which share of the samples both choose the same class; for networks that choose at every position, the
-            mean over samples of the share of positions. None without a pruned network.
-        kl: mean divergence of the pruned network's probabilities from the dense one's, in nats.
-        classes: what became of each class, the worst hurt first.
-        by_position: whether the networks choose at every position of a sample.
-        cosine: of outputs that are not logits: mean cosine between the two networks' values.
-        relative_error: of these: root of the summed squared difference over the dense network's own squares.
+        samples: the number of samples.
+        dense, pruned: how often each network is right. Both are None without labels; ``pruned`` is also None if no
+            pruned network was evaluated.
+        top1_change, top5_change: the change of accuracy by pruning, on the same samples; None without both accuracies.
+        agreement: the share of samples for which both networks choose the same class. For networks that choose a class
+            at every position it is the mean over samples of the share of positions. None without a pruned network.
+        kl: mean KL divergence of the pruned network's probabilities from the dense network's, in nats.
+        classes: the change of every class; the classes that lost most come first.
+        by_position: whether the networks choose a class at every position of a sample.
+        cosine: for outputs that are not logits, the mean cosine between the two networks' values.
+        relative_error: for outputs that are not logits, the root of the summed squared differences divided by the
+            summed squares of the dense network's values.
     """
 
     samples: int
@@ -72,13 +77,13 @@ class Evaluation:
 
     @property
     def retention(self) -> float | None:
-        """The pruned network's top-1 accuracy over the dense one's."""
+        """The pruned network's top-1 accuracy divided by the dense one's; None without both accuracies."""
         if self.dense is None or self.pruned is None or not self.dense.top1.count:
             return None
         return self.pruned.top1.count / self.dense.top1.count
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, JSON-ready; shares from 0 to 1, intervals of 95 %."""
+        """Return the figures as a dictionary that can be written as JSON: shares from 0 to 1, and 95 % intervals."""
         figures: dict[str, Any] = {"samples": self.samples}
         for network in ("dense", "pruned"):
             found: Accuracy | None = getattr(self, network)
@@ -100,7 +105,7 @@ class Evaluation:
         return figures
 
     def for_report(self) -> dict[str, Any]:
-        """The figures as :meth:`vbpfx.Report.measured` takes them."""
+        """Return the figures in the form that :meth:`vbpfx.Report.measured` takes."""
         figures: dict[str, Any] = {"samples": self.samples}
         if self.dense is not None and self.pruned is not None:
             figures["top-1 accuracy"] = (self.dense.top1.value, self.pruned.top1.value)
@@ -122,10 +127,10 @@ class Evaluation:
         return self.text()
 
     def text(self, worst: int = 10) -> str:
-        """What printing shows.
+        """Return the tables that printing shows.
 
         Args:
-            worst: so many of the worst-hurt classes.
+            worst: how many of the classes that lost most to list.
         """
         text = ""
         if self.dense is not None:
@@ -154,7 +159,7 @@ class Evaluation:
         return table("", columns, rows)
 
     def _agreement_interval(self) -> str:
-        if self.agreement is None or self.by_position:  # a mean of shares of positions is not a count of samples
+        if self.agreement is None or self.by_position:  # a mean over positions is not a share of samples
             return ""
         low, high = Share(round(self.agreement * self.samples), self.samples).interval
         return f" [{low:.1%}, {high:.1%}]"

@@ -1,1 +1,1 @@
-"""What could be pruned of a model, before any data."""
+"""Inspection: find out what can be pruned of a model, before any data is seen."""

@@ -1,4 +1,4 @@
-"""A block drawn: the calls that its hidden axis runs through, from the layers that make it to those that read it."""
+"""Channel graphs: drawings of a block, from the layers that produce its hidden axis to the layers that read it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FILLS = {"producer": "#cfe3f7", "carrier": "#eeeeee", "statistic": "#f7ecc4", "
 
 
 def channel_graph(analysis: Analysis, name: str) -> str:
-    """The channel graph of a block as SVG: producers, what carries the axis, statistics, consumers, from top to bottom.
+    """Return the channel graph of a block as SVG: producers, carriers, statistics and consumers, from top to bottom.
 
     Raises:
-        AnalysisError: there is no block of that name.
+        AnalysisError: there is no block of this name.
     """
     known = {block.name: block for block in analysis.blocks}
     if name not in known:
@@ -57,10 +57,10 @@ def channel_graph(analysis: Analysis, name: str) -> str:
 
 
 def _parts(analysis: Analysis, block: Block) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Node -> its part in the block, in graph order; and what reads what."""
+    """Return the nodes of a block with their roles, in graph order, and the edges from each node to its readers."""
     nodes = analysis.captured.nodes
     carriers = {carrier.node for carrier in block.carriers}
-    # chunk and split, whose value is several tensors, stand between two that carry the axis
+    # include chunk and split between two carriers; they are not carriers themselves, as they return several tensors
     carriers |= {
         node.name
         for node in nodes.values()
@@ -82,7 +82,7 @@ def _inputs(node: fx.Node, among: set[str]) -> list[str]:
 
 
 def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -> dict[str, Any]:
-    """Where the box of a node lies, its colour, and its two lines of text."""
+    """Return the position of a node's box, its colour and its two lines of text, for the template."""
     node = analysis.captured.nodes[name]
     value = node.meta.get("val")
     module = called_module(analysis.captured.graph_module, node)
@@ -94,7 +94,7 @@ def _box(analysis: Analysis, name: str, part: str, place: tuple[float, float]) -
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
-    """The path down to the next row; past the rows between where there are any."""
+    """Return the path of an arrow down to another row; it runs past the rows in between, if there are any."""
     x, y, to_x, to_y = start[0] + _WIDTH / 2, start[1] + _HEIGHT, end[0] + _WIDTH / 2, end[1]
     past = to_y - y > _DOWN
     if past and x == to_x:

@@ -1,4 +1,4 @@
-"""What kind of block a block is, in words, by its structure: how its layers and operators are arranged, never by names."""
+"""Kinds of blocks: classify a block by how its layers and operators are arranged, and never by names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vbpfx.rules.ops import is_product
 
 
 def kinds(analysis: Analysis) -> dict[str, str]:
-    """Block name -> what it is, such as ``"MLP"``, ``"gated MLP"``, ``"token-mixing MLP"``, ``"inverted bottleneck"``."""
+    """Return the kind of every block, such as ``"MLP"``, ``"gated MLP"``, ``"token-mixing MLP"`` or ``"convolution"``."""
     evidence = gather(analysis.captured)
     tensors = named_tensors(analysis.captured.reference)
     is_token_axis = _token_axes(evidence)
@@ -24,7 +24,7 @@ def kinds(analysis: Analysis) -> dict[str, str]:
 
 
 def calls(block: Block, analysis: Analysis) -> int:
-    """How often the network runs the block: calls of the consumer that is called most."""
+    """Return how often the network runs the block: the calls of the consumer that is called most often."""
     weights = [consumer.weight for consumer in {c.node: c for c in block.consumers}.values()]
     return max(weights.count(weight) for weight in weights)
 
@@ -48,12 +48,12 @@ def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token
 
 
 def _read_by(weights: tuple[str, ...], evidence: Evidence) -> list[Axis]:
-    """The axes that these weights sum over."""
+    """Return the axes that these weights sum over."""
     return [axis for axis, found in evidence.contracted.items() if any(c.weight in weights for c in found)]
 
 
 def _multiplies_two(block: Block, evidence: Evidence) -> bool:
-    """Whether two values of the axis that different layers made are multiplied; x * sigmoid(x) is not a gate."""
+    """Return whether the block multiplies two values from different layers; x * sigmoid(x) is not a gate."""
     makers: dict[fx.Node, frozenset[str]] = {}
     for name, axis, *_ in block.carriers:
         node = evidence.nodes[name]
@@ -66,7 +66,7 @@ def _multiplies_two(block: Block, evidence: Evidence) -> bool:
 
 
 def _makes_again(block: Block, evidence: Evidence) -> bool:
-    """Whether a layer that makes the axis reads, at whatever remove, what was there of it before."""
+    """Return whether a layer that produces the axis depends on an earlier value of the same axis."""
     carriers = {evidence.nodes[carrier.node] for carrier in block.carriers}
     makers = {
         evidence.nodes[n] for node, axis, *_ in block.carriers for n in evidence.producing.get(Axis(node, axis), ())
@@ -76,7 +76,10 @@ def _makes_again(block: Block, evidence: Evidence) -> bool:
 
 
 def _token_axes(evidence: Evidence) -> Callable[[Axis], bool]:
-    """Whether an axis counts positions: no weight made it where it first appears, and it is not an input's feature axis."""
+    """Return a function that tells whether an axis counts positions.
+
+    It does if no weight produced it where it first appears, and it is not the feature axis of an input.
+    """
     verdicts: dict[Axis, bool] = {}
 
     def judge(axis: Axis) -> bool:
@@ -94,6 +97,6 @@ def _is_born_of_no_weight(axis: Axis, evidence: Evidence) -> bool:
     node = evidence.nodes[axis.owner]
     dims = node.meta["val"].ndim
     weighted = any(evidence.position[node.name] in calls for calls in evidence.uses.values())
-    if node.op == "placeholder" or weighted:  # of a layer without a rule it is not known what it makes
+    if node.op == "placeholder" or weighted:  # a layer without a rule: which axis its weights produce is not known
         return axis.dim != (1 if dims > 3 else dims - 1)
     return not any(other.is_parameter for other in evidence.graph.neighbors(axis))

@@ -1,4 +1,4 @@
-"""Inspection: what could be pruned of a model, before any data is seen."""
+"""Inspect a model: list its blocks, what cannot be pruned and why, and what pruning would save."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """A block in figures.
+    """The figures of a block.
 
     Attributes:
-        name, width: as the analysis has them.
-        kind: what it is by its structure (:mod:`vbpfx.inspection.kinds`).
+        name, width: the name and the width of the block.
+        kind: the kind of block, by its structure (:mod:`vbpfx.inspection.kinds`).
         layers: module paths of its producers and consumers.
         calls: how often the network runs it.
-        macs: multiply-accumulates per sample that go with its width: all of them, were it narrowed to nothing.
-        params: entries of its layers' parameters that go with its width.
+        macs: multiply-accumulates per sample that depend on its width: as many as would be saved by a width of zero.
+        params: the number of parameters in its layers that depend on its width.
     """
 
     name: str
@@ -50,7 +50,7 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class Step:
-    """What is left at a ratio where every block gives up the same share, widths not rounded."""
+    """What is left of the model if every block gives up the same share ``ratio`` of its neurons, without rounding."""
 
     ratio: float
     neurons: int
@@ -63,10 +63,12 @@ class Inspection:
     """What can be pruned of a model. Printing it shows tables.
 
     Attributes:
-        model: its name; ``params``, ``macs``, ``neurons``: of all of it, MACs per sample.
-        blocks, refusals: what can be narrowed, and what cannot, with the reason.
-        steps: what ratios give, up to the first that floors forbid.
-        analysis: what the figures are of.
+        model: the name of the model.
+        params, macs, neurons: the parameters, the MACs per sample and the hidden neurons of the whole model.
+        blocks: the blocks that can be narrowed.
+        refusals: the axes that cannot be narrowed, with the reasons.
+        steps: what is left at ratios 0.1, 0.2, ..., up to the first ratio that the floors do not allow.
+        analysis: the analysis that the figures come from.
     """
 
     model: str
@@ -80,11 +82,11 @@ class Inspection:
 
     @property
     def sample(self) -> str:
-        """Sizes of one sample, such as 3x224x224, with the names of the arguments where there are several."""
+        """The sizes of one sample, such as 3x224x224, with the names of the arguments if there are several."""
         return self.analysis.captured.inputs.sample
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON-ready dictionaries."""
+        """Return the figures as dictionaries that can be written as JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "analysis"]
         of_records = {
             name: [dataclasses.asdict(r) for r in getattr(self, name)] for name in ("blocks", "refusals", "steps")
@@ -138,19 +140,22 @@ def inspect_model(
     frontend: Frontend = "auto",
     min_width: int | None = None,
 ) -> Inspection:
-    """Find out what can be pruned of a model, and what that would save. No data is needed where the model says what it takes.
+    """Find out what can be pruned of a model, and what that would save.
 
-    An ONNX file (``name`` ends in .onnx) is read as :func:`vbpfx.prune_onnx` reads it. A model is made without its numbers where that goes (torch's meta device): no memory, no time for random weights.
+    Data is needed only if the model does not state the shape of its input. An ONNX file (``name`` ends in .onnx) is
+    read as in :func:`vbpfx.prune_onnx`. Other models are made without values for their weights if possible (on torch's
+    meta device), which saves memory and time.
 
     Args:
-        name, weights: as :func:`vbpfx.models.names.load_model` takes them.
-        shape: of one sample, where the model does not say.
-        data: samples that say it in place of a shape, as :func:`vbpfx.open_data` reads them; of an ONNX file .npy or .npz.
+        name, weights: as for :func:`vbpfx.models.names.load_model`.
+        shape: the shape of one sample, if the model does not state it.
+        data: samples that show the input's shape, in place of ``shape``. They are read as in :func:`vbpfx.open_data`;
+            for an ONNX file they are a .npy or .npz file, or a folder of images.
         frontend: see :func:`vbpfx.capture`.
-        min_width: floor of every block; by default a sixteenth of its width.
+        min_width: smallest width of every block; by default a sixteenth of its width.
 
     Raises:
-        VbpfxError: the model cannot be made, does not say what its input looks like, or cannot be traced.
+        VbpfxError: the model cannot be made, does not state its input's shape, or cannot be traced.
     """
     file = Path(name)
     is_onnx = file.suffix == ".onnx"
@@ -208,13 +213,13 @@ def _analysed(
             return analysed(model)
         except (
             Exception
-        ):  # models that compute with their numbers while they are made or traced; all else comes up again
+        ):  # some models compute with their weights while they are made or traced; other errors will occur again below
             pass
     return analysed(load_model(name, weights))
 
 
 def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> dict[str, int]:
-    """Widths where every block gives up the same share."""
+    """Return the widths at which every block gives up the same share of its neurons."""
     ranks = {block.name: torch.arange(1, block.width + 1, dtype=torch.float64) / block.width for block in blocks}
     floor, steps = floors(blocks, min_width), dict.fromkeys((block.name for block in blocks), 1)
     budget = Budget("ratio", ratio)
