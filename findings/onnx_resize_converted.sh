@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # onnx 1.23.2, onnx.version_converter: Upsample of opset 9 and Resize of opset 10 compute other values once they are converted to 13.
 #
-# Expected: the converted file computes what the original does. Before opset 11 there was one way to place the samples: the index is
-# divided by the scale, and mode="nearest" rounds down (ONNX Runtime rounds up where the picture shrinks).
-# Seen: the converter leaves coordinate_transformation_mode and nearest_mode unset, so opset 13 takes its own defaults ("half_pixel",
+# Expected: the converted file computes the same values as the original. Before opset 11 there was only one way to place the
+# sampling points: the index is divided by the scale, and mode="nearest" rounds down (ONNX Runtime rounds up if the picture shrinks).
+# Seen: the converter does not set coordinate_transformation_mode and nearest_mode, so opset 13 uses its defaults ("half_pixel",
 # "round_prefer_floor"). mode="linear" differs at every factor; mode="nearest" agrees at whole factors and differs at 1.7.
 # What to do: set coordinate_transformation_mode="asymmetric" and, with mode="nearest", nearest_mode="floor" ("ceil" where the picture
 # shrinks) on the converted nodes, and compare both files on data.
 #
-# The script installs the packages in a temporary folder, converts the files, runs them in ONNX Runtime, and fails if what is
-# written above is no longer so.
+# The script installs the packages in a temporary folder, converts the files, runs them in ONNX Runtime, and fails if the
+# description above is no longer true.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch 2.14.1, torch.export.export: an example that passes one tensor as two arguments makes a program that reads one of them alone.
+# torch 2.14.1, torch.export.export: an example that passes one tensor as two arguments gives a program that reads only one of them.
 #
-# Expected: the program computes a + 10 b for any a and b, or its guards refuse two tensors that are not one and the same.
-# Seen: the graph has both inputs and computes b + 10 b; called with a = 1 and b = 0 it returns 0 instead of 1, and no guard speaks.
+# Expected: the program computes a + 10 b for any a and b, or its guards refuse two different tensors.
+# Seen: the graph has both inputs and computes b + 10 b. Called with a = 1 and b = 0 it returns 0 instead of 1, and no guard raises.
 # What to do: pass a clone of the tensor for every argument of the example.
 #
 # The script installs the package in a temporary folder, exports the module with a shared and with separate tensors, runs both
-# programs, and fails if what is written above is no longer so.
+# programs, and fails if the description above is no longer true.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

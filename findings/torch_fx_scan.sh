@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # torch 2.14.1, torch.fx.symbolic_trace: a call of the scan operator is dropped from the graph, without an error.
 #
-# Expected: a node for scan, as torch.export writes one, or an error that scan cannot be traced symbolically.
+# Expected: a node for scan, as in torch.export's graph, or an error that scan cannot be traced symbolically.
 # Seen: the graph has no node for scan and returns an empty list where the module returns a tensor.
 # What to do: capture networks with scan by torch.export.
 #
-# The script installs the package in a temporary folder, traces and exports a module that sums up its input, runs both, and fails if
-# what is written above is no longer so.
+# The script installs the package in a temporary folder, traces and exports a module that sums its input, runs both, and fails if
+# the description above is no longer true.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
