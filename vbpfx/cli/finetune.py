@@ -166,7 +166,7 @@ def finetune(
         from vbpfx.finetuning.finetune import finetune as run_finetune
         from vbpfx.finetuning.tuned import open_tuning
         from vbpfx.models.names import load_model
-        from vbpfx.pipeline.model import EXAMPLE_SAMPLES
+        from vbpfx.pipeline.stages import EXAMPLE_SAMPLES
 
         with folder_for_artifact(out) if ranks.first else nullcontext():
             with busy(f"loading {dense}", ranks.first):

@@ -1,4 +1,4 @@
-"""Models that do not fit in memory: files in, files out.
+"""prune_files(): models that do not fit in memory, files in, files out.
 
 The model is captured on the meta device, where its weights take no memory. Calibration goes through the graph piece by piece
 (:mod:`vbpfx.pipeline.loading`): the weights of a piece are read when its turn comes. The plan is carried out tensor by tensor
@@ -9,7 +9,8 @@ piece by piece again, the pruned ones from the files that were written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import Unpack
 
-from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.artifacts.folder import save_beside_weights
 from vbpfx.calibration.prepare import Statistics
@@ -30,16 +31,16 @@ from vbpfx.models.weightless import Weightless
 from vbpfx.outputs.differences import tolerance_of
 from vbpfx.pipeline.gathering import first_batch
 from vbpfx.pipeline.loading import Loading, Loans, run_by_module, runnable
-from vbpfx.pipeline.model import EXAMPLE_SAMPLES
-from vbpfx.pipeline.streamed import require_streamable, samples_of, stream_plan
+from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Source, run_stages
+from vbpfx.pipeline.strategy import Fitting, Strategy, Target
+from vbpfx.pipeline.streamed import Scored, Streaming, require_streamable, samples_of
 from vbpfx.planning.budget import require_memory
+from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.options import PlanArguments, PlanOptions
-from vbpfx.planning.select import select_blocks
 from vbpfx.plans.records import Plan
-from vbpfx.report.make import count_bytes, make_report
+from vbpfx.report.make import count_bytes
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
-from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.model_config import describe_widths, has_config
 from vbpfx.rewrite.narrow import Changes
 from vbpfx.rewrite.own_class import apply_plan
@@ -123,8 +124,8 @@ def prune_files(
         VbpfxError: one of its kinds, with what was found, where, and what to do. Nothing is left in ``out``.
     """
     options.setdefault("method", "vbp")
-    chosen, folder = PlanOptions.of(**options), Path(out)
-    require_streamable(chosen)
+    folder = Path(out)
+    require_streamable(PlanOptions.of(**options))
     limit = _shard_limit(shard_size, memory)
     require_new(folder)
     hollow = Weightless.of(model, weights)
@@ -135,30 +136,86 @@ def prune_files(
         raise CalibrationError("the calibration data is empty: no batch holds a sample")
     example = batches[0] if example_inputs is None else as_inputs(example_inputs, hollow.model).to(_CPU)
     example = replace(example, open=unlike_axes([example, *batches]))
-    captured = capture(hollow.model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
-    example, *batches = [batch.along(captured.inputs) for batch in (example, *batches)]
-    example = example.first(captured.inputs.batch_size or 0)
-    analysis = find_blocks(captured)
-    select_blocks(analysis, chosen.include, chosen.exclude)
-    loans = Loans(hollow.stored, hollow.names, hollow.buffers)
-    half = memory * 2**30 / 2
-    plan, statistics = stream_plan(analysis, loans, batches, chosen, mask=mask, memory=half, progress=progress)
-    small, own = convert(captured, plan), _own_class(hollow, plan, loans)
-    with whole_folder(folder) as temporary:
-        written = _write_weights(hollow, plan, own, temporary, limit)
-        verification = None
-        if verify:
-            pruned = Loans(Stored.of(temporary), written, hollow.buffers)
-            verification = _verify(captured, small, plan, example, loans, pruned, half)
-        report = make_report(captured, small, analysis, plan, verification, statistics=statistics)
-        report = replace(
-            report, size=(_stored_bytes(hollow, hollow.stored), _stored_bytes(hollow, Stored.of(temporary)))
+    source = _WeightFiles(
+        hollow, example, batches, folder, frontend=frontend, mask=mask, memory=memory, limit=limit, progress=progress
+    )
+    return run_stages(source, options, fitting=Fitting(), target=Target(), verify=verify)
+
+
+class _WeightFiles(Source[Scored, PrunedFiles]):
+    """A model on the meta device with its weights in files.
+
+    Args:
+        hollow: the model.
+        example: what it is traced with; ``batches`` are the calibration data.
+        out: the folder to write.
+        memory: GiB, half of them for weights.
+        limit: bytes of a shard.
+    """
+
+    def __init__(
+        self,
+        hollow: Weightless,
+        example: Inputs,
+        batches: Sequence[Inputs],
+        out: Path,
+        *,
+        frontend: Frontend,
+        mask: MaskArgument | None,
+        memory: float,
+        limit: int,
+        progress: bool,
+    ) -> None:
+        self._hollow, self._example, self._batches, self._out = hollow, example, batches, out
+        self._frontend: Frontend = frontend
+        self._mask, self._memory, self._limit, self._progress = mask, memory * 2**30 / 2, limit, progress
+        self._loans = Loans(hollow.stored, hollow.names, hollow.buffers)
+
+    def capture(self) -> Captured:
+        """The model as a graph on the meta device."""
+        captured = capture(self._hollow.model, self._example, frontend=self._frontend, samples=EXAMPLE_SAMPLES)
+        example, *self._batches = [batch.along(captured.inputs) for batch in (self._example, *self._batches)]
+        self._example = example.first(captured.inputs.batch_size or 0)
+        return captured
+
+    def observe(self, analysis: Analysis, strategy: Strategy) -> Scored:
+        """All batches piece by piece; blocks are scored when they have been passed."""
+        self._streaming = Streaming(
+            analysis, strategy.chosen, self._loans, self._batches,
+            mask=self._mask, memory=self._memory, progress=self._progress,
+        )  # fmt: skip
+        return self._streaming.score()
+
+    def plan(self, analysis: Analysis, strategy: Strategy, observed: Scored, latencies: Latencies | None) -> Plan:
+        """The plan, with a second way through the graph where it needs one."""
+        return self._streaming.plan(observed)
+
+    @contextmanager
+    def writing(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Iterator[None]:
+        """The narrowed weights, in a folder that takes its name when everything is in it."""
+        self._own = _own_class(self._hollow, plan, self._loans)
+        with whole_folder(self._out) as self._temporary:
+            self._written = _write_weights(self._hollow, plan, self._own, self._temporary, self._limit)
+            yield
+
+    def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
+        """The substitution oracle, on the weights that were written."""
+        written = Loans(Stored.of(self._temporary), self._written, self._hollow.buffers)
+        return _verify(captured, small, plan, self._example, self._loans, written, self._memory)
+
+    def result(self, made: Made) -> PrunedFiles:
+        """What belongs beside the weights: the report, the plan, the graph, the configuration."""
+        hollow, folder = self._hollow, self._temporary
+        dense, narrow = _stored_bytes(hollow, hollow.stored), _stored_bytes(hollow, Stored.of(folder))
+        report = replace(made.report, size=(dense, narrow))
+        if self._own is not None:
+            _write_configuration(hollow, self._own, folder)
+        network = runnable(share_parameters(made.graph_module))
+        files = report_files(report)
+        save_beside_weights(network, made.plan, files, folder, stored=self._written, others=hollow.buffers)
+        return PrunedFiles(
+            self._out, made.plan, made.statistics, made.analysis, report, made.verification, self._own is not None
         )
-        if own is not None:
-            _write_configuration(hollow, own, temporary)
-        network = runnable(share_parameters(small))
-        save_beside_weights(network, plan, report_files(report), temporary, stored=written, others=hollow.buffers)
-    return PrunedFiles(folder, plan, statistics, analysis, report, verification, own is not None)
 
 
 def _shard_limit(shard_size: int | str | None, memory: float) -> int:

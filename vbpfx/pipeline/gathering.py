@@ -36,13 +36,11 @@ class Calibration:
 
     Attributes:
         batches: gone through once.
-        read: makes the arguments of a forward call of a batch.
         total: how many batches there are, where that is known.
         mask, progress, ranks, checkpoint, checkpoint_every, compile: see :func:`vbpfx.prune`.
     """
 
     batches: Iterable[Any]
-    read: Callable[[Any], Inputs]
     total: int | None = None
     mask: MaskArgument | None = None
     progress: bool = True
@@ -68,9 +66,20 @@ class Gathered:
 
 
 def gather(
-    captured: Captured, observed: fx.GraphModule, run: Run | None, calibration: Calibration, strategy: Strategy
+    captured: Captured,
+    observed: fx.GraphModule,
+    run: Run | None,
+    read: Callable[[Any], Inputs],
+    calibration: Calibration,
+    strategy: Strategy,
 ) -> Gathered:
-    """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept."""
+    """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept.
+
+    Args:
+        captured: the dense graph, and ``observed`` the same with observers.
+        run: what runs a batch for the observers; the graph itself where this is None.
+        read: makes the arguments of a forward call of a batch.
+    """
     gradients = None
     if strategy.layers and is_differentiable(captured, strategy.layers, strategy.at_once):
         reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
@@ -85,7 +94,7 @@ def gather(
     calibrate(
         observed,
         calibration.batches,
-        read=calibration.read,
+        read=read,
         work=keeping,
         total=calibration.total,
         progress=calibration.progress,

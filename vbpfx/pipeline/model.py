@@ -1,43 +1,31 @@
-"""The whole way through: prune() is the visible list of stages."""
+"""prune(): a model that is in memory."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from typing_extensions import Unpack
 
-from vbpfx.analysis.blocks import find_blocks
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.compiled import Compile
-from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import Inputs, all_axes, as_inputs, reader, unlike_axes
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
-from vbpfx.measurement.latency import measure_result
-from vbpfx.measurement.sensitivity import sensitivities
-from vbpfx.pipeline.gathering import Calibration, Run, first_batch, gather, require_batches
+from vbpfx.pipeline.gathering import Calibration, first_batch, require_batches
+from vbpfx.pipeline.in_memory import InMemory
 from vbpfx.pipeline.result import Pruned
-from vbpfx.pipeline.strategy import Fitting, Strategy, Target
+from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, run_stages
+from vbpfx.pipeline.strategy import Fitting, Target
 from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
-from vbpfx.planning.plan import make_plan
-from vbpfx.planning.scores import name_of
-from vbpfx.plans.files import plan_digest
-from vbpfx.reconstruction.reconstruct import reconstruct as reconstruct_plan
-from vbpfx.report.make import make_report
-from vbpfx.rewrite.convert import convert
 from vbpfx.rewrite.fidelity import capture_faithfully, warn_of_what_is_left_out
-from vbpfx.rewrite.verify import verify as check
 from vbpfx.storage.checkpoint import digest
 
-# Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
-EXAMPLE_SAMPLES = 4
 # So many batches of a list are looked at to see which sizes differ.
 _LOOKED_AT = 64
 
@@ -141,36 +129,59 @@ def prune(
         raise CalibrationError("the batch to trace with (the first one) holds no sample; pass example_inputs= with one")
     others = _batches_at_hand(calibration, read, ranks) if verify else []
     example = replace(example, open=all_axes(example) if open_sizes else unlike_axes([example, *others]))
-    captured = (
-        capture_faithfully(model, example, others, frontend=frontend, samples=EXAMPLE_SAMPLES)
-        if verify
-        else capture(model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
-    )
+    total = length_hint(calibration) or None
+    gone_through = Calibration(data, total, mask, progress, ranks, checkpoint, checkpoint_every, compile)
+    source = _Model(model, example, others, read, gone_through, frontend=frontend, faithfully=verify)
+    return run_stages(source, options, fitting=fitting, target=target, verify=verify)
 
-    def read_alike(batch: Any) -> Inputs:
-        found = read(batch).along(captured.inputs)
-        captured.require_sizes(found)
+
+class _Model(InMemory[Pruned]):
+    """A module, and batches that are read as its arguments.
+
+    Args:
+        example: what it is traced with.
+        others: further batches that the graph is held against.
+        read: from a batch to the arguments of a forward call.
+        faithfully: hold the graph against the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Inputs,
+        others: Sequence[Inputs],
+        read: Callable[[Any], Inputs],
+        calibration: Calibration,
+        *,
+        frontend: Frontend,
+        faithfully: bool,
+    ) -> None:
+        super().__init__(calibration)
+        self._model, self._example, self._others, self._read = model, example, others, read
+        self._frontend, self._faithfully = frontend, faithfully
+
+    def capture(self) -> Captured:
+        """The model as a graph, held against the model where that is asked for."""
+        model, example, frontend = self._model, self._example, self._frontend
+        if self._faithfully:
+            found = capture_faithfully(model, example, self._others, frontend=frontend, samples=EXAMPLE_SAMPLES)
+        else:
+            found = capture(model, example, frontend=frontend, samples=EXAMPLE_SAMPLES)
+        self._captured = found
         return found
 
-    total = length_hint(calibration) or None
-    return prune_captured(
-        captured,
-        Calibration(
-            data,
-            read_alike,
-            total,
-            mask,
-            progress,
-            ranks,
-            checkpoint,
-            checkpoint_every,
-            compile,
-        ),
-        options,
-        fitting=fitting,
-        target=target,
-        verify=verify,
-    )
+    def read(self, batch: Any) -> Inputs:
+        """A batch's arguments, of sizes that the graph takes."""
+        found = self._read(batch).along(self._captured.inputs)
+        self._captured.require_sizes(found)
+        return found
+
+    def result(self, made: Made) -> Pruned:
+        """The narrowed graph, which is written when the caller says so."""
+        return Pruned(
+            made.graph_module, made.plan, made.statistics, made.analysis, made.report, made.verification, made.captured,
+            self.ranks,
+        )  # fmt: skip
 
 
 def _batches_at_hand(calibration: Iterable[Any], read: Callable[[Any], Inputs], ranks: Ranks) -> list[Inputs]:
@@ -178,85 +189,3 @@ def _batches_at_hand(calibration: Iterable[Any], read: Callable[[Any], Inputs], 
     if ranks.own or not isinstance(calibration, (list, tuple)):
         return []
     return [read(batch) for batch in calibration[:_LOOKED_AT]]
-
-
-def prune_captured(
-    captured: Captured,
-    calibration: Calibration,
-    options: PlanArguments,
-    *,
-    fitting: Fitting,
-    target: Target,
-    forward: Callable[[fx.GraphModule], Run | None] | None = None,
-    share: bool = False,
-    verify: bool = True,
-) -> Pruned:
-    """The stages behind the capture, in order.
-
-    Args:
-        forward: from the prepared graph to what runs a batch for its observers; the graph itself where it is left out, or
-            gives None.
-        share: see :func:`vbpfx.convert`.
-        verify: see :func:`prune`.
-    """
-    ranks, progress = calibration.ranks, calibration.progress
-    analysis = find_blocks(captured)
-    strategy = Strategy.of(analysis, fitting, **target.rounded(options, analysis))
-    observed = prepare(
-        captured, analysis, blocks=strategy.blocks, mask=calibration.mask, covariance=strategy.covariance
-    )
-    by_latency = strategy.chosen.budget.kind == "latency"
-    latencies = ranks.of_first(lambda: target.latencies(analysis, strategy)) if by_latency else None
-    run = forward(observed) if forward else None
-    gathered = gather(captured, observed, run, calibration, strategy)
-    del run, observed  # a runtime may hold the whole network in memory
-    plan = make_plan(
-        analysis,
-        gathered.statistics,
-        sensitivity=lambda alike: sensitivities(analysis, alike, gathered.samples, progress=progress),
-        latencies=latencies,
-        **strategy.options,
-    )
-    if strategy.fits:
-        plan = reconstruct_plan(
-            analysis, plan, gathered.samples, gathered.influence,
-            beside=strategy.beside, choose=strategy.chooses, mask=calibration.mask, progress=progress,
-        )  # fmt: skip
-    if ranks.count > 1:
-        ranks.meet("plan", plan_digest(plan))
-    small = convert(captured, plan, share=share)
-    verification = check(captured, small, plan) if verify else None
-    latency = ranks.of_first(lambda: measure_result(small, captured, plan, latencies)) if latencies else None
-    report = make_report(
-        captured, small, analysis, plan, verification, latency,
-        statistics=gathered.statistics, arguments=_given(captured, calibration, options, fitting, target),
-    )  # fmt: skip
-    return Pruned(small, plan, gathered.statistics, analysis, report, verification, captured, ranks)
-
-
-def _given(
-    captured: Captured, calibration: Calibration, options: PlanArguments, fitting: Fitting, target: Target
-) -> dict[str, Any]:
-    """What differs from the defaults of :func:`prune`, JSON-ready; a function goes by its name."""
-    frontend = "export" if captured.frontend == "export" else "auto"
-    others = {
-        "mask": calibration.mask,
-        "compile": calibration.compile,
-        **vars(fitting),
-        **vars(target),
-        "frontend": frontend,
-        "open_sizes": bool(captured.inputs.open) and captured.inputs.open == all_axes(captured.inputs),
-    }
-    defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
-    given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
-    return {name: _plain(value) for name, value in given.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, Sequence):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return name_of(value)

@@ -1,4 +1,4 @@
-"""ONNX in, ONNX out: prune_onnx() is the list of stages, without the PyTorch model."""
+"""prune_onnx(): ONNX in, ONNX out, without the PyTorch model."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, ru
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
 from vbpfx.pipeline.gathering import Calibration, Run, first_batch
-from vbpfx.pipeline.model import EXAMPLE_SAMPLES, prune_captured
-from vbpfx.pipeline.result import Pruned
+from vbpfx.pipeline.in_memory import InMemory
+from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, run_stages
 from vbpfx.pipeline.strategy import Fitting, Target
 from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
 from vbpfx.plans.records import Plan
@@ -147,41 +147,73 @@ def prune_onnx(
     target = Target(runtime or (DEFAULT if rounds else None), runtime_batch, runtime_threads)
     require_writable(path, out)
     first, data = first_batch(calibration)
-    opened = open_onnx(path, first)
-    model, imported, captured, example = opened.model, opened.imported, opened.captured, opened.example
-    read = batch_reader(model, imported.arguments)
-    tallies: list[Tally] = []
+    gone_through = Calibration(data, length_hint(calibration) or None, mask, progress)
+    return run_stages(_OnnxFile(path, out, first, gone_through), options, fitting=fitting, target=target, verify=verify)
 
-    def forward(observed: fx.GraphModule) -> Run | None:
-        found = observe_in_runtime(model, path.parent, imported, observed)
-        tallies.extend([found.tally] if found else [])
-        return found
 
-    pruned = prune_captured(
-        captured,
-        Calibration(data, lambda batch: read(batch).along(example), length_hint(calibration) or None, mask, progress),
-        options,
-        fitting=fitting,
-        target=target,
-        forward=forward,
-        share=True,
-        verify=verify,
-    )
-    observed_by = str(tallies[0]) if tallies else "torch"
-    external, dense_bytes = has_external_data(model), stored_bytes(model)
-    release_pages(model)
-    round_as_stored(imported, pruned.plan, pruned.graph_module)
-    with quiet_logging():
-        rewrite(model, imported, captured, pruned.plan, pruned.graph_module)
-    parity = [0.0]
+class _OnnxFile(InMemory[PrunedOnnx]):
+    """An ONNX file whose narrowed copy is written beside it.
 
-    def compare(staged: Path) -> None:
-        parity[0] = _parity(staged, external, imported, opened.batches, pruned.graph_module)
+    Args:
+        path: the file; ``out`` is where the narrowed one goes.
+        first: one batch of its inputs.
+    """
 
-    write_model(model, out, source=path, external=external, check=compare)
-    left_alone = {name: len(nodes) for name, nodes in imported.strange.items()}
-    size = (dense_bytes, stored_bytes(model))
-    return _result(out, pruned, size, opened.fidelity, observed_by, parity[0], left_alone)
+    share = True
+
+    def __init__(self, path: Path, out: Path, first: Any, calibration: Calibration) -> None:
+        super().__init__(calibration)
+        self._path, self._out, self._first = path, out, first
+        self._tally: Tally | None = None
+
+    def capture(self) -> Captured:
+        """The file as a graph, held against the file in ONNX Runtime."""
+        self._opened = open_onnx(self._path, self._first)
+        self._read = batch_reader(self._opened.model, self._opened.imported.arguments)
+        return self._opened.captured
+
+    def read(self, batch: Any) -> Inputs:
+        """A batch of the file's inputs as arguments of its graph."""
+        return self._read(batch).along(self._opened.example)
+
+    def forward(self, observed: fx.GraphModule) -> Run | None:
+        """ONNX Runtime, where every value that is observed has a name in the file."""
+        run = observe_in_runtime(self._opened.model, self._path.parent, self._opened.imported, observed)
+        self._tally = run.tally if run else None
+        return run
+
+    def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
+        """The substitution oracle; what was captured was held against the file."""
+        return dataclasses.replace(super().verify(captured, small, plan), capture=self._opened.fidelity)
+
+    def result(self, made: Made) -> PrunedOnnx:
+        """Write the narrowed file, and hold it against the narrowed graph before it takes its name."""
+        opened, small = self._opened, made.graph_module
+        model, imported = opened.model, opened.imported
+        external, dense_bytes = has_external_data(model), stored_bytes(model)
+        release_pages(model)
+        round_as_stored(imported, made.plan, small)
+        with quiet_logging():
+            rewrite(model, imported, made.captured, made.plan, small)
+        parity = [0.0]
+
+        def compare(staged: Path) -> None:
+            parity[0] = _parity(staged, external, imported, opened.batches, small)
+
+        write_model(model, self._out, source=self._path, external=external, check=compare)
+        return PrunedOnnx(
+            path=self._out,
+            plan=made.plan,
+            statistics=made.statistics,
+            analysis=made.analysis,
+            report=dataclasses.replace(made.report, size=(dense_bytes, stored_bytes(model))),
+            verification=made.verification,
+            observed_by=str(self._tally or "torch"),
+            parity=parity[0],
+            left_alone={name: len(nodes) for name, nodes in imported.strange.items()},
+            graph_module=small,
+            captured=made.captured,
+        )
 
 
 @dataclass(frozen=True)
@@ -247,25 +279,6 @@ def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         drawn = random.standard_normal(sizes) if dtype.kind == "f" else np.ones(sizes)
         made[name] = np.asarray(drawn, dtype)
     return made
-
-
-def _result(
-    out: Path,
-    pruned: Pruned,
-    size: tuple[int, int],
-    fidelity: float,
-    observed_by: str,
-    parity: float,
-    left_alone: Mapping[str, int],
-) -> PrunedOnnx:
-    verification = pruned.verification
-    if verification is not None:
-        verification = dataclasses.replace(verification, capture=fidelity)
-    report = dataclasses.replace(pruned.report, size=size, verification=verification)
-    return PrunedOnnx(
-        out, pruned.plan, pruned.statistics, pruned.analysis, report, verification, observed_by, parity, left_alone,
-        pruned.graph_module, pruned.captured,
-    )  # fmt: skip
 
 
 def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: Inputs) -> Inputs:

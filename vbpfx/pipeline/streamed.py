@@ -9,8 +9,8 @@ all blocks have their scores: so it is a second way through the graph.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor, fx
@@ -48,78 +48,95 @@ def require_streamable(chosen: PlanOptions) -> None:
         )
 
 
-def stream_plan(
-    analysis: Analysis,
-    loans: Loans,
-    batches: Sequence[Inputs],
-    chosen: PlanOptions,
-    *,
-    mask: MaskArgument | None,
-    memory: float,
-    progress: bool,
-) -> tuple[Plan, Statistics]:
-    """The plan, and the statistics without covariances.
+@dataclass(frozen=True)
+class Scored:
+    """What the first way through the graph gives.
+
+    Attributes:
+        statistics: of the blocks, without covariances.
+        scores: block -> one score per neuron.
+    """
+
+    statistics: Statistics
+    scores: Mapping[str, Tensor]
+
+
+class Streaming:
+    """Ways through the graph of a model whose weights are read piece by piece.
 
     Args:
         analysis: of the model, captured on the meta device.
-        loans: its weights.
+        chosen: the options of the plan.
+        loans: the model's weights.
+        batches: the calibration data.
+        mask: see :func:`vbpfx.prepare`.
         memory: bytes for weights and for what batches hold between two pieces.
-
-    Raises:
-        CalibrationError: a batch does not fit the model or makes activations that are not finite; or covariances are asked
-            for and the batches do not fit in memory all at once.
-        BudgetError: the budget cannot be met.
+        progress: show bars on standard error.
     """
-    deciding, captured = Deciding(analysis, chosen), analysis.captured
-    gathering = _Gathering(analysis, deciding.blocks, loans, batches, mask, memory, progress)
-    scores: dict[str, Tensor] = {}
-    moments: dict[str, tuple[Moments, ...]] = {}
-
-    def take_scores(block: Block, found: tuple[Moments, ...]) -> None:
-        moments[block.name] = tuple(replace(m, co=None, held=None) for m in found)
-        first = deciding.blocks[0]
-        samples = deciding.samples(*((first, moments[first.name]) if first.name in moments else (block, found)))
-        with loans.lent(captured.reference, list({axis.name: None for axis in block.parameters})):
-            scores[block.name] = deciding.scores(block, pooled(block, found), samples)
-
-    gathering.run("scoring", chosen.scores_need_covariance, take_scores)
-    allocation = deciding.allocation({})
-    kept = deciding.kept(scores, allocation, {})
-    narrowed = [block for block in deciding.blocks if len(kept[block.name]) < block.width]
-    entries: dict[str, BlockPlan] = {}
-
-    def take_entry(block: Block, found: tuple[Moments, ...]) -> None:
-        if block in narrowed:
-            entries[block.name] = deciding.entry(block, kept[block.name], pooled(block, found))
-
-    if chosen.compensation == "ridge":
-        gathering.run("folding", True, take_entry)
-    else:
-        for block in narrowed:
-            take_entry(block, moments[block.name])
-    rows = max(m.count for found in moments.values() for m in found)
-    plan = deciding.plan([entries[block.name] for block in narrowed], allocation, rows)
-    return plan, Statistics(moments)
-
-
-class _Gathering:
-    """Ways through the prepared graph."""
 
     def __init__(
         self,
         analysis: Analysis,
-        blocks: Sequence[Block],
+        chosen: PlanOptions,
         loans: Loans,
         batches: Sequence[Inputs],
+        *,
         mask: MaskArgument | None,
         memory: float,
         progress: bool,
     ) -> None:
-        self.analysis, self.blocks, self.loans, self.batches = analysis, {b.name: b for b in blocks}, loans, batches
+        self.analysis, self.chosen, self.deciding = analysis, chosen, Deciding(analysis, chosen)
+        self.blocks, self.loans, self.batches = {b.name: b for b in self.deciding.blocks}, loans, batches
         self.mask, self.memory, self.progress = mask, memory, progress
         self.starts = list(accumulate((batch.batch_size or 1 for batch in batches), initial=0))
 
-    def run(self, title: str, covariance: bool, finish: Finish) -> None:
+    def score(self) -> Scored:
+        """The first way: statistics and scores.
+
+        Raises:
+            CalibrationError: a batch does not fit the model or makes activations that are not finite; or covariances are asked
+                for and the batches do not fit in memory all at once.
+        """
+        deciding, reference = self.deciding, self.analysis.captured.reference
+        scores: dict[str, Tensor] = {}
+        moments: dict[str, tuple[Moments, ...]] = {}
+
+        def take_scores(block: Block, found: tuple[Moments, ...]) -> None:
+            moments[block.name] = tuple(replace(m, co=None, held=None) for m in found)
+            first = deciding.blocks[0]
+            samples = deciding.samples(*((first, moments[first.name]) if first.name in moments else (block, found)))
+            with self.loans.lent(reference, list({axis.name: None for axis in block.parameters})):
+                scores[block.name] = deciding.scores(block, pooled(block, found), samples)
+
+        self._run("scoring", self.chosen.scores_need_covariance, take_scores)
+        return Scored(Statistics(moments), scores)
+
+    def plan(self, scored: Scored) -> Plan:
+        """The plan; a second way where what stands for removed neurons needs covariances.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+            CalibrationError: as :meth:`score`.
+        """
+        deciding, moments = self.deciding, scored.statistics.moments
+        allocation = deciding.allocation({})
+        kept = deciding.kept(scored.scores, allocation, {})
+        narrowed = [block for block in deciding.blocks if len(kept[block.name]) < block.width]
+        entries: dict[str, BlockPlan] = {}
+
+        def take_entry(block: Block, found: tuple[Moments, ...]) -> None:
+            if block in narrowed:
+                entries[block.name] = deciding.entry(block, kept[block.name], pooled(block, found))
+
+        if self.chosen.compensation == "ridge":
+            self._run("folding", True, take_entry)
+        else:
+            for block in narrowed:
+                take_entry(block, moments[block.name])
+        rows = max(m.count for found in moments.values() for m in found)
+        return deciding.plan([entries[block.name] for block in narrowed], allocation, rows)
+
+    def _run(self, title: str, covariance: bool, finish: Finish) -> None:
         """Gather statistics of all batches; ``finish`` is called with every block when it has been passed by all."""
         captured = self.analysis.captured
         observed = runnable(

@@ -1,0 +1,116 @@
+"""Networks whose weights are in memory: statistics in one pass over the data, then the plan, then the layers that are fitted."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.calibration.prepare import prepare
+from vbpfx.data.inputs import Inputs, all_axes
+from vbpfx.graph.capture import Captured
+from vbpfx.measurement.sensitivity import sensitivities
+from vbpfx.pipeline.gathering import Calibration, Gathered, Run, gather
+from vbpfx.pipeline.stages import ResultT, Source
+from vbpfx.pipeline.strategy import Fitting, Strategy, Target
+from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.options import PlanArguments
+from vbpfx.planning.plan import make_plan
+from vbpfx.planning.scores import name_of
+from vbpfx.plans.records import Plan
+from vbpfx.reconstruction.reconstruct import reconstruct
+from vbpfx.rewrite.verify import Verification, verify
+
+
+class InMemory(Source[Gathered, ResultT]):
+    """A network whose weights are in memory.
+
+    Args:
+        calibration: the data, and how it is gone through.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration, self.ranks = calibration, calibration.ranks
+
+    @abstractmethod
+    def read(self, batch: Any) -> Inputs:
+        """A batch of the calibration data as the arguments of a call of the captured graph."""
+
+    def forward(self, observed: fx.GraphModule) -> Run | None:
+        """What runs a batch for the observers of a prepared graph; the graph itself where this is None."""
+        return None
+
+    def observe(self, analysis: Analysis, strategy: Strategy) -> Gathered:
+        """Every batch once, through the prepared graph or through what stands for it."""
+        observed = prepare(
+            analysis.captured,
+            analysis,
+            blocks=strategy.blocks,
+            mask=self.calibration.mask,
+            covariance=strategy.covariance,
+        )
+        run = self.forward(observed)
+        return gather(analysis.captured, observed, run, self.read, self.calibration, strategy)
+
+    def plan(self, analysis: Analysis, strategy: Strategy, observed: Gathered, latencies: Latencies | None) -> Plan:
+        """The plan, and on the kept samples the sensitivities of the blocks and the layers that are fitted."""
+        progress = self.calibration.progress
+        plan = make_plan(
+            analysis,
+            observed.statistics,
+            sensitivity=lambda alike: sensitivities(analysis, alike, observed.samples, progress=progress),
+            latencies=latencies,
+            **strategy.options,
+        )
+        if not strategy.fits:
+            return plan
+        return reconstruct(
+            analysis, plan, observed.samples, observed.influence,
+            beside=strategy.beside, choose=strategy.chooses, mask=self.calibration.mask, progress=progress,
+        )  # fmt: skip
+
+    def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
+        """The substitution oracle, on both networks in memory."""
+        return verify(captured, small, plan)
+
+    def arguments(self, captured: Captured, options: PlanArguments, fitting: Fitting, target: Target) -> dict[str, Any]:
+        """What differs from the defaults of :func:`vbpfx.prune`, JSON-ready; a function goes by its name."""
+        return _given(captured, self.calibration, options, fitting, target)
+
+
+def _given(
+    captured: Captured, calibration: Calibration, options: PlanArguments, fitting: Fitting, target: Target
+) -> dict[str, Any]:
+    """What differs from the defaults of :func:`vbpfx.prune`, JSON-ready; a function goes by its name."""
+    frontend = "export" if captured.frontend == "export" else "auto"
+    others = {
+        "mask": calibration.mask,
+        "compile": calibration.compile,
+        **vars(fitting),
+        **vars(target),
+        "frontend": frontend,
+        "open_sizes": bool(captured.inputs.open) and captured.inputs.open == all_axes(captured.inputs),
+    }
+    defaults = {
+        "mask": None,
+        "compile": False,
+        **vars(Fitting()),
+        **vars(Target()),
+        "frontend": "auto",
+        "open_sizes": False,
+    }
+    given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
+    return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return name_of(value)

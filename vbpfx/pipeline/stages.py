@@ -1,0 +1,144 @@
+"""The list of stages: every way of pruning runs this one, on a source that does what differs between them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import fx
+
+from vbpfx.analysis.blocks import Analysis, find_blocks
+from vbpfx.calibration.prepare import Statistics
+from vbpfx.distributed.ranks import ALONE, Ranks
+from vbpfx.graph.capture import Captured
+from vbpfx.measurement.latency import measure_result
+from vbpfx.pipeline.strategy import Fitting, Strategy, Target
+from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.options import PlanArguments
+from vbpfx.plans.files import plan_digest
+from vbpfx.plans.records import Plan
+from vbpfx.report.make import make_report
+from vbpfx.report.report import Report
+from vbpfx.rewrite.convert import convert
+from vbpfx.rewrite.verify import Verification
+
+# Tracing looks at shapes alone; the oracle runs three networks, and a few samples are enough for it.
+EXAMPLE_SAMPLES = 4
+
+
+class Observed(Protocol):
+    """What calibration gives, whatever the source."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of the blocks."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the stages made.
+
+    Attributes:
+        captured: the dense graph.
+        graph_module: the narrowed graph.
+        analysis, statistics, plan, verification, report: what the stages of these names returned.
+    """
+
+    captured: Captured
+    graph_module: fx.GraphModule
+    analysis: Analysis
+    statistics: Statistics
+    plan: Plan
+    verification: Verification | None
+    report: Report
+
+
+ObservedT = TypeVar("ObservedT", bound=Observed)
+ResultT = TypeVar("ResultT")
+
+
+class Source(ABC, Generic[ObservedT, ResultT]):
+    """A network that is pruned: where its weights are, what runs it, and where the result goes.
+
+    The methods are called once each, in the order in which :func:`run_stages` lists them.
+
+    Attributes:
+        ranks: the processes that share the work.
+        share: whether the narrowed graph shares the memory of weights that stay as they are (:func:`vbpfx.convert`).
+    """
+
+    ranks: Ranks = ALONE
+    share: bool = False
+
+    @abstractmethod
+    def capture(self) -> Captured:
+        """The network as a graph."""
+
+    @abstractmethod
+    def observe(self, analysis: Analysis, strategy: Strategy) -> ObservedT:
+        """Run the calibration data through the graph, and gather what the plan is made from."""
+
+    @abstractmethod
+    def plan(self, analysis: Analysis, strategy: Strategy, observed: ObservedT, latencies: Latencies | None) -> Plan:
+        """Choose the neurons that stay, and what stands for the others; fit layers where the strategy says so."""
+
+    @contextmanager
+    def writing(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Iterator[None]:
+        """Write the weights before the result is verified, where it is verified from files; undone if a later stage fails."""
+        yield
+
+    @abstractmethod
+    def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
+        """Run the substitution oracle."""
+
+    def arguments(
+        self, captured: Captured, options: PlanArguments, fitting: Fitting, target: Target
+    ) -> Mapping[str, Any]:
+        """The arguments that the report shows."""
+        return {}
+
+    @abstractmethod
+    def result(self, made: Made) -> ResultT:
+        """Write what is still to be written, and return what the caller gets."""
+
+
+def run_stages(
+    source: Source[ObservedT, ResultT],
+    options: PlanArguments,
+    *,
+    fitting: Fitting,
+    target: Target,
+    verify: bool = True,
+) -> ResultT:
+    """The stages, in order.
+
+    Args:
+        source: the network.
+        options: the budget and the method, as :func:`vbpfx.make_plan` takes them.
+        fitting: what is asked of the reconstruction.
+        target: where the narrowed network will run.
+        verify: run the substitution oracle.
+    """
+    captured = source.capture()
+    analysis = find_blocks(captured)
+    strategy = Strategy.of(analysis, fitting, **target.rounded(options, analysis))
+    by_latency = strategy.chosen.budget.kind == "latency"
+    latencies = source.ranks.of_first(lambda: target.latencies(analysis, strategy)) if by_latency else None
+    observed = source.observe(analysis, strategy)
+    plan = source.plan(analysis, strategy, observed, latencies)
+    statistics = observed.statistics
+    del observed  # it may hold calibration samples
+    if source.ranks.count > 1:
+        source.ranks.meet("plan", plan_digest(plan))
+    small = convert(captured, plan, share=source.share)
+    with source.writing(captured, small, plan):
+        verification = source.verify(captured, small, plan) if verify else None
+        latency = source.ranks.of_first(lambda: measure_result(small, captured, plan, latencies)) if latencies else None
+        report = make_report(
+            captured, small, analysis, plan, verification, latency,
+            statistics=statistics, arguments=source.arguments(captured, options, fitting, target),
+        )  # fmt: skip
+        return source.result(Made(captured, small, analysis, statistics, plan, verification, report))
