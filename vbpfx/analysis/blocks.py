@@ -288,9 +288,10 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
 def _gates_the_stream(
     product: fx.Node, made_of_it: dict[fx.Node, bool], makers: set[fx.Node], start: int, position: dict[str, int]
 ) -> bool:
-    """Return whether a product gates the stream: whether its branch is computed from what its stream factor comes from.
+    """Return whether the branch factor of a product gates its stream factor.
 
-    Otherwise the branch is gated by the stream factor.
+    It does if it is computed from the values that the stream factor comes from. Otherwise the stream factor gates the
+    branch.
     """
     stream, branch = ([n for n in product.all_input_nodes if made_of_it.get(n) is made] for made in (False, True))
     roots, stack, seen = set(), list(stream), set(stream)

@@ -145,8 +145,8 @@ def _settle_computed_sizes(evidence: Evidence) -> None:
     """Handle numbers that are computed from sizes and that tell where an axis is cut.
 
     The narrowed graph holds such a number as a constant. This is right if the sizes are the same in every run, as those
-    of axes that correspond to an axis of a weight are. Whoever narrows such an axis must then change the number, too,
-    so it is noted for all axes that it is computed from. If a size can change from run to run, the axes become opaque.
+    of axes that correspond to an axis of a weight are. When such an axis is narrowed, the number must change, too. So
+    it is noted for all axes that it is computed from. If a size can change from run to run, the axes become opaque.
     """
     if not evidence.computed_sizes:
         return

@@ -53,6 +53,6 @@ def parameter_names(graph_module: fx.GraphModule, reference: nn.Module) -> tuple
 
 
 def _place(model: nn.Module, name: str) -> tuple[int, str]:
-    """Return module and attribute of a parameter. They are equal for all paths to one module, which are not a tie."""
+    """Return the module and the attribute of a parameter, equal for two names that are only two paths to one module."""
     owner, _, attribute = name.rpartition(".")
     return id(model.get_submodule(owner)), attribute

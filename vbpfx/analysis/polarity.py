@@ -1,10 +1,11 @@
 """Polarity: find out by experiment which entries of a mask mean padding, since names do not tell.
 
 Hugging Face's masks are nonzero at tokens, and those of ``nn.MultiheadAttention`` at padding. Masks that are added to
-attention scores are far below zero at padding. Padding does not influence the output at any other position. So we run a
-few samples with a mask that marks one position as padding, put two different tokens there in turn, and compare the
-outputs at all other positions. If they are equal, the position was padding. This is done at the first position, which
-causal attention sees from everywhere, and at the last, which networks that read lengths from the mask leave out.
+attention scores are far below zero at padding. Padding does not influence the output at any other position. So for each
+of the two meanings we run a few samples with a mask that marks one position as padding, put two different tokens there
+in turn, and compare the outputs at all other positions. If they are equal for one meaning only, that meaning is right.
+This is tried at the first position, which causal attention sees from everywhere, and at the last, which networks that
+read lengths from the mask leave out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Artifacts: a pruned network in a folder, without pickle.
 
     plan.json           the kept neurons of every block, and a hash of the model's structure
-    model.safetensors   the pruned network's tensors under the model's own names; or several such files with an index,
-    and
-                        buffers.safetensors with other tensors that the graph needs (:mod:`vbpfx.pipeline.files`)
+    model.safetensors   the pruned network's tensors under the model's own names. There may be several such files with
+    an
+                        index, and buffers.safetensors with other tensors of the graph (:mod:`vbpfx.pipeline.files`)
     plan.safetensors    what replaces the removed neurons, and the corrections of layers that were fitted anew
     graph.json          the graph, to run it without the model's class, and the names of the files with its tensors
     report.json         the figures of the report

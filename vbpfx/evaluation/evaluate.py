@@ -44,8 +44,8 @@ def evaluate(
 
     If the outputs are logits (over the last axis), the result holds the networks' agreement and the KL divergence, and
     with labels also the accuracies. If they are other values, such as the embeddings y of a dense and z of a pruned
-    encoder, it holds the cosine y z / (|y| |z|) over the last axis, and the relative error sqrt(sum |z - y|^2 / sum
-    |y|^2).
+    encoder, it holds the cosine y z / (|y| |z|) over the last axis, and the relative error
+    sqrt(sum |z - y|^2 / sum |y|^2).
 
     Args:
         dense, pruned: the two networks, each with one output and on its own device. They run in eval mode and are not
@@ -116,7 +116,7 @@ def _without_labels(inputs: Inputs, batch: Any, named: Any) -> tuple[Inputs, Ten
     """
     labels = inputs.kwargs.get(LABELS, named)
     if labels is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
-        labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # what the network takes is none
+        labels = None if any(leaf is batch[1] for leaf in inputs.leaves) else batch[1]  # an argument is not a label
     return inputs.unlabelled, labels if isinstance(labels, Tensor) else None
 
 

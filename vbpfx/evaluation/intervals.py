@@ -4,9 +4,9 @@ For a share of k in n samples we use Wilson's score interval (1927), with z = 1.
 
     (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2)
 
-For two shares of the same samples, let a samples count in both, b only in the first, c only in the second, and d in
-neither. We use Newcombe's "square and add" of the two Wilson intervals (Statistics in Medicine 17, 1998, method 10),
-with the correlation
+For two shares of the same samples, let a be the number of samples that count in both, b in the first only, c in the
+second only, and d in neither. We use Newcombe's "square and add" of the two Wilson intervals (Statistics in Medicine
+17, 1998, method 10), with the correlation
 
     phi = (a d - b c) / sqrt((a + b) (c + d) (a + c) (b + d)).
 

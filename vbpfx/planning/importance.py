@@ -1,8 +1,10 @@
-"""Importance: what a criterion gets to give every hidden neuron of a block a score. The lowest scores are removed first.
+"""Importance: the input of a criterion, which gives every hidden neuron of a block a score.
+
+The neurons with the lowest scores are removed first.
 
 h is the activation at a consumer's input, C is its covariance, and w_j is column j of the consumer's weight. If a block
 has several consumer inputs, their scores are added (several calls of one layer count once). The criteria are in
-:mod:`vbpfx.planning.criteria`, one a file.
+:mod:`vbpfx.planning.criteria`, one per file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores by criterion: the criteria by name, and what they make of a block."""
+"""Scores: look up criteria by name, and compute the scores of a block with them."""
 
 from __future__ import annotations
 

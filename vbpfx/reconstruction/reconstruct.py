@@ -13,7 +13,8 @@ the difference between the dense and the narrowed residual stream behind the lay
 The layer is fitted to this target on x, by ridge regression that shrinks toward its old weights
 (:mod:`vbpfx.reconstruction.regression`). If the layer reads a block, the neurons to keep are chosen at the same time,
 by greedy elimination from the fit on all of them (:mod:`vbpfx.planning.elimination`). With m = 1 every layer would have
-to make up for everything that was lost before it. But a fit answers what it cannot predict by shrinking the signal.
+to make up for everything that was lost before it. But this loss can be predicted from x only in part, and for the rest
+a regression shrinks the signal.
 """
 
 from __future__ import annotations

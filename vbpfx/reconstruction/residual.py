@@ -2,8 +2,7 @@
 
 They are found from the graph's structure. A path leads from a layer's output y through views, scales and dropout to a
 sum z = stream + s * P y + c, whose other operand was computed before the layer ran. P rearranges entries, s scales them
-one by one, and c shifts them. So a change of the sum can be had by a change of the layer's output: z changes by w if y
-changes by P^T (w / s).
+one by one, and c shifts them. To change the sum z by w, change the layer's output y by P^T (w / s).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The criteria, one a file: the file's name is the criterion's, and so is that of the function in it that gives the scores.
+"""The criteria, one per file. A criterion, its file and the function in it that computes the scores have the same name.
 
-Only the names are found here, so that the command line can list them without PyTorch. :mod:`vbpfx.planning.scores` imports the files.
+Only the names are listed here, so that the command line can show them without importing PyTorch.
+:mod:`vbpfx.planning.scores` imports the files.
 """
 
 import pkgutil

@@ -1,4 +1,4 @@
-"""The criterion ``"greedy_obs"``: as ``"obs"``, one neuron after the other, with a new fit each time.
+"""The criterion ``"greedy_obs"``: like ``"obs"``, but neurons are removed one by one, with a new fit each time.
 
 :mod:`vbpfx.planning.elimination` computes it.
 """
