@@ -1,1 +1,1 @@
-"""A really trained small network and its data, small enough to ship with the package."""
+"""The demo: a small trained network and its data, which ship with the package."""

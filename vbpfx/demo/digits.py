@@ -1,7 +1,7 @@
 """The demo: a small vision transformer trained on scikit-learn's bundled 8x8 digits.
 
-Nothing is downloaded. scikit-learn carries the images inside its own package, and the weights lie
-next to this file; ``vbpfx/demo/train_digits.py`` makes them.
+Nothing is downloaded. scikit-learn contains the images, and the weights are next to this file. They were made by
+``vbpfx/demo/train_digits.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["WEIGHTS", "Split", "accuracy", "build_model", "load_digits", "load_t
 
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 
-# Fixed, so that the shipped weights always see the inputs they were trained on; they are the mean and
-# standard deviation of the training pixels after scaling to [0, 1], rounded.
+# The mean and standard deviation of the training pixels after scaling to [0, 1], rounded. They are fixed, so that the
+# shipped weights always see the inputs that they were trained on.
 PIXEL_MEAN = 0.305
 PIXEL_STD = 0.376
 
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def _require(module: str, distribution: str) -> ModuleType:
-    """Import an optional module of the demo, or say how to install it."""
+    """Import an optional module of the demo, or raise an error that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -81,8 +81,8 @@ def load_trained() -> nn.Module:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Return the fraction of ``images`` whose highest logit is at their label.
 
-    The model runs in whatever mode it is in: switching it here would fail on exported modules, which
-    do not allow it.
+    The model runs in its current mode. Switching to eval mode here would fail for exported modules, which do not allow
+    it.
     """
     correct = 0
     batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)

@@ -1,4 +1,4 @@
-"""The demo: dense against pruned on real data with a really trained network, without a download."""
+"""Run the demo: prune a trained network and compare it with the dense one on real data, without a download."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LATENCY_BATCH = 64
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned network: test accuracy under one criterion at one ratio, with its size."""
+    """One pruned network: its criterion and ratio, test accuracy, size, and the oracle's error."""
 
     criterion: str
     ratio: float
@@ -39,11 +39,11 @@ class Point:
 
 
 def run_demo(out: Path, console: Console) -> Path:
-    """Prune the digits network in many ways, export the chosen one, and show what it costs and gains.
+    """Prune the digits network in many ways, export one result, and show its accuracy, size and latency.
 
     Returns:
-        The pruned ONNX file. Beside it lie the dense one, the artifact with its ``report.html``, ``accuracy.png`` and
-        ``demo.json``.
+        The path of the pruned ONNX file. The same folder holds the dense file, the artifact with its ``report.html``,
+        ``accuracy.png`` and ``demo.json``.
     """
     make_folder(out)
     split, model = load_digits(), load_trained()
@@ -104,7 +104,7 @@ def run_demo(out: Path, console: Console) -> Path:
         f"Artifact:  {out} (vbpfx.load reads it, no pickle)",
         markup=False,
         highlight=False,
-        soft_wrap=True,  # paths stay in one piece
+        soft_wrap=True,  # does not break paths
     )
     return small
 

@@ -1,8 +1,8 @@
 """Train the demo's vision transformer and write the weights that the package ships.
 
-``python -m vbpfx.demo.train_digits`` takes about five minutes on one CPU core. It trains on the training
-split alone and looks at the test split once, at the end. Hyperparameters are chosen with
-``--holdout N``, which sets N training images aside and scores on those instead.
+``python -m vbpfx.demo.train_digits`` takes about five minutes on one CPU core. It trains only on the training split,
+and uses the test split once, at the end. To choose hyperparameters, ``--holdout N`` sets N training images aside, and
+evaluates on these instead.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def augment(images: Tensor) -> Tensor:
     shift_x, shift_y = uniform(MAX_SHIFT * 2 / width), uniform(MAX_SHIFT * 2 / height)
     theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(count, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # grid_sample fills what comes in from outside with zeros, so the background has to be zero there.
+    # grid_sample fills positions outside the image with zeros, so the background is shifted to zero here.
     return F.grid_sample(images - BACKGROUND, grid, align_corners=False) + BACKGROUND
 
 
 def seed_everything(seed: int) -> None:
-    """Make a run repeat itself exactly on the same machine and versions."""
+    """Make runs exactly reproducible on the same machine with the same versions."""
     random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    # The order in which sums are taken depends on the number of threads.
+    # The order of summation depends on the number of threads.
     torch.set_num_threads(1)
 
 
@@ -113,10 +113,10 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, console
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state dict to ``path``, which at no moment holds half a file."""
+    """Write the model's state dict to ``path`` in one step, so that the file is never incomplete."""
     partial = path.with_name(path.name + ".partial")
     try:
-        # safetensors' own save_file makes a file that only its owner can read.
+        # safetensors' own save_file would make a file that only its owner can read.
         partial.write_bytes(safetensors.torch.save(model.state_dict()))
         os.replace(partial, path)
     finally:

@@ -1,1 +1,1 @@
-"""Export of pruned graphs to the formats that deployment runtimes read, one adapter a file."""
+"""Export pruned graphs to the formats that deployment runtimes read."""

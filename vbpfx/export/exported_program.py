@@ -1,7 +1,8 @@
-"""torch.export: a network as an ``ExportedProgram``, with a dynamic batch or in the place of another program.
+"""Export a network as an ``ExportedProgram``, with a dynamic batch axis or as a replacement for another program.
 
-A program states its inputs: how they nest, which sizes are fixed, which are open, in what range, and which are equal.
-:class:`Contract` reads that off; a program in its place is exported anew under the same contract, never patched.
+A program states the structure of its inputs, and which sizes are fixed, which are open and in what range, and which are
+equal. :class:`Contract` reads this from a program. Its replacement is exported anew under the same contract, never
+patched.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from vbpfx.outputs.differences import TOLERANCES, relative_error
 
 @dataclass(frozen=True)
 class Contract:
-    """What a program takes.
+    """The inputs that a program accepts.
 
     Attributes:
         module: the program as a graph without its guards.
-        inputs: example inputs, in the structure that it was exported with.
-        names: of the leaves of its inputs, in order.
-        leaves: what it says of each: a fake tensor, or the value that is built in.
-        ranges: symbol -> the smallest and the largest size, None where there is no largest.
+        inputs: example inputs, in the structure with which the program was exported.
+        names: the names of the inputs' leaves, in order.
+        leaves: what the program states about each leaf: a fake tensor, or the fixed value of an argument that is not a
+            tensor.
+        ranges: symbol of an open size -> the smallest and the largest size, None if there is no largest.
     """
 
     module: fx.GraphModule
@@ -46,10 +48,11 @@ class Contract:
 
     @classmethod
     def of(cls, program: ExportedProgram) -> Contract:
-        """Read it off a program.
+        """Read the contract of a program.
 
         Raises:
-            CaptureError: this is not a program, it cannot be made a module, or it writes to its buffers or inputs.
+            CaptureError: the object is not a program, or it cannot be turned into a module, or it writes to its buffers
+                or inputs.
         """
         if not isinstance(program, ExportedProgram):
             raise CaptureError(
@@ -58,7 +61,7 @@ class Contract:
             )
         try:
             module = program.module(check_guards=False)
-        except Exception as error:  # programs of other dialects
+        except Exception as error:  # the program is in another dialect
             raise CaptureError(f"the program cannot be made a module again: {first_line(error)}") from error
         assert isinstance(module, fx.GraphModule)
         _refuse_writes(program, module)
@@ -78,12 +81,12 @@ class Contract:
             for symbol, found in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
-        example = Inputs(tuple(args), dict(kwargs)).map(torch.clone)  # a view would drag all of its tensor along
+        example = Inputs(tuple(args), dict(kwargs)).map(torch.clone)  # a view would keep its whole base tensor alive
         return cls(module, example, tuple(a.name for a in given), leaves, ranges)
 
     @property
     def dynamic_shapes(self) -> dict[str, Any]:
-        """The open sizes, as ``torch.export.export`` takes them: equal ones stay equal, ranges stay."""
+        """The open sizes in the form that ``torch.export.export`` takes, with the same equalities and ranges."""
         known: dict[sympy.Symbol, Any] = {}
 
         def sizes(leaf: Any) -> dict[int, Any] | None:
@@ -97,7 +100,7 @@ class Contract:
         return dict(zip(argument_names(self.module, self.inputs), args, strict=False)) | dict(kwargs)
 
     def _dim(self, size: sympy.Expr, known: dict[sympy.Symbol, Any]) -> Any:
-        """A size as torch.export's ``Dim``: a symbol, or a multiple of one and a number."""
+        """Return a size as torch.export's ``Dim``: a symbol, or a multiple of one plus a number; else ``Dim.AUTO``."""
         symbols = sorted(size.free_symbols, key=str)
         if len(symbols) != 1 or not size.is_polynomial(*symbols) or sympy.degree(size, symbols[0]) != 1:
             return Dim.AUTO
@@ -110,9 +113,10 @@ class Contract:
         return dim if rest == 0 else dim + int(rest)
 
     def require(self, inputs: Inputs, number: int) -> None:
-        """Raise a CalibrationError where the program does not take a batch.
+        """Raise a CalibrationError if the program does not accept a batch.
 
         Args:
+            inputs: the batch.
             number: the batch's number, counted from 1.
         """
         try:
@@ -130,7 +134,7 @@ class Contract:
                 )
 
     def _misfit(self, leaf: Any, value: Any, found: dict[sympy.Symbol, int]) -> str:
-        """What is wrong with a value; an empty string where it fits. Sizes of symbols are noted in ``found``."""
+        """Return what is wrong with a value, or "" if it fits. Record the sizes of symbols in ``found``."""
         if not isinstance(leaf, Tensor):
             if isinstance(value, Tensor) or (not isinstance(leaf, torch.SymInt) and value != leaf):
                 return f"is {leaf!r} in the program, a {type(value).__name__} in the batch"
@@ -156,16 +160,18 @@ class Contract:
 
 
 def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram | None = None) -> ExportedProgram:
-    """A network in eval mode as an ``ExportedProgram``, checked against it.
+    """Export a network in eval mode as an ``ExportedProgram``, and check the program against the network.
 
     Args:
         network: the network.
-        inputs: example inputs, for a program whose batch axis is dynamic, and whatever else the model lets vary in length.
-        like: the program to stand for: the same inputs, open sizes, ranges and structure; ``inputs`` is left aside.
+        inputs: example inputs. The program's batch axis is dynamic, and so are other axes of varying length if the
+            model allows.
+        like: the program to replace. The new program takes the same inputs, with the same open sizes, ranges and
+            structure, and ``inputs`` is ignored.
 
     Raises:
-        ExportError: torch.export cannot export it, or the program computes something else.
-        CaptureError: ``like`` is not a program that :class:`Contract` reads.
+        ExportError: torch.export cannot export the network, or the program computes something else.
+        CaptureError: :class:`Contract` cannot read ``like``.
     """
     if like is None:
         example = inputs.resized(2)
@@ -178,7 +184,7 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
         with warnings.catch_warnings(), quiet_logging():
             warnings.simplefilter("ignore")
             program = torch.export.export(network, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # the exporter and the model's operators raise many kinds
+    except Exception as error:  # the exporter and the model may raise any exception
         raise ExportError(
             f"torch.export cannot export the network: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -187,9 +193,10 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
 
 
 def _with_kinds(network: nn.Module, like: ExportedProgram) -> nn.Module:
-    """A copy that shares the parameters, whose constants are not buffers and whose buffers are in the state dict, as they were.
+    """Return a copy that shares the parameters, with the same kinds of tensors as ``like``.
 
-    A ``torch.fx.GraphModule`` makes a persistent buffer of every tensor.
+    A ``torch.fx.GraphModule`` turns every tensor into a persistent buffer. Constants become plain attributes again, and
+    buffers persistent or not, as in ``like``.
     """
     signature = like.graph_signature
     network = share_parameters(network)
@@ -220,7 +227,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _refuse_writes(program: ExportedProgram, module: fx.GraphModule) -> None:
-    """A program with a memory is another program after each call: no statistics are of it."""
+    """Refuse a program that keeps state: it computes something else at every call, so statistics of it mean nothing."""
     signature = program.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values(), *_written(module)]
     if written:
@@ -231,7 +238,7 @@ def _refuse_writes(program: ExportedProgram, module: fx.GraphModule) -> None:
 
 
 def _written(module: fx.GraphModule) -> Sequence[str]:
-    """Names of the buffers and inputs that in-place operators change, through views of them too."""
+    """Return the names of the buffers and inputs that in-place operators change, directly or through a view."""
     root: dict[fx.Node, fx.Node] = {}
     written = []
     for node in module.graph.nodes:

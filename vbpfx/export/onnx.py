@@ -1,4 +1,4 @@
-"""ONNX: one file with a dynamic batch axis, checked in ONNX Runtime before it counts as written."""
+"""Export a network to one ONNX file with a dynamic batch axis, and check it in ONNX Runtime before it gets its name."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.plans.records import Plan
 from vbpfx.storage.files import Write, write_atomically
 
-# Numbers of samples at which the file is compared with the network.
+# The batch sizes at which the file is compared with the network.
 _CHECKED_BATCHES = (1, 2, 5)
 
 
 def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: Plan | None = None) -> Path:
-    """Write a network as ONNX with a dynamic batch axis, and check the file before it takes its name.
+    """Write a network as ONNX with a dynamic batch axis, and check the file before it gets its name.
 
-    The checks: the ONNX checker passes; ONNX Runtime agrees with PyTorch to 1e-4 (largest difference over
-    largest output) at batches of 1, 2 and 5; every narrowed weight of the plan is stored at its small
-    shape and none at its dense one, told by name and by use.
+    There are three checks. The ONNX checker accepts the file. ONNX Runtime agrees with PyTorch to 1e-4 (largest
+    difference divided by largest output) at batch sizes 1, 2 and 5. Every narrowed weight of the plan is stored at its
+    small shape and none at its dense shape, judging by names and by use.
 
     Args:
         network: the network, in eval mode.
         inputs: example inputs.
-        plan: what was narrowed; without it the shapes are not checked.
+        plan: the plan that the network was narrowed by. Without it, shapes are not checked.
 
     Raises:
-        ExportError: it cannot be exported or fails a check; nothing is written then.
+        ExportError: the network cannot be exported, or the file fails a check. Nothing is written then.
         ArtifactError: the path cannot be written.
     """
     write_atomically({Path(path): onnx_writer(network, inputs, plan=plan)})
@@ -51,18 +51,18 @@ def export_onnx(network: nn.Module, inputs: Inputs, path: str | Path, *, plan: P
 
 
 def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None) -> Write:
-    """What writes and checks the file of :func:`export_onnx`, for commits of several files.
+    """Return a function that writes and checks the file of :func:`export_onnx`, for writing several files at once.
 
     Raises:
-        ExportError: it cannot be exported; what is returned raises one where a check fails.
+        ExportError: the network cannot be exported. The returned function raises it, too, if a check fails.
     """
-    # the exporter names keyword inputs by their place in the signature
+    # the exporter names keyword inputs by their order in the signature
     inputs = replace(
         inputs, kwargs={n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
     )
     try:
         program = _to_program(network, inputs.resized(2))
-    except Exception as error:  # the exporter and the model's operators raise many kinds
+    except Exception as error:  # the exporter and the model may raise any exception
         cause = root_cause(error)
         raise ExportError(
             f"torch.onnx cannot export the network: {type(cause).__name__}: {first_line(cause)}"
@@ -76,23 +76,23 @@ def onnx_writer(network: nn.Module, inputs: Inputs, *, plan: Plan | None = None)
             _check_outputs(temporary, network, inputs)
         except (ExportError, OSError):
             raise
-        except Exception as error:  # ONNX Runtime and the checker have their own
+        except Exception as error:  # ONNX Runtime and the checker have exceptions of their own
             raise ExportError(f"the exported file does not run: {type(error).__name__}: {first_line(error)}") from error
 
     return write
 
 
 def _exportable(network: nn.Module, example: Inputs) -> nn.Module:
-    """A copy that shares the network's parameters; of a graph, with its fused attention in a form that the exporter takes.
+    """Return a copy that shares the network's parameters, with fused attention in a form that the exporter accepts.
 
-    The exporter takes attention apart. It knows four axes alone, and its result lies otherwise in memory than the fused
-    kernel's, which a view that was traced behind the kernel does not allow for.
+    The exporter decomposes attention. It supports only four axes, and its result has another memory layout than the
+    fused kernel's. A view that was traced behind the kernel relies on that layout, so the result is made contiguous.
     """
     network = share_parameters(network)
     if not isinstance(network, fx.GraphModule):
         return network
     graph = network.graph
-    if not all("val" in node.meta for node in graph.nodes if node.op != "output"):  # as vbpfx.load returns it
+    if not all("val" in node.meta for node in graph.nodes if node.op != "output"):  # a graph from vbpfx.load
         propagate_shapes(network, example)
     for target in (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default):
         for node in graph.find_nodes(op="call_function", target=target):
@@ -120,7 +120,7 @@ def _exportable(network: nn.Module, example: Inputs) -> nn.Module:
 def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
     shapes = dynamic_shapes(network, example, batch=torch.export.Dim.DYNAMIC)
     if example.args and isinstance(example.args[-1], dict) and not example.kwargs:
-        # which the exporter would take for the keyword arguments
+        # the exporter would take a trailing dictionary for the keyword arguments
         name = argument_names(network, example)[-1]
         example = Inputs(example.args[:-1], {name: example.args[-1]})
     exportable = _exportable(network, example)
@@ -139,9 +139,9 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
 
 
 def _output_names(network: nn.Module, example: Inputs) -> list[str]:
-    """What the network calls its results, in order: keys of dictionaries and names of fields, places inside of them behind a dot.
+    """Return the names of the network's results, in order, or an empty list if they have none.
 
-    Empty where results have no names.
+    A name is a dictionary key or the name of a field, with indices inside of it behind a dot.
     """
     with torch.no_grad(), full_float32():
         paths = [path for path, _ in result_paths(example.run(network))]
@@ -149,7 +149,7 @@ def _output_names(network: nn.Module, example: Inputs) -> list[str]:
 
 
 def _name_outputs(program: torch.onnx.ONNXProgram, names: list[str]) -> None:
-    """Give the file's outputs these names; a value in between that is called so gets another."""
+    """Give the file's outputs these names. An inner value that already has one of them is renamed."""
     graph = program.model.graph
     inner = {value.name: value for node in graph.all_nodes() for value in node.outputs if value not in graph.outputs}
     given = {*graph.initializers, *(value.name for value in graph.inputs)}
@@ -165,7 +165,7 @@ def _name_outputs(program: torch.onnx.ONNXProgram, names: list[str]) -> None:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """The name, or a little more, that nothing has yet; it is taken from then on."""
+    """Return the name, with underscores added until it is free, and add it to ``taken``."""
     while name in taken:
         name += "_"
     taken.add(name)
@@ -173,17 +173,18 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def initializer_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor stored in an ONNX file."""
+    """Return name -> shape for every tensor that is stored in an ONNX file."""
     return {stored.name: tuple(stored.dims) for stored in onnx.load(str(path)).graph.initializer}
 
 
-# What a product reads as an operand, by input; behind these a tensor is still itself, in another layout.
+# The inputs that are operands of a product; and the operators behind which a tensor still has the same values, in
+# another layout.
 _OPERANDS = {"MatMul": (0, 1), "Gemm": (0, 1), "Conv": (1,), "ConvTranspose": (1,), "Gather": (0,)}
 _LAYOUTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"})
 
 
 def weight_names(path: str | Path) -> set[str]:
-    """The names of the stored tensors that products read, be it in another layout."""
+    """Return the names of the stored tensors that products read, directly or in another layout."""
     graph = onnx.load(str(path)).graph
     source = {tensor.name: tensor.name for tensor in graph.initializer}
     found: set[str] = set()
@@ -196,14 +197,15 @@ def weight_names(path: str | Path) -> set[str]:
 
 
 def _check_shapes(stored: dict[str, tuple[int, ...]], weights: set[str], network: nn.Module, plan: Plan | None) -> None:
-    """Small shapes present, dense ones absent.
+    """Check that the narrowed weights are stored at their small shapes, and none at its dense shape.
 
-    A tensor that bears the name of a parameter or a buffer is judged by that one's shape, in whatever layout. Others are made by
-    the exporter, which may rename a weight, transpose and flatten it: of these count the ones that products read.
+    A tensor with the name of a parameter or buffer must have the shape of that parameter or buffer, in any layout. All
+    others were made by the exporter, which may rename, transpose and flatten a weight. Of these, only tensors that
+    products read are considered.
 
     Args:
-        stored: name -> shape of what the file holds.
-        weights: the names among them that products read.
+        stored: name -> shape of the tensors in the file.
+        weights: the names of the tensors that products read.
     """
     own = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     dense = {name: list(shape) for name, shape in own.items()}
@@ -228,7 +230,7 @@ def _check_shapes(stored: dict[str, tuple[int, ...]], weights: set[str], network
 
 
 def _shapes_of_its_own(network: nn.Module) -> set[tuple[int, ...]]:
-    """Of the narrowed network's parameters and buffers, and of what its graph makes of them and of numbers alone."""
+    """Return the shapes of the narrowed network's parameters and buffers, and of values that depend on no input."""
     found = {_layout_free(tensor.shape) for tensor in (*network.parameters(), *network.buffers())}
     if isinstance(network, fx.GraphModule):
         computed = _computed(network)
@@ -238,7 +240,7 @@ def _shapes_of_its_own(network: nn.Module) -> set[tuple[int, ...]]:
 
 
 def _computed(network: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that an input reaches."""
+    """Return the nodes whose values depend on an input."""
     found: set[fx.Node] = set()
     for node in network.graph.nodes:
         if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
@@ -247,7 +249,7 @@ def _computed(network: fx.GraphModule) -> set[fx.Node]:
 
 
 def _constant_parameters(network: nn.Module) -> set[str]:
-    """Parameters that meet no input: what is made of them is a constant, which the exporter may store instead."""
+    """Return the parameters that are only used in constants. The exporter may store the constants instead of them."""
     if not isinstance(network, fx.GraphModule):
         return set()
     meeting: set[str] = set()
@@ -279,7 +281,7 @@ def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Tensor]:
-    """Run an ONNX Runtime session on the inputs, which are paired with the file's in order."""
+    """Run an ONNX Runtime session on the inputs, which are matched with those of the file by their order."""
     names = [entry.name for entry in session.get_inputs()]
     feeds = {name: t.detach().cpu().numpy() for name, t in zip(names, inputs.tensors, strict=True)}
     return [torch.from_numpy(np.asarray(output)) for output in session.run(None, feeds)]

@@ -1,4 +1,4 @@
-"""torch.export's program for inputs of one shape, from tensors to tensors: what compilers other than ONNX's take."""
+"""Export a network for inputs of fixed shapes as a program from tensors to tensors, as most compilers need it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vbpfx.graph.capture import on_cpu, share_parameters
 
 
 class _Flat(nn.Module):
-    """The network as a function from tensors to tensors; nested and constant arguments are put in their places here."""
+    """The network as a function from tensors to tensors; nested and constant arguments are restored inside."""
 
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class _Flat(nn.Module):
         self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The network's output tensors in order."""
+        """Return the network's output tensors in order."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -33,7 +33,7 @@ class _Flat(nn.Module):
 
 
 def export_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    """The program of the network in eval mode, on the CPU; it takes ``inputs.tensors`` in order, of these shapes."""
+    """Export a network in eval mode, on the CPU. The program takes tensors shaped like ``inputs.tensors``, in order."""
     flat = share_parameters(on_cpu(_Flat(network, inputs)))
     example = tuple(tensor.cpu() for tensor in inputs.tensors)
     with torch.no_grad():

@@ -85,7 +85,7 @@ class TrainingState:
 
     @contextmanager
     def mixed(self, alpha: float) -> Iterator[None]:
-        """A context in which the network's weights are start + alpha (trained - start); afterwards they are restored."""
+        """A context in which the network's weights are start + alpha (trained - start). It restores them at the end."""
         if alpha == 1:
             yield
             return

@@ -1,1 +1,1 @@
-"""What is measured: latency per block and per runtime, and what the output loses."""
+"""Measure latency per block and per runtime, and how much the output depends on each block."""

@@ -1,11 +1,13 @@
-"""Bench: dense against pruned in one run, per runtime.
+"""Bench: measure the dense and the pruned network in the same run, in one or more runtimes.
 
-Both networks are compiled for the same inputs and run in turn. Speed-up is the median over rounds of dense seconds over
-pruned seconds of the same round; *efficiency* is the speed-up over the ratio of MACs: 1 where the runtime turns every saved
-product into saved time. *Parity* is the largest difference of a runtime's outputs from PyTorch's over the largest output.
+Both networks are compiled for the same inputs, and run in turn. *Speed-up* is the median over rounds of dense seconds
+divided by pruned seconds. *Efficiency* is the speed-up divided by the ratio of MACs. It is 1 if the runtime turns every
+saved product into saved time. *Parity* is the largest difference between a runtime's outputs and PyTorch's, divided by
+the largest output.
 
-*Memory* is what a process of its own takes for loading what is shipped and running one batch (:mod:`vbpfx.runtimes.memory`); where
-nothing is shipped that could be loaded, there is none: in this process networks and compilers cannot be told apart.
+*Memory* is measured in a separate process that loads the shipped file and runs one batch
+(:mod:`vbpfx.runtimes.memory`). It is not measured for a runtime that ships no file, because in this process the memory
+of networks and compilers cannot be told apart.
 """
 
 from __future__ import annotations
@@ -49,26 +51,28 @@ def bench(
     memory: bool = True,
     clock: Clock = time.perf_counter,
 ) -> BenchResult:
-    """Measure dense against pruned in the same run, interleaved.
+    """Measure the latency of the dense and the pruned network in the same run, in alternation.
 
     Args:
-        dense, pruned: networks of the same arguments and outputs; they are left as they are. Both are measured on the processor;
-            one that is on another device is copied there.
+        dense, pruned: networks with the same arguments and outputs. They are not changed. Both are measured on the CPU;
+            a network on another device is copied there.
         inputs: one batch, which is repeated or cut to the batch sizes.
-        runtimes: of :data:`vbpfx.runtimes.table.NAMES`.
+        runtimes: names from :data:`vbpfx.runtimes.table.NAMES`.
         batches: batch sizes.
         threads: numbers of threads.
-        rounds: how often each is timed.
-        memory: measure that, too: two processes for each row, which import the runtime.
-        clock: seconds; ``time.process_time`` counts what this process computes and not what it waits for, which on a busy
-            machine says more of a single thread.
+        rounds: how often each network is timed.
+        memory: measure memory, too. This starts two processes for each row, and each imports the runtime.
+        clock: a function that returns seconds. ``time.process_time`` does not count the time in which this process
+            waits. On a busy machine it is the better clock for a single thread.
 
     Returns:
-        One row each; a runtime that cannot take a network has its message there instead of figures.
+        One row for each runtime, number of threads and batch size. If a runtime does not accept a network, its row
+        holds the
+            error message instead of figures.
 
     Raises:
-        ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not belong
-            together.
+        ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not have
+            the same output shapes.
     """
     example = find_batch_axes(on_cpu(share_parameters(dense)), as_inputs(inputs, dense).to(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
@@ -90,10 +94,10 @@ def bench_files(
     memory: bool = True,
     clock: Clock = time.perf_counter,
 ) -> BenchResult:
-    """The same for two ONNX files. The reference for parity is ONNX Runtime without its optimisations.
+    """Measure two ONNX files as :func:`bench` does. The reference for parity is ONNX Runtime without its optimisations.
 
     Raises:
-        ExportError: as :func:`bench`, or a runtime does not take ONNX files.
+        ExportError: as for :func:`bench`, or a runtime does not accept ONNX files.
     """
     how = _Conditions(runtimes, batches, threads, rounds, memory, clock)
     return _bench((_File(Path(dense)), _File(Path(pruned))), inputs, None, how)
@@ -101,7 +105,7 @@ def bench_files(
 
 @dataclass(frozen=True)
 class _Conditions:
-    """Under what both networks are measured; see :func:`bench`."""
+    """The conditions under which both networks are measured; see :func:`bench`."""
 
     runtimes: Sequence[str]
     batches: Sequence[int]
@@ -112,7 +116,7 @@ class _Conditions:
 
 
 class _Subject(ABC):
-    """A network to compile, and what its outputs should be."""
+    """A network to compile, and its reference outputs."""
 
     @abstractmethod
     def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled: ...
@@ -122,7 +126,7 @@ class _Subject(ABC):
 
 
 class _Network(_Subject):
-    """A module; runtimes that take ONNX files share one."""
+    """A module. Runtimes that take ONNX files share one exported file."""
 
     def __init__(self, network: nn.Module, inputs: Inputs, path: Path) -> None:
         self.network, self.inputs, self.path = share_parameters(on_cpu(network)), inputs, path
@@ -139,7 +143,7 @@ class _Network(_Subject):
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         try:
             return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
-        except Exception as error:  # the model's own operators raise whatever they raise
+        except Exception as error:  # the model may raise any exception
             raise ExportError(
                 f"{type(self.network).__name__} does not run on the inputs ({inputs.describe()}): {first_line(error)}; pass such "
                 f"as it takes (--shape or --data)"
@@ -235,7 +239,7 @@ def _measure(
 
 
 def _memory(taken: Runtime, made: Compiled, inputs: Inputs, threads: int) -> tuple[int | None, str | None]:
-    """Bytes, or why there are none; neither where nothing can be loaded."""
+    """Return the bytes and None, or None and why they were not measured; None twice if there is no file to load."""
     if taken.load is None or made.file is None:
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""What bench measured, and how it is shown."""
+"""The results of bench, and how they are shown."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from vbpfx.display.tables import counted, table
 from vbpfx.measurement.timing import Spread
 from vbpfx.outputs.differences import PARITY
 
-_WIDTH = 160  # of the printed table
+_WIDTH = 160  # characters of the printed table
 
 
 @dataclass(frozen=True)
 class Side:
-    """One network in one runtime.
+    """The results of one network in one runtime.
 
     Attributes:
-        seconds: per call; None where the runtime failed.
-        parity: largest relative difference from the reference.
-        size: bytes of what would be shipped; None where nothing is written.
-        failure: the runtime's message.
-        memory: bytes that loading what is shipped and one batch take (:mod:`vbpfx.runtimes.memory`); None where it was not
-            measured, for the reason in ``unmeasured``, if there is one.
+        seconds: the time per call; None if the runtime failed.
+        parity: the largest relative difference from the reference outputs.
+        size: the bytes of the file that would be shipped; None if the runtime writes none.
+        failure: the error message if the runtime failed.
+        memory: the bytes that loading the shipped file and running one batch take (:mod:`vbpfx.runtimes.memory`); None
+            if they were not measured.
+        unmeasured: why the memory could not be measured, if it was tried.
     """
 
     seconds: Spread | None = None
@@ -37,7 +38,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """Dense and pruned in one runtime, at one batch size and number of threads; see :mod:`vbpfx.measurement.bench`."""
+    """The dense and the pruned network in one runtime, at one batch size and number of threads.
+
+    :mod:`vbpfx.measurement.bench` defines speed-up and efficiency.
+    """
 
     runtime: str
     batch: int
@@ -49,7 +53,7 @@ class Row:
 
     @property
     def samples_per_second(self) -> tuple[float, float] | None:
-        """Dense and pruned, by median seconds."""
+        """The samples per second of dense and pruned, by median seconds; None if either failed."""
         if self.dense.seconds is None or self.pruned.seconds is None:
             return None
         return self.batch / self.dense.seconds.median, self.batch / self.pruned.seconds.median
@@ -57,14 +61,14 @@ class Row:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What :func:`bench` measured. Printing it shows a table.
+    """The result of :func:`bench`. Printing it shows a table.
 
     Attributes:
-        rows: one per runtime, number of threads and batch size.
-        macs: MACs per sample ``(dense, pruned)``; None where they cannot be counted (ONNX files, networks that cannot be
-            traced).
-        rounds: how often each was timed.
-        versions: package -> version of the runtimes.
+        rows: one row for each runtime, number of threads and batch size.
+        macs: MACs per sample ``(dense, pruned)``; None if they cannot be counted (ONNX files, and networks that cannot
+            be traced).
+        rounds: how often each network was timed.
+        versions: package -> version, for the packages of the runtimes.
     """
 
     rows: tuple[Row, ...]
@@ -74,7 +78,7 @@ class BenchResult:
 
     @property
     def problems(self) -> list[str]:
-        """Runtimes that failed, outputs that differ by more than 1e-4, and memory that could not be measured."""
+        """Messages about failed runtimes, outputs that differ by more than 1e-4, and memory that was not measured."""
         found = []
         several = len({row.threads for row in self.rows}) > 1
         for row in self.rows:
@@ -91,7 +95,7 @@ class BenchResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BenchResult:
-        """The inverse of :meth:`to_json`, after JSON.
+        """Restore a result from the dictionaries of :meth:`to_json`, after they were written as JSON and read again.
 
         Args:
             data: the dictionaries.
@@ -104,7 +108,7 @@ class BenchResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON-ready dictionaries."""
+        """Return the figures as JSON-ready dictionaries."""
         return {
             "macs": self.macs,
             "rounds": self.rounds,
@@ -123,7 +127,7 @@ class BenchResult:
 
 
 def _dictionaries(row: Row) -> dict[str, Any]:
-    """A row for JSON, which has no infinity: as a parity it is text there."""
+    """Return a row for JSON. A parity that is infinite or NaN becomes text, because JSON has no such numbers."""
     found = asdict(row) | {"samples_per_second": row.samples_per_second}
     for name in ("dense", "pruned"):
         if found[name]["parity"] is not None and not math.isfinite(found[name]["parity"]):

@@ -1,9 +1,9 @@
-"""Latency as a budget: blocks measured in the runtime at several widths, and the network to hold them against.
+"""Measure latencies for a latency budget: every block at several widths, and the whole network as a correction.
 
-A block is cut out of the graph with everything that carries its hidden axis, from its producers to its consumers, and runs in
-the runtime by itself, so that a few percent of the network's time are measured as a whole and not as a difference. What
-a runtime does across the block's borders (fusion, caches) is then read off the network itself, narrowed everywhere alike to
-about what is wanted.
+A block is cut out of the graph with everything that carries its hidden axis, from its producers to its consumers, and
+is timed in the runtime by itself. So its few percent of the network's time are measured directly, and not as the
+difference of two large numbers. Effects across the block's borders (fusion, caches) are then measured on the whole
+network, with all blocks narrowed by the same share, to about the target.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from vbpfx.rewrite.convert import convert
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.table import runtime as find_runtime
 
-# Shares of a block's width at which it is measured, its own width beside them.
+# The shares of a block's width at which it is measured, besides its full width.
 _SHARES = (0.125, 0.25, 0.5, 0.75)
-# Measurements of the whole network for the correction: the second starts from what the first has found.
+# The number of measurements of the whole network for the correction. The second uses the correction from the first.
 _CORRECTIONS = 2
 _ROUNDS = 21
 
@@ -49,20 +49,20 @@ def measure_latencies(
     threads: int | None = None,
     round_to: int = 1,
 ) -> Latencies:
-    """Measure what the blocks of a network cost in a runtime, for :func:`vbpfx.make_plan` with ``latency=``.
+    """Measure the latency of a network's blocks in a runtime, for :func:`vbpfx.make_plan` with ``latency=``.
 
     Args:
-        analysis: of the network.
-        target: the fraction of the dense latency that will be asked for: the correction is measured there.
-        blocks: the blocks that may be narrowed; all of the analysis by default.
-        runtime: a name of :data:`vbpfx.runtimes.table.NAMES`.
-        batch: samples at once.
-        threads: the runtime's threads; its own choice by default.
-        round_to: widths are multiples of it.
+        analysis: the analysis of the network.
+        target: the fraction of the dense latency that will be requested. The correction is measured there.
+        blocks: the blocks that may be narrowed; by default all of the analysis.
+        runtime: a name from :data:`vbpfx.runtimes.table.NAMES`.
+        batch: the batch size.
+        threads: the number of threads; by default the runtime's own choice.
+        round_to: measured widths are multiples of it.
 
     Raises:
-        ExportError: the runtime is not there, or does not take the network or a block of it.
-        BudgetError: no width below a block's own is a multiple of ``round_to``.
+        ExportError: the runtime is not installed, or does not accept the network or one of its blocks.
+        BudgetError: no multiple of ``round_to`` is below the width of a block.
     """
     chosen = tuple(analysis.blocks if blocks is None else blocks)
     captured, engine = _on_cpu(analysis.captured), find_runtime(runtime)
@@ -85,24 +85,27 @@ def measure_latencies(
 
 
 def _on_cpu(captured: Captured) -> Captured:
-    """The same network where runtimes compute."""
+    """Return the captured network on the CPU, where runtimes compute."""
     return replace(captured, graph_module=on_cpu(captured.graph_module), inputs=captured.inputs.to(torch.device("cpu")))
 
 
 def _ratio(narrowed: Compiled, dense: Compiled, inputs: Inputs, threads: int | None) -> float:
-    """Latency of one over that of the other: the median over rounds, in which they run side by side."""
+    """Return the latency of the narrowed network divided by the dense one's: the median over rounds that run both."""
     runs = {"narrowed": partial(narrowed.run, inputs), "dense": partial(dense.run, inputs)}
     seconds = alternating(runs, rounds=_ROUNDS, clock=_clock(threads))
     return statistics.median(a / b for a, b in zip(seconds["narrowed"], seconds["dense"], strict=True))
 
 
 def _clock(threads: int | None) -> Clock:
-    """Processor time where one thread does the work: it does not count what others do beside it."""
+    """Return the clock to use: for one thread, processor time, which does not count the work of other processes."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
 def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latencies: Latencies) -> dict[str, Any]:
-    """Latency of a narrowed network over the dense one's: asked, predicted, and measured where the table was."""
+    """Return the latency of a narrowed network relative to the dense one's: requested, predicted, and measured.
+
+    It is measured in the runtime, batch size and threads of the latency table.
+    """
     captured, engine = _on_cpu(captured), find_runtime(latencies.runtime)
     inputs = captured.inputs.resized(latencies.batch)
     dense, narrowed = (engine.compile(n, inputs, latencies.threads) for n in (captured.graph_module, on_cpu(small)))
@@ -117,11 +120,11 @@ def measure_result(small: fx.GraphModule, captured: Captured, plan: Plan, latenc
 
 
 def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
-    """A block by itself, and inputs for it: everything that carries its axis, and the layers that contract it.
+    """Return a block as a network of its own, with inputs: all nodes that carry its axis, and its consumers.
 
     Args:
-        network: a graph that holds the block, narrowed or not.
-        values: node name -> its value at the batch that is wanted, as fake tensors.
+        network: a graph that contains the block, narrowed or not.
+        values: node name -> its value at the wanted batch size, as a fake tensor.
     """
     inside = {carrier.node for carrier in block.carriers} | {consumer.node for consumer in block.consumers}
     order = [node for node in network.graph.nodes if node.name in inside]
@@ -129,7 +132,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
     tensors: list[Tensor] = []
 
     def within(node: fx.Node) -> fx.Node:
-        """The node's copy; tensors that come from outside become inputs, sizes of theirs are computed again."""
+        """Return the node's copy. A tensor from outside the block becomes an input; sizes read from it are copied."""
         if node not in copies:
             value = values.get(node.name)
             if node.name not in inside and node.op != "get_attr" and isinstance(value, Tensor):
@@ -150,7 +153,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
 def _block_points(
     captured: Captured, block: Block, engine: Runtime, inputs: Inputs, threads: int | None, round_to: int
 ) -> tuple[tuple[int, float], ...]:
-    """(width, seconds) of one block alone."""
+    """Return pairs (width, seconds) for one block alone."""
     steps = (max(1, round(share * block.width / round_to)) * round_to for share in _SHARES)
     widths = [*sorted({width for width in steps if width < block.width}), block.width]
     if len(widths) == 1:
@@ -167,7 +170,7 @@ def _block_points(
 
 
 def _values(network: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
-    """Node name -> its value on these inputs, fake."""
+    """Return node name -> its value on these inputs, as a fake tensor."""
     values: dict[str, Any] = {}
 
     def keep(node: fx.Node, run: Callable[[], Any]) -> Any:
@@ -179,7 +182,7 @@ def _values(network: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
 
 
 def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
-    """The blocks in groups that cost the same: of the same layers on values of the same shapes."""
+    """Group the blocks that have the same cost: those with the same layers on values of the same shapes."""
     tensors, nodes = named_tensors(captured.reference), captured.nodes
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
@@ -190,20 +193,20 @@ def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
 
 
 def _everywhere_alike(latencies: Latencies, blocks: Sequence[Block], target: float, round_to: int) -> dict[str, int]:
-    """Widths with the same share of every block at which the target is predicted, or that are the least there is."""
+    """Return widths, with the same share of every block removed, whose predicted latency is closest to the target."""
     floor = floors(blocks, None)
 
     def widths(share: float) -> dict[str, int]:
         exact = {b.name: max(floor[b.name], round((1 - share) * b.width / round_to) * round_to) for b in blocks}
         return {b.name: min(b.width, exact[b.name]) for b in blocks}
 
-    # of a prime: widths that a budget leaves divide by nothing in particular either, which runtimes feel
+    # 257 is prime, so these widths are as odd as those that a budget leaves, which affects the speed of runtimes
     shares = [step / 257 for step in range(1, 241)]
     return widths(min(shares, key=lambda share: abs(latencies.ratio(widths(share)) - target)))
 
 
 def _any_neurons(captured: Captured, blocks: Sequence[Block], widths: Mapping[str, int]) -> Plan:
-    """A plan of these widths; how long it takes does not depend on which neurons stay."""
+    """Return a plan with these widths, keeping the first neurons: which are kept makes no difference to the latency."""
     entries = tuple(
         BlockPlan(
             block,

@@ -1,7 +1,7 @@
-"""Sensitivity: what the network's output loses when one block alone gives up its share.
+"""Sensitivity: how far the network's output moves when a single block is narrowed.
 
-Measured, not derived: each block in turn is narrowed as a plan says, with what the plan puts in place of what goes, while the
-others stay whole, and a few samples run through. No gradient and no label is needed.
+It is measured: each block in turn is narrowed by a plan, including the plan's compensation, while all others stay
+whole, and a few samples run through the network. Neither gradients nor labels are needed.
 """
 
 from __future__ import annotations
@@ -26,43 +26,47 @@ from vbpfx.rewrite.convert import convert
 from vbpfx.rules.ops import called_module, is_linear, is_view
 
 MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
-# By how much ln D is off though measured without chance: later blocks make good some of what is lost, more of it in one place
-# than in another. The variance of a factor of about 1.6.
+# The variance of the error of ln D that remains with any number of samples: later blocks compensate for some of the
+# loss, and how much differs between blocks. 0.25 corresponds to a factor of about 1.6.
 _BLIND = 0.25
 
 
 def sensitivities(
     analysis: Analysis, plan: Plan, batches: Sequence[Inputs] | Samples, *, progress: bool = False
 ) -> dict[str, float]:
-    """Block -> D, how far the output moves when the plan narrows that block alone.
+    """Return block -> D, how far the output moves when the plan narrows that block alone.
 
-    For a sample, averaged over its positions and summed over the floating-point outputs, d is
+    The distance d of a sample is averaged over its positions, and summed over the floating-point outputs. For an output
+    that a linear layer with several outputs computes (logits, of which the few large ones matter), it is
 
-        sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats,
+        sum_c q_c ln(q_c / r_c)    with q, r the softmax of the dense and the narrowed network's value, in nats.
 
-    where a linear layer of several outputs makes it: logits, of which the few large ones matter. Elsewhere (embeddings, maps) it
-    is |y - y_b|^2 / 2, to which the former comes down where values are small. What few samples say of a block alone is
-    uncertain, so that ln D is drawn toward the blocks' mean (empirical Bayes): with e^2 = Var[d] / (n mean(d)^2) the variance of
-    ln mean(d) by chance, v what the blocks vary by beyond that, and 1/4 for what a block alone cannot tell (that later ones
-    make good some of what it loses),
+    For other outputs (embeddings, maps) it is |y - y_b|^2 / 2, which the formula above approaches for small values.
+
+    A few samples give only an uncertain D. So ln D is shrunk toward the mean m over the blocks (empirical Bayes):
 
         ln D = m + v / (v + e^2 + 1/4) (ln mean(d) - m).
 
-    A block that moves the output by no more than the output's own rounding (half the squared machine epsilon times |y|^2)
-    moves nothing: its D is 0, and it takes no part in m and v. What a dense output holds that is not a number (NaN, or an infinite
-    value that the narrowed network has, too) says nothing and counts as 0.
+    Here e^2 = Var[d] / (n mean(d)^2) is the sampling variance of ln mean(d), and v is the variance between blocks
+    beyond it. The 1/4 accounts for what narrowing a single block cannot show: that later blocks compensate for some of
+    its loss.
+
+    If a block moves the output by no more than the output's own rounding (half the squared machine epsilon times
+    |y|^2), its D is 0, and it does not enter m and v. Entries that are NaN in the dense output, or infinite in both
+    outputs, count as 0.
 
     Args:
-        analysis: of the dense graph.
-        plan: of the shares to compare at; blocks that it leaves whole have none.
-        batches: of their samples the first 64 at most are run, and of at least 8 so few that all blocks together take half a
-            pass over them. Of several ranks' samples (:class:`vbpfx.calibration.samples.Samples`) each runs its own.
-        progress: show a bar on standard error.
+        analysis: the analysis of the dense graph.
+        plan: the plan whose widths are compared. Blocks that it does not narrow get no D.
+        batches: the samples. The first 8 to 64 of them are run, so that all blocks together cost about half a pass over
+            all samples. If several ranks hold the samples (:class:`vbpfx.calibration.samples.Samples`), each runs its
+            own.
+        progress: show a progress bar on standard error.
 
     Raises:
-        ArtifactError: the plan is of another model.
-        CalibrationError: there is no sample; or a narrowed network gives NaN or infinite values where the dense one does not, so that no distance can be
-            measured.
+        ArtifactError: the plan belongs to another model.
+        CalibrationError: there is no sample, or a narrowed network returns NaN or infinite values where the dense one
+            does not, so that no distance can be measured.
         RankError: another rank has failed or died.
     """
     captured = analysis.captured
@@ -92,7 +96,7 @@ def sensitivities(
     order, nothing, *found = samples.ranks.gather(torch.stack(rows))
     if not len(order):
         raise CalibrationError("sensitivities are measured on samples, and there are none: pass at least one batch")
-    found = [moved[order.argsort()] for moved in found]  # as one process would have them
+    found = [moved[order.argsort()] for moved in found]  # in the order of a single process
     names = [entry.block.name for entry in plan.blocks]
     for name, moved in zip(names, found, strict=True):
         if not bool(moved.isfinite().all()):
@@ -109,7 +113,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _drawn_together(found: Sequence[Tensor], nothing: float = 0.0) -> list[float]:
-    """D of every block, from what every sample says of it; 0 where the mean is no more than ``nothing``."""
+    """Return D of every block from the distances d of its samples; 0 if their mean is no more than ``nothing``."""
     means = [float(d.mean()) for d in found]
     moving = [number for number, mean in enumerate(means) if mean > max(nothing, torch.finfo(torch.float64).tiny)]
     drawn = [0.0] * len(found)
@@ -118,7 +122,7 @@ def _drawn_together(found: Sequence[Tensor], nothing: float = 0.0) -> list[float
     mean = torch.tensor([means[number] for number in moving], dtype=torch.float64)
     logs, n = mean.log(), len(found[0])
     if n > 1:
-        # the standard deviation is divided first: squares of small means leave the range of float64
+        # the standard deviation is divided before squaring, because squares of small means underflow float64
         relative = torch.stack([found[number].std() for number in moving]) / mean
         uncertain = relative.square() / n
         spread = (logs.var(correction=0) - uncertain.mean()).clamp_min(0.0)
@@ -130,7 +134,7 @@ def _drawn_together(found: Sequence[Tensor], nothing: float = 0.0) -> list[float
 
 
 def _moved(ours: Sequence[Tensor], dense: Sequence[Tensor], logits: Sequence[bool], samples: int) -> Tensor:
-    """d for every sample of a batch, (samples,)."""
+    """Return d for every sample of a batch, (samples,)."""
     distances = (
         _distances(y.double(), t.double(), is_logits) for y, t, is_logits in zip(ours, dense, logits, strict=True)
     )
@@ -138,7 +142,10 @@ def _moved(ours: Sequence[Tensor], dense: Sequence[Tensor], logits: Sequence[boo
 
 
 def _summed(parts: Iterable[Tensor], samples: int) -> Tensor:
-    """Distances of every output, (samples, ...) or of all samples together, as one number per sample: (samples,)."""
+    """Sum the distances of all outputs to one number per sample, (samples,).
+
+    A distance may also be one for all samples together, without a batch axis.
+    """
     total = torch.zeros(samples, dtype=torch.float64)
     for rows in parts:
         if rows.numel():
@@ -148,23 +155,23 @@ def _summed(parts: Iterable[Tensor], samples: int) -> Tensor:
 
 
 def _distances(y: Tensor, t: Tensor, logits: bool) -> Tensor:
-    """d at every position."""
+    """Return d at every position."""
     y = y.where(~t.isnan(), 0.0)
     t = t.nan_to_num(0.0, torch.inf, -torch.inf)
     if logits:
-        return divergence(y, t).clamp_min(0.0)  # which rounding makes negative
+        return divergence(y, t).clamp_min(0.0)  # rounding can make it negative
     squares = squared_errors(y, t) / 2
     return squares.sum(-1) if t.ndim > 1 else squares
 
 
 def _rounding(t: Tensor) -> Tensor:
-    """d at every position where each entry of the output is off by its own rounding."""
+    """Return the d at every position that rounding alone causes, if each entry of the output is off by its rounding."""
     squares = (torch.where(t.isfinite(), t, 0.0).double() * torch.finfo(t.dtype).eps).square() / 2
     return squares.sum(-1) if t.ndim > 1 else squares
 
 
 def _are_logits(captured: Captured) -> list[bool]:
-    """Of every floating-point output, in order, whether a linear layer of several outputs makes it."""
+    """Return, for every floating-point output in order, whether a linear layer with several outputs computes it."""
     graph_module = captured.graph_module
 
     def origin(node: fx.Node) -> fx.Node:
@@ -179,9 +186,10 @@ def _are_logits(captured: Captured) -> list[bool]:
 
 
 def _float_outputs(captured: Captured) -> list[tuple[fx.Node, Tensor, bool]]:
-    """Every floating-point output, in order: its node, its value, and whether it is all that the node returns.
+    """Return every floating-point output in order: its node, its value, and whether the node returns nothing else.
 
-    A call may return several tensors (chunk, split): they are parts of what a layer makes, no logits.
+    A call such as chunk or split returns several tensors. They are parts of a layer's output, and are not treated as
+    logits.
     """
     nodes = returned_nodes(captured.graph_module.graph)
     values = [(n, tensor, tensor is n.meta["val"]) for n in nodes for tensor in tensors_in(n.meta.get("val"))]
@@ -189,7 +197,7 @@ def _float_outputs(captured: Captured) -> list[tuple[fx.Node, Tensor, bool]]:
 
 
 def _outputs(network: fx.GraphModule, batch: Inputs, axes: Sequence[int]) -> list[Tensor]:
-    """The floating-point outputs, with the axis of the samples ahead where another is the last."""
+    """Return the floating-point outputs, with the batch axis moved to the front unless it is the last axis."""
     with torch.no_grad():
         output = batch.run(network)
     found = [t for t in tensors_in(output) if t.is_floating_point()]
@@ -197,7 +205,7 @@ def _outputs(network: fx.GraphModule, batch: Inputs, axes: Sequence[int]) -> lis
 
 
 def _few(samples: Samples, blocks: int, *, divisible: bool) -> tuple[list[Inputs], list[int]]:
-    """The first samples, as many as each block is measured on, and where their batches begin."""
+    """Return the batches of the first samples, on which every block is measured, and the index of each one's start."""
     wanted = max(_FEWEST_SAMPLES, min(MOST_SAMPLES, samples.total // (2 * max(1, blocks))))
     few = [(b, start) for b, start in zip(samples.batches, samples.starts, strict=True) if start < wanted]
     batches = [batch.first(wanted - start) if divisible else batch for batch, start in few]

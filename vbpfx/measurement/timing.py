@@ -1,7 +1,7 @@
-"""Latency, measured fairly on a noisy machine.
+"""Measure latencies so that they can be compared on a noisy machine.
 
-Absolute seconds depend on whoever else is running; ratios of runs that alternate do not. So everything
-that is compared runs in turn, round after round, every other round in reverse order, and the medians are compared.
+Absolute seconds depend on what else the machine is doing, but ratios of alternating runs do not. So everything that is
+compared runs in turn, round after round, with every other round in reverse order, and medians are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of what was measured, and its quartiles."""
+    """The median and the quartiles of measured values."""
 
     median: float
     lower: float
@@ -24,7 +24,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; quartiles between the values, both ends included."""
+        """Compute them from at least one value. Quartiles are interpolated, with both ends included."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -34,13 +34,13 @@ class Spread:
 def alternating(
     runs: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round.
+    """Time functions in alternation, and return name -> its seconds in every round.
 
     Args:
-        runs: what to call, by name.
-        rounds: how often each is timed.
-        warmup: how often each is called before.
-        clock: seconds since whenever.
+        runs: name -> the function to time.
+        rounds: how often each function is timed.
+        warmup: how often each function is called before.
+        clock: returns the time in seconds, from any starting point.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -57,6 +57,6 @@ def alternating(
 def interleaved(
     runs: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 3, clock: Clock = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds of every run, measured in alternation; arguments as :func:`alternating` takes them."""
+    """Time functions in alternation, and return name -> median seconds. Arguments are those of :func:`alternating`."""
     seconds = alternating(runs, rounds=rounds, warmup=warmup, clock=clock)
     return {name: statistics.median(times) for name, times in seconds.items()}

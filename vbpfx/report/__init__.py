@@ -1,1 +1,1 @@
-"""What a pruned network is reported to be: figures, plots, a page."""
+"""Report on a pruned network: figures, plots, and an HTML page."""

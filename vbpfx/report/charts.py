@@ -1,4 +1,4 @@
-"""Where the parts of a chart of variances lie; ``spectrum.svg.jinja`` draws them in the colours of the page."""
+"""Compute the shapes of a chart of variances. ``spectrum.svg.jinja`` draws them in the colours of the page."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from vbpfx.display.figures import percent, power_of_ten
 from vbpfx.report.spectrum import Spectrum
 
-# The spectrum's picture in its own units, and what axes and labels take of it.
+# The size of a spectrum's chart in its own units, and the margins for axes and labels.
 _WIDTH, _HEIGHT = 320, 194
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 22, 34
-_SHADES = 4  # of the colour of what stays, where an entry stands for several neurons
+_SHADES = 4  # shades of the colour for kept neurons, for columns that stand for several neurons
 _MOST_DECADES = 8
-_ROOM = 0.15  # decades
+_ROOM = 0.15  # decades of free space at the ends of the scale
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text in the picture: where its anchor is, and whether it begins, ends or is centred there."""
+    """A text in the chart: the position of its anchor, and whether the text starts, ends or is centred there."""
 
     text: str
     x: str
@@ -30,7 +30,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Cut:
-    """A line at a rank, with the rank above it."""
+    """A vertical line at a rank, with the rank as its label."""
 
     x: str
     top: int
@@ -40,18 +40,18 @@ class Cut:
 
 @dataclass(frozen=True)
 class Chart:
-    """The variances of a block as shapes, in units of the picture.
+    """The variances of a block as shapes, in the units of the chart.
 
     Attributes:
-        name: of the block.
-        words: what the picture shows.
-        width, height: of the picture.
-        left, right: where the axes begin and end.
-        grid: per line its height and its label.
+        name: the name of the block.
+        words: a description of the chart in words.
+        width, height: the size of the chart.
+        left, right: where the horizontal axis begins and ends.
+        grid: for each grid line, its height and its label.
         all: the area under the curve.
-        stays: per shade its opacity and the columns of the neurons that stay.
-        curve: the variances.
-        cut: where a cut by variance alone would be; None where nothing goes.
+        stays: for each shade, its opacity and the columns of kept neurons.
+        curve: the curve of the variances.
+        cut: where a cut by variance alone would be; None if all neurons are kept.
         labels: the texts beside the axes.
     """
 
@@ -70,9 +70,10 @@ class Chart:
 
 
 def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
-    """The powers of ten that a log scale for all blocks goes from and to.
+    """Return the smallest and largest exponent (base 10) of a log scale for the charts of all blocks.
 
-    Outliers, a hundredth at each end, may leave it; two whole powers are always on it, to read it by.
+    Outliers, one hundredth at each end, may lie beyond the scale. It always includes two whole powers of ten, so that
+    it can be read.
     """
     highest, lowest = [], []
     for spectrum in spectra:
@@ -86,12 +87,12 @@ def common_scale(spectra: Iterable[Spectrum]) -> tuple[float, float]:
 
 
 def leaves(spectrum: Spectrum, scale: tuple[float, float]) -> bool:
-    """Whether a variance is beyond the scale, so that it is drawn at its end."""
+    """Return whether a variance lies beyond the scale, and is therefore drawn at its end."""
     return any(not 10 ** scale[0] <= v <= 10 ** scale[1] for v in spectrum.variances)
 
 
 def describe(spectrum: Spectrum) -> str:
-    """What the picture shows, in words."""
+    """Describe the chart of a spectrum in words."""
     kept, n = sum(spectrum.kept), spectrum.neurons
     if kept == n:
         return f"all {n:,} neurons stay" if n > 1 else "its one neuron stays"
@@ -111,11 +112,11 @@ def describe(spectrum: Spectrum) -> str:
 
 
 def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) -> Chart:
-    """Variances in descending order on a log scale; columns of neurons that stay are coloured.
+    """Return the chart of variances in descending order on a log scale, with the columns of kept neurons coloured.
 
     Args:
-        name: of the block.
-        scale: what :func:`common_scale` gave for all blocks.
+        name: the name of the block.
+        scale: the result of :func:`common_scale` for all blocks.
     """
     low, high = scale
     n, floor, right = spectrum.neurons, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
@@ -164,7 +165,7 @@ def spectrum_chart(name: str, spectrum: Spectrum, scale: tuple[float, float]) ->
 
 
 def _cut(spectrum: Spectrum, floor: int, right: int) -> Cut | None:
-    """Where a cut by variance alone would be: behind the K highest, K of which stay."""
+    """Return the line where a cut by variance alone would be: behind the K highest variances, if K neurons are kept."""
     kept = sum(spectrum.kept)
     if kept == spectrum.neurons:
         return None
@@ -175,7 +176,7 @@ def _cut(spectrum: Spectrum, floor: int, right: int) -> Cut | None:
 
 
 def _shades(spectrum: Spectrum) -> list[int]:
-    """Per entry how strongly it is coloured: not at all where none of its neurons stays, fully where all do."""
+    """Return how strongly each entry is coloured: 0 if none of its neurons is kept, ``_SHADES`` if all are."""
     shares = [
         kept / (stop - start)
         for kept, (start, stop) in zip(spectrum.kept, itertools.pairwise(spectrum.bounds), strict=True)

@@ -1,4 +1,4 @@
-"""A report is made: both networks, counted."""
+"""Make a report by counting both networks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_report(
     statistics: Statistics | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Measure both networks: parameters and MACs are those of the graphs, not derived from the plan."""
+    """Make the report of a pruned network. Parameters and MACs are counted on both graphs, not taken from the plan."""
     narrowed = dataclasses.replace(captured, graph_module=small)
     total = analysis.neurons
     return Report(
@@ -58,26 +58,29 @@ def make_report(
 
 
 def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
-    """Narrowed blocks of convolutions, whose fast layout in ONNX Runtime holds whole multiples of channels."""
+    """Return the narrowed convolution blocks whose width is slow in ONNX Runtime.
+
+    Its fast layout for convolutions needs a multiple of a certain number of channels.
+    """
     multiple = best_multiple("onnxruntime")
     convolving = blocks_with_convolutions(captured, [entry.block for entry in plan.blocks])
     return tuple(
         entry.block.name
         for entry in plan.blocks
         if entry.pruned
-        and entry.block.width > multiple  # narrower ones have no multiple to go to
+        and entry.block.width > multiple  # for a narrower block there is no smaller multiple
         and len(entry.kept) % multiple
         and entry.block.name in convolving
     )
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
+    """Return the number of parameters, counting shared ones once."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors, those of several names once."""
+    """Return the bytes of tensors, counting those with several names once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors.values()}.values())
 
 

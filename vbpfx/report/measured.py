@@ -1,4 +1,4 @@
-"""What the page says of measurements of both networks."""
+"""The measurements of both networks that the page shows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vbpfx.measurement.bench_result import BenchResult, Row
 from vbpfx.report.report import Report
 
 _BENCH = ("runtime", "batch", "threads", "dense", "pruned", "speed-up", "difference of outputs", "size", "memory")
-_SHARES = ("accuracy", "agreement")  # evaluations that are shares of 1, by a word of their names
+_SHARES = ("accuracy", "agreement")  # an evaluation with such a word in its name is a share of 1
 
 
 def cards(report: Report) -> list[tuple[str, str, str, str]]:
-    """The headline: per figure its name, what was, what is, and the difference."""
+    """Return the headline figures, each as its name, the dense and the pruned value, and the difference."""
     shown: list[tuple[str, str, str, str]] = [
         ("Hidden neurons", f"{report.neurons[0]:,}", f"{report.neurons[1]:,}", change(*report.neurons)),
         ("Parameters", short(report.params[0]), short(*reversed(report.params)), change(*report.params)),
@@ -44,7 +44,7 @@ def cards(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def _latency_card(report: Report) -> list[tuple[str, str, str, str]]:
-    """What was measured first, or else what the budget asked for."""
+    """Return the card of the first latency in the bench, or else the one measured for a latency budget."""
     bench = _bench(report)
     for row in bench.rows if bench else ():
         if row.dense.seconds and row.pruned.seconds:
@@ -58,7 +58,7 @@ def _latency_card(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def evaluation(report: Report) -> dict[str, Any] | None:
-    """What a data set says of both networks: rows of a table, and other facts by name."""
+    """Return an evaluation of both networks on a data set: the rows of a table, and other facts by name."""
     if not report.evaluation:
         return None
     measures = _measures(report)
@@ -81,7 +81,7 @@ def evaluation(report: Report) -> dict[str, Any] | None:
 
 
 def latency(report: Report) -> dict[str, Any]:
-    """What was measured in runtimes: a sentence about the budget, the benchmark, and its table."""
+    """Return what was measured in runtimes: a sentence about the budget, the bench result, and its table."""
     budget = ""
     if found := report.latency:
         budget = (
@@ -122,15 +122,15 @@ def _bench_row(row: Row) -> tuple[Any, ...]:
 
 
 def _both(dense: int | None, pruned: int | None) -> str:
-    """Bytes of both networks; a dash where one of them is not known."""
+    """Return the bytes of both networks as text, or a dash if one of them is not known."""
     if dense is None or pruned is None:
         return "-"
     before, now = (in_bytes(size, like=max(dense, pruned)) for size in (dense, pruned))
-    return f"{before[: before.rindex(NARROW_SPACE)]} \u2192 {now}"  # the unit once
+    return f"{before[: before.rindex(NARROW_SPACE)]} \u2192 {now}"  # shows the unit once
 
 
 def _measures(report: Report) -> dict[str, tuple[float, float]]:
-    """Of an evaluation what both networks have a number for."""
+    """Return the entries of an evaluation that have a number for each of the two networks."""
     return {
         name: (value[0], value[1])
         for name, value in (report.evaluation or {}).items()

@@ -1,4 +1,4 @@
-"""What notebooks show of a report: the headline and the widths, whatever colours the notebook has."""
+"""The view of a report in a notebook: the headline figures and the widths, readable in light and dark themes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from vbpfx.display.figures import kept
 from vbpfx.display.templates import render
 
-_OPEN = 24  # so many blocks are shown without being asked
+_OPEN = 24  # with at most this many blocks, the table of widths is open from the start
 
 
 def notebook_view(summary: str, costs: Mapping[str, tuple[int, int]], widths: Mapping[str, tuple[int, int]]) -> str:
-    """A view that is small enough for a notebook's cell.
+    """Return a view of a report that is small enough for a notebook cell.
 
     Args:
         summary: one sentence.
-        costs, widths: ``(before, now)`` by name.
+        costs, widths: name -> ``(before, now)``.
     """
     return render(
         "report/notebook.html.jinja",
@@ -27,5 +27,5 @@ def notebook_view(summary: str, costs: Mapping[str, tuple[int, int]], widths: Ma
 
 
 def with_shares(pairs: Mapping[str, tuple[int, int]]) -> list[tuple[str, int, int, str]]:
-    """Rows of a table: name, before, now, and the share that is kept."""
+    """Return the rows of a table: name, before, now, and the share that is kept."""
     return [(name, before, now, kept(before, now)) for name, (before, now) in pairs.items()]

@@ -1,4 +1,4 @@
-"""The page: a report as one HTML file that needs nothing else."""
+"""The page: a report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_CHARTS = 128
 
 
 def html_report(report: Report) -> str:
-    """A report as one HTML page: no script, no font, no picture from elsewhere; light or dark as the reader has it."""
+    """Return a report as a self-contained HTML page, without scripts, in the reader's light or dark theme."""
     return render(
         "report/page.html.jinja",
         report=report,
@@ -40,19 +40,19 @@ def html_report(report: Report) -> str:
 
 
 def report_files(report: Report) -> dict[str, Write]:
-    """``report.json`` and ``report.html``, by name, for a commit of several files."""
+    """Return writers for ``report.json`` and ``report.html`` by file name, for writing several files at once."""
     return {"report.json": json_writer(report.to_json()), "report.html": text_writer(html_report(report))}
 
 
 def update_report(
     folder: str | Path, *, evaluation: Mapping[str, Any] | None = None, bench: BenchResult | None = None
 ) -> Report:
-    """Add what was measured to the report of a saved network; arguments as :meth:`vbpfx.Report.measured` takes them.
+    """Add measurements to the report of a saved network. The arguments are those of :meth:`vbpfx.Report.measured`.
 
-    An evaluation takes the place of the one before: figures of two data sets would look like those of one.
+    A new evaluation replaces the earlier one, because figures of two data sets would look like those of one.
 
     Raises:
-        ArtifactError: the folder holds no report, or cannot be written; both files stay as they were.
+        ArtifactError: the folder holds no report, or cannot be written. Both files then stay as they were.
     """
     report = Report.load(folder).measured(evaluation=evaluation, bench=bench)
     write_atomically({Path(folder) / name: write for name, write in report_files(report).items()})
@@ -60,7 +60,7 @@ def update_report(
 
 
 def _spectra(spectra: Mapping[str, Spectrum]) -> dict[str, Any] | None:
-    """The charts on one scale, whether one leaves it, and whether entries stand for several neurons."""
+    """Return the charts on a common scale, whether any goes beyond it, and whether columns stand for several neurons."""
     if not spectra:
         return None
     drawn = _drawn(spectra)
@@ -74,7 +74,7 @@ def _spectra(spectra: Mapping[str, Spectrum]) -> dict[str, Any] | None:
 
 
 def _drawn(spectra: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
-    """The spectra that are drawn: of very many blocks some, so that the page stays small."""
+    """Return the spectra to draw: of very many blocks only some, so that the page stays small."""
     names = list(spectra)
     count = min(_MOST_CHARTS, len(names))
     return {name: spectra[name] for name in (names[i * len(names) // count] for i in range(count))}

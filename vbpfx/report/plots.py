@@ -1,4 +1,4 @@
-"""Plots: a report's figures in matplotlib, which is an optional package."""
+"""Plot a report's figures in matplotlib, which is an optional package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STAYS, _GOES, _TRACK = "#0b63ce", "#c9d0d9", "#e1e5ea"
 
 
 def plot_widths(widths: Mapping[str, tuple[int, int]], ax: Axes | None = None) -> Axes:
-    """Bars: the width of every block before (light) and now, the first block on top."""
+    """Draw a bar for every block: its width before (light) and now, with the first block on top."""
     ax = ax or _new(len(widths))
     names = list(widths)
     ax.barh(names, [before for before, _ in widths.values()], color=_TRACK, label="before")
@@ -31,7 +31,7 @@ def plot_widths(widths: Mapping[str, tuple[int, int]], ax: Axes | None = None) -
 
 
 def plot_costs(costs: Mapping[str, tuple[int, int]], ax: Axes | None = None) -> Axes:
-    """Bars: what is left of every cost, as a share of the dense network's."""
+    """Draw a bar for every cost: the pruned network's as a share of the dense network's."""
     ax = ax or _new(len(costs))
     shares = [pruned / dense if dense else 1.0 for dense, pruned in costs.values()]
     names = list(costs)
@@ -46,12 +46,12 @@ def plot_costs(costs: Mapping[str, tuple[int, int]], ax: Axes | None = None) -> 
 
 
 def plot_spectra(spectra: Mapping[str, Spectrum], axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """One plot a block: variances in descending order on a log scale; columns of neurons that stay are coloured.
+    """Draw one plot per block: variances in descending order on a log scale, with the columns of kept neurons coloured.
 
     The dashed line is where a cut by variance alone would be.
 
     Raises:
-        VbpfxError: there is no spectrum, or another number of axes.
+        VbpfxError: there are no spectra, or their number is not the number of axes.
     """
     if not spectra:
         raise VbpfxError("the report holds no spectra: it was written by an older vbpfx; prune again")
@@ -73,7 +73,7 @@ def plot_spectra(spectra: Mapping[str, Spectrum], axes: Sequence[Axes] | None = 
 
 
 def _mixed(share: float) -> tuple[float, ...]:
-    """The colour of neurons of which such a share stays."""
+    """Return the colour of a column of neurons of which this share is kept."""
     goes, stays = (tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)) for colour in (_GOES, _STAYS))
     return tuple(g + share * (s - g) for g, s in zip(goes, stays, strict=True))
 

@@ -1,4 +1,4 @@
-"""Report: what pruning did, as figures and as a table."""
+"""``Report``: the effect of pruning, as figures and as a table."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ from vbpfx.storage.files import read_json, settle
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What is shown of how the plan was made.
+# The settings of a plan that a report shows.
 _SETTINGS = {"criterion", "compensation", "budget", "at_floor"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Dense against pruned.
+    """A comparison of the pruned network with the dense one.
 
     Attributes:
-        params, macs, neurons: ``(dense, pruned)``. MACs per sample as :mod:`torch.utils.flop_counter` counts
-            them: products of layers and of attention, no norms, no activations.
-        sample: sizes of the sample that MACs are of, such as 3x224x224; empty in reports that older versions wrote.
-        widths: per block ``(before, after)``.
-        refused: number of axes that could not be narrowed.
-        settings: how the plan was made.
-        verification: what the substitution oracle measured; None where it was switched off.
-        latency: under a latency budget: the runtime, and the latency over the dense network's as it was asked for, predicted
-            and measured on the result.
-        uneven: blocks of convolutions that were narrowed to widths which ONNX Runtime's multiple does not divide.
-        network: class of the model.
-        size: bytes of all parameters and buffers ``(dense, pruned)``, of :func:`vbpfx.prune_files` and :func:`vbpfx.prune_onnx` as
-            files hold them; None in reports that older versions wrote.
-        spectra: per block the variances of its neurons, and which of them stay.
+        params, macs, neurons: ``(dense, pruned)``. MACs are per sample, as :mod:`torch.utils.flop_counter` counts them:
+            the products of layers and of attention, but no norms and no activations.
+        sample: the sizes of the sample that the MACs are for, such as 3x224x224; "" in reports of older versions.
+        widths: block -> ``(before, after)``.
+        refused: the number of axes that could not be narrowed.
+        settings: the settings with which the plan was made.
+        verification: the result of the substitution oracle; None if it was switched off.
+        latency: with a latency budget, the runtime, and the latency relative to the dense network's as it was
+            requested, predicted and measured on the result.
+        uneven: the convolution blocks whose new width is not a multiple of the number that ONNX Runtime needs to be
+            fast.
+        network: the class of the model.
+        size: the bytes of all parameters and buffers ``(dense, pruned)``. For :func:`vbpfx.prune_files` and
+            :func:`vbpfx.prune_onnx` they are counted as stored in the files. None in reports of older versions.
+        spectra: block -> the variances of its neurons, and which of them were kept.
         refusals: the axes that could not be narrowed, with the reasons.
-        arguments: what ``prune`` was called with, as far as it differs from the defaults.
-        versions: of vbpfx, torch, Python and the platform.
-        evaluation: what was measured of both networks, as :meth:`vbpfx.Pruned.save` takes it.
-        tuning: how it was fine-tuned since, in words; empty where it was not.
-        bench: what :func:`vbpfx.bench` measured, as :meth:`vbpfx.BenchResult.to_json` gives it.
-        command: the command line that made it; empty where it was made in Python.
-        fixed: sizes of inputs that the graph is for alone though the model takes others (:attr:`vbpfx.Captured.fixed`), in words.
+        arguments: the arguments of ``prune`` that differ from the defaults.
+        versions: the versions of vbpfx, torch, Python and the platform.
+        evaluation: an evaluation of both networks, in the form that :meth:`vbpfx.Pruned.save` takes.
+        tuning: how the network was fine-tuned afterwards, in words; "" if it was not.
+        bench: the result of :func:`vbpfx.bench`, in the form of :meth:`vbpfx.BenchResult.to_json`.
+        command: the command line that made the network; "" if it was made in Python.
+        fixed: input sizes that the graph has fixed although the model accepts others (:attr:`vbpfx.Captured.fixed`), in
+            words.
     """
 
     params: tuple[int, int]
@@ -81,13 +83,13 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of :meth:`to_json`, after JSON; what older versions did not write has its default.
+        """Restore a report from the dictionaries of :meth:`to_json`. Fields that older versions lack get defaults.
 
         Args:
-            data: the dictionaries.
+            data: the dictionaries, after they were written as JSON and read again.
 
         Raises:
-            ArtifactError: it is not a report.
+            ArtifactError: the data is not a report.
         """
         try:
             given = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
@@ -121,10 +123,10 @@ class Report:
         """Read ``report.json`` of a saved network.
 
         Args:
-            folder: what :func:`vbpfx.save` wrote.
+            folder: the folder that :func:`vbpfx.save` wrote.
 
         Raises:
-            ArtifactError: it is missing or damaged.
+            ArtifactError: the report is missing or damaged.
         """
         settle(Path(folder))
         return cls.from_json(read_json(Path(folder) / "report.json"))
@@ -132,17 +134,18 @@ class Report:
     def measured(
         self, *, evaluation: Mapping[str, Any] | None = None, bench: BenchResult | None = None, command: str = ""
     ) -> Report:
-        """This report with what was measured afterwards; what is left out stays as it is.
+        """Return this report with later measurements added. Arguments that are left out change nothing.
 
         Args:
-            evaluation: what a data set says of both networks: ``name -> (dense, pruned)`` for what both have, such as
-                ``{"top-1 accuracy": (0.755, 0.741)}``; any other value is shown as it is, such as ``{"agreement": 0.93,
-                "samples": 10_000, "data": "val"}``. Names with "accuracy" or "agreement" are shares of 1, shown in percent.
-            bench: what :func:`vbpfx.bench` returned.
+            evaluation: an evaluation of both networks on a data set: ``name -> (dense, pruned)`` for measures of both,
+                such as ``{"top-1 accuracy": (0.755, 0.741)}``. Any other value is shown as it is, such as
+                ``{"agreement": 0.93, "samples": 10_000, "data": "val"}``. If a name contains "accuracy" or "agreement",
+                its values are shares of 1, and are shown in percent.
+            bench: the result of :func:`vbpfx.bench`.
             command: the command line that made the network.
 
         Raises:
-            ArtifactError: the evaluation is not JSON-ready.
+            ArtifactError: the evaluation cannot be written as JSON.
         """
         given: dict[str, Any] = {}
         if evaluation is not None:
@@ -159,7 +162,7 @@ class Report:
         return dataclasses.replace(self, **given)
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON-ready dictionaries."""
+        """Return the figures as JSON-ready dictionaries."""
         return dataclasses.asdict(self)
 
     def __repr__(self) -> str:
@@ -171,7 +174,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """What is gone and what is left, in one sentence."""
+        """One sentence about what was removed and what is left."""
         dense, pruned = self.neurons
         narrowed = sum(now < before for before, now in self.widths.values())
         return (
@@ -182,7 +185,7 @@ class Report:
 
     @property
     def sizes(self) -> str:
-        """What sizes of inputs the graph is for alone, as a sentence; empty where it takes all that the model takes."""
+        """A sentence about the input sizes that the graph has fixed; "" if it accepts all that the model accepts."""
         return (
             f"the graph is for one size alone of {'; '.join(self.fixed)} (open_sizes=True may leave it open)"
             if self.fixed
@@ -191,14 +194,14 @@ class Report:
 
     @property
     def costs(self) -> dict[str, tuple[int, int]]:
-        """``(dense, pruned)`` of neurons, parameters and MACs, by the names they are shown under."""
+        """The neurons, parameters and MACs as ``(dense, pruned)``, by the names under which they are shown."""
         return {"hidden neurons": self.neurons, "parameters": self.params, "MACs per sample": self.macs}
 
     def plot_widths(self, ax: Axes | None = None) -> Axes:
-        """Bars in matplotlib: the width of every block before and now.
+        """Draw the width of every block before and now, as bars in matplotlib.
 
         Args:
-            ax: where to draw; new axes by default.
+            ax: the axes to draw on; by default new ones.
 
         Raises:
             VbpfxError: matplotlib is not installed.
@@ -206,10 +209,10 @@ class Report:
         return plot_widths(self.widths, ax)
 
     def plot_costs(self, ax: Axes | None = None) -> Axes:
-        """Bars in matplotlib: what is left of neurons, parameters and MACs.
+        """Draw which share of the neurons, parameters and MACs is left, as bars in matplotlib.
 
         Args:
-            ax: where to draw; new axes by default.
+            ax: the axes to draw on; by default new ones.
 
         Raises:
             VbpfxError: matplotlib is not installed.
@@ -217,14 +220,15 @@ class Report:
         return plot_costs(self.costs, ax)
 
     def plot_spectra(self, axes: Sequence[Axes] | None = None, *, blocks: Sequence[str] | None = None) -> list[Axes]:
-        """Activation variances in matplotlib, one plot a block, and which neurons stay.
+        """Draw the activation variances of every block, and which neurons are kept, in matplotlib.
 
         Args:
-            axes: one for each block; new ones by default.
-            blocks: names of blocks; all by default.
+            axes: one for each block; by default new ones.
+            blocks: the names of the blocks to draw; by default all.
 
         Raises:
-            VbpfxError: matplotlib is not installed, there are no spectra, or a block or the number of axes is wrong.
+            VbpfxError: matplotlib is not installed, there are no spectra, a block is unknown, or the number of axes is
+                wrong.
         """
         if unknown := [name for name in blocks or () if name not in self.spectra]:
             raise VbpfxError(f"no spectrum of block {unknown[0]!r}; there are: {', '.join(self.spectra)}")
@@ -233,7 +237,7 @@ class Report:
 
     @property
     def advice(self) -> str:
-        """What would make the network faster in ONNX Runtime, in one line; empty where nothing would."""
+        """A line about how to make the network faster in ONNX Runtime; "" if there is nothing to improve."""
         if not self.uneven:
             return ""
         multiple = best_multiple("onnxruntime")

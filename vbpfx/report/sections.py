@@ -1,4 +1,4 @@
-"""What the page says of refusals, of checks, and of how to make the network again."""
+"""The parts of the page about refusals, checks, and how to make the network again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vbpfx.rewrite.verify import Verification
 
 
 def refusals_by_reason(report: Report) -> list[tuple[str, list[tuple[str, int, str]]]]:
-    """The axes that could not be narrowed, as (label, width, node), under the reason; the most frequent reason first."""
+    """Return the axes that could not be narrowed, as (label, width, node), by reason, the most frequent reason first."""
     reasons: dict[str, list[tuple[str, int, str]]] = {}
     for refusal in report.refusals:
         reasons.setdefault(refusal.reason, []).append((refusal.label, refusal.width, refusal.node))
@@ -20,7 +20,7 @@ def refusals_by_reason(report: Report) -> list[tuple[str, list[tuple[str, int, s
 
 
 def checks(found: Verification) -> list[tuple[str, str, str]]:
-    """What the substitution oracle measured: rows of a name, the error, and the error that is allowed."""
+    """Return the results of the substitution oracle, as rows of a name, the error, and the allowed error."""
     rows = [("Pruned network against the reference", scientific(found.error), scientific(found.tolerance))]
     if found.behind is not None:
         rows.append(
@@ -33,7 +33,7 @@ def checks(found: Verification) -> list[tuple[str, str, str]]:
 
 
 def settings(report: Report) -> dict[str, str]:
-    """How the plan was made, in words."""
+    """Return the settings with which the plan was made, as text by name."""
     given = dict(report.settings)
     reconstruction = given.pop("reconstruction", {})
     budget = ", ".join(f"{kind} = {value:g}" for kind, value in given.pop("budget").items())
@@ -53,7 +53,7 @@ def settings(report: Report) -> dict[str, str]:
 
 
 def versions(report: Report) -> dict[str, str]:
-    """Versions of packages at pruning, and of those that latency was measured with."""
+    """Return the versions of packages at pruning, and of the runtimes in which latency was measured."""
     found = dict(report.versions)
     for package, version in (report.bench["versions"] if report.bench else {}).items():
         if found.get(package, version).partition("+")[0] != version.partition("+")[0]:
@@ -63,7 +63,7 @@ def versions(report: Report) -> dict[str, str]:
 
 
 def python_call(report: Report) -> str:
-    """The call that made it."""
+    """Return the Python call that made the network."""
     arguments = "".join(f"    {name}={_literal(name, value)},\n" for name, value in report.arguments.items())
     model = f"# model: {report.network} of {report.params[0]:,} parameters"
     return f"import vbpfx\n\n{model}\npruned = vbpfx.prune(\n    model,\n    calibration,\n{arguments})"
@@ -72,4 +72,4 @@ def python_call(report: Report) -> str:
 def _literal(name: str, value: Any) -> str:
     if name != "criterion" or value in CRITERIA:
         return repr(value)
-    return value if value.isidentifier() else "criterion"  # a function of the user's own; a lambda has no name
+    return value if value.isidentifier() else "criterion"  # the user's own function; a lambda has no usable name

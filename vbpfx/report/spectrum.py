@@ -1,4 +1,4 @@
-"""Spectra: the activation variances of a block's neurons, highest first, and which of them stay."""
+"""Spectra: the activation variances of a block's neurons, highest first, and which neurons are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vbpfx.planning.importance import summed_variance
 from vbpfx.planning.plan import pooled
 from vbpfx.plans.records import Block, Plan
 
-# Entries of one spectrum, and of all spectra of a network: more than a chart shows, a report need not hold.
+# The number of entries of one spectrum, and of all spectra of a network. A report need not hold more than a chart can
+# show.
 _MOST_ENTRIES = 200
 _FEWEST_ENTRIES = 40
 _ALL_ENTRIES = 6000
@@ -28,12 +29,14 @@ class Spectrum:
     Entry i stands for the ranks i N // n to (i + 1) N // n - 1 (rank 0 has the highest variance).
 
     Attributes:
-        neurons: N.
-        variances: per entry the sample variance of one of its neurons (the highest of all in the first, the lowest in the
-            last), summed over the values that consumers read, as ``criterion="variance"`` scores it; four significant digits.
-        kept: per entry how many neurons of its ranks stay.
-        among_highest: of the K neurons that stay, how many are among the K of highest variance. All, where variance decides.
-        variance_kept: the share that the neurons that stay have in the sum of all variances.
+        neurons: N, the number of neurons.
+        variances: for each entry, the sample variance of one of its neurons (in the first entry the highest of all, in
+            the last the lowest). It is summed over the values that consumers read, as the score of
+            ``criterion="variance"``, and has four significant digits.
+        kept: for each entry, how many neurons of its ranks are kept.
+        among_highest: how many of the K kept neurons are among the K neurons of highest variance. These are all K if
+            the criterion is the variance.
+        variance_kept: the kept neurons' share of the sum of all variances.
     """
 
     neurons: int
@@ -49,12 +52,12 @@ class Spectrum:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spectrum:
-        """The inverse of ``dataclasses.asdict``, after JSON."""
+        """Restore a spectrum from ``dataclasses.asdict``, after it was written as JSON and read again."""
         return cls(**dict(data) | {"variances": tuple(data["variances"]), "kept": tuple(data["kept"])})
 
 
 def spectra(blocks: tuple[Block, ...], statistics: Statistics, plan: Plan) -> dict[str, Spectrum]:
-    """Block -> its spectrum, for every block that statistics were gathered of."""
+    """Return block -> its spectrum, for every block with gathered statistics."""
     kept = {entry.block.name: entry.kept for entry in plan.blocks}
     seen = [block for block in blocks if block.name in statistics.moments]
     entries = min(_MOST_ENTRIES, max(_FEWEST_ENTRIES, _ALL_ENTRIES // max(1, len(seen))))
@@ -67,9 +70,13 @@ def spectra(blocks: tuple[Block, ...], statistics: Statistics, plan: Plan) -> di
 
 
 def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRIES) -> Spectrum:
-    """The spectrum of neurons with these variances, (N,), of which ``kept`` stay, in at most so many entries.
+    """Return the spectrum of neurons with these variances, (N,), of which ``kept`` are kept.
 
-    Of neurons of the same variance those that stay rank first: where variance decides, ties are not exception.
+    Among neurons of equal variance, kept ones rank first. So if the criterion is the variance, ties do not look like
+    exceptions.
+
+    Args:
+        entries: the spectrum has at most this many entries.
     """
     neurons = len(variances)
     stays = torch.zeros(neurons, dtype=torch.bool)
@@ -78,7 +85,7 @@ def reduced(variances: Tensor, kept: tuple[int, ...], entries: int = _MOST_ENTRI
     order = ties[torch.argsort(variances[ties], descending=True, stable=True)]
     entries = min(entries, neurons)
     bounds = [i * neurons // entries for i in range(entries + 1)]
-    shown = [i * (neurons - 1) // max(1, entries - 1) for i in range(entries)]  # one of each entry's ranks
+    shown = [i * (neurons - 1) // max(1, entries - 1) for i in range(entries)]  # one rank for each entry
     total = float(variances.sum())
     return Spectrum(
         neurons,

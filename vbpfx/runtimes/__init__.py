@@ -1,1 +1,1 @@
-"""Runtimes that pruned networks are deployed in, one adapter a file; a runtime's package is imported when it is asked for."""
+"""The runtimes for deploying pruned networks, one adapter per file. Their packages are imported only when used."""

@@ -1,4 +1,4 @@
-"""AOTInductor: Inductor ahead of time, in a package that runs without Python's compiler."""
+"""AOTInductor: a network compiled ahead of time with Inductor, as a package that runs without a compiler."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class _Package(Inductor):
 
 
 def load_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """A package, loaded."""
+    """Load a compiled package."""
     return _Package(path, threads)
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The package, loaded.
+    """Compile a network to a package, and load it.
 
     Raises:
         ExportError: there is no C++ compiler.

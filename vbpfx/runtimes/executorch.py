@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK, by its Python runtime."""
+"""ExecuTorch with XNNPACK, run by its Python runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vbpfx.runtimes.interface import Compiled
 
 class _Method(Compiled):
     def __init__(self, file: Path) -> None:
-        self.program = Runtime.get().load_program(file)  # its methods do not keep it
+        self.program = Runtime.get().load_program(file)  # kept here, because its methods do not keep it alive
         self.method = self.program.load_method("forward")
         self.file, self.size = file, file.stat().st_size
 
@@ -33,10 +33,10 @@ _loaded: weakref.WeakSet[_Method] = weakref.WeakSet()
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The program, loaded.
+    """Compile a network to a program, and load it.
 
     Raises:
-        ExportError: another number of threads is asked for while a program is loaded.
+        ExportError: another program is still loaded with a different number of threads.
     """
     edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
     with ExitStack() as stack:
@@ -48,10 +48,10 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
 
 
 def load_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """A program, loaded.
+    """Load a compiled program.
 
     Raises:
-        ExportError: another number of threads is asked for while a program is loaded.
+        ExportError: another program is still loaded with a different number of threads.
     """
     _set_threads(threads)
     method = _Method(path)
@@ -60,7 +60,11 @@ def load_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compile
 
 
 def _set_threads(threads: int | None) -> None:
-    """There is one pool, and XNNPACK's programs hold on to the one that they were loaded with."""
+    """Set the number of threads of ExecuTorch's only thread pool.
+
+    Programs with XNNPACK keep using the pool with which they were loaded, so it can be replaced only while none is
+    loaded.
+    """
     found = portable_lib._threadpool_get_thread_count()
     if threads in (None, found):
         return

@@ -1,4 +1,4 @@
-"""What a runtime is to vbpfx: something that compiles a network for given inputs, and runs it."""
+"""The interface of a runtime: it compiles a network for given inputs, and runs it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vbpfx.data.inputs import Inputs
 
 
 class Compiled(ABC):
-    """A network compiled for inputs of one shape.
+    """A network compiled for inputs of fixed shapes.
 
     Attributes:
-        size: bytes of what would be shipped; None where nothing is written.
-        file: what would be shipped, where the runtime can load it again; it is there as long as this is.
+        size: the bytes of the file that would be shipped; None if there is none.
+        file: the file that would be shipped, if the runtime can load it again. It exists as long as this object.
     """
 
     size: int | None = None
@@ -25,23 +25,23 @@ class Compiled(ABC):
 
     @abstractmethod
     def run(self, inputs: Inputs) -> list[Tensor]:
-        """The network's output tensors in order, on the CPU; inputs of the shapes that it was compiled for."""
+        """Run the network on inputs of the compiled shapes. Return its output tensors in order, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime, by the name that users know.
+    """A runtime.
 
     Attributes:
-        name: what ``vbpfx bench --runtime`` and ``latency_runtime=`` call it.
+        name: its name in ``vbpfx bench --runtime`` and ``latency_runtime=``.
         package: the package that has to be installed.
-        extra: the extra of vbpfx that installs it; empty where vbpfx itself needs it.
-        compile: from a network in eval mode, inputs of the shapes it will see, and a number of threads (None: the
-            runtime's own choice). Raises ExportError where the runtime cannot take the network.
-        open: the same from an ONNX file; None where the runtime takes none.
-        load: loads what is shipped (an ONNX file, or the runtime's own format); None for a runtime that saves no file.
-        round_to: what to pass to :func:`vbpfx.prune` for this runtime: at multiples of it a layer of that width is no
-            slower than its products; 1 where odd widths cost next to nothing.
+        extra: the extra of vbpfx that installs the package; "" if vbpfx itself depends on it.
+        compile: compiles a network in eval mode, given inputs with the shapes that it will get, and a number of threads
+            (None for the runtime's own choice). It raises ExportError if the runtime does not accept the network.
+        open: compiles an ONNX file in the same way; None if the runtime does not accept ONNX files.
+        load: loads a shipped file (ONNX, or the runtime's own format); None if the runtime saves no file.
+        round_to: the ``round_to`` to pass to :func:`vbpfx.prune` for this runtime. At other widths, a layer is slower
+            than its number of products suggests. It is 1 if all widths are about equally fast.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""What a runtime holds of a network: the peak memory of a process that loads what is shipped, and runs one batch.
+"""Measure the memory of a network in a runtime: the peak of a process that loads the shipped file and runs one batch.
 
-The process is a new one. Its peak is read once the runtime and the inputs are there, and again behind the batch: the difference is
-what the file, whatever the runtime lays out anew while it loads, and the activations take. The runtime itself is not in it, but for
-parts that it loads with its first network.
+A new process is started. Its peak memory is read after the runtime and the inputs are loaded, and again after the
+batch. The difference is what the file takes, with everything that the runtime converts while loading it, and the
+activations. It does not include the runtime itself, except for parts that the runtime loads with its first network.
 
-On Linux the peak is that of the process's own memory (``VmHWM``), counted from zero when the first is read: ``ru_maxrss`` begins
-with what the parent had, since a new program inherits it.
+On Linux, the peak of the process's own memory (``VmHWM``) is used, and reset before the first reading. ``ru_maxrss``
+would not do, because a new program inherits its parent's value.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError, first_line
 from vbpfx.runtimes.table import runtime
 
-# Seconds for importing a runtime, loading a file and one batch.
+# The most seconds for importing a runtime, loading a file and running one batch.
 _PATIENCE = 600.0
 
 
 def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, patience: float = _PATIENCE) -> int:
-    """Bytes by which a process's peak memory grows when the runtime of that name loads the file and runs the inputs.
+    """Return by how many bytes a process's peak memory grows when a runtime loads the file and runs the inputs.
+
+    Args:
+        name: the name of the runtime.
 
     Raises:
-        ExportError: the process fails, takes longer than ``patience`` seconds, or the platform does not tell.
+        ExportError: the process fails or takes longer than ``patience`` seconds, or the platform does not report
+            memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer, said = (Path(folder) / name for name in ("inputs.pt", "answer.json", "said.txt"))
@@ -70,7 +74,10 @@ def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, p
 
 
 def _run(words: list[str], environment: Mapping[str, str], said: Path, patience: float) -> int:
-    """The exit status of a program. What it says goes to a file: a pipe would stay open with whatever it started in turn."""
+    """Run a program, and return its exit status. Its error output goes to the file ``said``.
+
+    A pipe would stay open as long as any process that the program itself has started.
+    """
     with said.open("wb") as errors:
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
@@ -78,8 +85,8 @@ def _run(words: list[str], environment: Mapping[str, str], said: Path, patience:
         )  # fmt: skip
         try:
             return process.wait(patience)
-        except BaseException:  # too long, or the user's Ctrl-C
-            if hasattr(os, "killpg"):  # not on Windows
+        except BaseException:  # a timeout, or the user's Ctrl-C
+            if hasattr(os, "killpg"):  # Windows does not have it
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()
@@ -87,24 +94,24 @@ def _run(words: list[str], environment: Mapping[str, str], said: Path, patience:
 
 
 def _peak() -> int:
-    """Bytes of this process's memory at its highest so far."""
+    """Return this process's peak memory so far, in bytes."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource  # not on Windows
+    import resource  # Windows does not have it
 
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found if sys.platform == "darwin" else found * 1024
 
 
 def _measure(name: str, file: str, given: str, threads: str, answer: str, patience: str) -> None:
-    faulthandler.dump_traceback_later(float(patience), exit=True)  # where nobody waits any more
+    faulthandler.dump_traceback_later(float(patience), exit=True)  # ends the process if its parent no longer waits
     load = runtime(name).load
     assert load is not None
     inputs = Inputs(*torch.load(given, weights_only=True))
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is what is there now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     before = _peak()
     load(Path(file), inputs, int(threads) or None).run(inputs)
     Path(answer).write_text(json.dumps({"before": before, "after": _peak()}))

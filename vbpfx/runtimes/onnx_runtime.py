@@ -21,7 +21,7 @@ class _Session(Compiled):
 
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """A session on an ONNX file."""
+    """Open a session on an ONNX file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

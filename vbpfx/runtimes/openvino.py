@@ -19,15 +19,15 @@ class _Model(Compiled):
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         found = self.request.infer([tensor.detach().cpu().numpy() for tensor in inputs.tensors])
-        return [torch.from_numpy(value) for value in found.to_tuple()]  # copies: infer shares nothing by default
+        return [torch.from_numpy(value) for value in found.to_tuple()]  # copies: by default infer shares no memory
 
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """An ONNX file, compiled for the inputs' shapes."""
+    """Compile an ONNX file for the shapes of the inputs."""
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape({port: list(t.shape) for port, t in zip(model.inputs, inputs.tensors, strict=True)})
-    # float32 as everywhere else: where the processor has bfloat16, that is what OpenVINO takes by itself
+    # float32 as in all other runtimes; by default OpenVINO uses bfloat16 if the processor supports it
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads

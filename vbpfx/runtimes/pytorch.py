@@ -14,7 +14,7 @@ from vbpfx.runtimes.interface import Compiled
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """That many threads of PyTorch's for a while; as many as there are where it is None."""
+    """A context in which PyTorch uses the given number of threads; None keeps the current number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -34,5 +34,5 @@ class _Eager(Compiled):
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The network as it is."""
+    """Return the network as it is, without compiling it."""
     return _Eager(network, threads)

@@ -1,4 +1,4 @@
-"""The runtimes by name."""
+"""The table of runtimes, and how to get one by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from vbpfx.export.onnx import export_onnx
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.quiet import silenced
 
-# name -> adapter, package, extra, multiple of the widths that it is fast at (docs/deployment.md, benchmarks/rounding.py)
+# name -> adapter, package, extra, and the multiple at which widths are fast (docs/deployment.md,
+# benchmarks/rounding.py)
 _ADAPTERS = {
     "pytorch": ("pytorch", "torch", "", 1),
-    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 8),  # for its convolutions, which are slow at other widths
+    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 8),  # its convolutions are slow at other widths
     "openvino": ("openvino", "openvino", "openvino", 16),
     "torch_compile": ("torch_compile", "torch", "", 1),
     "aotinductor": ("aotinductor", "torch", "", 1),
@@ -33,10 +34,10 @@ DEFAULT = "onnxruntime"
 
 
 def runtime(name: str) -> Runtime:
-    """The runtime of that name.
+    """Return the runtime of that name.
 
     Raises:
-        ExportError: there is none, or its package is not installed.
+        ExportError: there is no such runtime, or its package is not installed.
     """
     file, package, extra, round_to = _adapter(name)
     try:
@@ -44,7 +45,8 @@ def runtime(name: str) -> Runtime:
             adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
     except ImportError as error:
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install {package}") from error
-    # an adapter takes ONNX files (compile_file), or networks (compile_network) and what it made of them (load_file)
+    # an adapter compiles ONNX files (compile_file), or it compiles networks (compile_network) and loads the result
+    # (load_file)
     from_file = getattr(adapter, "compile_file", None)
     compile = _through_a_file(from_file) if from_file else adapter.compile_network
     opened = _named(name, from_file) if from_file else None
@@ -54,10 +56,10 @@ def runtime(name: str) -> Runtime:
 
 
 def best_multiple(name: str) -> int:
-    """The multiple of the widths that the runtime of that name is fast at; it need not be installed.
+    """Return the multiple at which widths are fast in the runtime of that name. It need not be installed.
 
     Raises:
-        ExportError: there is none of that name.
+        ExportError: there is no such runtime.
     """
     return _adapter(name)[-1]
 
@@ -69,7 +71,7 @@ def _adapter(name: str) -> tuple[str, str, str, int]:
 
 
 def _through_a_file(compile_file: Callable[..., Compiled]) -> Callable[..., Compiled]:
-    """The same for a network, which is exported first."""
+    """Return a function that compiles a network by exporting it to an ONNX file first."""
 
     def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +83,7 @@ def _through_a_file(compile_file: Callable[..., Compiled]) -> Callable[..., Comp
 
 
 def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compiled]:
-    """The same in silence, and with the runtime's name in its errors; a compiler's own become an ExportError."""
+    """Wrap ``compile`` so that it prints nothing, and raises errors of vbpfx that start with the runtime's name."""
 
     @functools.wraps(compile)
     def compile_or_say(*args: Any) -> Compiled:
@@ -90,7 +92,7 @@ def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compile
                 return compile(*args)
         except VbpfxError as error:
             raise type(error)(f"{name}: {error}") from error
-        except Exception as error:  # every compiler has its own kinds
+        except Exception as error:  # every compiler has exceptions of its own
             raise ExportError(
                 f"{name} cannot compile the network: {type(error).__name__}: {first_line(error)}"
             ) from error

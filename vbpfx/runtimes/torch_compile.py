@@ -15,24 +15,24 @@ from vbpfx.runtimes.pytorch import torch_threads
 
 
 class Inductor(Compiled):
-    """What Inductor made of a program; the number of threads is part of its code."""
+    """A program compiled by Inductor. The number of threads is part of the compiled code."""
 
     def __init__(self, forward: Callable[..., Any], threads: int | None) -> None:
         self.forward, self.threads = forward, threads
 
     def run(self, inputs: Inputs) -> list[Tensor]:
-        """The network's output tensors."""
+        """Return the network's output tensors."""
         with torch_threads(self.threads), torch.no_grad():
             return list(self.forward(*(tensor.cpu() for tensor in inputs.tensors)))
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The exported program, compiled.
+    """Export a network, and compile the program.
 
-    Exported first, since Dynamo gives up on code that it has compiled for many networks, and every program is new code.
+    Dynamo gives up on code that it has compiled for many networks. An exported program is always new code.
     """
     with torch_threads(threads), torch.no_grad():
         program = export_program(network, inputs).module(check_guards=False)
         compiled = Inductor(torch.compile(program, fullgraph=True, dynamic=False), threads)
-        compiled.run(inputs)  # this is when it compiles
+        compiled.run(inputs)  # the first run compiles
     return compiled

@@ -1,4 +1,4 @@
-"""Apache TVM: Relax with its default pipeline for the processor, nothing tuned."""
+"""Apache TVM: Relax with its default pipeline for the CPU, without tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# read when the threads start: TVM would pin this process to single cores
+# TVM reads this when its threads start; by default it would pin the threads of this process to single cores
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 import tvm
@@ -34,7 +34,7 @@ class _Machine(Compiled):
 
 
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
-    """The executable, loaded."""
+    """Compile a network to an executable, and load it."""
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         module = from_exported_program(export_program(network, inputs))
         executable = tvm.compile(module, target=tvm.target.Target.from_device(tvm.cpu()))
