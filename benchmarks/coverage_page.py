@@ -54,21 +54,21 @@ def _introduction(lists: dict[str, list[dict[str, Any]]], measured: Results) -> 
 `python benchmarks/coverage.py`
 
 {len(measured)} models of {len(families)} families, {len(pruned)} of which have a model that was pruned and proven. {libraries}. Random
-weights of natural size, {SIZES[0]} pixels where the network takes them, half of the hidden neurons removed by variance.
+weights of natural size, images of {SIZES[0]} pixels if the network accepts them, half of the hidden neurons removed by variance.
 
 {markdown_table(("list", "models", *STATUSES), rows)}
 
-- **ok**: pruned, and equal to the dense network in which the removed channels are substituted, to {TOLERANCES[torch.float64]:.0e} in
-  float64 and {TOLERANCES[torch.float32]:.0e} in float32 (or {ROUNDING} times what the dense network itself loses in float32, where that is more).
+- **ok**: pruned, and equal to the dense network with the removed channels substituted, to {TOLERANCES[torch.float64]:.0e} in float64 and
+  {TOLERANCES[torch.float32]:.0e} in float32 (or to {ROUNDING} times the error of the dense network itself in float32, if that is larger).
 - **no blocks**: nothing can be narrowed exactly, for the reasons below. **refused**: another error of vbpfx's own.
-- **wrong**: the pruned network is another function. **untyped**: an exception that is none of vbpfx's. Both are bugs.
+- **wrong**: the pruned network computes another function. **untyped**: an exception that is not one of vbpfx's own. Both are bugs.
 - **blind**: the substitution changes the output too little for a proof. **broken**: the model itself does not run here.
 - **timeout**, **killed**: the limits on a model's time and memory.
 
 In the tables *prunable* is the share of the dense network's multiply-accumulates, at this image size, in products that make,
 carry or contract the hidden axis of a block. *f64*, *f32*, *ONNX* (float32) and *class* (the model's own class, float64) are
-the largest difference of the outputs over the largest output. One model of each family is exported to ONNX. A dash is a form
-that there is none of; where it was tried, the reason stands further down. *s* is the processor time for everything, in seconds.
+the largest difference of the outputs divided by the largest output. One model of each family is exported to ONNX. A dash means
+that there is no such form; if it was tried, the reason is given further down. *s* is the processor time for everything, in seconds.
 
 {machine_line()}"""
 

@@ -37,7 +37,7 @@ from vbpfx.errors import VbpfxError, first_line
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 INTRO = """# Reliability
 
-What was done to break vbpfx, and what came of it. The figures are written by the program named with them.
+This page lists the attempts to break vbpfx, and their results. Each set of figures is written by the program named with it.
 """
 CHUNK = 200
 MOST_FAILURES = 40
