@@ -29,7 +29,7 @@ import vbpfx
 from vbpfx.artifacts.folder import load_beside
 from vbpfx.data.inputs import as_inputs
 from vbpfx.errors import ArtifactError
-from vbpfx.graph.fields import Fields
+from vbpfx.outputs.fields import Fields
 from vbpfx.plans.files import load_plan
 
 FILES = {"plan.json", "plan.safetensors", "model.safetensors", "graph.json", "report.json", "report.html"}

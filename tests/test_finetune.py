@@ -34,9 +34,11 @@ import vbpfx.finetuning.training_data as training_data_module
 from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.demo.digits import accuracy, load_digits, load_trained
 from vbpfx.errors import CalibrationError, CaptureError, FinetuneError
-from vbpfx.finetuning.distillation import Distillation, Signals, choose_features, label_loss
+from vbpfx.finetuning.distillation import Distillation, choose_features, label_loss
 from vbpfx.finetuning.recipes import RECIPES, Recipe, make_recipe
-from vbpfx.graph.fields import result_paths
+from vbpfx.outputs.divergence import divergence
+from vbpfx.outputs.fields import result_paths
+from vbpfx.outputs.watched import Signals
 
 ROUNDING = 1e-9
 
@@ -666,7 +668,7 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
     def break_third(inputs: Inputs) -> Inputs:
         return inputs.map(lambda t: t * (math.nan if next(calls) == 2 else 1))
 
-    with pytest.raises(FinetuneError, match=r"step 3 \(epoch 1, learning rate 0\.0\d+\): lower learning_rate"):
+    with pytest.raises(FinetuneError, match=r"step 3 \(epoch 1, learning rate 0\.0\d+\)\. Lower learning_rate"):
         _finetune(student, teacher, data, augment=break_third)
     with pytest.raises(FinetuneError, match="held-out data is nan before any step"):
         _finetune(student, teacher, data, validation=[data[0] * math.nan])
@@ -757,7 +759,7 @@ def test_no_output_gets_worse(form: str) -> None:
         with torch.no_grad():
             mine, dense = ([t for _, t in result_paths(n(test))] for n in (network.eval(), teacher))
         errors = [float((a - b).square().mean()) for a, b in zip(mine, dense, strict=True)]
-        return [float(distillation.kl(mine[0], dense[0]).mean()), *errors[1:3]]
+        return [float(divergence(mine[0], dense[0]).mean()), *errors[1:3]]
 
     before, after = apart(student), apart(tuned)
     assert all(new < 0.9 * old for new, old in zip(after, before, strict=True)), (before, after)

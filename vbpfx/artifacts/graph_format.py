@@ -31,7 +31,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 
 from vbpfx.artifacts.tree_format import field_name, named_tuple, spec_from_json, spec_to_json
 from vbpfx.errors import ArtifactError
-from vbpfx.graph.fields import Fields
+from vbpfx.outputs.fields import Fields
 
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "data",
                          "requires_grad"})  # fmt: skip

@@ -9,7 +9,7 @@ else is a dictionary with one key.
     {"namedtuple": [name, [[field, ...], ...]]}   a named tuple
     {"returned": [name, [...]]}                   the result of a torch operator, such as ``torch.return_types.max``
 
-A dataclass is read back as :class:`vbpfx.graph.fields.Fields`, and a named tuple as a new class with the same name and
+A dataclass is read back as :class:`vbpfx.outputs.fields.Fields`, and a named tuple as a new class with the same name and
 fields.
 """
 
@@ -27,7 +27,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from vbpfx.errors import ArtifactError
-from vbpfx.graph.fields import Fields, is_record
+from vbpfx.outputs.fields import Fields, is_record
 
 _LEAF = "leaf"
 _MAPPINGS: dict[str, type] = {"dict": dict, "ordered": OrderedDict}

@@ -40,7 +40,7 @@ from vbpfx.cli.measured import InReport, add_to_report
 
 
 class Compared(str, Enum):
-    """The names of :data:`vbpfx.evaluation.evaluate.Compare`."""
+    """The names of :data:`vbpfx.outputs.watched.OutputKind`."""
 
     logits = "logits"
     values = "values"
@@ -113,9 +113,9 @@ def evaluate(
         with busy(f"loading {dense or network}"):
             from vbpfx.artifacts.folder import load_beside
             from vbpfx.data.sources import open_data
-            from vbpfx.evaluation.evaluate import Compare
             from vbpfx.evaluation.evaluate import evaluate as run_evaluate
             from vbpfx.models.names import load_model
+            from vbpfx.outputs.watched import OutputKind
 
             place = device_named(device)
             original = load_model(dense or network, weights).to(place)
@@ -127,7 +127,7 @@ def evaluate(
         if dense and not is_folder:
             note_random_weights(network, None)
         note(str(samples))
-        how: Compare | None = compare.value if compare else None
+        how: OutputKind | None = compare.value if compare else None
         found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=how, progress=shows_progress())
         if is_folder and report:
             add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import LABELS, Inputs, model_device, named_labels, reader
 from vbpfx.display.tables import counted
-from vbpfx.errors import EvaluationError, FinetuneError
+from vbpfx.errors import EvaluationError
 from vbpfx.evaluation.intervals import Mean, PairedDifference, Share
 from vbpfx.evaluation.result import Accuracy, ClassChange, Evaluation
-from vbpfx.finetuning.distillation import Loss, Watched, mask_of, sample_means
 from vbpfx.graph.capture import require_module, share_parameters
 from vbpfx.outputs.divergence import divergence
+from vbpfx.outputs.means import mask_of, sample_means
+from vbpfx.outputs.watched import OutputKind, Watched
 
-Compare = Literal["logits", "values"]
-
-# The loss that belongs to each kind of output.
-_LOSSES: dict[Compare, Loss] = {"logits": "kl", "values": "mse"}
 _MANY = 5  # top-5
 
 
@@ -37,7 +34,7 @@ def evaluate(
     *,
     classes: Sequence[str] | None = None,
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
-    compare: Compare | None = None,
+    compare: OutputKind | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Run both networks on the same samples, and compare their outputs with each other and with the labels.
@@ -68,10 +65,9 @@ def evaluate(
     for network in networks:
         require_module(network)
     read = reader(dense, inputs)
-    if compare not in (None, *get_args(Compare)):
-        raise EvaluationError(f"compare={compare!r} is unknown; use one of {', '.join(get_args(Compare))}")
-    loss = _LOSSES[compare] if compare else None
-    running = [Watched(share_parameters(network), (), loss) for network in networks]
+    if compare not in (None, *get_args(OutputKind)):
+        raise EvaluationError(f"compare={compare!r} is unknown; use one of {', '.join(get_args(OutputKind))}")
+    running = [Watched(share_parameters(network), (), compare, EvaluationError) for network in networks]
     devices = [model_device(network) for network in networks]
     tally = _Tally()
     total = length_hint(batches) or None
@@ -81,14 +77,14 @@ def evaluate(
             try:
                 outputs = []
                 for run, device in zip(running, devices, strict=True):
-                    run.loss = run.loss or running[0].loss
+                    run.compared = run.compared or running[0].compared
                     outputs.append(run(given.to(device)).output.cpu())
                 mask = mask_of(given, outputs[0])
-                if running[0].loss == _LOSSES["values"]:
+                if running[0].compared == "values":
                     tally.add_values(outputs, mask)
                 else:
                     tally.add_logits(outputs, labels, mask)
-            except (FinetuneError, EvaluationError) as error:
+            except EvaluationError as error:
                 raise EvaluationError(f"batch {number} (counted from 1): {error}") from error
             _require_names(classes, tally.outputs)
             advance()

@@ -19,10 +19,10 @@ from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
-from vbpfx.graph.fields import path_name, result_paths
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
 from vbpfx.graph.precision import full_float32
 from vbpfx.outputs.differences import PARITY, relative_error
+from vbpfx.outputs.fields import path_name, result_paths
 from vbpfx.plans.records import Plan
 from vbpfx.storage.files import Write, write_atomically
 

@@ -36,92 +36,18 @@ from torch.utils.hooks import RemovableHandle
 
 from vbpfx.calibration.moments import Moments, widened
 from vbpfx.data.inputs import Inputs
-from vbpfx.distributed.meeting import exchanging
-from vbpfx.errors import FinetuneError, RankError, first_line
-from vbpfx.graph.fields import path_name, result_paths
+from vbpfx.errors import FinetuneError
 from vbpfx.outputs.differences import squared_errors
-from vbpfx.outputs.divergence import divergence as kl
+from vbpfx.outputs.divergence import divergence
+from vbpfx.outputs.means import mask_of, mean_over_samples
+from vbpfx.outputs.watched import OutputKind, Signals, Watched
 
 Loss = Literal["kl", "mse"]
 
-# The names under which a model's output may hold the tensor to compare, by loss.
-_NAMES: dict[str, tuple[str, ...]] = {"kl": ("logits",), "mse": ("last_hidden_state", "logits")}
+# Loss -> the kind of output that it compares.
+COMPARED: dict[Loss, OutputKind] = {"kl": "logits", "mse": "values"}
 # The key of the output among the scales. No module has this name.
 OUTPUT = ""
-
-
-@dataclass(frozen=True)
-class Signals:
-    """The results of one run of a network.
-
-    Attributes:
-        output: the output that is compared.
-        features: watched module -> its outputs, one for each call.
-        others: name -> further floating-point outputs.
-    """
-
-    output: Tensor
-    features: dict[str, list[Tensor]]
-    others: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Watched:
-    """A network with hooks that keep the outputs of some modules in every run. :meth:`stop` removes the hooks.
-
-    Args:
-        network: the network. Nothing but forward hooks is added to it.
-        names: the names of the modules to watch.
-        loss: the loss, which decides which output is compared. With None, the first run decides: logits if there are
-            any, otherwise values.
-
-    Attributes:
-        loss: the loss, which the first run sets if it was None.
-    """
-
-    def __init__(self, network: nn.Module, names: Iterable[str], loss: Loss | None) -> None:
-        self.network, self.loss = network, loss
-        self._seen: dict[str, list[Tensor]] = {}
-        self._handles = [self._watch(network.get_submodule(name), name) for name in names]
-
-    def _watch(self, module: nn.Module, name: str) -> RemovableHandle:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = _floats(output)
-            if tensors:
-                self._seen.setdefault(name, []).append(tensors[0])
-
-        return module.register_forward_hook(keep)
-
-    def __call__(self, inputs: Inputs) -> Signals:
-        """Run the network.
-
-        Raises:
-            FinetuneError: the network does not run on the batch, or its output holds nothing to compare.
-            RankError: the network is sharded over processes, and another process has ended.
-        """
-        self._seen = {}
-        try:
-            with exchanging():
-                output = inputs.run(self.network)
-        except RankError:
-            raise
-        except Exception as error:  # the model may raise any exception
-            raise FinetuneError(
-                f"a batch does not run through {type(self.network).__name__}: {first_line(error)}\n"
-                f"  the batch: {inputs.describe()}"
-            ) from error
-        self.loss = self.loss or ("kl" if _named(output, "kl") else "mse")
-        compared = _compared(output, self.loss)
-        others = {
-            path_name(path): tensor
-            for path, tensor in result_paths(output)
-            if tensor is not compared and tensor.is_floating_point() and tensor.ndim
-        }
-        return Signals(compared, self._seen, others)
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 @dataclass
@@ -175,7 +101,7 @@ class Distillation:
 
     def _apart(self, inputs: Inputs, ours: Tensor, theirs: Tensor, key: str, *, by_divergence: bool) -> Tensor:
         if by_divergence:
-            found = kl(ours, theirs, self.temperature)
+            found = divergence(ours, theirs, self.temperature)
             return self.temperature**2 * mean_over_samples(found, mask_of(inputs, found, key))
         return mean_over_samples(squared_errors(ours, theirs), mask_of(inputs, ours, key)) / self.scales[key]
 
@@ -202,20 +128,6 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     wide = widened(logits)
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long(), reduction="none")
     return mean_over_samples(losses.view(labels.shape), labels != -100)
-
-
-def mean_over_samples(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over samples of each sample's own mean, over the positions that the mask (batch, ...) keeps."""
-    return values.mean() if mask is None else sample_means(values, mask).mean()
-
-
-def sample_means(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return each sample's own mean, (batch,), over the positions that the mask (batch, ...) keeps."""
-    if mask is None:
-        return values.reshape(len(values), -1).mean(-1)
-    positions = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
-    positions, kept = positions.reshape(len(mask), -1), mask.reshape(len(mask), -1)
-    return positions.where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def choose_outputs(student: Signals, teacher: Signals, patterns: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -250,7 +162,7 @@ def choose_features(
     known = {name for name, _ in teacher.named_modules()}
     comparable = []
     common = [name for name in chosen if name in known]
-    watched = [Watched(network, common, loss) for network in (student, teacher)]
+    watched = [Watched(network, common, COMPARED[loss], FinetuneError) for network in (student, teacher)]
     try:
         ours, theirs = (one(example).features for one in watched)
     finally:
@@ -296,35 +208,6 @@ def _repeated_blocks(network: nn.Module) -> list[str]:
     return found
 
 
-def _named(output: Any, loss: Loss) -> list[Tensor]:
-    """Return the tensors of an output from which a loss may be computed."""
-    named = [output.get(n) if isinstance(output, Mapping) else getattr(output, n, None) for n in _NAMES[loss]]
-    tensors = [value for value in named if isinstance(value, Tensor)]
-    if not tensors and not (loss == "kl" and isinstance(output, Mapping)):
-        tensors = [tensor for tensor in _floats(output) if tensor.ndim > 1]
-    return tensors
-
-
-def _compared(output: Any, loss: Loss) -> Tensor:
-    tensors = _named(output, loss)
-    if not tensors:
-        found = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-        hint = (
-            "for embeddings fine-tuning takes loss='mse', and evaluations compare='values'"
-            if loss == "kl"
-            else "wrap the model in one that returns a tensor"
-        )
-        raise FinetuneError(
-            f"the model's output, a {type(output).__name__}{found}, holds no logits or values (samples, ..., classes); {hint}"
-        )
-    return tensors[0]
-
-
-def _floats(output: Any) -> list[Tensor]:
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor]:
     if ours.shape != theirs.shape:
         raise FinetuneError(
@@ -332,16 +215,3 @@ def _comparable(ours: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor
             f"the teacher must be the dense network that was pruned"
         )
     return widened(ours), widened(theirs)
-
-
-def mask_of(inputs: Inputs, values: Tensor, name: str = "") -> Tensor | None:
-    """Return the padding mask as booleans if it fits the two leading axes of the values, otherwise None.
-
-    Args:
-        name: the name of the values. In an encoder-decoder model all values count as the decoder's, with the decoder's
-            mask, unless the name begins with ``encoder``.
-    """
-    decodes = "decoder_input_ids" in inputs.kwargs and not name.removeprefix(":").startswith("encoder")
-    mask = inputs.kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and values.ndim >= 2 and mask.shape == values.shape[:2]
-    return mask.bool() if fits and isinstance(mask, Tensor) else None

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from vbpfx.data.inputs import LABELS, Inputs, named_labels
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError
-from vbpfx.finetuning.distillation import Distillation, Watched, choose_features, choose_outputs, label_loss
+from vbpfx.finetuning.distillation import COMPARED, Distillation, choose_features, choose_outputs, label_loss
 from vbpfx.finetuning.processes import Processes, seed_everything
 from vbpfx.finetuning.recipes import Recipe
 from vbpfx.finetuning.training_data import TrainingData, chunks, seed_of
 from vbpfx.finetuning.training_state import TrainingState
+from vbpfx.outputs.watched import Watched
 from vbpfx.storage.checkpoint import FINETUNE, load_checkpoint, save_checkpoint
 
 Stop = Literal["epochs", "patience", "time"]
@@ -294,7 +295,7 @@ class Training:
 
     @contextmanager
     def _watched(self, network: nn.Module) -> Iterator[Watched]:
-        watched = Watched(network, self.measure.features, self.measure.loss)
+        watched = Watched(network, self.measure.features, COMPARED[self.measure.loss], FinetuneError)
         try:
             yield watched
         finally:

@@ -32,13 +32,14 @@ from vbpfx.data.inputs import Inputs, Place, model_device
 from vbpfx.errors import CaptureError
 from vbpfx.graph.constants import KnownNumbers, fold_numbers
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.fields import tracer_of, without_classes
+from vbpfx.graph.fields import tracer_of
 from vbpfx.graph.recurrent import recurrent_as_leaves, restore_recurrent
 from vbpfx.graph.regions import autocast_devices, inline_regions
 from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
 from vbpfx.graph.whole_process import shared_by_threads
+from vbpfx.outputs.fields import without_classes
 
 # Operator -> the index of its argument that says whether it runs in training mode.
 _TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
@@ -97,7 +98,7 @@ _KEPT = ("nn_module_stack", "stack_trace")
 
 @contextmanager
 def neutral_results(model: nn.Module) -> Iterator[None]:
-    """A context in which the model returns :class:`~vbpfx.graph.fields.Fields` for dataclasses.
+    """A context in which the model returns :class:`~vbpfx.outputs.fields.Fields` for dataclasses.
 
     torch.export does not know the dataclasses of a model.
     """
