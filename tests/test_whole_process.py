@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from vbpfx.graph.frontends import quiet_logging, unfused_attention, unheard
+from vbpfx.display.quiet import quiet_logging, quiet_python
+from vbpfx.display.whole_process import shared_by_threads
+from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
-from vbpfx.graph.whole_process import shared_by_threads
 
 
 def overlapping(
@@ -52,7 +53,7 @@ def overlapping(
 
 STATES: dict[str, tuple[Any, Callable[[], Any], Any]] = {
     "logging": (quiet_logging, lambda: logging.root.manager.disable, logging.CRITICAL),
-    "streams": (unheard, lambda: type(sys.stdout).__name__, "StringIO"),
+    "streams": (quiet_python, lambda: type(sys.stdout).__name__, "StringIO"),
     "attention": (unfused_attention, torch.backends.mha.get_fastpath_enabled, False),
     "precision": (full_float32, lambda: torch.backends.mkldnn.matmul.fp32_precision, "ieee"),
 }
@@ -72,9 +73,9 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from test_whole_process import overlapping
-from vbpfx.runtimes.quiet import silenced
+from vbpfx.display.quiet import quiet_process
 
-overlapping(silenced, lambda: (os.write(1, b"native"), os.write(2, b"native"), print("python")))
+overlapping(quiet_process, lambda: (os.write(1, b"native"), os.write(2, b"native"), print("python")))
 os.write(1, b"heard ")
 print("and heard", flush=True)
 print("errors, too", file=sys.stderr)

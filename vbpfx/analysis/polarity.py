@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from vbpfx.data.inputs import tensors_in
+from vbpfx.display.quiet import quiet_logging
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.frontends import quiet_logging
 
 # What the nonzero entries of a mask stand for.
 Polarity = Literal["tokens", "padding"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import fx
 
 from vbpfx.calibration.checkpoint import CalibrationFile, Work
@@ -18,13 +15,11 @@ from vbpfx.calibration.gathered import over_all_ranks
 from vbpfx.calibration.moments import answers_at_once
 from vbpfx.calibration.prepare import observers
 from vbpfx.data.inputs import Inputs, as_inputs, model_device
+from vbpfx.display.progress import progress_bar
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError, first_line
 
 ReadBatch = Callable[[Any], Inputs]
-# The time left is estimated from the mean pace of this many seconds. That is long enough for slow batches, and short
-# enough to follow a change of pace.
-_PACE = 600.0
 
 
 @joining
@@ -195,25 +190,3 @@ def not_finite(seen: int, block: str, inputs: Inputs | None, observed: fx.GraphM
     else:
         advice = "its input holds NaN or infinity already: leave that batch out"
     return f"batch {seen} (counted from 1) makes NaN or infinite activations in block {block}; {advice}"
-
-
-@contextmanager
-def progress_bar(title: str, total: int | None, progress: bool, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on standard error if ``progress`` is true. Yield a function that advances it by one.
-
-    Args:
-        done: the number of steps that an earlier run has done. They count in the bar, but not in the pace.
-    """
-    if not progress:
-        yield lambda: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=_PACE) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        yield lambda: bar.advance(task)

@@ -22,9 +22,9 @@ from vbpfx.analysis.mutation import read_after_mutation
 from vbpfx.calibration.observer import Observer
 from vbpfx.calibration.passes import Forward, run_forward
 from vbpfx.data.inputs import Inputs, model_device
+from vbpfx.display.quiet import quiet_logging
 from vbpfx.errors import CalibrationError, first_line
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.frontends import quiet_logging
 
 # Whether to compile, or a mapping of arguments for torch.compile.
 Compile = bool | Mapping[str, Any]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from vbpfx.display.quiet import quiet_warnings
 from vbpfx.errors import CalibrationError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -218,8 +218,7 @@ def open_image(path: Path, mode: str) -> Image.Image:
     Raises:
         CalibrationError: it cannot be read. The message is only the reason, without the path.
     """
-    with _decoding(path) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about palettes with transparency
+    with _decoding(path) as image, quiet_warnings():  # Pillow warns about palettes with transparency
         return image.convert(mode)
 
 

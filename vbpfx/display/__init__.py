@@ -1,1 +1,1 @@
-"""What people read: tables, figures in words, and templates of HTML and SVG."""
+"""What people read: tables, figures in words, templates of HTML and SVG, progress bars. And silence for other packages."""

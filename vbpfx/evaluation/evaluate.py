@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.data.inputs import LABELS, Inputs, model_device, named_labels, reader
+from vbpfx.display.progress import progress_bar
 from vbpfx.display.tables import counted
 from vbpfx.errors import EvaluationError
 from vbpfx.evaluation.intervals import Mean, PairedDifference, Share

@@ -7,7 +7,6 @@ patched.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs, argument_names, tensors_in
+from vbpfx.display.quiet import quiet_logging, quiet_warnings
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.frontends import dynamic_shapes, quiet_logging
+from vbpfx.graph.frontends import dynamic_shapes
 from vbpfx.outputs.differences import TOLERANCES, relative_error
 
 
@@ -181,8 +181,7 @@ def export_program(network: nn.Module, inputs: Inputs, *, like: ExportedProgram 
         example, shapes = contract.inputs, contract.dynamic_shapes
         network = _with_kinds(network, like)
     try:
-        with warnings.catch_warnings(), quiet_logging():
-            warnings.simplefilter("ignore")
+        with quiet_warnings(), quiet_logging():
             program = torch.export.export(network, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter and the model may raise any exception
         raise ExportError(

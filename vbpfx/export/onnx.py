@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vbpfx.data.inputs import Inputs, argument_names, tensors_in
+from vbpfx.display.quiet import quiet_python
 from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
-from vbpfx.graph.frontends import dynamic_shapes, neutral_results, unheard
+from vbpfx.graph.frontends import dynamic_shapes, neutral_results
 from vbpfx.graph.precision import full_float32
 from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.outputs.fields import path_name, result_paths
@@ -124,7 +125,7 @@ def _to_program(network: nn.Module, example: Inputs) -> torch.onnx.ONNXProgram:
         name = argument_names(network, example)[-1]
         example = Inputs(example.args[:-1], {name: example.args[-1]})
     exportable = _exportable(network, example)
-    with unheard(), neutral_results(exportable):
+    with quiet_python(), neutral_results(exportable):
         program = torch.onnx.export(
             exportable,
             example.args,

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import LABELS, Inputs, named_labels
+from vbpfx.display.progress import loss_bar
 from vbpfx.distributed.meeting import exchanging
 from vbpfx.errors import FinetuneError
 from vbpfx.finetuning.distillation import COMPARED, Distillation, choose_features, choose_outputs, label_loss
@@ -151,7 +150,7 @@ class Training:
         with (
             self._watched(self.network) as student,
             self._watched(self.teacher) as teacher,
-            _bar(steps, self.state.position.step, progress and self.processes.first) as show,
+            loss_bar("fine-tuning", steps, progress and self.processes.first, self.state.position.step) as show,
         ):
             self._student, self._teacher = student, teacher
             if not self.state.history:
@@ -310,22 +309,3 @@ class Training:
             scaler = self.processes.scaler
             data |= {"scales": self.measure.scales, "scaler": scaler.state_dict() if scaler is not None else None}
             save_checkpoint(FINETUNE, self.path, self._identity, tensors, data)
-
-
-@contextmanager
-def _bar(steps: int, done: int, progress: bool) -> Iterator[Callable[[int, float], None]]:
-    """Show a progress bar on standard error, if ``progress``. Yield a function of the steps done and the loss."""
-    if not progress:
-        yield lambda step, loss: None
-        return
-    columns = (
-        TextColumn("fine-tuning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4g}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=steps, completed=done, loss=math.nan)
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, Place, tensors_in
-from vbpfx.graph.frontends import unfused_attention, unheard
+from vbpfx.display.quiet import quiet_python
+from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
@@ -56,7 +57,7 @@ def find_batch_axes(
         return inputs
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     given = inputs.map(lambda t: t.to("meta")) if on_meta else inputs
-    with torch.random.fork_rng(_cuda_devices(inputs)), unheard(), unfused_attention(), full_float32():
+    with torch.random.fork_rng(_cuda_devices(inputs)), quiet_python(), unfused_attention(), full_float32():
         found: dict[_Follows, Inputs] = {}
         for axes in itertools.islice(hypotheses(given) if likely is None else likely, _MOST):
             follows = _test(model, replace(given, axes=axes))

@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from vbpfx.data.inputs import Inputs, Place, as_inputs, holds_tensor, model_device
+from vbpfx.display.quiet import quiet_logging, quiet_python
 from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
-from vbpfx.graph.frontends import FRONTENDS, quiet_logging, refuse_training_operators, unfused_attention, unheard
+from vbpfx.graph.frontends import FRONTENDS, refuse_training_operators, unfused_attention
 from vbpfx.graph.recurrent import STAND_IN, recurrent_flops
 from vbpfx.graph.regions import AutocastRegionError
 from vbpfx.graph.source import line_of_error
@@ -230,7 +231,7 @@ def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
     alone = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
     if isinstance(alone, Mapping) and inputs.tensors:
         try:
-            with torch.no_grad(), unheard():
+            with torch.no_grad(), quiet_python():
                 inputs.to(model_device(model)).run(share_parameters(model))
         except Exception as error:  # the model may raise any exception
             keys = [str(key) for key in alone]

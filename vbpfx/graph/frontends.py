@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from traceback import FrameSummary
 from typing import Any, Literal
 
@@ -29,6 +26,8 @@ from torch._guards import detect_fake_mode
 from torch.nn.modules import transformer
 
 from vbpfx.data.inputs import Inputs, Place, model_device
+from vbpfx.display.quiet import quiet_python
+from vbpfx.display.whole_process import shared_by_threads
 from vbpfx.errors import CaptureError
 from vbpfx.graph.constants import KnownNumbers, fold_numbers
 from vbpfx.graph.fake import graph_arguments
@@ -38,7 +37,6 @@ from vbpfx.graph.regions import autocast_devices, inline_regions
 from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
-from vbpfx.graph.whole_process import shared_by_threads
 from vbpfx.outputs.fields import without_classes
 
 # Operator -> the index of its argument that says whether it runs in training mode.
@@ -65,10 +63,10 @@ def _trace_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     shapes = dynamic_shapes(model, example, batch=torch.export.Dim.AUTO)
     device = model_device(model)
     # without gradients, because a no_grad region in the model would otherwise become a subgraph of its own;
-    # unheard, because torch.export prints the graph where the model's code depends on values
+    # quiet, because torch.export prints the graph where the model's code depends on values
     numbers = KnownNumbers(model)
     with (
-        unheard(), unfused_attention(), masks_as_given(), torch.no_grad(),
+        quiet_python(), unfused_attention(), masks_as_given(), torch.no_grad(),
         numbers, recurrent_as_leaves(model), neutral_results(model),
     ):  # fmt: skip
         program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
@@ -151,7 +149,7 @@ def fixing_line(model: nn.Module, inputs: Inputs, axes: Collection[tuple[Place, 
     args, kwargs = example.by_place(dynamic)
     shapes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     try:
-        with unheard(), unfused_attention(), torch.no_grad():
+        with quiet_python(), unfused_attention(), torch.no_grad():
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         values = [node.meta.get("val") for node in program.graph.nodes]
         mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
@@ -190,28 +188,6 @@ def unfused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@shared_by_threads
-@contextmanager
-def quiet_logging() -> Iterator[None]:
-    """Switch off logging. Exporters log every failed attempt, and a final error says the same in one line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-@shared_by_threads
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Suppress warnings, logging, and Python's standard output and error."""
-    nothing = io.StringIO()
-    with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings(), quiet_logging():
-        warnings.simplefilter("ignore")
-        yield
 
 
 FRONTENDS: Mapping[Literal["symbolic", "export"], Callable[[nn.Module, Inputs], fx.GraphModule]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vbpfx.graph.whole_process import shared_by_threads
+from vbpfx.display.whole_process import shared_by_threads
 
 
 @shared_by_threads

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
-from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.calibration.samples import Samples
 from vbpfx.data.inputs import Inputs, tensors_in
+from vbpfx.display.progress import progress_bar
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fields import returned_nodes

@@ -9,7 +9,6 @@ import argparse
 import importlib
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, model_dtype
+from vbpfx.display.quiet import quiet_logging, quiet_warnings
 from vbpfx.errors import ModelError, first_line
-from vbpfx.graph.frontends import quiet_logging
 from vbpfx.models.weightless import architecture
 
 FORMS = "timm:NAME, torchvision:NAME, hf:NAME-or-folder or module:callable"
@@ -90,8 +89,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         # timm's training script puts its arguments beside the weights: a Namespace runs no code
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # what is wrong with a file is said once, by the error
+        # what is wrong with a file is said once, by the error
+        with quiet_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read weights from {path}: {first_line(error)}") from error
@@ -141,8 +140,7 @@ def _of_torchvision(name: str, rest: str) -> nn.Module:
     # no downloads: detection and segmentation models would fetch a backbone
     signature = inspect.signature(models.get_model_builder(rest))
     extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of inception and googlenet: that other versions draw other random weights
+    with quiet_warnings():  # of inception and googlenet: that other versions draw other random weights
         model: nn.Module = models.get_model(rest, weights=None, **extra)
     return model
 

@@ -14,7 +14,6 @@ once, but layers that are narrowed independently must not share one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vbpfx.display.quiet import quiet_warnings
 from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.names import free_name, register, suggested
 
@@ -245,8 +245,7 @@ class Builder:
         return node
 
     def _register(self, name: str, constant: Constant, layout: Layout, learned: bool) -> fx.Node:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that the file's memory is read-only; nothing writes to it
+        with quiet_warnings():  # torch warns that the file's memory is read-only; nothing writes to it
             tensor = torch.from_numpy(np.asarray(widened(constant.array)))
         tensor = tensor.T if layout == "transposed" else tensor.reshape(-1) if layout == "flat" else tensor
         register(self.root, name, nn.Parameter(tensor) if learned and tensor.is_floating_point() else tensor)

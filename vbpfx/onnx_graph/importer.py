@@ -20,9 +20,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from vbpfx.data.inputs import Inputs
+from vbpfx.display.quiet import quiet_logging
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.graph.fake import sentinel
-from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.builder import (
     Builder,
     Constant,

@@ -22,10 +22,10 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import MaskArgument
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.data.inputs import Inputs, Place
+from vbpfx.display.quiet import quiet_logging
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
 from vbpfx.graph.capture import Captured, captured_file
-from vbpfx.graph.frontends import quiet_logging
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
 from vbpfx.onnx_graph.file import (
     has_external_data,

@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import MaskArgument
-from vbpfx.calibration.calibrate import misfit, not_finite, progress_bar
+from vbpfx.calibration.calibrate import misfit, not_finite
 from vbpfx.calibration.moments import Moments
 from vbpfx.calibration.observer import Observer
 from vbpfx.calibration.prepare import Statistics, observers, prepare
 from vbpfx.data.inputs import Inputs
+from vbpfx.display.progress import progress_bar
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.pipeline.loading import Loading, Loans, Piece, runnable

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import MaskArgument
-from vbpfx.calibration.calibrate import progress_bar
 from vbpfx.calibration.samples import Samples
 from vbpfx.data.inputs import Inputs, model_device
+from vbpfx.display.progress import progress_bar
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.elimination import PENALTY, elimination_costs

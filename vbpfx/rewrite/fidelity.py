@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import LEFT_OUT, Inputs, Place, left_out, model_device, tensors_in
+from vbpfx.display.quiet import quiet_python
 from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_tensors, share_parameters
-from vbpfx.graph.frontends import fixing_line, unfused_attention, unheard
+from vbpfx.graph.frontends import fixing_line, unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.graph.source import line_of_node
 from vbpfx.outputs.differences import relative_error, tolerance_of
@@ -79,7 +80,7 @@ def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
     if found is None:
         return
     name, both = found
-    with torch.random.fork_rng([]), unheard(), torch.no_grad():
+    with torch.random.fork_rng([]), quiet_python(), torch.no_grad():
         try:
             both.first(_SAMPLES).to(model_device(model)).run(share_parameters(model))
         except Exception:  # the model does not accept it as an argument, so leaving it out is right
@@ -110,7 +111,7 @@ class _Held:
 
     def against(self, others: Iterable[Inputs]) -> Captured:
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), unheard(), unfused_attention():
+        with torch.random.fork_rng(cuda), quiet_python(), unfused_attention():
             try:
                 expected = self._run(self.copy, self.inputs)
             except Exception:  # the model itself does not run; calibration reports it, with the batch

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from vbpfx.data.inputs import Inputs
+from vbpfx.display.quiet import quiet_process
 from vbpfx.errors import ExportError, VbpfxError, first_line
 from vbpfx.export.onnx import export_onnx
 from vbpfx.runtimes.interface import Compiled, Runtime
-from vbpfx.runtimes.quiet import silenced
 
 # name -> adapter, package, extra, and the multiple at which widths are fast (docs/deployment.md,
 # benchmarks/rounding.py)
@@ -41,7 +41,7 @@ def runtime(name: str) -> Runtime:
     """
     file, package, extra, round_to = _adapter(name)
     try:
-        with silenced():
+        with quiet_process():
             adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
     except ImportError as error:
         raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install {package}") from error
@@ -88,7 +88,7 @@ def _named(name: str, compile: Callable[..., Compiled]) -> Callable[..., Compile
     @functools.wraps(compile)
     def compile_or_say(*args: Any) -> Compiled:
         try:
-            with silenced():
+            with quiet_process():
                 return compile(*args)
         except VbpfxError as error:
             raise type(error)(f"{name}: {error}") from error
