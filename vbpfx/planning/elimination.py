@@ -5,8 +5,8 @@ K, with weights V. Removing one more neuron j adds
 
     |v_j|^2 / [A^-1]_jj,    A = C_KK + lambda I,
 
-to the squared error of y, where v_j is column j of V. The new fit is V - v_j [A^-1]_j: / [A^-1]_jj (Hassibi and Stork
-1993, applied to a layer's regression).
+to the squared error of y, where v_j is column j of V. The new fit is V - v_j [A^-1]_j: / [A^-1]_jj, where [A^-1]_j: is
+row j (Hassibi and Stork 1993, applied to a layer's regression).
 
 A^-1 and V both change by a matrix of rank one. Applying these changes one by one would move d^2 numbers through memory
 for every neuron. Here they are collected as factors and applied in blocks by one matrix product, which gives the same
@@ -90,8 +90,8 @@ def elimination_costs(
 class _Elimination:
     """A^-1 and V for one consumer input. The last few removals are not applied to them yet, but kept as factors.
 
-    With p = [A^-1]_jj, removing j means A^-1 -= x x^T and V -= u x^T, where x = [A^-1]_:j / sqrt(p) and u = v_j /
-    sqrt(p).
+    With p = [A^-1]_jj, removing j means A^-1 -= x x^T and V -= u x^T, where x = [A^-1]_:j / sqrt(p) and
+    u = v_j / sqrt(p).
     """
 
     def __init__(self, covariance: Tensor, weight: Tensor, penalty: float, block: int) -> None:
