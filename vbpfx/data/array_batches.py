@@ -1,4 +1,4 @@
-"""Calibration data from ``.npy`` and ``.npz`` files, batch by batch."""
+"""Read calibration data from ``.npy`` and ``.npz`` files, batch by batch."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def require_options_for(
     max_length: int | None = None,
     **of_images: Any,
 ) -> None:
-    """Raise a CalibrationError where an option of :func:`open_data` is out of range, or is not for this kind of data."""
+    """Raise a CalibrationError if an option of :func:`open_data` is out of range, or is not for this kind of data."""
     for what, value, least in (("batch", batch, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise CalibrationError(f"{what} must be at least {least}, found {value}")

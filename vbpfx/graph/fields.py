@@ -1,6 +1,7 @@
 """Graphs that return ``Fields``: which nodes make them, and a tracer that knows them.
 
-Networks that earlier versions pickled look for :class:`~vbpfx.outputs.fields.Fields` in this module, so it can be imported from here.
+Networks that earlier versions pickled look for :class:`~vbpfx.outputs.fields.Fields` in this module, so it can be
+imported from here.
 """
 
 from __future__ import annotations

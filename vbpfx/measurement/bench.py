@@ -167,7 +167,7 @@ class _File(_Subject):
         try:
             session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
             return run_session(session, inputs)
-        except Exception as error:  # ONNX Runtime has its own kinds
+        except Exception as error:  # ONNX Runtime has exceptions of its own
             raise ExportError(f"{self.path} does not run in ONNX Runtime: {first_line(error)}") from error
 
 
@@ -187,7 +187,7 @@ def _bench(
 ) -> BenchResult:
     if min((*how.batches, *how.threads, how.rounds)) < 1:
         raise ExportError("batch sizes, threads and rounds must be positive")
-    chosen = [runtime(name) for name in how.runtimes]  # all of them, before any is measured
+    chosen = [runtime(name) for name in how.runtimes]  # an unknown runtime is refused before any is measured
     batch_inputs = {size: example.resized(size) for size in how.batches}
     expected = {size: tuple(side.outputs(inputs) for side in sides) for size, inputs in batch_inputs.items()}
     for dense, pruned in expected.values():

@@ -1,1 +1,1 @@
-"""ONNX files as executable torch.fx graphs, and the way back."""
+"""Import ONNX files as executable torch.fx graphs, and write narrowed graphs back to ONNX files."""

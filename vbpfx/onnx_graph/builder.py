@@ -107,7 +107,8 @@ class Builder:
         node, hint: the current ONNX node, and the name for the fx nodes that are made for it.
         values: ONNX value -> what it became.
         stored: parameter -> the tensor in the file.
-        places: (fx node, path of an integer among its arguments) -> where the file states it, or None if it does not.
+        places: (fx node, path of an integer among its arguments) -> where the file states it, or None if it does not
+            state it.
         made_by: fx node -> the ONNX nodes that it computes.
     """
 

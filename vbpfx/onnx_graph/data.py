@@ -1,4 +1,4 @@
-"""Data for an ONNX file from one path: arrays for its inputs, or a folder of images where it takes images."""
+"""Open data for an ONNX file from one path: arrays for its inputs, or a folder of images if it takes images."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ def data_for_file(
     shape: tuple[int, ...] | None = None,
     **reading: Any,
 ) -> ArrayBatches | Data:
-    """The samples at a path in batches for an ONNX file, of the file's own batch size where that is fixed.
+    """Read the samples at a path in batches for an ONNX file, with the file's own batch size if that is fixed.
 
-    An array of an ``.npz`` belongs to the input of its name. It has the input's axes, with all samples on the axis that the input
-    has them on (the file says which: they have one name), or one more in front, where all arrays do: then each entry is a batch. What
-    has no axis of samples, such as a number, goes with every batch.
+    An array of an ``.npz`` belongs to the input of the same name. It has the input's axes, with all samples on the
+    input's batch axis. The batch axis is known by its name, which is the same in all inputs. Or all arrays have one
+    axis more in front, and each entry along it is a batch. An array without a batch axis, such as a number, is passed
+    with every batch.
 
-    A folder of images is read for a file with one input of (samples, channels, height, width). Where the file does not state these
-    sizes, ``shape`` does.
+    A folder of images is read for a file with one input of (samples, channels, height, width). If the file does not
+    state these sizes, pass ``shape``.
 
     Args:
         path: the ONNX file.
         data: ``.npy``, ``.npz``, or a folder of images.
-        batch, limit, seed, shape, reading: as :func:`vbpfx.open_data` takes them. ``limit`` counts batches where each entry of an array
-            is one.
+        batch, limit, seed, shape, reading: as for :func:`vbpfx.open_data`. If each entry of an array is a batch,
+            ``limit`` counts batches.
 
     Raises:
-        CalibrationError: the data cannot be read, or does not go with the file.
+        CalibrationError: the data cannot be read, or does not fit the file.
     """
     data = Path(data)
     require_options_for(data, batch=batch, limit=limit, shape=shape, **reading)
@@ -60,11 +61,11 @@ def data_for_file(
 
 
 class OnnxFile(nn.Module):
-    """Stands where :func:`vbpfx.open_data` asks for a model: an ONNX file does not say how images are prepared."""
+    """A stand-in for the model that :func:`vbpfx.open_data` needs. An ONNX file does not say how to prepare images."""
 
 
 def _images(data: Path, fixed: int | None, *, batch: int, limit: int | None, **reading: Any) -> Data:
-    """The images of a folder; where the file's batch size is fixed, no more of them than fill whole batches."""
+    """Return the images of a folder. If the file's batch size is fixed, a last incomplete batch is left out."""
     found = open_data(data, OnnxFile(), batch=fixed or batch, limit=limit, **reading)
     rest = found.samples % found.batch if fixed else 0
     if rest == found.samples:
@@ -75,10 +76,10 @@ def _images(data: Path, fixed: int | None, *, batch: int, limit: int | None, **r
 
 
 def _image_shape(path: Path, inputs: Sequence[ir.Value]) -> tuple[int, ...]:
-    """Channels, height and width of the images that a file takes.
+    """Return the channels, height and width of the images that a file takes.
 
     Raises:
-        CalibrationError: the file does not say, or takes something else.
+        CalibrationError: the file does not state them, or does not take images.
     """
     sizes = list(inputs[0].shape or ()) if len(inputs) == 1 else []
     image = tuple(size for size in sizes[1:] if isinstance(size, int))

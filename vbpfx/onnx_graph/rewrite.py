@@ -34,7 +34,7 @@ def rewrite(model: ir.Model, imported: Imported, captured: Captured, plan: Plan,
         ExportError: a size that has to change cannot be changed in the file.
     """
     if carried(plan):
-        ShapeInferencePass()(model)  # for the precision of the statistics
+        ShapeInferencePass()(model)  # the corrections of statistics need to know their precision
     file = OnnxEdit(model)
     dense, narrow = named_tensors(captured.graph_module), named_tensors(small)
     for name, stored in imported.stored.items():

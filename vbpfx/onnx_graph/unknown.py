@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a value from running the file: its dtype, and its shape at every batch size that was run."""
+    """A value's dtype, and its shape at every batch size at which the file was run."""
 
     dtype: np.dtype[Any]
     shapes: list[Shape]

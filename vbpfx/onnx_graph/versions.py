@@ -14,7 +14,7 @@ from onnx import version_converter
 
 from vbpfx.errors import CaptureError, first_line
 
-OLDEST_OPSET = 7  # what ONNX Runtime promises to run
+OLDEST_OPSET = 7  # the oldest opset that ONNX Runtime supports
 READ_FROM = 13
 _CONVERTED = "vbpfx.converted_from"
 _RESIZED_ALIKE = 11  # from this opset on, Resize has an attribute for the coordinate transformation

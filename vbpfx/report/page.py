@@ -60,7 +60,7 @@ def update_report(
 
 
 def _spectra(spectra: Mapping[str, Spectrum]) -> dict[str, Any] | None:
-    """Return the charts on a common scale, whether any goes beyond it, and whether columns stand for several neurons."""
+    """Return the charts on one common scale, whether any exceeds it, and whether columns stand for several neurons."""
     if not spectra:
         return None
     drawn = _drawn(spectra)

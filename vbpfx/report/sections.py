@@ -12,7 +12,7 @@ from vbpfx.rewrite.verify import Verification
 
 
 def refusals_by_reason(report: Report) -> list[tuple[str, list[tuple[str, int, str]]]]:
-    """Return the axes that could not be narrowed, as (label, width, node), by reason, the most frequent reason first."""
+    """Return the axes that could not be narrowed, as (label, width, node), by reason, most frequent reasons first."""
     reasons: dict[str, list[tuple[str, int, str]]] = {}
     for refusal in report.refusals:
         reasons.setdefault(refusal.reason, []).append((refusal.label, refusal.width, refusal.node))

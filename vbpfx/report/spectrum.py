@@ -47,7 +47,7 @@ class Spectrum:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """The first rank of every entry, and N."""
+        """The first rank of every entry, followed by N."""
         return tuple(i * self.neurons // len(self.variances) for i in range(len(self.variances) + 1))
 
     @classmethod
