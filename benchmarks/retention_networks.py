@@ -33,7 +33,8 @@ class Network:
         model: the network in eval mode on the CPU.
         example: a few samples for tracing and for the substitution oracle.
         samples: number of available calibration samples.
-        calibration: function from a number of samples to batches with that many samples in total.
+        calibration: function from a number of samples to batches with that many samples in total; they do not depend on how
+            many samples are available.
         test_samples: number of test samples.
         output: function that runs a network on the test data.
         judge: function from the dense and the pruned network's output to the figures.
