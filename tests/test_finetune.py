@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from students import CLASSES, FEATURES, Plain, pair
 from students import batches as make_batches
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, WeightedRandomSampler
 
 import vbpfx
@@ -133,19 +135,66 @@ def test_recorded_losses_are_those_of_the_networks() -> None:
 # recipes
 
 
+def rates_of(schedule: LRScheduler, steps: int) -> Iterator[float]:
+    for _ in range(steps):
+        yield schedule.optimizer.param_groups[0]["lr"]
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def scheduled(recipe: Recipe, steps: int) -> list[float]:
+    """The learning rates of a whole run."""
+    parameters = [{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": recipe.learning_rate}]
+    return list(rates_of(recipe.schedule(torch.optim.SGD(parameters, lr=recipe.learning_rate), 0, steps), steps))
+
+
 def test_the_papers_recipe() -> None:
     paper = RECIPES["paper"]
     assert (paper.epochs, paper.learning_rate, paper.weight_decay) == (10, 1.5e-5, 0.01)
     assert (paper.temperature, paper.feature_weight, paper.max_norm, paper.patience) == (1.0, 0.0, None, None)
-    assert [paper.rate(step, 100) for step in (0, 50)] == [1.5e-5, pytest.approx(0.75e-5)]
-    assert 0 < paper.rate(99, 100) < 1e-8
+    rates = scheduled(paper, 100)
+    assert [rates[step] for step in (0, 50)] == [1.5e-5, pytest.approx(0.75e-5)]
+    assert 0 < rates[99] < 1e-8
 
 
 def test_warm_up_rises_then_the_cosine_falls() -> None:
     recipe = make_recipe("paper", learning_rate=8.0)
     recipe = Recipe(**{**vars(recipe), "warmup": 0.4})
-    assert [recipe.rate(step, 10) for step in range(5)] == [2.0, 4.0, 6.0, 8.0, 8.0]
-    assert recipe.rate(7, 10) == pytest.approx(4.0)
+    rates = scheduled(recipe, 10)
+    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
+    assert rates[7] == pytest.approx(4.0)
+
+
+def test_a_warm_up_may_take_every_step() -> None:
+    recipe = Recipe(**{**vars(make_recipe("paper", learning_rate=8.0)), "warmup": 0.99})
+    assert scheduled(recipe, 4) == [2.0, 4.0, 6.0, 8.0]
+
+
+def test_every_step_has_its_learning_rate(tmp_path: Path) -> None:
+    """Torch's own LinearLR and CosineAnnealingLR, which compute every rate from the one before, say what the rates are."""
+    student, teacher = pair(Plain)
+    rates: list[float] = []
+    options: dict[str, Any] = {
+        "warmup": 0.25,
+        "epochs": 4,
+        "learning_rate": 1e-2,
+        "max_norm": None,
+        "checkpoint": tmp_path,
+    }
+    recipe = Recipe(**{**vars(RECIPES["paper"]), **{name: options.pop(name) for name in ("warmup", "max_norm")}})
+    noting = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        _finetune(student, teacher, make_batches(5), recipe=recipe, held_out=0, max_seconds=0, **options)
+        begun = len(rates)
+        _finetune(student, teacher, make_batches(5), recipe=recipe, held_out=0, **options)
+    finally:
+        noting.remove()
+    steps, rise = 20, 5
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    parts = [LinearLR(optimizer, 1 / rise, total_iters=rise - 1), CosineAnnealingLR(optimizer, steps - rise)]
+    expected = list(rates_of(SequentialLR(optimizer, parts, [rise]), steps))
+    assert 0 < begun < steps  # the rest goes on from a checkpoint
+    assert rates == pytest.approx(expected, rel=0, abs=1e-12)
 
 
 def test_the_paper_is_adamw_on_the_kl() -> None:

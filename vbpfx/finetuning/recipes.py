@@ -23,6 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
 from vbpfx.errors import FinetuneError
 
 
@@ -53,12 +56,23 @@ class Recipe:
     patience: int | None
     mixing: float = 1.0
 
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step, counted from 0: a linear rise, then half a cosine down to zero."""
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> LambdaLR:
+        """Return the learning rates of a run: a linear rise, then half a cosine that reaches zero after the last step.
+
+        Each rate is computed from the number of its step alone, so a run that goes on needs no state of the schedule.
+
+        Args:
+            optimizer: its groups hold ``initial_lr``.
+            step: the step to begin with, counted from 0.
+            steps: of the whole run.
+        """
         rise = round(self.warmup * steps)
-        if step < rise:
-            return self.learning_rate * (step + 1) / rise
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+        fall = max(1, steps - rise)
+
+        def factor(step: int) -> float:
+            return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / fall))
+
+        return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
 RECIPES = {

@@ -87,7 +87,11 @@ class Training:
         self.network, self.teacher, self.trained, self.data = network, teacher, trained, data
         self.recipe, self.measure, self.settings, self.processes = recipe, measure, settings, processes
         self.optimizer = processes.prepare(
-            torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+            torch.optim.AdamW(
+                [{"params": trained, "initial_lr": recipe.learning_rate}],
+                lr=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+            )
         )
         self.state = TrainingState(network, self.optimizer)
         self.deadline = math.inf
@@ -147,6 +151,7 @@ class Training:
         self.deadline = time.monotonic() + max_seconds
         size = self.settings.accumulate * self.processes.count
         steps = len(chunks(self.data.order(0), size)) * self.recipe.epochs
+        self._schedule = self.recipe.schedule(self.optimizer, self.state.position.step, steps)
         with (
             self._watched(self.network) as student,
             self._watched(self.teacher) as teacher,
@@ -161,11 +166,11 @@ class Training:
                         f"the student's loss on the held-out data is {held_out} before any step: "
                         f"look at its outputs, and the teacher's, for NaN or infinity"
                     )
-            stopped = self._run_epochs(steps, size, show)
+            stopped = self._run_epochs(size, show)
         self.state.restore_best()
         return stopped
 
-    def _run_epochs(self, steps: int, size: int, show: Callable[[int, float], None]) -> Stop:
+    def _run_epochs(self, size: int, show: Callable[[int, float], None]) -> Stop:
         at = self.state.position
         while at.epoch < self.recipe.epochs:
             if self._impatient():
@@ -175,7 +180,7 @@ class Training:
             batches = self.data.read([unit for group in own for unit in group])
             over = False
             for number, group in enumerate(own, start=1):
-                over = self._step(itertools.islice(batches, len(group)), steps)
+                over = self._step(itertools.islice(batches, len(group)))
                 show(at.step, at.mean_loss)
                 if over and number < len(own):
                     self._save()
@@ -191,9 +196,9 @@ class Training:
                 return "time"
         return "epochs"
 
-    def _step(self, batches: Iterator[Any], steps: int) -> bool:
+    def _step(self, batches: Iterator[Any]) -> bool:
         """Make one step of the optimizer. Return whether the time is over in any process."""
-        at, rate = self.state.position, self.recipe.rate(self.state.position.step, steps)
+        at, rate = self.state.position, self._schedule.get_last_lr()[0]
         self._seed(_STEP, at.step, self.processes.rank)
         self.network.train()
         self.optimizer.zero_grad()
@@ -225,9 +230,8 @@ class Training:
                 parameter.grad /= samples
         if self.recipe.max_norm is not None:
             self.processes.clip(self.trained, self.recipe.max_norm)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
         self.optimizer.step()
+        self._schedule.step()
         at.group, at.step = at.group + 1, at.step + 1
         at.loss, at.samples = at.loss + loss, at.samples + samples
         return late > 0
