@@ -42,8 +42,9 @@ class Recipe:
         feature_weight: the weight of the feature loss; 0 for none.
         max_norm: the norm to which the gradient is clipped; None for no clipping.
         patience: stop after this many epochs without a better held-out loss; None for never.
-        mixing: alpha. After every epoch, the weights start + alpha (trained - start) are evaluated and returned
-            (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, equation 1). 1 uses the trained weights as they are.
+        mixing: alpha. The weights that are evaluated after every epoch, and returned, are start + alpha (trained -
+            start) (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, equation 1). 1 uses the trained weights as they
+            are.
     """
 
     epochs: int

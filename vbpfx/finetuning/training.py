@@ -122,7 +122,7 @@ class Training:
 
         Args:
             folder: the folder.
-            every: write a checkpoint after every so many steps, besides that after every epoch.
+            every: the number of steps between checkpoints; None writes one only after every epoch.
             resume: whether to resume.
             digests: the digests of student and teacher, by which a checkpoint of another run is recognised.
         """

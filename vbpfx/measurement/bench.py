@@ -67,8 +67,7 @@ def bench(
 
     Returns:
         One row for each runtime, number of threads and batch size. If a runtime does not accept a network, its row
-        holds the
-            error message instead of figures.
+        holds the error message instead of figures.
 
     Raises:
         ExportError: a runtime is unknown or not installed, a number is not positive, or the two networks do not have

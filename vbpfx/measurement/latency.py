@@ -200,7 +200,7 @@ def _everywhere_alike(latencies: Latencies, blocks: Sequence[Block], target: flo
         exact = {b.name: max(floor[b.name], round((1 - share) * b.width / round_to) * round_to) for b in blocks}
         return {b.name: min(b.width, exact[b.name]) for b in blocks}
 
-    # 257 is prime, so these widths are as odd as those that a budget leaves, which affects the speed of runtimes
+    # 257 is prime, so these widths are not round numbers, like those that a budget leaves; this affects runtimes
     shares = [step / 257 for step in range(1, 241)]
     return widths(min(shares, key=lambda share: abs(latencies.ratio(widths(share)) - target)))
 

@@ -27,8 +27,8 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     Args:
         captured: the dense graph. It is not changed.
         plan: the neurons to keep (K), and a and B, which replace the others (P).
-        share: share the parameters that are not narrowed with the model instead of copying them. Use it for inference,
-            or if the model hardly fits into memory. Buffers are never shared.
+        share: do not copy parameters that are not narrowed, but share them with the model. Use it for inference, or if
+            the model hardly fits into memory. Buffers are never shared.
 
     Raises:
         ArtifactError: the plan was made for another model, or on a graph of another front end.

@@ -97,7 +97,8 @@ def _by_its_code(error: float, small: nn.Module, plan: Plan, inputs: Inputs) -> 
 def measure_loss(captured: Captured, inputs: Inputs, dense: list[Tensor], precision: torch.dtype) -> float | None:
     """Return the rounding error of the dense network's output relative to float64; None if it does not run in float64.
 
-    The rounding error of float64 itself is estimated: it is that of float32 times the ratio of their machine epsilons.
+    For a network in float64 it is estimated: it is the rounding error of float32 times the ratio of the two machine
+    epsilons.
     """
     try:
         wide = Steps(share_parameters(captured.graph_module), inputs, torch.float64).finish()

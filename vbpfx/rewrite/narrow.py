@@ -41,7 +41,7 @@ def narrowed(
 
     Args:
         root: the model, or its graph.
-        share: share the parameters that are not narrowed with ``root``. Buffers are never shared.
+        share: do not copy parameters that are not narrowed, but share them with ``root``. Buffers are never shared.
         instead: modules of ``root`` -> modules with the same parameters that replace them.
     """
     tensors = named_tensors(root)

@@ -22,9 +22,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a narrowed copy of the model in its own class. The model itself is not changed.
 
     Train this copy rather than a captured graph: it keeps its dropout, stochastic depth and BatchNorm behaviour, which
-    a graph captured in eval mode has lost. If the model's code computes with a width that it remembers (``self.hidden
-    ** -0.5``), no change of its tensors can correct that. So check the result with :func:`vbpfx.verify`, as
-    ``Pruned.apply_to`` does.
+    a graph captured in eval mode has lost. If the model's code computes with a width that it remembers, such as
+    ``self.hidden ** -0.5``, no change of its tensors can correct that. So check the result with :func:`vbpfx.verify`,
+    as ``Pruned.apply_to`` does.
 
     The ``config`` of a Hugging Face model is changed to describe the result if it can. If the plan was made with
     ``uniform=True`` it must, so that ``from_pretrained`` reads what ``save_pretrained`` writes.
