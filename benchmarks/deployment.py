@@ -24,7 +24,7 @@ from own_process import in_a_process
 from results_page import PAGE, machine_line, markdown_table, write_section
 
 import vbpfx
-from vbpfx.runtimes.table import NAMES
+from vbpfx.runtimes.adapters import NAMES
 from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "deployment.json"
@@ -150,7 +150,10 @@ def _missing(rows: Sequence[dict[str, Any]]) -> str:
 def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
     """Write the section on deployment into the page."""
     order = {name: place for place, name in enumerate(NETWORKS)}
-    rows = sorted(results.values(), key=lambda r: (order.get(r["network"], 0), NAMES.index(r["runtime"]), r["ratio"]))
+    rows = sorted(
+        results.values(),
+        key=lambda r: (order.get(r["network"], 0), r["runtime"] != "pytorch", r["runtime"], r["ratio"]),
+    )
     columns = ("network", "runtime", "p", "ms", "speed-up", "efficiency", "parity", "MB")
     machines = sorted({row["machine"] for row in rows if "machine" in row})
     versions = sorted({f"{name} {version}" for row in rows for name, version in row.get("versions", {}).items()})

@@ -23,7 +23,8 @@ from torch import nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.measurement.timing import Spread, alternating
-from vbpfx.runtimes.table import NAMES, runtime
+from vbpfx.runtimes.adapters import NAMES
+from vbpfx.runtimes.table import runtime
 from vbpfx.storage.files import json_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rounding.json"
@@ -73,7 +74,7 @@ def write_page(results: dict[str, dict[str, Any]], page: Path) -> None:
 
 `python benchmarks/rounding.py`
 
-The value of `round_to` in `vbpfx/runtimes/table.py` follows from these measurements. It is the multiple at which the time of a
+The value of `round_to` in `vbpfx/runtimes/adapters/` follows from these measurements. It is the multiple at which the time of a
 runtime stays near a straight line. It is recorded if missing this multiple costs more time than the neurons that rounding up
 adds. For ONNX Runtime the multiple follows from its convolutions, which leave their fast layout at widths that are not
 multiples of 8. To see this, compare EfficientNet-B0 at 10% with 10% to 8 in the table above.

@@ -22,7 +22,7 @@ from vbpfx.errors import ExportError
 from vbpfx.export.onnx import export_onnx
 from vbpfx.measurement.timing import Spread, alternating, interleaved
 from vbpfx.runtimes import table
-from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.interface import About, Compiled, Runtime
 
 
 class Clock:
@@ -73,7 +73,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
     real = table.runtime
 
     def runtime(name: str) -> Runtime:
-        return Runtime(name, "torch", "", made[name]) if name in made else real(name)
+        return Runtime(name, About("torch"), made[name]) if name in made else real(name)
 
     monkeypatch.setattr(
         importlib.import_module("vbpfx.measurement.bench"), "runtime", runtime

@@ -28,7 +28,7 @@ from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.options import METHODS
 from vbpfx.planning.scores import CRITERIA
 from vbpfx.plans.files import load_plan
-from vbpfx.runtimes.table import NAMES
+from vbpfx.runtimes.adapters import NAMES
 
 MLP = "cli_networks:mlp"
 

@@ -18,7 +18,7 @@ from vbpfx.graph.capture import Frontend
 from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.latency import block_network
 from vbpfx.planning.latency_table import Latencies
-from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.interface import About, Compiled, Runtime
 
 # Constant cost of every call of the runtime, in multiply-accumulates.
 OVERHEAD = 2000
@@ -48,7 +48,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every runtime take one second per multiply-accumulate, plus a constant for the call."""
     clock = _Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    engine = Runtime("counted", "none", "", lambda network, inputs, threads: _Counted(clock, network, inputs))
+    engine = Runtime("counted", About("none"), lambda network, inputs, threads: _Counted(clock, network, inputs))
     monkeypatch.setattr("vbpfx.measurement.latency.find_runtime", lambda name: engine)
 
 

@@ -23,7 +23,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.measurement.bench import bench_files
 from vbpfx.runtimes import memory, table
-from vbpfx.runtimes.interface import Compiled, Runtime
+from vbpfx.runtimes.interface import About, Compiled, Runtime
 from vbpfx.runtimes.memory import peak_memory
 
 WIDTH = 512
@@ -108,7 +108,7 @@ class _Eager(Compiled):
 
 
 def _bench_with(load: Any, file: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> vbpfx.BenchResult:
-    made = Runtime("fake", "torch", "", lambda network, inputs, threads: _Eager(network, file), load=load)
+    made = Runtime("fake", About("torch"), lambda network, inputs, threads: _Eager(network, file), load=load)
     monkeypatch.setattr(importlib.import_module("vbpfx.measurement.bench"), "runtime", lambda name: made)
     return vbpfx.bench(_mlp(8), _mlp(4), EXAMPLE.args, runtimes=["fake"], batches=[1], rounds=1, **options)
 

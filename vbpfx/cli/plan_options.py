@@ -19,14 +19,14 @@ class Method(str, Enum):
 
 
 class Place(str, Enum):
-    """The names of :data:`vbpfx.runtimes.table.NAMES`, and none of them."""
+    """The names of :data:`vbpfx.runtimes.adapters.NAMES`, and none of them."""
 
-    pytorch = "pytorch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    torch_compile = "torch_compile"
     aotinductor = "aotinductor"
     executorch = "executorch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    pytorch = "pytorch"
+    torch_compile = "torch_compile"
     tvm = "tvm"
     none = "none"
 

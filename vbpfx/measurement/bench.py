@@ -57,7 +57,7 @@ def bench(
         dense, pruned: networks with the same arguments and outputs. They are not changed. Both are measured on the CPU;
             a network on another device is copied there.
         inputs: one batch, which is repeated or cut to the batch sizes.
-        runtimes: names from :data:`vbpfx.runtimes.table.NAMES`.
+        runtimes: names from :data:`vbpfx.runtimes.adapters.NAMES`.
         batches: batch sizes.
         threads: numbers of threads.
         rounds: how often each network is timed.
@@ -200,7 +200,9 @@ def _bench(
         _measure(taken, sides, batch_inputs[size], expected[size], count, how, ratio)
         for taken in chosen for count in how.threads for size in how.batches
     ]  # fmt: skip
-    return BenchResult(tuple(rows), macs, how.rounds, {taken.package: _version(taken.package) for taken in chosen})
+    return BenchResult(
+        tuple(rows), macs, how.rounds, {taken.about.package: _version(taken.about.package) for taken in chosen}
+    )
 
 
 def _measure(

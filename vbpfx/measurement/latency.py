@@ -55,7 +55,7 @@ def measure_latencies(
         analysis: the analysis of the network.
         target: the fraction of the dense latency that will be requested. The correction is measured there.
         blocks: the blocks that may be narrowed; by default all of the analysis.
-        runtime: a name from :data:`vbpfx.runtimes.table.NAMES`.
+        runtime: a name from :data:`vbpfx.runtimes.adapters.NAMES`.
         batch: the batch size.
         threads: the number of threads; by default the runtime's own choice.
         round_to: measured widths are multiples of it.

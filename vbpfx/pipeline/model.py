@@ -92,7 +92,7 @@ def prune(
             written there (statistics, and gradients of ``method="auto"``). Called again with the same arguments and data, prune
             goes on behind those batches, and ends with the same plan bit for bit; what comes behind calibration is done
             again.
-        runtime: where the network will run, a name of :data:`vbpfx.runtimes.table.NAMES`: ``latency=`` is measured there (in
+        runtime: where the network will run, a name of :data:`vbpfx.runtimes.adapters.NAMES`: ``latency=`` is measured there (in
             ONNX Runtime by default), and widths are multiples of what it is fast at, unless ``round_to`` says otherwise.
         runtime_batch, runtime_threads: with ``latency=``: samples at once there, and threads; by default the runtime's choice.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``

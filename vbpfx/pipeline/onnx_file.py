@@ -51,7 +51,7 @@ from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
 from vbpfx.plans.records import Plan
 from vbpfx.report.report import Report
 from vbpfx.rewrite.verify import Verification
-from vbpfx.runtimes.table import DEFAULT
+from vbpfx.runtimes.adapters import DEFAULT
 
 # Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
 _CHECKED_BATCHES = (1, 3)
@@ -128,7 +128,7 @@ def prune_onnx(
             inputs, or sequences in their order.
         out: the file to write; it takes its name when everything has been checked. It may be ``path`` where that keeps its
             weights in itself.
-        runtime: where the file will run, a name of :data:`vbpfx.runtimes.table.NAMES`: widths are multiples of what is fast there. By
+        runtime: where the file will run, a name of :data:`vbpfx.runtimes.adapters.NAMES`: widths are multiples of what is fast there. By
             default ONNX Runtime where the method rounds at all (``"auto"``); ``"vbp"`` rounds where a runtime is named.
             ``round_to=1`` gives exact widths.
         mask, reconstruct, refit, samples, memory, progress, verify, runtime_batch, runtime_threads, options: as

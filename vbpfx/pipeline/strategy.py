@@ -18,7 +18,8 @@ from vbpfx.plans.records import Block, Consumer
 from vbpfx.reconstruction.influence import samples_at_once
 from vbpfx.reconstruction.schedule import schedule
 from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_to_fit, samples_that_fit
-from vbpfx.runtimes.table import DEFAULT, best_multiple
+from vbpfx.runtimes.adapters import DEFAULT
+from vbpfx.runtimes.table import best_multiple
 
 # What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
 _WIDTHS_COVARIANCE_SHARE = 0.25

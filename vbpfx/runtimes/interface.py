@@ -29,25 +29,37 @@ class Compiled(ABC):
 
 
 @dataclass(frozen=True)
+class About:
+    """What is known of a runtime without its package.
+
+    Attributes:
+        package: the package that has to be installed.
+        module: the module that is imported to see whether the package is installed; "" if it has the package's name.
+        round_to: the ``round_to`` to pass to :func:`vbpfx.prune` for this runtime. At other widths, a layer is slower
+            than its number of products suggests. It is 1 if all widths are about equally fast (docs/deployment.md,
+            benchmarks/rounding.py).
+    """
+
+    package: str
+    module: str = ""
+    round_to: int = 1
+
+
+@dataclass(frozen=True)
 class Runtime:
     """A runtime.
 
     Attributes:
         name: its name in ``vbpfx bench --runtime`` and ``latency_runtime=``.
-        package: the package that has to be installed.
-        extra: the extra of vbpfx that installs the package; "" if vbpfx itself depends on it.
+        about: its package, and the widths that are fast there.
         compile: compiles a network in eval mode, given inputs with the shapes that it will get, and a number of threads
             (None for the runtime's own choice). It raises ExportError if the runtime does not accept the network.
         open: compiles an ONNX file in the same way; None if the runtime does not accept ONNX files.
         load: loads a shipped file (ONNX, or the runtime's own format); None if the runtime saves no file.
-        round_to: the ``round_to`` to pass to :func:`vbpfx.prune` for this runtime. At other widths, a layer is slower
-            than its number of products suggests. It is 1 if all widths are about equally fast.
     """
 
     name: str
-    package: str
-    extra: str
+    about: About
     compile: Callable[[nn.Module, Inputs, int | None], Compiled]
     open: Callable[[Path, Inputs, int | None], Compiled] | None = None
     load: Callable[[Path, Inputs, int | None], Compiled] | None = None
-    round_to: int = 1

@@ -1,4 +1,4 @@
-"""The table of runtimes, and how to get one by name."""
+"""How to get a runtime by name, and what all adapters have in common."""
 
 from __future__ import annotations
 
@@ -15,22 +15,8 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.display.quiet import quiet_process
 from vbpfx.errors import ExportError, VbpfxError, first_line
 from vbpfx.export.onnx import export_onnx
-from vbpfx.runtimes.interface import Compiled, Runtime
-
-# name -> adapter, package, extra, and the multiple at which widths are fast (docs/deployment.md,
-# benchmarks/rounding.py)
-_ADAPTERS = {
-    "pytorch": ("pytorch", "torch", "", 1),
-    "onnxruntime": ("onnx_runtime", "onnxruntime", "", 8),  # its convolutions are slow at other widths
-    "openvino": ("openvino", "openvino", "openvino", 16),
-    "torch_compile": ("torch_compile", "torch", "", 1),
-    "aotinductor": ("aotinductor", "torch", "", 1),
-    "executorch": ("executorch", "executorch", "executorch", 32),
-    "tvm": ("tvm", "apache-tvm", "tvm", 1),
-}
-
-NAMES = tuple(_ADAPTERS)
-DEFAULT = "onnxruntime"
+from vbpfx.runtimes.adapters import NAMES
+from vbpfx.runtimes.interface import About, Compiled, Runtime
 
 
 def runtime(name: str) -> Runtime:
@@ -39,12 +25,15 @@ def runtime(name: str) -> Runtime:
     Raises:
         ExportError: there is no such runtime, or its package is not installed.
     """
-    file, package, extra, round_to = _adapter(name)
+    adapter = _adapter(name)
+    about: About = adapter.ABOUT
     try:
         with quiet_process():
-            adapter = importlib.import_module(f"vbpfx.runtimes.{file}")
+            importlib.import_module(about.module or about.package)
     except ImportError as error:
-        raise ExportError(f"runtime {name} needs {package} ({error}); install it: pip install {package}") from error
+        raise ExportError(
+            f"runtime {name} needs {about.package} ({error}); install it: pip install {about.package}"
+        ) from error
     # an adapter compiles ONNX files (compile_file), or it compiles networks (compile_network) and loads the result
     # (load_file)
     from_file = getattr(adapter, "compile_file", None)
@@ -52,7 +41,7 @@ def runtime(name: str) -> Runtime:
     opened = _named(name, from_file) if from_file else None
     own = getattr(adapter, "load_file", None)
     loaded = _named(name, own) if own else opened
-    return Runtime(name, package, extra, _named(name, compile), opened, loaded, round_to)
+    return Runtime(name, about, _named(name, compile), opened, loaded)
 
 
 def best_multiple(name: str) -> int:
@@ -61,13 +50,15 @@ def best_multiple(name: str) -> int:
     Raises:
         ExportError: there is no such runtime.
     """
-    return _adapter(name)[-1]
+    about: About = _adapter(name).ABOUT
+    return about.round_to
 
 
-def _adapter(name: str) -> tuple[str, str, str, int]:
-    if name not in _ADAPTERS:
-        raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(_ADAPTERS)}")
-    return _ADAPTERS[name]
+def _adapter(name: str) -> Any:
+    """Return the file of that name in :mod:`vbpfx.runtimes.adapters`."""
+    if name not in NAMES:
+        raise ExportError(f"runtime {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    return importlib.import_module(f"vbpfx.runtimes.adapters.{name}")
 
 
 def _through_a_file(compile_file: Callable[..., Compiled]) -> Callable[..., Compiled]:

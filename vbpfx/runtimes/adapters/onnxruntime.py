@@ -9,7 +9,9 @@ from torch import Tensor
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import run_session
-from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("onnxruntime", round_to=8)  # its convolutions are slow at other widths
 
 
 class _Session(Compiled):

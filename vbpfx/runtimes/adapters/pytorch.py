@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, tensors_in
-from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("torch")
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.export.program import export_program
-from vbpfx.runtimes.interface import Compiled
-from vbpfx.runtimes.pytorch import torch_threads
+from vbpfx.runtimes.adapters.pytorch import torch_threads
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("torch")
 
 
 class Inductor(Compiled):

@@ -7,20 +7,20 @@ import weakref
 from contextlib import ExitStack
 from pathlib import Path
 
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import to_edge_transform_and_lower
-from executorch.extension.pybindings import portable_lib
-from executorch.runtime import Runtime
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.program import export_program
-from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("executorch", module="executorch.runtime", round_to=32)
 
 
 class _Method(Compiled):
     def __init__(self, file: Path) -> None:
+        from executorch.runtime import Runtime
+
         self.program = Runtime.get().load_program(file)  # kept here, because its methods do not keep it alive
         self.method = self.program.load_method("forward")
         self.file, self.size = file, file.stat().st_size
@@ -38,6 +38,9 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     Raises:
         ExportError: another program is still loaded with a different number of threads.
     """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
     edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.pte"
@@ -65,6 +68,8 @@ def _set_threads(threads: int | None) -> None:
     Programs with XNNPACK keep using the pool with which they were loaded, so it can be replaced only while none is
     loaded.
     """
+    from executorch.extension.pybindings import portable_lib
+
     found = portable_lib._threadpool_get_thread_count()
     if threads in (None, found):
         return

@@ -10,18 +10,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
 from vbpfx.export.program import export_program
-from vbpfx.runtimes.interface import Compiled
-from vbpfx.runtimes.pytorch import torch_threads
-from vbpfx.runtimes.torch_compile import Inductor
+from vbpfx.runtimes.adapters.pytorch import torch_threads
+from vbpfx.runtimes.adapters.torch_compile import Inductor
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("torch")
 
 
 class _Package(Inductor):
     def __init__(self, file: Path, threads: int | None) -> None:
+        from torch._inductor import aoti_load_package
+
         super().__init__(aoti_load_package(str(file)), threads)
         self.file, self.size = file, file.stat().st_size
 
@@ -37,6 +40,8 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     Raises:
         ExportError: there is no C++ compiler.
     """
+    from torch._inductor import aoti_compile_and_package
+
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         raise ExportError(
             "AOTInductor needs a C++ compiler, and there is no g++ and no clang++: install one, or set CXX"

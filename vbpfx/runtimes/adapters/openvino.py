@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import openvino
 import torch
 from torch import Tensor
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.runtimes.interface import Compiled
+from vbpfx.runtimes.interface import About, Compiled
+
+ABOUT = About("openvino", round_to=16)
 
 
 class _Model(Compiled):
@@ -24,6 +25,8 @@ class _Model(Compiled):
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
     """Compile an ONNX file for the shapes of the inputs."""
+    import openvino
+
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape({port: list(t.shape) for port, t in zip(model.inputs, inputs.tensors, strict=True)})
