@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zoo import Net
 
 import vbpfx
-from vbpfx.rules import ops, shapes
+from vbpfx.rules import shapes, table
+from vbpfx.rules.pointwise import elementwise
 
 # Operators that take more than one tensor, or no hidden activation.
 _OTHERWISE = {"type_as", "where", "lerp", "addcmul", "addcdiv", "masked_fill", "maximum", "minimum", "to", "type"}
@@ -33,7 +34,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "clamp": (-0.5, 0.5),
     "clip": (-0.5, 0.5),
     **dict.fromkeys(("clamp_min", "clamp_max"), (0.1,)),
-    **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "true_divide", "truediv"), (1.7,)),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "multiply", "div", "true_divide", "truediv"), (1.7,)),
     **dict.fromkeys(("floordiv", "floor_divide", "remainder", "fmod"), (1.7,)),
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), (0.1,)),
 }
@@ -47,8 +48,8 @@ def _call(function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Callab
 def _networks() -> list[Any]:
     """Return one network fc2(op(fc1(x))) per spelling of an elementwise operator."""
     cases = []
-    for spelling, rule in ops._TABLE.items():
-        if rule is not ops.elementwise or isinstance(spelling, torch._ops.OpOverloadPacket):
+    for spelling, row in table._TABLE.items():
+        if row.rule is not elementwise or isinstance(spelling, (torch._ops.OpOverloadPacket, table.Attribute)):
             continue
         if isinstance(spelling, type):
             cases.append(pytest.param(_MODULES.get(spelling, spelling)(), id=f"nn.{spelling.__name__}"))
@@ -91,7 +92,7 @@ def test_the_table_has_every_activation_of_torch_nn() -> None:
         for name, found in inspect.getmembers(torch.nn.modules.activation, inspect.isclass)
         if issubclass(found, nn.Module) and found.__module__ == "torch.nn.modules.activation"
     }
-    missing = {name for name in activations - multi_axis if getattr(nn, name, None) not in ops._TABLE}
+    missing = {name for name in activations - multi_axis if getattr(nn, name, None) not in table._TABLE}
     assert missing <= {"Module"}
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.errors import AnalysisError
-from vbpfx.rules import ops
+from vbpfx.rules import table
 from vbpfx.rules.axes import Relation, Same, Site
 from vbpfx.rules.pointwise import elementwise
+from vbpfx.rules.shapes import regrouping
 
 # Rounding errors of a few dozen operations in float64.
 ROUNDING = 1e-12
@@ -80,7 +81,7 @@ class Limited(nn.Module):
 @pytest.fixture(autouse=True)
 def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test its own copy of the operator table."""
-    monkeypatch.setattr(ops, "_TABLE", dict(ops._TABLE))
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
 
 
 CASES = {
@@ -151,8 +152,71 @@ def test_registering_twice() -> None:
         vbpfx.register_operator(other_rule, Damped)
     with pytest.raises(AnalysisError, match="stands in the table already, with the rule elementwise"):
         vbpfx.register_operator(other_rule, limited, nn.GELU)
-    assert ops._TABLE[Damped] is per_channel
-    assert limited not in ops._TABLE, "a refused call entered a part of what it was given"
+    assert table._TABLE[Damped].rule is per_channel
+    assert limited not in table._TABLE, "a refused call entered a part of what it was given"
+
+
+@torch.fx.wrap
+def turned(x: Tensor) -> Tensor:
+    """Another shape in the same memory, which the graph sees as one call."""
+    return x.transpose(1, 2)
+
+
+def swapped(site: Site) -> Iterator[Relation]:
+    """The second and the third axis change places."""
+    yield from (Same(site.x.axis(dim), site.out.axis(at)) for dim, at in enumerate((0, 2, 1)))
+
+
+class Turned(nn.Module):
+    """What ``turned`` returns is read behind a change of the value that it may share memory with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        view = turned(h)
+        changed = h.mul_(2.0)
+        return self.fc2(view.transpose(1, 2)) + self.fc2(changed)
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_a_trait_of_a_registered_operator_counts(view: bool) -> None:
+    """Two names of one memory: with ``view=True`` the analysis sees that one of them is read behind a change of the other."""
+    vbpfx.register_operator(swapped, turned, view=view)
+    found = vbpfx.find_blocks(vbpfx.capture(Turned(), torch.randn(3, 5, 8), frontend="symbolic"))
+    if view:
+        assert not found.blocks
+        assert any("in place" in refusal.reason for refusal in found.refusals)
+    else:
+        assert {block.name: block.width for block in found.blocks} == {"fc1->fc2": 12}
+
+
+def test_traits_that_are_not_given_are_those_of_the_rule_or_of_the_class_it_is_made_of() -> None:
+    class Kept(nn.Dropout):
+        """Eval mode hands on the very operand."""
+
+    vbpfx.register_operator(regrouping, limited)
+    vbpfx.register_operator(elementwise, Kept, Damped)
+    assert table._TABLE[limited].view, "all operators that regroup are views"
+    assert table._TABLE[limited].sizes is None, "some of them state sizes"
+    assert table._TABLE[Kept] == table._TABLE[nn.Dropout]
+    assert table._TABLE[Damped] == table.Operator(elementwise)
+
+
+def test_traits_that_are_refused() -> None:
+    with pytest.raises(AnalysisError, match="no trait 'views'; register_operator takes view, hands_on, "):
+        vbpfx.register_operator(elementwise, limited, views=True)
+    with pytest.raises(AnalysisError, match="stands in the table already, with view=False"):
+        vbpfx.register_operator(elementwise, limited, nn.GELU, view=True)
+    assert limited not in table._TABLE
+    vbpfx.register_operator(elementwise, nn.GELU, view=False)  # as it stands
+
+
+def test_a_rule_for_an_operator_of_which_only_traits_are_known() -> None:
+    vbpfx.register_operator(elementwise, torch.rand_like)
+    assert table._TABLE[torch.rand_like] == table.Operator(elementwise, form_of=0)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +230,7 @@ def test_registering_twice() -> None:
     ],
 )
 def test_what_cannot_be_registered(arguments: tuple, message: str) -> None:
-    before = dict(ops._TABLE)
+    before = dict(table._TABLE)
     with pytest.raises(AnalysisError, match=message):
         vbpfx.register_operator(*arguments)
-    assert before == ops._TABLE
+    assert before == table._TABLE

@@ -382,6 +382,7 @@ INTERLEAVED = [
     Case("maxout", packed(lambda m, x: m.fc2(m.fc1(x).view(-1, 5, 12, 2).amax(-1))), tokens, {"fc1->fc2": 12}, own=STATED),
     Case("maxout over parts", packed(lambda m, x: m.fc2(torch.max(m.fc1(x).view(-1, 5, 2, 12), 2)[0])), tokens, {"fc1->fc2": 12}, own=STATED),
     Case("maxout of channels", lambda: Net(lambda m, x: m.out(m.first(x).unflatten(1, (2, -1)).max(1).values), first=nn.Conv2d(4, 24, 1), out=nn.Conv2d(12, 3, 1)), images, {"first->out": 12}),
+    Case("length of pairs", packed(lambda m, x: m.fc2(m.fc1(x).view(-1, 5, 12, 2).norm(2, -1))), tokens, {"fc1->fc2": 12}, own=STATED),
     Case("mean of parts", packed(lambda m, x: m.fc2(m.fc1(x).tanh().unflatten(-1, (2, -1)).mean(2))), tokens, {"fc1->fc2": 12}),
 ]  # fmt: skip
 
@@ -391,6 +392,7 @@ ALONG_POSITIONS = [
     Case("median and smallest over positions", mlp(lambda m, x: m.fc2(m.fc1(x).median(dim=1)[0] + torch.min(m.fc1(x).tanh(), dim=1).values)), tokens, {"fc1->fc2": 12}),
     Case("sorted and cumulative over positions", mlp(lambda m, x: m.fc2(m.fc1(x).sort(dim=1)[0] + m.fc1(x).cummax(1)[0])), tokens, {"fc1->fc2": 12}),
     Case("the largest few over positions", mlp(lambda m, x: m.fc2(m.fc1(x).topk(2, 1).values.sum(1) + m.fc1(x).kthvalue(2, 1)[0])), tokens, {"fc1->fc2": 12}),
+    Case("product over positions", mlp(lambda m, x: m.fc2(m.fc1(x).tanh().prod(1))), tokens, {"fc1->fc2": 12}),
     Case("larger of two", lambda: Net(lambda m, x: m.out(torch.max(m.a(x), m.b(x)).min(m.c)), a=nn.Linear(8, 12), b=nn.Linear(8, 12), c=parameter(12), out=nn.Linear(12, 8)), tokens, {"a->out": 12}),
 ]  # fmt: skip
 

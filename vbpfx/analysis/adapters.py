@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vbpfx.analysis.evidence import Evidence
 from vbpfx.plans.records import Consumer
-from vbpfx.rules.axes import Axis, spelling
-from vbpfx.rules.ops import called_module, is_cast, is_sum, operands_read
+from vbpfx.rules.axes import Axis
+from vbpfx.rules.calls import called_module, operands_read
+from vbpfx.rules.table import operator_of
 
 
 class Adapter(NamedTuple):
@@ -69,7 +70,7 @@ def _beside(
 def _sums_ahead(node: fx.Node, graph_module: fx.GraphModule) -> Iterator[fx.Node]:
     """Yield the sums that a value goes into, with nothing but scales in between."""
     for user in node.users:
-        if is_sum(user):
+        if operator_of(user).adds:
             yield user
         elif _only_scales(user, graph_module):
             yield from _sums_ahead(user, graph_module)
@@ -81,7 +82,7 @@ def _layers_behind(
     """Yield the layers whose output a value is, apart from scales; with ``sums`` also those in a sum of outputs."""
     if node.name in layers:
         yield layers[node.name]
-    elif (sums and is_sum(node)) or _only_scales(node, graph_module):
+    elif (sums and operator_of(node).adds) or _only_scales(node, graph_module):
         for operand in _operands(node):
             yield from _layers_behind(operand, layers, graph_module, sums=sums)
 
@@ -98,14 +99,9 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in operands_read(node) if isinstance(operand.meta.get("val"), Tensor)]
 
 
-_HAND_ON = ("contiguous", "clone", "detach", "alias")
-
-
 def _only_scales(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     """Return whether a call returns its only operand, possibly times a number."""
     if len(_operands(node)) != 1 or not isinstance(node.meta.get("val"), Tensor):
         return False
-    if (module := called_module(graph_module, node)) is not None:
-        return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
-    name = spelling(node).strip("_") if node.op in ("call_function", "call_method") else ""
-    return is_cast(node) or "dropout" in name or name in (*_HAND_ON, "mul", "imul", "div", "truediv")
+    operator = operator_of(node, called_module(graph_module, node))
+    return operator.casts or operator.hands_on or operator.scales

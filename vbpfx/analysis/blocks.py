@@ -26,7 +26,7 @@ from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
 from vbpfx.plans.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
 from vbpfx.rules.axes import Axis
-from vbpfx.rules.ops import is_product, is_sum, takes_apart
+from vbpfx.rules.table import operator_of
 
 _SEES_NO_DATA = (
     "no input of the model reaches it: it is made of parameters and constants, so that no data says which of its channels "
@@ -272,14 +272,14 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
         if node in makers:
             made_of_it[node] = depends(node, carriers, start, evidence.position)
             continue
-        sources = (a.all_input_nodes[0] if takes_apart(a) else a for a in node.all_input_nodes)
+        sources = (a.all_input_nodes[0] if operator_of(a).takes_apart else a for a in node.all_input_nodes)
         operands = {made_of_it[source] for source in sources if source in made_of_it}
-        if operands == {True, False} and is_sum(node):
+        if operands == {True, False} and operator_of(node).adds:
             return node.name
         if operands or node in evidence.computed:  # an axis may also begin here, at an embedding
             made_of_it[node] = operands == {True} or (
                 operands == {True, False}
-                and is_product(node)
+                and operator_of(node).joins == "product"
                 and not _gates_the_stream(node, made_of_it, makers, start, evidence.position)
             )
     return None

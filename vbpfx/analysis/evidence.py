@@ -36,8 +36,9 @@ from vbpfx.rules.axes import (
     SizeStated,
     operand_of,
 )
-from vbpfx.rules.ops import called_module, describe, operands_read, rule_for, takes_apart, takes_sizes
+from vbpfx.rules.calls import called_module, describe, operands_read
 from vbpfx.rules.pointwise import elementwise
+from vbpfx.rules.table import operator_of
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
 # Package of a hook that computes a weight before every call -> what it does, and how to remove it.
@@ -197,18 +198,19 @@ def _relations(
         return []
     if node.kwargs.get("out") is not None:
         return list(site.all_opaque("it is written into or beside an out= argument"))
-    rule = rule_for(node, module)
+    operator = operator_of(node, module)
+    rule = operator.rule
     used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
     name = describe(node, module)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return [*used, *site.all_opaque(f"operator {name} runs it in a graph of its own, which is not looked into")]
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
-        if takes_apart(source):  # the rule of the call that took it apart has described the parts
+        if operator_of(source).takes_apart:  # the rule of the call that took it apart has described the parts
             return used
         return [*used, *site.all_opaque(f"it is one of several values of {source.name}")]
     why = _obstacle_of(node, module) if module is not None else getattr(node.target, "refusal", "")
-    if operand_of(node, names) is None and not takes_apart(node):
+    if operand_of(node, names) is None and not operator.takes_apart:
         return [*used, *site.all_opaque(why or f"operator {name} makes several values of it")]
     if rule is None:
         return [*used, *site.all_opaque(why or f"operator {name} {_UNLISTED}")]
@@ -219,7 +221,7 @@ def _relations(
         found = list(rule(site))
         stated = {node for relation in found if isinstance(relation, SizeStated) for node in relation.computed}
         used = _sizes_used(node, {argument: read for argument, read in sizes.items() if argument not in stated})
-        if takes_sizes(rule):
+        if operator.reads_sizes:
             followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
             used = [relation for relation in used if relation.axis not in followed]
         return [*used, *hooked, *found]
@@ -351,7 +353,7 @@ def _obstacle_of(node: fx.Node, module: nn.Module) -> str:
         return f"layer {node.target} is quantised ({type(module).__name__}): prune the plain model, and quantise the result"
     if isinstance(module, torch.jit.ScriptModule):
         return f"layer {node.target} is TorchScript, which has no Python code to trace: put the module in that the script was made of"
-    return "" if rule_for(node, module) is not None else f"operator {describe(node, module)} {_UNLISTED}"
+    return "" if operator_of(node, module).rule is not None else f"operator {describe(node, module)} {_UNLISTED}"
 
 
 def _hooked(module: nn.Module) -> str:

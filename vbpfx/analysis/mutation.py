@@ -6,16 +6,13 @@ change stands for two different values, and statistics of it would mix them.
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from vbpfx.rules.axes import spelling
-from vbpfx.rules.ops import called_module, is_view, takes_apart
+from vbpfx.rules.calls import called_module, is_in_place
+from vbpfx.rules.table import operator_of
 
 
 def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
@@ -34,11 +31,11 @@ def read_after_mutation(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
         module = called_module(graph_module, node)
         changes = source is not None and isinstance(node.meta.get("val"), Tensor) and is_in_place(node, module)
         root[node] = node
-        if source is not None and (changes or is_view(node, module)):
+        if source is not None and (changes or operator_of(node, module).view):
             root[node] = root[source]
             if source in part:
                 part[node] = part[source]
-            elif takes_apart(source) and isinstance(index := node.args[1], int):
+            elif operator_of(source).takes_apart and isinstance(index := node.args[1], int):
                 part[node] = (source, index % len(source.meta["val"]))
         if changes:
             for alias in aliases[root[node]]:
@@ -59,27 +56,9 @@ def changed_by(node: fx.Node, graph_module: fx.GraphModule) -> list[fx.Node]:
     """Return the values whose memory a call changes in place: its first operand, and what this is a view of."""
     changed: list[fx.Node] = []
     operand = node.args[0] if node.args else None
-    if node.target is operator.setitem or is_in_place(node, called_module(graph_module, node)):
+    if is_in_place(node, called_module(graph_module, node)):
         while isinstance(operand, fx.Node):
             changed.append(operand)
-            view = is_view(operand, called_module(graph_module, operand))
+            view = operator_of(operand, called_module(graph_module, operand)).view
             operand = operand.args[0] if view and operand.args else None
     return changed
-
-
-def is_in_place(node: fx.Node, module: Any) -> bool:
-    """Return whether a call changes its first operand in place."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = spelling(node)
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in ("iadd", "isub", "imul", "itruediv", "ipow")
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
-        return False
-    try:
-        bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin without a signature has no inplace argument either
-        return False
-    return bool(bound.arguments.get("inplace", False))

@@ -11,14 +11,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from vbpfx.data.inputs import holds_tensor
 from vbpfx.rules.axes import Axis, Names, SizeRead, operand_of
-
-_SAYS_NOTHING_OF_SIZES = frozenset({"device", "dtype", "ndim", "dim", "ndimension", "layout", "requires_grad",
-                                    "is_floating_point", "is_cuda", "get_device", "element_size"})  # fmt: skip
+from vbpfx.rules.table import operator_of
 
 # Modules whose functions compute numbers from numbers.
 _ARITHMETIC = ("_operator", "math", "builtins")
@@ -40,12 +37,12 @@ def read_sizes(graph: fx.Graph, names: Names) -> dict[fx.Node, SizeRead]:
 def _read(node: fx.Node, sizes: dict[fx.Node, SizeRead], names: Names) -> SizeRead | None:
     source = node.args[0] if node.args else None
     operand = operand_of(source, names) if isinstance(source, fx.Node) else None
-    attribute = node.args[1] if node.target is getattr else node.target
-    if attribute in _SAYS_NOTHING_OF_SIZES:
+    reads = operator_of(node).reads
+    if reads == "kind":
         return SizeRead((), plain=False)
-    if operand is not None and attribute in ("shape", "size", torch.ops.aten.sym_size.int):
+    if operand is not None and reads == "sizes":
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if attribute == "shape" or dim is None:
+        if dim is None or node.target is getattr:
             return SizeRead(tuple(operand.axes), plain=True, pure=True)
         if isinstance(dim, int):
             return SizeRead((operand.axis(dim),), plain=True, pure=True)

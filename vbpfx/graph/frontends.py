@@ -38,15 +38,13 @@ from vbpfx.graph.source import line_of_frames
 from vbpfx.graph.symbolic import trace_symbolic
 from vbpfx.graph.tidy import drop_input_checks, follow_inputs, require_constants
 from vbpfx.outputs.fields import without_classes
-
-# Operator -> the index of its argument that says whether it runs in training mode.
-_TRAINS = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
+from vbpfx.rules.table import operator_of
 
 
 def refuse_training_operators(model: nn.Module) -> None:
     """Raise a CaptureError for a graph with operators that are fixed in training mode."""
     for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
-        place = _TRAINS.get(node.target)
+        place = operator_of(node).trains if isinstance(node.target, torch._ops.OpOverload) else None
         if place is not None and len(node.args) > place and node.args[place] is True:
             raise CaptureError(
                 f"the graph was exported in training mode (node {node.name} is {node.target} with training=True), which eval() "

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-# These methods change a tensor's shape in place, and with it every value that is the same tensor.
-_RESHAPING = frozenset({"resize_", "resize_as_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_",
-                        "set_", "as_strided_"})  # fmt: skip
+from vbpfx.rules.calls import is_in_place
+from vbpfx.rules.table import operator_of
+
 _SIMPLE = (int, float, bool, str, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
            torch.memory_format)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,8 +48,9 @@ class Repeated:
     def __init__(self, graph_module: fx.GraphModule, meter: Callable[[], int] = lambda: 0) -> None:
         self._results: dict[Hashable, tuple[Any, int]] = {}
         self._meter, self.spent = meter, 0
-        called = (node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method"))
-        self._usable = not any(_name(node.target) in _RESHAPING for node in called)
+        self._usable = not any(
+            operator_of(node).reshapes and is_in_place(node, None) for node in graph_module.graph.nodes
+        )
 
     def run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """Return the result of an earlier equal call, or run ``call`` and return its result.
@@ -106,12 +107,6 @@ def _watched(args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], A
 def _known(tensor: Tensor) -> tuple[Any, ...]:
     strided = tensor.layout is torch.strided
     return tuple(tensor.shape), tensor.stride() if strided else None, tensor.layout, tensor.dtype, tensor.device
-
-
-def _name(target: Any) -> str:
-    """Return an operator's name without namespace and overload."""
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-    return packet if isinstance(packet, str) else str(getattr(packet, "__name__", ""))
 
 
 def _autocast(device: str) -> torch.dtype | None:

@@ -28,7 +28,7 @@ from vbpfx.graph.tidy import (
     replace_by,
     require_constants,
 )
-from vbpfx.rules.ops import is_registered
+from vbpfx.rules.table import entered
 
 # Modules of torch.nn whose own code calls other modules.
 _COMPOSITE = (
@@ -58,7 +58,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, torch.jit.ScriptModule):  # it has no Python code that could be traced
             return True
-        return is_registered(m) or (not isinstance(m, _COMPOSITE) and super().is_leaf_module(m, module_qualified_name))
+        return entered(type(m)) is not None or (
+            not isinstance(m, _COMPOSITE) and super().is_leaf_module(m, module_qualified_name)
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Do the same as fx, but look parameters up by id, where fx searches all modules on every read."""

@@ -12,7 +12,7 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.display.templates import render
 from vbpfx.errors import AnalysisError
 from vbpfx.plans.records import Block
-from vbpfx.rules.ops import called_module, describe
+from vbpfx.rules.calls import called_module, describe
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 300, 46, 30, 34, 20
 _FILLS = {"producer": "#cfe3f7", "carrier": "#eeeeee", "statistic": "#f7ecc4", "consumer": "#d3eed3"}

@@ -12,7 +12,7 @@ from vbpfx.analysis.evidence import Evidence, gather
 from vbpfx.graph.capture import named_tensors
 from vbpfx.plans.records import Block
 from vbpfx.rules.axes import Axis
-from vbpfx.rules.ops import is_product
+from vbpfx.rules.table import operator_of
 
 
 def kinds(analysis: Analysis) -> dict[str, str]:
@@ -58,7 +58,7 @@ def _multiplies_two(block: Block, evidence: Evidence) -> bool:
     for name, axis, *_ in block.carriers:
         node = evidence.nodes[name]
         operands = [makers[source] for source in node.all_input_nodes if source in makers]
-        if is_product(node) and len(operands) > 1 and operands[0] != operands[1]:
+        if operator_of(node).joins == "product" and len(operands) > 1 and operands[0] != operands[1]:
             return True
         made = evidence.producing.get(Axis(name, axis))
         makers[node] = frozenset((name,)) if made else frozenset().union(*operands)

@@ -23,7 +23,9 @@ from vbpfx.outputs.differences import squared_errors
 from vbpfx.outputs.divergence import divergence
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.convert import convert
-from vbpfx.rules.ops import called_module, is_linear, is_view
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.layers import linear
+from vbpfx.rules.table import operator_of
 
 MOST_SAMPLES, _FEWEST_SAMPLES = 64, 8
 # The variance of the error of ln D that remains with any number of samples: later blocks compensate for some of the
@@ -175,12 +177,16 @@ def _are_logits(captured: Captured) -> list[bool]:
     graph_module = captured.graph_module
 
     def origin(node: fx.Node) -> fx.Node:
-        while node.all_input_nodes and is_view(node, called_module(graph_module, node)):
+        while node.all_input_nodes and operator_of(node, called_module(graph_module, node)).view:
             node = node.all_input_nodes[0]
         return node
 
     def makes_logits(node: fx.Node, value: Tensor) -> bool:
-        return is_linear(node, called_module(graph_module, node)) and value.ndim > 1 and value.shape[-1] > 1
+        return (
+            operator_of(node, called_module(graph_module, node)).rule is linear
+            and value.ndim > 1
+            and value.shape[-1] > 1
+        )
 
     return [alone and makes_logits(origin(node), value) for node, value, alone in _float_outputs(captured)]
 

@@ -145,4 +145,4 @@ def _resize(b: Builder) -> Value:
 
 
 RESIZE: Mapping[str, Callable[[Builder], Any]] = {"Resize": _resize}
-register_operator(resizing, resize)
+register_operator(resizing, resize, reads_sizes=True)

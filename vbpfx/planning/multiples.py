@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from vbpfx.graph.capture import Captured
 from vbpfx.planning.budget import Budget, Cost, mac_cost, parameter_cost, rounded_up
 from vbpfx.plans.records import Block
-from vbpfx.rules.ops import called_module, is_convolution
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.layers import convolution
+from vbpfx.rules.table import operator_of
 
 # Convolutions are fast at multiples of this in every runtime that was measured.
 CHANNELS = 8
@@ -47,7 +49,7 @@ def fitting_multiple(
 def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set[str]:
     """Return the names of the blocks that a convolution produces, carries or reads."""
     graph = captured.graph_module
-    convolutions = {n.name for n in graph.graph.nodes if is_convolution(n, called_module(graph, n))}
+    convolutions = {n.name for n in graph.graph.nodes if operator_of(n, called_module(graph, n)).rule is convolution}
     return {
         block.name
         for block in blocks

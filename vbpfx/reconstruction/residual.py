@@ -10,17 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vbpfx.graph.capture import Captured
 from vbpfx.reconstruction.stream import Stream
-from vbpfx.rules.axes import spelling
-from vbpfx.rules.ops import called_module, is_view
-
-_SCALES = ("mul", "imul", "div", "truediv", "true_divide")
-_NOTHING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "clone", "contiguous", "detach", "alias")
-_KEEPS = (*_NOTHING, "roll", "to", "batch_norm")
-_AFFINE_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.table import operator_of
 
 
 @dataclass(frozen=True)
@@ -116,15 +111,12 @@ def _of_parameters(node: fx.Node) -> bool:
 
 def _hands_on(captured: Captured, node: fx.Node) -> bool:
     """Return whether a call returns its only operand unchanged in eval mode."""
-    if node.op == "call_module":
-        module = captured.graph_module.get_submodule(str(node.target))
-        return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
-    return node.op in ("call_function", "call_method") and spelling(node).rstrip("_") in _NOTHING
+    return operator_of(node, called_module(captured.graph_module, node)).hands_on
 
 
 def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """Return what ``user`` adds to ``node``; None if ``user`` is not a plain sum of two tensors of the same shape."""
-    if user.op not in ("call_function", "call_method") or spelling(user).strip("_") not in ("add", "iadd"):
+    if operator_of(user).joins != "addition":
         return None
     if len(user.all_input_nodes) != 2 or len(user.args) != 2 or user.kwargs:
         return None
@@ -135,13 +127,8 @@ def _other_operand(user: fx.Node, node: fx.Node) -> fx.Node | None:
 
 def _is_affine(captured: Captured, user: fx.Node, node: fx.Node) -> bool:
     """Return whether a call maps every entry of a node's value to one entry of its own, by a scale and a shift."""
-    module = called_module(captured.graph_module, user)
-    if module is not None:
-        return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd, *_AFFINE_MODULES))
-    if user.op not in ("call_function", "call_method"):
-        return False
-    name = spelling(user).rstrip("_")
-    if name in _SCALES:
+    operator = operator_of(user, called_module(captured.graph_module, user))
+    if operator.scales:
         others = [n for n in user.all_input_nodes if n is not node]
-        return all(map(_of_parameters, others)) and (user.args[0] is node or name in ("mul", "imul"))
-    return user.args[0] is node and (name in _KEEPS or is_view(user, None))
+        return all(map(_of_parameters, others)) and (user.args[0] is node or operator.joins == "product")
+    return (operator.affine or operator.hands_on or operator.view) and user.args[0] is node

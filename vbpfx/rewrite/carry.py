@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vbpfx.rules.ops import called_module
+from vbpfx.rules.calls import called_module
 
 
 @dataclass(frozen=True)

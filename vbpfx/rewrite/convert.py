@@ -14,8 +14,9 @@ from vbpfx.graph.edit import finish, require_sizes
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.carry import carry
 from vbpfx.rewrite.narrow import Removed, carried, gone, narrowed, new_biases, removed_channels, require_same_structure
-from vbpfx.rules.ops import is_matrix_product, takes_apart
+from vbpfx.rules.layers import matrix_product
 from vbpfx.rules.parts import split_axis
+from vbpfx.rules.table import operator_of
 
 
 def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphModule:
@@ -57,7 +58,7 @@ def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> Non
     """Correct every number among the calls' arguments that counts channels of a narrowed axis."""
     literals = {(literal.node, literal.path): literal for entry in plan.blocks for literal in entry.block.literals}
     for name in {node for node, _ in literals}:
-        if takes_apart(nodes[name]):
+        if operator_of(nodes[name]).takes_apart:
             _state_parts(nodes[name])
     for literal in literals.values():
         node, (field, *path) = nodes[literal.node], literal.path
@@ -130,7 +131,7 @@ def _pass_biases(small: fx.GraphModule, nodes: dict[str, fx.Node], plan: Plan) -
             bias = small.graph.get_attr(consumer.bias)
         mode = node.meta["val"].fake_mode
         bias.meta["val"] = mode.from_tensor(small.get_parameter(consumer.bias), static_shapes=True)
-        if is_matrix_product(node):
+        if operator_of(node).rule is matrix_product:
             _add_behind(small, node, bias, column=name in in_front)
         elif len(node.args) > 2:
             node.update_arg(2, bias)

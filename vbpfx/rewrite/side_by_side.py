@@ -26,7 +26,8 @@ from vbpfx.outputs.differences import relative_error
 from vbpfx.plans.records import BlockPlan, Consumer, Plan
 from vbpfx.rewrite.narrow import Changes, removed_channels
 from vbpfx.rewrite.substitute import reference_graph
-from vbpfx.rules.ops import is_cast, is_matrix_product
+from vbpfx.rules.layers import matrix_product
+from vbpfx.rules.table import operator_of
 
 
 class Steps(fx.Interpreter):
@@ -89,7 +90,12 @@ class Steps(fx.Interpreter):
         if n.op == "get_attr":
             return pytree.tree_map(self._cast, value)
         operand = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
-        if is_cast(n) and isinstance(operand, Tensor) and operand.is_floating_point() and value.is_floating_point():
+        if (
+            operator_of(n).casts
+            and isinstance(operand, Tensor)
+            and operand.is_floating_point()
+            and value.is_floating_point()
+        ):
             return operand if value is operand else operand.clone()
         return pytree.tree_map(self._cast, value)
 
@@ -268,7 +274,7 @@ def _corrected(node: fx.Node) -> fx.Node:
 def _folded(node: fx.Node, own: Mapping[str, fx.Node]) -> fx.Node:
     """Return the node that adds a new bias to a matrix product of the narrowed graph; without one, the layer itself."""
     users = [user for user in node.users if user.name not in own and user.target is torch.add]
-    return users[0] if is_matrix_product(node) and len(node.users) == len(users) == 1 else node
+    return users[0] if operator_of(node).rule is matrix_product and len(node.users) == len(users) == 1 else node
 
 
 def _behind_insertions(node: fx.Node, own: Mapping[str, fx.Node]) -> str:

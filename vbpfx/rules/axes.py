@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from vbpfx.rules.table import Operator, operator_of
+
 
 class Axis(NamedTuple):
     """One axis of a tensor: ``owner`` is a node's name or a parameter's, told apart by ``is_parameter``."""
@@ -171,10 +173,6 @@ class ComputedArgumentError(Exception):
     """A rule asked for a constant and the call computes it; the engine turns this into a refusal."""
 
 
-# Of a matrix each of these is the transpose.
-_TRANSPOSES = ("t", "T", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims")
-
-
 class Site:
     """One call in the graph, as an operator's rule sees it.
 
@@ -198,6 +196,11 @@ class Site:
         """The operator's bare name: of the module's class in lower case, or however the function is spelled."""
         return type(self.module).__name__.lower() if self.module is not None else spelling(self.node)
 
+    @property
+    def operator(self) -> Operator:
+        """The row of the call's operator in the operator table."""
+        return operator_of(self.node, self.module)
+
     def path(self, position: int, name: str) -> tuple[str | int, ...]:
         """Where the call holds an argument, for :class:`SizeStated`."""
         return ("kwargs", name) if name in self.node.kwargs else ("args", position)
@@ -217,6 +220,11 @@ class Site:
             raise ComputedArgumentError(name)
         return value
 
+    def along(self, position: int, name: str) -> Any:
+        """Return the axis or axes that the call names: in the argument that its row states, or else in the given one."""
+        stated = self.operator.dim
+        return stated if isinstance(stated, int) else self.constant(*(stated or (position, name)))
+
     def operand(self, position: int, name: str) -> Operand | None:
         """A tensor argument by position or keyword, or the module's parameter or buffer of that name."""
         if self.module is not None:
@@ -233,8 +241,7 @@ class Site:
         node = self.node.args[position] if position < len(self.node.args) else None
         if not isinstance(node, fx.Node):
             return None, False
-        called = node.op in ("call_function", "call_method")
-        transposed = called and (node.args[1] if node.target is getattr else spelling(node)) in _TRANSPOSES
+        transposed = operator_of(node).transposes
         source = node.args[0] if transposed else node
         if transposed and len(node.args) > 2 and _first_dim(node.args[1:]) == 0:
             transposed = False  # permute(0, 1), transpose(0, 0)

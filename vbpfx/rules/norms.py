@@ -80,7 +80,7 @@ def along_one_axis(site: Site) -> Iterator[Relation]:
     """Shape kept; values mixed along ``dim`` (softmax, cumulative sums, normalisation)."""
     x, out = site.x, site.out
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
-    dim = site.constant(2, "dim", 1) if site.name == "normalize" else site.constant(1, "dim")
+    dim = site.along(1, "dim")
     for mixed in x.axes if not isinstance(dim, int) else (x.axis(dim),):
         yield Opaque(mixed, f"{site.name} mixes the channels along it")
 
@@ -88,24 +88,19 @@ def along_one_axis(site: Site) -> Iterator[Relation]:
 def reduction(site: Site) -> Iterator[Relation]:
     """mean, sum, extrema, length over ``dim``; every other axis is kept."""
     x, out = site.x, site.out
-    given = site.constant(2 if site.name in ("norm", "linalg_vector_norm", "vector_norm") else 1, "dim")
+    given, statistic = site.along(1, "dim"), site.operator.statistic
     if given is None or isinstance(given, bool) or given == () or given == []:
         yield from site.all_opaque(f"{site.name} reduces it")
         return
     reduced = {dim % x.ndim for dim in as_tuple(given, 1)}
     kept = [dim for dim in range(x.ndim) if dim not in reduced]
     for dim in reduced:
-        if len(reduced) == 1 and site.name in ("mean", "sum") and site.of_floats:
-            yield Reduces(x.axis(dim), "mean" if site.name == "mean" else "sum")
+        if len(reduced) == 1 and statistic is not None and site.of_floats:
+            yield Reduces(x.axis(dim), statistic)
         else:
             yield Opaque(x.axis(dim), f"{site.name} reduces it")
     for position, dim in enumerate(kept):
         yield Same(x.axis(dim), out.axis(dim if out.ndim == x.ndim else position))
-
-
-# Operators of several values, those that keep the axis they go along, and where they state which one it is.
-_KEEP_THE_AXIS = frozenset({"sort", "topk", "cummax", "cummin"})
-_SECOND = frozenset({"kthvalue", "topk"})
 
 
 def extremum(site: Site) -> Iterator[Relation]:
@@ -117,12 +112,11 @@ def extremum(site: Site) -> Iterator[Relation]:
     if isinstance(site.node.meta["val"], Tensor) and name in ("max", "min") and len(site.operands) == 2:
         yield from elementwise(site)
         return
-    place = 2 if name in _SECOND else 1
-    given = site.constant(place, "dim", -1 if name in ("sort", *_SECOND) else None)
+    given = site.along(1, "dim")
     if isinstance(site.node.meta["val"], Tensor) or not isinstance(given, int) or isinstance(given, bool):
         yield from site.all_opaque(f"{name} reduces it")
         return
-    dim, keeps = given % x.ndim, name in _KEEP_THE_AXIS
+    dim, keeps = given % x.ndim, site.operator.keeps_axis
     yield Opaque(x.axis(dim), f"{name} compares the channels along it" if keeps else f"{name} reduces it")
     for user in site.node.users:
         if not isinstance(user.meta.get("val"), Tensor):
@@ -188,7 +182,7 @@ def instance_norm(site: Site) -> Iterator[Relation]:
 def rolling(site: Site) -> Iterator[Relation]:
     """roll, flip: entries along ``dims`` change places; every other axis is kept."""
     x, out = site.x, site.out
-    given = site.constant(2 if site.name == "roll" else 1, "dims")
+    given = site.along(1, "dims")
     if site.name == "flip" and len(site.node.args) > 2:
         given = site.node.args[1:]
     moved = set(range(x.ndim)) if given in (None, (), []) else {dim % x.ndim for dim in as_tuple(given, 1)}

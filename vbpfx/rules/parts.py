@@ -20,9 +20,9 @@ from vbpfx.rules.axes import (
     Same,
     Site,
     SizeStated,
-    spelling,
 )
 from vbpfx.rules.picking import computed_indexing, is_computed
+from vbpfx.rules.table import operator_of
 
 
 def indexing(site: Site) -> Iterator[Relation]:
@@ -129,10 +129,12 @@ def split_axis(node: fx.Node) -> int:
     Raises:
         ComputedArgumentError: the call computes it.
     """
-    name, ndim = spelling(node), node.all_input_nodes[0].meta["val"].ndim
-    along = {"hsplit": min(1, ndim - 1), "vsplit": 0, "dsplit": 2}
-    place = 1 if name == "unbind" else 2
-    dim: Any = along.get(name, node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0))
+    stated = operator_of(node).dim
+    ndim: int = node.all_input_nodes[0].meta["val"].ndim
+    if isinstance(stated, int):
+        return min(stated, ndim - 1)  # hsplit of a vector goes along its one axis
+    place = stated.position if stated is not None else 2
+    dim: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
     if isinstance(dim, fx.Node):
         raise ComputedArgumentError("dim")
     return int(dim % ndim)

@@ -21,6 +21,7 @@ from vbpfx.rules.axes import (
     as_tuple,
     spelling,
 )
+from vbpfx.rules.table import Argument, operator_of
 
 
 def permutation(site: Site) -> Iterator[Relation]:
@@ -73,7 +74,7 @@ def regrouping(site: Site) -> Iterator[Relation]:
         if rows.ndim > 1 and apart.ndim > 2 and rows.shape[0] == apart.shape[0] * apart.shape[1]:
             yield Merged(rows.axis(0), apart.axis(0), apart.axis(1))
     name = site.name
-    if name in ("reshape_as", "view_as"):
+    if site.operator.form_of is not None:
         yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
     if name == "unflatten" and site.module is not None:
         yield Opaque(x.axis(site.constant(1, "dim")), "unflatten states its size")
@@ -92,7 +93,7 @@ def expansion(site: Site) -> Iterator[Relation]:
             yield Same(x.axis(-back), out.axis(-back))
     for dim in range(out.ndim):
         yield from _stated(site, out, dim)
-    if site.name == "expand_as":
+    if site.operator.form_of is not None:
         yield from (Same(a, b) for a, b in zip(site.operands[-1].axes, out.axes, strict=True))
 
 
@@ -147,25 +148,21 @@ def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
 
 def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[int | None, tuple[str | int, ...], Any]]:
     """Every size that a call states: of which output axis (None: all of them in one value), where, and what."""
-    args, name = site.node.args, site.name
-    if site.module is not None or name not in _STATES_SIZES:
+    args, stated = site.node.args, site.operator.sizes
+    if stated is None:
         return
     # view(x, 2, 3) against view(x, [2, 3])
-    first, keywords = (2, ("sizes",)) if name == "unflatten" else (1, ("shape", "size"))
-    keyword = next((k for k in keywords if k in site.node.kwargs), None)
-    given = site.node.kwargs[keyword] if keyword else args[first] if len(args) == first + 1 else args[first:]
+    first, name = stated.position, stated.name
+    listed = name in site.node.kwargs or len(args) == first + 1
+    given = site.argument(first, name) if listed else args[first:]
     if not isinstance(given, (tuple, list)):
         whole = None if ndim != 1 or not isinstance(given, int) else 0
-        yield whole, site.path(first, keyword or ""), given
+        yield whole, site.path(first, name), given
         return
-    listed = keyword is not None or len(args) == first + 1
-    begin = site.constant(1, "dim") % site.x.ndim if name == "unflatten" else 0
+    begin = site.constant(1, "dim") % site.x.ndim if site.name == "unflatten" else 0
     for index, value in enumerate(given):
-        path = (*site.path(first, keyword or ""), index) if listed else ("args", first + index)
+        path = (*site.path(first, name), index) if listed else ("args", first + index)
         yield begin + index, path, value
-
-
-_STATES_SIZES = frozenset({"view", "reshape", "expand", "_unsafe_view", "unflatten"})
 
 
 def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
@@ -205,10 +202,6 @@ def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], 
     return stacked, {dim: position for dim, position in grouped.items() if dim not in stacked}
 
 
-# Operators that make one entry of all along an axis.
-_OF_ALL = frozenset({"max", "amax", "min", "amin", "sum", "mean", "logsumexp", "std", "var", "norm", "median", "prod"})
-
-
 def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
     """Whether a call reads single entries along an axis, or makes one of all; never does the axis itself go on."""
     name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
@@ -216,8 +209,10 @@ def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
         return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
     if name in ("unbind", "select"):
         return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
-    if name in _OF_ALL:
-        along = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else None)
+    operator = operator_of(user)
+    if operator.aggregates:
+        place = operator.dim.position if isinstance(operator.dim, Argument) else 1
+        along = user.kwargs.get("dim", user.args[place] if len(user.args) > place else None)
         dims = as_tuple(along, 1)
         return not isinstance(along, bool) and all(isinstance(d, int) and d % ndim == dim for d in dims) and bool(dims)
     if name != "getitem" or not given:
