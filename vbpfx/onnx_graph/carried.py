@@ -83,7 +83,7 @@ def carry(file: OnnxEdit, node: ir.Node, kind: str, carried: Carried) -> None:
     Args:
         node: the node that computes the statistic. Its inputs are narrowed already.
         kind: the kind of statistic, as in :attr:`vbpfx.plans.records.Reduction.kind`.
-        carried: what is known of the removed channels.
+        carried: the removed channels.
     """
     source, sums = node.inputs[0], carried.summed
     assert source is not None

@@ -1,7 +1,7 @@
 """ONNX's Resize: resample the positions of an image, independently in every channel.
 
-Torch's ``interpolate`` supports only some of ONNX's coordinate transformations; this supports all but
-``tf_crop_and_resize``. https://onnx.ai/onnx/operators/onnx__Resize.html
+Torch's ``interpolate`` supports only some of ONNX's coordinate transformations. This function supports all but
+``tf_crop_and_resize``. See https://onnx.ai/onnx/operators/onnx__Resize.html.
 """
 
 from __future__ import annotations
