@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 import vbpfx
 import vbpfx.data.sources
 import vbpfx.models.names
-import vbpfx.pipeline.gathering
+import vbpfx.pipeline.calibration
 import vbpfx.pipeline.in_memory
 import vbpfx.pipeline.model
 import vbpfx.pipeline.result
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_old_result_whole(place: Path, monkeypatch: pytes
 
 STAGES = {
     "load_model": vbpfx.models.names, "open_data": vbpfx.data.sources, "capture_faithfully": vbpfx.pipeline.model,
-    "find_blocks": vbpfx.pipeline.stages, "calibrate": vbpfx.pipeline.gathering, "make_plan": vbpfx.pipeline.in_memory,
+    "find_blocks": vbpfx.pipeline.stages, "calibrate": vbpfx.pipeline.calibration, "make_plan": vbpfx.pipeline.in_memory,
     "reconstruct": vbpfx.pipeline.in_memory, "convert": vbpfx.pipeline.stages, "verify": vbpfx.pipeline.in_memory,
     "onnx_writer": vbpfx.pipeline.result, "save_network": vbpfx.pipeline.result, "save_file": vbpfx.storage.files,
 }  # fmt: skip

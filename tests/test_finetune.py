@@ -935,5 +935,5 @@ def test_streams_are_read_once_an_epoch_and_their_split_is_looked_up() -> None:
     for epoch in range(2):
         assert len(list(made.read(made.order(epoch)))) == 30
     assert len(reads) == 4 * 60
-    assert len(list(made.held(0, 1))) == 30
+    assert len(list(made.held_out(0, 1))) == 30
     assert len(reads) == 4 * 60

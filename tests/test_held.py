@@ -104,7 +104,7 @@ def _require_alike(found: vbpfx.Statistics, expected: vbpfx.Statistics) -> None:
             spread = theirs.variance.sqrt().max()
             assert (ours.mean - theirs.mean).abs().max() <= ROUNDING * spread
             torch.testing.assert_close(ours.variance, theirs.variance, rtol=ROUNDING, atol=0)
-            for part, other in ((ours.co, theirs.co), (ours.held, theirs.held)):
+            for part, other in ((ours.co, theirs.co), (ours.held_out, theirs.held_out)):
                 assert (part is None) == (other is None)
                 if part is not None and other is not None:
                     assert part.count == other.count

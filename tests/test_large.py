@@ -445,7 +445,7 @@ def test_pieces_hold_no_more_weights_than_allowed(tmp_path: Path) -> None:
         size = sum(4 * tensors[name].numel() for name in piece.tensors)
         assert size <= max(one_block, 4 * WORDS * WIDTH)
     # Between blocks, a sample only needs the residual stream: 5 positions with 16 float32.
-    assert max(piece.held for piece in found[:-1]) == 5 * WIDTH * 4
+    assert max(piece.live_bytes for piece in found[:-1]) == 5 * WIDTH * 4
 
     loans = Loans(hollow.stored, hollow.names, hollow.buffers)
     before = state(graph)["identities"]

@@ -56,7 +56,7 @@ def _assert_equal(one: vbpfx.Statistics, other: vbpfx.Statistics) -> None:
     assert one.moments.keys() == other.moments.keys()
     for name, sources in one.moments.items():
         for mine, theirs in zip(sources, other.moments[name], strict=True):
-            for part in (lambda m: m, lambda m: m.co, lambda m: m.held):
+            for part in (lambda m: m, lambda m: m.co, lambda m: m.held_out):
                 a, b = part(mine), part(theirs)
                 assert (a is None) == (b is None)
                 if a is not None:

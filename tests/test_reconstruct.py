@@ -542,11 +542,11 @@ def test_rows_in_larger_parts_are_the_same_rows() -> None:
     for rows in joined:
         together.add(*rows)
     for held in (False, True):
-        before, after = ([rows for rows in some if rows.held == held] for some in (parts, joined))
+        before, after = ([rows for rows in some if rows.held_out == held] for some in (parts, joined))
         assert [len(rows.x) for rows in after] == [11, 13, 3]
         for name in ("x", "t", "weights"):
             assert torch.equal(*(torch.cat([getattr(rows, name) for rows in some]) for some in (before, after)))
-    for a, b in ((one_by_one.fitted, together.fitted), (one_by_one.held, together.held)):
+    for a, b in ((one_by_one.fitted, together.fitted), (one_by_one.held_out, together.held_out)):
         assert a is not None
         assert b is not None
         torch.testing.assert_close(dataclasses.astuple(a), dataclasses.astuple(b), rtol=1e-12, atol=1e-13)

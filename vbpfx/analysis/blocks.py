@@ -19,7 +19,7 @@ from torch import fx
 
 from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
-from vbpfx.analysis.evidence import Evidence, Unread, gather
+from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
 from vbpfx.analysis.sizes import is_share
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
@@ -94,7 +94,7 @@ def find_blocks(captured: Captured) -> Analysis:
     Args:
         captured: what :func:`capture` returned.
     """
-    evidence = gather(captured)
+    evidence = find_evidence(captured)
     linked, adapters = _with_parts(evidence), find_adapters(captured.graph_module, evidence)
     found = [_judge(component, linked, adapters, evidence) for component in components(evidence)]
     blocks = [entry for entry in found if isinstance(entry, Block)]

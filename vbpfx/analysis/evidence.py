@@ -97,7 +97,7 @@ class Evidence:
         return self.uses[name][0] if self.uses[name] else -1
 
 
-def gather(captured: Captured) -> Evidence:
+def find_evidence(captured: Captured) -> Evidence:
     """Apply the rule of every node, and collect what the rules say."""
     graph_module, reference = captured.graph_module, captured.reference
     names, tied = parameter_names(graph_module, reference)

@@ -16,7 +16,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from vbpfx.analysis.evidence import Evidence, gather
+from vbpfx.analysis.evidence import Evidence, find_evidence
 from vbpfx.analysis.polarity import Polarity, try_out
 from vbpfx.errors import AnalysisError
 from vbpfx.graph.capture import Captured
@@ -74,7 +74,7 @@ def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument
     masks = [inputs[n] for n in chosen if isinstance(inputs[n].meta["val"], Tensor) and inputs[n].meta["val"].ndim == 2]
     if not masks:
         return {}
-    evidence = gather(captured)
+    evidence = find_evidence(captured)
     found: dict[Source, Mask] = {}
     for node in masks:
         tokens, rows = _tokens(_beginnings(node, inputs), evidence)

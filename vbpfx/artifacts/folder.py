@@ -49,10 +49,10 @@ def folder_for_artifact(folder: Path) -> Iterator[None]:
         raise ArtifactError(f"{folder} is a file; choose a folder")
     if folder.is_dir():
         settle(folder)
-        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if held and not {"plan.json", "graph.json"} <= set(held):
+        files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if files and not {"plan.json", "graph.json"} <= set(files):
             raise ArtifactError(
-                f"{folder} holds {held[0]} and is not a pruned network; choose a new or an empty folder"
+                f"{folder} holds {files[0]} and is not a pruned network; choose a new or an empty folder"
             )
     with made_folder(folder):
         yield

@@ -88,11 +88,11 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, Tensor], tied: dict
     root = nn.Module()
     for name in sorted(data["modules"], key=lambda path: path.count(".")):
         _install(root, name, _module_from_json(name, data["modules"][name]))
-    held: dict[str, Tensor] = {
+    registered: dict[str, Tensor] = {
         name: tensor if name in data["buffers"] else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         for name, tensor in tensors.items()
     }
-    for name, tensor in (*held.items(), *((name, held[first]) for name, first in tied.items())):
+    for name, tensor in (*registered.items(), *((name, registered[first]) for name, first in tied.items())):
         owner, _, attribute = name.rpartition(".")
         holder = _holder(root, owner)
         if isinstance(tensor, nn.Parameter):
@@ -254,22 +254,22 @@ def _value_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return [_value_from_json(entry, nodes) for entry in value]
     if not isinstance(value, dict):
         return value
-    ((kind, held),) = value.items()
+    ((kind, content),) = value.items()
     match kind:
         case "node":
-            return nodes[held]
+            return nodes[content]
         case "float":
-            return float(held)
+            return float(content)
         case "tuple":
-            return tuple(_value_from_json(entry, nodes) for entry in held)
+            return tuple(_value_from_json(entry, nodes) for entry in content)
         case "dict":
-            return {_value_from_json(k, nodes): _value_from_json(v, nodes) for k, v in held}
+            return {_value_from_json(k, nodes): _value_from_json(v, nodes) for k, v in content}
         case "slice":
-            return slice(*(_value_from_json(entry, nodes) for entry in held))
+            return slice(*(_value_from_json(entry, nodes) for entry in content))
         case "torch":
-            return _of_torch(held)
+            return _of_torch(content)
         case "device":
-            return torch.device(held)
+            return torch.device(content)
         case "ellipsis":
             return Ellipsis
     raise ArtifactError(f"the graph holds a value of an unknown kind {kind!r}")

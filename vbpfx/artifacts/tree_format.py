@@ -71,8 +71,8 @@ def spec_to_json(spec: pytree.TreeSpec) -> Any:
             names = (
                 list(vars(value)) if isinstance(value, Fields) else [field.name for field in dataclasses.fields(value)]
             )
-            held = {name: getattr(value, name) for name in names}
-            return {"fields": [[n, None if entry is None else described(entry)] for n, entry in held.items()]}
+            entries = {name: getattr(value, name) for name in names}
+            return {"fields": [[n, None if entry is None else described(entry)] for n, entry in entries.items()]}
         raise ArtifactError(_indescribable(kind))
 
     data = described(pytree.tree_unflatten(leaves, spec))
@@ -108,20 +108,20 @@ def _example(data: Any) -> Any:
     if data == _LEAF:
         return 0
     match data:
-        case {"tuple": list(held)}:
-            return tuple(map(_example, held))
-        case {"list": list(held)}:
-            return list(map(_example, held))
-        case {"dict": list(held)}:
-            return {_key(key): _example(value) for key, value in held}
-        case {"ordered": list(held)}:
-            return OrderedDict((_key(key), _example(value)) for key, value in held)
-        case {"fields": list(held)}:
-            return Fields(**{field_name(n): None if value is None else _example(value) for n, value in held})
-        case {"namedtuple": [name, list(held)]}:
-            return named_tuple(name, [n for n, _ in held])(*(_example(value) for _, value in held))
-        case {"returned": [name, list(held)]} if name in _returned():
-            return _returned()[name](map(_example, held))
+        case {"tuple": list(entries)}:
+            return tuple(map(_example, entries))
+        case {"list": list(entries)}:
+            return list(map(_example, entries))
+        case {"dict": list(entries)}:
+            return {_key(key): _example(value) for key, value in entries}
+        case {"ordered": list(entries)}:
+            return OrderedDict((_key(key), _example(value)) for key, value in entries)
+        case {"fields": list(entries)}:
+            return Fields(**{field_name(n): None if value is None else _example(value) for n, value in entries})
+        case {"namedtuple": [name, list(entries)]}:
+            return named_tuple(name, [n for n, _ in entries])(*(_example(value) for _, value in entries))
+        case {"returned": [name, list(entries)]} if name in _returned():
+            return _returned()[name](map(_example, entries))
     raise ArtifactError(
         f"the graph's arguments or results are described as {str(data)[:80]}, which is not a structure of tuples, lists, dictionaries and "
         f"named fields; save the network again"
@@ -181,14 +181,14 @@ def _of_old_text(text: str) -> Any:
 
 
 def _translated(tree: Any) -> Any:
-    kind, held = tree["type"], [_translated(child) for child in tree["children_spec"]]
-    if kind is None and not held:
+    kind, entries = tree["type"], [_translated(child) for child in tree["children_spec"]]
+    if kind is None and not entries:
         return _LEAF
     if kind in _OLD_SEQUENCES:
-        return {_OLD_SEQUENCES[kind]: held}
+        return {_OLD_SEQUENCES[kind]: entries}
     if kind in _OLD_MAPPINGS:
         keys = json.loads(tree["context"])
-        return {_OLD_MAPPINGS[kind]: [[key, value] for key, value in zip(keys, held, strict=True)]}
+        return {_OLD_MAPPINGS[kind]: [[key, value] for key, value in zip(keys, entries, strict=True)]}
     raise ArtifactError(
         f"the graph's arguments or results hold a {kind}, which an earlier version of vbpfx wrote down by its name; names in files are no "
         f"longer looked up: prune and save the network again, or pass into= a model of the pruned class"

@@ -31,7 +31,7 @@ def over_all_ranks(
         device: the device of the moments.
     """
     nothing = [(0, torch.zeros(width, dtype=torch.float64, device=device)) for width in widths]
-    kinds = (list(moments), [m and m.co for m in moments], [m and m.held for m in moments])
+    kinds = (list(moments), [m and m.co for m in moments], [m and m.held_out for m in moments])
     parts = [part for kind in kinds for part in kind]
     own = [(part.count, part.mean) if part else none for part, none in zip(parts, nothing * len(kinds), strict=True)]
     if not own:
@@ -49,8 +49,8 @@ def over_all_ranks(
         merged.append(kind(n, center, m2) if n else None)
     size = len(moments)
     return [
-        Moments(a.count, a.mean, a.m2, co, held) if a else None
-        for a, co, held in zip(merged[:size], merged[size : 2 * size], merged[2 * size :], strict=True)
+        Moments(a.count, a.mean, a.m2, co, held_out) if a else None
+        for a, co, held_out in zip(merged[:size], merged[size : 2 * size], merged[2 * size :], strict=True)
     ]
 
 

@@ -83,14 +83,14 @@ class Moments:
 
     Attributes:
         co: co-moments of a share of the rows; None if none were gathered.
-        held: co-moments of rows from held-out samples, to choose between fits that were made from ``co``.
+        held_out: co-moments of rows from held-out samples, to choose between fits that were made from ``co``.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
     co: CoMoments | None = None
-    held: CoMoments | None = None
+    held_out: CoMoments | None = None
 
     @classmethod
     def of(cls, values: Tensor, axis: int = -1) -> Moments:
@@ -129,24 +129,24 @@ class Moments:
             self.mean + delta * (other.count / count),
             self.m2 + other.m2 + delta.square() * (self.count * other.count / count),
             self.co | other.co if self.co and other.co else self.co or other.co,
-            self.held | other.held if self.held and other.held else self.held or other.held,
+            self.held_out | other.held_out if self.held_out and other.held_out else self.held_out or other.held_out,
         )
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return tensors by name and counts by part, for a file; :meth:`from_tensors` is the inverse."""
-        parts = {key: part for key, part in (("all", self), ("co", self.co), ("held", self.held)) if part}
+        parts = {key: part for key, part in (("all", self), ("co", self.co), ("held", self.held_out)) if part}
         tensors = {f"{key}/{name}": getattr(part, name) for key, part in parts.items() for name in ("mean", "m2")}
         return tensors, {key: part.count for key, part in parts.items()}
 
     @classmethod
     def from_tensors(cls, read: Callable[[str], Tensor], counts: Mapping[str, int]) -> Moments:
         """Return the moments that :meth:`to_tensors` was called on; ``read`` returns a tensor by its name."""
-        co = {
+        parts = {
             key: CoMoments(counts[key], read(f"{key}/mean"), read(f"{key}/m2"))
             for key in ("co", "held")
             if key in counts
         }
-        return cls(counts["all"], read("all/mean"), read("all/m2"), **co)
+        return cls(counts["all"], read("all/mean"), read("all/m2"), parts.get("co"), parts.get("held"))
 
     @property
     def variance(self) -> Tensor:
@@ -160,12 +160,12 @@ class Moments:
         Raises:
             CalibrationError: no co-moments were gathered.
         """
-        if self.co is None and self.held is None:
+        if self.co is None and self.held_out is None:
             raise CalibrationError(
                 "these statistics hold variances alone, and the method needs covariances: gather them with "
                 "prepare(..., covariance=True)"
             )
-        return self.co | self.held if self.co and self.held else (self.co or self.held)  # type: ignore[return-value]
+        return self.co | self.held_out if self.co and self.held_out else (self.co or self.held_out)  # type: ignore[return-value]
 
 
 def widened(values: Tensor) -> Tensor:

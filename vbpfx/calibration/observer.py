@@ -105,11 +105,11 @@ class Observer(nn.Module):
         """
         numbers = row_numbers(rows.shape[0], self.rows, self.rows_a_sample, mask)
         (index,) = (numbers % self.every == 0).nonzero(as_tuple=True)
-        held = is_held_out(numbers[index], self.rows_a_sample)
-        chosen, apart = (part.to(rows.device, non_blocking=True) for part in (index[~held], index[held]))
+        is_apart = is_held_out(numbers[index], self.rows_a_sample)
+        chosen, apart = (part.to(rows.device, non_blocking=True) for part in (index[~is_apart], index[is_apart]))
         parts = (rows[chosen], rows[apart])
         co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
-        return replace(batch, co=co, held=held_out)
+        return replace(batch, co=co, held_out=held_out)
 
 
 def row_numbers(count: int, start: int, rows_a_sample: int, mask: Tensor | None = None) -> Tensor:

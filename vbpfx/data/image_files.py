@@ -56,8 +56,8 @@ def list_images(folder: Path, labels: Path | None = None, classes: Path | None =
     shown = tuple(_SYNSET.sub("", name) for name in names) if names else None
     images, others = _walk(folder)
     if not images:
-        held = f"; it holds {len(others)} other files, such as {others[0].name}" if others else ""
-        raise CalibrationError(f"{folder} holds no images ({', '.join(SUFFIXES)}){held}")
+        others_found = f"; it holds {len(others)} other files, such as {others[0].name}" if others else ""
+        raise CalibrationError(f"{folder} holds no images ({', '.join(SUFFIXES)}){others_found}")
     if labels is not None:
         known = read_labels(labels, images, folder)
         found = [image for image in images if image in known]

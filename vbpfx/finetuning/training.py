@@ -243,7 +243,7 @@ class Training:
         self.network.eval()
         loss = samples = 0.0
         with torch.no_grad(), self.processes.autocast():
-            for inputs, _, counts in self._arguments(self.data.held(self.processes.rank, self.processes.count)):
+            for inputs, _, counts in self._arguments(self.data.held_out(self.processes.rank, self.processes.count)):
                 ours, target = self._student(inputs), self._teacher(inputs)
                 count = len(ours.output) * counts
                 loss, samples = (
@@ -290,7 +290,9 @@ class Training:
     def _examples(self) -> Iterator[Inputs]:
         """Yield held-out batches, or training batches if nothing is held out. They are the same in every process."""
         self._seed(_HELD_OUT)
-        batches = self.data.held(0, 1) if self.data.measured else self.data.read(self.data.order(0)[:_SCALE_BATCHES])
+        batches = (
+            self.data.held_out(0, 1) if self.data.measured else self.data.read(self.data.order(0)[:_SCALE_BATCHES])
+        )
         return (self._read(batch)[0] for batch in batches)
 
     def _seed(self, *key: int) -> None:

@@ -47,13 +47,13 @@ class TrainingData:
     Attributes:
         order: epoch -> the units of all its batches, in order.
         read: units in the order of an epoch -> their batches.
-        held: (rank, number of processes) -> a process's share of the held-out batches, the same at every call.
+        held_out: (rank, number of processes) -> a process's share of the held-out batches, the same at every call.
         measured: whether there are held-out batches.
     """
 
     order: Callable[[int], list[Unit]]
     read: Callable[[Sequence[Unit]], Iterator[Any]]
-    held: Callable[[int, int], Iterator[Any]]
+    held_out: Callable[[int, int], Iterator[Any]]
     measured: bool
 
 
@@ -108,7 +108,7 @@ def _from_loader(loader: DataLoader[Any], share: float, seed: int) -> TrainingDa
         return _from_stream(loader, share, seed)
     dataset: Dataset[Any] = loader.dataset
     size, shuffled = loader.batch_size or 1, isinstance(loader.sampler, RandomSampler)
-    training, held = _set_aside(len(dataset), share, seed, "sample")  # type: ignore[arg-type] # has one: _is_plain
+    training, held_out = _set_aside(len(dataset), share, seed, "sample")  # type: ignore[arg-type] # has one: _is_plain
 
     def order(epoch: int) -> list[Unit]:
         numbers = _shuffled(training, seed, epoch) if shuffled else training
@@ -135,7 +135,7 @@ def _from_loader(loader: DataLoader[Any], share: float, seed: int) -> TrainingDa
             f"{len(training)} samples are left to train on, drop_last leaves out a batch of fewer than {size}; "
             f"pass drop_last=False"
         )
-    return TrainingData(order, read, lambda rank, n: read(chunks(held, size)[rank::n]), bool(held))
+    return TrainingData(order, read, lambda rank, n: read(chunks(held_out, size)[rank::n]), bool(held_out))
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -151,21 +151,21 @@ def _is_plain(loader: DataLoader[Any]) -> bool:
 
 
 def _from_sequence(data: Sequence[Any], share: float, seed: int) -> TrainingData:
-    training, held = _set_aside(len(data), share, seed, "batch")
+    training, held_out = _set_aside(len(data), share, seed, "batch")
 
     def read(units: Sequence[Unit]) -> Iterator[Any]:
         return (data[unit] for unit in units)
 
     return TrainingData(
-        lambda epoch: _shuffled(training, seed, epoch), read, lambda rank, n: read(held[rank::n]), bool(held)
+        lambda epoch: _shuffled(training, seed, epoch), read, lambda rank, n: read(held_out[rank::n]), bool(held_out)
     )
 
 
 def _from_stream(data: Iterable[Any], share: float, seed: int) -> TrainingData:
     count = sum(1 for _ in data)
     training, numbers = _set_aside(count, share, seed, "batch")
-    held = set(numbers)
-    kept = {number: batch for number, batch in enumerate(data) if number in held} if held else {}
+    held_out = set(numbers)
+    kept = {number: batch for number, batch in enumerate(data) if number in held_out} if held_out else {}
 
     def read(units: Sequence[Unit]) -> Iterator[Any]:
         wanted, seen = set(units), 0

@@ -363,8 +363,8 @@ def _refuse_divided(model: nn.Module) -> None:
 def _refuse_fake(model: nn.Module) -> None:
     """Raise a CaptureError if the model holds fake tensors, which an earlier trace has left behind."""
     for path, module in model.named_modules():
-        held = {**vars(module), **module._parameters, **module._buffers}
-        for attribute, value in held.items():
+        attributes = {**vars(module), **module._parameters, **module._buffers}
+        for attribute, value in attributes.items():
             if not attribute.startswith("_") or isinstance(value, Tensor):
                 leaves = (
                     value

@@ -48,7 +48,7 @@ class KnownNumbers(TorchFunctionMode):
         super().__init__()
         self._model, self._written, self.unknown = model, False, ""
         self._values = {name: tensor.detach() for name, tensor in _tensors(model).items()}
-        self._held: dict[int, tuple[Tensor, str]] = {}
+        self._known_tensors: dict[int, tuple[Tensor, str]] = {}
         self._made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
 
     def __torch_function__(
@@ -85,10 +85,10 @@ class KnownNumbers(TorchFunctionMode):
         """Return a function that computes a tensor's values, or None if they are not known."""
         if id(tensor) in self._made:
             return self._made[id(tensor)][1]
-        if next((held is not _at(self._model, name) for held, name in self._held.values()), True):
+        if next((tensor is not _at(self._model, name) for tensor, name in self._known_tensors.values()), True):
             # torch.export has replaced the model's tensors
-            self._held = {id(held): (held, name) for name, held in _tensors(self._model).items()}
-        found = self._held.get(id(tensor))
+            self._known_tensors = {id(tensor): (tensor, name) for name, tensor in _tensors(self._model).items()}
+        found = self._known_tensors.get(id(tensor))
         return None if found is None else functools.partial(self._values.__getitem__, found[1])
 
 
@@ -101,8 +101,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return name -> tensor for a model's parameters, buffers, and attributes that are tensors."""
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            found |= {f"{path}.{name}": value for name, value in held.items() if isinstance(value, Tensor)}
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            found |= {f"{path}.{name}": value for name, value in tensors.items() if isinstance(value, Tensor)}
     return found
 
 

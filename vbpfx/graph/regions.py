@@ -88,9 +88,9 @@ def _name(node: fx.Node) -> str:
     return str(node.target.__name__) if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
-def _region(graph_module: fx.GraphModule, held: Any) -> fx.GraphModule:
+def _region(graph_module: fx.GraphModule, reference: Any) -> fx.GraphModule:
     """Return the region's graph that a get_attr node refers to."""
-    found = graph_module.get_submodule(str(held.target))
+    found = graph_module.get_submodule(str(reference.target))
     assert isinstance(found, fx.GraphModule)
     return found
 
@@ -109,9 +109,9 @@ def _require_no_effect(node: fx.Node, graph_module: fx.GraphModule, devices: Col
 
 def _inline(graph_module: fx.GraphModule, node: fx.Node, at: int) -> None:
     """Replace a node that runs a region by the calls of the region's graph, which is its argument at index ``at``."""
-    graph, held = graph_module.graph, node.args[at]
-    assert isinstance(held, fx.Node)
-    region = _region(graph_module, held)
+    graph, reference = graph_module.graph, node.args[at]
+    assert isinstance(reference, fx.Node)
+    region = _region(graph_module, reference)
     operands = node.args[at + 1 + (_name(node) == "invoke_subgraph") :]
     values: dict[fx.Node, Any] = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=True))
     result: Any = None
@@ -124,10 +124,10 @@ def _inline(graph_module: fx.GraphModule, node: fx.Node, at: int) -> None:
                 continue
             values[inner] = graph.node_copy(inner, values.__getitem__)
             if inner.op in ("get_attr", "call_module"):
-                values[inner].target = f"{held.target}.{inner.target}"
+                values[inner].target = f"{reference.target}.{inner.target}"
     for user in list(node.users):
         if user.target is operator.getitem and not isinstance(result, fx.Node):
             replace_by(user, result[user.args[1]])
     replace_by(node, result)
-    if not held.users:
-        graph.erase_node(held)
+    if not reference.users:
+        graph.erase_node(reference)

@@ -8,7 +8,7 @@ import networkx as nx
 from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis, depends
-from vbpfx.analysis.evidence import Evidence, gather
+from vbpfx.analysis.evidence import Evidence, find_evidence
 from vbpfx.graph.capture import named_tensors
 from vbpfx.plans.records import Block
 from vbpfx.rules.axes import Axis
@@ -17,7 +17,7 @@ from vbpfx.rules.table import operator_of
 
 def kinds(analysis: Analysis) -> dict[str, str]:
     """Return the kind of every block, such as ``"MLP"``, ``"gated MLP"``, ``"token-mixing MLP"`` or ``"convolution"``."""
-    evidence = gather(analysis.captured)
+    evidence = find_evidence(analysis.captured)
     tensors = named_tensors(analysis.captured.reference)
     is_token_axis = _token_axes(evidence)
     return {block.name: _kind(block, tensors, evidence, is_token_axis) for block in analysis.blocks}

@@ -231,10 +231,10 @@ def _measure(
     runs = {name: functools.partial(made.run, inputs) for name, made in zip(("dense", "pruned"), compiled, strict=True)}
     seconds = alternating(runs, rounds=how.rounds, clock=how.clock)
     speedup = Spread.of([a / b for a, b in zip(seconds["dense"], seconds["pruned"], strict=True)])
-    held = [_memory(taken, made, inputs, threads) if how.memory else (None, None) for made in compiled]
+    memory = [_memory(taken, made, inputs, threads) if how.memory else (None, None) for made in compiled]
     dense, pruned = (
         Side(Spread.of(seconds[name]), side.parity, side.size, None, *own)
-        for name, side, own in zip(("dense", "pruned"), found, held, strict=True)
+        for name, side, own in zip(("dense", "pruned"), found, memory, strict=True)
     )
     return Row(taken.name, batch, threads, dense, pruned, speedup, speedup.median / ratio if ratio else None)
 

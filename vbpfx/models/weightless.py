@@ -164,8 +164,8 @@ def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
 def _all_on_meta(model: nn.Module) -> nn.Module:
     """A copy in eval mode with the same parameters, and with buffers on the meta device."""
     hollow = share_parameters(model)
-    held = {id(buffer): buffer for buffer in hollow.buffers()}
-    on_meta = {key: buffer.to("meta") for key, buffer in held.items()}
+    buffers = {id(buffer): buffer for buffer in hollow.buffers()}
+    on_meta = {key: buffer.to("meta") for key, buffer in buffers.items()}
     for module in hollow.modules():
         module._buffers.update({name: on_meta[id(b)] for name, b in module._buffers.items() if b is not None})
     return hollow

@@ -30,7 +30,7 @@ from vbpfx.errors import CaptureError
 from vbpfx.onnx_graph.names import free_name, register, suggested
 
 Array = npt.NDArray[Any]
-Path = tuple[str | int, ...]
+ArgumentPath = tuple[str | int, ...]
 # How a parameter relates to the tensor in the file: the same, its transpose, or flattened to a vector.
 Layout = Literal["same", "transposed", "flat"]
 
@@ -60,7 +60,7 @@ Value = fx.Node | Constant | Sizes
 
 
 @dataclass(frozen=True)
-class Place:
+class StatedNumber:
     """Where the file states a number.
 
     Attributes:
@@ -76,7 +76,7 @@ class Place:
 
 
 @dataclass
-class Stored:
+class FileTensor:
     """The tensor in the file that a parameter was made from.
 
     Attributes:
@@ -119,8 +119,8 @@ class Builder:
         self.node: ir.Node
         self.hint = "value"
         self.values: dict[ir.Value, Value] = {}
-        self.stored: dict[str, Stored] = {}
-        self.places: dict[tuple[str, Path], Place | None] = {}
+        self.stored: dict[str, FileTensor] = {}
+        self.places: dict[tuple[str, ArgumentPath], StatedNumber | None] = {}
         self.made_by: dict[str, tuple[ir.Node, ...]] = {}
         self._parameters: dict[Any, fx.Node] = {}
 
@@ -150,7 +150,7 @@ class Builder:
         self.made_by[node.name] = (self.node,)
         return node
 
-    def states(self, node: fx.Node, path: Path, place: Place | None) -> None:
+    def states(self, node: fx.Node, path: ArgumentPath, place: StatedNumber | None) -> None:
         """Record where the file states a number among a call's arguments."""
         if place is not None and isinstance(place.where, int) and self.has(place.where):
             place = replace(place, length=len(self.numbers(place.where)))
@@ -253,7 +253,7 @@ class Builder:
         if constant.value is not None:
             original = constant_of(constant.value)
             assert original is not None
-            self.stored[name] = Stored(
+            self.stored[name] = FileTensor(
                 constant.value, constant.array.shape, layout, original.dtype, constant.array.dtype, constant.cast
             )
         node = self.graph.create_node("get_attr", name, name=name)

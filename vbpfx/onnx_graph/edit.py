@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from vbpfx.onnx_graph.builder import Array, Stored
+from vbpfx.onnx_graph.builder import Array, FileTensor
 
 # The first IR version in which initializers need not be listed among the inputs.
 _INITIALIZERS_ALONE = 4
@@ -43,7 +43,7 @@ class OnnxEdit:
         self.graph.register_initializer(value)
         return value
 
-    def replace(self, stored: Stored, array: Array) -> None:
+    def replace(self, stored: FileTensor, array: Array) -> None:
         """Replace the tensor at the node inputs that a parameter stands for; other readers keep the old tensor."""
         value, uses = stored.value, set(stored.uses)
         name = str(value.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ from vbpfx.display.quiet import quiet_logging
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.graph.fake import sentinel
 from vbpfx.onnx_graph.builder import (
+    ArgumentPath,
     Builder,
     Constant,
-    Path,
-    Place,
+    FileTensor,
     Sizes,
-    Stored,
+    StatedNumber,
     Value,
     constant_of,
     is_matrix,
@@ -80,13 +80,13 @@ class Imported:
     graph_module: fx.GraphModule
     arguments: Mapping[str, str]
     value_of: Mapping[str, str]
-    stored: Mapping[str, Stored]
-    places: Mapping[tuple[str, Path], Place | None]
+    stored: Mapping[str, FileTensor]
+    places: Mapping[tuple[str, ArgumentPath], StatedNumber | None]
     made_by: Mapping[str, tuple[ir.Node, ...]]
     strange: Mapping[str, list[ir.Node]]
 
 
-def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
+def open_file(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
     """Open an ONNX Runtime session on a model.
 
     Raises:
@@ -108,7 +108,7 @@ def open_file(model: ir.Model, folder: Folder) -> onnxruntime.InferenceSession:
         raise _without_function(strange[0], error) from error
 
 
-def import_graph(model: ir.Model, example: Inputs, folder: Folder = Folder()) -> Imported:
+def import_graph(model: ir.Model, example: Inputs, folder: Path = Path()) -> Imported:
     """Import an ONNX model as an fx graph, for any batch size if the file allows it.
 
     Args:

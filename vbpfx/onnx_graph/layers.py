@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from vbpfx.errors import CaptureError
-from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, pairs, shape_of
+from vbpfx.onnx_graph.builder import Builder, Constant, StatedNumber, Value, pairs, shape_of
 
 SKIP_EPSILON = 1e-12  # ONNX Runtime's default epsilon of SkipLayerNormalization
 
@@ -106,7 +106,7 @@ def _convolution(b: Builder) -> Value:
     bias = b.tensor(2) if b.has(2) else None
     groups = b.attribute("group", 1)
     node = b.emit(function, x, weight, bias, list(stride), padding, list(dilation), groups)
-    b.states(node, ("args", 6), Place(b.node, "group"))
+    b.states(node, ("args", 6), StatedNumber(b.node, "group"))
     return node
 
 

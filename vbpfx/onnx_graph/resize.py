@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vbpfx.errors import CaptureError
-from vbpfx.onnx_graph.builder import Array, Builder, Place, Value, number, shape_of
+from vbpfx.onnx_graph.builder import Array, Builder, StatedNumber, Value, number, shape_of
 from vbpfx.rules.norms import resizing
 from vbpfx.rules.ops import register_operator
 
@@ -140,7 +140,7 @@ def _resize(b: Builder) -> Value:
         b.attribute("cubic_coeff_a", -0.75), bool(b.attribute("exclude_outside", 0)),
     )  # fmt: skip
     if by_size and isinstance(given.get(1), int):
-        b.states(node, ("args", 1, 0), Place(b.node, 3, axes.index(1)))
+        b.states(node, ("args", 1, 0), StatedNumber(b.node, 3, axes.index(1)))
     return node
 
 

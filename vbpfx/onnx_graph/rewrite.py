@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from vbpfx.errors import ExportError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.onnx_graph.builder import Array, Place, Stored, constant_of
+from vbpfx.onnx_graph.builder import Array, FileTensor, StatedNumber, constant_of
 from vbpfx.onnx_graph.carried import carry
 from vbpfx.onnx_graph.edit import OnnxEdit
 from vbpfx.onnx_graph.importer import Imported
@@ -80,7 +80,7 @@ def _same(dense: Tensor, narrow: Tensor) -> bool:
     return narrow is dense or (narrow.shape == dense.shape and bool((narrow == dense).all()))
 
 
-def _as_stored(tensor: Tensor, stored: Stored) -> Array:
+def _as_stored(tensor: Tensor, stored: FileTensor) -> Array:
     array = tensor.detach().cpu().numpy().astype(stored.dtype, copy=False)
     if stored.layout == "transposed":
         return array.T
@@ -105,9 +105,9 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
                 _state_computed(file, literal, place, after)
                 continue
             match place:
-                case Place(node=node, where=str(name)):
+                case StatedNumber(node=node, where=str(name)):
                     node.attributes[name] = ir.AttrInt64(name, after)
-                case Place(node=node, where=int(where), index=index, length=length):
+                case StatedNumber(node=node, where=int(where), index=index, length=length):
                     changes[node, where, length][index] = after - before
                 case _:
                     raise ExportError(
@@ -126,7 +126,7 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
 def _state_computed(file: OnnxEdit, literal: SizeLiteral, place: Any, number: int) -> None:
     """Replace a number that the file computes from a narrowed size by a constant."""
     match place:
-        case Place(node=node, where=int(where), length=1):
+        case StatedNumber(node=node, where=int(where), length=1):
             value = node.inputs[where]
             assert value is not None
             node.replace_input_with(where, file.store(f"{value.name}_narrow", np.array([number], np.int64)))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vbpfx.errors import CaptureError
-from vbpfx.onnx_graph.builder import Builder, Constant, Place, Value, number, one_entry, pairs, shape_of
+from vbpfx.onnx_graph.builder import Builder, Constant, StatedNumber, Value, number, one_entry, pairs, shape_of
 from vbpfx.onnx_graph.elementwise import dtype_of
 
 _LARGEST = 2**31
@@ -23,7 +23,7 @@ def _reshape(b: Builder) -> Value:
     node = b.emit(torch.reshape, x, target)
     for index, entry in enumerate(target):
         if isinstance(entry, int):
-            b.states(node, ("args", 1, index), Place(b.node, 1, index))
+            b.states(node, ("args", 1, index), StatedNumber(b.node, 1, index))
     return node
 
 
@@ -68,7 +68,7 @@ def _expand(b: Builder) -> Value:
     node = b.emit("expand", x, target)
     for index, entry in enumerate(target):
         if isinstance(entry, int) and entry != -1:
-            b.states(node, ("args", 1, index), Place(b.node, 1, index - ahead))
+            b.states(node, ("args", 1, index), StatedNumber(b.node, 1, index - ahead))
     return node
 
 
@@ -95,8 +95,8 @@ def _slice(b: Builder) -> Value:
         return x
     node = b.emit(operator.getitem, x, tuple(taken))
     for i, axis in enumerate(axes):
-        b.states(node, ("args", 1, axis % ndim, "start"), Place(b.node, 1, i))
-        b.states(node, ("args", 1, axis % ndim, "stop"), Place(b.node, 2, i))
+        b.states(node, ("args", 1, axis % ndim, "start"), StatedNumber(b.node, 1, i))
+        b.states(node, ("args", 1, axis % ndim, "stop"), StatedNumber(b.node, 2, i))
     return node
 
 
@@ -114,7 +114,7 @@ def _split(b: Builder) -> Value | tuple[Value, ...]:
         sizes = [part] * (outputs - 1) + [size - part * (outputs - 1)]
     node = b.emit(torch.split, x, sizes, axis)
     for index in range(len(sizes)):
-        b.states(node, ("args", 1, index), Place(b.node, 1, index))
+        b.states(node, ("args", 1, index), StatedNumber(b.node, 1, index))
     return tuple(b.emit(operator.getitem, node, index) for index in range(outputs))
 
 

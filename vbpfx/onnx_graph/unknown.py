@@ -157,14 +157,14 @@ def unknown(b: Builder, probe: Probe, why: str = "") -> tuple[Value, ...]:
     run = _SingleNode(node, b.imports, dtypes, settings)
     kinds = [torch.from_numpy(widened(np.empty(0, probe.seen(value).dtype))).dtype for value in made_by(node)]
     call = OnnxCall(node, run, computed, cases, kinds, why)
-    result = b.emit(call, *(b.anything_read(value) for value in read), *_held(b))
+    result = b.emit(call, *(b.anything_read(value) for value in read), *_subgraph_weights(b))
     if len(kinds) == 1:
         return tuple(result for _ in node.outputs)
     numbers = {value: number for number, value in enumerate(made_by(node))}
     return tuple(b.emit(operator.getitem, result, numbers.get(value, 0)) for value in node.outputs)
 
 
-def _held(b: Builder) -> list[fx.Node]:
+def _subgraph_weights(b: Builder) -> list[fx.Node]:
     """Return nodes for the weights inside the node's subgraphs, which are never narrowed but can be found by name."""
     found = []
     for body in _bodies_within(b.node):

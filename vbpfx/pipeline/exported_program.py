@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from vbpfx.data.inputs import Inputs, reader
 from vbpfx.export.exported_program import Contract, export_program
-from vbpfx.pipeline.gathering import require_batches
+from vbpfx.pipeline.calibration import require_batches
 from vbpfx.pipeline.model import prune
 
 

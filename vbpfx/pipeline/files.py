@@ -29,7 +29,7 @@ from vbpfx.graph.capture import Captured, Frontend, capture, share_parameters
 from vbpfx.graph.precision import full_float32
 from vbpfx.models.weightless import Weightless
 from vbpfx.outputs.differences import tolerance_of
-from vbpfx.pipeline.gathering import first_batch
+from vbpfx.pipeline.calibration import first_batch
 from vbpfx.pipeline.loading import Loading, Loans, run_by_module, runnable
 from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Source, run_stages
 from vbpfx.pipeline.strategy import Fitting, Strategy, Target
@@ -286,8 +286,8 @@ def _write_weights(
 def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
     """Bytes of a network whose files hold these tensors, with the buffers that no file holds."""
     further_names = {name for name, source in hollow.names.items() if name != source}
-    held = {name: shape for name, shape in stored.shapes.items() if name not in further_names}
-    return count_bytes({**held, **hollow.buffers})
+    own = {name: shape for name, shape in stored.shapes.items() if name not in further_names}
+    return count_bytes({**own, **hollow.buffers})
 
 
 @full_float32()

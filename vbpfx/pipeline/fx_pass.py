@@ -16,7 +16,7 @@ from vbpfx.graph.capture import capture, named_tensors, share_parameters
 from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import graph_arguments, renew_shapes
 from vbpfx.graph.tidy import INPUT_GUARDS
-from vbpfx.pipeline.gathering import require_batches
+from vbpfx.pipeline.calibration import require_batches
 from vbpfx.pipeline.model import prune
 from vbpfx.pipeline.result import Pruned
 from vbpfx.planning.options import PlanArguments, PlanOptions

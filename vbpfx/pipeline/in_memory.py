@@ -13,7 +13,7 @@ from vbpfx.calibration.prepare import prepare
 from vbpfx.data.inputs import Inputs, all_axes
 from vbpfx.graph.capture import Captured
 from vbpfx.measurement.sensitivity import sensitivities
-from vbpfx.pipeline.gathering import Calibration, Gathered, Run, gather
+from vbpfx.pipeline.calibration import Calibration, CalibrationResult, Run, run_calibration
 from vbpfx.pipeline.stages import ResultT, Source
 from vbpfx.pipeline.strategy import Fitting, Strategy, Target
 from vbpfx.planning.latency_table import Latencies
@@ -25,7 +25,7 @@ from vbpfx.reconstruction.reconstruct import reconstruct
 from vbpfx.rewrite.verify import Verification, verify
 
 
-class InMemory(Source[Gathered, ResultT]):
+class InMemory(Source[CalibrationResult, ResultT]):
     """A network whose weights are in memory.
 
     Args:
@@ -43,7 +43,7 @@ class InMemory(Source[Gathered, ResultT]):
         """What runs a batch for the observers of a prepared graph; the graph itself where this is None."""
         return None
 
-    def observe(self, analysis: Analysis, strategy: Strategy) -> Gathered:
+    def observe(self, analysis: Analysis, strategy: Strategy) -> CalibrationResult:
         """Every batch once, through the prepared graph or through what stands for it."""
         observed = prepare(
             analysis.captured,
@@ -53,9 +53,11 @@ class InMemory(Source[Gathered, ResultT]):
             covariance=strategy.covariance,
         )
         run = self.forward(observed)
-        return gather(analysis.captured, observed, run, self.read, self.calibration, strategy)
+        return run_calibration(analysis.captured, observed, run, self.read, self.calibration, strategy)
 
-    def plan(self, analysis: Analysis, strategy: Strategy, observed: Gathered, latencies: Latencies | None) -> Plan:
+    def plan(
+        self, analysis: Analysis, strategy: Strategy, observed: CalibrationResult, latencies: Latencies | None
+    ) -> Plan:
         """The plan, and on the kept samples the sensitivities of the blocks and the layers that are fitted."""
         progress = self.calibration.progress
         plan = make_plan(

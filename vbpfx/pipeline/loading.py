@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import named_tensors, share_parameters
 from vbpfx.graph.edit import finish
-from vbpfx.graph.held import held
+from vbpfx.graph.memory import live_bytes
 from vbpfx.reconstruction.stream import Stream
 from vbpfx.storage.tensors import Stored
 
@@ -82,11 +82,11 @@ class Loans:
 
 @dataclass(frozen=True)
 class Piece:
-    """Nodes that run together: up to ``last``, with the tensors of those names; ``held`` bytes a sample are held behind it."""
+    """Nodes that run together: up to ``last``, with the tensors of those names; ``live_bytes`` bytes a sample are held behind it."""
 
     last: str
     tensors: tuple[str, ...]
-    held: int
+    live_bytes: int
 
 
 def runnable(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -121,7 +121,7 @@ def pieces(graph_module: fx.GraphModule, samples: int, weights: float) -> list[P
         weights: bytes of the weights of a piece; a node that alone has more is a piece of its own.
     """
     nodes = list(graph_module.graph.nodes)
-    tensors, live = named_tensors(graph_module), [behind for _, behind in held(nodes)]
+    tensors, live = named_tensors(graph_module), [behind for _, behind in live_bytes(nodes)]
     nodes = [node for node in nodes if node.op != "output"]
     used = [_tensors_of(graph_module, node) for node in nodes]
     found: list[Piece] = []
@@ -149,8 +149,8 @@ def _tensors_of(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
         return [f"{node.target}.{name}" for name in named_tensors(graph_module.get_submodule(str(node.target)))]
     if node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
-        held = getattr(graph_module.get_submodule(owner), attribute)
-        return [str(node.target)] if isinstance(held, Tensor) else []
+        value = getattr(graph_module.get_submodule(owner), attribute)
+        return [str(node.target)] if isinstance(value, Tensor) else []
     return []
 
 
@@ -174,12 +174,12 @@ class Loading:
             order = {node.name: number for number, node in enumerate(graph_module.graph.nodes)}
             found = [piece for n, piece in enumerate(found) if not n or order[found[n - 1].last] < order[until]]
         self.pieces = found
-        self.held = max((piece.held for piece in found[:-1]), default=0)
+        self.live_bytes = max((piece.live_bytes for piece in found[:-1]), default=0)
         self._returned = graph_module.graph.output_node().args if not until else ()
 
     def samples_at_once(self) -> int:
         """How many samples the batches of one way through the graph may have together."""
-        return int(self.memory / max(1, self.held))
+        return int(self.memory / max(1, self.live_bytes))
 
     def run(
         self,

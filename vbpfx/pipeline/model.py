@@ -17,7 +17,7 @@ from vbpfx.data.inputs import Inputs, all_axes, as_inputs, reader, unlike_axes
 from vbpfx.distributed.ranks import Ranks, Sharing, joining
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, Frontend, capture, require_code_and_numbers, require_module
-from vbpfx.pipeline.gathering import Calibration, first_batch, require_batches
+from vbpfx.pipeline.calibration import Calibration, first_batch, require_batches
 from vbpfx.pipeline.in_memory import InMemory
 from vbpfx.pipeline.result import Pruned
 from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, run_stages

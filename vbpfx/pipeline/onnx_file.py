@@ -43,7 +43,7 @@ from vbpfx.onnx_graph.samples import find_samples
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
-from vbpfx.pipeline.gathering import Calibration, Run, first_batch
+from vbpfx.pipeline.calibration import Calibration, Run, first_batch
 from vbpfx.pipeline.in_memory import InMemory
 from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, run_stages
 from vbpfx.pipeline.strategy import Fitting, Target

@@ -103,7 +103,7 @@ class Streaming:
         moments: dict[str, tuple[Moments, ...]] = {}
 
         def take_scores(block: Block, found: tuple[Moments, ...]) -> None:
-            moments[block.name] = tuple(replace(m, co=None, held=None) for m in found)
+            moments[block.name] = tuple(replace(m, co=None, held_out=None) for m in found)
             first = deciding.blocks[0]
             samples = deciding.samples(*((first, moments[first.name]) if first.name in moments else (block, found)))
             with self.loans.lent(reference, list({axis.name: None for axis in block.parameters})):

@@ -50,7 +50,7 @@ def ridge(moments: Moments, kept: Tensor, pruned: Tensor, predicts: bool) -> Pre
     if not predicts:
         return mean(moments, kept, pruned, predicts)
     penalty = (
-        min(PENALTIES, key=lambda p: _held_out_error(moments, kept, pruned, p)) if moments.held else DEFAULT_PENALTY
+        min(PENALTIES, key=lambda p: _held_out_error(moments, kept, pruned, p)) if moments.held_out else DEFAULT_PENALTY
     )
     prediction = predict(moments.all_co, kept, pruned, penalty)
     mu = moments.mean.cpu()
@@ -72,10 +72,10 @@ def predict(co: CoMoments, kept: Tensor, pruned: Tensor, penalty: float) -> Tens
 
 def _held_out_error(moments: Moments, kept: Tensor, pruned: Tensor, penalty: float) -> float:
     """Return the squared error of predicting h_P, summed over P, on the held-out samples."""
-    if moments.co is None or moments.held is None:
+    if moments.co is None or moments.held_out is None:
         return 0.0
     prediction = predict(moments.co, kept, pruned, penalty)
-    c = moments.held.covariance.cpu()
+    c = moments.held_out.covariance.cpu()
     within, across, own = c[kept][:, kept], c[pruned][:, kept], c.diagonal()[pruned]
     return float((own - 2 * (prediction * across).sum(1) + ((prediction @ within) * prediction).sum(1)).sum())
 

@@ -228,8 +228,8 @@ def samples_at_once(captured: Captured, memory: float) -> int:
     gradients.
     """
     tensors = tensors_in([node.meta.get("val") for node in captured.graph_module.graph.nodes if node.op != "get_attr"])
-    held = 2 * sum(t.numel() * t.element_size() for t in tensors)
-    a_sample = held / (captured.batch or captured.inputs.batch_size or 1)
+    size = 2 * sum(t.numel() * t.element_size() for t in tensors)
+    a_sample = size / (captured.batch or captured.inputs.batch_size or 1)
     return max(1, min(_MOST_AT_ONCE, int(memory * 2**30 / max(1.0, a_sample))))
 
 

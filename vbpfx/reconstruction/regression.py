@@ -53,17 +53,17 @@ class Sums:
         self._centres = centres
         self._sums: dict[bool, tuple[Tensor, ...]] = {}
 
-    def add(self, x: Tensor, t: Tensor, weights: Tensor, held: bool = False) -> None:
-        """Add rows x (n, d) and t (n, out) with weights (n,); ``held`` if they are held out."""
+    def add(self, x: Tensor, t: Tensor, weights: Tensor, held_out: bool = False) -> None:
+        """Add rows x (n, d) and t (n, out) with weights (n,); ``held_out`` if they are held out."""
         x, t = (widened(v) for v in (x, t))
         if self._centres is None:
             self._centres = self.centres(x, t)
         parts = self._parts(x, t, weights)
         if x.dtype != torch.float64 and answers_at_once(x.device) and not _finite(parts):
             parts = self._parts(x.double(), t.double(), weights)  # squares of finite numbers may overflow float32
-        if held in self._sums:
-            parts = tuple(a.add_(b) for a, b in zip(self._sums[held], parts, strict=True))
-        self._sums[held] = parts
+        if held_out in self._sums:
+            parts = tuple(a.add_(b) for a, b in zip(self._sums[held_out], parts, strict=True))
+        self._sums[held_out] = parts
 
     @full_float32()
     def _parts(self, x: Tensor, t: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
@@ -82,15 +82,15 @@ class Sums:
     def add_other_ranks(self, ranks: Ranks, inputs: int, outputs: int) -> None:
         """Add the sums of all other ranks. All ranks must use the same centres."""
         shapes = ((), (inputs,), (outputs,), (inputs, inputs), (inputs, outputs))
-        for held, there in zip((False, True), ranks.sums([k in self._sums for k in (False, True)]), strict=True):
+        for held_out, there in zip((False, True), ranks.sums([k in self._sums for k in (False, True)]), strict=True):
             if there:
-                own = self._sums.get(held) or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-                self._sums[held] = tuple(ranks.sum(own))
+                own = self._sums.get(held_out) or [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+                self._sums[held_out] = tuple(ranks.sum(own))
 
     @cached_property
     def all(self) -> Normal:
         """Means and covariances of all rows."""
-        return self._normal([self._sums[held] for held in (False, True) if held in self._sums])
+        return self._normal([self._sums[held_out] for held_out in (False, True) if held_out in self._sums])
 
     @cached_property
     def fitted(self) -> Normal | None:
@@ -98,7 +98,7 @@ class Sums:
         return self._normal([self._sums[False]]) if False in self._sums else None
 
     @cached_property
-    def held(self) -> Normal | None:
+    def held_out(self) -> Normal | None:
         """Means and covariances of the rows that were held out; None if there are none."""
         return self._normal([self._sums[True]]) if True in self._sums else None
 
@@ -169,7 +169,7 @@ def fit(
 
 def best_penalty(sums: Sums, toward: Tensor, penalties: tuple[float, ...], columns: Tensor | None = None) -> float:
     """Return the penalty whose fit has the smallest error on the held-out rows; the first penalty if there are none."""
-    fitted, held = sums.fitted, sums.held
-    if fitted is None or held is None:
+    fitted, held_out = sums.fitted, sums.held_out
+    if fitted is None or held_out is None:
         return penalties[0]
-    return min(penalties, key=lambda penalty: held.error(*fit(fitted, toward, penalty, columns)))
+    return min(penalties, key=lambda penalty: held_out.error(*fit(fitted, toward, penalty, columns)))

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     x: Tensor
     t: Tensor
     weights: Tensor
-    held: bool
+    held_out: bool
 
 
 def in_larger_parts(rows: Iterable[Rows], least: int) -> Iterator[Rows]:
@@ -40,7 +40,7 @@ def in_larger_parts(rows: Iterable[Rows], least: int) -> Iterator[Rows]:
     """
     waiting: dict[bool, list[Rows]] = {False: [], True: []}
     for part in rows:
-        own = waiting[part.held]
+        own = waiting[part.held_out]
         own.append(part)
         if sum(len(p.x) for p in own) >= least:
             yield _joined(own)
@@ -53,8 +53,8 @@ def in_larger_parts(rows: Iterable[Rows], least: int) -> Iterator[Rows]:
 def _joined(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
-    xs, ts, weights, held = zip(*parts, strict=True)
-    return Rows(torch.cat(xs), torch.cat(ts), torch.cat(weights), held[0])
+    xs, ts, weights, held_out = zip(*parts, strict=True)
+    return Rows(torch.cat(xs), torch.cat(ts), torch.cat(weights), held_out[0])
 
 
 class LayerRows:
@@ -104,8 +104,8 @@ class LayerRows:
             counts = as_rows(about.weights[number], source.axis, padding, masked, on) if about else None
             numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
             rows, weights = _sample(numbers, self._every[source], counts)
-            held = is_held_out(numbers[rows], a_sample)
-            for part, is_held in ((~held, False), (held, True)):
+            held_out = is_held_out(numbers[rows], a_sample)
+            for part, is_held in ((~held_out, False), (held_out, True)):
                 if bool(part.any()):
                     x, y = xs[rows[part]], ys[rows[part]]
                     own = nn.functional.linear(x, weight.to(x), bias.to(x))
@@ -114,8 +114,8 @@ class LayerRows:
     def _residual(self, layer: Consumer) -> ResidualSum | None:
         """Return the residual sum behind a layer; None if there is none or a stream lacks its other operand."""
         found = find_residual_sum(self._captured, layer.node)
-        held = found is not None and self._dense.holds(found.stream) and self._narrow.holds(found.stream)
-        return found if held else None
+        kept = found is not None and self._dense.holds(found.stream) and self._narrow.holds(found.stream)
+        return found if kept else None
 
     def _wanted(self, number: int, layer: Consumer, residual: ResidualSum | None) -> Tensor:
         """Return the output that the layer would need, in one batch, for the residual stream to equal the dense one."""

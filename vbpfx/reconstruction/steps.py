@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.graph.capture import Captured
-from vbpfx.graph.held import GIB, held_bytes, input_bytes, output_bytes
+from vbpfx.graph.memory import GIB, input_bytes, output_bytes, peak_bytes
 from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Source
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
@@ -82,7 +82,7 @@ def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float)
         layers: the layers that are fitted.
     """
     captured = order.captured
-    streams = 2 * held_bytes(captured, (layer.node for calls in order.layers for layer in calls))
+    streams = 2 * peak_bytes(captured, (layer.node for calls in order.layers for layer in calls))
     weights = sum(_weight_bytes(captured, layer) for layer in layers)
     a_sample = input_bytes(captured) + weights + max(weights, streams, output_bytes(captured))
     return max(_FEWEST_SAMPLES, int(memory * GIB / max(1, a_sample)))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.graph.held import last_reads
+from vbpfx.graph.memory import last_reads
 
 
 class Stream:

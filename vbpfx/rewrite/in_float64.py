@@ -36,8 +36,8 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
         VerificationError: one of them does not hold, so the rewrite is wrong. The message names the tensor, or the
             block behind whose layers the difference is first seen.
     """
-    exact, held = exact_tensors(captured, small, plan), named_tensors(small)
-    for name, tensor in held.items():
+    exact, narrow = exact_tensors(captured, small, plan), named_tensors(small)
+    for name, tensor in narrow.items():
         if id(tensor) in exact:
             error = relative_error([tensor], [exact[id(tensor)]()])
             if not error <= torch.finfo(tensor.dtype).eps:

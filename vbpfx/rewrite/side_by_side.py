@@ -257,12 +257,12 @@ def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
 
 def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int, Callable[[], Tensor]]:
     """Return ``id`` of each changed tensor of a narrowed network -> a function that computes it in float64."""
-    dense, held, changes = named_tensors(captured.graph_module), named_tensors(small), Changes(plan)
+    dense, narrow, changes = named_tensors(captured.graph_module), named_tensors(small), Changes(plan)
 
     def wide(name: str) -> Tensor:
         return dense[name].detach().double()
 
-    return {id(held[name]): partial(changes.of, name, wide) for name in changes.names if name in held}
+    return {id(narrow[name]): partial(changes.of, name, wide) for name in changes.names if name in narrow}
 
 
 def _corrected(node: fx.Node) -> fx.Node:

@@ -123,12 +123,12 @@ def write_shards(shapes: Mapping[str, Tensor], make: Callable[[str], Tensor], fo
     shards = list(_divided(shapes, limit))
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [WHOLE]
-    for file, held in zip(names, shards, strict=True):
+    for file, shard in zip(names, shards, strict=True):
         # transformers requires the entry "format"
-        safetensors_writer({name: make(name) for name in held}, {"format": "pt"})(folder / file)
+        safetensors_writer({name: make(name) for name in shard}, {"format": "pt"})(folder / file)
     paths = [folder / name for name in names]
     if len(shards) > 1:
-        where = {name: file for file, held in zip(names, shards, strict=True) for name in held}
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(map(_bytes, shapes.values()))
         paths.append(folder / INDEX)
         json_writer({"metadata": {"total_size": total}, "weight_map": where})(paths[-1])

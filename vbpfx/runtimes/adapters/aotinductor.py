@@ -13,7 +13,7 @@ from torch import nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
-from vbpfx.export.program import export_program
+from vbpfx.export.static_program import export_static_program
 from vbpfx.runtimes.adapters.pytorch import torch_threads
 from vbpfx.runtimes.adapters.torch_compile import Inductor
 from vbpfx.runtimes.interface import About, Compiled
@@ -49,7 +49,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.pt2"
         with torch_threads(threads):
-            aoti_compile_and_package(export_program(network, inputs), package_path=str(path))
+            aoti_compile_and_package(export_static_program(network, inputs), package_path=str(path))
             package = _Package(path, threads)
         weakref.finalize(package, stack.pop_all().close)
     return package

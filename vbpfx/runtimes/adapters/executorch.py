@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ExportError
-from vbpfx.export.program import export_program
+from vbpfx.export.static_program import export_static_program
 from vbpfx.runtimes.interface import About, Compiled
 
 ABOUT = About("executorch", module="executorch.runtime", round_to=32)
@@ -41,7 +41,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    edge = to_edge_transform_and_lower(export_program(network, inputs), partitioner=[XnnpackPartitioner()])
+    edge = to_edge_transform_and_lower(export_static_program(network, inputs), partitioner=[XnnpackPartitioner()])
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.pte"
         path.write_bytes(edge.to_executorch().buffer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.export.program import export_program
+from vbpfx.export.static_program import export_static_program
 from vbpfx.runtimes.adapters.pytorch import torch_threads
 from vbpfx.runtimes.interface import About, Compiled
 
@@ -34,7 +34,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     Dynamo gives up on code that it has compiled for many networks. An exported program is always new code.
     """
     with torch_threads(threads), torch.no_grad():
-        program = export_program(network, inputs).module(check_guards=False)
+        program = export_static_program(network, inputs).module(check_guards=False)
         compiled = Inductor(torch.compile(program, fullgraph=True, dynamic=False), threads)
         compiled.run(inputs)  # the first run compiles
     return compiled

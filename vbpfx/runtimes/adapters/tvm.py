@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.export.program import export_program
+from vbpfx.export.static_program import export_static_program
 from vbpfx.runtimes.interface import About, Compiled
 
 ABOUT = About("apache-tvm", module="tvm")
@@ -41,7 +41,7 @@ def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = No
     from tvm.relax.frontend.torch import from_exported_program
 
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        module = from_exported_program(export_program(network, inputs))
+        module = from_exported_program(export_static_program(network, inputs))
         executable = tvm.compile(module, target=tvm.target.Target.from_device(tvm.cpu()))
         path = Path(folder) / "model.so"
         executable.export_library(str(path))

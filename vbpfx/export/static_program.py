@@ -32,7 +32,7 @@ class _Flat(nn.Module):
         return tuple(tensors_in(output))
 
 
-def export_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+def export_static_program(network: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export a network in eval mode, on the CPU. The program takes tensors shaped like ``inputs.tensors``, in order."""
     flat = share_parameters(on_cpu(_Flat(network, inputs)))
     example = tuple(tensor.cpu() for tensor in inputs.tensors)

@@ -20,7 +20,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.distributed.ranks import ALONE, Ranks
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured
-from vbpfx.graph.held import samples_in_a_pass
+from vbpfx.graph.memory import samples_in_a_pass
 from vbpfx.pipeline.strategy import Strategy
 from vbpfx.planning.options import in_words
 from vbpfx.reconstruction.influence import Gradients, Influence, is_differentiable
@@ -51,7 +51,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class CalibrationResult:
     """What calibration gives.
 
     Attributes:
@@ -65,14 +65,14 @@ class Gathered:
     influence: Mapping[str, Influence]
 
 
-def gather(
+def run_calibration(
     captured: Captured,
     observed: fx.GraphModule,
     run: Run | None,
     read: Callable[[Any], Inputs],
     calibration: Calibration,
     strategy: Strategy,
-) -> Gathered:
+) -> CalibrationResult:
     """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept.
 
     Args:
@@ -111,7 +111,7 @@ def gather(
         },
     )
     influence = gradients.influences(ranks=calibration.ranks) if gradients else {}
-    return Gathered(statistics(observed), keeping.samples(calibration.ranks), influence)
+    return CalibrationResult(statistics(observed), keeping.samples(calibration.ranks), influence)
 
 
 def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:

@@ -24,7 +24,7 @@ def last_reads(nodes: Sequence[fx.Node]) -> list[int]:
     return [max((order[user] for user in node.users), default=number) for number, node in enumerate(nodes)]
 
 
-def held(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+def live_bytes(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """Return, for each node, the bytes that a run holds while the node runs, and after it.
 
     Values that are still to be read are counted, weights are not.
@@ -46,11 +46,11 @@ def value_bytes(node: fx.Node) -> int:
     return 0 if node.op == "get_attr" else sum(t.numel() * t.element_size() for t in tensors)
 
 
-def held_bytes(captured: Captured, names: Iterable[str]) -> int:
+def peak_bytes(captured: Captured, names: Iterable[str]) -> int:
     """Return the most bytes per sample that a run holds while any of the named nodes runs."""
     nodes, wanted = list(captured.graph_module.graph.nodes), set(names)
     return _a_sample(
-        captured, max((at for n, (at, _) in zip(nodes, held(nodes), strict=True) if n.name in wanted), default=0)
+        captured, max((at for n, (at, _) in zip(nodes, live_bytes(nodes), strict=True) if n.name in wanted), default=0)
     )
 
 
@@ -71,7 +71,7 @@ def pass_bytes(captured: Captured, together: Iterable[str] = ()) -> int:
         together: nodes whose values are all held until the end of the pass.
     """
     nodes = list(captured.graph_module.graph.nodes)
-    within = max(at for at, _ in held(nodes)) + _COPIES * max(map(value_bytes, nodes))
+    within = max(at for at, _ in live_bytes(nodes)) + _COPIES * max(map(value_bytes, nodes))
     kept = sum(value_bytes(captured.nodes[name]) for name in set(together))
     return input_bytes(captured) + max(_a_sample(captured, within + kept), _COMPARED * output_bytes(captured))
 
