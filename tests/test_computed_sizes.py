@@ -151,6 +151,6 @@ def test_what_changes_with_the_inputs_size_or_is_no_size_is_refused() -> None:
     def scaled(h: Tensor) -> Any:
         return h[:, :12] * h.shape[-1]
 
-    assert refused(by_samples) == ["a part is taken whose size changes with that of an input"]
+    assert refused(by_samples) == ["a part of it is cut out whose size depends on the size of an input"]
     assert refused(by_chunks) == ["chunk makes a computed number of parts"]
     assert refused(scaled) == ["its size enters a computation"]

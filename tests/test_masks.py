@@ -381,7 +381,10 @@ def test_what_is_said_of_a_mask_is_checked(said: Any) -> None:
 
 def test_padding_that_influences_the_output_is_warned_of() -> None:
     model, batch = randomize(Unmasked()).double().eval(), _texts()
-    with pytest.warns(UserWarning, match="keeps nothing apart: .* Its zero entries are left out .* name another mask="):
+    with pytest.warns(
+        UserWarning,
+        match="does not separate padding from tokens: .* Its zero entries are left out .* name another mask=",
+    ):
         analysis, statistics = _gather(model, [batch])
     _assert_by_hand(model, analysis, statistics, batch, {"fc1": MASK})
 

@@ -125,7 +125,7 @@ def test_all_end_where_one_fails(bad: int, how: str, tmp_path: Path) -> None:
         if how == "raise":
             assert f"rank {bad} failed: ValueError: no such file" in message
         elif bad == 1:
-            assert "rank 1 failed: no sign of life for 4 s: it was killed" in message
+            assert "rank 1 failed: it has not responded for 4 s: it was killed" in message
     assert not (tmp_path / "artifact").exists()
 
 
@@ -150,7 +150,7 @@ def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
         weights, ratio, stage = (tmp_path / f"differ{rank}").read_text().splitlines()
         assert f"ranks {1 - rank} and {rank} were given different values for: model" in weights
         assert f"ranks {1 - rank} and {rank} were given different values for: choice of options" in ratio
-        assert "all must do the same" in stage
+        assert "all ranks must make the same vbpfx calls in the same order" in stage
 
 
 def test_a_script_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ from vbpfx.rules.axes import Axis
 from vbpfx.rules.table import operator_of
 
 _SEES_NO_DATA = (
-    "no input of the model reaches it: it is made of parameters and constants, so that no data says which of its channels "
-    "matter (what it computes can be stored in its place)"
+    "it does not depend on the model's inputs: it is computed from parameters and constants only, so no data can tell which of "
+    "its channels matter (compute its value once and store it as a constant)"
 )
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
@@ -236,7 +236,10 @@ def _obstacle(
     for consumer in consumers:
         calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
         if not consumer.creates_bias and not calls.issuperset(evidence.uses[consumer.bias]):
-            return "", f"{consumer.bias}, which takes the fold, is shared by {len(evidence.uses[consumer.bias])} calls"
+            return "", (
+                f"the constants that replace removed neurons would be added to {consumer.bias}, but "
+                f"{len(evidence.uses[consumer.bias])} calls share this bias"
+            )
     return "", ""
 
 
@@ -246,12 +249,12 @@ def _adapted(consumers: list[Consumer], adapters: list[Adapter]) -> tuple[str, s
         for down, up, base in adapters:
             if consumer.weight == up:
                 return consumer.node, (
-                    f"it is the rank of an adapter: {down} and {up} are one layer with {base}, which they are added to"
+                    f"it is the rank of a low-rank adapter: {down} and {up} only add a change to {base}"
                 )
             if consumer.weight == down:
                 return consumer.node, (
-                    f"{down} and {up} adapt {base}, which reads it, and between them is no place for what the fold leaves: merge the "
-                    f"adapter into {base} first (PEFT: model.merge_and_unload())"
+                    f"{down} and {up} adapt {base}, which reads it, and the adapter has no bias that could take the constants of "
+                    f"removed neurons: merge the adapter into {base} first (PEFT: model.merge_and_unload())"
                 )
     return "", ""
 

@@ -159,7 +159,9 @@ def _settle_computed_sizes(evidence: Evidence) -> None:
         read = dict.fromkeys(axis for number in computed for axis in evidence.read[number].axes)
         if not known.issuperset(read):
             for axis in (stated, *read):
-                evidence.opaque[axis].append((literal.node, "a part is taken whose size changes with that of an input"))
+                evidence.opaque[axis].append(
+                    (literal.node, "a part of it is cut out whose size depends on the size of an input")
+                )
             continue
         for axis in read:
             if axis != stated:
@@ -197,14 +199,14 @@ def _relations(
     if node in sizes:
         return []
     if node.kwargs.get("out") is not None:
-        return list(site.all_opaque("it is written into or beside an out= argument"))
+        return list(site.all_opaque("it is used by a call with an out= argument, which writes into existing memory"))
     operator = operator_of(node, module)
     rule = operator.rule
     used = _sizes_used(node, sizes)
     source = node.args[0] if node.args else None
     name = describe(node, module)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return [*used, *site.all_opaque(f"operator {name} runs it in a graph of its own, which is not looked into")]
+        return [*used, *site.all_opaque(f"operator {name} passes it to a nested graph, which vbpfx does not analyse")]
     if isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor) and source not in sizes:
         if operator_of(source).takes_apart:  # the rule of the call that took it apart has described the parts
             return used
@@ -246,7 +248,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
             for axis in (a, b):
                 if axis in evidence.sizes:
-                    evidence.opaque[axis].append((node.name, "it is paired with an axis of another size"))
+                    evidence.opaque[axis].append((node.name, "it is combined with an axis of another size"))
                     evidence.graph.add_node(axis)
         case Contracts(source, weight, _) if source.is_parameter:
             evidence.graph.add_edge(source, weight)

@@ -118,9 +118,10 @@ def _nonzero(captured: Captured, mask: fx.Node, beside: Collection[str], stated:
     tried = try_out(captured, mask, beside)
     if tried.influences:
         warnings.warn(
-            f"the mask {mask.target} keeps nothing apart: a token that it calls padding influences the output at other positions, "
-            f"whichever of its entries are taken for padding. Its {'nonzero' if (stated or usual) == 'padding' else 'zero'} entries are "
-            f"left out of the statistics; if that is not right, leave the argument out of the batches, or name another mask=",
+            f"the mask {mask.target} does not separate padding from tokens: a token at a padding position influences the output at "
+            f"other positions, whether its zero or its nonzero entries are taken for padding. Its "
+            f"{'nonzero' if (stated or usual) == 'padding' else 'zero'} entries are left out of the statistics; if "
+            f"that is not right, leave the argument out of the batches, or name another mask=",
             stacklevel=5,
         )
     elif stated is not None and tried.polarity not in (None, stated):

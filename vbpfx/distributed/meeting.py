@@ -76,7 +76,10 @@ class Meeting:
         for rank, key in enumerate(keys):
             theirs = json.loads(self.read(key))
             if theirs[0] != place:
-                raise RankError(f"rank {rank} is at {theirs[0]!r}, rank {self.rank} at {place!r}: all must do the same")
+                raise RankError(
+                    f"rank {rank} is at {theirs[0]!r}, but rank {self.rank} is at {place!r}: all ranks must make the same vbpfx calls "
+                    f"in the same order"
+                )
             if theirs[1] != value:
                 raise RankError(
                     f"ranks {rank} and {self.rank} were given different values for: {place}. Pass the same model, options and data to all ranks"
@@ -159,9 +162,11 @@ class Meeting:
         if beat != last:
             self._pace[rank] = (beat, now)
         elif not beat and now - since > ARRIVAL:
-            self._give_up(rank, f"not come within {ARRIVAL:g} s; call this on every rank, or pass ranks='alone'")
+            self._give_up(
+                rank, f"it did not arrive within {ARRIVAL:g} s; make this call on every rank, or pass ranks='alone'"
+            )
         elif beat and now - since > SILENCE:
-            self._give_up(rank, f"no sign of life for {SILENCE:g} s: it was killed, or its machine is gone")
+            self._give_up(rank, f"it has not responded for {SILENCE:g} s: it was killed, or its machine is down")
 
     def _give_up(self, rank: int, why: str) -> None:
         """Report the failure of another rank in its place, and raise it here."""
