@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from coverage_models import Subject
 from exactness import randomize, shaken
@@ -28,7 +27,8 @@ from torch.utils import _pytree as pytree
 import vbpfx
 from vbpfx.data.inputs import Inputs, argument_names, as_inputs
 from vbpfx.errors import AnalysisError, ExportError, VbpfxError, VerificationError, first_line
-from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.export.onnx import export_onnx
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import TOLERANCES, relative_error
 from vbpfx.rewrite.substitute import reference_graph
 
@@ -187,7 +187,7 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
     with stage("ONNX"), tempfile.TemporaryDirectory() as folder:
         try:
             file = export_onnx(network, inputs, Path(folder) / "pruned.onnx", plan=plan)
-            session = onnxruntime.InferenceSession(file, _one_thread(), providers=["CPUExecutionProvider"])
+            session = open_session(file, threads=1)
             ordered = {n: inputs.kwargs[n] for n in argument_names(network, inputs) if n in inputs.kwargs}
             record.onnx = relative_error(run_session(session, replace(inputs, kwargs=ordered)), expected)
         except VbpfxError as error:
@@ -288,9 +288,3 @@ def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 def to_double(tensor: Tensor) -> Tensor:
     """Convert a floating-point tensor to float64 and return others, such as token ids, unchanged."""
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _one_thread() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return options

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnxruntime
 import timm
 import torch
 import torchvision
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.data.inputs import Inputs
-from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.export.onnx import export_onnx
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import relative_error
 from vbpfx.rewrite.substitute import reference_graph
 
@@ -108,7 +108,7 @@ def measure(subject: Subject) -> Exactness:
     graph32 = vbpfx.verify(found.captured, small, plan, images)
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(small, found.captured.inputs, Path(folder) / "pruned.onnx", plan=plan)
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = open_session(file)
         with torch.no_grad():
             expected = reference_graph(found.captured, plan)(images)
         onnx32 = relative_error(run_session(session, Inputs((images,), {})), [expected])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -14,8 +13,9 @@ import vbpfx
 from vbpfx.data.inputs import Inputs
 from vbpfx.demo.digits import Split, accuracy, load_digits, load_trained
 from vbpfx.display.tables import table
-from vbpfx.export.onnx import export_onnx, initializer_shapes, run_session
+from vbpfx.export.onnx import export_onnx, initializer_shapes
 from vbpfx.measurement.bench import bench_files
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.report.make import count_parameters
 from vbpfx.storage.files import json_writer, make_folder, write_atomically
 
@@ -122,7 +122,7 @@ def _measure(captured: vbpfx.Captured, plan: vbpfx.Plan, split: Split) -> Point:
 
 
 def _accuracy_on_runtime(path: Path, split: Split) -> float:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     (logits,) = run_session(session, Inputs((split.test_images,), {}))
     return (logits.argmax(-1) == split.test_labels).double().mean().item()
 

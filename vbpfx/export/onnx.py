@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -22,6 +20,7 @@ from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results
 from vbpfx.graph.precision import full_float32
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.outputs.fields import path_name, result_paths
 from vbpfx.plans.records import Plan
@@ -266,7 +265,7 @@ def _layout_free(shape: Any) -> tuple[int, ...]:
 
 
 def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     for samples in _CHECKED_BATCHES:
         batch = inputs.resized(samples)
         with torch.no_grad(), full_float32():
@@ -279,10 +278,3 @@ def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
                 f"ONNX Runtime differs from PyTorch by {error:.2e} of the output's size at batch {samples} (allowed "
                 f"{PARITY:.0e}); nothing was written"
             )
-
-
-def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Tensor]:
-    """Run an ONNX Runtime session on the inputs, which are matched with those of the file by their order."""
-    names = [entry.name for entry in session.get_inputs()]
-    feeds = {name: t.detach().cpu().numpy() for name, t in zip(names, inputs.tensors, strict=True)}
-    return [torch.from_numpy(np.asarray(output)) for output in session.run(None, feeds)]

@@ -22,17 +22,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from vbpfx.data.inputs import Inputs, as_inputs
 from vbpfx.errors import CaptureError, ExportError, first_line
-from vbpfx.export.onnx import export_onnx, run_session
+from vbpfx.export.onnx import export_onnx
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.capture import capture, on_cpu, share_parameters
 from vbpfx.measurement.bench_result import BenchResult, Row, Side
 from vbpfx.measurement.timing import Clock, Spread, alternating
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import relative_error
 from vbpfx.runtimes.interface import Compiled, Runtime
 from vbpfx.runtimes.memory import peak_memory
@@ -161,11 +161,8 @@ class _File(_Subject):
         return runtime.open(self.path, inputs, threads)
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-            return run_session(session, inputs)
+            return run_session(open_session(self.path, optimized=False), inputs)
         except Exception as error:  # ONNX Runtime has exceptions of its own
             raise ExportError(f"{self.path} does not run in ONNX Runtime: {first_line(error)}") from error
 

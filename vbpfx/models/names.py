@@ -279,10 +279,10 @@ def file_inputs(path: Path, length: int = _TOKENS, batch: int = 2) -> Inputs:
     Raises:
         ModelError: it cannot be read, or takes inputs of another type.
     """
-    import onnxruntime
+    from vbpfx.onnx_session.session import open_session
 
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = open_session(path)
     except Exception as error:  # ONNX Runtime has its own kinds
         raise ModelError(f"cannot read {path} as ONNX: {first_line(error)}") from error
     tensors = []

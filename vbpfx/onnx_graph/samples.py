@@ -19,7 +19,7 @@ from vbpfx.data.inputs import Inputs, Place
 from vbpfx.graph.batch_axis import find_batch_axes, hypotheses
 from vbpfx.onnx_graph.axes import names_of_axes
 from vbpfx.onnx_graph.file import true_inputs
-from vbpfx.onnx_graph.session import run
+from vbpfx.onnx_session.session import run_session
 
 Axes = dict[Place, int | None]
 
@@ -76,4 +76,4 @@ class _File(nn.Module):
         self.session = session
 
     def forward(self, **inputs: Any) -> list[Tensor]:
-        return run(self.session, Inputs((), inputs), {name: name for name in inputs})
+        return run_session(self.session, Inputs((), inputs), {name: name for name in inputs})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vbpfx.errors import CalibrationError
 from vbpfx.onnx_graph.file import true_inputs
 from vbpfx.onnx_graph.importer import Imported
 from vbpfx.onnx_graph.runtime import session_with
+from vbpfx.onnx_session.session import run_session
 
 Array = npt.NDArray[Any]
 
@@ -73,21 +74,6 @@ def _fitting(value: ir.Value, given: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=wanted))
 
 
-def run(
-    session: onnxruntime.InferenceSession,
-    inputs: Inputs,
-    arguments: Mapping[str, str],
-    wanted: Sequence[str] | None = None,
-) -> list[Tensor]:
-    """Run one batch, and return the values named in ``wanted``, by default all outputs.
-
-    Args:
-        arguments: input of the file -> key in ``inputs.kwargs``.
-    """
-    feeds = {name: inputs.kwargs[argument].cpu().numpy() for name, argument in arguments.items()}
-    return [torch.from_numpy(np.asarray(value)) for value in session.run(wanted, feeds)]
-
-
 @dataclass
 class Tally:
     """Counts how many of the batches that the observers saw were run in ONNX Runtime."""
@@ -115,7 +101,7 @@ class RuntimeObservation:
         self.tally.calls += 1
         given = {name: inputs.kwargs[argument] for name, argument in self.arguments.items()}
         asked = [name for name in self.names if name not in given]
-        found = given | dict(zip(asked, run(self.session, inputs, self.arguments, asked), strict=True))
+        found = given | dict(zip(asked, run_session(self.session, inputs, self.arguments, asked), strict=True))
         for observer, names in self.plan.items():
             observer(*(found[name] for name in names))
 

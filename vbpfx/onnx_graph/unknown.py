@@ -29,7 +29,8 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import CaptureError, first_line
 from vbpfx.onnx_graph.builder import Array, Builder, Constant, Value, is_setting, widened
 from vbpfx.onnx_graph.file import true_inputs
-from vbpfx.onnx_graph.runtime import open_session, session_with
+from vbpfx.onnx_graph.runtime import session_with
+from vbpfx.onnx_session.session import open_session
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # The file is run at these batch sizes to learn the shapes of its values. Two runs determine how the shapes depend on

@@ -38,10 +38,10 @@ from vbpfx.onnx_graph.file import (
 )
 from vbpfx.onnx_graph.importer import Imported, import_graph, open_file
 from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
-from vbpfx.onnx_graph.runtime import open_session
 from vbpfx.onnx_graph.samples import find_samples
-from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime, run
+from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
 from vbpfx.pipeline.calibration import Calibration, Run, first_batch
 from vbpfx.pipeline.in_memory import InMemory
@@ -290,7 +290,7 @@ def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: 
     found = find_samples(model, session, batch)
     few = found.first(EXAMPLE_SAMPLES) if found.axes is not None else found
     try:
-        run(session, few, {name: name for name in few.kwargs})
+        run_session(session, few, {name: name for name in few.kwargs})
     except Exception as error:  # ONNX Runtime has many kinds
         raise CalibrationError(
             f"ONNX Runtime does not run the file on the first batch ({batch.describe()}): {first_line(error)}; pass batches of a size "
@@ -312,7 +312,7 @@ def _sizes_taken(session: onnxruntime.InferenceSession, example: Inputs, importe
     for samples in _CHECKED_BATCHES if example.axes is not None and example.batch_size is not None else ():
         inputs = example.resized(samples)
         with contextlib.suppress(Exception):  # ONNX Runtime has many kinds
-            run(session, inputs, imported.arguments)
+            run_session(session, inputs, imported.arguments)
             found.append(inputs)
     return found or [example]
 
@@ -322,7 +322,7 @@ def _require_fidelity(
 ) -> float:
     """How far the graph that the file was read as is from the file itself."""
     inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # what is not finite is calibration's to name
-    expected = run(session, inputs, imported.arguments)
+    expected = run_session(session, inputs, imported.arguments)
     allowed = _allowed(imported)
     if (opset := converted_from(model)) is not None:
         _require_same(path, opset, inputs, imported, expected, allowed)
@@ -339,7 +339,7 @@ def _require_same(
 ) -> None:
     """Hold what a file of an earlier opset was converted to against the file as it is, in ONNX Runtime."""
     try:
-        original = run(open_session(str(path)), inputs, imported.arguments)
+        original = run_session(open_session(path), inputs, imported.arguments)
     except Exception as error:  # ONNX Runtime has many kinds
         raise CaptureError(
             f"{path} is of opset {opset}; ONNX Runtime does not run it as it is, so that what ONNX's version converter made of it "
@@ -374,9 +374,11 @@ def _parity(
     """The written file in ONNX Runtime against the narrowed graph."""
     worst = 0.0
     try:
-        session = open_session(str(staged), staged.parent if external else None)
+        session = open_session(staged, folder=staged.parent if external else None)
         for inputs in batches:
-            worst = max(worst, relative_error(run(session, inputs, imported.arguments), _outputs(small, inputs)))
+            worst = max(
+                worst, relative_error(run_session(session, inputs, imported.arguments), _outputs(small, inputs))
+            )
     except Exception as error:  # ONNX Runtime has many kinds
         raise ExportError(f"the narrowed file does not run: {first_line(error)}; nothing was written") from error
     allowed = _allowed(imported)

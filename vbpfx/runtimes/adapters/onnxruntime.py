@@ -8,7 +8,7 @@ import onnxruntime
 from torch import Tensor
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.export.onnx import run_session
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.runtimes.interface import About, Compiled
 
 ABOUT = About("onnxruntime", round_to=8)  # its convolutions are slow at other widths
@@ -24,7 +24,4 @@ class _Session(Compiled):
 
 def compile_file(path: Path, inputs: Inputs, threads: int | None = None) -> Compiled:
     """Open a session on an ONNX file."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return _Session(session, path)
+    return _Session(open_session(path, threads=threads), path)
