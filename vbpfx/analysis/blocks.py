@@ -24,7 +24,7 @@ from vbpfx.analysis.sizes import is_share
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
-from vbpfx.plans.records import Block, Carrier, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral
+from vbpfx.plans.records import Block, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral, ValueAxis
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.table import operator_of
 
@@ -176,7 +176,7 @@ def _judge(
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     values = [
-        Carrier(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
+        ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
     ]
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),

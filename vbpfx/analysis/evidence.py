@@ -16,7 +16,7 @@ from vbpfx.analysis.mutation import changed_by, read_after_mutation
 from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
 from vbpfx.analysis.sizes import read_sizes
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.plans.records import Consumer, Reduction, SizeLiteral, Source
+from vbpfx.plans.records import Consumer, Reduction, SizeLiteral, ValueAxis
 from vbpfx.rules.axes import (
     Axis,
     ComputedArgumentError,
@@ -376,8 +376,8 @@ def _parameter_behind(node: fx.Node, names: Names, evidence: Evidence) -> Operan
     return operand if operand is not None and operand.is_parameter else None
 
 
-def _source(axis: Axis, evidence: Evidence) -> Source:
-    return Source(axis.owner, axis.dim - evidence.nodes[axis.owner].meta["val"].ndim, 0)
+def _source(axis: Axis, evidence: Evidence) -> ValueAxis:
+    return ValueAxis(axis.owner, axis.dim - evidence.nodes[axis.owner].meta["val"].ndim, 0)
 
 
 def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:

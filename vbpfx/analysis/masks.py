@@ -20,7 +20,7 @@ from vbpfx.analysis.evidence import Evidence, find_evidence
 from vbpfx.analysis.polarity import Polarity, try_out
 from vbpfx.errors import AnalysisError
 from vbpfx.graph.capture import Captured
-from vbpfx.plans.records import Source
+from vbpfx.plans.records import ValueAxis
 from vbpfx.rules.axes import Axis
 
 # The names of the masks in Hugging Face models, which are found without being named by the user.
@@ -45,7 +45,9 @@ class Mask:
     nonzero: Polarity = "tokens"
 
 
-def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument | None = None) -> dict[Source, Mask]:
+def find_masks(
+    captured: Captured, sources: Iterable[ValueAxis], mask: MaskArgument | None = None
+) -> dict[ValueAxis, Mask]:
     """Return the mask of every source that has one.
 
     A mask that was found automatically but covers no source causes a warning. So does a mask whose padding influences
@@ -75,7 +77,7 @@ def find_masks(captured: Captured, sources: Iterable[Source], mask: MaskArgument
     if not masks:
         return {}
     evidence = find_evidence(captured)
-    found: dict[Source, Mask] = {}
+    found: dict[ValueAxis, Mask] = {}
     for node in masks:
         tokens, rows = _tokens(_beginnings(node, inputs), evidence)
         covered = {
@@ -168,7 +170,7 @@ def _tokens(beginnings: list[Axis], evidence: Evidence) -> tuple[set[Axis], set[
 
 
 def _covered(
-    source: Source, tokens: set[Axis], rows: set[Axis], samples: int, evidence: Evidence
+    source: ValueAxis, tokens: set[Axis], rows: set[Axis], samples: int, evidence: Evidence
 ) -> tuple[int, ...] | None:
     """Return the source's axes for samples and tokens; None if it does not have the mask's tokens."""
     shape = evidence.nodes[source.node].meta["val"].shape

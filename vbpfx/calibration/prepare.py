@@ -19,7 +19,7 @@ from vbpfx.calibration.observer import Observer
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import insert_at_sources
-from vbpfx.plans.records import Block, Source
+from vbpfx.plans.records import Block, ValueAxis
 from vbpfx.storage.files import safetensors_writer, write_atomically
 
 # As many rows enter the covariances as keep their multiply-accumulates below this share of the network's own.
@@ -180,13 +180,13 @@ def _kept(observed: fx.GraphModule, mask: Mask) -> str:
     return made.name
 
 
-def rows_a_sample(captured: Captured, source: Source) -> int:
+def rows_a_sample(captured: Captured, source: ValueAxis) -> int:
     """Return the number of positions (tokens, pixels, windows) that one sample has in the source's value."""
     value: Tensor = captured.nodes[source.node].meta["val"]
     return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
 
 
-def rows_between(captured: Captured, sources: Mapping[Source, int], share: float) -> dict[Source, int]:
+def rows_between(captured: Captured, sources: Mapping[ValueAxis, int], share: float) -> dict[ValueAxis, int]:
     """Return, for every source, the n so that every n-th row enters the covariances.
 
     n is chosen so that the covariances cost about the given share of the network's multiply-accumulates. It has no

@@ -13,7 +13,7 @@ from vbpfx.data.inputs import Inputs, Place
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.plans.records import Block, Consumer, Source
+from vbpfx.plans.records import Block, Consumer, ValueAxis
 
 _CAPTURE_ANOTHER = "Prune on data of this size, or make the model's code independent of it"
 
@@ -30,7 +30,7 @@ def insert_at_sources(
     blocks: Iterable[Block],
     make: Callable[[Block, int], nn.Module],
     label: str,
-    beside: Mapping[Source, str] | None = None,
+    beside: Mapping[ValueAxis, str] | None = None,
 ) -> list[tuple[Block, int, nn.Module]]:
     """Insert a module in front of everything that reads a block's axis, in place.
 

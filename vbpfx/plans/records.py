@@ -70,28 +70,16 @@ class SizeLiteral:
     follows: bool = False
 
 
-class Source(NamedTuple):
-    """A value with the hidden axis that a layer or a reduction reads.
+class ValueAxis(NamedTuple):
+    """The hidden axis of a node's value.
 
     Attributes:
         node: name of the node.
-        axis: the axis of its value, counted from the end (-1 is the last).
+        axis: the axis of its value: counted from the end (-1 is the last) where a layer or a reduction reads it, from the front in
+            :attr:`Block.carriers`.
         start: the position of the block's channel 0 on this axis.
         step: the distance from one channel to the next.
     """
-
-    node: str
-    axis: int
-    start: int
-    step: int = 1
-
-    def at(self, channels: Iterable[int]) -> torch.Tensor:
-        """Return the positions of some of the block's channels on the axis."""
-        return _at(self.start, self.step, channels)
-
-
-class Carrier(NamedTuple):
-    """A value that has the hidden axis; ``start`` and ``step`` are as in :class:`ParameterAxis`."""
 
     node: str
     axis: int
@@ -119,7 +107,7 @@ class Consumer:
     """
 
     node: str
-    source: Source
+    source: ValueAxis
     weight: str
     weight_axis: int
     bias: str
@@ -144,7 +132,7 @@ class Reduction:
     """
 
     node: str
-    source: Source
+    source: ValueAxis
     kind: str
     size: int
     module: str
@@ -173,7 +161,7 @@ class Block:
     reductions: tuple[Reduction, ...]
     parameters: tuple[ParameterAxis, ...]
     literals: tuple[SizeLiteral, ...]
-    carriers: tuple[Carrier, ...]
+    carriers: tuple[ValueAxis, ...]
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:
@@ -181,11 +169,11 @@ class Block:
         return (*self.consumers, *self.reductions)
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[ValueAxis, ...]:
         """The distinct values that the readers read. Activation statistics are gathered at each of them."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
 
-    def takes_prediction(self, source: Source) -> bool:
+    def takes_prediction(self, source: ValueAxis) -> bool:
         """Return whether removed neurons at a source may be predicted from the kept ones, and not only by constants.
 
         Every weight that reads the source must belong to one layer alone, and no reduction may be taken over it,
@@ -312,11 +300,11 @@ class BlockPlan:
                         f"block {self.block.name}: one layer reads this block in several calls, among them {self.block.sources[first].node} and {self.block.sources[other].node}. The plan replaces the removed neurons with different predictions in these two calls. The calls share one weight, and one weight can take only one prediction"
                     )
 
-    def constants_at(self, source: Source) -> torch.Tensor:
+    def constants_at(self, source: ValueAxis) -> torch.Tensor:
         """Return the constants a at one of the block's sources."""
         return self.constants[self.block.sources.index(source)]
 
-    def prediction_at(self, source: Source) -> torch.Tensor | None:
+    def prediction_at(self, source: ValueAxis) -> torch.Tensor | None:
         """Return the prediction B at one of the block's sources; None for B = 0."""
         return self.predictions[self.block.sources.index(source)]
 
@@ -386,7 +374,7 @@ class Plan:
 
 def consumer_from_json(data: Mapping[str, Any]) -> Consumer:
     """Return the consumer that ``dataclasses.asdict`` turned into this dictionary, which may come from JSON."""
-    return Consumer(**dict(data) | {"source": Source(*data["source"])})
+    return Consumer(**dict(data) | {"source": ValueAxis(*data["source"])})
 
 
 def block_to_json(block: Block) -> dict[str, Any]:
@@ -408,8 +396,8 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         width=data["width"],
         producers=tuple(data["producers"]),
         consumers=tuple(consumer_from_json(consumer) for consumer in data["consumers"]),
-        reductions=tuple(Reduction(**r | {"source": Source(*r["source"])}) for r in data["reductions"]),
+        reductions=tuple(Reduction(**r | {"source": ValueAxis(*r["source"])}) for r in data["reductions"]),
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
         literals=tuple(SizeLiteral(**entry | {"path": _path_from_json(entry["path"])}) for entry in data["literals"]),
-        carriers=tuple(Carrier(*carrier) for carrier in data["carriers"]),
+        carriers=tuple(ValueAxis(*carrier) for carrier in data["carriers"]),
     )

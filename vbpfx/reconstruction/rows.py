@@ -14,7 +14,7 @@ from vbpfx.calibration.prepare import coprime, rows_a_sample
 from vbpfx.calibration.samples import Samples
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
-from vbpfx.plans.records import Consumer, Source
+from vbpfx.plans.records import Consumer, ValueAxis
 from vbpfx.reconstruction.influence import Influence
 from vbpfx.reconstruction.residual import ResidualSum, find_residual_sum, pull_back
 from vbpfx.reconstruction.stream import Stream
@@ -75,7 +75,7 @@ class LayerRows:
         dense: Stream,
         narrow: Stream,
         samples: Samples,
-        widths: Mapping[Source, int],
+        widths: Mapping[ValueAxis, int],
         influence: Mapping[str, Influence],
         mask: MaskArgument | None,
     ) -> None:
@@ -126,7 +126,7 @@ class LayerRows:
         wish = pull_back(self._dense, number, layer.node, residual, y, lost)
         return y if wish is None else y + wish
 
-    def _step(self, source: Source, width: int) -> int:
+    def _step(self, source: ValueAxis, width: int) -> int:
         """Return n so that every n-th row is used: 1, or more if there are more rows than a fit of that width needs."""
         a_sample = rows_a_sample(self._captured, source)
         rows = a_sample * self._samples.total

@@ -11,7 +11,7 @@ from torch import Tensor
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.memory import GIB, input_bytes, output_bytes, peak_bytes
-from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Source
+from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, ValueAxis
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
 
@@ -62,7 +62,7 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     has several sources, every layer must read all of them, so that one fit covers all calls.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
-    read: dict[str, set[Source]] = defaultdict(set)
+    read: dict[str, set[ValueAxis]] = defaultdict(set)
     for consumer in block.consumers:
         read[consumer.weight].add(consumer.source)
     alike = all(sources == set(block.sources) for sources in read.values())
