@@ -31,7 +31,7 @@ from vbpfx.models.weightless import Weightless
 from vbpfx.outputs.differences import tolerance_of
 from vbpfx.pipeline.calibration import first_batch
 from vbpfx.pipeline.loading import Loading, Loans, run_by_module, runnable
-from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Source, run_stages
+from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Result, Source, run_stages
 from vbpfx.pipeline.strategy import Fitting, Strategy, Target
 from vbpfx.pipeline.streamed import Scored, Streaming, require_streamable, samples_of
 from vbpfx.planning.budget import require_memory
@@ -56,7 +56,7 @@ _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 
 
 @dataclass(frozen=True)
-class PrunedFiles:
+class PrunedFiles(Result):
     """The result of :func:`prune_files`. Printing it shows the report.
 
     Attributes:
@@ -72,12 +72,6 @@ class PrunedFiles:
     report: Report
     verification: Verification | None
     hugging_face: bool
-
-    def __str__(self) -> str:
-        return str(self.report)
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
 
 
 def prune_files(

@@ -40,8 +40,8 @@ class VarianceBasedPruning(PassBase):
     Nodes keep their names and their metadata; shapes (``meta["val"]``) are renewed, where the graph had them, and the guards
     that ``torch.export`` puts on inputs stay.
 
-    ``modified`` is false, and the very GraphModule is returned, where the plan removes and corrects nothing, and where the graph
-    is one that this pass has narrowed already: under ``PassManager(steps=...)`` the budget is spent once.
+    ``modified`` is false, and the very GraphModule is returned, if ``allow_no_blocks`` let a graph without a block through, and if
+    the graph is one that this pass has narrowed already: under ``PassManager(steps=...)`` the budget is spent once.
 
     Args:
         calibration: batches, as :func:`vbpfx.prune` takes them. For several runs, something that can be gone through again.
@@ -131,8 +131,6 @@ class VarianceBasedPruning(PassBase):
         if self.allow_no_blocks and not find_blocks(capture(graph_module, self._first_batch(graph_module))).blocks:
             return PassResult(graph_module, False)
         pruned = self.pruned = prune(graph_module, self.calibration, inputs=self.inputs, **self.options)
-        if not pruned.plan.blocks and not pruned.plan.corrections:
-            return PassResult(graph_module, False)
         small = share_parameters(pruned.graph_module)  # what vbpfx saves has no guards
         renew_shapes(small, graph_module)
         _restore_guards(small, graph_module)

@@ -45,7 +45,7 @@ from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
 from vbpfx.pipeline.calibration import Calibration, Run, first_batch
 from vbpfx.pipeline.in_memory import InMemory
-from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, run_stages
+from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Result, run_stages
 from vbpfx.pipeline.strategy import Fitting, Target
 from vbpfx.planning.options import METHODS, PlanArguments, PlanOptions
 from vbpfx.plans.records import Plan
@@ -58,7 +58,7 @@ _CHECKED_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
-class PrunedOnnx:
+class PrunedOnnx(Result):
     """The result of :func:`prune_onnx`. Printing it shows the report.
 
     Attributes:
@@ -86,14 +86,11 @@ class PrunedOnnx:
     captured: Captured = field(repr=False)
 
     def __str__(self) -> str:
-        text = f"{self.report}{self.path}: statistics by {self.observed_by}, differs from the narrowed graph by {self.parity:.1e}\n"
+        text = f"{super().__str__()}{self.path}: statistics by {self.observed_by}, differs from the narrowed graph by {self.parity:.1e}\n"
         if self.left_alone:
             names = ", ".join(f"{name} ({counted(nodes, 'node')})" for name, nodes in self.left_alone.items())
             text += f"not in the operator tables, so nothing that they read or make was narrowed: {names}\n"
         return text
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
 
 
 def prune_onnx(

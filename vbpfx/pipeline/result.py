@@ -19,6 +19,7 @@ from vbpfx.export.exported_program import export_program
 from vbpfx.export.onnx import export_onnx, onnx_writer
 from vbpfx.graph.capture import Captured, capture
 from vbpfx.measurement.bench_result import BenchResult
+from vbpfx.pipeline.stages import Result
 from vbpfx.plans.records import Plan
 from vbpfx.report.page import report_files
 from vbpfx.report.report import Report
@@ -27,7 +28,7 @@ from vbpfx.rewrite.verify import Verification, verify
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Result):
     """The result of :func:`vbpfx.prune`. Printing it shows the report.
 
     Attributes:
@@ -47,14 +48,8 @@ class Pruned:
     captured: Captured
     ranks: Ranks = ALONE
 
-    def __str__(self) -> str:
-        return str(self.report)
-
     def __repr__(self) -> str:
         return f"Pruned({self.report!r})"
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
 
     def apply_to(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.

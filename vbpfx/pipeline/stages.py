@@ -37,14 +37,34 @@ class Observed(Protocol):
         """Of the blocks."""
 
 
+class Result:
+    """What every way of pruning returns. Printing it shows the report.
+
+    Attributes:
+        plan, statistics, analysis, report, verification: what the stages made; ``verification`` is None where it was not asked for.
+    """
+
+    plan: Plan
+    statistics: Statistics
+    analysis: Analysis
+    report: Report
+    verification: Verification | None
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
 @dataclass(frozen=True)
-class Made:
-    """What the stages made.
+class Made(Result):
+    """What the stages made, before it is written.
 
     Attributes:
         captured: the dense graph.
         graph_module: the narrowed graph.
-        analysis, statistics, plan, verification, report: what the stages of these names returned.
+        analysis, statistics, plan, verification, report: as in :class:`Result`.
     """
 
     captured: Captured
@@ -57,7 +77,7 @@ class Made:
 
 
 ObservedT = TypeVar("ObservedT", bound=Observed)
-ResultT = TypeVar("ResultT")
+ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Source(ABC, Generic[ObservedT, ResultT]):
