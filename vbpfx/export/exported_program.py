@@ -18,13 +18,14 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from vbpfx.data.inputs import Inputs, argument_names, tensors_in
+from vbpfx.data.inputs import Inputs, argument_names
 from vbpfx.display.quiet import quiet_logging, quiet_warnings
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, first_line
 from vbpfx.graph.capture import share_parameters
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.graph.frontends import dynamic_shapes
-from vbpfx.outputs.differences import TOLERANCES, relative_error
+from vbpfx.graph.run import outputs_of
+from vbpfx.outputs.differences import TOLERANCES, require_close
 
 
 @dataclass(frozen=True)
@@ -211,18 +212,16 @@ def _with_kinds(network: nn.Module, like: ExportedProgram) -> nn.Module:
 
 
 def _require_equal(program: ExportedProgram, network: nn.Module, example: Inputs) -> None:
-    with torch.no_grad():
-        found, expected = _tensors(example.run(program.module())), _tensors(example.run(network))
+    expected = outputs_of(network, example)
     allowed = max((TOLERANCES.get(t.dtype, 0.0) for t in expected), default=0.0)
-    error = relative_error(found, expected)
-    if not error <= allowed:
-        raise ExportError(
+    require_close(
+        outputs_of(program.module(), example),
+        expected,
+        allowed,
+        lambda error: ExportError(
             f"the program differs from the network by {error:.2e} of the output's size (allowed {allowed:.0e})"
-        )
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return tensors_in(output)
+        ),
+    )
 
 
 def _refuse_writes(program: ExportedProgram, module: fx.GraphModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from vbpfx.data.inputs import Inputs, argument_names, tensors_in
+from vbpfx.data.inputs import Inputs, argument_names
 from vbpfx.display.quiet import quiet_python
 from vbpfx.errors import ExportError, first_line, root_cause
 from vbpfx.graph.capture import share_parameters
@@ -20,8 +21,9 @@ from vbpfx.graph.edit import finish
 from vbpfx.graph.fake import propagate_shapes
 from vbpfx.graph.frontends import dynamic_shapes, neutral_results
 from vbpfx.graph.precision import full_float32
+from vbpfx.graph.run import outputs_of
 from vbpfx.onnx_session.session import open_session, run_session
-from vbpfx.outputs.differences import PARITY, relative_error
+from vbpfx.outputs.differences import PARITY, require_close
 from vbpfx.outputs.fields import path_name, result_paths
 from vbpfx.plans.records import Plan
 from vbpfx.storage.files import Write, write_atomically
@@ -268,13 +270,12 @@ def _check_outputs(path: Path, network: nn.Module, inputs: Inputs) -> None:
     session = open_session(path)
     for samples in _CHECKED_BATCHES:
         batch = inputs.resized(samples)
-        with torch.no_grad(), full_float32():
-            output = network(*batch.args, **batch.kwargs)
-        expected = [tensor.cpu() for tensor in tensors_in(output)]
-        found = run_session(session, batch)
-        error = relative_error(found, expected)
-        if not error <= PARITY:
-            raise ExportError(
-                f"ONNX Runtime differs from PyTorch by {error:.2e} of the output's size at batch {samples} (allowed "
-                f"{PARITY:.0e}); nothing was written"
-            )
+        expected = [tensor.cpu() for tensor in outputs_of(network, batch)]
+        require_close(run_session(session, batch), expected, PARITY, partial(_unlike_pytorch, samples=samples))
+
+
+def _unlike_pytorch(error: float, samples: int) -> ExportError:
+    return ExportError(
+        f"ONNX Runtime differs from PyTorch by {error:.2e} of the output's size at batch {samples} (allowed "
+        f"{PARITY:.0e}); nothing was written"
+    )

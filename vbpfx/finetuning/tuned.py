@@ -16,10 +16,11 @@ import torch
 from torch import fx, nn
 
 from vbpfx.artifacts.folder import load, save_network
-from vbpfx.data.inputs import Inputs, tensors_in
+from vbpfx.data.inputs import Inputs
 from vbpfx.errors import ArtifactError, VerificationError
 from vbpfx.export.onnx import onnx_writer
 from vbpfx.graph.capture import Captured, capture, fingerprint, named_tensors
+from vbpfx.graph.run import outputs_of
 from vbpfx.outputs.differences import PARITY, relative_error
 from vbpfx.plans.files import load_plan
 from vbpfx.plans.records import Plan
@@ -137,6 +138,4 @@ def _with_weights(captured: Captured, plan: Plan, tuned: nn.Module) -> fx.GraphM
 
 
 def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    with torch.no_grad():
-        found, expected = (tensors_in(inputs.run(network)) for network in (one, other))
-    return relative_error(found, expected)
+    return relative_error(outputs_of(one, inputs), outputs_of(other, inputs))

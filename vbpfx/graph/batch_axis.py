@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import Inputs, Place, tensors_in
+from vbpfx.data.inputs import Inputs, Place
 from vbpfx.display.quiet import quiet_python
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
+from vbpfx.graph.run import outputs_of
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
 # The number of samples in a run, and the most hypotheses that are tried about one axis, and in total.
@@ -71,7 +72,7 @@ def find_batch_axes(
         if found:
             return found[max(found)]
         try:
-            _run(model, given)
+            outputs_of(model, given)
         except Exception:  # the model may raise any exception
             return inputs
     return replace(inputs, axes=dict.fromkeys(inputs.placed))
@@ -109,7 +110,7 @@ def _test(model: nn.Module, inputs: Inputs) -> _Follows:
     others = [0, 0] if count == 1 else [1, 0, 1] if count == 2 else [count - 1, 0]
     few = inputs.first(count)
     try:
-        base, other = _run(model, few), _run(model, few.select(others))
+        base, other = outputs_of(model, few), outputs_of(model, few.select(others))
     except Exception:  # the model may raise any exception
         return _Follows.NOT
     if len(base) != len(other):
@@ -154,11 +155,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
     return relative_error([other], [one], both_nan=True) <= tolerance_of([one.dtype])
-
-
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        return tensors_in(inputs.run(model))
 
 
 def _cuda_devices(inputs: Inputs) -> list[Any]:

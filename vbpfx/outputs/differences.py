@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ def relative_error(found: list[Tensor], expected: list[Tensor], *, both_nan: boo
         scale = torch.where(b.isfinite(), b.abs(), 0.0).max().clamp_min(1e-300)
         worst = max(worst, (difference / scale).nan_to_num(torch.inf, torch.inf).item())
     return worst
+
+
+def require_close(
+    found: list[Tensor], expected: list[Tensor], allowed: float, problem: Callable[[float], Exception]
+) -> float:
+    """Return the relative error; raise what ``problem`` makes of it if it is above ``allowed``, or not a number."""
+    error = relative_error(found, expected)
+    if not error <= allowed:
+        raise problem(error)
+    return error
 
 
 def squared_errors(found: Tensor, expected: Tensor) -> Tensor:

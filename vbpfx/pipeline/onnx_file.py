@@ -15,7 +15,6 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
 from vbpfx.analysis.blocks import Analysis
@@ -26,6 +25,7 @@ from vbpfx.display.quiet import quiet_logging
 from vbpfx.display.tables import counted
 from vbpfx.errors import CalibrationError, CaptureError, ExportError, VerificationError, first_line
 from vbpfx.graph.capture import Captured, captured_file
+from vbpfx.graph.run import outputs_of
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
 from vbpfx.onnx_graph.file import (
     has_external_data,
@@ -42,7 +42,7 @@ from vbpfx.onnx_graph.samples import find_samples
 from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.onnx_session.session import open_session, run_session
-from vbpfx.outputs.differences import PARITY, TOLERANCES, relative_error
+from vbpfx.outputs.differences import PARITY, TOLERANCES, require_close
 from vbpfx.pipeline.calibration import Calibration, Run, first_batch
 from vbpfx.pipeline.in_memory import InMemory
 from vbpfx.pipeline.stages import EXAMPLE_SAMPLES, Made, Result, run_stages
@@ -323,12 +323,14 @@ def _require_fidelity(
     allowed = _allowed(imported)
     if (opset := converted_from(model)) is not None:
         _require_same(path, opset, inputs, imported, expected, allowed)
-    error = relative_error(_outputs(captured.graph_module, inputs), expected)
-    if not error <= allowed:
-        raise VerificationError(
+    return require_close(
+        outputs_of(captured.graph_module, inputs),
+        expected,
+        allowed,
+        lambda error: VerificationError(
             f"the graph that vbpfx read from {path} does not compute what the file computes. The outputs differ by {error:.2e} of the output's size, and {allowed:.0e} is allowed. Please report the model"
-        )
-    return error
+        ),
+    )
 
 
 def _require_same(
@@ -342,12 +344,15 @@ def _require_same(
             f"{path} is of opset {opset}; ONNX Runtime does not run it as it is, so that what ONNX's version converter made of it "
             f"cannot be checked: {first_line(error)}"
         ) from error
-    difference = relative_error(converted, original)
-    if not difference <= allowed:
-        raise CaptureError(
+    require_close(
+        converted,
+        original,
+        allowed,
+        lambda difference: CaptureError(
             f"{path} is of opset {opset}, and what ONNX's version converter makes of it differs from it by {difference:.2e} of the output's "
             f"size (allowed {allowed:.0e}); export it anew with opset {READ_FROM} or a newer one"
-        )
+        ),
+    )
 
 
 def _allowed(imported: Imported) -> float:
@@ -360,28 +365,25 @@ def _allowed(imported: Imported) -> float:
     return TOLERANCES[torch.float16] if halves else PARITY
 
 
-def _outputs(network: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(inputs.run(network)) if isinstance(leaf, Tensor)]
-
-
 def _parity(
     staged: Path, external: bool, imported: Imported, batches: Sequence[Inputs], small: fx.GraphModule
 ) -> float:
     """The written file in ONNX Runtime against the narrowed graph."""
-    worst = 0.0
     try:
         session = open_session(staged, folder=staged.parent if external else None)
-        for inputs in batches:
-            worst = max(
-                worst, relative_error(run_session(session, inputs, imported.arguments), _outputs(small, inputs))
-            )
+        ran = [(run_session(session, inputs, imported.arguments), outputs_of(small, inputs)) for inputs in batches]
     except Exception as error:  # ONNX Runtime has many kinds
         raise ExportError(f"the narrowed file does not run: {first_line(error)}; nothing was written") from error
     allowed = _allowed(imported)
-    if not worst <= allowed:
-        raise ExportError(
-            f"the narrowed file differs from the narrowed graph by {worst:.2e} of the output's size (allowed "
-            f"{allowed:.0e}); nothing was written"
+    return max(
+        require_close(
+            found,
+            expected,
+            allowed,
+            lambda error: ExportError(
+                f"the narrowed file differs from the narrowed graph by {error:.2e} of the output's size (allowed "
+                f"{allowed:.0e}); nothing was written"
+            ),
         )
-    return worst
+        for found, expected in ran
+    )

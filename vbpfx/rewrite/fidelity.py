@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbpfx.data.inputs import LEFT_OUT, Inputs, Place, left_out, model_device, tensors_in
+from vbpfx.data.inputs import LEFT_OUT, Inputs, Place, left_out, model_device
 from vbpfx.display.quiet import quiet_python
 from vbpfx.errors import CaptureError, VbpfxError, first_line
 from vbpfx.graph.capture import Captured, FixedSize, Frontend, capture, named_tensors, share_parameters
 from vbpfx.graph.frontends import fixing_line, unfused_attention
-from vbpfx.graph.precision import full_float32
+from vbpfx.graph.run import outputs_of
 from vbpfx.graph.source import line_of_node
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
@@ -128,8 +128,7 @@ class _Held:
 
     def _run(self, network: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(0)  # graph and model draw the same random numbers
-        with torch.no_grad(), full_float32():
-            return tensors_in(inputs.run(network))
+        return outputs_of(network, inputs)
 
     def _difference(self, inputs: Inputs) -> str:
         """Describe how graph and model differ on inputs that the model accepts; return "" if they agree."""

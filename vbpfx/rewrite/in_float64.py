@@ -6,6 +6,7 @@ The comparison is repeated in float64, and the rounding error of the dense netwo
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.precision import full_float32
-from vbpfx.outputs.differences import relative_error
+from vbpfx.outputs.differences import relative_error, require_close
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.class_code import where_widths_are_used
 from vbpfx.rewrite.side_by_side import Comparison, Seen, Steps, can_compare, exact_tensors, look
@@ -39,9 +40,9 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
     exact, narrow = exact_tensors(captured, small, plan), named_tensors(small)
     for name, tensor in narrow.items():
         if id(tensor) in exact:
-            error = relative_error([tensor], [exact[id(tensor)]()])
-            if not error <= torch.finfo(tensor.dtype).eps:
-                raise _wrong(error, f"its tensor {name} is not what the plan makes of it", plan)
+            how = f"its tensor {name} is not what the plan makes of it"
+            once = torch.finfo(tensor.dtype).eps
+            require_close([tensor], [exact[id(tensor)]()], once, partial(_wrong, how=how, plan=plan))
     allowed = _LEFT_IN_A_GRAPH if can_compare(small, plan) else _LEFT_IN_A_CLASS
     try:
         seen = _seen(captured, small, plan, inputs)

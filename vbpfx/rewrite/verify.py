@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vbpfx.data.inputs import Inputs, as_inputs, model_device, tensors_in
+from vbpfx.data.inputs import Inputs, as_inputs, model_device
 from vbpfx.errors import VerificationError
 from vbpfx.graph.capture import Captured, explain, named_tensors, share_parameters
 from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
-from vbpfx.outputs.differences import TOLERANCES, relative_error, tolerance_of
+from vbpfx.graph.run import outputs_of
+from vbpfx.outputs.differences import TOLERANCES, relative_error, require_close, tolerance_of
 from vbpfx.plans.records import Plan
 from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
@@ -242,14 +243,11 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
             "the model itself returns NaN on these inputs, so nothing can be compared: a weight or an input is not finite, or a "
             "value overflows; mend that, or run it in a wider dtype"
         )
-    fidelity = relative_error(dense, outputs.model)
-    if not fidelity <= bound:
-        raise _UnlikeModelError(fidelity, _DECIDES)
-    error = relative_error(pruned, substituted)
-    if not error <= bound:
-        raise _ImpreciseError(error, bound, [entry.block.name for entry in plan.blocks])
+    names = [entry.block.name for entry in plan.blocks]
+    fidelity = require_close(dense, outputs.model, bound, lambda error: _UnlikeModelError(error, _DECIDES))
+    error = require_close(pruned, substituted, bound, lambda error: _ImpreciseError(error, bound, names))
     effect = relative_error(substituted, dense)
-    unseen = tuple(entry.block.name for entry in plan.blocks) if effect <= error else ()
+    unseen = tuple(names) if effect <= error else ()
     return Verification(error, effect, fidelity, bound, _name(dtype), unproven=unseen)
 
 
@@ -344,9 +342,7 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     modes = {module: module.training for module in network.modules()}
     try:
         network.eval()
-        with torch.no_grad(), full_float32():
-            output = inputs.run(network)
+        return outputs_of(network, inputs)
     finally:
         for module, training in modes.items():
             module.training = training
-    return tensors_in(output)
