@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vbpfx.measurement.latency import measure_latencies
     from vbpfx.measurement.sensitivity import sensitivities
     from vbpfx.models.weightless import without_weights
+    from vbpfx.onnx_graph.table import register_onnx_operator
     from vbpfx.pipeline.exported_program import prune_exported
     from vbpfx.pipeline.files import PrunedFiles, prune_files
     from vbpfx.pipeline.fx_pass import VarianceBasedPruning
@@ -101,6 +102,7 @@ __all__ = [
     "prune_exported",
     "prune_files",
     "prune_onnx",
+    "register_onnx_operator",
     "register_operator",
     "save",
     "sensitivities",
@@ -125,6 +127,7 @@ _HOMES = {
     "pipeline.fx_pass": "VarianceBasedPruning",
     "graph.capture": "Captured capture",
     "models.weightless": "without_weights",
+    "onnx_graph.table": "register_onnx_operator",
     "pipeline.files": "PrunedFiles prune_files",
     "measurement.bench": "bench",
     "measurement.bench_result": "BenchResult",

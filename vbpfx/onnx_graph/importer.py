@@ -7,7 +7,7 @@ not support, becomes a call of ONNX Runtime (:mod:`vbpfx.onnx_graph.unknown`), w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,32 +35,13 @@ from vbpfx.onnx_graph.builder import (
     is_matrix,
     is_setting,
 )
-from vbpfx.onnx_graph.elementwise import ELEMENTWISE, FLOATS
+from vbpfx.onnx_graph.elementwise import FLOATS
 from vbpfx.onnx_graph.file import true_inputs
-from vbpfx.onnx_graph.layers import LAYERS
-from vbpfx.onnx_graph.reductions import REDUCTIONS
-from vbpfx.onnx_graph.resize import RESIZE
 from vbpfx.onnx_graph.runtime import session_with
-from vbpfx.onnx_graph.shapes import SHAPES
-from vbpfx.onnx_graph.sizes import SIZE_OPERATORS, count, shape, takes_sizes
+from vbpfx.onnx_graph.sizes import SIZE_OPERATORS, takes_sizes
+from vbpfx.onnx_graph.table import name_of, translation_of
 from vbpfx.onnx_graph.unknown import OnnxCall, Probe, unknown
 from vbpfx.onnx_graph.versions import opset_of
-
-_OPERATORS: Mapping[str, Callable[[Builder], Any]] = {
-    **ELEMENTWISE,
-    **LAYERS,
-    **SHAPES,
-    **REDUCTIONS,
-    **RESIZE,
-    "Shape": shape,
-    "Size": count,
-}
-# Operators in the tables that do not belong to ONNX's own domain.
-_CONTRIBUTED = {
-    "com.microsoft": {"Gelu", "FastGelu", "BiasGelu", "QuickGelu", "FusedConv", "FusedGemm", "FusedMatMul",
-                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"},
-    "ai.onnx.ml": {"ArrayFeatureExtractor"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +125,8 @@ def _with_size(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _strange(model: ir.Model) -> list[ir.Node]:
-    """Return the nodes whose operators are in no table."""
-    return [node for node in model.graph if not _is_known(node)]
+    """Return the nodes whose operators are not in the table."""
+    return [node for node in model.graph if node.op_type != "Constant" and translation_of(node) is None]
 
 
 def _without_function(node: ir.Node, error: CaptureError) -> CaptureError:
@@ -154,15 +135,6 @@ def _without_function(node: ir.Node, error: CaptureError) -> CaptureError:
 
 def _named(node: ir.Node) -> str:
     return f"operator {node.op_type} (domain {node.domain or 'ai.onnx'}, node {node.name!r})"
-
-
-def _is_known(node: ir.Node) -> bool:
-    """Return whether the node's operator is in a table."""
-    if node.op_type == "Constant":
-        return True
-    return node.op_type in _OPERATORS and (
-        node.domain in ("", "ai.onnx") or node.op_type in _CONTRIBUTED.get(node.domain, ())
-    )
 
 
 def _build(model: ir.Model, example: Mapping[str, Tensor], probe: Probe) -> Imported:
@@ -215,15 +187,17 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
     """Translate one node and return its outputs. Errors are raised with the name of the node."""
     b.node, b.hint = node, str(node.outputs[0].name)
     try:
-        if not _is_known(node):
+        translation = translation_of(node)
+        if translation is None:
             return unknown(b, probe)
         given = [b.values[value] for value in node.inputs if value is not None]
         if given and all(isinstance(v, Constant) and is_setting(v) for v in given):
             return tuple(Constant(array) for array in _fold(node, b))
         try:
-            if node.op_type in SIZE_OPERATORS and takes_sizes(b):
-                return (SIZE_OPERATORS[node.op_type](b),)
-            result = _OPERATORS[node.op_type](b)
+            of_sizes = SIZE_OPERATORS.get(name_of(node.op_type, node.domain))
+            if of_sizes is not None and takes_sizes(b):
+                return (of_sizes(b),)
+            result = translation(b)
             results: tuple[Value, ...] = result if isinstance(result, tuple) else (result,)
             if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
                 raise CaptureError("one of its further outputs is read")

@@ -209,7 +209,7 @@ SHAPES: Mapping[str, Callable[[Builder], Any]] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
-    "ArrayFeatureExtractor": _array_feature_extractor,
+    "ai.onnx.ml.ArrayFeatureExtractor": _array_feature_extractor,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "Tile": _tile,

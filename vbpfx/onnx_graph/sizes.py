@@ -25,7 +25,7 @@ def as_value(entries: Array) -> Value:
     return Constant(np.array(plain, bool if kinds == {bool} else np.float32 if float in kinds else np.int64))
 
 
-def shape(b: Builder) -> Value:
+def _shape(b: Builder) -> Value:
     """Translate Shape: the size of every axis is an entry of its own."""
     start, end = b.attribute("start", 0), b.attribute("end")
     found = b.value(0)
@@ -36,7 +36,7 @@ def shape(b: Builder) -> Value:
     return as_value(_objects([b.emit("size", found, dim) for dim in dims]))
 
 
-def count(b: Builder) -> Value:
+def _count(b: Builder) -> Value:
     """Translate Size: the number of entries of a tensor."""
     return as_value(_objects(b.emit("numel", b.tensor(0))))
 
@@ -200,3 +200,5 @@ SIZE_OPERATORS: Mapping[str, Callable[[Builder], Value]] = {
     "Floor": _entrywise(math.floor),
     "Ceil": _entrywise(math.ceil),
 }
+# Operators that make sizes of a tensor.
+READ_SIZES: Mapping[str, Callable[[Builder], Value]] = {"Shape": _shape, "Size": _count}
