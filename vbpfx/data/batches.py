@@ -74,6 +74,6 @@ def taken(number: int, of: int, thing: str) -> str:
     return f"{number:,} of {counted(of, thing)}" if number < of else counted(of, thing)
 
 
-def some(names: Sequence[str], between: str, most: int = 3) -> str:
+def some(names: Sequence[str], between: str) -> str:
     """Join the first names, followed by "..." if there are more."""
-    return between.join(names[:most]) + (f"{between}..." if len(names) > most else "")
+    return between.join(names[:3]) + (f"{between}..." if len(names) > 3 else "")

@@ -15,6 +15,7 @@ from vbpfx.plans.records import Block
 from vbpfx.rules.calls import called_module, describe
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN, _MARGIN = 300, 46, 30, 34, 20
+_LONGEST = 44  # characters of a line of text
 _FILLS = {"producer": "#cfe3f7", "carrier": "#eeeeee", "statistic": "#f7ecc4", "consumer": "#d3eed3"}
 
 
@@ -104,5 +105,5 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
     return f"M{x},{y} V{last} C{x},{last + _DOWN} {to_x},{to_y - _DOWN} {to_x},{to_y}"
 
 
-def _short(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2 - 1]}…{text[-_LONGEST // 2 :]}"

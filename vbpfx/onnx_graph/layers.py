@@ -152,13 +152,13 @@ _ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, float]]] = {
 }
 
 
-def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any, fill: float = 0.0) -> tuple[fx.Node, Any]:
+def _padded(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[fx.Node, Any]:
     """Return the input and the padding for torch's function. Uneven padding becomes a pad call in front, and 0 here."""
     before, after = padding_of(b, x, kernel, stride, dilation)
     if before == after:
         return x, before
     amounts = [amount for pair in zip(reversed(before), reversed(after), strict=True) for amount in pair]
-    return b.emit(F.pad, x, amounts, "constant", fill), [0] * len(before)
+    return b.emit(F.pad, x, amounts, "constant", 0.0), [0] * len(before)
 
 
 def padding_of(b: Builder, x: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[list[int], list[int]]:

@@ -45,8 +45,8 @@ from vbpfx.reconstruction.stream import Stream
 from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, removed_along, substitute
 
 # The limit of m for unlimited data.
-SHARE = 0.8
-# m is half of SHARE when there are this many effective rows for every column of the layer's input.
+_MOST_SHARE = 0.8
+# m is half of that when there are this many effective rows for every column of the layer's input.
 _ROWS_TO_LEARN_FROM = 30
 # The relative ridge penalties to choose from. A fit shrinks toward the old weights, or, where neurons are chosen,
 # toward the weights that best predict the layer's own output from the kept neurons.
@@ -61,7 +61,6 @@ def reconstruct(
     *,
     beside: Sequence[Consumer] = (),
     choose: bool = True,
-    share: float = SHARE,
     mask: MaskArgument | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -77,7 +76,6 @@ def reconstruct(
             alike.
         beside: layers outside the blocks that are fitted, too. Their shapes stay.
         choose: whether to choose the neurons of a block again; otherwise the plan's choice stays.
-        share: the limit of m for unlimited data; m is smaller the fewer rows carry the weight.
         mask: as for :func:`vbpfx.prepare`.
         progress: show a bar on standard error.
 
@@ -90,7 +88,7 @@ def reconstruct(
         return plan
     device, samples = model_device(analysis.captured.reference), Samples.of(batches)
     samples = replace(samples, batches=tuple(batch.to(device) for batch in samples.batches))
-    run = _Reconstruction(order.captured, plan, samples, steps, influence, share, mask)
+    run = _Reconstruction(order.captured, plan, samples, steps, influence, mask)
     with progress_bar("reconstructing", len(steps), progress and samples.ranks.first) as advance:
         for step in steps:
             try:
@@ -111,10 +109,9 @@ class _Reconstruction:
         samples: Samples,
         steps: Sequence[Step],
         influence: Mapping[str, Influence],
-        share: float,
         mask: MaskArgument | None,
     ) -> None:
-        self.captured, self.plan, self.share, self.influence = captured, plan, share, influence
+        self.captured, self.plan, self.influence = captured, plan, influence
         self.tensors = named_tensors(self.captured.reference)
         self.chosen = any(step.chooses for step in steps)
         pending = {step.chooses.block.name for step in steps if step.chooses}
@@ -163,7 +160,7 @@ class _Reconstruction:
             "criterion": "greedy_obs, block after block" if self.chosen else plan.settings["criterion"],
             "compensation": "reconstruction",
             "reconstruction": {
-                "share": self.share,
+                "share": _MOST_SHARE,
                 "samples": self.samples.total,
                 "refitted": list(done.refitted),
             },
@@ -208,12 +205,12 @@ class _Reconstruction:
         """Return m for a layer: it is smaller the fewer rows carry the weight, since less can be learnt from them."""
         known = [self.influence[call.node] for call in calls if call.node in self.influence]
         if len(known) < len(calls):
-            return self.share
+            return _MOST_SHARE
         weights = [weights.double() for about in known for weights in about.weights]
         moments = [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
         total, squares = self.ranks.sums(moments)
         effective = total**2 / max(squares, 1e-300)
-        return self.share * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(calls[0]))
+        return _MOST_SHARE * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(calls[0]))
 
     def _kept_width(self, layer: Consumer) -> int:
         """Return how many columns of a layer's input the plan keeps."""
