@@ -498,7 +498,7 @@ def test_one_weight_takes_one_prediction() -> None:
     model = randomize(Siamese(True)).double()
     plan = vbpfx.prune(model, _pairs(4), ratio=0.5, progress=False, allocation="equal", reconstruct=False).plan
     entry = plan.blocks[0]
-    with pytest.raises(vbpfx.ArtifactError, match="one weight can only take one"):
+    with pytest.raises(vbpfx.ArtifactError, match="one weight can take only one"):
         dataclasses.replace(entry, predictions=(entry.predictions[0], 2 * entry.predictions[0]))
 
 
