@@ -34,6 +34,11 @@ def test_every_package_has_its_line_in_the_contract() -> None:
     assert sorted(package for line in _lines() for package in line) == sorted({n.split("/")[0] for n in _modules()})
 
 
+def test_onnx_runtime_is_opened_in_one_place() -> None:
+    opening = [name for name in _modules() if "InferenceSession(" in (PACKAGE / f"{name}.py").read_text()]
+    assert opening == ["onnx_session/session"]
+
+
 def test_nothing_but_errors_stands_beside_the_packages() -> None:
     assert [name for name in _modules() if "/" not in name] == ["errors"]
 
