@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from enum import Enum
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import cli_networks
 import numpy as np
@@ -18,14 +20,21 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import vbpfx
-from vbpfx.cli import app
-from vbpfx.cli.plan_options import AllocationName, CompensationName, CriterionName, Method, Place
+from vbpfx.cli import app, choices
+from vbpfx.cli.data_options import LabelledReading, ModelReading, Reading
+from vbpfx.cli.plan_options import ModelPlanning, Planning
+from vbpfx.finetuning.distillation import Loss
+from vbpfx.finetuning.processes import Precision
+from vbpfx.finetuning.recipes import RECIPES
+from vbpfx.graph.capture import Frontend
+from vbpfx.outputs.watched import OutputKind
 from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.compensate import COMPENSATIONS
-from vbpfx.planning.options import METHODS
+from vbpfx.planning.options import METHODS, PlanArguments
 from vbpfx.planning.scores import CRITERIA
 from vbpfx.plans.files import load_plan
 from vbpfx.runtimes.adapters import NAMES
@@ -131,14 +140,40 @@ def test_data_are_limited_and_weights_loaded(data: torch.Tensor) -> None:
 
 
 def test_names_are_those_of_the_library() -> None:
-    def names(kind: type[Enum]) -> list[str]:
-        return [str(entry.value) for entry in kind]
+    """Those that the command line writes down a second time, and those that are names of files."""
+    bad_images = get_type_hints(vbpfx.open_data)["bad_images"]
+    of_literals = {
+        choices.FRONTENDS: Frontend, choices.BAD_IMAGES: bad_images, choices.OUTPUT_KINDS: OutputKind,
+        choices.LOSSES: Loss, choices.PRECISIONS: Precision,
+    }  # fmt: skip
+    for names, literal in of_literals.items():
+        assert names == get_args(literal)
+    assert set(choices.METHODS) == set(METHODS)
+    assert set(choices.RECIPES) == set(RECIPES)
+    assert list(choices.ALLOCATIONS) == list(ALLOCATIONS)
+    assert list(choices.COMPENSATIONS) == list(COMPENSATIONS)
+    options = {parameter.name: parameter for parameter in get_command(app).commands["onnx"].params}  # type: ignore[attr-defined]
+    assert options["runtime"].metavar == f"<{'|'.join(NAMES)}|none>"
+    assert options["criterion"].metavar == f"<{'|'.join(CRITERIA)}>"
 
-    assert set(names(Method)) == set(METHODS)
-    assert names(Place) == [*NAMES, "none"]
-    assert names(CriterionName) == list(CRITERIA)
-    assert names(AllocationName) == list(ALLOCATIONS)
-    assert names(CompensationName) == list(COMPENSATIONS)
+
+@pytest.mark.parametrize(
+    ("command", "functions"),
+    [
+        ("prune", [vbpfx.prune, vbpfx.open_data]),
+        ("onnx", [vbpfx.prune_onnx, vbpfx.open_data]),
+        ("eval", [vbpfx.open_data]),
+        ("finetune", [vbpfx.open_data]),
+    ],
+)
+def test_options_of_groups_have_the_names_of_arguments(command: str, functions: list[Any]) -> None:
+    """So that an option is declared once, and handed on by name."""
+    groups = {"prune": (ModelPlanning, ModelReading), "onnx": (Planning, Reading)}.get(command, (LabelledReading,))
+    given = {field.name for group in groups for field in fields(group)}
+    taken = {name for function in functions for name in signature(function).parameters}
+    assert given <= taken | PlanArguments.__annotations__.keys()
+    shown = {parameter.name for parameter in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    assert given <= shown
 
 
 def test_parts_of_a_method_are_chosen_by_themselves(data: torch.Tensor) -> None:

@@ -258,3 +258,24 @@ def test_samples_of_a_file_are_limited(tmp_path: Path) -> None:
         data_for_file(path, data, mean=(0.5,))
     with pytest.raises(vbpfx.CalibrationError, match="limit must be at least 1, found 0"):
         data_for_file(path, data, limit=0)
+
+
+def test_the_command_takes_a_folder_of_images(tmp_path: Path) -> None:
+    """The same neurons as from the pixels by hand."""
+    pixels = _photographs(tmp_path / "photos", 24, 4)
+    net = Net()
+    net.add("Flatten", ["x"], "flat")
+    net.add("MatMul", ["flat", net.weight("W", 48, 32)], "m")
+    net.add("Relu", ["m"], "h")
+    net.add("MatMul", ["h", net.weight("V", 32, 5)], "y")
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(net.model(["n", 3, 4, 4], ["n", 5]), path)
+    given = ("--data", tmp_path / "photos", "--mean", "0.5", "--std", "0.25", "--crop", "1", "--batch", "8")
+    result = run_cli("onnx", path, *given, "--out", out, "--ratio", "0.25", "--method", "vbp")
+    assert result.exit_code == 0, result.output
+    assert "24 images from" in result.stderr
+    x = ((pixels / 255 - 0.5) / 0.25).transpose(0, 3, 1, 2).reshape(24, 48)
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    kept = np.sort(np.argsort(np.maximum(x @ stored["W"].astype(np.float64), 0).var(0))[8:])
+    small = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
+    np.testing.assert_array_equal(small["W"], stored["W"][:, kept])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vbpfx.cli.conventions import Debug, Samples, Shape, failing_in_one_line, one_of_shape_and_data
+from vbpfx.cli.conventions import Debug, Json, Samples, Shape, failing_in_one_line, one_of_shape_and_data
 from vbpfx.cli.measured import InReport, add_to_report
 
 
@@ -33,7 +33,7 @@ def bench(
     data: Samples = None,
     length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
     report: InReport = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure dense against pruned in one run, interleaved: latency, throughput, parity, size, memory; per runtime."""

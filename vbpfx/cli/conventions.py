@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,17 +17,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from vbpfx.cli.choices import FRONTENDS, choice
 from vbpfx.errors import VbpfxError, first_line
 
 INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
-
-
-class Frontend(str, Enum):
-    """What traces the model, as :func:`vbpfx.capture` takes it."""
-
-    auto = "auto"
-    symbolic = "symbolic"
-    export = "export"
 
 
 def _without_color(asked: bool) -> None:
@@ -51,12 +43,18 @@ Samples = Annotated[
         help="In place of --shape, for inputs of any kind: samples, read as vbpfx prune reads them with --data.",
     ),
 ]
-Tracing = Annotated[Frontend, typer.Option("--frontend", help="What traces the model: auto tries both.")]
+DenseWeights = Annotated[
+    Path | None, typer.Option(help="State dict of the dense model: safetensors, or as torch.save wrote it.")
+]
+Tracing = Annotated[str, choice(FRONTENDS, "--frontend", help="What traces the model: auto tries both.")]
 Color = Annotated[
     bool,
     typer.Option("--no-color", callback=_without_color, is_eager=True, help="No colours; NO_COLOR=1 does it, too."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+OutFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")]
+NoOnnx = Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 

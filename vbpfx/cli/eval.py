@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from vbpfx.cli.choices import OUTPUT_KINDS, choice
 from vbpfx.cli.conventions import (
     Color,
     Debug,
+    DenseWeights,
     Device,
+    Json,
     busy,
     device_named,
     failing_in_one_line,
@@ -20,31 +22,9 @@ from vbpfx.cli.conventions import (
     note_random_weights,
     shows_progress,
 )
-from vbpfx.cli.data_options import (
-    DATA,
-    Bad,
-    BadImages,
-    Batch,
-    Classes,
-    Crop,
-    Labels,
-    Limit,
-    MaxLength,
-    Mean,
-    Shape,
-    Std,
-    Workers,
-    reading,
-)
+from vbpfx.cli.data_options import DATA, PANEL, LabelledReading
 from vbpfx.cli.measured import InReport, add_to_report
-
-
-class Compared(str, Enum):
-    """The names of :data:`vbpfx.outputs.watched.OutputKind`."""
-
-    logits = "logits"
-    values = "values"
-
+from vbpfx.cli.option_groups import with_groups
 
 EXAMPLES = """\
 [bold]Examples[/bold]
@@ -55,6 +35,7 @@ vbpfx eval timm:deit_small_patch16_224 --weights deit.safetensors --data val/ --
 """
 
 
+@with_groups
 def evaluate(
     network: Annotated[
         str,
@@ -72,30 +53,25 @@ def evaluate(
             metavar="MODEL", help="The dense model: timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable."
         ),
     ] = "",
-    weights: Annotated[Path | None, typer.Option(help="State dict of the dense model.")] = None,
-    labels: Labels = None,
-    classes: Classes = None,
-    batch: Batch = 32,
-    limit: Limit = None,
-    bad_images: Bad = BadImages.refuse,
-    workers: Workers = 0,
-    shape: Shape = "",
-    mean: Mean = "",
-    std: Std = "",
-    crop: Crop = None,
-    max_length: MaxLength = None,
+    weights: DenseWeights = None,
+    *,
+    reading: LabelledReading,
+    classes: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=PANEL, help="Text file with the name of a class on each line, class 0 first."),
+    ] = None,
     compare: Annotated[
-        Compared | None,
-        typer.Option(
+        str | None,
+        choice(
+            OUTPUT_KINDS,
             help="What the outputs are: logits, or values such as embeddings, of which the cosine is taken. By default logits, where the "
-            "output is one tensor or has logits."
+            "output is one tensor or has logits.",
         ),
     ] = None,
     worst: Annotated[int, typer.Option(min=0, help="So many of the worst-hurt classes.")] = 10,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of what --limit chooses.")] = 0,
     report: InReport = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Json = False,
     color: Color = False,
     debug: Debug = False,
 ) -> None:
@@ -105,34 +81,30 @@ def evaluate(
         raise typer.BadParameter(
             f"{network} is a pruned network: say what to compare it with, --dense MODEL --weights FILE"
         )
-    source = reading(
-        name=dense or network, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers, labels=labels, classes=classes,
-        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
-    )  # fmt: skip
+    read = reading.arguments()
     with failing_in_one_line(debug):
         with busy(f"loading {dense or network}"):
             from vbpfx.artifacts.folder import load_beside
             from vbpfx.data.sources import open_data
             from vbpfx.evaluation.evaluate import evaluate as run_evaluate
             from vbpfx.models.names import load_model
-            from vbpfx.outputs.watched import OutputKind
 
             place = device_named(device)
             original = load_model(dense or network, weights).to(place)
             pruned = None
             if dense:
                 pruned = (load_beside(Path(network), original) if is_folder else load_model(network)).to(place)
-            samples = open_data(data, original, **source)
+            samples = open_data(data, original, name=dense or network, classes=classes, **read)
         note_random_weights(dense or network, weights)
         if dense and not is_folder:
             note_random_weights(network, None)
         note(str(samples))
-        how: OutputKind | None = compare.value if compare else None
+        how: Any = compare  # one of the names that evaluate takes
         found = run_evaluate(original, pruned, samples, classes=samples.classes, compare=how, progress=shows_progress())
         if is_folder and report:
             add_to_report(Path(network), evaluation=found.for_report() | {"data": str(data)})
     if as_json:
-        read = {"data": str(data), "about": samples.about, "skipped": samples.skipped}
-        typer.echo(json.dumps(read | found.to_json(), indent=1))
+        about = {"data": str(data), "about": samples.about, "skipped": samples.skipped}
+        typer.echo(json.dumps(about | found.to_json(), indent=1))
     else:
         typer.echo(found.text(worst), nl=False)

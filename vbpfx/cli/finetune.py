@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vbpfx.cli.choices import LOSSES, PRECISIONS, RECIPES, choice
 from vbpfx.cli.conventions import (
     Color,
     Debug,
+    DenseWeights,
+    Json,
+    NoOnnx,
+    OutFolder,
     busy,
     command_line,
     failing_in_one_line,
@@ -23,22 +27,9 @@ from vbpfx.cli.conventions import (
     save_with_onnx,
     shows_progress,
 )
-from vbpfx.cli.data_options import (
-    DATA,
-    Bad,
-    BadImages,
-    Batch,
-    Crop,
-    Labels,
-    Limit,
-    MaxLength,
-    Mean,
-    Shape,
-    Std,
-    Workers,
-    reading,
-)
-from vbpfx.cli.group import among_ranks
+from vbpfx.cli.data_options import DATA, LabelledReading
+from vbpfx.cli.option_groups import with_groups
+from vbpfx.cli.ranks import among_ranks
 
 if TYPE_CHECKING:
     from vbpfx.finetuning.finetune import FineTuned
@@ -54,29 +45,7 @@ torchrun --nproc-per-node 2 -m vbpfx finetune small/ --dense hf:folder --data te
 RECIPE = "Training"
 
 
-class RecipeName(str, Enum):
-    """The names of :data:`vbpfx.finetuning.recipes.RECIPES`."""
-
-    default = "default"
-    few = "few"
-    paper = "paper"
-
-
-class LossName(str, Enum):
-    """As :func:`vbpfx.finetune` takes it."""
-
-    kl = "kl"
-    mse = "mse"
-
-
-class PrecisionName(str, Enum):
-    """As :func:`vbpfx.finetune` takes it."""
-
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
+@with_groups
 def finetune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the pruned network.")],
     data: Annotated[Path, typer.Option(help=f"Samples to train on; labels are not needed. {DATA}")],
@@ -87,14 +56,12 @@ def finetune(
             help="The model that was pruned: timm:NAME, torchvision:NAME, hf:NAME-or-folder, module:callable.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")],
-    weights: Annotated[Path | None, typer.Option(help="State dict of the dense model, which is the teacher.")] = None,
+    out: OutFolder,
+    weights: DenseWeights = None,
     recipe: Annotated[
-        RecipeName, typer.Option(rich_help_panel=RECIPE, help="few: for no more samples than pruning saw.")
-    ] = RecipeName.default,
-    loss: Annotated[
-        LossName, typer.Option(rich_help_panel=RECIPE, help="kl for logits, mse for embeddings.")
-    ] = LossName.kl,
+        str, choice(RECIPES, rich_help_panel=RECIPE, help="few: for no more samples than pruning saw.")
+    ] = "default",
+    loss: Annotated[str, choice(LOSSES, rich_help_panel=RECIPE, help="kl for logits, mse for embeddings.")] = "kl",
     use_labels: Annotated[
         bool, typer.Option("--use-labels", rich_help_panel=RECIPE, help="Learn from the data's labels, too.")
     ] = False,
@@ -114,8 +81,8 @@ def finetune(
         ),
     ] = 0.1,
     precision: Annotated[
-        PrecisionName, typer.Option(rich_help_panel=RECIPE, help="Mixed precision; weights stay as they are.")
-    ] = PrecisionName.no,
+        str, choice(PRECISIONS, rich_help_panel=RECIPE, help="Mixed precision; weights stay as they are.")
+    ] = "no",
     accumulate: Annotated[
         int, typer.Option(min=1, rich_help_panel=RECIPE, help="Batches a step, in each process.")
     ] = 1,
@@ -132,32 +99,20 @@ def finetune(
         Path | None,
         typer.Option(rich_help_panel=RECIPE, metavar="DIR", help="Training goes on from there after a break."),
     ] = None,
-    batch: Batch = 32,
-    limit: Limit = None,
-    bad_images: Bad = BadImages.refuse,
-    workers: Workers = 0,
-    labels: Labels = None,
-    shape: Shape = "",
-    mean: Mean = "",
-    std: Std = "",
-    crop: Crop = None,
-    max_length: MaxLength = None,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    *,
+    reading: LabelledReading,
+    no_onnx: NoOnnx = False,
+    as_json: Json = False,
     color: Color = False,
     debug: Debug = False,
 ) -> None:
     """Train a pruned network to compute what the dense one computes, and write it to another folder."""
     require_apart(checkpoint, out)
-    source = reading(
-        name=dense, batch=batch, limit=limit, seed=seed, bad_images=bad_images, workers=workers, labels=labels,
-        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length,
-    )  # fmt: skip
+    read = reading.arguments()
     training: dict[str, Any] = {
-        "recipe": recipe.value, "loss": loss.value, "labels": use_labels, "epochs": epochs, "learning_rate": learning_rate,
-        "held_out": held_out, "mixed_precision": precision.value, "accumulate": accumulate, "shard": shard, "max_seconds": max_seconds,
-        "checkpoint": checkpoint, "seed": seed,
+        "recipe": recipe, "loss": loss, "labels": use_labels, "epochs": epochs, "learning_rate": learning_rate,
+        "held_out": held_out, "mixed_precision": precision, "accumulate": accumulate, "shard": shard, "max_seconds": max_seconds,
+        "checkpoint": checkpoint, "seed": reading.seed,
     }  # fmt: skip
     with failing_in_one_line(debug), among_ranks(_device(), debug) as ranks:
         from vbpfx.artifacts.folder import folder_for_artifact
@@ -171,7 +126,7 @@ def finetune(
         with folder_for_artifact(out) if ranks.first else nullcontext():
             with busy(f"loading {dense}", ranks.first):
                 model = load_model(dense, weights)
-                samples = open_data(data, model, **source)
+                samples = open_data(data, model, name=dense, **read)
                 tuning = open_tuning(folder, model, as_inputs(next(iter(samples)), model).first(EXAMPLE_SAMPLES))
             if ranks.first:
                 note_random_weights(dense, weights)
@@ -181,7 +136,7 @@ def finetune(
             loader = samples.loader(shuffle=True)
             done = run_finetune(tuning.student, model, loader, progress=shows_progress(), **training)
             command = command_line()
-            how = _in_words(done, samples.samples, recipe.value)
+            how = _in_words(done, samples.samples, recipe)
 
             def save(onnx: bool) -> Path:
                 return ranks.write(lambda: tuning.save(done.model, out, onnx=onnx, how=how, command=command), out)

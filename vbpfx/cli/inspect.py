@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vbpfx.cli.conventions import (
     Color,
     Debug,
-    Frontend,
+    Json,
     Samples,
     Shape,
     Tracing,
@@ -47,11 +47,11 @@ def inspect(
     weights: Weights = None,
     shape: Shape = "",
     data: Samples = None,
-    frontend: Tracing = Frontend.auto,
+    frontend: Tracing = "auto",
     min_width: Annotated[int | None, typer.Option(min=1, help="No block becomes narrower.")] = None,
     graph: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the channel graph of --block.")] = None,
     block: Annotated[str, typer.Option(help="The block to draw.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Json = False,
     color: Color = False,
     debug: Debug = False,
 ) -> None:
@@ -59,11 +59,12 @@ def inspect(
     if bool(block) != (graph is not None):
         raise typer.BadParameter("--block and --graph go together: --block NAME --graph FILE.svg")
     one = one_of_shape_and_data(shape, data)
+    tracing: Any = frontend  # one of the names that inspect_model takes
     with failing_in_one_line(debug):
         with busy(f"loading {model}"):
             from vbpfx.inspection.summary import inspect_model
 
-            found = inspect_model(model, weights, shape=one, data=data, frontend=frontend.value, min_width=min_width)
+            found = inspect_model(model, weights, shape=one, data=data, frontend=tracing, min_width=min_width)
         if graph is not None:
             from vbpfx.inspection.channel_graph import channel_graph
             from vbpfx.storage.files import text_writer, write_atomically

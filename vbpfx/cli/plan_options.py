@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vbpfx.cli.choices import ALLOCATIONS, COMPENSATIONS, METHODS, choice
+from vbpfx.cli.conventions import Tracing
+from vbpfx.planning.criteria import NAMES as CRITERIA
+from vbpfx.runtimes.adapters import DEFAULT
+from vbpfx.runtimes.adapters import NAMES as RUNTIMES
+
 BUDGET, BLOCKS, CALIBRATION = "Budget, exactly one", "How the budget is met", "Calibration"
-
-
-class Method(str, Enum):
-    """The names of :data:`vbpfx.planning.options.METHODS`."""
-
-    auto = "auto"
-    vbp = "vbp"
-
-
-class Place(str, Enum):
-    """The names of :data:`vbpfx.runtimes.adapters.NAMES`, and none of them."""
-
-    aotinductor = "aotinductor"
-    executorch = "executorch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    pytorch = "pytorch"
-    torch_compile = "torch_compile"
-    tvm = "tvm"
-    none = "none"
-
-
-class CriterionName(str, Enum):
-    """The names of :data:`vbpfx.planning.criteria.NAMES`."""
-
-    denoised_variance = "denoised_variance"
-    greedy_obs = "greedy_obs"
-    magnitude = "magnitude"
-    obs = "obs"
-    output_variance = "output_variance"
-    random = "random"
-    variance = "variance"
-
-
-class AllocationName(str, Enum):
-    """The names of :data:`vbpfx.planning.allocation.ALLOCATIONS`."""
-
-    all_blocks_ranked = "global"
-    normalised = "normalised"
-    equal = "equal"
-    sensitivity = "sensitivity"
-
-
-class CompensationName(str, Enum):
-    """The names of :data:`vbpfx.planning.compensate.COMPENSATIONS`."""
-
-    none = "none"
-    mean = "mean"
-    ridge = "ridge"
+BUDGETS = ("ratio", "macs", "params", "latency")
 
 
 def fraction(value: float | None) -> float | None:
@@ -71,114 +29,137 @@ def _budget(text: str) -> Any:
     return typer.Option(rich_help_panel=BUDGET, callback=fraction, help=text)
 
 
-Ratio = Annotated[float | None, _budget("Fraction of the hidden neurons to remove.")]
-Macs = Annotated[float | None, _budget("Fraction of the multiply-accumulates (MACs) to keep.")]
-Params = Annotated[float | None, _budget("Fraction of the parameters to keep.")]
-Latency = Annotated[float | None, _budget("Fraction of the latency in --runtime to keep.")]
-MethodOption = Annotated[
-    Method,
-    typer.Option(
-        "--method", rich_help_panel=BLOCKS, help="auto: the most accurate. vbp: Variance-Based Pruning as published."
-    ),
-]
-Criterion = Annotated[
-    CriterionName | None,
-    typer.Option(
-        rich_help_panel=BLOCKS, help="How neurons are ranked; by default as --method does.", show_default=False
-    ),
-]
-Allocation = Annotated[
-    AllocationName | None,
-    typer.Option(
-        rich_help_panel=BLOCKS,
-        help="How the budget is divided among blocks; by default as --method does.",
-        show_default=False,
-    ),
-]
-Compensation = Annotated[
-    CompensationName | None,
-    typer.Option(
-        rich_help_panel=BLOCKS,
-        help="What stands in for removed neurons; by default as --method does.",
-        show_default=False,
-    ),
-]
-Runtime = Annotated[
-    Place | None,
-    typer.Option(
-        rich_help_panel=BLOCKS,
-        help="Where the network will run: widths become multiples that are fast there. "
-        "By default onnxruntime; none for exact widths, as with --method vbp.",
-        show_default=False,
-    ),
-]
-RoundTo = Annotated[
-    int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Widths are multiples of it; 1 for exact ones.")
-]
-MinWidth = Annotated[int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="No block becomes narrower.")]
-Include = Annotated[
-    list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="Blocks that match, such as 'blocks.*'; repeatable.")
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="All blocks but those that match; repeatable.")
-]
-Uniform = Annotated[
-    bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
-]
-FittedOn = Annotated[
-    int | None,
-    typer.Option(
-        "--samples", rich_help_panel=CALIBRATION, min=1,
-        help="Samples that layers are fitted on; by default what --memory holds.",
-    ),
-]  # fmt: skip
-Memory = Annotated[
-    float, typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that calibration may hold beside the model.")
-]
-Mask = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=CALIBRATION,
-        metavar="NAME[:WHAT]",
-        help="The input that marks padding, where it is not attention_mask. WHAT its nonzero entries are: tokens or padding.",
-    ),
-]
+@dataclass(frozen=True)
+class Planning:
+    """What is removed, and how; a field has the name of the argument of :func:`vbpfx.prune_onnx` that it becomes."""
+
+    ratio: Annotated[float | None, _budget("Fraction of the hidden neurons to remove.")] = None
+    macs: Annotated[float | None, _budget("Fraction of the multiply-accumulates (MACs) to keep.")] = None
+    params: Annotated[float | None, _budget("Fraction of the parameters to keep.")] = None
+    method: Annotated[
+        str,
+        choice(
+            METHODS, rich_help_panel=BLOCKS, help="auto: the most accurate. vbp: Variance-Based Pruning as published."
+        ),
+    ] = "auto"
+    criterion: Annotated[
+        str | None,
+        choice(CRITERIA, rich_help_panel=BLOCKS, help="How neurons are ranked; by default as --method does."),
+    ] = None
+    allocation: Annotated[
+        str | None,
+        choice(
+            ALLOCATIONS,
+            rich_help_panel=BLOCKS,
+            help="How the budget is divided among blocks; by default as --method does.",
+        ),
+    ] = None
+    compensation: Annotated[
+        str | None,
+        choice(
+            COMPENSATIONS,
+            rich_help_panel=BLOCKS,
+            help="What stands in for removed neurons; by default as --method does.",
+        ),
+    ] = None
+    runtime: Annotated[
+        str | None,
+        choice(
+            (*RUNTIMES, "none"),
+            rich_help_panel=BLOCKS,
+            help="Where the network will run: widths become multiples that are fast there. "
+            "By default onnxruntime; none for exact widths, as with --method vbp.",
+        ),
+    ] = None
+    round_to: Annotated[
+        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Widths are multiples of it; 1 for exact ones.")
+    ] = None
+    min_width: Annotated[int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="No block becomes narrower.")] = (
+        None
+    )
+    include: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=BLOCKS, help="Blocks that match, such as 'blocks.*'; repeatable."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="All blocks but those that match; repeatable.")
+    ] = None
+    uniform: Annotated[
+        bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
+    ] = False
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=CALIBRATION,
+            min=1,
+            help="Samples that layers are fitted on; by default what --memory holds.",
+        ),
+    ] = None
+    memory: Annotated[
+        float,
+        typer.Option(rich_help_panel=CALIBRATION, min=0.01, help="GiB that calibration may hold beside the model."),
+    ] = 8.0
+    mask: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=CALIBRATION,
+            metavar="NAME[:WHAT]",
+            help="The input that marks padding, where it is not attention_mask. WHAT its nonzero entries are: tokens or padding.",
+        ),
+    ] = ""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of :func:`vbpfx.prune_onnx`, but for those that were not given.
+
+        Raises:
+            typer.BadParameter: not exactly one budget is given, or an option is not of its form.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        budgets = [name for name in BUDGETS if name in given]
+        chosen = [f"--{name}" for name in budgets if given[name] is not None]
+        if len(chosen) != 1:
+            *first, last = (f"--{name}" for name in budgets)
+            found = " and ".join(chosen) or "none"
+            raise typer.BadParameter(f"exactly one budget is needed, found {found}: {', '.join(first)} or {last}")
+        exact = self.runtime == "none" or (self.runtime is None and self.method == "vbp")
+        given["runtime"] = None if exact and given.get("latency") is None else self.runtime or DEFAULT
+        given["round_to"] = 1 if exact and self.round_to is None else self.round_to
+        given["mask"] = mask_argument(self.mask)
+        return {name: value for name, value in given.items() if value not in (None, False, [])}
 
 
-def planning(
-    budgets: Mapping[str, float | None],
-    *,
-    method: Method,
-    criterion: CriterionName | None,
-    allocation: AllocationName | None,
-    compensation: CompensationName | None,
-    runtime: Place | None,
-    round_to: int | None,
-    mask: str,
-    **others: Any,
-) -> dict[str, Any]:
-    """The options of a command, as :func:`vbpfx.prune` and :func:`vbpfx.prune_onnx` take them.
+@dataclass(frozen=True)
+class ModelPlanning(Planning):
+    """The same for a model in PyTorch: the arguments of :func:`vbpfx.prune`."""
 
-    Args:
-        budgets: name -> share; one of them is given.
-        others: options that are handed on as they are; those that were not given are left out.
+    latency: Annotated[float | None, _budget("Fraction of the latency in --runtime to keep.")] = None
+    frontend: Tracing = "auto"
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=CALIBRATION, metavar="DIR", help="Calibration goes on from there after a break."),
+    ] = None
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            rich_help_panel=CALIBRATION,
+            help="Calibrate with torch.compile, which pays for much data; with --method vbp.",
+        ),
+    ] = False
 
-    Raises:
-        typer.BadParameter: not exactly one budget is given, or an option is not of its form.
-    """
-    given = [f"--{name}" for name, value in budgets.items() if value is not None]
-    if len(given) != 1:
-        *first, last = (f"--{name}" for name in budgets)
-        found = " and ".join(given) or "none"
-        raise typer.BadParameter(f"exactly one budget is needed, found {found}: {', '.join(first)} or {last}")
-    exact = runtime == Place.none or (runtime is None and method == Method.vbp)
-    place = None if exact and budgets.get("latency") is None else runtime or Place.onnxruntime
-    options: dict[str, Any] = {
-        **budgets, "method": method, "criterion": criterion, "allocation": allocation, "compensation": compensation,
-        "runtime": place, "round_to": 1 if exact and round_to is None else round_to, "mask": mask_argument(mask), **others,
-    }  # fmt: skip
-    named = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()}
-    return {name: value for name, value in named.items() if value not in (None, [])}
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of :func:`vbpfx.prune`, but for those that were not given.
+
+        Raises:
+            typer.BadParameter: options do not go together, or one of them is not of its form.
+        """
+        if self.latency is not None and self.runtime == "none":
+            raise typer.BadParameter("--latency is measured in a --runtime; none is not a runtime")
+        if self.compile and self.method != "vbp":
+            raise typer.BadParameter(
+                "--compile works only with --method vbp. The method auto also computes gradients, and gradients are not compiled. Pass --method vbp, or leave out --compile"
+            )
+        return super().arguments()
 
 
 def mask_argument(text: str) -> str | tuple[str, str] | None:
