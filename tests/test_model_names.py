@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from vbpfx.errors import ModelError
-from vbpfx.models.names import file_inputs, load_model, typical_inputs
+from vbpfx.models.names import load_model, typical_inputs
 from vbpfx.models.weightless import architecture
+from vbpfx.onnx_session.file_inputs import file_inputs
 
 
 def test_timm_and_torchvision() -> None:

@@ -47,7 +47,8 @@ def bench(
         from vbpfx.data.sources import sample_inputs
         from vbpfx.measurement.bench import bench as run_bench
         from vbpfx.measurement.bench import bench_files
-        from vbpfx.models.names import file_inputs, load_model, typical_inputs
+        from vbpfx.models.names import load_model, typical_inputs
+        from vbpfx.onnx_session.file_inputs import file_inputs
 
         how: dict[str, Any] = {
             "runtimes": runtimes, "batches": batches, "threads": threads, "rounds": rounds, "memory": memory

@@ -181,7 +181,9 @@ def _print(text: str, style: str) -> None:
 
 def note_random_weights(model: str, weights: Path | None) -> None:
     """That nobody has trained the model, where its name says so: what is made of it is made of noise."""
-    if weights is None and model.startswith(("timm:", "torchvision:")):
+    from vbpfx.models.names import has_random_weights
+
+    if weights is None and has_random_weights(model):
         note(f"{model} has random weights: for trained ones pass --weights FILE")
 
 

@@ -1,0 +1,55 @@
+"""What a source of models provides, and how its package is imported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbpfx.data.inputs import Inputs
+from vbpfx.display.quiet import quiet_logging
+from vbpfx.errors import ModelError
+
+
+def _unknown_inputs(model: nn.Module, batch: int, dtype: torch.dtype) -> Inputs | None:
+    return None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A source of models.
+
+    Attributes:
+        form: how a model is named, such as ``timm:NAME``.
+        make: (the whole name, the part after the colon) -> the model.
+        example_inputs: (model, number of samples, dtype of the model) -> random inputs as the model expects them; None
+            if the model is not from this source or does not say what it expects.
+        random_weights: whether the models have random weights, and the number of classes that their package sets.
+    """
+
+    form: str
+    make: Callable[[str, str], Any]
+    example_inputs: Callable[[nn.Module, int, torch.dtype], Inputs | None] = _unknown_inputs
+    random_weights: bool = False
+
+
+def imported(module: str) -> Any:
+    """Import a module. Its own tensors are real, even if the model is made on the meta device."""
+    with torch.device("cpu"), quiet_logging():  # torchao, which transformers imports, logs what torch deprecates
+        return importlib.import_module(module)
+
+
+def package(name: str, package: str, install: str) -> Any:
+    """Import the package that the model of that name needs.
+
+    Raises:
+        ModelError: the package is not installed. The message says how to install it.
+    """
+    try:
+        return imported(package)
+    except ImportError as error:
+        raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install {install}") from error
