@@ -169,6 +169,7 @@ def _gathered(records: Iterable[dict[str, Any]]) -> Counter[str]:
 def general(reason: str) -> str:
     """Return the reason without the names and numbers of a single model."""
     reason = re.sub(r"block \S+:", "block ...:", reason)
+    reason = re.sub(r"exclude=\[.*", "exclude=[...]", reason)
     reason = re.sub(r"_\d+\b", "", reason)  # split_1 and split_2 are nodes of one kind
     reason = re.sub(r"(?:[\w]+\.)+(?:weight|bias|\w*scale|gamma|beta)\b|\bnode \S+", "...", reason)
     return re.sub(r"\b\d+(?:\.\d+)?(?:e[-+]?\d+)?\b", "N", reason)
