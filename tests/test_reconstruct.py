@@ -131,7 +131,7 @@ def test_sums_of_wide_inputs_are_numpys() -> None:
     x, t, weights = torch.randn(50, 600).double(), torch.randn(50, 3).double(), torch.rand(50).double()
     sums = Sums()
     sums.add(x[:20], t[:20], weights[:20])
-    sums.add(x[20:], t[20:], weights[20:], held=True)
+    sums.add(x[20:], t[20:], weights[20:], held_out=True)
     expected = np.cov(torch.cat([x, t], 1).numpy(), rowvar=False, ddof=0, aweights=weights.numpy())
     np.testing.assert_allclose(sums.all.xx, expected[:600, :600], rtol=0, atol=1e-13)
     np.testing.assert_allclose(sums.all.xt, expected[:600, 600:], rtol=0, atol=1e-13)
