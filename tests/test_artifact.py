@@ -768,7 +768,7 @@ def test_a_plan_states_numbers_among_arguments_alone(artifact: Path) -> None:
         data["blocks"][0]["block"]["literals"] = [literal]
 
     edit_json(artifact / "plan.json", edit)
-    with pytest.raises(ArtifactError, match=r"'target'.*no place among a call's arguments"):
+    with pytest.raises(ArtifactError, match=r"'target'.*which is not an argument of a call"):
         load_plan(artifact)
 
 

@@ -151,7 +151,7 @@ def test_a_list_of_renames_reaches_no_other_folder(tmp_path: Path) -> None:
         {".x.y": 3},
     ):
         (folder / ".vbpfx-renames.json").write_text(json.dumps(renames))
-        with pytest.raises(ArtifactError, match="names no files of"):
+        with pytest.raises(ArtifactError, match="is not a list of files to rename in"):
             settle(folder)
     (folder / ".vbpfx-renames.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
@@ -191,9 +191,12 @@ def test_a_damaged_checkpoint_is_refused(begun: Path, damage: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.4}, "is of another run: options is 'ratio=0.5' there, 'ratio=0.4' here; remove it"),
-        ({"method": "vbp"}, "is of another run: observers is"),
-        ({"samples": 3}, "samples is .* there, 3 here"),
+        (
+            {"ratio": 0.4},
+            "was written by another run: options was 'ratio=0.5' in that run and is 'ratio=0.4' now; remove it",
+        ),
+        ({"method": "vbp"}, "was written by another run: observers was"),
+        ({"samples": 3}, "samples was .* in that run and is 3 now"),
     ],
 )
 def test_a_checkpoint_of_other_options_is_refused(begun: Path, options: dict[str, Any], message: str) -> None:
@@ -206,11 +209,11 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(begun: Path) -> 
     model = ranks_jobs.network()
     with torch.no_grad():
         model.head.bias += 1e-9
-    with pytest.raises(ArtifactError, match="is of another run: network is"):
+    with pytest.raises(ArtifactError, match="was written by another run: network was"):
         vbpfx.prune(model, data, ratio=0.5, checkpoint=begun, progress=False)
     with pytest.raises(ArtifactError, match="the first 4 batches passed now differ"):
         ranks_jobs.prune([data[1], data[0], *data[2:]], checkpoint=begun)
-    with pytest.raises(ArtifactError, match="is of 4 batches, the data has 3"):
+    with pytest.raises(ArtifactError, match="covers 4 batches, but the data has only 3"):
         ranks_jobs.prune(data[:3], checkpoint=begun)
     with pytest.raises(CalibrationError, match="checkpoint_every must be at least 1, found 0"):
         ranks_jobs.prune(data, checkpoint=begun, checkpoint_every=0)

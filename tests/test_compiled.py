@@ -278,7 +278,7 @@ def test_a_run_that_is_broken_off_ends_like_one_that_is_not(through: str, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run(stopping(stop), **kept)
     assert all(torch.equal(a, b) for a, b in zip(run(batches, **kept), whole, strict=True))
-    with pytest.raises(ArtifactError, match=r"compile is .*marking.* there, None here"):
+    with pytest.raises(ArtifactError, match=r"compile was .*marking.* in that run and is None now"):
         run(batches, compile=False, **kept)
 
 

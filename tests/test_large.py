@@ -608,7 +608,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
-    with pytest.raises(vbpfx.ArtifactError, match=r"is there already"):
+    with pytest.raises(vbpfx.ArtifactError, match=r"exists already and is not overwritten"):
         vbpfx.prune_files(_hollow(), BATCHES, out, weights=_files(_words(), tmp_path), ratio=0.3)
     assert [path.name for path in out.iterdir()] == ["precious"]
 

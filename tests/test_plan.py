@@ -291,7 +291,30 @@ def test_a_score_that_is_not_finite_decides_nothing(criterion: str) -> None:
     observed = vbpfx.prepare(analysis.captured, analysis)
     vbpfx.calibrate(observed, [torch.randn(40, 6)])
     statistics = vbpfx.statistics(observed)
-    with pytest.raises(CalibrationError, match=r"NaN or infinity"):
+    (block,) = analysis.blocks
+    with pytest.raises(
+        CalibrationError,
+        match=rf"block {block.name}: criterion '{criterion}' .*NaN or infinity.*exclude='{block.name}'",
+    ):
+        vbpfx.make_plan(analysis, statistics, ratio=0.5, criterion=criterion, allocation="equal", compensation="mean")
+
+
+@pytest.mark.parametrize("criterion", ["obs", "greedy_obs"])
+def test_covariances_that_are_not_finite_name_the_block(criterion: str) -> None:
+    model = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)))
+    analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.randn(4, 6)))
+    observed = vbpfx.prepare(analysis.captured, analysis, covariance=True)
+    vbpfx.calibrate(observed, [torch.randn(40, 6)])
+    (block,) = analysis.blocks
+    statistics = vbpfx.statistics(observed)
+    (moments,) = statistics.moments[block.name]
+    assert moments.co is not None
+    co = dataclasses.replace(moments.co, m2=torch.full((12, 12), torch.inf))
+    changed = {block.name: (dataclasses.replace(moments, co=co),)}
+    statistics = dataclasses.replace(statistics, moments=changed)
+    with pytest.raises(
+        CalibrationError, match=rf"block {block.name}: criterion '{criterion}' .*covariances.*exclude='{block.name}'"
+    ):
         vbpfx.make_plan(analysis, statistics, ratio=0.5, criterion=criterion, allocation="equal", compensation="mean")
 
 

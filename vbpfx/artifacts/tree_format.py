@@ -158,7 +158,7 @@ def named_tuple(name: Any, fields: Sequence[Any]) -> type[tuple[Any, ...]]:
     """
     names = [field_name(field) for field in fields]
     if len(set(names)) < len(names):
-        raise ArtifactError(f"the graph holds a named tuple with a field that is there twice: {', '.join(names)}")
+        raise ArtifactError(f"the graph holds a named tuple with two fields of the same name: {', '.join(names)}")
     made: type[tuple[Any, ...]] = namedtuple(field_name(name), names)  # type: ignore[misc]
     return made
 

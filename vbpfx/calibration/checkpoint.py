@@ -127,7 +127,7 @@ class CalibrationFile:
         """
         if batches < self._batches:
             raise ArtifactError(
-                f"{self.path} is of {self._batches} batches, the data has {batches}; pass the same data, or {CALIBRATION.instead}"
+                f"{self.path} covers {self._batches} batches, but the data has only {batches}; pass the same data, or {CALIBRATION.instead}"
             )
         if batches > self._batches:
             self.save(watching, work, batches)

@@ -182,8 +182,8 @@ class Evaluation:
         ]
         gained = sum(entry.pruned > entry.dense for entry in self.classes)
         title = (
-            f"Of {counted(len(self.classes), 'class', 'classes')} {len(hurt)} lost and {gained} gained samples that are classified "
-            f"rightly; the worst hurt:"
+            f"Of {counted(len(self.classes), 'class', 'classes')} {len(hurt)} lost and {gained} gained correctly classified samples; "
+            f"those that lost most:"
         )
         text = f"{title}\n" + table("", ("class", "samples", "dense right", "pruned right", "change"), rows)
         each = self.samples / len(self.classes)

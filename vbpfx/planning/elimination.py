@@ -60,7 +60,7 @@ def elimination_costs(
         The indices of the removed neurons in the order of removal, int64, and their costs in the same order, float64.
     """
     if not all(bool(weight.isfinite().all()) for _, weight in inputs):
-        raise CalibrationError("the weights that read its neurons hold NaN or infinity; mend them, or leave it out")
+        raise CalibrationError("weights that read its neurons hold NaN or infinity; load or train them again")
     eliminations = [_Elimination(covariance, weight, penalty, block) for covariance, weight in inputs]
     width = len(inputs[0][0])
     open_ = torch.ones(width, dtype=torch.bool) if among is None else torch.zeros(width, dtype=torch.bool)

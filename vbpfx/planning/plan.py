@@ -184,7 +184,7 @@ class Deciding:
         if chosen.own_allocation:
             return "equal"
         raise BudgetError(
-            "allocation='sensitivity' needs that of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
+            "allocation='sensitivity' needs the sensitivities of the blocks: pass sensitivity=vbpfx.sensitivities(analysis, plan, batches), "
             "with a plan of equal shares"
         )
 
@@ -270,7 +270,7 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies
     if budget.kind == "latency":
         if latencies is None:
             raise BudgetError(
-                "latency= needs what the blocks cost in a runtime: pass latencies=vbpfx.measure_latencies(analysis, target)"
+                "latency= needs the latencies of the blocks in a runtime: pass latencies=vbpfx.measure_latencies(analysis, target)"
             )
         latencies.require(blocks)
         return latencies.cost

@@ -24,8 +24,7 @@ def ridge_factor(covariance: Tensor, penalty: float) -> Tensor:
     c = covariance.double()
     if not bool(c.isfinite().all()):
         raise CalibrationError(
-            "the covariances of its input are not finite: activations, or their squares, leave the precision that the model "
-            "computes in; run it in a wider dtype"
+            "covariances are not finite: activations or their squares overflow the model's dtype; run the model in a wider dtype"
         )
     scale = float(c.diagonal().mean()) if len(c) else 0.0
     if not scale > 0:

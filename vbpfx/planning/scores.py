@@ -35,16 +35,22 @@ def score(criterion: str | Criterion, about: Scoring) -> Tensor:
 
     Raises:
         BudgetError: the user's function returned something else than one finite number per neuron.
-        CalibrationError: a named criterion gave scores that are not finite, because of the block's weights or
-            statistics.
+        CalibrationError: a named criterion cannot rank the neurons, or gave scores that are not finite, because of the
+            block's weights or statistics.
     """
     if isinstance(criterion, str):
-        scores = CRITERIA[criterion](about)
+        try:
+            scores = CRITERIA[criterion](about)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"block {about.block.name}: criterion {criterion!r} cannot rank its neurons: {error}, or leave the block out with "
+                f"exclude={about.block.name!r}"
+            ) from error
         if not bool(scores.isfinite().all()):
             raise CalibrationError(
                 f"block {about.block.name}: criterion {criterion!r} gives scores that are not finite, so its neurons cannot be "
-                f"ranked: weights of {', '.join(about.block.layers)} hold NaN or infinity, or their squares overflow; mend them, "
-                f"or leave the block out with exclude={about.block.name!r}"
+                f"ranked: weights of {', '.join(about.block.layers)} hold NaN or infinity, or their squares overflow; load or "
+                f"train them again, or leave the block out with exclude={about.block.name!r}"
             )
         return scores
     found = criterion(about)

@@ -284,8 +284,8 @@ class BlockPlan:
         for source, prediction in zip(self.block.sources, self.predictions, strict=True):
             if prediction is not None and not self.block.takes_prediction(source):
                 raise ArtifactError(
-                    f"block {self.block.name}: what is removed at {source.node} can only be replaced by constants, the plan "
-                    f"predicts it"
+                    f"block {self.block.name}: neurons removed at {source.node} can only be replaced by constants, but the "
+                    f"plan predicts them from kept neurons"
                 )
         self._require_one_prediction_a_layer()
 
@@ -385,7 +385,7 @@ def block_to_json(block: Block) -> dict[str, Any]:
 def _path_from_json(path: Sequence[str | int]) -> tuple[str | int, ...]:
     """Return the path of a number. It must lead into a call's arguments, because numbers will be written there."""
     if not path or path[0] not in ("args", "kwargs"):
-        raise ValueError(f"a number stands at {path!r}, which is no place among a call's arguments")
+        raise ValueError(f"the plan writes a number at {path!r}, which is not an argument of a call")
     return tuple(path)
 
 

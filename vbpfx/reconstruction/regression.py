@@ -160,8 +160,8 @@ def fit(
         factor = ridge_factor(within, penalty)
         if not bool(residual.isfinite().all()):
             raise CalibrationError(
-                "what it should compute, or its own weights, are not finite: activations leave the precision that the model "
-                "computes in; run it in a wider dtype"
+                "its target outputs or its weights are not finite: activations overflow the model's dtype; run the model in a "
+                "wider dtype"
             )
         fitted[:, columns] += torch.cholesky_solve(residual, factor).T
     return fitted, normal.mean_t - fitted @ normal.mean_x if bias is None else bias

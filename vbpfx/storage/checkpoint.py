@@ -87,10 +87,10 @@ def load_checkpoint(kind: Kind, path: Path, run: Mapping[str, Any]) -> tuple[dic
     if number != _FORMAT:
         raise kind.error(f"{path} has format {number}, this vbpfx reads {_FORMAT}; {kind.instead}")
     here = json.loads(json.dumps(dict(run)))
-    other = [f"{key} is {theirs.get(key)!r} there, {value!r} here" for key, value in here.items()
+    other = [f"{key} was {theirs.get(key)!r} in that run and is {value!r} now" for key, value in here.items()
              if theirs.get(key) != value]  # fmt: skip
     if other:
-        raise kind.error(f"{path} is of another run: {'; '.join(other)}; {kind.instead}")
+        raise kind.error(f"{path} was written by another run: {'; '.join(other)}; {kind.instead}")
     return tensors, data
 
 

@@ -83,7 +83,9 @@ def settle(folder: Path) -> None:
         isinstance(final, str) and name.startswith(f".{final}.") and not {"/", "\\"} & {*name, *final}
         for name, final in left.items()
     ):
-        raise ArtifactError(f"{renames} names no files of {folder}; remove it, and save the network again")
+        raise ArtifactError(
+            f"{renames} is not a list of files to rename in {folder}; remove it, and save the network again"
+        )
     try:
         for name, final in left.items():
             with suppress(FileNotFoundError):
@@ -128,9 +130,7 @@ def require_new(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
-        raise ArtifactError(
-            f"{folder} is there already, and nothing is written over it; choose another folder, or remove it"
-        )
+        raise ArtifactError(f"{folder} exists already and is not overwritten; choose another folder, or remove it")
 
 
 def _prefix(path: Path) -> str:
