@@ -96,7 +96,7 @@ def _token_axes(evidence: Evidence) -> Callable[[Axis], bool]:
 def _is_born_of_no_weight(axis: Axis, evidence: Evidence) -> bool:
     node = evidence.nodes[axis.owner]
     dims = node.meta["val"].ndim
-    weighted = any(evidence.position[node.name] in calls for calls in evidence.uses.values())
+    weighted = any(evidence.position[node.name] in positions for positions in evidence.uses.values())
     if node.op == "placeholder" or weighted:  # a layer without a rule: which axis its weights produce is not known
         return axis.dim != (1 if dims > 3 else dims - 1)
     return not any(other.is_parameter for other in evidence.graph.neighbors(axis))

@@ -118,7 +118,7 @@ class _Subject(ABC):
     """A network to compile, and its reference outputs."""
 
     @abstractmethod
-    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled: ...
+    def compile(self, target: Runtime, inputs: Inputs, threads: int) -> Compiled: ...
 
     @abstractmethod
     def outputs(self, inputs: Inputs) -> list[Tensor]: ...
@@ -134,10 +134,10 @@ class _Network(_Subject):
     def file(self) -> Path:
         return export_onnx(self.network, self.inputs, self.path)
 
-    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
-        if runtime.open is not None:
-            return runtime.open(self.file, inputs, threads)
-        return runtime.compile(self.network, inputs, threads)
+    def compile(self, target: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if target.open is not None:
+            return target.open(self.file, inputs, threads)
+        return target.compile(self.network, inputs, threads)
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         try:
@@ -155,10 +155,10 @@ class _File(_Subject):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def compile(self, runtime: Runtime, inputs: Inputs, threads: int) -> Compiled:
-        if runtime.open is None:
-            raise ExportError(f"runtime {runtime.name} takes no ONNX file; bench the networks themselves")
-        return runtime.open(self.path, inputs, threads)
+    def compile(self, target: Runtime, inputs: Inputs, threads: int) -> Compiled:
+        if target.open is None:
+            raise ExportError(f"runtime {target.name} takes no ONNX file; bench the networks themselves")
+        return target.open(self.path, inputs, threads)
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         try:
