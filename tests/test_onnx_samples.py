@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import vbpfx
 from vbpfx.cli import app
 from vbpfx.onnx_graph.data import data_for_file
-from vbpfx.pipeline.onnx_file import typical_batch
+from vbpfx.pipeline.onnx_opened import typical_batch
 
 RANDOM = np.random.default_rng(0)
 Shape = list[int | str]

@@ -19,7 +19,7 @@ from vbpfx.graph.capture import Frontend, capture, named_tensors
 from vbpfx.inspection.kinds import calls, kinds
 from vbpfx.models.names import load_model, typical_inputs
 from vbpfx.onnx_graph.data import data_for_file
-from vbpfx.pipeline.onnx_file import open_onnx, typical_batch
+from vbpfx.pipeline.onnx_opened import open_onnx, typical_batch
 from vbpfx.planning.budget import Budget, choose_widths, floors, mac_cost, parameter_cost
 from vbpfx.plans.records import Block, Refusal
 
