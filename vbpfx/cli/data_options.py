@@ -15,7 +15,7 @@ PANEL = "Data"
 DATA = "A folder of images, .npy, .npz, or .txt or .jsonl for language models."
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Reading:
     """How samples are read; a field has the name of the argument of :func:`vbpfx.open_data` that it becomes."""
 
@@ -62,7 +62,7 @@ class Reading:
         return given | read
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class ModelReading(Reading):
     """How samples are read for a model in PyTorch."""
 
@@ -71,7 +71,7 @@ class ModelReading(Reading):
     ] = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class LabelledReading(ModelReading):
     """How samples are read with their labels."""
 

@@ -29,7 +29,7 @@ def _budget(text: str) -> Any:
     return typer.Option(rich_help_panel=BUDGET, callback=fraction, help=text)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Planning:
     """What is removed, and how; a field has the name of the argument of :func:`vbpfx.prune_onnx` that it becomes."""
 
@@ -128,7 +128,7 @@ class Planning:
         return {name: value for name, value in given.items() if value not in (None, False, [])}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class ModelPlanning(Planning):
     """The same for a model in PyTorch: the arguments of :func:`vbpfx.prune`."""
 
