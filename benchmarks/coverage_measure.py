@@ -236,7 +236,7 @@ def judge(record: Record) -> tuple[str, str]:
         if isinstance(error, float) and not error <= bound:
             return "wrong", f"{what} is off by {error:.1e} of the output (allowed {bound:.0e})"
     if record.effect < VISIBLE * record.error64:
-        return "blind", f"the substitution changes the output by {record.effect:.1e} alone"
+        return "blind", f"the substitution changes the output by only {record.effect:.1e}"
     return "ok", ""
 
 

@@ -234,13 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_separated(_at_least(8)),
         default=[],
         metavar="N,N,...",
-        help=f"also measure {' and '.join(SWEEP_METHODS)} at p = {SWEEP_RATIO:g} with so many calibration samples",
+        help=f"also measure {' and '.join(SWEEP_METHODS)} at p = {SWEEP_RATIO:g} with these numbers of calibration samples",
     )
     add("--test", type=_at_least(8), help="test samples at most, for a trial; default all")
     add("--threads", type=_at_least(1), help="default: torch's choice")
     known = parser.add_mutually_exclusive_group()
-    known.add_argument("--resume", action="store_true", help="keep what is measured, though the code has changed since")
-    known.add_argument("--again", action="store_true", help="measure anew what is measured")
+    known.add_argument("--resume", action="store_true", help="keep existing results even if the code has changed")
+    known.add_argument("--again", action="store_true", help="repeat measurements that have results")
     add("--page", action="store_true", help="measure nothing; write the page from the files that are there")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON files; default benchmarks/results")
     add("--docs", type=Path, default=PAGE.parent, help="folder of results.md and figures/; default docs")

@@ -391,7 +391,7 @@ def test_code_that_computes_with_a_width_is_named_by_its_line(name: str) -> None
     with pytest.raises(VerificationError, match=where) as raised:
         pruned.apply_to(model)
     text = str(raised.value)
-    assert "every tensor is what the plan makes of it" in text
+    assert "every tensor is the one that follows from the plan" in text
     assert "exclude=['a->b']" in text
     assert "report the model" not in text
 

@@ -45,7 +45,8 @@ def test_integers_that_may_be_labels_are_left_out_and_said() -> None:
     model = double(Conditioned())
     x, y = randn(16, 8), torch.randint(0, 10, (16,))
     with pytest.warns(
-        UserWarning, match=r"one integer per sample, is left out as labels, though forward takes an argument y"
+        UserWarning,
+        match=r"one integer per sample, is taken for labels and not passed to the model, although forward has an argument y",
     ):
         pruned = prune(model, [(x, y)])
     torch.testing.assert_close(mean_of_hidden(pruned), model.mlp[:2](x).mean(0).detach())

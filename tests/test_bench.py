@@ -264,7 +264,7 @@ def test_the_command_on_two_files(saved: Path) -> None:
     assert result.stdout.count("onnxruntime") == 2  # batches of one and of eight
     refused = CliRunner().invoke(app, ["bench", *pair, "--rounds", "1", "--runtime", "pytorch"])
     assert refused.exit_code == 1
-    assert "takes no ONNX file" in refused.output
+    assert "does not accept ONNX files" in refused.output
 
 
 @pytest.mark.parametrize(

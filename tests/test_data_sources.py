@@ -121,11 +121,11 @@ def test_own_models_get_what_imagenet_models_get(flat: Path) -> None:
     steps = [transforms.Resize(36), transforms.CenterCrop(32), transforms.ToTensor(), normalise]
     data = _open(flat)
     assert torch.equal(_all(data), _by(transforms.Compose(steps), sorted(flat.iterdir())))
-    assert "ImageNet, for want of others" in str(data)
+    assert "from ImageNet, because the model states none" in str(data)
     steps = [transforms.Resize((32, 48)), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
     told = _open(flat, shape=(3, 32, 48), crop=1, mean=(0.5,), std=(0.25,))
     assert torch.equal(_all(told), _by(transforms.Compose(steps), sorted(flat.iterdir())))
-    assert "for want of others" not in str(told)
+    assert "because the model states none" not in str(told)
 
 
 def test_grey_images_and_the_models_dtype(flat: Path) -> None:
@@ -398,7 +398,7 @@ def test_images_that_pillow_would_cut_are_refused(flat: Path) -> None:
     """Pillow would turn almost all 16-bit values into white."""
     deep = np.linspace(0, 65535, SIDE * SIDE).astype(np.uint16).reshape(SIDE, SIDE)
     Image.fromarray(deep).save(flat / "9.png")
-    with pytest.raises(CalibrationError, match=r"9\.png: Pillow would cut its values \(mode I;16\) at 255"):
+    with pytest.raises(CalibrationError, match=r"9\.png: Pillow would clip its values \(mode I;16\) at 255"):
         list(_open(flat))
     assert len(_open(flat, bad_images="skip").skipped) == 1
 
@@ -454,10 +454,13 @@ def test_named_arrays_and_their_labels(tmp_path: Path) -> None:
             {"x": np.ones((3, 2)), "labels": np.ones(3)},
             r"labels must be one integer a sample, found float64 of shape \(3,\)",
         ),
-        ({"labels": np.ones(3, np.int64)}, "holds labels alone"),
-        ({"x": np.array(["a", "b"])}, "x is of <U1; expected real numbers of at most 8 bytes"),
-        ({"x": np.ones((3, 2), np.longdouble)}, r"x is of float\d+; expected real numbers of at most 8 bytes"),
-        ({"x": np.ones((3, 2)), "y": np.ones((4, 2))}, "holds no arrays of one number of samples"),
+        ({"labels": np.ones(3, np.int64)}, "holds only labels"),
+        ({"x": np.array(["a", "b"])}, "array x has dtype <U1; expected real numbers of at most 8 bytes"),
+        (
+            {"x": np.ones((3, 2), np.longdouble)},
+            r"array x has dtype float\d+; expected real numbers of at most 8 bytes",
+        ),
+        ({"x": np.ones((3, 2)), "y": np.ones((4, 2))}, "must all have the same number of samples, at least 1; found"),
     ],
 )
 def test_arrays_that_are_none(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:

@@ -679,7 +679,7 @@ def _loader(**options: Any) -> DataLoader[Any]:
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown"),
         ({"data": []}, "data is empty"),
         ({"data": torch.randn(3, FEATURES)}, "data is one Tensor"),
-        ({"data": iter([torch.randn(3, FEATURES)])}, "cannot be gone through once an epoch"),
+        ({"data": iter([torch.randn(3, FEATURES)])}, "cannot be iterated over once per epoch"),
         ({"data": [torch.randn(3, FEATURES)]}, "held_out=0.1 of 1 batch leaves nothing to train on"),
         (
             {"data": [torch.randn(3, 2).double()] * 2},

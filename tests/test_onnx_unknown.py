@@ -179,11 +179,11 @@ def only_onnx_runtime_knows_it() -> onnx.ModelProto:
 AROUND = {
     "behind the block": (behind, (6,), f"{MICROSOFT}.CDist"),
     "several values": (two_values, (3, 6), "LSTM"),
-    "twice the batch": (with_a_batch_of_its_own, (6,), "Resize (there are no positions behind samples and channels)"),
+    "twice the batch": (with_a_batch_of_its_own, (6,), "Resize (its input has fewer than three axes, so there is nothing to resize behind samples and channels)"),
     "If": (row_by_row, (6,), "If"),
     "a bias that a Loop reads": (weight_of_a_loop, (6,), "Loop"),
-    "a form that has no row": (in_a_form_of_its_own, (6,), "Slice (it takes entries backwards; only whole axes can be turned round)"),
-    "a further output": (a_further_output, (6,), "LayerNormalization (one of its further outputs is read)"),
+    "a form that has no row": (in_a_form_of_its_own, (6,), "Slice (it slices with a negative step, which is only supported for reversing a whole axis)"),
+    "a further output": (a_further_output, (6,), "LayerNormalization (another node reads one of its optional outputs, which are not supported)"),
     "no operator of ONNX's": (only_onnx_runtime_knows_it, (6,), "MeanVarianceNormalization"),
     "shapes that depend on data": (data_decides, (6,), "NonZero"),
 }  # fmt: skip

@@ -148,9 +148,9 @@ def test_a_wrong_rule_is_caught_by_the_oracle() -> None:
 def test_registering_twice() -> None:
     vbpfx.register_operator(per_channel, Damped)
     vbpfx.register_operator(per_channel, Damped)  # registering the same again is allowed, as after a second import
-    with pytest.raises(AnalysisError, match="stands in the table already, with the rule per_channel"):
+    with pytest.raises(AnalysisError, match="is already in the operator table, with the rule per_channel"):
         vbpfx.register_operator(other_rule, Damped)
-    with pytest.raises(AnalysisError, match="stands in the table already, with the rule elementwise"):
+    with pytest.raises(AnalysisError, match="is already in the operator table, with the rule elementwise"):
         vbpfx.register_operator(other_rule, limited, nn.GELU)
     assert table._TABLE[Damped].rule is per_channel
     assert limited not in table._TABLE, "a refused call entered a part of what it was given"

@@ -232,7 +232,7 @@ def test_reports_of_large_networks_stay_small(pruned: vbpfx.Pruned, count: int, 
     assert len(page.encode()) < 1_000_000
     figures = [figure.one("figcaption").text for figure in parse(page).all("figure")]
     assert figures == (list(found) if count <= 128 else list(found)[:: count // 128])
-    assert ("Drawn are 128 of 1,024 blocks" in page) == (count == 1024)
+    assert ("The charts show 128 of 1,024 blocks" in page) == (count == 1024)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ Color = Annotated[
     typer.Option("--no-color", callback=_without_color, is_eager=True, help="No colours; NO_COLOR=1 does it, too."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-OutFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier result.")]
+OutFolder = Annotated[
+    Path, typer.Option(metavar="DIR", help="Output folder: new, empty, or with an earlier result, which is replaced.")
+]
 NoOnnx = Annotated[bool, typer.Option("--no-onnx", help="Write no model.onnx.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]

@@ -30,16 +30,18 @@ class Reading:
     workers: Annotated[int, typer.Option(min=0, rich_help_panel=PANEL, help="Processes that read images ahead.")] = 0
     shape: Annotated[
         str,
-        typer.Option(rich_help_panel=PANEL, help="Of one image, such as 3x224x224, in place of what the model says."),
+        typer.Option(rich_help_panel=PANEL, help="Shape of one image, such as 3x224x224. Default: the model's."),
     ] = ""
     mean: Annotated[
         str,
         typer.Option(
             rich_help_panel=PANEL,
-            help="Of the channels, such as 0.5 or 0.48,0.46,0.41, in place of what the model says; ImageNet's where it says nothing.",
+            help="Mean of each channel, such as 0.5 or 0.48,0.46,0.41. Default: the model's, or ImageNet's if the model names none.",
         ),
     ] = ""
-    std: Annotated[str, typer.Option(rich_help_panel=PANEL, help="Of the channels, in the same way.")] = ""
+    std: Annotated[
+        str, typer.Option(rich_help_panel=PANEL, help="Standard deviation of each channel, in the same form.")
+    ] = ""
     crop: Annotated[
         float | None,
         typer.Option(

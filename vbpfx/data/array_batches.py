@@ -62,7 +62,8 @@ class ArrayBatches:
         self.samples = next(iter(counts.values()), 0)
         if not self.samples or set(counts.values()) != {self.samples}:
             raise CalibrationError(
-                f"{path} holds no arrays of one number of samples: {counts or ', '.join(arrays) or 'it is empty'}"
+                f"the arrays in {path} must all have the same number of samples, at least 1; found "
+                f"{counts or ', '.join(arrays) or 'none'}"
             )
         self.of = self.samples
         self._chosen = sorted(spread(None, self.of, seed)[:limit])

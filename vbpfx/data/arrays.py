@@ -65,11 +65,12 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
             f"{path}: labels must be one integer a sample, found {given.dtype} of shape {given.shape}"
         )
     if not arrays:
-        raise CalibrationError(f"{path} holds labels alone")
+        raise CalibrationError(f"{path} holds only labels; add an array for each input of the model")
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > _BYTES:
             raise CalibrationError(
-                f"{path}: {name or 'the array'} is of {array.dtype}; expected real numbers of at most {_BYTES} bytes"
+                f"{path}: {f'array {name}' if name else 'the array'} has dtype {array.dtype}; expected real numbers "
+                f"of at most {_BYTES} bytes"
             )
     known = None if given is None else given.tolist()
     order = spread(known, read.samples, seed)

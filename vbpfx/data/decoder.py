@@ -57,7 +57,7 @@ def with_decoder_inputs(model: nn.Module, arguments: Mapping[str, Any], labels: 
     shift = shift_of(model)
     if shift is None:
         raise CalibrationError(
-            f"the batch has labels and no {IDS}, and {type(model).__name__} does not say how one is made of the other (its configuration "
+            f"the batch has labels and no {IDS}, and {type(model).__name__} does not say how to make it from the labels (its configuration "
             f"has no decoder_start_token_id and pad_token_id): put {IDS} into the batches"
         )
     try:

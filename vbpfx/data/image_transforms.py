@@ -207,7 +207,7 @@ def _plain(model: nn.Module, overrides: Overrides) -> ImageTransform:
     normalise = transforms.Normalize(torch.tensor(mean), torch.tensor(std))
     about = (
         f"bilinear, {f'shorter side to {resized[0]}' if square else 'to {}x{}'.format(*resized)}, the central {height}x{width}, "
-        f"{_normalisation(mean, std)}{'' if given else ' (ImageNet, for want of others)'}"
+        f"{_normalisation(mean, std)}{'' if given else ' (from ImageNet, because the model states none)'}"
     )
     return ImageTransform(transforms.Compose((*steps, normalise)), _mode(channels), None, about)
 
@@ -238,7 +238,9 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.mode in _DEEP:
-                raise CalibrationError(f"Pillow would cut its values (mode {image.mode}) at 255: convert it to 8 bits")
+                raise CalibrationError(
+                    f"Pillow would clip its values (mode {image.mode}) at 255: convert the image to 8 bits"
+                )
             yield image
     except CalibrationError:
         raise

@@ -251,10 +251,10 @@ def _are_targets(value: Any, batch_size: int | None) -> bool:
 
 
 # The ends of two warnings about a batch entry that may be labels or an optional argument.
-_EXPLICIT = "; where it is {other}, say so: inputs=lambda batch: {arguments}"
+_EXPLICIT = "; if it is {other}, pass inputs=lambda batch: {arguments}"
 LEFT_OUT = (
-    "the second entry of a batch, one integer per sample, is left out as labels, though forward takes an argument {name} there"
-    + _EXPLICIT.format(other="that argument", arguments="((batch[0], batch[1]), {{}})")
+    "the second entry of a batch, one integer per sample, is taken for labels and not passed to the model, although forward has an "
+    "argument {name} at this place" + _EXPLICIT.format(other="that argument", arguments="((batch[0], batch[1]), {{}})")
 )
 _PASSED_ON = (
     "the second entry of a batch, floating-point numbers per sample, is passed to forward as its optional argument {name}"

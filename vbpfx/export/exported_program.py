@@ -147,7 +147,7 @@ class Contract:
         for axis, (expected, size) in enumerate(zip(leaf.shape, value.shape, strict=True)):
             if not isinstance(expected, torch.SymInt):
                 if expected != size:
-                    return f"has size {size} on axis {axis}, the program takes {expected} alone: export it with that size open"
+                    return f"has size {size} on axis {axis}, and the program only accepts {expected}: export it with a dynamic size there"
                 continue
             symbol = expected.node.expr
             if not isinstance(symbol, sympy.Symbol):

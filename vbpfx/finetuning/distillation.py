@@ -88,7 +88,7 @@ class Distillation:
         for name in self.others:
             if name not in student.others:
                 raise FinetuneError(
-                    f"the student returns no {name}, which the teacher does: choose outputs= that both return"
+                    f"the teacher returns {name} and the student does not: choose outputs= that both return"
                 )
             ours, theirs = _comparable(student.others[name], teacher.others[name], f"the output {name}")
             total = total + self._apart(inputs, ours, theirs, f":{name}", by_divergence=self._by_divergence(name))

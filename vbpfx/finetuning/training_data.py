@@ -80,7 +80,7 @@ def training_data(data: Iterable[Any], held_out: float, validation: Iterable[Any
     for name, given in (("data", data), ("validation", validation)):
         if given is not None and (not hasattr(given, "__iter__") or isinstance(given, Iterator)):
             raise FinetuneError(
-                f"{name} is a {type(given).__name__}, which cannot be gone through once an epoch; pass a DataLoader or a list"
+                f"{name} is a {type(given).__name__}, which cannot be iterated over once per epoch; pass a DataLoader or a list"
             )
     if not 0 <= held_out < 1:
         raise FinetuneError(f"held_out must be at least 0 and below 1, found {held_out!r}")
@@ -173,7 +173,7 @@ def _from_stream(data: Iterable[Any], share: float, seed: int) -> TrainingData:
             number = seen - 1
             if number in kept and not _same(batch, kept[number]):
                 raise FinetuneError(
-                    f"batch {seen} (counted from 1) is held out, and is another one at this pass over data: what is held out "
+                    f"batch {seen} (counted from 1) is held out, but is not the same in this pass over data, so held-out samples "
                     f"would be trained on. Pass validation=, or a DataLoader with PyTorch's own samplers, or a list"
                 )
             if number in wanted:

@@ -238,7 +238,7 @@ def _require_arguments(model: nn.Module, inputs: Inputs) -> None:
             taken = ", ".join(f"batch[{key!r}]" for key in keys[:1])
             raise CaptureError(
                 f"the batch is a dictionary with the keys {', '.join(keys)}, and forward takes {takes}: as these do not match, the "
-                f"dictionary was passed as one argument, on which the model stops ({first_line(error)}). Say what is passed: "
+                f"dictionary was passed as one argument, and the model raised an error ({first_line(error)}). State the arguments: "
                 f"inputs=lambda batch: (({taken},), {{}})"
             ) from error
     if inputs.tensors:

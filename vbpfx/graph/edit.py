@@ -52,9 +52,7 @@ def insert_at_sources(
             readers = list(dict.fromkeys(reader.node for reader in block.readers if reader.source == source))
             missing = [name for name in (source.node, *readers) if name not in nodes]
             if missing:
-                raise ArtifactError(
-                    f"block {block.name}: the graph has no node {missing[0]}; it is another model's block"
-                )
+                raise ArtifactError(f"block {block.name} belongs to another model: the graph has no node {missing[0]}")
             path = f"{label}_{number}_{index}"
             module = make(block, index)
             graph_module.add_submodule(path, module)
@@ -87,7 +85,9 @@ def require_sizes(graph_module: fx.GraphModule, captured: Captured) -> None:
     graph = graph_module.graph
     for fixed in captured.fixed:
         if fixed.place in nodes:
-            message = f"this graph was captured at one size alone: {fixed}. {fixed.where}{_CAPTURE_ANOTHER}"
+            message = (
+                f"this graph only accepts the size at which it was captured: {fixed}. {fixed.where}{_CAPTURE_ANOTHER}"
+            )
             with graph.inserting_before(inputs[-1].next):
                 size = graph.call_method("size", (nodes[fixed.place], fixed.axis))
                 same = graph.call_function(operator.eq, (size, fixed.size))
@@ -107,9 +107,7 @@ def insert_behind(
     for number, layer in enumerate(layers):
         missing = [name for name in (layer.node, layer.source.node) if name not in nodes]
         if missing:
-            raise ArtifactError(
-                f"layer {layer.weight}: the graph has no node {missing[0]}; it is another model's layer"
-            )
+            raise ArtifactError(f"layer {layer.weight} belongs to another model: the graph has no node {missing[0]}")
         path = f"{label}_{number}"
         graph_module.add_submodule(path, make(layer))
         node = nodes[layer.node]

@@ -144,8 +144,8 @@ class _Network(_Subject):
             return runtime("pytorch").compile(self.network, inputs, None).run(inputs)
         except Exception as error:  # the model may raise any exception
             raise ExportError(
-                f"{type(self.network).__name__} does not run on the inputs ({inputs.describe()}): {first_line(error)}; pass such "
-                f"as it takes (--shape or --data)"
+                f"{type(self.network).__name__} does not run on the inputs ({inputs.describe()}): {first_line(error)}; pass "
+                f"inputs that the model accepts (--shape or --data)"
             ) from error
 
 
@@ -157,7 +157,9 @@ class _File(_Subject):
 
     def compile(self, target: Runtime, inputs: Inputs, threads: int) -> Compiled:
         if target.open is None:
-            raise ExportError(f"runtime {target.name} takes no ONNX file; bench the networks themselves")
+            raise ExportError(
+                f"runtime {target.name} does not accept ONNX files; pass the networks instead of the files"
+            )
         return target.open(self.path, inputs, threads)
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:

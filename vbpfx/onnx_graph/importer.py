@@ -78,8 +78,8 @@ def open_file(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
         for value in node.inputs:
             if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
                 raise CaptureError(
-                    f"{_named(node)} cannot be computed: nothing makes its input {value.name!r}, or it is a sparse initializer: "
-                    f"not supported"
+                    f"{_named(node)} cannot be computed: no node computes its input {value.name!r}; if that is a sparse "
+                    f"initializer, store it as a dense one"
                 )
     try:
         return session_with(model, folder, ())
@@ -130,7 +130,9 @@ def _strange(model: ir.Model) -> list[ir.Node]:
 
 
 def _without_function(node: ir.Node, error: CaptureError) -> CaptureError:
-    return CaptureError(f"{_named(node)} has no torch function, and {error}; prune the PyTorch model")
+    return CaptureError(
+        f"vbpfx does not support {_named(node)}, and {error}; prune the PyTorch model instead of the file"
+    )
 
 
 def _named(node: ir.Node) -> str:
@@ -200,7 +202,7 @@ def _run(b: Builder, node: ir.Node, probe: Probe) -> tuple[Value, ...]:
             result = translation(b)
             results: tuple[Value, ...] = result if isinstance(result, tuple) else (result,)
             if any(value.uses() or value.is_graph_output() for value in node.outputs[len(results) :]):
-                raise CaptureError("one of its further outputs is read")
+                raise CaptureError("another node reads one of its optional outputs, which are not supported")
             return results
         except CaptureError as error:  # the row does not support this use, and says why
             return unknown(b, probe, str(error))

@@ -122,7 +122,7 @@ def _fused_gemm(b: Builder) -> Value:
     """Translate a node of ONNX Runtime's optimizer: act(A B + C), where A B + C must be a linear layer."""
     y = _gemm(b)
     if isinstance(y, fx.Node) and y.target is not F.linear and b.attribute("activation", ""):
-        raise CaptureError("what its activation reads is not a layer with a bias of its own")
+        raise CaptureError("its activation is not applied directly to a linear layer, the only form that is supported")
     return _activated(b, y)
 
 
@@ -217,7 +217,9 @@ def _skip_norm(*, mean: bool) -> Callable[[Builder], tuple[Value, ...]]:
 
     def norm(b: Builder) -> tuple[Value, ...]:
         if any(value.uses() or value.is_graph_output() for value in b.node.outputs[1:3]):
-            raise CaptureError("the statistics that it hands out are read")
+            raise CaptureError(
+                "another node reads its outputs for the mean and the inverse standard deviation, which are not supported"
+            )
         total, bias = b.emit(torch.add, b.tensor(0), b.tensor(1)), 4 if mean else 3
         total = b.emit(torch.add, total, b.tensor(bias)) if b.has(bias) else total
         shift = (b.tensor(3) if b.has(3) else None,) if mean else ()
@@ -249,7 +251,7 @@ def _instance_norm(b: Builder) -> Value:
 def _group_norm(b: Builder) -> Value:
     x, scale, bias = b.tensor(0), b.tensor(1), b.tensor(2)
     if shape_of(scale) != shape_of(x)[1:2]:
-        raise CaptureError("it scales groups, as before opset 21; only one scale per channel is supported")
+        raise CaptureError("it has one scale per group, as before opset 21; only one scale per channel is supported")
     return b.emit(F.group_norm, x, b.attribute("num_groups"), scale, bias, b.attribute("epsilon", 1e-5))
 
 

@@ -100,7 +100,7 @@ def _lp_pool(b: Builder) -> Value:
     p, ceil = b.attribute("p", 2), b.attribute("ceil_mode", 0)
     x, kernel, stride, padding, dilation = _window(b, 0.0, uneven=True)
     if ceil or any(step != 1 for step in dilation):
-        raise CaptureError("windows with gaps, or rounded up in number, are not supported")
+        raise CaptureError("dilations and ceil_mode are not supported")
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]
     powers = b.emit(torch.pow, b.emit(torch.abs, x), p)
     mean = b.emit(function, powers, kernel, stride, padding, False, True)
@@ -131,7 +131,7 @@ def _window(b: Builder, fill: float, *, uneven: bool) -> tuple[fx.Node, list[int
     before, after = padding_of(b, x, kernel, stride, dilation)
     if before != after or any(2 * p > k for p, k in zip(before, kernel, strict=True)):
         if not uneven:
-            raise CaptureError("an average that leaves out uneven padding is not supported")
+            raise CaptureError("uneven padding is only supported with count_include_pad=1")
         amounts = [amount for pair in zip(reversed(before), reversed(after), strict=True) for amount in pair]
         x, before = b.emit(F.pad, x, amounts, "constant", fill), [0] * len(kernel)
     return x, kernel, stride, before, dilation

@@ -121,7 +121,9 @@ def _resize(b: Builder) -> Value:
     ndim = len(shape_of(x))
     mode, transform = b.attribute("mode", "nearest"), b.attribute("coordinate_transformation_mode", "half_pixel")
     if ndim < 3:
-        raise CaptureError("there are no positions behind samples and channels")
+        raise CaptureError(
+            "its input has fewer than three axes, so there is nothing to resize behind samples and channels"
+        )
     if transform not in _TRANSFORMS:
         raise CaptureError(f"coordinates that are transformed by {transform} are not supported")
     for option, usual in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch")):
@@ -132,7 +134,7 @@ def _resize(b: Builder) -> Value:
     given = dict(zip(axes, b.numbers(3 if by_size else 2), strict=True))
     unmoved = ((axis, given[axis]) for axis in (0, 1) if axis in given)
     if any(number(e) != (shape_of(x)[axis] if by_size else 1) for axis, e in unmoved):
-        raise CaptureError("it resizes the samples or the channels")
+        raise CaptureError("it resizes the batch or the channel axis; only the other axes can be resized")
     sizes = [given.get(axis) for axis in range(1, ndim)] if by_size else None
     scales = None if by_size else [given.get(axis, 1.0) for axis in range(2, ndim)]
     node = b.emit(

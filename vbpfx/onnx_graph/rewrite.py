@@ -63,7 +63,7 @@ def round_as_stored(imported: Imported, plan: Plan, small: fx.GraphModule) -> No
         rounded = narrow[name].detach().half().to(narrow[name].dtype)
         if not bool(rounded.isfinite().all()):
             raise ExportError(
-                f"{name} leaves float16's range once the removed neurons are folded into it; prune the file in float32, and "
+                f"{name} overflows float16 once the removed neurons are folded into it; prune the file in float32, and "
                 f"convert the result"
             )
         if not _same(narrow[name], rounded):
@@ -111,7 +111,8 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
                     changes[node, where, length][index] = after - before
                 case _:
                     raise ExportError(
-                        f"the size that {literal.node} states has no place in the file; leave block {entry.block.name} out"
+                        f"node {literal.node} states a number of channels that cannot be changed in the file; leave the block out with "
+                        f"exclude={entry.block.name!r}"
                     )
     for (node, where, length), differences in changes.items():
         if where >= len(node.inputs) or node.inputs[where] is None:  # a Split without stated sizes
@@ -132,7 +133,8 @@ def _state_computed(file: OnnxEdit, literal: SizeLiteral, place: Any, number: in
             node.replace_input_with(where, file.store(f"{value.name}_narrow", np.array([number], np.int64)))
         case _:
             raise ExportError(
-                f"the size that {literal.node} computes has no place of its own in the file; leave its block out"
+                f"node {literal.node} computes a number of channels together with other numbers, so it cannot be replaced in "
+                f"the file; leave its block out with exclude="
             )
 
 

@@ -27,4 +27,4 @@ def session_with(model: ir.Model, folder: Path, further: Sequence[str]) -> onnxr
     try:
         return open_session(proto.SerializeToString(), folder=folder.absolute() if has_external_data(model) else None)
     except Exception as error:  # ONNX Runtime has many classes of exceptions
-        raise CaptureError(f"ONNX Runtime does not take the file: {first_line(error)}") from error
+        raise CaptureError(f"ONNX Runtime cannot load the file: {first_line(error)}") from error

@@ -86,7 +86,7 @@ def _slice(b: Builder) -> Value:
     for i, axis in enumerate(axes):
         if steps[i] < 0:
             if not (steps[i] == -1 and _beyond(starts[i], from_end=True) and _beyond(ends[i])):
-                raise CaptureError("it takes entries backwards; only whole axes can be turned round")
+                raise CaptureError("it slices with a negative step, which is only supported for reversing a whole axis")
             x = b.emit(torch.flip, x, [axis % ndim])
             continue
         start, stop = None if _beyond(starts[i]) or starts[i] == 0 else starts[i], ends[i]

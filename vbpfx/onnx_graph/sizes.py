@@ -67,7 +67,7 @@ def takes_sizes(b: Builder) -> bool:
 def _gather(b: Builder) -> Value:
     index = b.constant(1)
     if index is None:
-        raise CaptureError("it takes entries of a shape at a computed place")
+        raise CaptureError("it indexes a shape with a computed index; only constant indices are supported")
     taken = np.take(entries_of(b.value(0)), index, axis=b.attribute("axis", 0))
     return as_value(taken if isinstance(taken, np.ndarray) else _objects(taken))
 

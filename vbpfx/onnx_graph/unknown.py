@@ -83,7 +83,7 @@ class Probe:
             except Exception as error:  # ONNX Runtime has many classes of exceptions
                 if not runs:
                     raise CaptureError(
-                        f"ONNX Runtime does not hand out {', '.join(map(repr, wanted))}: {first_line(error)}"
+                        f"ONNX Runtime cannot compute the values {', '.join(map(repr, wanted))} of this file: {first_line(error)}"
                     ) from error
                 self._feeds = self._feeds[: len(runs)]  # the file is fixed to its batch size
                 break
@@ -239,7 +239,9 @@ class OnnxCall:
         made = [_on_the_line(first, others[0], case.read) for case in others] if len(others) > 1 else []
         found = _on_the_line(first, others[0], read) if made == [case.made for case in others] and made else None
         if found is None:
-            raise CaptureError(f"the shapes that it makes of {read} are not known: they depend on more than the batch")
+            raise CaptureError(
+                f"the shapes of its outputs for inputs of shapes {read} are not known: they depend on more than the batch size"
+            )
         return found
 
 
@@ -252,7 +254,8 @@ def _refusal(node: ir.Node) -> str:
         return f"the recurrent layer {node.op_type} reads or makes it, and keeps its widths"
     if _bodies(node):
         return (
-            f"operator {node.op_type} is not in the operator table: what its bodies read, make and hold stays as it is"
+            f"operator {node.op_type} is not in the operator table, so nothing that its subgraphs read, compute or hold is "
+            f"narrowed"
         )
     return ""
 

@@ -187,7 +187,7 @@ class Report:
     def sizes(self) -> str:
         """A sentence about the input sizes that the graph has fixed; "" if it accepts all that the model accepts."""
         return (
-            f"the graph is for one size alone of {'; '.join(self.fixed)} (open_sizes=True may leave it open)"
+            f"the graph only accepts these input sizes: {'; '.join(self.fixed)} (open_sizes=True may leave them open)"
             if self.fixed
             else ""
         )

@@ -37,7 +37,7 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     require_same_structure(captured.fingerprint, plan, captured.reference)
     if plan.frontend != captured.frontend:
         raise ArtifactError(
-            f"the plan was made on a graph of frontend={plan.frontend!r}, this one is of {captured.frontend!r}: capture "
+            f"the plan was made on a graph captured with frontend={plan.frontend!r}, this graph with {captured.frontend!r}: capture "
             f"the model with the same front end, or use apply_plan"
         )
     small = narrowed(captured.graph_module, plan, share)

@@ -164,9 +164,9 @@ class _Held:
         changed = [name for name, value in after.items() if name not in before or not _equal(before[name], value)]
         kept = f", in {', '.join(changed[:3])}" if changed else ""
         raise CaptureError(
-            f"{type(self.model).__name__} keeps state between calls{kept}: a second call on the same inputs gives something else "
-            f"({differs}), and a graph is of one call. Make the state an argument and an output of forward, or set it back "
-            f"where forward begins"
+            f"{type(self.model).__name__} keeps state between calls{kept}: a second call on the same inputs returns something else "
+            f"({differs}), and a graph can only describe a single call. Make the state an argument and an output of forward, "
+            f"or set it back where forward begins"
         )
 
     def _require_any_batch(self) -> None:
@@ -179,8 +179,8 @@ class _Held:
             return
         if differs := self._difference(more):
             raise CaptureError(
-                f"the captured graph of {type(self.model).__name__} is for a batch of {size} samples alone: with {size + 1} it differs "
-                f"from the model ({differs}). {self._where_samples()}{_WITHOUT_A_LOOP}"
+                f"the captured graph of {type(self.model).__name__} is only right for batches of {size} samples: with {size + 1} it "
+                f"differs from the model ({differs}). {self._where_samples()}{_WITHOUT_A_LOOP}"
             )
 
     def _require_alike(self, other: Inputs) -> None:
@@ -202,8 +202,9 @@ class _Held:
         ]
         if sizes:
             raise CaptureError(
-                f"batches differ in size, and the captured graph of {type(self.model).__name__} is for the first one's alone "
-                f"({self.inputs.describe()}): on ({few.describe()}) it differs from the model ({differs}). {self._where(sizes)}"
+                f"batches differ in size, and the captured graph of {type(self.model).__name__} is only right for the sizes of the "
+                f"first batch ({self.inputs.describe()}): on a batch of sizes ({few.describe()}) it differs from the model "
+                f"({differs}). {self._where(sizes)}"
                 f"Make that line independent of the size, or bring all batches to one size"
             )
         raise CaptureError(

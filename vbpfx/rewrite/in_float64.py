@@ -40,7 +40,7 @@ def require_exact(captured: Captured, small: nn.Module, plan: Plan, inputs: Inpu
     exact, narrow = exact_tensors(captured, small, plan), named_tensors(small)
     for name, tensor in narrow.items():
         if id(tensor) in exact:
-            how = f"its tensor {name} is not what the plan makes of it"
+            how = f"its tensor {name} differs from the one that follows from the plan"
             once = torch.finfo(tensor.dtype).eps
             require_close([tensor], [exact[id(tensor)]()], once, partial(_wrong, how=how, plan=plan))
     allowed = _LEFT_IN_A_GRAPH if can_compare(small, plan) else _LEFT_IN_A_CLASS
@@ -87,9 +87,9 @@ def _by_its_code(error: float, small: nn.Module, plan: Plan, inputs: Inputs) -> 
     names = [entry.block.name for entry in plan.blocks]
     used = where_widths_are_used(small, plan, inputs)
     return VerificationError(
-        f"the narrowed {type(small).__name__} differs from the substitution reference by {error:.2e}, though every tensor is what the plan "
-        f"makes of it: its code computes with a hidden width of one of the blocks {names[:8]}, which no rewrite of tensors can change "
-        f"({used or 'it is not seen where'}). Use the GraphModule (pruned.graph_module), or leave the block out: exclude={names[:8]}"
+        f"the narrowed {type(small).__name__} differs from the substitution reference by {error:.2e}, although every tensor is the one that "
+        f"follows from the plan: its code computes with a hidden width of one of the blocks {names[:8]}, which no rewrite of tensors "
+        f"can change ({used or 'the line was not found'}). Use the GraphModule (pruned.graph_module), or leave the block out: exclude={names[:8]}"
     )
 
 

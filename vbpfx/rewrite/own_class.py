@@ -53,8 +53,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     if has_config(small) and (wrong := describe_widths(small, plan)) and plan.settings.get("uniform"):
         raise ArtifactError(
             f"the configuration of {type(model).__name__} cannot describe the narrowed {', '.join(wrong[:4])}, so save_pretrained "
-            f"would write what from_pretrained cannot read; leave these blocks out with exclude=, or use "
-            f"compensation='none' where a bias came into being"
+            f"would write what from_pretrained cannot read; leave these blocks out with exclude=, or pass "
+            f"compensation='none', which creates no biases"
         )
     return small
 

@@ -85,7 +85,9 @@ class Verification:
             )
         if self.unproven:
             names = ", ".join(self.unproven[:4]) + (", ..." if len(self.unproven) > 4 else "")
-            parts.append(f"NOT PROVEN for {names}: zeros in its place would change nothing that was compared")
+            parts.append(
+                f"NOT PROVEN for {names}: setting the block to zero would not change anything that was compared"
+            )
         if self.exact is not None:
             parts.append(f"the same in float64, where nothing is rounded: error {self.exact:.1e}")
         return "; ".join(parts)

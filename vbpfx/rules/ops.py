@@ -282,7 +282,7 @@ def register_operator(rule: Rule, *spellings: Any, **traits: Any) -> None:
         if row is None or row.rule is None:
             continue
         if row.rule is not rule:
-            raise AnalysisError(f"{spelled} stands in the table already, with the rule {row.rule.__name__}")
+            raise AnalysisError(f"{spelled} is already in the operator table, with the rule {row.rule.__name__}")
         for name, value in traits.items():
             if getattr(row, name) != value:
                 raise AnalysisError(f"{spelled} stands in the table already, with {name}={getattr(row, name)!r}")

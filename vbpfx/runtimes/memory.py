@@ -68,8 +68,8 @@ def peak_memory(name: str, file: Path, inputs: Inputs, threads: int | None, *, p
             found = json.loads(answer.read_text())
         except (OSError, ValueError) as error:
             lines = said.read_text(errors="replace").strip().splitlines()
-            last = lines[-1] if lines else "it said nothing"
-            raise ExportError(f"its memory was not measured: the process ended with status {status}: {last}") from error
+            last = f": {lines[-1]}" if lines else ", without a message"
+            raise ExportError(f"its memory was not measured: the process ended with status {status}{last}") from error
     return int(found["after"]) - int(found["before"])
 
 
