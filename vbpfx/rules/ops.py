@@ -8,6 +8,7 @@ that stands in no row makes every axis that touches it opaque, and is reported b
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vbpfx.errors import AnalysisError
+from vbpfx.rules.axes import Relation, Site
 from vbpfx.rules.layers import (
     addmm,
     attention,
@@ -249,7 +251,7 @@ _named(scattering, "scatter", "scatter_add", "scatter_reduce", joins="sum")
 _named(where_true, "nonzero", "argwhere", "masked_select")
 
 
-def register_operator(rule: Rule, *spellings: Any, **traits: Any) -> None:
+def register_operator(rule: Callable[[Site], Iterable[Relation]], *spellings: Any, **traits: Any) -> None:
     """Enter a row for operators that the table lacks: your own, or a library's.
 
     A module class becomes a leaf of symbolic tracing, so that its rule speaks for the whole module. See

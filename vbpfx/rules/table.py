@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx, nn
 
-if TYPE_CHECKING:
-    from vbpfx.rules.axes import Relation, Site
-
-Rule = Callable[["Site"], Iterable["Relation"]]
+# From a Site to its Relations. Both are defined in vbpfx.rules.axes, which reads this table.
+Rule = Callable[[Any], Iterable[Any]]
 
 
 class Argument(NamedTuple):
