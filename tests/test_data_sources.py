@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import vbpfx
 import vbpfx.models.names
+from vbpfx.data import sources
 from vbpfx.data.batches import Data, spread
-from vbpfx.data.texts import _Tokens
+from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.readers.texts import _Tokens
+from vbpfx.data.sources import READERS
 from vbpfx.errors import CalibrationError
 
 SIDE = 40
@@ -325,7 +331,7 @@ def test_what_is_no_data_is_said(tmp_path: Path, make: Any, message: str) -> Non
         ({"crop": 1.5}, "crop must be above 0 and at most 1"),
         ({"shape": (1, 32, 32), "mean": (0.0,) * 3, "std": (1.0,)}, "mean must be 1 number for images of 1 channel"),
         ({"std": (0.0,)}, "std must be 1 or 3 numbers"),
-        ({"max_length": 8}, "max_length is for text files"),
+        ({"max_length": 8}, "max_length is for a text file"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -467,7 +473,7 @@ def test_arrays_that_are_none(tmp_path: Path, arrays: dict[str, Any], message: s
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(CalibrationError, match=message):
         vbpfx.open_data(tmp_path / "a.npz", nn.Linear(2, 2))
-    with pytest.raises(CalibrationError, match=r"labels is for a folder of images, and .*a\.npz is not a folder"):
+    with pytest.raises(CalibrationError, match=r"labels is for a folder of images, and .*a\.npz is something else"):
         vbpfx.open_data(tmp_path / "a.npz", nn.Linear(2, 2), labels="list.csv")
 
 
@@ -610,3 +616,36 @@ def test_a_model_without_a_tokenizer(bert: Path, tmp_path: Path) -> None:
         CalibrationError, match=r"bare holds no tokenizer that can be loaded \(there are no words in it\)"
     ):
         vbpfx.open_data(file, bare)
+
+
+def test_a_reading_has_the_arguments_of_open_data() -> None:
+    """A reader gets every argument of ``open_data``, and a call that gives none gets the same defaults."""
+    arguments = list(inspect.signature(vbpfx.open_data).parameters.values())[2:]
+    fields = dataclasses.fields(Reading)
+    assert {field.name: field.default for field in fields} == {a.name: a.default for a in arguments}
+
+
+def test_no_two_readers_read_the_same_file() -> None:
+    assert {reader.suffixes is None for reader in READERS} == {True, False}
+    suffixes = [suffix for reader in READERS for suffix in reader.suffixes or ()]
+    assert sorted(suffixes) == [".jsonl", ".npy", ".npz", ".txt"]
+    assert sum(reader.suffixes is None for reader in READERS) == 1, "a folder is read as images"
+    for reader in READERS:
+        assert {*reader.options} <= {field.name for field in dataclasses.fields(Reading)}, reader.about
+
+
+def test_a_kind_of_data_is_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numbers.csv").write_text("1,2\n3,4\n5,6\n")
+
+    def read(path: Path, model: nn.Module, how: Reading) -> Data:
+        rows = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))[: how.limit]
+        return Data(path, len(rows), None, None, (), (), how.batch, 0, list(rows), default_collate)  # type: ignore[arg-type]
+
+    tables = DataReader("a table", read, suffixes=(".csv",), options=("max_length",))
+    monkeypatch.setattr(sources, "READERS", (*READERS, tables))
+    data = vbpfx.open_data(tmp_path / "numbers.csv", nn.Linear(2, 2), limit=2, batch=2)
+    torch.testing.assert_close(next(iter(data)), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), rtol=0, atol=0)
+    with pytest.raises(
+        CalibrationError, match=r"max_length is for a text file .* or a table, and .*words\.npy is something else"
+    ):
+        vbpfx.open_data(tmp_path / "words.npy", nn.Linear(2, 2), max_length=3)

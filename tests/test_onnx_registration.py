@@ -136,7 +136,9 @@ def test_registering_twice() -> None:
         vbpfx.register_onnx_operator(scaler, "Shape")
 
 
-@pytest.mark.parametrize("arguments", [(identity,), ("Mine", "Mine"), (identity, 3)], ids=["no operator", "no function", "a number"])
+@pytest.mark.parametrize(
+    "arguments", [(identity,), ("Mine", "Mine"), (identity, 3)], ids=["no operator", "no function", "a number"]
+)
 def test_what_cannot_be_registered(arguments: tuple[Any, ...]) -> None:
     before = dict(table._OPERATORS)
     with pytest.raises(AnalysisError, match="a function and the name of at least one operator"):

@@ -8,17 +8,20 @@ The samples and their order are fixed when the path is opened. The samples thems
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from vbpfx.data.arrays import ARRAY_SUFFIXES, open_arrays
 from vbpfx.data.batches import Data
-from vbpfx.data.inputs import Inputs, as_inputs, model_dtype
-from vbpfx.data.texts import TEXT_SUFFIXES, open_texts
+from vbpfx.data.inputs import Inputs, as_inputs
+from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.readers import NAMES
 from vbpfx.errors import CalibrationError
+
+READERS: tuple[DataReader, ...] = tuple(importlib.import_module(f"vbpfx.data.readers.{name}").READER for name in NAMES)
 
 
 def open_data(
@@ -71,56 +74,34 @@ def open_data(
         CalibrationError: there is nothing to read, or it cannot be read, or does not fit the model. The message names
             the file.
     """
-    path = Path(path)
-    require_options_for(
-        path, batch=batch, limit=limit, workers=workers, bad_images=bad_images, max_length=max_length,
-        labels=labels, classes=classes, shape=shape, mean=mean, std=std, crop=crop,
+    how = Reading(
+        name, batch, limit, seed, labels, classes, bad_images, shape, mean, std, crop, max_length, workers
     )  # fmt: skip
-    if path.is_dir():
-        try:
-            from vbpfx.data.image_transforms import Overrides
-            from vbpfx.data.images import open_images  # needs Pillow, which texts and arrays do not
-        except ImportError as error:
-            raise CalibrationError(
-                f"images need Pillow and torchvision ({error}): pip install pillow torchvision"
-            ) from error
-        return open_images(
-            path, model, name, Overrides(shape, mean, std, crop), model_dtype(model), _path(labels), _path(classes),
-            limit, seed, batch, workers, skip=bad_images == "skip",
-        )  # fmt: skip
+    path = Path(path)
+    require_options_for(path, how)
     if not path.exists():
         raise CalibrationError(f"{path} does not exist")
-    if path.suffix in ARRAY_SUFFIXES:
-        return open_arrays(path, model_dtype(model), limit, seed, batch)
-    if path.suffix in TEXT_SUFFIXES:
-        return open_texts(path, model, max_length, limit, seed, batch)
-    expected = ", ".join((*ARRAY_SUFFIXES, *TEXT_SUFFIXES))
+    for reader in READERS:
+        if reader.reads(path):
+            return reader.read(path, model, how)
+    expected = ", ".join(suffix for reader in READERS for suffix in reader.suffixes or ())
     raise CalibrationError(
         f"{path}: this kind of file is not supported; pass a folder of images, or a file that ends in {expected}"
     )
 
 
-def require_options_for(
-    path: Path,
-    *,
-    batch: int = 32,
-    limit: int | None = None,
-    workers: int = 0,
-    bad_images: str = "refuse",
-    max_length: int | None = None,
-    **of_images: Any,
-) -> None:
+def require_options_for(path: Path, how: Reading) -> None:
     """Raise a CalibrationError if an option of :func:`open_data` is out of range, or is not for this kind of data."""
-    for what, value, least in (("batch", batch, 1), ("limit", limit, 1), ("workers", workers, 0)):
+    for what, value, least in (("batch", how.batch, 1), ("limit", how.limit, 1), ("workers", how.workers, 0)):
         if value is not None and value < least:
             raise CalibrationError(f"{what} must be at least {least}, found {value}")
-    if bad_images not in ("refuse", "skip"):
-        raise CalibrationError(f"bad_images={bad_images!r} is unknown; use 'refuse' or 'skip'")
-    for option, given in of_images.items():
-        if given is not None and not path.is_dir():
-            raise CalibrationError(f"{option} is for a folder of images, and {path} is not a folder")
-    if max_length is not None and path.suffix not in TEXT_SUFFIXES:
-        raise CalibrationError(f"max_length is for text files ({', '.join(TEXT_SUFFIXES)}), and {path} is not one")
+    if how.bad_images not in ("refuse", "skip"):
+        raise CalibrationError(f"bad_images={how.bad_images!r} is unknown; use 'refuse' or 'skip'")
+    for option in {option for reader in READERS for option in reader.options if getattr(how, option) is not None}:
+        owners = [reader for reader in READERS if option in reader.options]
+        if not any(reader.reads(path) for reader in owners):
+            kinds = " or ".join(reader.about for reader in owners)
+            raise CalibrationError(f"{option} is for {kinds}, and {path} is something else")
 
 
 def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: int = 2) -> Inputs:
@@ -136,7 +117,3 @@ def sample_inputs(path: str | Path, model: nn.Module, *, name: str = "", batch: 
         CalibrationError: as for :func:`open_data`.
     """
     return as_inputs(next(iter(open_data(path, model, name=name, batch=batch))), model)
-
-
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)

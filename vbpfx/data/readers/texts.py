@@ -16,15 +16,15 @@ from torch.utils.data import Dataset
 from vbpfx.data.batches import Data, spread, taken
 from vbpfx.data.decoder import shift_of
 from vbpfx.data.inputs import Labelled
+from vbpfx.data.reader import DataReader, Reading
 from vbpfx.errors import CalibrationError, first_line
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
 _USUAL_LENGTH = 512  # tokens; by default, longer texts are cut
 _LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions")
 
 
 @dataclass(frozen=True)
-class _Read:
+class _File:
     """The texts of a file, with their labels and their target texts, each only if all texts have one."""
 
     texts: Sequence[str]
@@ -32,7 +32,7 @@ class _Read:
     targets: Sequence[str] | None = None
 
 
-def _read_texts(path: Path) -> _Read:
+def _read_texts(path: Path) -> _File:
     """Read the texts of a file.
 
     Each line of a ``.txt`` is a text. Each line of a ``.jsonl`` is an object with a ``text`` and, optionally, a
@@ -52,14 +52,14 @@ def _read_texts(path: Path) -> _Read:
     if not lines:
         raise CalibrationError(f"{path} is empty: expected a text on each line")
     if path.suffix == ".txt":
-        return _Read([line.strip() for _, line in lines])
+        return _File([line.strip() for _, line in lines])
     rows = [_row(path, number, line) for number, line in lines]
 
     def where_all_have_one(name: str, kind: type) -> list[Any] | None:
         found = [row.get(name) for row in rows]
         return found if all(type(value) is kind for value in found) else None
 
-    return _Read([row["text"] for row in rows], where_all_have_one("label", int), where_all_have_one("target", str))
+    return _File([row["text"] for row in rows], where_all_have_one("label", int), where_all_have_one("target", str))
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -180,22 +180,30 @@ class _Tokenised:
         return Labelled(self.tokens(texts), torch.tensor(behind[0])) if behind else self.tokens(texts)
 
 
-def open_texts(path: Path, model: nn.Module, max_length: int | None, limit: int | None, seed: int, batch: int) -> Data:
-    """Read the texts of a file. The arguments are those of :func:`vbpfx.open_data`.
+def _read(path: Path, model: nn.Module, how: Reading) -> Data:
+    """Read the texts of a file.
 
     Raises:
         CalibrationError: the file holds no texts, or the model has no tokenizer.
     """
-    read, tokens = _read_texts(path), _tokens_of(model, max_length)
+    read, tokens = _read_texts(path), _tokens_of(model, how.max_length)
     known = None if tokens.shift else read.labels
     if tokens.shift and read.targets is None:
         raise CalibrationError(
             f'{path}: {type(model).__name__} has a decoder, which reads what was answered so far; pass a .jsonl with a "text" and its '
             f'answer, a "target", on each line'
         )
-    chosen = sorted(spread(known, len(read.texts), seed)[:limit])
+    chosen = sorted(spread(known, len(read.texts), how.seed)[: how.limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
     behind = read.targets if tokens.shift else known
     columns = [tuple(column[number] for number in chosen) for column in (read.texts, behind) if column is not None]
     about = (f"{taken(len(chosen), len(read.texts), 'text')} from {path}, at most {tokens.length} tokens each",)
-    return Data(path, len(chosen), labels, None, (), about, batch, 0, _Texts(tuple(columns)), _Tokenised(tokens))
+    return Data(path, len(chosen), labels, None, (), about, how.batch, 0, _Texts(tuple(columns)), _Tokenised(tokens))
+
+
+READER = DataReader(
+    about="a text file (.txt, .jsonl)",
+    read=_read,
+    suffixes=(".txt", ".jsonl"),
+    options=("max_length",),
+)

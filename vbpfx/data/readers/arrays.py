@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from vbpfx.data.array_batches import Array, ArrayBatches
 from vbpfx.data.batches import Data, spread, taken
-from vbpfx.data.inputs import LABELS, Labelled
+from vbpfx.data.inputs import LABELS, Labelled, model_dtype
+from vbpfx.data.reader import DataReader, Reading
 from vbpfx.errors import CalibrationError
 
-ARRAY_SUFFIXES = (".npy", ".npz")
 _BYTES = 8  # the largest size of a number that torch supports
 
 
@@ -48,16 +48,13 @@ def _collate(samples: list[Any]) -> Any:
     return Labelled(*made) if isinstance(made, list) else made
 
 
-def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, batch: int) -> Data:
-    """Read the samples of an ``.npy`` or ``.npz``. The arguments are those of :func:`vbpfx.open_data`.
-
-    Args:
-        dtype: the dtype for numbers that are not integers.
+def _read(path: Path, model: nn.Module, how: Reading) -> Data:
+    """Read the samples of an ``.npy`` or ``.npz``.
 
     Raises:
         CalibrationError: the file cannot be read, or does not hold arrays of samples.
     """
-    read = ArrayBatches(path, batch)
+    read = ArrayBatches(path, how.batch)
     arrays = dict(read.arrays)
     given = arrays.pop(LABELS, None)
     if given is not None and (given.ndim != 1 or given.dtype.kind not in "iu"):
@@ -73,10 +70,13 @@ def open_arrays(path: Path, dtype: torch.dtype, limit: int | None, seed: int, ba
                 f"of at most {_BYTES} bytes"
             )
     known = None if given is None else given.tolist()
-    order = spread(known, read.samples, seed)
-    chosen = tuple(sorted(order[:limit]))
+    order = spread(known, read.samples, how.seed)
+    chosen = tuple(sorted(order[: how.limit]))
     labels = None if known is None else tuple(known[number] for number in chosen)
     shapes = ", ".join(f"{name} {array.shape[1:]}".strip() for name, array in arrays.items())
     about = (f"{taken(len(chosen), read.samples, 'sample')} from {path}: {shapes}",)
-    dataset = _Samples(arrays, labels, chosen, dtype)
-    return Data(path, len(chosen), labels, None, (), about, batch, 0, dataset, _collate)
+    dataset = _Samples(arrays, labels, chosen, model_dtype(model))
+    return Data(path, len(chosen), labels, None, (), about, how.batch, 0, dataset, _collate)
+
+
+READER = DataReader("an array file (.npy, .npz)", _read, suffixes=(".npy", ".npz"))
