@@ -95,7 +95,9 @@ def test_samples_of_a_file_that_knows_no_samples(tmp_path: Path) -> None:
 def test_different_numbers_of_samples_are_named(tmp_path: Path) -> None:
     path = taking(tmp_path, {"x": (TensorProto.FLOAT, ["n", 8]), "z": (TensorProto.FLOAT, ["n", 2])})
     np.savez(tmp_path / "data.npz", x=floats(10, 8), z=floats(9, 2))
-    with pytest.raises(vbpfx.CalibrationError, match=r"must all have the same number of samples, at least 1; found \{'x': 10, 'z': 9\}"):
+    with pytest.raises(
+        vbpfx.CalibrationError, match=r"must all have the same number of samples, at least 1; found \{'x': 10, 'z': 9\}"
+    ):
         data_for_file(path, tmp_path / "data.npz", batch=4)
 
 

@@ -1,4 +1,4 @@
-"""Networks whose weights are in memory: statistics in one pass over the data, then the plan, then the layers that are fitted."""
+"""Prune networks whose weights are in memory: gather statistics in one pass over the data, plan, and fit layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InMemory(Source[CalibrationResult, ResultT]):
     """A network whose weights are in memory.
 
     Args:
-        calibration: the data, and how it is gone through.
+        calibration: the data, and how to run it.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -37,14 +37,14 @@ class InMemory(Source[CalibrationResult, ResultT]):
 
     @abstractmethod
     def read(self, batch: Any) -> Inputs:
-        """A batch of the calibration data as the arguments of a call of the captured graph."""
+        """Return a batch of the calibration data as arguments of the captured graph."""
 
     def forward(self, observed: fx.GraphModule) -> Run | None:
-        """What runs a batch for the observers of a prepared graph; the graph itself where this is None."""
+        """Return a function that runs a batch for the observers of a prepared graph, or None to run the graph itself."""
         return None
 
     def observe(self, analysis: Analysis, strategy: Strategy) -> CalibrationResult:
-        """Every batch once, through the prepared graph or through what stands for it."""
+        """Run every batch once through the prepared graph, or through the function that :meth:`forward` returns."""
         observed = prepare(
             analysis.captured,
             analysis,
@@ -58,7 +58,7 @@ class InMemory(Source[CalibrationResult, ResultT]):
     def plan(
         self, analysis: Analysis, strategy: Strategy, observed: CalibrationResult, latencies: Latencies | None
     ) -> Plan:
-        """The plan, and on the kept samples the sensitivities of the blocks and the layers that are fitted."""
+        """Make the plan. The kept samples serve to measure the sensitivities of the blocks and to fit layers."""
         progress = self.calibration.progress
         plan = make_plan(
             analysis,
@@ -75,18 +75,18 @@ class InMemory(Source[CalibrationResult, ResultT]):
         )  # fmt: skip
 
     def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
-        """The substitution oracle, on both networks in memory."""
+        """Run the substitution oracle on both networks in memory."""
         return verify(captured, small, plan)
 
     def arguments(self, captured: Captured, options: PlanArguments, fitting: Fitting, target: Target) -> dict[str, Any]:
-        """What differs from the defaults of :func:`vbpfx.prune`, JSON-ready; a function goes by its name."""
+        """Return the arguments of :func:`vbpfx.prune` that differ from its defaults, ready for JSON. A function is given by its name."""
         return _given(captured, self.calibration, options, fitting, target)
 
 
 def _given(
     captured: Captured, calibration: Calibration, options: PlanArguments, fitting: Fitting, target: Target
 ) -> dict[str, Any]:
-    """What differs from the defaults of :func:`vbpfx.prune`, JSON-ready; a function goes by its name."""
+    """Return the arguments of :func:`vbpfx.prune` that differ from its defaults, ready for JSON."""
     frontend = "export" if captured.frontend == "export" else "auto"
     others = {
         "mask": calibration.mask,

@@ -1,4 +1,4 @@
-"""The list of stages: every way of pruning runs this one, on a source that does what differs between them."""
+"""The list of stages that every way of pruning runs. A :class:`Source` does what differs between them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ EXAMPLE_SAMPLES = 4
 
 
 class Observed(Protocol):
-    """What calibration gives, whatever the source."""
+    """What calibration returns for any source."""
 
     @property
     def statistics(self) -> Statistics:
-        """Of the blocks."""
+        """The statistics of the blocks."""
 
 
 class Result:
-    """What every way of pruning returns. Printing it shows the report.
+    """The result of every way of pruning. Printing it shows the report.
 
     Attributes:
-        plan, statistics, analysis, report, verification: what the stages made; ``verification`` is None where it was not asked for.
+        plan, statistics, analysis, report, verification: what the stages made. ``verification`` is None if it was not
+            asked for.
     """
 
     plan: Plan
@@ -59,7 +60,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Made(Result):
-    """What the stages made, before it is written.
+    """What the stages made, before the source writes it.
 
     Attributes:
         captured: the dense graph.
@@ -81,13 +82,13 @@ ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Source(ABC, Generic[ObservedT, ResultT]):
-    """A network that is pruned: where its weights are, what runs it, and where the result goes.
+    """A network to prune: where its weights are, what runs it, and where the result is written.
 
     The methods are called once each, in the order in which :func:`run_stages` lists them.
 
     Attributes:
         ranks: the processes that share the work.
-        share: whether the narrowed graph shares the memory of weights that stay as they are (:func:`vbpfx.convert`).
+        share: whether the narrowed graph shares the memory of unchanged weights (:func:`vbpfx.convert`).
     """
 
     ranks: Ranks = ALONE
@@ -95,19 +96,22 @@ class Source(ABC, Generic[ObservedT, ResultT]):
 
     @abstractmethod
     def capture(self) -> Captured:
-        """The network as a graph."""
+        """Return the network as a graph."""
 
     @abstractmethod
     def observe(self, analysis: Analysis, strategy: Strategy) -> ObservedT:
-        """Run the calibration data through the graph, and gather what the plan is made from."""
+        """Run the calibration data through the graph, and return the statistics that the plan is made from."""
 
     @abstractmethod
     def plan(self, analysis: Analysis, strategy: Strategy, observed: ObservedT, latencies: Latencies | None) -> Plan:
-        """Choose the neurons that stay, and what stands for the others; fit layers where the strategy says so."""
+        """Choose the neurons to keep and what replaces the others, and fit layers if the strategy says so."""
 
     @contextmanager
     def writing(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Iterator[None]:
-        """Write the weights before the result is verified, where it is verified from files; undone if a later stage fails."""
+        """Write the weights before the result is verified, for sources that verify the written files.
+
+        The files are removed again if a later stage fails.
+        """
         yield
 
     @abstractmethod
@@ -117,12 +121,12 @@ class Source(ABC, Generic[ObservedT, ResultT]):
     def arguments(
         self, captured: Captured, options: PlanArguments, fitting: Fitting, target: Target
     ) -> Mapping[str, Any]:
-        """The arguments that the report shows."""
+        """Return the arguments that the report shows."""
         return {}
 
     @abstractmethod
     def result(self, made: Made) -> ResultT:
-        """Write what is still to be written, and return what the caller gets."""
+        """Write what has not been written yet, and return the result for the caller."""
 
 
 def run_stages(
@@ -133,12 +137,12 @@ def run_stages(
     target: Target,
     verify: bool = True,
 ) -> ResultT:
-    """The stages, in order.
+    """Run the stages in order, and return the result of the source.
 
     Args:
         source: the network.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them.
-        fitting: what is asked of the reconstruction.
+        fitting: the settings of the reconstruction.
         target: where the narrowed network will run.
         verify: run the substitution oracle.
     """

@@ -51,14 +51,14 @@ aten = torch.ops.aten
 
 
 def _row(rule: Rule | None, *spellings: Any, **traits: Any) -> None:
-    """Enter every spelling of operators that agree in their rule and their traits."""
+    """Enter all spellings of operators with the same rule and the same traits."""
     for spelled in spellings:
         assert entered(spelled) is None, f"{spelled} stands in two rows"
     enter(Operator(rule, **traits), spellings)
 
 
 def _named(rule: Rule | None, *names: str, **traits: Any) -> None:
-    """Enter x.name(), x.name_(), torch.name, F.name and aten.name, those of them that exist and stand in no row of their own."""
+    """Enter x.name(), x.name_(), torch.name, F.name and aten.name, if they exist and have no row of their own."""
     for name in names:
         spelled: list[Any] = [n for n in (name, f"{name}_") if hasattr(torch.Tensor, n)]
         for place in (torch, F, aten):
@@ -99,7 +99,7 @@ _named(elementwise, "mul", "multiply", joins="product")
 _row(elementwise, operator.truediv, joins="quotient")
 _row(elementwise, operator.itruediv, joins="quotient", in_place=True)
 _named(elementwise, "div", "true_divide", joins="quotient")
-# What leaves every element alone.
+# Operators that leave every element as it is.
 _row(
     elementwise,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
@@ -115,7 +115,7 @@ _named(elementwise, "clone", hands_on=True)
 _row(elementwise, Attribute("data"), view=True)
 _row(unchanged, "float", "double", "half", "bfloat16", "type", "cpu", "cuda", aten._to_copy, view=True, casts=True)
 _named(unchanged, "to", "type_as", view=True, casts=True, form_of=1)
-# What takes of its operand the sizes, type and device, and what reads them.
+# Operators that use the sizes, type and device of their operand, but not its values, and operators that read these.
 _named(elementwise, "zeros_like", "ones_like", "full_like", form_of=0)
 _named(
     None,
@@ -136,7 +136,7 @@ _row(
     "dim", "ndimension", "is_floating_point", "get_device", "element_size",
     reads="kind",
 )  # fmt: skip
-# What has weights.
+# Operators with weights.
 _row(linear, nn.Linear, F.linear, aten.linear)
 _row(addmm, torch.addmm, aten.addmm, "addmm")
 _row(
