@@ -1,7 +1,7 @@
 """vbpfx: make trained networks smaller and faster without retraining them.
 
-A graph-rewriting pass on ``torch.fx``: hidden neurons whose activation hardly varies are removed and folded
-into the layer behind. :func:`prune` is the whole way; every stage is a public function of its own.
+vbpfx is a graph-rewriting pass on ``torch.fx``. It removes hidden neurons whose activation hardly varies, and folds what
+they contribute into the next layer. :func:`prune` runs all stages. Every stage is also a public function of its own.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ __all__ = [
     "without_weights",
 ]
 
-# file -> the public names in it, which are imported when they are first asked for: torch takes seconds
+# file -> its public names; they are imported when they are first used, because importing torch takes seconds
 _HOMES = {
     "analysis.blocks": "Analysis find_blocks",
     "artifacts.folder": "load",
@@ -149,7 +149,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, out of the file that it is in (PEP 562)."""
+    """Return a public name; import its file when it is first used (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,12 +1,12 @@
-"""One hierarchy of errors.
+"""The errors of vbpfx, all derived from :class:`VbpfxError`.
 
 A message says what was found, where (node, module path, shape) and what to do about it. A block that
-cannot be narrowed is no error: it is a :class:`vbpfx.plans.records.Refusal`, a value with a reason.
+cannot be narrowed is not an error but a :class:`vbpfx.plans.records.Refusal`, a value with a reason.
 """
 
 
 class VbpfxError(Exception):
-    """Anything vbpfx raises on purpose. The caller's model and files are as they were."""
+    """Base class of the errors that vbpfx raises on purpose. The caller's model and files are unchanged."""
 
 
 class ModelError(VbpfxError):
@@ -26,7 +26,7 @@ class CalibrationError(VbpfxError):
 
 
 class BudgetError(VbpfxError):
-    """The budget is not a budget, or cannot be met; the message names the nearest one that can."""
+    """The budget is invalid, or cannot be met; the message names the nearest budget that can be met."""
 
 
 class VerificationError(VbpfxError):
@@ -38,7 +38,7 @@ class FinetuneError(VbpfxError):
 
 
 class EvaluationError(VbpfxError):
-    """Networks cannot be evaluated: the data does not run through them, or they or the labels do not go together."""
+    """Networks cannot be evaluated: they do not run on the data, or do not fit each other or the labels."""
 
 
 class ArtifactError(VbpfxError):
@@ -46,7 +46,7 @@ class ArtifactError(VbpfxError):
 
 
 class RankError(VbpfxError):
-    """Another process of the run has failed, died, or does something else than this one."""
+    """Another process of the distributed run has failed, has died, or does something different from this one."""
 
 
 class ExportError(VbpfxError):
@@ -54,12 +54,12 @@ class ExportError(VbpfxError):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What an error was raised from, at whatever remove: exporters wrap what went wrong in what they were about."""
+    """Return the error at the start of a chain of causes. Exporters wrap the original error in errors of their own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none: other people's errors run on."""
+    """Return the first line of an error's message, or its type's name if it has none. Messages of other packages are long."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,8 @@
 """The rules: how operators treat the axes of their tensors.
 
-A rule is a generator over one call, a :class:`~vbpfx.rules.axes.Site`. Its docstring is the operator's formula; it yields
-which axes run channel by channel into which, which a weight makes or sums over, and which are opaque and why.
+A rule is a generator over one call, a :class:`~vbpfx.rules.axes.Site`. Its docstring is the operator's formula. It yields
+relations: which axes are the same channel by channel, which axes a weight produces or sums over, and which axes are opaque
+and why.
 """
 
-from vbpfx.rules import ops as ops  # whoever imports a file of this package finds the operator table filled
+from vbpfx.rules import ops as ops  # importing any file of this package fills the operator table

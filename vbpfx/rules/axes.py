@@ -1,8 +1,8 @@
-"""The vocabulary of the dependency analysis: axes, and what operators say of them.
+"""The vocabulary of the dependency analysis: axes, and relations between them.
 
-A vertex is one axis of one tensor: of a node's value, or of a parameter or buffer. An operator's rule
-(:mod:`vbpfx.rules.ops`) looks at one call through a :class:`Site` and yields relations; it never sees the rest
-of the graph. :mod:`vbpfx.analysis.blocks` puts them together.
+A vertex is one axis of one tensor, which is a node's value, a parameter or a buffer. An operator's rule
+(:mod:`vbpfx.rules.ops`) looks at one call through a :class:`Site` and yields relations. It never sees the rest
+of the graph. :mod:`vbpfx.analysis.blocks` combines the relations of all calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vbpfx.rules.table import Operator, operator_of
 
 
 class Axis(NamedTuple):
-    """One axis of a tensor: ``owner`` is a node's name or a parameter's, told apart by ``is_parameter``."""
+    """One axis of a tensor. ``owner`` is the name of a node or, if ``is_parameter``, of a parameter or buffer."""
 
     owner: str
     dim: int
@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as a rule sees it: whose it is, and its shape."""
+    """A tensor as a rule sees it: the name of its owner (see :class:`Axis`), and its shape."""
 
     owner: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Operand:
         return len(self.shape)
 
     def axis(self, dim: int) -> Axis:
-        """The axis; negative counts from the end."""
+        """Return an axis; a negative ``dim`` counts from the end."""
         return Axis(self.owner, dim % max(1, self.ndim), self.is_parameter)
 
     @property
@@ -50,7 +50,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Same:
-    """Channel c of one axis is channel c of the other; each depends on its own channel alone."""
+    """Channel c of one axis is channel c of the other, and depends on no other channel."""
 
     a: Axis
     b: Axis
@@ -58,7 +58,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Part:
-    """Channel c of ``part`` is channel ``start`` + c of ``whole``: a slice, a chunk, one of several joined."""
+    """Channel c of ``part`` is channel ``start`` + c of ``whole``, as for a slice, a chunk, or a part of a concatenation."""
 
     whole: Axis
     part: Axis
@@ -67,10 +67,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Channel c of ``part`` goes with k consecutive channels of ``whole``, k c to k c + k - 1, where ``whole`` is k times as long.
+    """Channel c of ``part`` belongs to k consecutive channels of ``whole``, k c to k c + k - 1; ``whole`` is k times as long.
 
-    Every k-th entry of an axis, or a view that puts k of them on an axis of their own: what one of them says of channel c,
-    the others say of it, too, so that they stay or go together.
+    ``part`` is every k-th entry of ``whole``, or ``whole`` after a view that moves every k entries to an axis of their own.
+    The k channels are kept or removed together.
     """
 
     whole: Axis
@@ -79,7 +79,7 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Merged:
-    """The axis holds every entry of two axes, those of the second for the first entry of the first, and so on."""
+    """``out`` is ``first`` and ``second`` flattened: all entries of ``second`` for each entry of ``first`` in turn."""
 
     out: Axis
     first: Axis
@@ -96,7 +96,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Produces:
-    """Every row of ``weight`` makes one channel of ``out``."""
+    """Each row of ``weight`` produces one channel of ``out``."""
 
     out: Axis
     weight: Axis
@@ -104,9 +104,9 @@ class Produces:
 
 @dataclass(frozen=True)
 class Contracts:
-    """The call sums over ``source`` with ``weight``: the axis ends here, and a constant channel folds.
+    """The call sums over ``source`` with ``weight``: the axis ends here, and a constant channel can be folded.
 
-    ``bias`` takes the fold; None where the call has none.
+    It is folded into ``bias``, which is None if the call has no bias.
     """
 
     source: Axis
@@ -116,9 +116,9 @@ class Contracts:
 
 @dataclass(frozen=True)
 class Reduces:
-    """The call takes a statistic over ``source``; what a constant channel adds to it can be carried along.
+    """The call computes a statistic over ``source``; the contribution of a constant channel can be added to it.
 
-    ``kind`` is ``"sum"`` or ``"mean"``, where the axis ends, or ``"layer_norm"`` or ``"rms_norm"``, where it goes on.
+    ``kind`` is ``"sum"`` or ``"mean"``, which remove the axis, or ``"layer_norm"`` or ``"rms_norm"``, which keep it.
     """
 
     source: Axis
@@ -129,8 +129,9 @@ class Reduces:
 class SizeStated:
     """An integer among the call's arguments counts the channels ``start`` to ``stop`` of the axis (default: all).
 
-    ``by_code`` is false where the call works the number out by itself (``chunk``) and only a rewrite states it. ``computed`` are
-    arguments that stand in the place of the integer and are computed from sizes (``h[..., : h.shape[-1] // 2]``).
+    ``by_code`` is false if the call computes the number itself, as ``chunk`` does, so that only the rewritten graph states it.
+    ``computed`` are the arguments that are given instead of the integer and are computed from sizes
+    (``h[..., : h.shape[-1] // 2]``).
     """
 
     axis: Axis
@@ -147,8 +148,8 @@ Relation = Same | Part | Grouped | Merged | Opaque | Produces | Contracts | Redu
 class SizeRead(NamedTuple):
     """A value computed from sizes.
 
-    ``axes`` are the axes it was read from. Where ``plain`` is true it is those sizes unchanged: one
-    axis for an integer, all of them in order for a shape. Where ``pure`` is true it is arithmetic on sizes and numbers alone.
+    ``axes`` are the axes whose sizes were read. If ``plain``, the value is these sizes unchanged: an integer is the size
+    of one axis, a shape the sizes of all axes in order. If ``pure``, the value is computed from sizes and numbers alone.
     """
 
     axes: tuple[Axis, ...]
@@ -158,7 +159,7 @@ class SizeRead(NamedTuple):
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a captured model's parameters and buffers; tensors with several names go by their first.
+    """Names of a captured model's parameters and buffers. A tensor with several names is listed under the first.
 
     Attributes:
         of_attribute: ``get_attr`` target -> name.
@@ -170,7 +171,7 @@ class Names:
 
 
 class ComputedArgumentError(Exception):
-    """A rule asked for a constant and the call computes it; the engine turns this into a refusal."""
+    """A rule needs a constant argument, but the call computes it. The analysis turns this into a refusal."""
 
 
 class Site:
@@ -180,7 +181,7 @@ class Site:
         node: the call.
         module: the leaf module, for ``call_module``.
         names: names of parameters and buffers.
-        sizes: what is known of nodes whose value was computed from sizes.
+        sizes: for each node whose value was computed from sizes, what is known about that value.
     """
 
     def __init__(
@@ -193,20 +194,20 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The operator's bare name: of the module's class in lower case, or however the function is spelled."""
+        """The operator's bare name: the module's class in lower case, or the name of the function or method."""
         return type(self.module).__name__.lower() if self.module is not None else spelling(self.node)
 
     @property
     def operator(self) -> Operator:
-        """The row of the call's operator in the operator table."""
+        """The operator's row in the operator table."""
         return operator_of(self.node, self.module)
 
     def path(self, position: int, name: str) -> tuple[str | int, ...]:
-        """Where the call holds an argument, for :class:`SizeStated`."""
+        """Return where the call holds an argument, as :class:`SizeStated` needs it."""
         return ("kwargs", name) if name in self.node.kwargs else ("args", position)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position (the tensor itself is 0) or keyword, or the module's attribute."""
+        """Return an argument by position (the tensor itself is 0) or keyword, or the module's attribute of that name."""
         if self.module is not None:
             return getattr(self.module, name, default)
         if position < len(self.node.args):
@@ -214,19 +215,23 @@ class Site:
         return self.node.kwargs.get(name, default)
 
     def constant(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument that must be known while analysing: an integer, a tuple of them, None, a flag."""
+        """Return an argument that must be a constant: an integer, a tuple of integers, None or a flag.
+
+        Raises:
+            ComputedArgumentError: the call computes it.
+        """
         value = self.argument(position, name, default)
         if any(isinstance(entry, fx.Node) for entry in (value if isinstance(value, (tuple, list)) else (value,))):
             raise ComputedArgumentError(name)
         return value
 
     def along(self, position: int, name: str) -> Any:
-        """Return the axis or axes that the call names: in the argument that its row states, or else in the given one."""
+        """Return the axis or axes that the call names, in the argument given by its row or else in the one given here."""
         stated = self.operator.dim
         return stated if isinstance(stated, int) else self.constant(*(stated or (position, name)))
 
     def operand(self, position: int, name: str) -> Operand | None:
-        """A tensor argument by position or keyword, or the module's parameter or buffer of that name."""
+        """Return a tensor argument by position or keyword, or the module's parameter or buffer of that name."""
         if self.module is not None:
             own = self._names.of_module.get(str(self.node.target), {})
             if name in own:
@@ -237,7 +242,7 @@ class Site:
         return operand_of(value, self._names) if isinstance(value, fx.Node) else None
 
     def weight(self, position: int) -> tuple[Operand | None, bool]:
-        """A parameter among the arguments, reached directly or transposed; and whether it is transposed."""
+        """Return the parameter that an argument holds, or None; and whether the argument holds its transpose."""
         node = self.node.args[position] if position < len(self.node.args) else None
         if not isinstance(node, fx.Node):
             return None, False
@@ -250,7 +255,7 @@ class Site:
 
     @property
     def of_floats(self) -> bool:
-        """Whether the call makes floating-point numbers of floating-point numbers."""
+        """Whether the tensors that the call reads and returns are all floating-point."""
         values = [node.meta.get("val") for node in (self.node, *self.node.all_input_nodes)]
         return all(value.is_floating_point() for value in values if isinstance(value, Tensor))
 
@@ -261,19 +266,19 @@ class Site:
 
     @property
     def out(self) -> Operand:
-        """The value of the call."""
+        """The tensor that the call returns."""
         operand = operand_of(self.node, self._names)
         assert operand is not None
         return operand
 
     @property
     def operands(self) -> list[Operand]:
-        """Every tensor among the arguments, nested ones included, in order."""
+        """All tensors among the arguments, including nested ones, in order."""
         found = (operand_of(node, self._names) for node in self.node.all_input_nodes)
         return [operand for operand in found if operand is not None]
 
     def parts(self, position: int, name: str) -> list[Operand] | None:
-        """The entries of an argument that is a list of tensors, repeated ones included; None where it is none."""
+        """Return the entries of an argument that is a list of tensors, with repetitions; None if it is not such a list."""
         value = self.argument(position, name)
         if not isinstance(value, (list, tuple)):
             return None
@@ -281,17 +286,17 @@ class Site:
         return [operand for operand in found if operand is not None] if None not in found else None
 
     def size_read(self, value: Any) -> SizeRead | None:
-        """What is known of an argument that was computed from sizes; None for anything else."""
+        """Return what is known about an argument that was computed from sizes; None for any other argument."""
         return self._sizes.get(value) if isinstance(value, fx.Node) else None
 
     def number(self, value: Any) -> Any:
-        """An argument that is an integer, or computed from sizes: its value in the dense network. Anything else as it is."""
+        """Return the integer that an argument computed from sizes has in the dense network; any other argument unchanged."""
         read = self.size_read(value)
         found = value.meta.get("val") if read is not None and read.pure else None
         return found if isinstance(found, int) else value
 
     def all_opaque(self, reason: str) -> Iterator[Relation]:
-        """No axis of any tensor of the call can be narrowed."""
+        """Yield that no axis of any tensor of the call can be narrowed."""
         out = operand_of(self.node, self._names)
         for operand in (*self.operands, *([out] if out is not None else [])):
             for axis in operand.axes:
@@ -299,13 +304,13 @@ class Site:
 
 
 def _first_dim(dims: tuple[Any, ...]) -> Any:
-    """Which axis of a matrix stands first after permute(*dims) or transpose(*dims)."""
+    """Return which axis of a matrix comes first after permute(*dims) or transpose(*dims)."""
     listed = dims[0] if isinstance(dims[0], (tuple, list)) else dims
     return listed[0] % 2 if listed[0] % 2 == 0 or listed[0] == listed[1] else 1
 
 
 def operand_of(node: fx.Node, names: Names) -> Operand | None:
-    """The node's value as an operand, a parameter under its own name; None where it is not a tensor."""
+    """Return a node's value as an operand; None if it is not a tensor. A parameter has its own name, not the node's."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
@@ -316,18 +321,18 @@ def operand_of(node: fx.Node, names: Names) -> Operand | None:
 
 
 def spelling(node: fx.Node) -> str:
-    """The operator's bare name, however it is spelled."""
+    """Return the bare name of the function, method or ATen operator that a node calls."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return node.target.split(".")[-1] if isinstance(node.target, str) else str(node.target.__name__)
 
 
 def as_tuple(value: Any, repeat: int) -> tuple[Any, ...]:
-    """A tuple as it is; one value as often as said."""
+    """Return a tuple or list as a tuple, and any other value as a tuple that repeats it."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * repeat
 
 
 def leading(x: Operand, out: Operand, but: int) -> Iterator[Relation]:
-    """All axes but the last ``but`` are common to both."""
+    """Yield that all axes except the last ``but`` are the same in both tensors."""
     for dim in range(x.ndim - but):
         yield Same(x.axis(dim), out.axis(dim))

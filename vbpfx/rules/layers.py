@@ -1,4 +1,4 @@
-"""Layers: what weights make, and what they sum over."""
+"""Rules for layers: which axes their weights produce, and which they sum over."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def addmm(site: Site) -> Iterator[Relation]:
 def convolution(site: Site) -> Iterator[Relation]:
     """y[o] = sum_i W[o, i] * x[i] + b[o] over windows.
 
-    Any ungrouped convolution produces its output channels. One contracts its input channels if it does
-    not pad: beside a border a constant channel is not a constant. A depthwise one treats channels one by one.
+    A convolution without groups produces its output channels. Without padding, it also contracts its input channels;
+    with padding, a constant channel is not constant at the border. A depthwise convolution treats each channel by itself.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
@@ -83,9 +83,10 @@ def convolution(site: Site) -> Iterator[Relation]:
 
 
 def transposed_convolution(site: Site) -> Iterator[Relation]:
-    """y[o] = sum_i W[i, o] * x[i] + b[o], every x spread over a window: it produces; what it reads must stay.
+    """y[o] = sum_i W[i, o] * x[i] + b[o], where every x is spread over a window.
 
-    A constant channel spreads unevenly where windows do not tile the output.
+    It produces its output channels. Its input channels cannot be narrowed, because a constant channel is spread unevenly
+    if the windows do not tile the output.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     if weight is None or site.constant(6, "groups", 1) != 1:
@@ -151,7 +152,7 @@ def attention(site: Site) -> Iterator[Relation]:
 
 
 def einsum(site: Site) -> Iterator[Relation]:
-    """Letters name axes: one that reaches the output is the same axis wherever it stands; others are summed over."""
+    """Letters name axes. A letter of the output is the same axis in all tensors; all other letters are summed over."""
     out, operands = site.out, site.parts(1, "operands")
     if operands is None:
         given = site.node.args[1:]
@@ -175,8 +176,8 @@ def einsum(site: Site) -> Iterator[Relation]:
 def matrix_product(site: Site) -> Iterator[Relation]:
     """y[..., n, o] = sum_i a[..., n, i] b[..., i, o].
 
-    With a matrix of parameters on one side it is a layer without a bias; of two computed values what is summed over
-    is opaque.
+    If one side is a matrix of parameters, this is a layer without a bias. If both sides are computed, the axis that is
+    summed over is opaque.
     """
     operands, out = site.operands, site.out
     (first, columns), (second, rows) = site.weight(0), site.weight(1)

@@ -1,4 +1,4 @@
-"""Norms, reductions and pooling: operators that look along some axes and leave the others alone."""
+"""Rules for norms, reductions and pooling: operators that mix values along some axes and keep the others apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vbpfx.rules.pointwise import elementwise
 
 
 def batch_norm(site: Site) -> Iterator[Relation]:
-    """Per channel (axis 1) scale and shift, with the running statistics as further per-channel parameters."""
+    """Scale and shift per channel (axis 1); the running statistics are per-channel parameters, too."""
     x, out = site.x, site.out
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
     if site.module is not None:
@@ -31,7 +31,7 @@ def batch_norm(site: Site) -> Iterator[Relation]:
 def norm_over_last(site: Site) -> Iterator[Relation]:
     """LayerNorm, RMSNorm: statistics over the last axes, then scale and shift along them.
 
-    Over one axis the statistics are sums, in which channels that became constant go on counting.
+    Statistics over a single axis are sums, to which the contribution of constant channels can be added.
     """
     x, out = site.x, site.out
     given = site.argument(1, "normalized_shape")
@@ -52,7 +52,10 @@ def norm_over_last(site: Site) -> Iterator[Relation]:
 
 
 def _stated_size(site: Site, axis: Axis, size: Any, argument: str) -> Relation:
-    """What a call states of the size of its axis, first in its second argument: a number, or a size read from a tensor."""
+    """Return the relation for the size of an axis, which a call states as a number or as a size read from a tensor.
+
+    The size is the call's second argument, or the first entry of it.
+    """
     if isinstance(size, Axis):
         return Same(axis, size)
     read = site.size_read(size)
@@ -65,7 +68,7 @@ def _stated_size(site: Site, axis: Axis, size: Any, argument: str) -> Relation:
 
 
 def group_norm(site: Site) -> Iterator[Relation]:
-    """Statistics over groups of channels and all positions."""
+    """GroupNorm: statistics over groups of channels and all positions, then scale and shift per channel."""
     x, out = site.x, site.out
     yield Same(x.axis(0), out.axis(0))
     for a, b in zip(x.axes[1:], out.axes[1:], strict=True):
@@ -77,7 +80,7 @@ def group_norm(site: Site) -> Iterator[Relation]:
 
 
 def along_one_axis(site: Site) -> Iterator[Relation]:
-    """Shape kept; values mixed along ``dim`` (softmax, cumulative sums, normalisation)."""
+    """softmax, cumulative sums, normalisation: values are mixed along ``dim``, and the shape is kept."""
     x, out = site.x, site.out
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
     dim = site.along(1, "dim")
@@ -86,7 +89,7 @@ def along_one_axis(site: Site) -> Iterator[Relation]:
 
 
 def reduction(site: Site) -> Iterator[Relation]:
-    """mean, sum, extrema, length over ``dim``; every other axis is kept."""
+    """mean, sum, extrema or vector norm over ``dim``; every other axis is kept."""
     x, out = site.x, site.out
     given, statistic = site.along(1, "dim"), site.operator.statistic
     if given is None or isinstance(given, bool) or given == () or given == []:
@@ -104,9 +107,9 @@ def reduction(site: Site) -> Iterator[Relation]:
 
 
 def extremum(site: Site) -> Iterator[Relation]:
-    """max, min, median, sort, topk... along ``dim``: values and where they stood; every other axis is kept.
+    """max, min, median, sort, topk... along ``dim``: values and their indices; every other axis is kept.
 
-    The call's value is a tuple; what is said here is of the entries that are taken out of it.
+    The call returns a tuple; the relations are about the entries that are taken out of it.
     """
     x, name = site.x, site.name
     if isinstance(site.node.meta["val"], Tensor) and name in ("max", "min") and len(site.operands) == 2:
@@ -132,7 +135,7 @@ def extremum(site: Site) -> Iterator[Relation]:
 
 
 def pooling(site: Site) -> Iterator[Relation]:
-    """Windows over the last one to three axes, with or without a batch axis in front; channels are kept apart."""
+    """Windows over the last one to three axes, with or without a batch axis in front; every channel is treated by itself."""
     x, out = site.x, site.out
     digits = [int(letter) for letter in site.name if letter in "123"]
     positions = digits[-1] if digits else x.ndim - 2  # interpolation: every axis behind batch and channel
@@ -143,7 +146,7 @@ def pooling(site: Site) -> Iterator[Relation]:
 
 
 def sampling(site: Site) -> Iterator[Relation]:
-    """grid_sample: every channel read at the places that a grid names."""
+    """grid_sample: every channel is read at the positions that a grid gives."""
     x, out = site.x, site.out
     yield from leading(x, out, but=x.ndim - 2)
     for operand, reason in (
@@ -157,7 +160,7 @@ def sampling(site: Site) -> Iterator[Relation]:
 
 
 def resizing(site: Site) -> Iterator[Relation]:
-    """Positions taken anew, every channel by itself; ``sizes`` may state how many channels there are, and stay."""
+    """Positions are resampled, every channel by itself; ``sizes`` may include the unchanged number of channels."""
     yield from pooling(site)
     sizes = site.argument(1, "sizes")
     if sizes is not None and sizes[0] is not None:
@@ -165,7 +168,7 @@ def resizing(site: Site) -> Iterator[Relation]:
 
 
 def instance_norm(site: Site) -> Iterator[Relation]:
-    """Per sample and channel statistics over all positions, then scale and shift per channel."""
+    """Statistics of every sample and channel over all positions, then scale and shift per channel."""
     x, out = site.x, site.out
     digits = [int(letter) for letter in site.name if letter in "123"]
     channel = x.ndim - digits[-1] - 1 if digits else 1  # a module may be called without a batch axis
@@ -193,7 +196,7 @@ def rolling(site: Site) -> Iterator[Relation]:
 
 
 def padding(site: Site) -> Iterator[Relation]:
-    """pad: (before, after) for the last axis, then the one before it...; an axis without padding is kept."""
+    """pad: (before, after) for the last axis, then for the second last, and so on; an axis without padding is kept."""
     x, out = site.x, site.out
     listed = site.argument(1, "pad")
     amounts = listed if isinstance(listed, (tuple, list)) else site.constant(1, "pad")

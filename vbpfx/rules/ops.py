@@ -1,8 +1,8 @@
 """The operator table: one row per operator.
 
 A row has the rule by which an operator treats axes (:mod:`vbpfx.rules`), its spellings (module classes, functions, Tensor methods,
-ATen operators), and its traits (:class:`vbpfx.rules.table.Operator`). Operators that agree in all of it share a row. An operator
-that stands in no row makes every axis that touches it opaque, and is reported by name. A new operator is one row and one test.
+ATen operators), and its traits (:class:`vbpfx.rules.table.Operator`). Operators with the same rule and traits share a row. An
+operator without a row makes all axes of its tensors opaque, and is reported by name. A new operator is one row and one test.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _named(elementwise, "clone", hands_on=True)
 _row(elementwise, Attribute("data"), view=True)
 _row(unchanged, "float", "double", "half", "bfloat16", "type", "cpu", "cuda", aten._to_copy, view=True, casts=True)
 _named(unchanged, "to", "type_as", view=True, casts=True, form_of=1)
-# Operators that use the sizes, type and device of their operand, but not its values, and operators that read these.
+# Operators that use the sizes, type and device of their operand but not its values, and operators that return one of these.
 _named(elementwise, "zeros_like", "ones_like", "full_like", form_of=0)
 _named(
     None,
@@ -155,7 +155,7 @@ _row(matrix_product, operator.matmul)
 _named(matrix_product, "matmul", "bmm", "mm")
 _row(matrix_product, torch.sparse.mm, aten._sparse_mm)
 _row(prelu, nn.PReLU, F.prelu, aten.prelu)
-# What looks along axes.
+# Operators that compute along axes.
 _row(
     batch_norm,
     nn.BatchNorm1d,
@@ -206,7 +206,7 @@ _row(sampling, F.grid_sample, aten.grid_sampler, aten.grid_sampler_2d, aten.grid
 _named(rolling, "roll", affine=True, dim=Argument(2, "dims"))
 _named(rolling, "flip")
 _named(padding, "pad")
-# Other shapes for the same elements.
+# Operators that give the same elements another shape.
 _named(permutation, "t", "transpose", "swapaxes", "swapdims", view=True, transposes=True, reshapes=True)
 _named(permutation, "permute", view=True, transposes=True)
 _row(permutation, Attribute("T"), Attribute("mT"), aten.numpy_T, aten.mT, view=True, transposes=True)
@@ -223,7 +223,7 @@ _named(expansion, "expand_as", view=True, reads_sizes=True, form_of=1)
 _named(repetition, "repeat", "tile")
 _named(repetition_of_entries, "repeat_interleave")
 _named(None, "resize", "resize_as", "set", "as_strided", reshapes=True)
-# Parts of axes, and what is joined from parts.
+# Operators that take parts of axes, or join parts.
 _row(indexing, operator.getitem, view=True)
 _row(None, operator.setitem, operator.ipow, in_place=True)
 _row(aten_slice, aten.slice, view=True)
@@ -241,7 +241,7 @@ _named(splitting, "dsplit", view=True, takes_apart=True, dim=2)
 _row(glu, nn.GLU, F.glu, aten.glu)
 _named(concatenation, "cat", "concat")
 _named(stack, "stack", joins="sum")
-# Entries that are picked and put back.
+# Operators that pick entries by an index or a mask, or put them back.
 _row(aten_index, aten.index)
 _named(index_put, "index_put", joins="sum")
 _named(picking, "index_select", "index_fill")
@@ -258,16 +258,16 @@ def register_operator(rule: Callable[[Site], Iterable[Relation]], *spellings: An
     ``docs/adding_an_operator.md``.
 
     Args:
-        rule: a generator of relations over one call; one of :mod:`vbpfx.rules`, or your own.
-        spellings: what the graph may call: module classes, functions, names of Tensor methods,
+        rule: a generator of relations over one call: one of :mod:`vbpfx.rules`, or your own.
+        spellings: the operators, as a graph calls them: module classes, functions, names of Tensor methods,
             ``torch.ops`` packets (``torch.ops.mylib.myop``).
-        traits: what else is known of the operators, by the names of :class:`vbpfx.rules.table.Operator`. For example, ``view=True``
-            says that the value may lie in the operand's memory. A trait that is not given is that of the class a module class
-            is made of, or else the one that all operators of the rule share.
+        traits: further properties of the operators, named as in :class:`vbpfx.rules.table.Operator`. For example, ``view=True``
+            says that the value may share memory with the operand. If a trait is not given, a module class takes it from a base
+            class that is in the table. Otherwise it is the trait that all operators with the rule share, if they agree.
 
     Raises:
-        AnalysisError: nothing is given, one is not an operator, or stands in the table with another rule or other traits; or there
-            is no such trait.
+        AnalysisError: no rule or no operator is given, a spelling is not an operator or is already in the table with another
+            rule or other traits, or a trait does not exist.
     """
     if not callable(rule) or not spellings:
         raise AnalysisError("register_operator takes a rule and at least one operator that follows it")
@@ -295,7 +295,7 @@ def register_operator(rule: Callable[[Site], Iterable[Relation]], *spellings: An
 
 
 def _like(spelled: Any, rule: Rule) -> Operator:
-    """What is known of an operator beforehand: the row of a class it is made of, or the traits that all rows of its rule share."""
+    """Return a row for a new operator: the row of a base class, or one with the traits that all rows of its rule share."""
     bases = spelled.__mro__ if isinstance(spelled, type) else ()
     known = next((row for base in bases if (row := entered(base)) is not None), None)
     if known is not None:

@@ -1,4 +1,4 @@
-"""Parts of axes: slices, chunks, packed gates, and what is joined from parts."""
+"""Rules for parts of axes: slices, chunks, packed gates, concatenation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vbpfx.rules.table import operator_of
 
 
 def indexing(site: Site) -> Iterator[Relation]:
-    """x[...] with integers, slices, None and Ellipsis: an axis taken whole is kept, one taken in part is not."""
+    """x[...] with integers, slices, None and Ellipsis: whole axes are kept, and a slice is a part of its axis."""
     x, out = site.x, site.out
     index = site.node.args[1]
     given = list(index) if isinstance(index, tuple) else [index]
@@ -93,7 +93,7 @@ def select(site: Site) -> Iterator[Relation]:
 def splitting(site: Site) -> Iterator[Relation]:
     """chunk, split, tensor_split, unbind...: consecutive parts along one axis, or its entries one by one.
 
-    The call's value is a tuple; what is said here is of the parts that are taken out of it.
+    The call returns a tuple; the relations are about the parts that are taken out of it.
     """
     x, name = site.x, site.name
     dim = split_axis(site.node)
@@ -117,14 +117,14 @@ def splitting(site: Site) -> Iterator[Relation]:
     computed = tuple(node for node in site.node.all_input_nodes[1:] if not isinstance(node.meta.get("val"), Tensor))
     if any(isinstance(site.number(node), fx.Node) for node in computed):
         yield Opaque(x.axis(dim), f"{name} makes parts of computed size")
-    elif computed and name not in ("split", "split_with_sizes", "unsafe_split"):  # of which it is no part's size
+    elif computed and name not in ("split", "split_with_sizes", "unsafe_split"):  # it is not the size of a part
         yield Opaque(x.axis(dim), f"{name} makes a computed number of parts")
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         yield SizeStated(x.axis(dim), ("args", 1, index), start, stop, not _counts_parts(site), computed)
 
 
 def split_axis(node: fx.Node) -> int:
-    """The axis that a call takes apart.
+    """Return the axis along which a call splits its operand.
 
     Raises:
         ComputedArgumentError: the call computes it.
@@ -141,7 +141,7 @@ def split_axis(node: fx.Node) -> int:
 
 
 def _counts_parts(site: Site) -> bool:
-    """Whether the call states into how many parts, and works out by itself how long they are."""
+    """Return whether the call states the number of parts, and computes their sizes itself."""
     if site.name in ("chunk", "unsafe_chunk"):
         return True
     given = site.node.args[1] if len(site.node.args) > 1 else next(iter(site.node.kwargs.values()), None)
@@ -160,7 +160,7 @@ def glu(site: Site) -> Iterator[Relation]:
 
 
 def concatenation(site: Site) -> Iterator[Relation]:
-    """cat: consecutive parts along ``dim``; every other axis is common to all of them."""
+    """cat: the operands are consecutive parts along ``dim``; every other axis is the same in all of them."""
     out = site.out
     joined = site.constant(1, "dim", 0) % out.ndim
     parts = site.parts(0, "tensors")
@@ -175,7 +175,7 @@ def concatenation(site: Site) -> Iterator[Relation]:
 
 
 def stack(site: Site) -> Iterator[Relation]:
-    """stack: a new axis along which the operands stand; their own axes are common to all."""
+    """stack: the operands are entries along a new axis; their own axes are the same in all of them."""
     out = site.out
     new = site.constant(1, "dim", 0) % out.ndim
     kept = [dim for dim in range(out.ndim) if dim != new]
@@ -187,7 +187,7 @@ def stack(site: Site) -> Iterator[Relation]:
 def _sliced(
     site: Site, x: Axis, out: Axis, taken: slice, paths: tuple[tuple[str | int, ...], tuple[str | int, ...]]
 ) -> Iterator[Relation]:
-    """One axis under a slice; ``paths`` say where the call states the slice's two ends."""
+    """Yield the relations between an axis and a slice of it; ``paths`` are the places of the slice's start and stop."""
     numbers: list[Any] = [site.number(entry) for entry in (taken.start, taken.stop)]
     if any(isinstance(entry, fx.Node) for entry in (*numbers, taken.step)):
         yield Opaque(x, "a part of computed size is taken")
@@ -200,7 +200,7 @@ def _sliced(
         yield Same(x, out)
         yield from (_end(x, size, *end) for end in ends if end[2])
     elif 1 < step < size and size % step == 0 and start < step and len(range(start, stop, step)) == size // step:
-        yield Grouped(x, out)  # what the call states of it are no more than its ends
+        yield Grouped(x, out)  # the start and the stop of such a slice hold for a narrowed axis, too
     elif step != 1 or stop <= start:
         yield Opaque(x, "a slice with a step takes only some of its entries (as x[..., ::2] does)")
         yield Opaque(out, "it is a slice with a step of another axis (as x[..., ::2] is)")
@@ -212,7 +212,7 @@ def _sliced(
 def _end(
     x: Axis, size: int, end: int, value: int, computed: tuple[fx.Node, ...], path: tuple[str | int, ...]
 ) -> SizeStated:
-    """Where a slice begins or ends, counted from the front or, where the value is negative, from the back."""
+    """Return the size that the start or stop of a slice states: entries in front of it or, if negative, behind it."""
     start, stop = (0, end) if value >= 0 else (end, size)
     return SizeStated(x, path, start, stop, computed=computed)
 

@@ -1,4 +1,7 @@
-"""Rows that are picked and put back: indices that are computed, masks, scatter and gather. What is not picked along passes through."""
+"""Rules for picking entries and putting them back: computed indices, masks, gather, scatter.
+
+Axes along which nothing is picked pass through.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _PICKED = "entries of it are picked by computed indices"
 
 
 def computed_indexing(site: Site, entries: Sequence[Any]) -> Iterator[Relation]:
-    """x[i], x[mask], x[:, i]: axes that are taken whole are kept, those that computed indices or masks stand for are not."""
+    """x[i], x[mask], x[:, i]: whole axes are kept, and all other axes are opaque."""
     x, out = site.x, site.out
     kept = _kept_axes(x.ndim, entries)
     yield from _picked(x, kept)
@@ -23,12 +26,12 @@ def computed_indexing(site: Site, entries: Sequence[Any]) -> Iterator[Relation]:
 
 
 def aten_index(site: Site) -> Iterator[Relation]:
-    """x[[None, i, ...]]: one index for every axis, None for an axis that is taken whole."""
+    """x[[None, i, ...]]: one index for every axis, None for a whole axis."""
     yield from computed_indexing(site, _as_entries(site.argument(1, "indices")))
 
 
 def index_put(site: Site) -> Iterator[Relation]:
-    """x with values put (or added) where indices or a mask say; the values' last axes are those of x[indices]."""
+    """x with values put (or added) at indices or a mask; the last axes of the values are those of x[indices]."""
     x, out, values = site.x, site.out, site.operand(2, "values")
     kept = _kept_axes(x.ndim, _as_entries(site.argument(1, "indices")))
     yield from _picked(x, kept)
@@ -40,7 +43,7 @@ def index_put(site: Site) -> Iterator[Relation]:
 
 
 def picking(site: Site) -> Iterator[Relation]:
-    """index_select, index_add, index_copy, index_fill: entries along ``dim`` are picked; every other axis is common to all."""
+    """index_select, index_add, index_copy, index_fill: entries along ``dim`` are picked; other axes are the same in all tensors."""
     x, out = site.x, site.out
     dim = site.constant(1, "dim") % x.ndim
     source = site.operand(3, "source")
@@ -50,9 +53,9 @@ def picking(site: Site) -> Iterator[Relation]:
 
 
 def scattering(site: Site) -> Iterator[Relation]:
-    """gather, scatter, scatter_add, scatter_reduce: entries along ``dim`` change places by an index of as many axes as x.
+    """gather, scatter, scatter_add, scatter_reduce: an index with as many axes as x moves entries along ``dim``.
 
-    Any other axis is common to all that are equally long there.
+    Any other axis is the same in all tensors that have the same length there.
     """
     x, out, index = site.x, site.out, site.operand(2, "index")
     if index is None or index.ndim != x.ndim:
@@ -72,12 +75,12 @@ def scattering(site: Site) -> Iterator[Relation]:
 
 
 def where_true(site: Site) -> Iterator[Relation]:
-    """nonzero, argwhere, masked_select: what comes out is as long as there are entries that are picked."""
+    """nonzero, argwhere, masked_select: the output has as many entries as are picked."""
     yield from site.all_opaque("entries are picked by where they are not zero")
 
 
 def is_computed(entry: Any) -> bool:
-    """Whether an index is a tensor."""
+    """Return whether an index is a tensor."""
     return isinstance(entry, fx.Node) and isinstance(entry.meta.get("val"), Tensor)
 
 
@@ -90,10 +93,10 @@ def _picked(x: Operand, kept: Sequence[int | None]) -> Iterator[Relation]:
 
 
 def _kept_axes(ndim: int, entries: Sequence[Any]) -> list[int | None]:
-    """For every axis of x[entries] the axis of x that it is, whole; None where it is none.
+    """Return, for every axis of x[entries], the whole axis of x that it is; None if it is not a whole axis of x.
 
-    Indices that are tensors broadcast against each other. Their axes stand where the first of them stands, or in front where
-    something stands between them (NumPy's rule).
+    Indices that are tensors are broadcast against each other. The axes of the result take the place of the first of these
+    indices, or come first if something stands between the indices (NumPy's rule).
     """
     given = list(entries)
     if Ellipsis not in given:
@@ -115,7 +118,7 @@ def _kept_axes(ndim: int, entries: Sequence[Any]) -> list[int | None]:
 
 
 def _stands_for(entry: Any) -> int:
-    """How many axes of the tensor an index stands for: a mask for as many as it has."""
+    """Return how many axes of the tensor an index stands for. A mask stands for as many as it has itself."""
     if entry is None:
         return 0
     mask = is_computed(entry) and entry.meta["val"].dtype in (torch.bool, torch.uint8)
@@ -123,7 +126,7 @@ def _stands_for(entry: Any) -> int:
 
 
 def _index_axes(entry: Any) -> int:
-    """How many axes an index has once a mask is the list of what it picks."""
+    """Return how many axes an index has. A mask counts as the list of the entries that it picks, which has one axis."""
     if isinstance(entry, int):
         return 0
     value = entry.meta["val"]

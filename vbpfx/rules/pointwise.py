@@ -1,4 +1,4 @@
-"""Operators that treat every element by itself."""
+"""Rules for operators that treat every element by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vbpfx.rules.axes import Relation, Same, Site
 
 
 def elementwise(site: Site) -> Iterator[Relation]:
-    """out[i] = f(x[i], ...): axes pair up from the right; an axis of length 1 broadcasts and says nothing."""
+    """out[i] = f(x[i], ...): axes pair up from the right; an axis that is broadcast has no relation to the output."""
     out = site.out
     for operand in site.operands:
         for back in range(1, min(operand.ndim, out.ndim) + 1):
@@ -17,7 +17,7 @@ def elementwise(site: Site) -> Iterator[Relation]:
 
 
 def unchanged(site: Site) -> Iterator[Relation]:
-    """Another type, device or layout of the same values; a second tensor only says which."""
+    """The same values in another type, device or layout, which a second tensor may give."""
     yield from (Same(a, b) for a, b in zip(site.x.axes, site.out.axes, strict=True))
 
 

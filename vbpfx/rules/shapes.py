@@ -1,4 +1,4 @@
-"""Other shapes for the same elements: permutations, views, expansions."""
+"""Rules for operators that give the same elements another shape: permutations, views, expansions."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def regrouping(site: Site) -> Iterator[Relation]:
     """view, reshape, flatten, squeeze...: the same elements in the same order under another shape.
 
     Input axis i is output axis j exactly if they have the same length and the axes before them hold the
-    same number of elements. What the call states of the output's size must follow the axis: an integer
-    is rewritten, a size read elsewhere must be the size of the same axis.
+    same number of elements. A size that the call states has to change with its axis: an integer is rewritten,
+    and a size that was read from a tensor must be the size of the same axis.
     """
     x, out = site.x, site.out
     kept = _kept_whole(x.shape, out.shape)
@@ -70,7 +70,7 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for dim, position in kept.items():
         yield Same(x.axis(dim), out.axis(position))
         yield from _stated(site, out, position)
-    for rows, apart in ((out, x), (x, out)):  # samples and tokens as rows, and back
+    for rows, apart in ((out, x), (x, out)):  # samples and tokens merged into rows, and the way back
         if rows.ndim > 1 and apart.ndim > 2 and rows.shape[0] == apart.shape[0] * apart.shape[1]:
             yield Merged(rows.axis(0), apart.axis(0), apart.axis(1))
     name = site.name
@@ -98,7 +98,7 @@ def expansion(site: Site) -> Iterator[Relation]:
 
 
 def repetition(site: Site) -> Iterator[Relation]:
-    """repeat, tile: axes pair up from the right; one that is repeated once is kept."""
+    """repeat, tile: axes pair up from the right; an axis whose repeat count is 1 is kept."""
     x, out = site.x, site.out
     for back in range(1, out.ndim + 1):
         if back <= x.ndim and x.shape[-back] == out.shape[-back] != 1:
@@ -110,7 +110,7 @@ def repetition(site: Site) -> Iterator[Relation]:
 
 
 def repetition_of_entries(site: Site) -> Iterator[Relation]:
-    """repeat_interleave: every entry along ``dim`` several times; other axes are kept."""
+    """repeat_interleave: every entry along ``dim`` is repeated in place; other axes are kept."""
     x, out = site.x, site.out
     dim = site.constant(2, "dim")
     if dim is None or len(site.operands) > 1:
@@ -125,7 +125,7 @@ def repetition_of_entries(site: Site) -> Iterator[Relation]:
 
 
 def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
-    """What the call's size arguments say of one output axis."""
+    """Yield the relations that the call's size arguments give for one output axis."""
     axis = out.axis(dim)
     for at, path, value in _size_arguments(site, out.ndim):
         read = site.size_read(value)
@@ -147,7 +147,10 @@ def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
 
 
 def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[int | None, tuple[str | int, ...], Any]]:
-    """Every size that a call states: of which output axis (None: all of them in one value), where, and what."""
+    """Yield each size that a call states: the output axis, the place of the argument, and its value.
+
+    The axis is None if one value states the sizes of all axes.
+    """
     args, stated = site.node.args, site.operator.sizes
     if stated is None:
         return
@@ -166,7 +169,7 @@ def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[int | None, tuple[s
 
 
 def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
-    """Input axis -> output axis, for the axes a reshape leaves whole."""
+    """Return input axis -> output axis, for the axes that a reshape keeps whole."""
     starts = {}
     ahead = 1
     for dim, size in enumerate(after):
@@ -183,11 +186,11 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
 
 
 def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], dict[int, int]]:
-    """Input axis -> the first of the two output axes that it becomes, where readers take one of them apart.
+    """Return input axis -> the first of the two output axes that it is split into, for packed gates and maxout.
 
-    First those that become (k, d): k parts of d channels, side by side. Then those that become (d, k): d channels of k
-    entries, interleaved. Every reader takes one of the k entries, or makes one of all k. That is a packed gate, or maxout.
-    Attention's heads look alike but go on side by side: no single entry is read.
+    The first dict holds the axes that become (k, d): k parts of d channels, side by side. The second holds those that
+    become (d, k): d channels of k entries, interleaved. In both, every reader takes one of the k entries, or reduces all k
+    to one. Attention's heads have the same shapes, but no reader takes single entries of them.
     """
     stacked: dict[int, int] = {}
     grouped: dict[int, int] = {}
@@ -203,7 +206,7 @@ def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], 
 
 
 def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
-    """Whether a call reads single entries along an axis, or makes one of all; never does the axis itself go on."""
+    """Return whether a call takes single entries along an axis, or reduces it, so that its value lacks the axis."""
     name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
     if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
         return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
@@ -225,7 +228,7 @@ def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
 
 
 def _order(name: str, site: Site, ndim: int) -> list[int]:
-    """order[i] is the input axis that becomes output axis i."""
+    """Return the list whose entry i is the input axis that becomes output axis i."""
     order = list(range(ndim))
     if name == "permute":
         dims = site.constant(1, "dims")

@@ -1,4 +1,4 @@
-"""What an operator is: a row of the operator table, with a rule for its axes and with its traits.
+"""A row of the operator table: an operator's rule for axes, and its traits.
 
 The rows are in :mod:`vbpfx.rules.ops`. Code that depends on what an operator is asks :func:`operator_of` for its row.
 """
@@ -42,20 +42,20 @@ class Operator:
         view: the value may share memory with the first operand.
         hands_on: in eval mode the value equals the first operand.
         casts: the value is the first operand in another type, on another device or in another layout.
-        affine: every entry of the value is one entry of the first operand, times a scale, plus a shift. It need not be stated
-            beside ``view`` or ``hands_on``.
+        affine: every entry of the value is one entry of the first operand, times a scale, plus a shift. This need not be set
+            if ``view`` or ``hands_on`` is.
         joins: how the call combines its operands: ``"addition"`` (x + y), ``"sum"`` (a sum with signs or factors, or entries of one
             operand put among those of another), ``"product"`` (x * y), ``"quotient"`` (x / y).
         in_place: the call changes its first operand, though its name does not end with an underscore.
         reshapes: the in-place form of the operator changes sizes or strides of its operand.
         takes_apart: the value is a tuple, and the rule describes its entries.
-        transposes: the value of a matrix is its transpose, unless the arguments say otherwise.
+        transposes: if the operand is a matrix, the value is its transpose, unless the arguments say otherwise.
         aggregates: one entry is computed from all entries along an axis.
         statistic: which sum over an axis the call takes, if constant channels can be added to it afterwards.
-        keeps_axis: the axis along which entries are compared is an axis of the value, too.
+        keeps_axis: the value still has the axis along which entries are compared.
         reads: ``"sizes"`` if the value is the shape of a tensor or one of its sizes; ``"kind"`` if it is a number or a flag that
             does not depend on sizes.
-        form_of: the position of an operand of which the call uses sizes, type or device, but no values.
+        form_of: the position of an operand whose sizes, type or device the call uses, but not its values.
         reads_sizes: the rule interprets sizes among the arguments.
         sizes: the argument that states the sizes of the value.
         dim: the argument that names the axis; a number if the axis is always the same.
@@ -100,7 +100,7 @@ _UNKNOWN_ATTRIBUTE = Operator(view=True)
 
 
 def enter(operator: Operator, spellings: Iterable[Any]) -> None:
-    """Enter a row under every spelling of its operators. It replaces the row that a spelling has."""
+    """Enter a row under every spelling of its operators. A row that a spelling already has is replaced."""
     _TABLE.update(dict.fromkeys(spellings, operator))
 
 
