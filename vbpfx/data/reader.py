@@ -1,4 +1,4 @@
-"""What a reader of data provides, and what it is asked for."""
+"""The interface of a reader of data: the request that it gets, and the record that describes it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class DataReader:
 
     Attributes:
         about: the kind of data, such as "a folder of images".
-        read: (path, model, how to read) -> the data, or a CalibrationError.
-        suffixes: the suffixes of its files. None if it reads folders.
-        options: the names of the arguments of :func:`vbpfx.open_data` that only some kinds of data have, this one among them.
+        read: a function of the path, the model and a :class:`Reading`. It returns the data, or raises a CalibrationError.
+        suffixes: the suffixes of the files that it reads; None if it reads folders.
+        options: the arguments of :func:`vbpfx.open_data` that this kind of data supports and some other kinds do not.
     """
 
     about: str

@@ -30,13 +30,13 @@ def data_for_file(
 ) -> ArrayBatches | Data:
     """Read the samples at a path in batches for an ONNX file, with the file's own batch size if that is fixed.
 
-    An array of an ``.npz`` belongs to the input of the same name. It has the input's axes, with all samples on the
-    input's batch axis. The batch axis is known by its name, which is the same in all inputs. Or all arrays have one
-    axis more in front, and each entry along it is a batch. An array without a batch axis, such as a number, is passed
-    with every batch.
+    An array of an ``.npz`` belongs to the input of the same name. It has the axes of the input, with all samples along
+    the batch axis. The batch axis has the same name in all inputs. Alternatively, all arrays have an extra axis in
+    front, and each entry along it is a batch. An array without a batch axis, such as a number, is passed with every
+    batch.
 
-    A folder of images is read for a file with one input of (samples, channels, height, width). If the file does not
-    state these sizes, pass ``shape``.
+    A folder of images can be read if the file has one input of (samples, channels, height, width). If the file does
+    not state these sizes, pass ``shape``.
 
     Args:
         path: the ONNX file.

@@ -1,7 +1,7 @@
-"""The table of ONNX operators: which function makes the torch calls that compute the same.
+"""The table of ONNX operators, with the function that translates each one into calls of torch functions.
 
-The rows are in the files of the operators' kinds. An operator goes by its name, and by ``domain.name`` in other domains than ONNX's
-own.
+The rows are in one file for each kind of operator. An operator is listed under its name, or under ``domain.name`` if its domain is
+not ONNX's own.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ _OPERATORS: dict[str, Translation] = {**ELEMENTWISE, **LAYERS, **SHAPES, **REDUC
 
 
 def name_of(op_type: str, domain: str) -> str:
-    """Return the name by which the table has an operator."""
+    """Return the name under which the table lists an operator."""
     return op_type if domain in ("", "ai.onnx") else f"{domain}.{op_type}"
 
 
 def translation_of(node: ir.Node) -> Translation | None:
-    """Return what makes the torch calls for a node; None if the table does not have its operator."""
+    """Return the function that translates a node into torch calls; None if the table does not have its operator."""
     return _OPERATORS.get(name_of(node.op_type, node.domain))
 
 
 def register_onnx_operator(translation: Translation, *op_types: str, domain: str = "") -> None:
-    """Add ONNX operators that the table lacks, so that :func:`vbpfx.prune_onnx` narrows what they read and make.
+    """Add ONNX operators to the table, so that :func:`vbpfx.prune_onnx` can narrow the tensors that they read and return.
 
-    The file still has to run in ONNX Runtime, so this is for operators that ONNX Runtime knows and vbpfx does not: contributed ones
-    (``com.microsoft``), those of ``ai.onnx.ml``, new ones of ONNX. What the call returns is compared with ONNX Runtime when a file is
-    read. See ``docs/adding_an_operator.md``.
+    The file still has to run in ONNX Runtime, so this is for operators that ONNX Runtime knows and vbpfx does not: contributed
+    operators (``com.microsoft``), operators of ``ai.onnx.ml``, new operators of ONNX. When a file is read, the values that the
+    translation computes are compared with ONNX Runtime's. See ``docs/adding_an_operator.md``.
 
     Args:
         translation: a function of a :class:`~vbpfx.onnx_graph.builder.Builder`, which gives access to one node of the file: its inputs as
             tensors (``b.tensor(0)``), its attributes (``b.attribute("alpha", 1.0)``), and ``b.emit(function, *arguments)``, which adds a
-            call of a torch function to the graph and returns its value. It returns the value of the node, or the tuple of its values.
-            :class:`vbpfx.CaptureError` says that this form of the operator is not supported: then nothing around the node is narrowed.
+            call of a torch function to the graph and returns its value. The translation returns the value of the node, or a tuple
+            of its values. It raises :class:`vbpfx.CaptureError` if it does not support this form of the operator; then no tensor
+            that the node reads or returns is narrowed.
         op_types: the operators' names.
-        domain: their domain; by default ONNX's own.
+        domain: the operators' domain; by default ONNX's own.
 
     Raises:
-        AnalysisError: no function or no name is given, or the table has the operator already.
+        AnalysisError: no function or no name is given, or the table already has the operator with another translation.
     """
     if not callable(translation) or not op_types or not all(isinstance(name, str) for name in op_types):
         raise AnalysisError(

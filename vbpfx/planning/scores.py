@@ -31,10 +31,10 @@ def score(criterion: str | Criterion, about: Scoring) -> Tensor:
 
     Args:
         criterion: the name of a criterion, or the user's own function.
-        about: the block.
+        about: the block, with its statistics and weights.
 
     Raises:
-        BudgetError: the user's function returned something else than one finite number per neuron.
+        BudgetError: the user's function did not return one finite number per neuron.
         CalibrationError: a named criterion cannot rank the neurons, or gave scores that are not finite, because of the
             block's weights or statistics.
     """

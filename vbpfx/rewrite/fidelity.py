@@ -1,9 +1,9 @@
 """Fidelity: compare the captured graph with the model itself, before any statistics are gathered.
 
-A trace follows one batch. Whatever the model's code decides by that batch's sizes or values, or keeps from one call to
-the next, is fixed in the graph. So graph and model are also compared on other batches: with another number of samples,
-with the sizes of later batches, and with other sizes that the model accepts. A copy of the model runs, so the model is
-not changed.
+A trace follows one batch. Decisions that the model's code makes by that batch's sizes or values, and state that it keeps
+between calls, are fixed in the graph. Therefore graph and model are also compared on other batches: with another number
+of samples, with the sizes of later batches, and with other sizes that the model accepts. A copy of the model runs, so
+the model is not changed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vbpfx.graph.run import outputs_of
 from vbpfx.graph.source import line_of_node
 from vbpfx.outputs.differences import relative_error, tolerance_of
 
-# Other sizes are tried on this many samples, and for at most this many groups of axes.
+# The number of samples on which other sizes are tried, and the largest number of groups of axes that are tried.
 _SAMPLES, _MOST_GROUPS = 2, 6
-# At most this many further batches are run.
+# The largest number of further batches that are run.
 _MOST_OTHERS = 4
-# A large size is also tried this much larger: sizes of images are often multiples of it.
+# The increment by which large sizes are tried, because sizes of images are often multiples of it.
 _STEP = 32
 _WITHOUT_A_LOOP = (
     "Compute all samples at once there, without a loop over them and without their number in arithmetic, so that the graph holds "
@@ -43,11 +43,10 @@ def capture_faithfully(
 ) -> Captured:
     """Capture a model, and check the graph against it.
 
-    The data may have several sizes where fx's tracer fixed one. Then ``torch.export`` is tried, which can leave a size
-    open.
+    fx's tracer may fix a size that differs between batches. Then ``torch.export`` is tried, which can leave a size open.
 
     Args:
-        model: it is not changed.
+        model: the model, which is not changed.
         example: one batch, of which ``samples`` samples are kept.
         others: further batches, which may have other sizes.
         frontend: see :func:`vbpfx.capture`.
@@ -73,7 +72,7 @@ def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
     """Warn if one integer per sample is left out of a batch as labels, although the model runs with it as an argument.
 
     Args:
-        model: it is not changed.
+        model: the model, which is not changed.
         batch: a batch as the data yields it.
     """
     found = left_out(batch, model)
@@ -89,12 +88,12 @@ def warn_of_what_is_left_out(model: nn.Module, batch: Any) -> None:
 
 
 def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) -> Captured:
-    """Check a captured graph against the model; return it with a record of sizes that only the graph has fixed.
+    """Check a captured graph against the model, and return it with a record of the input sizes that only the graph fixes.
 
     Args:
         model: the model that was captured.
         captured: the graph.
-        others: further batches of the data; a few samples of each are run.
+        others: further batches of the data, a few samples of which are run.
 
     Raises:
         CaptureError: see :func:`capture_faithfully`.
@@ -103,7 +102,7 @@ def hold(model: nn.Module, captured: Captured, others: Iterable[Inputs] = ()) ->
 
 
 class _Held:
-    """A copy of the model and its graph, run side by side."""
+    """Runs a copy of a model and its graph on the same inputs, and compares them."""
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
         self.model, self.captured, self.inputs = model, captured, captured.inputs
@@ -119,7 +118,7 @@ class _Held:
             self._require_no_state(expected)
             if self._difference(self.inputs):
                 self._require_shapes(expected)
-                return self.captured  # random numbers, or a fast path: verify reports which
+                return self.captured  # because of random numbers or a fast path: verify reports which
             if self.captured.batch is not None:
                 self._require_any_batch()
             for other in _unlike(self.inputs, others):
@@ -282,7 +281,7 @@ def _groups(together: list[tuple[Place, int]]) -> list[list[tuple[Place, int]]]:
 
 
 def _resized(inputs: Inputs, axes: Sequence[tuple[Place, int]], size: int) -> Inputs:
-    """Return the inputs with those axes repeated or cut to a length."""
+    """Return the inputs with the given axes repeated or cut to a length."""
     for place, axis in axes:
         along = replace(inputs, axes={place: axis}).resized(size)
         inputs = replace(along, axes=inputs.axes)

@@ -1,9 +1,9 @@
 """Run the reference and the narrowed network side by side, and compare them behind layers that read a narrowed axis.
 
-Graphs run node by node, so that both together hold no more values than each needs by itself. A model of its own class
-runs first, and hooks record the outputs of its layers. Both networks run in their own precision, or with all values,
-weights and folds in float64. In float64 a remaining difference is not due to rounding. Casts to another floating-point
-type are skipped there.
+Graphs run node by node, so that both together hold no more values than each needs by itself. If the narrowed network
+is a model in its own class, it runs first, and hooks record the outputs of its layers. Both networks run in their own
+precision, or with all values, weights and folds in float64. In float64, casts to another floating-point type are
+skipped, and a remaining difference is not due to rounding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Steps(fx.Interpreter):
         graph_module: the graph.
         inputs: the batch to run it on.
         dtype: the precision for all floating-point values; None keeps the network's own.
-        exact: ``id`` of a tensor -> a function that returns its value before rounding to the network's precision.
+        exact: ``id`` of a tensor of the graph -> a function that returns its value before rounding to the network's
+            precision.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class Behind:
 
     Attributes:
         block: the block's name.
-        found, expected: the output in the narrowed network and in the reference, of the channels that are left.
-            ``found`` is None if the narrowed network does not show it.
-        whole, without: the output of the reference's layer as it is, and with all channels of the block set to zero.
+        found, expected: the output in the narrowed network and in the reference, without removed channels. ``found`` is
+            None if the output was not recorded in the narrowed network.
+        whole, without: the output of the reference's layer, and its output with all channels of the block set to zero.
     """
 
     block: str
@@ -135,8 +136,8 @@ class Comparison:
     Args:
         captured: the dense graph.
         small: the narrowed graph, or the narrowed model in its own class and already in the requested precision.
-        plan: the plan that it was narrowed by.
-        inputs: the batch that both run on.
+        plan: the plan by which ``small`` was narrowed.
+        inputs: the batch on which both networks run.
         dtype: see :class:`Steps`. If it is given, the weights of a graph are narrowed and folded in float64.
 
     Attributes:
@@ -194,14 +195,14 @@ class Comparison:
 
 
 class _GraphSide:
-    """A narrowed graph that runs step by step, up to the layer that is asked for."""
+    """A narrowed graph that runs step by step, each time up to the next layer that reads a block."""
 
     def __init__(self, steps: Steps, readers: set[str], own: Mapping[str, fx.Node]) -> None:
         self._steps = steps
         self._reached = steps.until({_folded(node, own) for node in steps.nodes if node.name in readers})
 
     def at(self, name: str) -> Tensor:
-        """Return the value behind the next layer that reads a block. Callers ask for all of these layers, in order."""
+        """Return the output of the next layer that reads a block; ``name`` must be that layer's."""
         node = next(self._reached)
         value: Tensor = self._steps.env[node]
         return value
@@ -240,7 +241,7 @@ class _ClassSide:
         return hear
 
     def at(self, name: str) -> Tensor | None:
-        """Return the value behind a layer, or None if it was not recorded. Callers ask for a layer's calls in order."""
+        """Return the output of a layer's next call, or None if not all of its calls were recorded."""
         path = self._path.get(name)
         return self._heard[path].pop(0) if path is not None and path in self._whole else None
 
@@ -256,7 +257,7 @@ def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
 
 
 def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int, Callable[[], Tensor]]:
-    """Return ``id`` of each changed tensor of a narrowed network -> a function that computes it in float64."""
+    """Return a dict: ``id`` of a changed tensor of the narrowed network -> a function that computes it in float64."""
     dense, narrow, changes = named_tensors(captured.graph_module), named_tensors(small), Changes(plan)
 
     def wide(name: str) -> Tensor:
@@ -272,13 +273,16 @@ def _corrected(node: fx.Node) -> fx.Node:
 
 
 def _folded(node: fx.Node, own: Mapping[str, fx.Node]) -> fx.Node:
-    """Return the node that adds a new bias to a matrix product of the narrowed graph; without one, the layer itself."""
+    """Return the node that adds a new bias to a layer of the narrowed graph, or the layer if no bias was added.
+
+    Only a matrix product gets its new bias from a node of its own.
+    """
     users = [user for user in node.users if user.name not in own and user.target is torch.add]
     return users[0] if operator_of(node).rule is matrix_product and len(node.users) == len(users) == 1 else node
 
 
 def _behind_insertions(node: fx.Node, own: Mapping[str, fx.Node]) -> str:
-    """Return the name of the captured graph's node in front of the calls that were inserted behind it."""
+    """Follow inserted calls back to a node of the captured graph, and return that node's name."""
     while node.name not in own:
         node = node.all_input_nodes[0]
     return node.name

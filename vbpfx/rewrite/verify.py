@@ -1,4 +1,4 @@
-"""Verify: the substitution oracle.
+"""Verify a pruned network against the substitution oracle.
 
 The *reference* (:mod:`vbpfx.rewrite.substitute`) is the dense graph in which the removed channels h_P are replaced by
 the plan's a + B h_K at every consumer's input. The pruned network must equal it up to rounding. This needs no trained
@@ -27,8 +27,8 @@ from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
 from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
 
-# How far a rewrite that is right in float64 may differ, in multiples of the dense network's own rounding error. The
-# pruned network and the reference each have a rounding error of that kind, with sums over fewer and larger terms.
+# How much a rewrite that is right in float64 may differ from the reference, in multiples of the dense network's own
+# rounding error. The pruned network and the reference each have such an error, with sums over fewer and larger terms.
 LOSSES = 4.0
 
 
@@ -39,10 +39,11 @@ class Verification:
     Attributes:
         error: the largest |pruned - reference| over the outputs, relative to the largest |reference|.
         effect: the same between the dense network and the reference, that is, how much the substitution changes at all.
-            If it is below ``error``, the comparison of the outputs proves nothing (zero-initialised branches).
+            If it is not above ``error``, as with zero-initialised branches, the comparison of the outputs proves
+            nothing.
         capture: the same between the captured dense graph and the model itself in eval mode.
         tolerance: the bound that ``error`` and ``capture`` had to meet.
-        dtype: the precision in which both ran.
+        dtype: the precision in which both networks ran.
         refits: the largest relative difference between a corrected weight and the one that follows from the plan.
         behind: the largest |pruned - reference| behind the layers that read a block, relative to the largest
             |reference| there. None if that was not compared, because the network is not a graph with the dense
@@ -77,7 +78,7 @@ class Verification:
         return not self.unproven
 
     def in_words(self) -> str:
-        """Return a line about what was not proven, or not at the output; "" if the output proves everything."""
+        """Return a line about what was not proven, or not proven at the output; "" if the output proves everything."""
         parts = []
         if self.hidden and self.behind is not None and not self.unproven:
             parts.append(
@@ -106,7 +107,7 @@ def verify(
     Args:
         captured: the dense graph.
         small: the pruned GraphModule, or the pruned model in its own class.
-        plan: the plan that it was narrowed by.
+        plan: the plan by which ``small`` was narrowed.
         example_inputs: one batch. By default the batch that the model was captured with, with one more sample if the
             graph accepts any number of samples.
         tolerance: the largest relative error. By default it depends on the model's precision: 1e-4 in float32, 1e-9 in
@@ -155,7 +156,7 @@ def verify(
     try:
         found = judge(outputs, plan, tolerance=bound)
         doubtful = (seen.behind or 0.0) > max(bound, allowed) or precision in (torch.bfloat16, torch.float16)
-        # The second case is a class, of which only the output was compared, and the output proves nothing.
+        # The second case is a model in its own class: only its outputs were compared, and these prove nothing.
         if doubtful or (found.unproven and seen.errors is None):
             exact = require_exact(captured, small, plan, inputs)
     except (_ImpreciseError, _UnlikeModelError) as large:

@@ -16,8 +16,8 @@ class Compiled(ABC):
     """A network compiled for inputs of fixed shapes.
 
     Attributes:
-        size: the bytes of the file that would be shipped; None if there is none.
-        file: the file that would be shipped, if the runtime can load it again. It exists as long as this object.
+        size: the size in bytes of the file that would be shipped; None if there is no such file.
+        file: the file that would be shipped; None if the runtime cannot load it again. It exists as long as this object.
     """
 
     size: int | None = None
@@ -30,11 +30,11 @@ class Compiled(ABC):
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a runtime without its package.
+    """Facts about a runtime that are known without importing its package.
 
     Attributes:
         package: the package that has to be installed.
-        module: the module that is imported to see whether the package is installed; "" if it has the package's name.
+        module: the module that is imported to check that the package is installed; "" if it has the package's name.
         round_to: the ``round_to`` to pass to :func:`vbpfx.prune` for this runtime. At other widths, a layer is slower
             than its number of products suggests. It is 1 if all widths are about equally fast (docs/deployment.md,
             benchmarks/rounding.py).
@@ -51,7 +51,7 @@ class Runtime:
 
     Attributes:
         name: its name in ``vbpfx bench --runtime`` and ``latency_runtime=``.
-        about: its package, and the widths that are fast there.
+        about: its package, and the widths that are fast in it.
         compile: compiles a network in eval mode, given inputs with the shapes that it will get, and a number of threads
             (None for the runtime's own choice). It raises ExportError if the runtime does not accept the network.
         open: compiles an ONNX file in the same way; None if the runtime does not accept ONNX files.

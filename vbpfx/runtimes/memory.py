@@ -1,11 +1,11 @@
 """Measure the memory of a network in a runtime: the peak of a process that loads the shipped file and runs one batch.
 
 A new process is started. Its peak memory is read after the runtime and the inputs are loaded, and again after the
-batch. The difference is what the file takes, with everything that the runtime converts while loading it, and the
+batch. The difference is the memory of the weights, in the form to which the runtime converts them, and of the
 activations. It does not include the runtime itself, except for parts that the runtime loads with its first network.
 
 On Linux, the peak of the process's own memory (``VmHWM``) is used, and reset before the first reading. ``ru_maxrss``
-would not do, because a new program inherits its parent's value.
+cannot be used, because a new program inherits its parent's value.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vbpfx.data.inputs import LABELS, Labelled, model_dtype
 from vbpfx.data.reader import DataReader, Reading
 from vbpfx.errors import CalibrationError
 
-_BYTES = 8  # the largest size of a number that torch supports
+_BYTES = 8  # the size of the largest number type that torch supports
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Read the images of a folder. Pillow and torchvision are imported when a folder is opened, as other data does without."""
+"""Read the images of a folder. Pillow and torchvision are imported only then, because other data does not need them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions")
 
 @dataclass(frozen=True)
 class _File:
-    """The texts of a file, with their labels and their target texts, each only if all texts have one."""
+    """The texts of a file. Labels and target texts are None unless every text has one."""
 
     texts: Sequence[str]
     labels: Sequence[int] | None = None
@@ -125,10 +125,10 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # A tokenizer that is made from the configuration alone, without files, has only special tokens.
+        # Without files, transformers makes a tokenizer from the configuration alone, with only special tokens.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise OSError("there are no words in it")
-    except Exception as error:  # the hub, the files and the packages of a tokenizer may raise any exception
+    except Exception as error:  # loading a tokenizer may raise any exception
         raise CalibrationError(
             f"{folder} holds no tokenizer that can be loaded ({first_line(error)}); save it beside the model with "
             f"tokenizer.save_pretrained, or pass tokens as arrays: an .npz with input_ids and attention_mask"

@@ -1,7 +1,7 @@
 """The criterion ``"denoised_variance"``: a mixture of the variance and its part above the Marchenko-Pastur edge.
 
-DVBP (arXiv 2608.17657): (1 - p) C_jj + p D_jj, where D is the part of C above the edge, and p the share of neurons that is
-removed.
+DVBP (arXiv 2608.17657): (1 - p) C_jj + p D_jj, where D is the part of C above the edge, and p is the fraction of neurons
+that are removed.
 """
 
 from __future__ import annotations

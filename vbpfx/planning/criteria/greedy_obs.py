@@ -15,9 +15,9 @@ NEEDS_COVARIANCE = True
 
 
 def greedy_obs(about: Scoring) -> Tensor:
-    """Return the error in the consumers' outputs when each neuron is removed in its turn; (d,) float64.
+    """Return, for each neuron, the error in the consumers' outputs when its turn to be removed comes; (d,) float64.
 
-    The scores never fall in the order of removal.
+    In the order of removal, the scores never decrease.
     """
     order, costs = elimination_costs([(m.all_co.covariance.cpu(), weight) for m, weight in about.inputs])
     scores = torch.full((about.block.width,), torch.inf, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The criterion ``"magnitude"``: the squared L2 norm of all weights of the neuron.
 
-These are its rows in the producers and its columns in the consumers.
+The weights of a neuron are its rows in the producers and its columns in the consumers.
 """
 
 from __future__ import annotations

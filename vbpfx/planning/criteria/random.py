@@ -1,4 +1,4 @@
-"""The criterion ``"random"``: uniform, from a fixed seed; a baseline."""
+"""The criterion ``"random"``: uniform random scores from a fixed seed, as a baseline."""
 
 from __future__ import annotations
 

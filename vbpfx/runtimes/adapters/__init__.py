@@ -1,9 +1,11 @@
-"""The runtimes, one a file: the file's name is the runtime's.
+"""The adapters of runtimes, one per file. A file has the name of its runtime.
 
-An adapter says in ``ABOUT`` what is known without the runtime's package, which it imports in its functions. It has ``compile_file`` where
-the runtime takes ONNX files; otherwise ``compile_network``, and ``load_file`` where the runtime can load again what it made.
+Packages that vbpfx does not require are imported only inside functions, and ``ABOUT``
+(:class:`vbpfx.runtimes.interface.About`) does not need them. An adapter has ``compile_file`` if the runtime accepts ONNX
+files. Otherwise it has ``compile_network`` and, if the runtime can load a compiled file again, ``load_file``.
 
-Only the names are found here, so that the command line can list them without PyTorch. :mod:`vbpfx.runtimes.table` imports the files.
+Only the names are listed here, so that the command line can show them without importing PyTorch.
+:mod:`vbpfx.runtimes.table` imports the files.
 """
 
 import pkgutil

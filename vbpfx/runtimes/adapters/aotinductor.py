@@ -1,4 +1,4 @@
-"""AOTInductor: a network compiled ahead of time with Inductor, as a package that runs without a compiler."""
+"""AOTInductor: Inductor compiles a network ahead of time to a package, which runs without a compiler."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Inductor(Compiled):
 def compile_network(network: nn.Module, inputs: Inputs, threads: int | None = None) -> Compiled:
     """Export a network, and compile the program.
 
-    Dynamo gives up on code that it has compiled for many networks. An exported program is always new code.
+    The network is exported first because Dynamo stops compiling code that it has already compiled for many networks.
+    An exported program is always new code.
     """
     with torch_threads(threads), torch.no_grad():
         program = export_static_program(network, inputs).module(check_guards=False)
