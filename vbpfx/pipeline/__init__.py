@@ -1,1 +1,1 @@
-"""Every way in, side by side: models, ONNX files, weight files, exported programs, and the pass for pass managers."""
+"""The functions that prune: models in memory, ONNX files, weight files, exported programs, and the pass for pass managers."""

@@ -1,4 +1,4 @@
-"""Gathering: calibration data, gone through once, for all that the stages behind it need."""
+"""Run calibration: one pass over the data gathers everything that the later stages need."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from vbpfx.planning.options import in_words
 from vbpfx.reconstruction.influence import Gradients, Influence, is_differentiable
 from vbpfx.reconstruction.kept import Keeping
 
-# Runs one batch for the observers of a prepared graph.
+# A function that runs one batch and gives the observers of a prepared graph their values.
 Run = Callable[[Inputs], None]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data, and how it is gone through.
+    """Calibration data, and the settings of the pass over it.
 
     Attributes:
-        batches: gone through once.
-        total: how many batches there are, where that is known.
+        batches: the batches. They are iterated over once.
+        total: the number of batches; None if it is not known.
         mask, progress, ranks, checkpoint, checkpoint_every, compile: see :func:`vbpfx.prune`.
     """
 
@@ -52,12 +52,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What calibration gives.
+    """The result of calibration.
 
     Attributes:
-        statistics: of the blocks.
-        samples: those that were kept.
-        influence: of the layers that are fitted, on these samples.
+        statistics: the statistics of the blocks.
+        samples: the samples that were kept.
+        influence: layer to fit -> how much errors in its output count, measured on these samples.
     """
 
     statistics: Statistics
@@ -73,23 +73,24 @@ def run_calibration(
     calibration: Calibration,
     strategy: Strategy,
 ) -> CalibrationResult:
-    """Calibration: every batch once, for statistics; the first samples for gradients, too, and kept.
+    """Run every batch once to gather statistics. Keep the first samples, and take gradients on them if layers are fitted.
 
     Args:
-        captured: the dense graph, and ``observed`` the same with observers.
-        run: what runs a batch for the observers; the graph itself where this is None.
-        read: makes the arguments of a forward call of a batch.
+        captured: the dense graph.
+        observed: the dense graph with observers.
+        run: runs a batch for the observers. With None, ``observed`` itself runs.
+        read: turns a batch into the arguments of a forward call.
     """
     gradients = None
     if strategy.layers and is_differentiable(captured, strategy.layers, strategy.at_once):
-        reading = {c.node for block in strategy.blocks for c in block.consumers}  # where neurons are chosen
+        reading = {c.node for block in strategy.blocks for c in block.consumers}  # neurons are chosen at these layers
         gradients = Gradients(captured, strategy.layers, observed, metrics=reading, at_once=strategy.at_once)
     passes = Forward(run) if run else forward_passes(observed, calibration.compile)
-    # a runtime hands out what the blocks' layers read when it is through
+    # a runtime returns the inputs of all consumer layers together, at the end of its run
     together = [source.node for block in strategy.blocks for source in block.sources] if run else []
     most = samples_in_a_pass(captured, strategy.pass_memory, together) if captured.divisible else None
     if most is not None and most > strategy.at_once:
-        most -= most % strategy.at_once  # gradients are taken of the same samples together, wherever batches are cut
+        most -= most % strategy.at_once  # so the groups of samples for gradients do not depend on how batches are cut
     keeping = Keeping(passes, strategy.samples, gradients, most=most)
     calibrate(
         observed,
@@ -115,7 +116,7 @@ def run_calibration(
 
 
 def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The batches one after the other; a CalibrationError for what holds none."""
+    """Return an iterator over the batches. Raise a CalibrationError if the data is one batch, or not iterable."""
     if isinstance(calibration, (Tensor, Mapping)):
         raise CalibrationError(f"calibration is one {type(calibration).__name__}; pass an iterable of batches: [batch]")
     try:
@@ -127,7 +128,7 @@ def require_batches(calibration: Iterable[Any]) -> Iterator[Any]:
 
 
 def first_batch(calibration: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and the data with that batch still in it; the data is gone through once."""
+    """Return the first batch, and an iterable over all batches, the first one included. The data is iterated over once."""
     iterator = require_batches(calibration)
     missing = object()
     first = next(iterator, missing)

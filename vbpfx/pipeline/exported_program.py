@@ -1,4 +1,4 @@
-"""ExportedProgram in, ExportedProgram out: in front of PT2E, ExecuTorch, AOTInductor and whatever else takes one."""
+"""prune_exported(): an ExportedProgram in, a smaller one out, for PT2E, ExecuTorch, AOTInductor and others that take one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def prune_exported(
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     **options: Any,
 ) -> ExportedProgram:
-    """Make an exported program smaller: :func:`vbpfx.prune` on its graph, exported anew.
+    """Make an exported program smaller: run :func:`vbpfx.prune` on its graph, and export the result.
 
-    The result stands for the program: arguments, their nesting, open sizes with their ranges, names in the state dict, and
-    the structure of the output are the same. A layer without a bias may get one, under its own name with ``.bias``. Its
-    graph is what ``torch.export.export`` makes, before decompositions: what PT2E's ``prepare_pt2e(program.module(), ...)``,
-    ``executorch.exir.to_edge_transform_and_lower``, ``torch._inductor.aoti_compile_and_package`` and
-    ``openvino.convert_model`` take.
+    The result can replace the program: the arguments, their nesting, the open sizes with their ranges, the names in the
+    state dict, and the structure of the output are the same. A layer without a bias may get one, named after the layer with
+    ``.bias``. The graph of the result is as ``torch.export.export`` makes it, before decompositions. PT2E's
+    ``prepare_pt2e(program.module(), ...)``, ``executorch.exir.to_edge_transform_and_lower``,
+    ``torch._inductor.aoti_compile_and_package`` and ``openvino.convert_model`` take such a graph.
 
-    For the plan and the report take the two steps by hand:
+    To get the plan and the report as well, call the two steps yourself:
 
     >>> import torch, vbpfx
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4)).eval()
@@ -39,16 +39,16 @@ def prune_exported(
     torch.Size([16, 8])
 
     Args:
-        program: as ``torch.export.export`` returned it, of a model in eval mode; it is left exactly as it was.
-        calibration: batches within the program's shapes and ranges; a program of one batch size takes batches of that size.
+        program: an exported program of a model in eval mode, as ``torch.export.export`` returned it. It is not changed.
+        calibration: batches within the program's shapes and ranges. If the program has a fixed batch size, they have that size.
         inputs: as for :func:`vbpfx.prune`.
-        options: the budget and all else that :func:`vbpfx.prune` takes.
+        options: the budget and all other arguments of :func:`vbpfx.prune`.
 
     Raises:
-        CaptureError: it is no such program, it was exported in training mode, or it writes to its buffers or inputs.
+        CaptureError: the program is not an exported one, was exported in training mode, or writes to its buffers or inputs.
         CalibrationError: a batch does not fit the program's arguments, shapes or ranges; the message counts batches from 1.
         ExportError: the smaller program cannot be exported.
-        VbpfxError: whatever else :func:`vbpfx.prune` raises.
+        VbpfxError: any other error of :func:`vbpfx.prune`.
     """
     contract = Contract.of(program)
     read = reader(contract.module, inputs)

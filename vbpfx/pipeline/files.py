@@ -1,9 +1,9 @@
-"""prune_files(): models that do not fit in memory, files in, files out.
+"""prune_files(): prune a model that does not fit in memory, from weight files to weight files.
 
 The model is captured on the meta device, where its weights take no memory. Calibration goes through the graph piece by piece
-(:mod:`vbpfx.pipeline.loading`): the weights of a piece are read when its turn comes. The plan is carried out tensor by tensor
-(:class:`vbpfx.rewrite.narrow.Changes`) and written shard by shard, and the substitution oracle reads both networks' weights
-piece by piece again, the pruned ones from the files that were written.
+(:mod:`vbpfx.pipeline.loading`): the weights of a piece are read just before it runs. Then the tensors are narrowed one by one
+(:class:`vbpfx.rewrite.narrow.Changes`) and written shard by shard. The substitution oracle again reads the weights of both
+networks piece by piece, those of the pruned network from the written files.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from vbpfx.storage.files import require_new, whole_folder
 from vbpfx.storage.tensors import INDEX, Stored, byte_count, write_shards
 
 _CPU = torch.device("cpu")
-_LARGEST_SHARD = 5 * 10**9  # what transformers wrote for years
-# What else of a folder of Hugging Face belongs to a model: its tokenizer, how it generates.
+_LARGEST_SHARD = 5 * 10**9  # for years the shard size of transformers
+# The other files of a Hugging Face folder that belong to a model, such as its tokenizer and generation settings.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 
 
@@ -60,8 +60,9 @@ class PrunedFiles(Result):
     """The result of :func:`prune_files`. Printing it shows the report.
 
     Attributes:
-        folder: where the pruned network is; :func:`vbpfx.load` reads it, and ``from_pretrained`` where ``hugging_face``.
-        plan, statistics, analysis, report, verification: what the stages made; the statistics hold no covariances.
+        folder: the folder of the pruned network. :func:`vbpfx.load` reads it; so does ``from_pretrained`` if
+            ``hugging_face`` is true.
+        plan, statistics, analysis, report, verification: what the stages made. The statistics hold no covariances.
         hugging_face: whether the folder has a ``config.json`` that describes the narrowed model.
     """
 
@@ -92,30 +93,32 @@ def prune_files(
 ) -> PrunedFiles:
     """Prune a model that does not fit in memory: :func:`vbpfx.prune` from files to files.
 
-    Results are those of :func:`vbpfx.prune` with the same options. Everything is computed on the CPU, in the precision that the
-    model was built in: float32 for a folder of Hugging Face, whatever its files hold; they are written in their own.
+    The result is the same as that of :func:`vbpfx.prune` with the same options. Everything is computed on the CPU, in the
+    precision that the model was built in. For a Hugging Face folder this is float32, whatever the precision of its files.
+    The weights are written in the precision of the files.
 
     Args:
-        model: a folder of Hugging Face (``config.json`` and safetensors, in one file or sharded), or a module that was
+        model: a Hugging Face folder (``config.json`` and safetensors, in one file or sharded), or a module that was
             built under :func:`vbpfx.without_weights`.
-        calibration: batches as :func:`vbpfx.prune` takes them; they are held in memory.
-        out: the folder to write, which must not be there yet: ``model.safetensors`` or shards and their index, the narrowed
-            ``config.json`` and the other small files of a folder of Hugging Face where the configuration can describe the
-            result (``uniform=True``), and what :func:`vbpfx.load` needs. It appears when all of it is written.
-        weights: with a module, the safetensors files that hold its state dict, or a folder of them.
+        calibration: batches as :func:`vbpfx.prune` takes them. They are held in memory.
+        out: the folder to write, which must not exist yet. It gets ``model.safetensors``, or shards and their index, and the
+            files that :func:`vbpfx.load` needs. If a Hugging Face configuration can describe the result (``uniform=True``),
+            it also gets the narrowed ``config.json`` and the other small files of the model's folder. The folder appears
+            when all files are complete.
+        weights: the safetensors files that hold the state dict of a module, or a folder of them.
         inputs, example_inputs, frontend, mask: see :func:`vbpfx.prune`.
-        memory: GiB for weights, and for what the batches hold between two pieces of the graph, half of it each. What PyTorch
-            needs by itself, one batch's activations, a block's covariance (where the options need it) and
-            the plan come on top. Where the batches do not fit, the graph is gone through several times.
-        shard_size: bytes of a shard, or ``"500MB"``; a shard is held in memory while it is written. By default half of
-            ``memory``, and 5 GB at most.
+        memory: GiB, half of them for weights and half for the values that the batches hold between two pieces of the graph.
+            PyTorch itself, one batch's activations, the plan, and a block's covariance if the options need it come on top.
+            If the batches do not fit, there are several passes through the graph.
+        shard_size: bytes of a shard, or text such as ``"500MB"``. A shard is held in memory while it is written. The default
+            is half of ``memory``, and 5 GB at most.
         progress: show bars on standard error.
-        verify: run the substitution oracle on what was written.
-        options: as for :func:`vbpfx.make_plan`; ``method`` is ``"vbp"`` by default. What needs the whole model is not offered:
-            reconstruction (``method="auto"`` with its own compensation), ``allocation="sensitivity"``, ``latency=``.
+        verify: run the substitution oracle on the written weights.
+        options: as for :func:`vbpfx.make_plan`. The default of ``method`` is ``"vbp"``. Options that need the whole model are
+            refused: reconstruction (``method="auto"`` with its own compensation), ``allocation="sensitivity"``, ``latency=``.
 
     Raises:
-        VbpfxError: one of its kinds, with what was found, where, and what to do. Nothing is left in ``out``.
+        VbpfxError: one of its subclasses. The message says what was found, where, and what to do. ``out`` is not created.
     """
     options.setdefault("method", "vbp")
     folder = Path(out)
@@ -141,10 +144,11 @@ class _WeightFiles(Source[Scored, PrunedFiles]):
 
     Args:
         hollow: the model.
-        example: what it is traced with; ``batches`` are the calibration data.
+        example: the inputs to trace with.
+        batches: the calibration data.
         out: the folder to write.
         memory: GiB, half of them for weights.
-        limit: bytes of a shard.
+        limit: the largest size of a shard, in bytes.
     """
 
     def __init__(
@@ -166,14 +170,14 @@ class _WeightFiles(Source[Scored, PrunedFiles]):
         self._loans = Loans(hollow.stored, hollow.names, hollow.buffers)
 
     def capture(self) -> Captured:
-        """The model as a graph on the meta device."""
+        """Return the model as a graph on the meta device."""
         captured = capture(self._hollow.model, self._example, frontend=self._frontend, samples=EXAMPLE_SAMPLES)
         example, *self._batches = [batch.along(captured.inputs) for batch in (self._example, *self._batches)]
         self._example = example.first(captured.inputs.batch_size or 0)
         return captured
 
     def observe(self, analysis: Analysis, strategy: Strategy) -> Scored:
-        """All batches piece by piece; blocks are scored when they have been passed."""
+        """Run all batches through the graph piece by piece. Score every block as soon as its statistics are complete."""
         self._streaming = Streaming(
             analysis, strategy.chosen, self._loans, self._batches,
             mask=self._mask, memory=self._memory, progress=self._progress,
@@ -181,24 +185,24 @@ class _WeightFiles(Source[Scored, PrunedFiles]):
         return self._streaming.score()
 
     def plan(self, analysis: Analysis, strategy: Strategy, observed: Scored, latencies: Latencies | None) -> Plan:
-        """The plan, with a second way through the graph where it needs one."""
+        """Make the plan. If its compensation needs covariances, this takes a second pass through the graph."""
         return self._streaming.plan(observed)
 
     @contextmanager
     def writing(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Iterator[None]:
-        """The narrowed weights, in a folder that takes its name when everything is in it."""
+        """Write the narrowed weights to a temporary folder, which is renamed to ``out`` when everything is in it."""
         self._own = _own_class(self._hollow, plan, self._loans)
         with whole_folder(self._out) as self._temporary:
             self._written = _write_weights(self._hollow, plan, self._own, self._temporary, self._limit)
             yield
 
     def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
-        """The substitution oracle, on the weights that were written."""
+        """Run the substitution oracle on the written weights."""
         written = Loans(Stored.of(self._temporary), self._written, self._hollow.buffers)
         return _verify(captured, small, plan, self._example, self._loans, written, self._memory)
 
     def result(self, made: Made) -> PrunedFiles:
-        """What belongs beside the weights: the report, the plan, the graph, the configuration."""
+        """Write the report, the plan, the graph and the configuration beside the weights."""
         hollow, folder = self._hollow, self._temporary
         dense, narrow = _stored_bytes(hollow, hollow.stored), _stored_bytes(hollow, Stored.of(folder))
         report = replace(made.report, size=(dense, narrow))
@@ -224,7 +228,7 @@ def _shard_limit(shard_size: int | str | None, memory: float) -> int:
 
 
 def _own_class(hollow: Weightless, plan: Plan, loans: Loans) -> nn.Module | None:
-    """The narrowed model in its own class, without weights, with the configuration that describes it; None without one.
+    """Return the narrowed model in its own class, without weights, or None if no configuration describes it.
 
     Raises:
         ArtifactError: ``uniform=True`` was asked for, and the configuration cannot describe the result.
@@ -234,7 +238,7 @@ def _own_class(hollow: Weightless, plan: Plan, loans: Loans) -> nn.Module | None
     norms = {reduction.module for entry in plan.blocks for reduction in entry.block.reductions if reduction.module}
     tried = [f"{path}.{name}" for path in norms for name, _ in hollow.model.get_submodule(path).named_parameters()]
     try:
-        with loans.lent(hollow.model, tried):  # what a norm computes is tried on numbers
+        with loans.lent(hollow.model, tried):  # apply_plan runs norms on numbers, which needs their weights
             own = apply_plan(hollow.model, plan)
     except ArtifactError:
         if plan.settings["uniform"]:
@@ -246,9 +250,9 @@ def _own_class(hollow: Weightless, plan: Plan, loans: Loans) -> nn.Module | None
 def _write_weights(
     hollow: Weightless, plan: Plan, own: nn.Module | None, folder: Path, limit: int
 ) -> Mapping[str, str]:
-    """Write the narrowed weights; returns name -> stored name."""
+    """Write the narrowed weights. Return name in the model -> stored name."""
     stored, changes = hollow.stored, Changes(plan)
-    # a tied tensor may be stored under another of its names than the plan's, or under several: one is written
+    # a tied tensor may be stored under several names, or under another name than in the plan: it is written once
     changed = {hollow.names[name]: name for name in changes.names if name not in changes.made}
     further_names = {name for name, source in hollow.names.items() if name != source}
     shapes = {
@@ -262,7 +266,7 @@ def _write_weights(
     for name, tensor in own.named_parameters() if own is not None else ():
         if (
             name not in shapes and name not in hollow.names
-        ):  # zeros, where a configuration knows biases on all layers or none
+        ):  # a bias of zeros, because the configuration puts biases on all layers or on none
             weight = f"{name.rpartition('.')[0]}.weight"
             further[name] = tensor.to(dense.get(weight, tensor.dtype))
 
@@ -278,7 +282,7 @@ def _write_weights(
 
 
 def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
-    """Bytes of a network whose files hold these tensors, with the buffers that no file holds."""
+    """Return the bytes of a network: its tensors in the files, and the buffers that no file holds."""
     further_names = {name for name, source in hollow.names.items() if name != source}
     own = {name: shape for name, shape in stored.shapes.items() if name not in further_names}
     return count_bytes({**own, **hollow.buffers})
@@ -288,14 +292,14 @@ def _stored_bytes(hollow: Weightless, stored: Stored) -> int:
 def _verify(
     captured: Captured, small: fx.GraphModule, plan: Plan, example: Inputs, dense: Loans, pruned: Loans, memory: float
 ) -> Verification:
-    """The substitution oracle, of which each network is run by itself."""
+    """Run the substitution oracle. Only one network has its weights in memory at a time."""
 
     def run(network: fx.GraphModule, loans: Loans) -> list[Tensor]:
         return Loading(runnable(network), loans, samples_of(captured), memory).run([example])[0]
 
     try:
         own = run_by_module(captured.reference, dense, example)
-    except Exception as failure:  # the model's own code raises whatever it raises
+    except Exception as failure:  # the model's own code may raise any exception
         raise VerificationError(
             f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "
             f"({first_line(failure)}): it reads weights of modules that it does not call; verify=False leaves the oracle out"
@@ -312,7 +316,7 @@ def _verify(
 
 
 def _write_configuration(hollow: Weightless, own: Any, folder: Path) -> None:
-    """``config.json`` of the narrowed model, and what else its folder held that is not weights."""
+    """Write ``config.json`` of the narrowed model, and copy the other files of its folder that are not weights."""
     assert hollow.folder is not None
     for name, value in hollow.restored.items():
         setattr(own.config, name, value)

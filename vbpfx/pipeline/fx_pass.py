@@ -1,4 +1,4 @@
-"""The pass: pruning as one step among others in :class:`torch.fx.passes.infra.pass_manager.PassManager`."""
+"""Pruning as a pass for :class:`torch.fx.passes.infra.pass_manager.PassManager`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vbpfx.rewrite.verify import verify
 
 
 class VarianceBasedPruning(PassBase):
-    """:func:`vbpfx.prune` as a pass: a GraphModule goes in and stays as it was, a smaller one comes out.
+    """:func:`vbpfx.prune` as a pass: it takes a GraphModule, leaves it unchanged, and returns a smaller one.
 
     >>> import torch, vbpfx
     >>> from torch.fx.passes.infra.pass_manager import PassManager
@@ -36,22 +36,22 @@ class VarianceBasedPruning(PassBase):
     >>> result.modified, step.plan.widths
     (True, {'0->2': 16})
 
-    It works on graphs of ``torch.fx.symbolic_trace`` and of ``torch.export`` (``program.module()``). The result is in eval mode.
-    Nodes keep their names and their metadata; shapes (``meta["val"]``) are renewed, where the graph had them, and the guards
-    that ``torch.export`` puts on inputs stay.
+    The pass works on graphs of ``torch.fx.symbolic_trace`` and of ``torch.export`` (``program.module()``). The result is in
+    eval mode. Nodes keep their names and their metadata. If the graph has shapes (``meta["val"]``), the result has the new
+    ones. The guards that ``torch.export`` puts on inputs stay.
 
-    ``modified`` is false, and the very GraphModule is returned, if ``allow_no_blocks`` let a graph without a block through, and if
-    the graph is one that this pass has narrowed already: under ``PassManager(steps=...)`` the budget is spent once.
+    The pass returns the same GraphModule, with ``modified`` false, in two cases: no block is found and ``allow_no_blocks`` is
+    set, or this pass has already narrowed the graph. So the budget is applied once, even with ``PassManager(steps=...)``.
 
     Args:
-        calibration: batches, as :func:`vbpfx.prune` takes them. For several runs, something that can be gone through again.
+        calibration: batches, as :func:`vbpfx.prune` takes them. Several runs need data that can be iterated over several times.
         inputs: as for :func:`vbpfx.prune`.
-        allow_no_blocks: leave a graph alone in which no block is found, rather than raise an AnalysisError.
-        options: the budget and all else that :func:`vbpfx.prune` takes; no progress is shown unless asked for.
+        allow_no_blocks: return a graph without blocks unchanged, rather than raise an AnalysisError.
+        options: the budget and all other arguments of :func:`vbpfx.prune`. The default of ``progress`` is False here.
 
     Attributes:
-        pruned: the last run's :class:`vbpfx.Pruned`, which shares its parameters with the result; None before the first run, and
-            where no block was found.
+        pruned: the :class:`vbpfx.Pruned` of the last run, which shares its parameters with the result. It is None before the
+            first run, and if no block was found.
 
     Raises:
         BudgetError: the budget or another option is out of range or unknown.
@@ -72,21 +72,21 @@ class VarianceBasedPruning(PassBase):
 
     @property
     def plan(self) -> Plan | None:
-        """What the last run removed; None before the first."""
+        """The plan of the last run; None before the first run."""
         return self.pruned.plan if self.pruned else None
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """The precondition, the pass, and the postconditions on its result; torch's own looks at what went in."""
+        """Check the input, run the pass, and check its result. (PassBase would call :meth:`ensures` on the input.)"""
         self.requires(graph_module)
         result = self.call(graph_module)
         self.ensures(result.graph_module)
         return result
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Check that this is a sound graph, and that the first batch fits its arguments.
+        """Check that the graph is valid, and that the first batch fits its arguments.
 
         Args:
-            graph_module: what the pass shall narrow.
+            graph_module: the graph to narrow.
 
         Raises:
             CaptureError: it is not a GraphModule, or its graph is broken.
@@ -117,13 +117,13 @@ class VarianceBasedPruning(PassBase):
             raise CalibrationError(f"batch 1 holds {given} values, the graph has {len(places)} arguments: {places}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """A smaller copy of the graph.
+        """Return a smaller copy of the graph.
 
         Args:
-            graph_module: stays as it is; handed on itself where there is nothing to do.
+            graph_module: the graph. It is not changed, and it is returned itself if there is nothing to do.
 
         Raises:
-            VbpfxError: what :func:`vbpfx.prune` raises.
+            VbpfxError: as :func:`vbpfx.prune` does.
         """
         if self._has_widths(graph_module):
             return PassResult(graph_module, False)
@@ -131,19 +131,19 @@ class VarianceBasedPruning(PassBase):
         if self.allow_no_blocks and not find_blocks(capture(graph_module, self._first_batch(graph_module))).blocks:
             return PassResult(graph_module, False)
         pruned = self.pruned = prune(graph_module, self.calibration, inputs=self.inputs, **self.options)
-        small = share_parameters(pruned.graph_module)  # what vbpfx saves has no guards
+        small = share_parameters(pruned.graph_module)  # the graph that vbpfx saves has no guards
         renew_shapes(small, graph_module)
         _restore_guards(small, graph_module)
         return PassResult(small, True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check the result: a sound graph of the plan's widths that computes what the plan says.
+        """Check that the result is a valid graph, has the widths of the plan, and passes the substitution oracle.
 
         Args:
-            graph_module: what the pass, or one behind it, has made.
+            graph_module: the result of this pass or of a later one.
 
         Raises:
-            VerificationError: it is not.
+            VerificationError: it has other widths, or computes something else than the plan says.
         """
         if self.pruned is None:
             return
@@ -158,7 +158,7 @@ class VarianceBasedPruning(PassBase):
     def _first_batch(self, graph_module: fx.GraphModule) -> Inputs:
         batches = require_batches(self.calibration)
         for first in batches:
-            if batches is self.calibration:  # can be gone through once
+            if batches is self.calibration:  # an iterator: the batch goes back in front of the rest
                 self.calibration = itertools.chain([first], batches)
             return reader(graph_module, self.inputs)(first)
         raise CalibrationError(
@@ -166,7 +166,7 @@ class VarianceBasedPruning(PassBase):
         )
 
     def _has_widths(self, graph_module: fx.GraphModule) -> bool:
-        """Whether every tensor that the last plan narrows has the shape that the plan gives it."""
+        """Return whether every tensor that the last plan narrows has the shape that the plan gives it."""
         if self.pruned is None:
             return False
         tensors = named_tensors(graph_module)
@@ -174,7 +174,7 @@ class VarianceBasedPruning(PassBase):
 
 
 def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every narrowed tensor's name with its shape by the plan."""
+    """Yield the name of every parameter that the plan narrows, with its new shape."""
     dense = named_tensors(pruned.captured.reference)
     shapes: dict[str, list[int]] = {}
     for (name, axis, of_parameter), positions in removed_channels(pruned.plan).items():
@@ -184,7 +184,7 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _restore_guards(small: fx.GraphModule, graph_module: fx.GraphModule) -> None:
-    """Check the inputs as the graph did that was pruned: their shapes are the same."""
+    """Copy the guards on the inputs from the graph that was pruned. The shapes of the inputs are the same."""
     dense, narrow = (list(g.graph.find_nodes(op="placeholder")) for g in (graph_module, small))
     for guards in graph_module.graph.find_nodes(op="call_module", target=INPUT_GUARDS):
         small.add_submodule(INPUT_GUARDS, graph_module.get_submodule(INPUT_GUARDS))

@@ -1,7 +1,7 @@
-"""A graph without weights, run piece by piece: the weights of a piece are read when its turn comes, and dropped behind it.
+"""Run a graph piece by piece. The weights of a piece are read from files just before it runs, and dropped after it.
 
-A piece is run on all batches before the next one is read. Between two pieces a batch holds what later nodes read; so pieces
-end where that is little: in a network of blocks, at the residual stream.
+A piece runs on all batches before the next one is read. Between two pieces, every batch holds the values that later nodes
+read. So pieces end where these values are small: in a network of residual blocks, at the residual stream.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from vbpfx.graph.memory import live_bytes
 from vbpfx.reconstruction.stream import Stream
 from vbpfx.storage.tensors import Stored
 
-# Modules whose forward reads the weights of modules inside without calling these.
+# Modules whose forward reads the weights of submodules without calling the submodules.
 _READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True)
 class Loans:
-    """Values for tensors on the meta device.
+    """The values of a model's tensors, which are on the meta device.
 
     Attributes:
-        stored: those that lie in files.
+        stored: the values that are in files.
         names: name in the model -> stored name.
-        buffers: those that do not lie in files, by name.
+        buffers: name in the model -> value, for buffers that no file holds.
     """
 
     stored: Stored
@@ -41,21 +41,21 @@ class Loans:
     buffers: Mapping[str, Tensor]
 
     def value(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor of that name in the model."""
+        """Return the value of the tensor of that name in the model."""
         # a copy: forward may write to a buffer, and this one is the caller's
         found = self.buffers[name].clone() if name in self.buffers else self.stored.read(self.names[name])
         return found.to(dtype)
 
     def knows(self, name: str) -> bool:
-        """Whether there is a tensor of that name."""
+        """Return whether there is a value for the tensor of that name."""
         return name in self.names or name in self.buffers
 
     @contextmanager
     def lent(self, root: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """Tensors of a module have their values, until the end.
+        """Give tensors of a module their values within this context.
 
         Args:
-            names: of the tensors in the module; or path in the module -> name in the model, where these differ.
+            names: the names of the tensors, or path in the module -> name in the model if these differ.
         """
         before: list[tuple[dict[str, Any], str, Tensor]] = []
         values: dict[int, Tensor] = {}
@@ -82,7 +82,13 @@ class Loans:
 
 @dataclass(frozen=True)
 class Piece:
-    """Nodes that run together: up to ``last``, with the tensors of those names; ``live_bytes`` bytes a sample are held behind it."""
+    """Consecutive nodes that run together.
+
+    Attributes:
+        last: the name of the last node.
+        tensors: the names of the parameters and buffers that the nodes read.
+        live_bytes: the bytes per sample of the values that later nodes read.
+    """
 
     last: str
     tensors: tuple[str, ...]
@@ -90,9 +96,9 @@ class Piece:
 
 
 def runnable(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph of a model that was captured on the meta device, made to run on the CPU, in place.
+    """Change a graph that was captured on the meta device so that it runs on the CPU, in place. Return it.
 
-    Devices that tracing wrote down become the CPU, and every weight is fetched just before each node that reads it.
+    The devices in arguments of nodes become the CPU, and every weight is fetched just before each node that reads it.
     """
     graph = graph_module.graph
 
@@ -114,11 +120,11 @@ def runnable(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def pieces(graph_module: fx.GraphModule, samples: int, weights: float) -> list[Piece]:
-    """A graph cut into pieces.
+    """Cut a graph into pieces.
 
     Args:
-        samples: the batch size that ``meta["val"]`` is for.
-        weights: bytes of the weights of a piece; a node that alone has more is a piece of its own.
+        samples: the batch size of the shapes in ``meta["val"]``.
+        weights: the largest size of a piece's weights, in bytes. A single node with more becomes a separate piece.
     """
     nodes = list(graph_module.graph.nodes)
     tensors, live = named_tensors(graph_module), [behind for _, behind in live_bytes(nodes)]
@@ -144,7 +150,7 @@ def pieces(graph_module: fx.GraphModule, samples: int, weights: float) -> list[P
 
 
 def _tensors_of(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
-    """Names of the parameters and buffers that a node reads."""
+    """Return the names of the parameters and buffers that a node reads."""
     if node.op == "call_module":
         return [f"{node.target}.{name}" for name in named_tensors(graph_module.get_submodule(str(node.target)))]
     if node.op == "get_attr":
@@ -158,11 +164,11 @@ class Loading:
     """A graph whose weights are read piece by piece.
 
     Args:
-        graph_module: the graph, :func:`runnable`; its tensors are on the meta device.
-        loans: their values.
-        samples: the batch size that ``meta["val"]`` is for.
-        memory: bytes that the weights of a piece, and as much again that batches may hold between two pieces.
-        until: the last node that is run; all by default.
+        graph_module: the graph, as :func:`runnable` returns it. Its tensors are on the meta device.
+        loans: the values of these tensors.
+        samples: the batch size of the shapes in ``meta["val"]``.
+        memory: bytes for the weights of a piece, and as many again for the values that batches hold between two pieces.
+        until: the last node that is needed. The pieces after it do not run. By default all pieces run.
     """
 
     def __init__(
@@ -178,7 +184,7 @@ class Loading:
         self._returned = graph_module.graph.output_node().args if not until else ()
 
     def samples_at_once(self) -> int:
-        """How many samples the batches of one way through the graph may have together."""
+        """Return how many samples the batches of one pass through the graph may have together."""
         return int(self.memory / max(1, self.live_bytes))
 
     def run(
@@ -188,11 +194,11 @@ class Loading:
         before: Callable[[int], None] = lambda number: None,
         behind: Callable[[Piece], None] = lambda piece: None,
     ) -> list[list[Tensor]]:
-        """Every piece on all batches; returns the outputs of each, none where the graph was not run to its end.
+        """Run every piece on all batches. Return the outputs of each batch, which are empty if ``until`` was given.
 
         Args:
-            before: called with a batch's number before each piece runs on it.
-            behind: called with every piece that has run on all batches.
+            before: called with the number of a batch before each piece runs on it.
+            behind: called with each piece after it has run on all batches.
         """
         streams = [Stream(self.graph_module, [batch]) for batch in batches]
         for piece in self.pieces:
@@ -201,15 +207,15 @@ class Loading:
                     before(number)
                     stream.run_through(piece.last)
             behind(piece)
-        # what the output node itself reads is still held; what only stands in a record that it reads is not
+        # the values that the output node reads directly are still held; the fields of a record that it reads are not
         return [tensors_in(fx.map_arg(self._returned, stream.runs[0].env.__getitem__)) for stream in streams]
 
 
 def run_by_module(model: nn.Module, loans: Loans, inputs: Inputs) -> list[Tensor]:
-    """The outputs of a model in its own class; each module has its own tensors while its forward runs.
+    """Run a model in its own class, and return its outputs. Each module has its weights only while its forward runs.
 
     Args:
-        model: all on the meta device; it is left as it was.
+        model: a model on the meta device. It is not changed.
     """
     copy = share_parameters(model)
     lending: list[tuple[nn.Module, AbstractContextManager[None]]] = []

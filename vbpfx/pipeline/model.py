@@ -1,4 +1,4 @@
-"""prune(): a model that is in memory."""
+"""prune(): prune a model that is in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions, in_words
 from vbpfx.rewrite.fidelity import capture_faithfully, warn_of_what_is_left_out
 from vbpfx.storage.checkpoint import digest
 
-# So many batches of a list are looked at to see which sizes differ.
+# The number of batches of a list that are compared to see which sizes differ.
 _LOOKED_AT = 64
 
 
@@ -55,7 +55,7 @@ def prune(
     runtime_threads: int | None = None,
     **options: Unpack[PlanArguments],
 ) -> Pruned:
-    """Make a trained network smaller: narrower hidden layers, the removed neurons folded into the next bias.
+    """Make a trained network smaller: its hidden layers become narrower, and the next layer makes up for the removed neurons.
 
     >>> import torch, vbpfx
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
@@ -64,43 +64,47 @@ def prune(
     (torch.Size([3, 4]), {'0->2': 16})
 
     Args:
-        model: any module on any device; it is left exactly as it was.
-        calibration: batches without labels: tensors, mappings of keyword arguments, or sequences.
-            ``(inputs, labels)`` works: the labels are left out.
+        model: any module on any device. It is not changed.
+        calibration: batches without labels: tensors, mappings of keyword arguments, or sequences. The labels of batches
+            ``(inputs, labels)`` are ignored.
         inputs: a function ``batch -> (args, kwargs)`` for batches of another form.
-        example_inputs: one batch to trace with; the first of ``calibration`` by default.
+        example_inputs: one batch to trace with. The default is the first batch of ``calibration``.
         frontend: see :func:`vbpfx.capture`.
-        open_sizes: where ``torch.export`` traces the model, leave all sizes of the inputs open that the model allows (lengths, image
-            sizes), rather than those alone in which the first batches of a list differ. Sizes that stay fixed though the model
-            takes others are in ``captured.fixed``.
-        mask: the argument that is the padding mask; ``attention_mask`` is found by itself (see :func:`vbpfx.prepare`).
-        reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruction.reconstruct`); by default where ``method="auto"`` is taken
-            with its own compensation.
-        refit: fit layers beside the blocks, too, that write to the residual stream (attention's output projection);
-            their shapes stay. By default as ``reconstruct``. The plan and the report name them.
-        samples: how many calibration samples the reconstruction takes, the first ones; by default as many as its two streams
-            can hold in three quarters of ``memory``, and at least 8.
-        memory: GiB that calibration may hold beside the model and its covariances, 8 by default: the samples that are kept, the
-            streams, and what a pass makes on its way; batches that are larger run in parts (docs/method.md, "What it costs").
+        open_sizes: if ``torch.export`` traces the model, leave every input size open that the model allows to vary (lengths,
+            image sizes). By default only the sizes in which the first batches of a list differ are open. ``captured.fixed``
+            lists the sizes that stay fixed although the model takes others.
+        mask: the argument that is the padding mask. ``attention_mask`` is found without it (see :func:`vbpfx.prepare`).
+        reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruction.reconstruct`). This is the default for
+            ``method="auto"`` with its own compensation.
+        refit: also fit the layers outside the blocks that write to the residual stream (attention's output projection).
+            Their shapes stay. The default is the value of ``reconstruct``. The plan and the report name these layers.
+        samples: how many calibration samples the reconstruction uses. It takes the first ones. By default it uses as many
+            as its two streams can hold in three quarters of ``memory``, and at least 8.
+        memory: GiB that calibration may hold beside the model and its covariances, 8 by default. They are for the samples
+            that are kept, the two streams, and the activations of a pass. Larger batches run in parts (docs/method.md,
+            "What it costs").
         progress: show a bar on standard error.
         verify: run the substitution oracle on the result.
-        compile: calibrate with ``torch.compile`` (see :func:`vbpfx.calibrate`), where plain forward passes are all that
-            calibration does: ``method="vbp"``, or ``reconstruct=False``, whose sensitivities are measured as ever.
-        ranks: where ``torch.distributed`` is initialised: the processes share the work and all end with the same plan (see
-            :func:`vbpfx.calibrate` and docs/many_processes.md).
-        checkpoint, checkpoint_every: a folder, and after how many of a process's batches what calibration has gathered is
-            written there (statistics, and gradients of ``method="auto"``). Called again with the same arguments and data, prune
-            goes on behind those batches, and ends with the same plan bit for bit; what comes behind calibration is done
-            again.
-        runtime: where the network will run, a name of :data:`vbpfx.runtimes.adapters.NAMES`: ``latency=`` is measured there (in
-            ONNX Runtime by default), and widths are multiples of what it is fast at, unless ``round_to`` says otherwise.
-        runtime_batch, runtime_threads: with ``latency=``: samples at once there, and threads; by default the runtime's choice.
+        compile: calibrate with ``torch.compile`` (see :func:`vbpfx.calibrate`). This is possible if calibration consists of
+            plain forward passes: with ``method="vbp"``, or with ``reconstruct=False``, whose sensitivities are measured
+            without it.
+        ranks: how the processes work together if ``torch.distributed`` is initialised. They share the work, and all end with
+            the same plan (see :func:`vbpfx.calibrate` and docs/many_processes.md).
+        checkpoint, checkpoint_every: a folder for what calibration has gathered (statistics, and gradients of
+            ``method="auto"``), and the number of a process's batches after which it is written there. If prune is called again
+            with the same arguments and data, it continues after those batches and ends with the same plan bit for bit. The
+            steps after calibration are done again.
+        runtime: where the network will run, a name in :data:`vbpfx.runtimes.adapters.NAMES`. ``latency=`` is measured there
+            (in ONNX Runtime by default), and widths are multiples of a number that is fast there, unless ``round_to`` is
+            given.
+        runtime_batch, runtime_threads: the batch size and the number of threads with which ``latency=`` is measured. The
+            runtime chooses the number of threads by default.
         options: the budget and the method, as :func:`vbpfx.make_plan` takes them: exactly one of ``ratio``
             (fraction of the hidden neurons to remove), ``macs``, ``params``, ``latency`` (fraction to keep), and
             ``method``, ``criterion``, ``compensation``, ``round_to``, ``min_width``, ``include``, ``exclude``.
 
     Raises:
-        VbpfxError: one of its kinds, with what was found, where, and what to do.
+        VbpfxError: one of its subclasses. The message says what was found, where, and what to do.
     """
     assert isinstance(ranks, Ranks)  # joined
     require_module(model)
@@ -136,13 +140,13 @@ def prune(
 
 
 class _Model(InMemory[Pruned]):
-    """A module, and batches that are read as its arguments.
+    """A module in memory, with the calibration batches that it takes.
 
     Args:
-        example: what it is traced with.
-        others: further batches that the graph is held against.
-        read: from a batch to the arguments of a forward call.
-        faithfully: hold the graph against the model.
+        example: the inputs to trace with.
+        others: further batches on which the graph is compared with the model.
+        read: turns a batch into the arguments of a forward call.
+        faithfully: whether to compare the outputs of the graph with those of the model.
     """
 
     def __init__(
@@ -161,7 +165,7 @@ class _Model(InMemory[Pruned]):
         self._frontend, self._faithfully = frontend, faithfully
 
     def capture(self) -> Captured:
-        """The model as a graph, held against the model where that is asked for."""
+        """Return the model as a graph. Compare their outputs first if that was asked for."""
         model, example, frontend = self._model, self._example, self._frontend
         if self._faithfully:
             found = capture_faithfully(model, example, self._others, frontend=frontend, samples=EXAMPLE_SAMPLES)
@@ -171,13 +175,13 @@ class _Model(InMemory[Pruned]):
         return found
 
     def read(self, batch: Any) -> Inputs:
-        """A batch's arguments, of sizes that the graph takes."""
+        """Return a batch as arguments of the graph, after a check that the graph takes their sizes."""
         found = self._read(batch).along(self._captured.inputs)
         self._captured.require_sizes(found)
         return found
 
     def result(self, made: Made) -> Pruned:
-        """The narrowed graph, which is written when the caller says so."""
+        """Return the narrowed graph and what belongs to it. Nothing is written; the caller may do so."""
         return Pruned(
             made.graph_module, made.plan, made.statistics, made.analysis, made.report, made.verification, made.captured,
             self.ranks,
@@ -185,7 +189,7 @@ class _Model(InMemory[Pruned]):
 
 
 def _batches_at_hand(calibration: Iterable[Any], read: Callable[[Any], Inputs], ranks: Ranks) -> list[Inputs]:
-    """The first batches where they can be looked at without going through the data, and all ranks have the same."""
+    """Return the first batches if they are in a list that all ranks share, otherwise nothing. No iterator is used up."""
     if ranks.own or not isinstance(calibration, (list, tuple)):
         return []
     return [read(batch) for batch in calibration[:_LOOKED_AT]]

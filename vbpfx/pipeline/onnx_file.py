@@ -1,4 +1,4 @@
-"""prune_onnx(): ONNX in, ONNX out, without the PyTorch model."""
+"""prune_onnx(): prune the network in an ONNX file, without the PyTorch model."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ class PrunedOnnx(Result):
 
     Attributes:
         path: the file that was written.
-        plan, statistics, analysis, report, verification: what the stages made; ``verification.capture`` is the difference
-            between the graph that the file was read as and the file in ONNX Runtime.
-        observed_by: what ran for the statistics: ``"ONNX Runtime"``, ``"torch"`` where gradients were taken on all samples, or a
-            value has no name in the file, or ``"ONNX Runtime and torch"``.
+        plan, statistics, analysis, report, verification: what the stages made. ``verification.capture`` is the difference
+            between the original file in ONNX Runtime and the graph that was read from it.
+        observed_by: what ran the calibration data: ``"ONNX Runtime"``, ``"torch"``, or ``"ONNX Runtime and torch"``. It is
+            torch for the samples on which gradients were taken, and for all samples if an observed value has no name in the file.
         parity: the largest relative difference between the written file in ONNX Runtime and the narrowed graph.
-        left_alone: the operators that are in no table, and how many nodes each is: what they read and make stays as it is.
-        graph_module: the narrowed graph, as a ``torch.fx.GraphModule``; it computes in float32 what the file does in float16.
+        left_alone: operator that is in no operator table -> its number of nodes. The inputs and outputs of these nodes are
+            not narrowed.
+        graph_module: the narrowed graph, as a ``torch.fx.GraphModule``. It computes in float32 where the file uses float16.
         captured: the dense graph.
     """
 
@@ -100,30 +101,31 @@ def prune_onnx(
 ) -> PrunedOnnx:
     """Make the network in an ONNX file smaller, without the model that it was exported from.
 
-    The file is read as a torch.fx graph (:mod:`vbpfx.onnx_graph`) that shares its weights' memory and is held against ONNX
-    Runtime first. Blocks, plan and the substitution oracle are those of :func:`vbpfx.prune`, and so are the methods:
-    ``method="auto"`` reconstructs block after block on that graph. Where nothing is fitted (``method="vbp"``, or
-    ``reconstruct=False``), ONNX Runtime runs the calibration data. The narrowed tensors go back under their names; operators,
-    opset, metadata, inputs, outputs and open axes stay. Local functions are inlined. External data stays external, in one file
-    ``<out>.data``.
+    The file is read as a torch.fx graph (:mod:`vbpfx.onnx_graph`), which shares the memory of the file's weights. First the
+    graph is compared with the file in ONNX Runtime. Blocks, plan, methods and the substitution oracle are those of
+    :func:`vbpfx.prune`; ``method="auto"`` reconstructs block after block on that graph. If no layer is fitted
+    (``method="vbp"``, or ``reconstruct=False``), ONNX Runtime runs the calibration data. The narrowed tensors are stored under
+    their old names. Operators, opset, metadata, inputs, outputs and open axes stay. Local functions are inlined. External data
+    stays external, in one file ``<out>.data``.
 
     Args:
-        path: the file: opset 7 or newer, not quantized; what is older than opset 13 is converted to that. What it stores and computes in float16 stays float16.
-        calibration: batches without labels: arrays or tensors (where the file has one input), mappings by the names of its
-            inputs, or sequences in their order.
-        out: the file to write; it takes its name when everything has been checked. It may be ``path`` where that keeps its
-            weights in itself.
-        runtime: where the file will run, a name of :data:`vbpfx.runtimes.adapters.NAMES`: widths are multiples of what is fast there. By
-            default ONNX Runtime where the method rounds at all (``"auto"``); ``"vbp"`` rounds where a runtime is named.
-            ``round_to=1`` gives exact widths.
+        path: the file, of opset 7 or newer and not quantized. A file older than opset 13 is converted to opset 13. Tensors
+            that are stored and nodes that compute in float16 stay float16.
+        calibration: batches without labels: arrays or tensors (if the file has one input), mappings from input names to
+            arrays, or sequences in the order of the inputs.
+        out: the file to write. It appears under this name after all checks. It may be ``path``, unless ``path`` has external
+            data.
+        runtime: where the file will run, a name in :data:`vbpfx.runtimes.adapters.NAMES`. Widths are multiples of a number
+            that is fast there. The default is ONNX Runtime for ``method="auto"``. ``method="vbp"`` rounds widths only if a
+            runtime is given. ``round_to=1`` gives exact widths.
         mask, reconstruct, refit, samples, memory, progress, verify, runtime_batch, runtime_threads, options: as
             :func:`vbpfx.prune` takes them.
 
     Raises:
-        VbpfxError: one of its kinds. :class:`~vbpfx.ArtifactError`: a file cannot be read or written;
+        VbpfxError: one of its subclasses. :class:`~vbpfx.ArtifactError`: a file cannot be read or written;
             :class:`~vbpfx.CaptureError`: an operator is not supported; :class:`~vbpfx.AnalysisError`: there is no block;
             :class:`~vbpfx.CalibrationError`: the data does not fit; :class:`~vbpfx.ExportError`: the written file would
-            not compute what it should. Nothing is written then.
+            compute something else. No file is written in any of these cases.
     """
     path, out = Path(path), Path(out)
     # a mistake in these should not cost a calibration
@@ -137,11 +139,12 @@ def prune_onnx(
 
 
 class _OnnxFile(InMemory[PrunedOnnx]):
-    """An ONNX file whose narrowed copy is written beside it.
+    """An ONNX file to prune.
 
     Args:
-        path: the file; ``out`` is where the narrowed one goes.
-        first: one batch of its inputs.
+        path: the file.
+        out: the narrowed file to write.
+        first: one batch of the file's inputs.
     """
 
     share = True
@@ -152,27 +155,27 @@ class _OnnxFile(InMemory[PrunedOnnx]):
         self._tally: Tally | None = None
 
     def capture(self) -> Captured:
-        """The file as a graph, held against the file in ONNX Runtime."""
+        """Return the file as a graph, after a comparison with the file in ONNX Runtime."""
         self._opened = open_onnx(self._path, self._first)
         self._read = batch_reader(self._opened.model, self._opened.imported.arguments)
         return self._opened.captured
 
     def read(self, batch: Any) -> Inputs:
-        """A batch of the file's inputs as arguments of its graph."""
+        """Return a batch of the file's inputs as arguments of its graph."""
         return self._read(batch).along(self._opened.example)
 
     def forward(self, observed: fx.GraphModule) -> Run | None:
-        """ONNX Runtime, where every value that is observed has a name in the file."""
+        """Return a function that runs ONNX Runtime, or None if an observed value has no name in the file."""
         run = observe_in_runtime(self._opened.model, self._path.parent, self._opened.imported, observed)
         self._tally = run.tally if run else None
         return run
 
     def verify(self, captured: Captured, small: fx.GraphModule, plan: Plan) -> Verification:
-        """The substitution oracle; what was captured was held against the file."""
+        """Run the substitution oracle, and add the difference between the graph and the file to its result."""
         return dataclasses.replace(super().verify(captured, small, plan), capture=self._opened.fidelity)
 
     def result(self, made: Made) -> PrunedOnnx:
-        """Write the narrowed file, and hold it against the narrowed graph before it takes its name."""
+        """Write the narrowed file. It gets its final name after a comparison with the narrowed graph."""
         opened, small = self._opened, made.graph_module
         model, imported = opened.model, opened.imported
         external, dense_bytes = has_external_data(model), stored_bytes(model)
@@ -204,7 +207,11 @@ class _OnnxFile(InMemory[PrunedOnnx]):
 def _parity(
     staged: Path, external: bool, imported: Imported, batches: Sequence[Inputs], small: fx.GraphModule
 ) -> float:
-    """The written file in ONNX Runtime against the narrowed graph."""
+    """Return the largest relative difference between the written file in ONNX Runtime and the narrowed graph.
+
+    Raises:
+        ExportError: the file does not run, or the difference is too large.
+    """
     try:
         session = open_session(staged, folder=staged.parent if external else None)
         ran = [(run_session(session, inputs, imported.arguments), outputs_of(small, inputs)) for inputs in batches]

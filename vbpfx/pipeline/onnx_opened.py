@@ -1,4 +1,4 @@
-"""An ONNX file is opened: read as a graph, and compared with the file in ONNX Runtime."""
+"""Open an ONNX file: read it as a graph, and compare the graph with the file in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import PARITY, TOLERANCES, require_close
 from vbpfx.pipeline.stages import EXAMPLE_SAMPLES
 
-# Sizes of batch at which the written file is compared with the narrowed graph, where it takes any.
+# Batch sizes at which the written file is compared with the narrowed graph, if the file takes any batch size.
 _CHECKED_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
 class OpenedOnnx:
-    """An ONNX file as the graph that the analysis sees.
+    """An ONNX file that was read as a graph.
 
     Attributes:
-        model: what was read.
-        imported, captured: the graph, and the graph with shapes.
+        model: the model in the file.
+        imported: the graph as it was read.
+        captured: the graph with shapes, as the analysis takes it.
         example: a few samples as arguments of the graph.
-        batches: of a few sizes that the file takes.
-        fidelity: how far the graph is from the file in ONNX Runtime, relative to the output.
+        batches: batches of a few sizes that the file takes.
+        fidelity: the difference between the outputs of the graph and of the file in ONNX Runtime, relative to the output.
     """
 
     model: ir.Model
@@ -57,13 +58,13 @@ class OpenedOnnx:
 
 
 def open_onnx(path: Path, batch: Any) -> OpenedOnnx:
-    """Read a file as a graph, and hold it against ONNX Runtime.
+    """Read a file as a graph, and compare the graph with the file in ONNX Runtime.
 
     Args:
-        batch: one batch of its inputs, as :func:`prune_onnx` takes them.
+        batch: one batch of the file's inputs, as :func:`prune_onnx` takes them.
 
     Raises:
-        VbpfxError: as :func:`prune_onnx`.
+        VbpfxError: as :func:`prune_onnx` does.
     """
     model = read_model(path)
     session, names = open_file(model, path.parent), {str(v.name): str(v.name) for v in true_inputs(model)}
@@ -76,10 +77,12 @@ def open_onnx(path: Path, batch: Any) -> OpenedOnnx:
 
 
 def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Numbers that an ONNX file may take, by the names of its inputs: noise, ones for integers; two samples where it takes any.
+    """Return one batch that an ONNX file may take, as input name -> array. Floats are noise, and integers are ones.
+
+    The batch has two samples if the file takes any number of them.
 
     Raises:
-        CalibrationError: an axis beside the samples' is open, and nothing says how long it may be.
+        CalibrationError: an axis other than the batch axis has no fixed size, so its length is unknown.
     """
     model = read_model(path)
     random, made = np.random.default_rng(0), {}
@@ -102,7 +105,7 @@ def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: Inputs) -> Inputs:
-    """A few samples of a batch, along the axes that the file has them on; the whole batch where it takes no other number.
+    """Return a few samples of a batch, or the whole batch if the file takes no other number of samples.
 
     Raises:
         CalibrationError: ONNX Runtime does not run the file on the batch.
@@ -120,14 +123,14 @@ def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: 
 
 
 def _renamed(inputs: Inputs, arguments: Mapping[str, str]) -> Inputs:
-    """The inputs of a file as arguments of its graph."""
+    """Return the inputs of a file under the names of the graph's arguments."""
     kwargs = {arguments[name]: tensor for name, tensor in inputs.kwargs.items()}
     axes: dict[Place, int | None] = {(arguments[str(name)], 0): axis for (name, _), axis in (inputs.axes or {}).items()}
     return dataclasses.replace(inputs, kwargs=kwargs, axes=axes or None)
 
 
 def _sizes_taken(session: onnxruntime.InferenceSession, example: Inputs, imported: Imported) -> list[Inputs]:
-    """Batches of a few sizes that the dense file runs on; the example alone where it is tied to that size."""
+    """Return batches of a few sizes that the dense file runs on, or the example alone if it runs on none of these sizes."""
     found = []
     for samples in _CHECKED_BATCHES if example.axes is not None and example.batch_size is not None else ():
         inputs = example.resized(samples)
@@ -140,8 +143,8 @@ def _sizes_taken(session: onnxruntime.InferenceSession, example: Inputs, importe
 def _require_fidelity(
     model: ir.Model, session: onnxruntime.InferenceSession, path: Path, imported: Imported, captured: Captured
 ) -> float:
-    """How far the graph that the file was read as is from the file itself."""
-    inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # what is not finite is calibration's to name
+    """Return the relative difference between the graph and the file. Raise a VerificationError if it is too large."""
+    inputs = captured.inputs.map(lambda t: t.nan_to_num(0, 0, 0))  # calibration reports values that are not finite
     expected = run_session(session, inputs, imported.arguments)
     allowed = allowed_difference(imported)
     if (opset := converted_from(model)) is not None:
@@ -159,7 +162,7 @@ def _require_fidelity(
 def _require_same(
     path: Path, opset: int, inputs: Inputs, imported: Imported, converted: list[Tensor], allowed: float
 ) -> None:
-    """Hold what a file of an earlier opset was converted to against the file as it is, in ONNX Runtime."""
+    """Compare the outputs of a converted file with those of the original file, of an earlier opset, in ONNX Runtime."""
     try:
         original = run_session(open_session(path), inputs, imported.arguments)
     except Exception as error:  # ONNX Runtime has many kinds
@@ -179,10 +182,10 @@ def _require_same(
 
 
 def allowed_difference(imported: Imported) -> float:
-    """Largest relative difference between a file in ONNX Runtime and its graph.
+    """Return the largest relative difference that is allowed between a file in ONNX Runtime and its graph.
 
-    Where the file computes in float16 the graph computes in float32: the difference is the file's own rounding, 2^-11 of a value
-    at every node, which adds up as the root of the number of nodes in a row: 1600 of them make 2e-2.
+    If the file computes in float16, the graph computes in float32. Then the difference is the file's own rounding: 2^-11 of
+    a value at every node. It grows with the square root of the number of nodes in a row, so that 1600 of them make 2e-2.
     """
     halves = any(stored.computed == np.float16 for stored in imported.stored.values())
     return TOLERANCES[torch.float16] if halves else PARITY

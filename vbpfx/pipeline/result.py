@@ -1,4 +1,4 @@
-"""The result of pruning, and what can be done with it."""
+"""Pruned: the result of pruning a model in memory, with the methods that save and export it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pruned(Result):
             model's call signature and output structure.
         plan, statistics, analysis, report, verification: what the stages made.
         captured: the dense graph.
-        ranks: the processes that it was made on; all hold the same, and rank 0 alone writes files.
+        ranks: the processes that made it. All of them hold the same result, and only rank 0 writes files.
     """
 
     graph_module: fx.GraphModule
@@ -52,14 +52,16 @@ class Pruned(Result):
         return f"Pruned({self.report!r})"
 
     def apply_to(self, model: nn.Module) -> nn.Module:
-        """A narrowed copy of the model in its own class, checked by the substitution oracle where it was on.
+        """Return a narrowed copy of the model in its own class.
+
+        The substitution oracle checks it, unless the network was pruned with ``verify=False``.
 
         Args:
             model: the model that was pruned, or another of its class and sizes.
 
         Raises:
-            ArtifactError: the model is not of the structure that was pruned.
-            VerificationError: the class computes something else when narrowed.
+            ArtifactError: the model does not have the structure of the one that was pruned.
+            VerificationError: the narrowed class computes something else.
         """
         small = apply_plan(model, self.plan)
         if self.verification is not None:
@@ -80,13 +82,13 @@ class Pruned(Result):
         """Write ``plan.json``, ``model.safetensors``, ``graph.json``, ``report.json`` and ``report.html``, all or none.
 
         Args:
-            folder: where to; made if need be (:mod:`vbpfx.artifacts.folder`).
-            onnx: write ``model.onnx``, too, checked as :meth:`to_onnx` checks it.
-            evaluation, bench, command: what else the report shall hold; see :meth:`vbpfx.Report.measured`.
+            folder: the folder to write to. It is created if it does not exist (:mod:`vbpfx.artifacts.folder`).
+            onnx: also write ``model.onnx``, with the checks of :meth:`to_onnx`.
+            evaluation, bench, command: further contents of the report; see :meth:`vbpfx.Report.measured`.
 
         Raises:
-            ArtifactError: a file cannot be written; what was there stays.
-            ExportError: with ``onnx=True``: the network cannot be exported, or the file does not compute what it does.
+            ArtifactError: a file cannot be written. The folder stays as it was.
+            ExportError: with ``onnx=True``, the network cannot be exported, or the file computes something else.
         """
         report = self.report.measured(evaluation=evaluation, bench=bench, command=command)
 
@@ -101,14 +103,14 @@ class Pruned(Result):
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file with a dynamic batch axis, checked in ONNX Runtime; see :mod:`vbpfx.export.onnx`.
 
-        Warns where convolutions have widths that ONNX Runtime is slow at.
+        Warn if convolutions have widths at which ONNX Runtime is slow.
 
         Args:
-            path: of the file; it takes its name when everything has been checked.
+            path: the file to write. It appears under this name after all checks.
 
         Raises:
-            ExportError: the network cannot be exported, or the file does not compute what it should.
-            ArtifactError: it cannot be written.
+            ExportError: the network cannot be exported, or the file computes something else.
+            ArtifactError: the file cannot be written.
         """
         if self.report.uneven:
             warnings.warn(self.report.advice, stacklevel=2)
@@ -116,13 +118,13 @@ class Pruned(Result):
         return self.ranks.write(lambda: export_onnx(*parts, plan=self.plan), Path(path))
 
     def to_exported_program(self, *, like: ExportedProgram | None = None) -> ExportedProgram:
-        """An ``ExportedProgram`` with a dynamic batch axis; see :mod:`vbpfx.export.exported_program`.
+        """Return an ``ExportedProgram`` with a dynamic batch axis; see :mod:`vbpfx.export.exported_program`.
 
         Args:
-            like: the program whose inputs, open sizes and ranges it shall have, where the model was pruned as its module.
+            like: the program whose module was pruned. The result has its inputs, open sizes and ranges.
 
         Raises:
-            ExportError: torch.export cannot take the network.
+            ExportError: torch.export cannot export the network.
         """
         return export_program(self.graph_module, self.captured.inputs, like=like)
 
@@ -131,8 +133,8 @@ def save(pruned: Pruned, folder: str | Path) -> Path:
     """Write a pruned network to a folder, without pickle; :func:`vbpfx.load` reads it.
 
     Args:
-        pruned: what :func:`vbpfx.prune` returned.
-        folder: where to; made if need be.
+        pruned: the result of :func:`vbpfx.prune`.
+        folder: the folder to write to. It is created if it does not exist.
 
     Raises:
         ArtifactError: the folder cannot be written, or the network has no graph that can be stored.

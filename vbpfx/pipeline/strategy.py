@@ -1,4 +1,4 @@
-"""Strategy: what a run of :func:`vbpfx.prune` will do, settled before any data is seen."""
+"""Strategy: what a run of :func:`vbpfx.prune` will do, decided before any data is read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from vbpfx.reconstruction.steps import chosen_on_the_way, layers_beside, layers_
 from vbpfx.runtimes.adapters import DEFAULT
 from vbpfx.runtimes.table import best_multiple
 
-# What covariances may cost, as a share of the network's own products, where they only say how wide blocks stay.
+# The cost that covariances may have, as a share of the network's own products, if they only decide the widths of blocks.
 _WIDTHS_COVARIANCE_SHARE = 0.25
-# Of the memory that may be held: what the samples that are kept take until the last layer is fitted, and what beside them one
-# forward pass may take, or a forward and a backward pass.
+# Shares of the memory that calibration may hold: for the kept samples until the last layer is fitted, and beside them for
+# one forward pass, or one forward and backward pass.
 _KEPT_SHARE, _PASS_SHARE = 0.75, 0.25
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What is asked of the reconstruction; see :func:`vbpfx.prune`."""
+    """The settings of the reconstruction; see :func:`vbpfx.prune`."""
 
     reconstruct: bool | None = None
     refit: bool | None = None
@@ -43,7 +43,7 @@ class Fitting:
             require_positive("samples", self.samples)
 
     def fits(self, chosen: PlanOptions) -> bool:
-        """Whether layers are fitted block after block: as was said, or else as the method does."""
+        """Return whether layers are fitted block after block: the caller's choice, or else the method's."""
         return chosen.reconstructs if self.reconstruct is None else self.reconstruct
 
 
@@ -61,9 +61,10 @@ class Target:
             require_positive("runtime_threads", self.runtime_threads)
 
     def rounded(self, options: PlanArguments, analysis: Analysis) -> PlanArguments:
-        """The options with widths that are multiples of what the runtime is fast at, where one is asked for.
+        """Return the options with ``round_to`` set to a multiple at which the runtime is fast.
 
-        The multiple is halved where the budget would not be met so (:func:`vbpfx.planning.multiples.fitting_multiple`).
+        The options stay as they are if no runtime and no latency budget is asked for, or if they have a ``round_to``. The
+        multiple is halved until the budget can be met (:func:`vbpfx.planning.multiples.fitting_multiple`).
         """
         asked = self.runtime is not None or options.get("latency") is not None
         if not asked or options.get("round_to") is not None:
@@ -76,7 +77,7 @@ class Target:
         return {**options, "round_to": multiple}
 
     def latencies(self, analysis: Analysis, strategy: Strategy) -> Latencies:
-        """What the blocks cost there, for a budget of latency."""
+        """Measure the latencies of the blocks in the runtime, for a latency budget."""
         return measure_latencies(
             analysis,
             strategy.chosen.budget.value,
@@ -90,19 +91,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What will be done.
+    """What a run will do.
 
     Attributes:
-        options: what :func:`vbpfx.make_plan` is given; ``chosen`` are the same, checked.
-        blocks: those that may be narrowed.
-        beside: layers beside the blocks that are fitted, too.
-        layers: all that are fitted, in graph order; none where nothing is.
+        options: the options for :func:`vbpfx.make_plan`.
+        chosen: the same options, checked.
+        blocks: the blocks that may be narrowed.
+        beside: the layers outside the blocks that are fitted as well.
+        layers: all layers that are fitted, in graph order. It is empty if no layer is fitted.
         fits: whether layers are fitted block after block.
-        chooses: whether neurons are chosen on the way there, rather than by the plan.
-        samples: how many calibration samples are kept for that, and for sensitivities.
-        at_once: how many samples' activations are held for a backward pass.
+        chooses: whether the reconstruction chooses the neurons, rather than the plan.
+        samples: how many calibration samples are kept, for the reconstruction and for sensitivities.
+        at_once: how many samples go through one backward pass together.
         pass_memory: GiB that one forward pass may hold.
-        covariance: what :func:`vbpfx.prepare` is to gather.
+        covariance: the argument ``covariance`` of :func:`vbpfx.prepare`.
     """
 
     options: PlanArguments
@@ -119,10 +121,10 @@ class Strategy:
 
     @classmethod
     def of(cls, analysis: Analysis, fitting: Fitting, **options: Unpack[PlanArguments]) -> Strategy:
-        """Settle it.
+        """Return the strategy for an analysed network and the options of a run.
 
         Raises:
-            VbpfxError: options that do not go together, or patterns that match nothing.
+            VbpfxError: options do not go together, or a pattern matches nothing.
         """
         chosen = PlanOptions.of(**options)
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
@@ -131,7 +133,7 @@ class Strategy:
         beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
         measures = chosen.allocation == "sensitivity" and len(blocks) > 1
-        # whether nothing is taken from the plan but how wide blocks stay
+        # whether the plan decides only the widths of the blocks
         widths_alone = chooses and all(chosen_on_the_way(order, block) for block in blocks)
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}

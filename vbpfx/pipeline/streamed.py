@@ -1,9 +1,9 @@
-"""The plan of a model whose weights are read piece by piece.
+"""Calibrate and plan a model whose weights are read piece by piece.
 
-Every piece of the graph is run on all batches, its observers gather as they do in :func:`vbpfx.calibrate`, and what a block's
-statistics are for is done as soon as the block has been passed: its covariance, of width^2 numbers, is held no longer than
-that. What stands for removed neurons by regression needs the covariance and the neurons that stay, which are known when
-all blocks have their scores: so it is a second way through the graph.
+Every piece of the graph runs on all batches, and its observers gather statistics as in :func:`vbpfx.calibrate`. A block is
+scored as soon as its statistics are complete, so its covariance of width^2 numbers is not held any longer than that.
+Compensation by regression needs both the covariance and the choice of neurons to keep. The choice is known only when all
+blocks have their scores, so this compensation takes a second pass through the graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Finish = Callable[[Block, tuple[Moments, ...]], None]
 
 
 def require_streamable(chosen: PlanOptions) -> None:
-    """Raise a BudgetError for what needs the whole model in memory."""
+    """Raise a BudgetError for options that need the whole model in memory."""
     instead = "use method='vbp', with criterion=, allocation= and compensation= of your choice, or vbpfx.prune"
     if chosen.reconstructs:
         raise BudgetError(
@@ -51,10 +51,10 @@ def require_streamable(chosen: PlanOptions) -> None:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the first way through the graph gives.
+    """The result of the first pass through the graph.
 
     Attributes:
-        statistics: of the blocks, without covariances.
+        statistics: the statistics of the blocks, without covariances.
         scores: block -> one score per neuron.
     """
 
@@ -63,15 +63,15 @@ class Scored:
 
 
 class Streaming:
-    """Ways through the graph of a model whose weights are read piece by piece.
+    """Passes through the graph of a model whose weights are read piece by piece.
 
     Args:
-        analysis: of the model, captured on the meta device.
+        analysis: the analysis of the model, which was captured on the meta device.
         chosen: the options of the plan.
         loans: the model's weights.
         batches: the calibration data.
         mask: see :func:`vbpfx.prepare`.
-        memory: bytes for weights and for what batches hold between two pieces.
+        memory: bytes for the weights of a piece, and as many again for the values that batches hold between two pieces.
         progress: show bars on standard error.
     """
 
@@ -92,11 +92,11 @@ class Streaming:
         self.starts = list(accumulate((batch.batch_size or 1 for batch in batches), initial=0))
 
     def score(self) -> Scored:
-        """The first way: statistics and scores.
+        """Gather statistics and score the blocks in a first pass.
 
         Raises:
-            CalibrationError: a batch does not fit the model or makes activations that are not finite; or covariances are asked
-                for and the batches do not fit in memory all at once.
+            CalibrationError: a batch does not fit the model or leads to activations that are not finite, or the options need
+                covariances and the batches do not fit in memory together.
         """
         deciding, reference = self.deciding, self.analysis.captured.reference
         scores: dict[str, Tensor] = {}
@@ -113,11 +113,11 @@ class Streaming:
         return Scored(Statistics(moments), scores)
 
     def plan(self, scored: Scored) -> Plan:
-        """The plan; a second way where what stands for removed neurons needs covariances.
+        """Make the plan, with a second pass if the compensation needs covariances.
 
         Raises:
             BudgetError: the budget cannot be met.
-            CalibrationError: as :meth:`score`.
+            CalibrationError: as :meth:`score` does.
         """
         deciding, moments = self.deciding, scored.statistics.moments
         allocation = deciding.allocation({})
@@ -138,7 +138,7 @@ class Streaming:
         return deciding.plan([entries[block.name] for block in narrowed], allocation, rows)
 
     def _run(self, title: str, covariance: bool, finish: Finish) -> None:
-        """Gather statistics of all batches; ``finish`` is called with every block when it has been passed by all."""
+        """Gather statistics of all batches. Call ``finish`` with a block as soon as its statistics are complete."""
         captured = self.analysis.captured
         observed = runnable(
             prepare(captured, self.analysis, blocks=self.blocks.values(), mask=self.mask, covariance=covariance)
@@ -190,8 +190,8 @@ class Streaming:
 
         try:
             loading.run([self.batches[number] for number in way], before=before, behind=passed)
-        except Exception as error:  # the model's own operators raise whatever they raise
-            if not running:  # a weight cannot be read, or a criterion of the user's fails
+        except Exception as error:  # the model's own operators may raise any exception
+            if not running:  # no batch was running: a weight cannot be read, or the user's criterion fails
                 raise
             number = running[0]
             first = self.batches[0] if number else None
@@ -204,19 +204,19 @@ class Streaming:
 
 
 def samples_of(captured: Captured) -> int:
-    """The batch size that a captured graph's shapes are for."""
+    """Return the batch size of the shapes in a captured graph."""
     return captured.batch or captured.inputs.batch_size or 1
 
 
 def _ways(batches: Sequence[Inputs], captured: Captured, at_once: int) -> list[range]:
-    """The batches divided, in order, into parts that are run through the graph together."""
+    """Divide the batches, in order, into groups that run through the graph together. Return the numbers of each group."""
     a_sample = sum(t.numel() for t in captured.inputs.tensors) / (captured.inputs.batch_size or 1)
     found: list[range] = []
     start, size = 0, 0.0
     for number, batch in enumerate(batches):
         samples = sum(t.numel() for t in batch.tensors) / max(
             1.0, a_sample
-        )  # of the captured size: texts differ in length
+        )  # counted in samples of the captured size, because texts differ in length
         if number > start and size + samples > at_once:
             found.append(range(start, number))
             start, size = number, 0.0
