@@ -1,4 +1,4 @@
-"""``vbpfx bench``."""
+"""The command ``vbpfx bench``."""
 
 from __future__ import annotations
 

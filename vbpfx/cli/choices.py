@@ -1,7 +1,7 @@
 """Options that take one of a few names, and these names.
 
-The library's tables need PyTorch, and ``--help`` does not wait for it. So the names of these tables stand here a second time, and nowhere
-else; a test compares them with the tables. Criteria and runtimes are named by their files.
+The library's tables of names need PyTorch, which ``--help`` must not import. So the names are repeated here, and a test
+compares them with the tables. The names of criteria and runtimes come from the names of their files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 
 def choice(names: Sequence[str], *flags: str, **settings: Any) -> Any:
-    """Make an option that takes one of the names; its help shows them.
+    """Return an option that takes one of the names, and shows them in its help.
 
     Args:
-        names: what may be chosen.
+        names: the allowed values.
         flags, settings: as ``typer.Option`` takes them.
     """
 

@@ -1,6 +1,6 @@
 """What all commands share: option types, one-line errors, exit statuses.
 
-This file and those of the commands import nothing heavy but inside the commands: ``--help`` need not wait for torch.
+This file and the files of the commands import heavy packages only inside functions. So ``--help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.text import Text
 from vbpfx.cli.choices import FRONTENDS, choice
 from vbpfx.errors import VbpfxError, first_line
 
-INTERRUPTED = 130  # what shells say of a process that Ctrl-C ended
+INTERRUPTED = 130  # the exit status in shells of a process that Ctrl-C ended
 
 
 def _without_color(asked: bool) -> None:
     if asked:
-        os.environ["NO_COLOR"] = "1"  # rich and typer look for it
+        os.environ["NO_COLOR"] = "1"  # rich and typer read it
 
 
 Model = Annotated[
@@ -61,10 +61,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback o
 
 
 def sizes(shape: str) -> tuple[int, ...] | None:
-    """The numbers in a ``--shape`` such as 3x224x224; None for none.
+    """Return the sizes in a ``--shape`` such as 3x224x224, or None if the text is empty.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a shape.
     """
     try:
         found = tuple(int(size) for size in shape.split("x")) if shape else None
@@ -76,10 +76,10 @@ def sizes(shape: str) -> tuple[int, ...] | None:
 
 
 def one_of_shape_and_data(shape: str, data: Path | None) -> tuple[int, ...] | None:
-    """The numbers in ``--shape``, as :func:`sizes` reads them, for commands that take ``--data`` in place of it.
+    """Return the sizes in ``--shape``, or None without one. For commands that take either ``--shape`` or ``--data``.
 
     Raises:
-        typer.BadParameter: it is none, or both are given.
+        typer.BadParameter: the text is not a shape, or both options are given.
     """
     if shape and data is not None:
         raise typer.BadParameter("--shape and --data both say what the input looks like; pass one of them")
@@ -87,20 +87,22 @@ def one_of_shape_and_data(shape: str, data: Path | None) -> tuple[int, ...] | No
 
 
 def require_apart(checkpoint: Path | None, out: Path) -> None:
-    """Raise a typer.BadParameter where the checkpoint's folder is in the one that the result takes."""
+    """Raise a typer.BadParameter if the folder of the checkpoint is the output folder or inside it."""
     if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
 
 
 def save_with_onnx(save: Callable[[bool], Any], out: Path, *, onnx: bool, first: bool) -> None:
-    """Write an artifact; without ``model.onnx`` where that cannot be made: hours of work need not be lost for it.
+    """Write an artifact. If ``model.onnx`` cannot be made, still write the rest, so that no work is lost.
 
     Args:
-        save: writes it, with ``model.onnx`` or without.
+        save: writes the artifact. Its argument says whether to write ``model.onnx``.
+        out: the folder of the artifact.
+        onnx: whether ``model.onnx`` is wanted.
         first: whether this process is the one that writes.
 
     Raises:
-        ExportError: ``model.onnx`` cannot be made; the rest is written.
+        ExportError: ``model.onnx`` cannot be made. The other files are written.
     """
     from vbpfx.errors import ExportError
 
@@ -112,21 +114,21 @@ def save_with_onnx(save: Callable[[bool], Any], out: Path, *, onnx: bool, first:
         if first:
             save(False)
     if first and (refused or not onnx):
-        (out / "model.onnx").unlink(missing_ok=True)  # of an earlier result
+        (out / "model.onnx").unlink(missing_ok=True)  # it belongs to an earlier result
     if refused:
         raise ExportError(f"{out} holds everything but model.onnx: {refused}") from refused
 
 
 def command_line() -> str:
-    """The command as it was typed, for the report."""
+    """Return the command as it was typed, for the report."""
     return shlex.join(["vbpfx", *sys.argv[1:]])
 
 
 def device_named(name: str) -> Any:
-    """The ``torch.device`` of that name.
+    """Return the ``torch.device`` of that name.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: the machine has no such device.
     """
     import torch
 
@@ -140,7 +142,11 @@ def device_named(name: str) -> Any:
 
 @contextmanager
 def failing_in_one_line(debug: bool) -> Iterator[None]:
-    """What goes wrong is one line on standard error and exit status 1, or 130 for Ctrl-C; a traceback if asked for."""
+    """Turn an error within this context into one line on standard error and exit status 1, or 130 for Ctrl-C.
+
+    Args:
+        debug: raise errors with their traceback instead.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
@@ -148,7 +154,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
             raise
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
-    except (typer.Exit, typer.Abort, typer.BadParameter):  # they say what they have to say themselves
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # typer reports these itself
         raise
     except Exception as error:
         if debug:
@@ -158,7 +164,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """Return what went wrong, in one line."""
     if isinstance(error, (VbpfxError, ImportError)):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
@@ -167,22 +173,22 @@ def reason(error: BaseException) -> str:
 
 
 def say(message: str) -> None:
-    """One line on standard error."""
+    """Print an error or another message of the program in one line on standard error."""
     _print(f"vbpfx: {message}", "red")
 
 
 def note(text: str) -> None:
-    """Something worth knowing, on standard error."""
+    """Print a note on standard error."""
     _print(text, "dim")
 
 
 def _print(text: str, style: str) -> None:
-    """The text as it is: paths and names may look like rich's own words."""
+    """Print the text without rich's markup, because paths and names may look like markup."""
     Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False).print(text, style=style)
 
 
 def note_random_weights(model: str, weights: Path | None) -> None:
-    """That nobody has trained the model, where its name says so: what is made of it is made of noise."""
+    """Print a note if the model of that name has random weights and no file of weights is given."""
     from vbpfx.models.names import has_random_weights
 
     if weights is None and has_random_weights(model):
@@ -191,7 +197,7 @@ def note_random_weights(model: str, weights: Path | None) -> None:
 
 @contextmanager
 def busy(text: str, shown: bool = True) -> Iterator[None]:
-    """What takes a while, on standard error as long as it does, where somebody sees it."""
+    """Show a status with the text on standard error within this context, if standard error is a terminal."""
     if not (shown and shows_progress()):
         yield
         return
@@ -200,5 +206,5 @@ def busy(text: str, shown: bool = True) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether somebody sees a bar on standard error."""
+    """Return whether standard error is a terminal, so that progress bars can be seen."""
     return sys.stderr.isatty()

@@ -17,7 +17,7 @@ DATA = "A folder of images, .npy, .npz, or .txt or .jsonl for language models."
 
 @dataclass(eq=False, repr=False)
 class Reading:
-    """How samples are read; a field has the name of the argument of :func:`vbpfx.open_data` that it becomes."""
+    """Options for reading samples. Every field has the name of an argument of :func:`vbpfx.open_data`."""
 
     batch: Annotated[int, typer.Option(min=1, rich_help_panel=PANEL, help="Samples in a batch.")] = 32
     limit: Annotated[
@@ -57,7 +57,7 @@ class Reading:
         """Return the keyword arguments of :func:`vbpfx.open_data`.
 
         Raises:
-            typer.BadParameter: an option is not of its form.
+            typer.BadParameter: the value of an option cannot be read.
         """
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         read = {"shape": sizes(self.shape), "mean": _numbers("--mean", self.mean), "std": _numbers("--std", self.std)}
@@ -66,7 +66,7 @@ class Reading:
 
 @dataclass(eq=False, repr=False)
 class ModelReading(Reading):
-    """How samples are read for a model in PyTorch."""
+    """Options for reading samples for a model in PyTorch."""
 
     max_length: Annotated[
         int | None, typer.Option(min=1, rich_help_panel=PANEL, help="Tokens after which a text is cut.")
@@ -75,7 +75,7 @@ class ModelReading(Reading):
 
 @dataclass(eq=False, repr=False)
 class LabelledReading(ModelReading):
-    """How samples are read with their labels."""
+    """Options for reading samples with their labels."""
 
     labels: Annotated[
         Path | None,
@@ -86,7 +86,7 @@ class LabelledReading(ModelReading):
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...] | None:
-    """Return the numbers of an option such as ``--mean 0.48,0.46,0.41``; None for none.
+    """Return the numbers of an option such as ``--mean 0.48,0.46,0.41``, or None if the text is empty.
 
     Raises:
         typer.BadParameter: they are not numbers.

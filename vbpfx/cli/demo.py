@@ -1,4 +1,4 @@
-"""``vbpfx demo``."""
+"""The command ``vbpfx demo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vbpfx eval``."""
+"""The command ``vbpfx eval``."""
 
 from __future__ import annotations
 

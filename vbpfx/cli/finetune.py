@@ -1,4 +1,4 @@
-"""``vbpfx finetune``."""
+"""The command ``vbpfx finetune``."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def finetune(
 
 
 def _device() -> str:
-    """Where accelerate will compute."""
+    """Return the device on which accelerate will compute."""
     import torch
 
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")

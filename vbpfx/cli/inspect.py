@@ -1,4 +1,4 @@
-"""``vbpfx inspect``."""
+"""The command ``vbpfx inspect``."""
 
 from __future__ import annotations
 

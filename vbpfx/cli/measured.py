@@ -1,4 +1,4 @@
-"""What was measured of a pruned network, in the report beside it."""
+"""Add measurements of a pruned network to the report in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ InReport = Annotated[bool, typer.Option(help="Add what was measured to report.ht
 
 
 def add_to_report(folder: Path, **measured: Any) -> None:
-    """Add to the folder's report, as :func:`vbpfx.report.page.update_report` does, and say so; the figures count without it."""
+    """Add measurements to the report in a folder, and print a note. If that fails, print why and go on.
+
+    Args:
+        measured: as :func:`vbpfx.report.page.update_report` takes them.
+    """
     from vbpfx.errors import ArtifactError
     from vbpfx.report.page import update_report
 

@@ -1,4 +1,4 @@
-"""``vbpfx onnx``."""
+"""The command ``vbpfx onnx``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share: a group is a dataclass, and each field of it is declared once.
+"""Groups of options that several commands share. A group is a dataclass with one field for each option.
 
     @dataclass(eq=False, repr=False)
     class Reading:
@@ -7,8 +7,8 @@
     @with_groups
     def prune(model: Model, reading: Reading) -> None: ...
 
-gives ``vbpfx prune`` the option ``--batch``, and its value is ``reading.batch``. Comparison and ``repr`` are left out, since making them
-takes a part of the time of ``vbpfx --help``.
+gives ``vbpfx prune`` the option ``--batch``, and its value is ``reading.batch``. The dataclasses have no ``__eq__`` and no
+``__repr__``, because generating them would make ``vbpfx --help`` slower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from typing import Any, get_type_hints
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace every parameter whose type is a dataclass by the fields of the dataclass, which typer reads one by one."""
+    """Return the command with every parameter whose type is a dataclass replaced by the fields of that dataclass.
+
+    typer reads these fields as single options.
+    """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 

@@ -1,4 +1,4 @@
-"""Options that say how much a command removes, by which method, and how much data it may hold."""
+"""Options for how much a command removes, by which method, and how much data and memory it uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUDGETS = ("ratio", "macs", "params", "latency")
 
 
 def fraction(value: float | None) -> float | None:
-    """The value, where it is a fraction between 0 and 1; an option's callback."""
+    """Return the value of an option. Raise a typer.BadParameter if it is given and not between 0 and 1."""
     if value is not None and not 0 < value < 1:
         raise typer.BadParameter(f"{value:g} is not between 0 and 1, exclusive")
     return value
@@ -31,7 +31,7 @@ def _budget(text: str) -> Any:
 
 @dataclass(eq=False, repr=False)
 class Planning:
-    """What is removed, and how; a field has the name of the argument of :func:`vbpfx.prune_onnx` that it becomes."""
+    """Options for what is removed, and how. Every field has the name of an argument of :func:`vbpfx.prune_onnx`."""
 
     ratio: Annotated[float | None, _budget("Fraction of the hidden neurons to remove.")] = None
     macs: Annotated[float | None, _budget("Fraction of the multiply-accumulates (MACs) to keep.")] = None
@@ -109,10 +109,10 @@ class Planning:
     ] = ""
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of :func:`vbpfx.prune_onnx`, but for those that were not given.
+        """Return the keyword arguments of :func:`vbpfx.prune_onnx`, without those that were not given.
 
         Raises:
-            typer.BadParameter: not exactly one budget is given, or an option is not of its form.
+            typer.BadParameter: not exactly one budget is given, or the value of an option cannot be read.
         """
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         budgets = [name for name in BUDGETS if name in given]
@@ -130,7 +130,7 @@ class Planning:
 
 @dataclass(eq=False, repr=False)
 class ModelPlanning(Planning):
-    """The same for a model in PyTorch: the arguments of :func:`vbpfx.prune`."""
+    """The same options and a few more for a model in PyTorch: the arguments of :func:`vbpfx.prune`."""
 
     latency: Annotated[float | None, _budget("Fraction of the latency in --runtime to keep.")] = None
     frontend: Tracing = "auto"
@@ -148,10 +148,10 @@ class ModelPlanning(Planning):
     ] = False
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of :func:`vbpfx.prune`, but for those that were not given.
+        """Return the keyword arguments of :func:`vbpfx.prune`, without those that were not given.
 
         Raises:
-            typer.BadParameter: options do not go together, or one of them is not of its form.
+            typer.BadParameter: options do not go together, or the value of one of them cannot be read.
         """
         if self.latency is not None and self.runtime == "none":
             raise typer.BadParameter("--latency is measured in a --runtime; none is not a runtime")
@@ -163,10 +163,10 @@ class ModelPlanning(Planning):
 
 
 def mask_argument(text: str) -> str | tuple[str, str] | None:
-    """What a ``--mask`` such as ``keep`` or ``pad:padding`` says, as :func:`vbpfx.prune` takes it; None for none.
+    """Return the ``mask`` of :func:`vbpfx.prune` for a ``--mask`` such as ``keep`` or ``pad:padding``, or None without one.
 
     Raises:
-        typer.BadParameter: what its entries stand for is neither of the two.
+        typer.BadParameter: the part after the colon is neither ``tokens`` nor ``padding``.
     """
     name, colon, nonzero = text.partition(":")
     if colon and nonzero not in ("tokens", "padding"):

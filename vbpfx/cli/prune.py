@@ -1,4 +1,4 @@
-"""``vbpfx prune``."""
+"""The command ``vbpfx prune``."""
 
 from __future__ import annotations
 

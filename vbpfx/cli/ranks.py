@@ -1,4 +1,4 @@
-"""The processes that ``torchrun`` has started, and which of them says what went wrong."""
+"""Join the processes that ``torchrun`` has started, and report an error of one of them once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def among_ranks(device: str, debug: bool) -> Iterator[Ranks]:
-    """The ranks of this run, where ``torchrun`` started it; otherwise this process alone.
+    """Yield the ranks of this run if ``torchrun`` started it, otherwise this process as the only rank.
 
-    What one of them raises is said once, by the one that it happened to, and ends all of them.
+    An error of one process is printed once, by that process, and ends all of them.
 
     Args:
-        device: where the model computes: NCCL on ``cuda``, gloo elsewhere.
+        device: the device of the model. The processes use NCCL on ``cuda``, and gloo elsewhere.
+        debug: raise errors with their traceback instead.
     """
     from vbpfx.distributed.ranks import ALONE, join
 
@@ -45,7 +46,7 @@ def among_ranks(device: str, debug: bool) -> Iterator[Ranks]:
         with join("share") as ranks:
             try:
                 yield ranks
-            except BaseException as error:  # to be said before the others hear of it
+            except BaseException as error:  # printed here, before the other processes learn of it
                 if not debug and store.add("vbpfx/said", 1) == 1:
                     say(f"rank {rank}: {reason(error)}")
                 raise

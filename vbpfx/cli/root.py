@@ -1,4 +1,4 @@
-"""The command itself: its sub-commands and its version."""
+"""The ``vbpfx`` command: its sub-commands and its version."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ app.command()(onnx)
 
 
 def main() -> None:
-    """Entry point: exit status 0 done, 1 failed with a one-line reason, 2 wrong usage, 130 interrupted."""
+    """Run the command line. The exit status is 0 for success, 1 for an error, 2 for wrong usage, and 130 for Ctrl-C."""
     try:
         app()
     except KeyboardInterrupt:

@@ -105,7 +105,9 @@ def typical_batch(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _few_samples(model: ir.Model, session: onnxruntime.InferenceSession, batch: Inputs) -> Inputs:
-    """Return a few samples of a batch, or the whole batch if the file takes no other number of samples.
+    """Return a few samples of a batch, cut along the batch axis of each input of the file.
+
+    Return the whole batch if the file takes no other number of samples.
 
     Raises:
         CalibrationError: ONNX Runtime does not run the file on the batch.
