@@ -1,1 +1,1 @@
-"""What people read: tables, figures in words, templates of HTML and SVG, progress bars. And silence for other packages."""
+"""Output for people: tables, formatted numbers, HTML and SVG templates, progress bars; and silencing other packages."""

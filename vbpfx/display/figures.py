@@ -1,4 +1,4 @@
-"""Figures and settings as people read them: few digits, with units."""
+"""Format numbers and settings for people: few digits, with units."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
-SAME, FROM_ZERO = "no change", "from zero"  # in place of a difference
+SAME, FROM_ZERO = "no change", "from zero"  # shown instead of a difference
 _TIMES = "\u00d7"
 
 
 def short(number: float, like: float | None = None) -> str:
-    """``5.72 M``: three digits and a unit, that of ``like`` where it is given; whole numbers below 10,000 as they are."""
+    """Return a number with three digits and a unit, such as ``5.72 M``. Whole numbers below 10,000 are shown exactly.
+
+    Args:
+        like: the unit is the one that fits the larger of the number and this one.
+    """
     unit = max(number, like or 0)
     if unit < 10_000:
         return f"{number:,.0f}" if number == int(number) else f"{number:.3g}"
@@ -21,28 +25,32 @@ def short(number: float, like: float | None = None) -> str:
 
 
 def in_bytes(number: float, like: float | None = None) -> str:
-    """``22.9 MB``, of a million bytes each; the unit that of ``like`` where it is given."""
+    """Return a number of bytes with a unit, such as ``22.9 MB``; one MB is a million bytes.
+
+    Args:
+        like: the unit is the one that fits the larger of the number and this one.
+    """
     unit = max(number, like or 0)
     return f"{number:.0f}{NARROW_SPACE}B" if unit < 1000 else _with_unit(number, unit, "B")
 
 
 def in_milliseconds(seconds: float) -> str:
-    """``3.21 ms``."""
+    """Return a time in milliseconds, such as ``3.21 ms``."""
     return f"{_three_digits(1e3 * seconds)}{NARROW_SPACE}ms"
 
 
 def percent(share: float) -> str:
-    """``45.6%``."""
+    """Return a share as a percentage, such as ``45.6%``."""
     return f"{share:.1%}"
 
 
 def kept(dense: float, pruned: float) -> str:
-    """What is left, as a share; a dash where there was nothing."""
+    """Return the share that is left, as a percentage, or a dash if there was nothing before."""
     return percent(pruned / dense) if dense else "-"
 
 
 def change(dense: float, pruned: float) -> str:
-    """``-31.0%``, with a minus sign; no change where both are equal."""
+    """Return the relative change with its sign, such as ``-31.0%``, or words if both are equal or ``dense`` is zero."""
     if dense == pruned:
         return SAME
     if not dense:
@@ -52,7 +60,7 @@ def change(dense: float, pruned: float) -> str:
 
 
 def scientific(number: float) -> str:
-    """Mantissa, times, a power of ten; zero as ``0``, NaN and infinity in words."""
+    """Return a number as a mantissa times a power of ten. Zero is ``0``, and NaN and infinity are ``not finite``."""
     if not number:
         return "0"
     if not math.isfinite(number):
@@ -62,19 +70,19 @@ def scientific(number: float) -> str:
 
 
 def power_of_ten(exponent: int) -> str:
-    """``10⁻⁷``."""
+    """Return a power of ten with its exponent raised, such as ``10⁻⁷``."""
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def said(value: Any) -> str:
-    """A setting in words."""
+    """Return the value of a setting as text. Truth values become yes or no, and lists are joined by commas."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def capital(text: str) -> str:
-    """Text as a sentence begins."""
+    """Return the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 

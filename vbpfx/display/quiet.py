@@ -1,6 +1,6 @@
-"""Silence what other packages print while they import, compile, load or run. Their errors are raised as ever.
+"""Silence what other packages print while they import, compile, load or run. Their errors are still raised.
 
-Each of these context managers works on the whole process. The last two include those above them.
+Each of these context managers affects the whole process. The last two include those above them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def quiet_python() -> Iterator[None]:
 @shared_by_threads
 @contextmanager
 def quiet_process() -> Iterator[None]:
-    """Suppress warnings, logging, and all standard output and error, that of native code included."""
+    """Suppress warnings, logging, and all standard output and error, including that of native code."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [(fd, os.dup(fd)) for fd in (1, 2)]
@@ -57,7 +57,7 @@ def quiet_process() -> Iterator[None]:
     try:
         for fd, _ in kept:
             os.dup2(nowhere, fd)
-        with quiet_python():  # Python's own streams need not lead to the descriptors
+        with quiet_python():  # Python's own streams may not write to these descriptors
             yield
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Tables as plain text: what print() shows of an analysis, a plan and a report."""
+"""Tables as plain text, as print() shows them for an analysis, a plan and a report."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 110
-_FRAME = 3  # what a column takes beside its cells: a line, a space on either side
-_LEAST = 12  # a column of names
+_FRAME = 3  # the width of a column beside its cells: a line, and a space on either side
+_LEAST = 12  # the smallest width of a column of names
 _NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
-    """``1 block``, ``2 blocks``."""
+    """Return a number with its noun, such as ``1 block`` or ``2 blocks``."""
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, width: int = _WIDTH) -> str:
-    """A table as plain text, at most so wide, and no wider than a terminal that it is printed to.
+    """Return a table as plain text. It is at most ``width`` wide, and no wider than the terminal.
 
-    Numbers and percentages are set to the right; where room is scarce, names and headers are broken, and numbers the last.
-    Names stand as they are, whatever is in them.
+    Columns of numbers and percentages are right-aligned. If the table is too wide, names and headers are broken into several
+    lines first, and numbers last. Names are printed unchanged, even if they look like markup.
     """
     rows = [list(row) for row in rows]
     width = min(width, _terminal(width))
@@ -50,18 +50,18 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         drawn.add_row(*map(Text, row))
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False, color_system=None)
-    if title:  # not the table's own, which is broken at the width of the table
+    if title:  # printed apart, because rich would break the title of a table at the table's width
         console.print(Text(title))
     console.print(drawn)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
 def _terminal(otherwise: int) -> int:
-    """The width of the terminal that is printed to."""
+    """Return the width of the terminal, or ``otherwise`` if standard output is not a terminal."""
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
     return shutil.get_terminal_size((otherwise, 24)).columns if on_terminal else otherwise
 
 
 def _is_number(cell: Any) -> bool:
-    """A number, or a number or a percentage as text."""
+    """Return whether a cell is a number, or text that is a number or a percentage."""
     return isinstance(cell, (int, float)) or (isinstance(cell, str) and _NUMBER.fullmatch(cell) is not None)

@@ -1,1 +1,1 @@
-"""ONNX files run in ONNX Runtime."""
+"""Run ONNX files in ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Inputs for an ONNX file, of the shapes that it states."""
+"""Example inputs for an ONNX file, with the shapes that the file states."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _ONNX_TYPES = {
 
 
 def file_inputs(path: Path, length: int = 128, batch: int = 2) -> Inputs:
-    """Return inputs of the shapes that an ONNX file states: random numbers, or ones for integers.
+    """Return inputs with the shapes that an ONNX file states: random numbers, or ones for integers.
 
     Args:
-        length: the length of open axes after the first one, which is the batch axis.
+        length: the length of open axes after the first axis, which is the batch axis.
+        batch: the number of samples if the batch axis is open.
 
     Raises:
         ModelError: the file cannot be read, or takes inputs of another type.
     """
     try:
         session = open_session(path)
-    except Exception as error:  # ONNX Runtime has its own kinds
+    except Exception as error:  # ONNX Runtime raises many types of exceptions
         raise ModelError(f"cannot read {path} as ONNX: {first_line(error)}") from error
     tensors = []
     for entry in session.get_inputs():

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on the CPU: opened here and run here, whatever they are for."""
+"""Open and run sessions of ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def open_session(
     Args:
         file: a path, or a serialised model.
         folder: the folder of the external data, for a serialised model or a file that is large because of it.
-        threads: number of threads of an operator; ONNX Runtime decides where this is None.
+        threads: number of threads of an operator. With None, ONNX Runtime decides.
         optimized: whether ONNX Runtime may rewrite the graph before it runs it.
 
     Raises:
-        Exception: ONNX Runtime does not take the file; it has many kinds of its own.
+        Exception: ONNX Runtime does not accept the file. It raises many types of exceptions.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
@@ -50,7 +50,7 @@ def run_session(
     """Run one batch, and return the values named in ``wanted``, by default all outputs.
 
     Args:
-        arguments: input of the file -> key in ``inputs.kwargs``; without it the tensors are paired with the file's inputs in order.
+        arguments: input of the file -> key in ``inputs.kwargs``. Without it, the file's inputs get the tensors in order.
     """
     if arguments is None:
         given = dict(zip((entry.name for entry in session.get_inputs()), inputs.tensors, strict=True))

@@ -1,1 +1,1 @@
-"""What networks return, and how far the outputs of two networks are apart."""
+"""The outputs of networks, and measures of the difference between the outputs of two networks."""

@@ -1,4 +1,4 @@
-"""How far a network's outputs are from another's, and how far rounding alone may move them."""
+"""The difference between the outputs of two networks, and how much of it rounding alone may cause."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-# Largest relative error of the output that rounding alone makes, by the precision the model computes in.
+# The largest relative error of the output that rounding alone may cause, by the precision in which the model computes.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Largest relative error of the output between two programs that compute the same network in float32: two runtimes, two graphs.
+# The largest relative error between two programs that compute the same network in float32, such as two runtimes or graphs.
 PARITY = TOLERANCES[torch.float32]
 
 
 def tolerance_of(dtypes: Iterable[torch.dtype]) -> float:
-    """The tolerance of the coarsest of some precisions; that of float32 without one, and for types that are not in the table."""
+    """Return the tolerance of the coarsest of the precisions.
+
+    It is that of float32 if there are none, and for types that are not in the table.
+    """
     return max((TOLERANCES.get(dtype, PARITY) for dtype in dtypes), default=PARITY)
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor], *, both_nan: bool = False) -> float:
-    """max over the tensors of max|found - expected| / max|expected|, in float64, or complex128.
+    """Return the maximum over the tensors of max|found - expected| / max|expected|, in float64 or complex128.
 
-    Equal entries differ by nothing even where they are infinite (masked logits). Any other NaN or
-    infinity makes the result infinite, except, with ``both_nan``, where both are NaN (rows of padding, which nothing reads).
+    Equal entries have a difference of 0, even if they are infinite (masked logits). Any other NaN or infinity makes the
+    result infinite. With ``both_nan``, entries that are NaN in both also have a difference of 0 (rows of padding, which
+    nothing reads).
     """
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
@@ -40,7 +44,7 @@ def relative_error(found: list[Tensor], expected: list[Tensor], *, both_nan: boo
 def require_close(
     found: list[Tensor], expected: list[Tensor], allowed: float, problem: Callable[[float], Exception]
 ) -> float:
-    """Return the relative error; raise what ``problem`` makes of it if it is above ``allowed``, or not a number."""
+    """Return the relative error. If it is above ``allowed`` or NaN, raise the exception that ``problem`` makes from it."""
     error = relative_error(found, expected)
     if not error <= allowed:
         raise problem(error)
@@ -48,6 +52,6 @@ def require_close(
 
 
 def squared_errors(found: Tensor, expected: Tensor) -> Tensor:
-    """(found - expected)^2, entry by entry; 0 with a gradient of 0 where the two are equal, which infinite entries may be."""
+    """Return (found - expected)^2, entry by entry. Equal entries, even infinite ones, give 0 with a gradient of 0."""
     equal = found == expected
     return (found.masked_fill(equal, 0.0) - expected.masked_fill(equal, 0.0)).square()

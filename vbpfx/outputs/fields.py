@@ -17,8 +17,7 @@ class Fields(Mapping[str, Any]):
 
     It replaces a dataclass result, such as the ``ModelOutput`` of transformers, wherever that class may be missing or
     unknown: in saved networks, and in graphs for exporters. As in transformers, a field without a value is None as an
-        attribute. Everything
-    else skips it: iteration, indices, :func:`torch.utils._pytree.tree_flatten`.
+    attribute. Iteration, indices and :func:`torch.utils._pytree.tree_flatten` skip it.
     """
 
     def __init__(self, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run of a network gives to compare: its logits or values, further outputs, and the outputs of modules that are watched."""
+"""Run a network and keep the results to compare: its logits or values, its other outputs, and those of watched modules."""
 
 from __future__ import annotations
 
