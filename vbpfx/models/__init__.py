@@ -1,1 +1,1 @@
-"""Models by name, and models without weights."""
+"""Load models by name, and models whose weights stay in files."""

@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers, from a folder or by a name, with the weights that are there."""
+"""Models of Hugging Face transformers, loaded from a folder or by name, with their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vbpfx.errors import ModelError, first_line
 from vbpfx.models.source import ModelSource, package
 from vbpfx.models.weightless import architecture
 
-_TOKENS = 128  # tokens of an example text, if the model allows as many
+_TOKENS = 128  # the number of tokens in an example text, if the model allows that many
 
 
 def _make(name: str, rest: str) -> nn.Module:
@@ -24,7 +24,7 @@ def _make(name: str, rest: str) -> nn.Module:
     try:
         with _quiet_transformers(transformers):
             return _from_pretrained(transformers, rest)
-    except Exception as error:  # the hub, the configuration and the model class raise what they raise
+    except Exception as error:  # the hub, the configuration and the model class may raise any exception
         raise ModelError(
             f"transformers cannot load {rest!r} ({type(error).__name__}: {first_line(error)}); pass the name of a model, or a "
             f"folder with config.json and the weights"
@@ -33,7 +33,7 @@ def _make(name: str, rest: str) -> nn.Module:
 
 @contextmanager
 def _quiet_transformers(transformers: Any) -> Iterator[None]:
-    """Switch off its progress bar, which it draws even if nobody sees it."""
+    """Switch off the progress bar of transformers, which it draws even if nobody sees it."""
     log = transformers.utils.logging
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()
@@ -46,7 +46,7 @@ def _quiet_transformers(transformers: Any) -> Iterator[None]:
 
 def _from_pretrained(transformers: Any, rest: str) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)
-    config.use_cache = False  # it is not a part of one forward pass
+    config.use_cache = False  # a single forward pass needs no cache
     with torch.device("cpu"), quiet_logging():  # this imports modules, as in imported()
         kind = architecture(transformers, config) or transformers.AutoModel
     if torch.get_default_device().type == "meta":  # the weights are not wanted

@@ -1,6 +1,6 @@
-"""Models by name, from the sources in a table.
+"""Load models by name, from the sources in a table.
 
-A source is one file in this package, and one line in :data:`SOURCES`.
+Each source has one file in this package, and one entry in :data:`SOURCES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vbpfx.models.timm import TIMM
 from vbpfx.models.torchvision import TORCHVISION
 from vbpfx.models.weights import UNFIT, load_weights
 
-# The word before the colon of a name -> the source. Any other word is a module with the user's own callable.
+# The word before the colon in a name -> the source. Any other word is a module that holds the user's own callable.
 SOURCES: dict[str, ModelSource] = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HUGGING_FACE}
 
 
@@ -28,7 +28,7 @@ def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
 
     Args:
         name: ``timm:NAME`` and ``torchvision:NAME`` have random weights. ``hf:`` takes a folder, or a name that
-            transformers finds, with the weights that are there. ``module:callable`` is called without arguments; the
+            transformers finds, and loads its weights. ``module:callable`` is called without arguments; the
             module may also be in the working directory.
         weights: a file with a state dict, written by safetensors or ``torch.save``. No code in it is run.
 

@@ -15,7 +15,7 @@ from vbpfx.models.source import ModelSource, imported
 
 
 class NotFoundError(ModelError):
-    """The name is not that of a callable in a module."""
+    """The module cannot be imported, or does not have the callable."""
 
 
 def _make(name: str, rest: str) -> Any:

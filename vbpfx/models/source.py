@@ -26,9 +26,9 @@ class ModelSource:
     Attributes:
         form: how a model is named, such as ``timm:NAME``.
         make: (the whole name, the part after the colon) -> the model.
-        example_inputs: (model, number of samples, dtype of the model) -> random inputs as the model expects them; None
+        example_inputs: (model, number of samples, dtype of the model) -> random inputs as the model expects them, or None
             if the model is not from this source or does not say what it expects.
-        random_weights: whether the models have random weights, and the number of classes that their package sets.
+        random_weights: whether the models have random weights and their package's default number of classes.
     """
 
     form: str
@@ -38,8 +38,8 @@ class ModelSource:
 
 
 def imported(module: str) -> Any:
-    """Import a module. Its own tensors are real, even if the model is made on the meta device."""
-    with torch.device("cpu"), quiet_logging():  # torchao, which transformers imports, logs what torch deprecates
+    """Import a module. The tensors that it creates on import are real, even if torch's default device is meta."""
+    with torch.device("cpu"), quiet_logging():  # transformers imports torchao, which logs deprecations of torch
         return importlib.import_module(module)
 
 

@@ -21,7 +21,7 @@ def _make(name: str, rest: str) -> nn.Module:
     # no downloads: detection and segmentation models would fetch a backbone
     signature = inspect.signature(models.get_model_builder(rest))
     extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}
-    with quiet_warnings():  # of inception and googlenet: that other versions draw other random weights
+    with quiet_warnings():  # inception and googlenet warn that other versions initialise weights differently
         model: nn.Module = models.get_model(rest, weights=None, **extra)
     return model
 

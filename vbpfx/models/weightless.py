@@ -1,4 +1,4 @@
-"""Models whose weights are not in memory: parameters on the meta device, the weights in files."""
+"""Models whose weights are not in memory: the parameters are on the meta device, and their values in files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vbpfx.storage.tensors import Stored
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules that are built inside get their parameters on the meta device, where they take no memory.
+    """Put the parameters of modules that are built within this context on the meta device, where they take no memory.
 
-    Buffers are computed as ever: what a constructor computes and no file holds (the frequencies of rotary embeddings) is
-    there. The parameters' values come from files, see :func:`vbpfx.prune_files`. What the constructors raise is raised.
+    Buffers are computed as usual, so the values that only a constructor knows (the frequencies of rotary embeddings) exist.
+    The values of the parameters come from files; see :func:`vbpfx.prune_files`.
     """
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
@@ -38,15 +38,15 @@ def without_weights() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Weightless:
-    """A model, and where its tensors are.
+    """A model without weights, and where its tensors are.
 
     Attributes:
-        model: all on the meta device, in eval mode.
-        stored: the tensors that lie in files.
-        buffers: those that do not: name -> value.
-        names: name of a tensor of the model -> the name it is stored under (another one where tensors are tied).
-        folder: the folder of Hugging Face that it came from; None where it did not.
-        restored: entries of the configuration that were changed for the capture, as they were.
+        model: the model, with all tensors on the meta device, in eval mode.
+        stored: the tensors that are in files.
+        buffers: name -> value, for buffers that no file holds.
+        names: name of a tensor of the model -> the name under which it is stored. The two differ for some tied tensors.
+        folder: the Hugging Face folder of the model; None for a module of the caller.
+        restored: the original values of configuration entries that were changed for the capture.
     """
 
     model: nn.Module
@@ -58,12 +58,12 @@ class Weightless:
 
     @classmethod
     def of(cls, model: str | Path | nn.Module, weights: str | Path | Iterable[str | Path] | None = None) -> Weightless:
-        """A folder of Hugging Face, or a model that was built under :func:`without_weights` and its weights.
+        """Open a Hugging Face folder, or a model that was built under :func:`without_weights` and the files of its weights.
 
         Raises:
             ModelError: a file cannot be read, does not fit the model or holds quantised weights, or the model has its weights
                 in memory or computes in float16.
-            CaptureError: it is not a module.
+            CaptureError: the model is not a module.
         """
         folder: Path | None = None
         restored: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         restored = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
-        config.use_cache = False  # no part of one forward pass
+        config.use_cache = False  # a single forward pass needs no cache
         kind = architecture(transformers, config)
         if kind is None:
             raise ModelError(f"{folder / 'config.json'} names no architecture that transformers has")
@@ -117,7 +117,7 @@ def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             model: nn.Module = kind(config)
     except ModelError:
         raise
-    except Exception as error:  # the configuration and the class raise what they raise
+    except Exception as error:  # the configuration and the class may raise any exception
         raise ModelError(
             f"transformers cannot build a model from {folder} ({type(error).__name__}: {first_line(error)}); pass a folder with "
             f"config.json and safetensors"
@@ -126,9 +126,9 @@ def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def architecture(transformers: Any, config: Any) -> Any:
-    """The first of the classes that a configuration names which is one of transformers' models; None without one.
+    """Return the first class that a configuration names and that is a model of transformers, or None if there is none.
 
-    Whatever else a configuration names is not called.
+    Nothing else that a configuration names is called.
     """
     found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     models = (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))
@@ -136,7 +136,7 @@ def architecture(transformers: Any, config: Any) -> Any:
 
 
 def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
-    """Name -> the stored name, of everything that is stored; all parameters must be."""
+    """Return name in the model -> stored name for all stored tensors. Raise a ModelError if the files do not fit."""
     tensors = named_tensors(model)
     found: dict[int, str] = {}
     for name, tensor in tensors.items():
@@ -162,7 +162,7 @@ def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
 
 
 def _all_on_meta(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with the same parameters, and with buffers on the meta device."""
+    """Return a copy of the model in eval mode, with the same parameters and with its buffers on the meta device."""
     hollow = share_parameters(model)
     buffers = {id(buffer): buffer for buffer in hollow.buffers()}
     on_meta = {key: buffer.to("meta") for key, buffer in buffers.items()}

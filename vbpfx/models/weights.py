@@ -15,8 +15,8 @@ from vbpfx.display.quiet import quiet_warnings
 from vbpfx.errors import ModelError, first_line
 
 UNFIT = "does not fit"
-_WRAPPINGS = ("state_dict", "model_state_dict", "model")  # what training scripts put weights under
-_PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of names
+_WRAPPINGS = ("state_dict", "model_state_dict", "model")  # the keys under which training scripts store weights
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these in front of names
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -41,8 +41,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        # timm's training script puts its arguments beside the weights: a Namespace runs no code
-        # what is wrong with a file is said once, by the error
+        # timm's training script stores its arguments, a Namespace, beside the weights. Loading it runs no code.
+        # warnings are off because the error already says what is wrong with the file
         with quiet_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
