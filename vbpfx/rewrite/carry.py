@@ -1,6 +1,6 @@
 """Correct statistics over a narrowed axis, so that they still include the removed channels, as constants.
 
-A sum, a mean or a norm between two layers reads every channel of the hidden axis. Of its N channels P were removed, and
+A sum, a mean or a norm between two layers reads every channel of the hidden axis. P of its N channels were removed, and
 are replaced by the constants a. Then sum_P a and sum_P a^2 are known numbers, so the statistic over all N channels
 follows exactly from the K channels that are left. Values are centred before they are squared, so that a large mean does
 not cost digits. With m the mean over all N channels and a' the mean of a,
@@ -23,7 +23,7 @@ from vbpfx.rules.calls import called_module
 
 @dataclass(frozen=True)
 class CarriedSums:
-    """All that a statistic over one axis needs to know of the removed channels, as plain numbers.
+    """The removed channels of one axis, reduced to the plain numbers that a statistic over the axis needs.
 
     Attributes:
         size: N, the size of the dense axis.

@@ -1,6 +1,6 @@
 """Find lines in a model's own code that read a hidden width from a tensor.
 
-What such a line computes with the width cannot be corrected by changing the model's tensors.
+If such a line computes with the width, changing the model's tensors cannot correct the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def where_widths_are_used(small: nn.Module, plan: Plan, inputs: Inputs) -> str:
 
     Args:
         small: the narrowed model in its own class.
-        plan: the plan that it was narrowed by.
+        plan: the plan by which ``small`` was narrowed.
         inputs: the batch to run it on.
     """
     now = {len(entry.kept) for entry in plan.blocks} - {entry.block.width for entry in plan.blocks}

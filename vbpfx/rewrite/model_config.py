@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 Change = tuple[tuple[str, ...], float]
 Changes = tuple[Change, ...]
 
-# At most this many values of an entry are tried until the class can be built. It cannot if heads do not divide a width.
+# The largest number of an entry's values that are tried. The class cannot be built if heads do not divide a width.
 _TRIALS = 3
 
 
@@ -145,7 +145,7 @@ def _changed(name: str, value: Any, before: int, after: int) -> float | None:
     if value == before or (value is None and name.startswith("n_")):
         return after
     if isinstance(value, float) and value > 1:
-        # a ratio to another width, whose product the class rounds down; the half keeps rounding from missing ``after``
+        # a ratio: the class multiplies it with another width and rounds down; the half makes the result exactly ``after``
         return value * (after + 0.5) / before
     if isinstance(value, int) and value * after % before == 0:
         return value * after // before

@@ -36,7 +36,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ArtifactError: the plan was made for another model (names, shapes and module classes are compared). Or a layer
             has no place for the bias that the fold creates, or the model's code states the hidden width, which only
-            symbolic tracing can tell. Or the plan is uniform and the ``config`` cannot describe the result.
+            symbolic tracing can detect. Or the plan is uniform and the ``config`` cannot describe the result.
     """
     require_module(model)
     require_same_structure(fingerprint(model), plan, model)

@@ -203,7 +203,7 @@ class Site:
         return operator_of(self.node, self.module)
 
     def path(self, position: int, name: str) -> tuple[str | int, ...]:
-        """Return where the call holds an argument, as :class:`SizeStated` needs it."""
+        """Return the place of an argument in the call, for :class:`SizeStated`."""
         return ("kwargs", name) if name in self.node.kwargs else ("args", position)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
@@ -328,7 +328,7 @@ def spelling(node: fx.Node) -> str:
 
 
 def as_tuple(value: Any, repeat: int) -> tuple[Any, ...]:
-    """Return a tuple or list as a tuple, and any other value as a tuple that repeats it."""
+    """Return a tuple or list as a tuple, and any other value as a tuple that holds it ``repeat`` times."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * repeat
 
 

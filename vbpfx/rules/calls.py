@@ -12,12 +12,12 @@ from vbpfx.rules.table import operator_of
 
 
 def called_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls; None if it calls none."""
+    """Return the module that a node calls, or None if it does not call a module."""
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def operands_read(node: fx.Node) -> list[fx.Node]:
-    """Return the operands whose values a call reads, without those of which it uses only sizes, type or device."""
+    """Return the operands whose values a call reads, without one whose sizes, type or device alone it uses."""
     place = operator_of(node).form_of
     if place is None or place >= len(node.args):
         return node.all_input_nodes
@@ -25,7 +25,7 @@ def operands_read(node: fx.Node) -> list[fx.Node]:
 
 
 def is_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Return whether a call changes its first operand in place, by its name, its row in the table or an argument."""
+    """Return whether a call changes its first operand in place, according to its name, its row or an argument."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = spelling(node)

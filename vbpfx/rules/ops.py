@@ -252,9 +252,9 @@ _named(where_true, "nonzero", "argwhere", "masked_select")
 
 
 def register_operator(rule: Callable[[Site], Iterable[Relation]], *spellings: Any, **traits: Any) -> None:
-    """Enter a row for operators that the table lacks: your own, or a library's.
+    """Add operators to the operator table: your own, or those of another library.
 
-    A module class becomes a leaf of symbolic tracing, so that its rule speaks for the whole module. See
+    A registered module class becomes a leaf of symbolic tracing, so that its rule describes the whole module. See
     ``docs/adding_an_operator.md``.
 
     Args:

@@ -110,7 +110,7 @@ def repetition(site: Site) -> Iterator[Relation]:
 
 
 def repetition_of_entries(site: Site) -> Iterator[Relation]:
-    """repeat_interleave: every entry along ``dim`` is repeated in place; other axes are kept."""
+    """repeat_interleave: every entry along ``dim`` is followed by its copies; other axes are kept."""
     x, out = site.x, site.out
     dim = site.constant(2, "dim")
     if dim is None or len(site.operands) > 1:
@@ -206,7 +206,7 @@ def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], 
 
 
 def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
-    """Return whether a call takes single entries along an axis, or reduces it, so that its value lacks the axis."""
+    """Return whether a call takes single entries along an axis, or reduces it, so that the value does not have the axis."""
     name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
     if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
         return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)

@@ -1,6 +1,6 @@
 """A row of the operator table: an operator's rule for axes, and its traits.
 
-The rows are in :mod:`vbpfx.rules.ops`. Code that depends on what an operator is asks :func:`operator_of` for its row.
+The rows are in :mod:`vbpfx.rules.ops`. Code that depends on the operator of a node gets its row from :func:`operator_of`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Attribute(NamedTuple):
 class Operator:
     """One row of the operator table.
 
-    Arguments are stated where operators with the same rule differ in them.
+    An argument is given only if operators with the same rule have it at different places.
 
     Attributes:
         rule: a generator of relations over one call. None if only traits are known: the analysis then refuses every axis that the
@@ -46,12 +46,13 @@ class Operator:
             if ``view`` or ``hands_on`` is.
         joins: how the call combines its operands: ``"addition"`` (x + y), ``"sum"`` (a sum with signs or factors, or entries of one
             operand put among those of another), ``"product"`` (x * y), ``"quotient"`` (x / y).
-        in_place: the call changes its first operand, though its name does not end with an underscore.
+        in_place: the call changes its first operand, although its name does not end with an underscore.
         reshapes: the in-place form of the operator changes sizes or strides of its operand.
         takes_apart: the value is a tuple, and the rule describes its entries.
         transposes: if the operand is a matrix, the value is its transpose, unless the arguments say otherwise.
         aggregates: one entry is computed from all entries along an axis.
-        statistic: which sum over an axis the call takes, if constant channels can be added to it afterwards.
+        statistic: the statistic over an axis that the call computes, if the contribution of constant channels can be added to
+            it afterwards.
         keeps_axis: the value still has the axis along which entries are compared.
         reads: ``"sizes"`` if the value is the shape of a tensor or one of its sizes; ``"kind"`` if it is a number or a flag that
             does not depend on sizes.
@@ -59,7 +60,7 @@ class Operator:
         reads_sizes: the rule interprets sizes among the arguments.
         sizes: the argument that states the sizes of the value.
         dim: the argument that names the axis; a number if the axis is always the same.
-        trains: the position of the flag that makes a call of ATen train.
+        trains: the position of the flag that puts a call of ATen in training mode.
     """
 
     rule: Rule | None = None
