@@ -164,7 +164,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong, in one line."""
+    """Return an error as one line of text."""
     if isinstance(error, (VbpfxError, ImportError)):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):

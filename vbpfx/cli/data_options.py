@@ -1,4 +1,4 @@
-"""Options that say what data a command reads, and how."""
+"""Options for how a command reads its data."""
 
 from __future__ import annotations
 

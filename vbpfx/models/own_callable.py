@@ -38,7 +38,7 @@ def _make(name: str, rest: str) -> Any:
         if isinstance(make, nn.Module):
             return make
         try:
-            return make()  # within the context, because what it imports may lie beside its module
+            return make()  # within the context, because it may import other modules of the same folder
         except Exception as error:  # the user's own code
             raise ModelError(
                 f"model {name!r}: calling it raised {type(error).__name__}: {first_line(error)}"

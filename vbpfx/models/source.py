@@ -1,4 +1,4 @@
-"""What a source of models provides, and how its package is imported."""
+"""ModelSource: the interface of a source of models; and functions that import its package."""
 
 from __future__ import annotations
 

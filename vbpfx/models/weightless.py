@@ -126,9 +126,9 @@ def _of_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def architecture(transformers: Any, config: Any) -> Any:
-    """Return the first class that a configuration names and that is a model of transformers, or None if there is none.
+    """Return the first model class of transformers that a configuration names, or None if it names none.
 
-    Nothing else that a configuration names is called.
+    No other object that the configuration names is called.
     """
     found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     models = (kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel))

@@ -1,4 +1,4 @@
-"""Means over samples of what was measured at every position, without those that a padding mask leaves out."""
+"""Means over samples of values at every position. Positions that a padding mask marks as padding do not count."""
 
 from __future__ import annotations
 

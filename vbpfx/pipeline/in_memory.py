@@ -79,7 +79,7 @@ class InMemory(Source[CalibrationResult, ResultT]):
         return verify(captured, small, plan)
 
     def arguments(self, captured: Captured, options: PlanArguments, fitting: Fitting, target: Target) -> dict[str, Any]:
-        """Return the arguments of :func:`vbpfx.prune` that differ from its defaults, ready for JSON. A function is given by its name."""
+        """Return the arguments of :func:`vbpfx.prune` that differ from its defaults, ready for JSON. Functions become names."""
         return _given(captured, self.calibration, options, fitting, target)
 
 

@@ -110,7 +110,7 @@ def prune_onnx(
 
     Args:
         path: the file, of opset 7 or newer and not quantized. A file older than opset 13 is converted to opset 13. Tensors
-            that are stored and nodes that compute in float16 stay float16.
+            stored in float16 stay so, and nodes that compute in float16 still do.
         calibration: batches without labels: arrays or tensors (if the file has one input), mappings from input names to
             arrays, or sequences in the order of the inputs.
         out: the file to write. It appears under this name after all checks. It may be ``path``, unless ``path`` has external

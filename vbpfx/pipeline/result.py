@@ -66,7 +66,7 @@ class Pruned(Result):
         small = apply_plan(model, self.plan)
         if self.verification is not None:
             frontend = self.captured.frontend
-            assert frontend != "onnx"  # what comes from a file is not a Pruned
+            assert frontend != "onnx"  # the result for an ONNX file is a PrunedOnnx
             verify(capture(model, self.captured.inputs, frontend=frontend), small, self.plan)
         return small
 

@@ -1,4 +1,4 @@
-"""The list of stages that every way of pruning runs. A :class:`Source` does what differs between them."""
+"""The stages that every way of pruning runs. A :class:`Source` implements the steps that differ between them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLE_SAMPLES = 4
 
 
 class Observed(Protocol):
-    """What calibration returns for any source."""
+    """The result of calibration, which has at least these attributes for every source."""
 
     @property
     def statistics(self) -> Statistics:
@@ -82,7 +82,7 @@ ResultT = TypeVar("ResultT", bound=Result)
 
 
 class Source(ABC, Generic[ObservedT, ResultT]):
-    """A network to prune: where its weights are, what runs it, and where the result is written.
+    """A network to prune. A subclass decides where its weights are, how it runs, and where the result is written.
 
     The methods are called once each, in the order in which :func:`run_stages` lists them.
 
