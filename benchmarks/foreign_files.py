@@ -170,19 +170,21 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [
         "# ONNX files of other people",
         "`python benchmarks/foreign_files.py`",
-        "Networks that ship in packages of other authors, by other exporters, through `vbpfx.prune_onnx` with default options (but `memory=2`): no model, no "
-        "labels, no training. Shown is what was measured; each network's own command is in `benchmarks/results/foreign_files.json`. The inputs are made by the benchmark, and those to calibrate on share no text, sentence or file with those that "
-        "are tested: lines and pages of rendered docstrings for what reads, docstrings for what embeds, speech of espeak-ng, damaged as "
-        "telephones do it, for what hears, files of the Python that runs for what tells files apart, settings for the surface.",
+        "These networks ship in packages of other authors and were written by other exporters. `vbpfx.prune_onnx` prunes them with its default "
+        "options (except `memory=2`), without the model, labels or training. The benchmark makes the inputs. The calibration "
+        "inputs share no text, sentence or file with the test inputs. Text recognition reads rendered lines and pages of "
+        "docstrings. Sentence encoders embed docstrings. Speech models rate speech of espeak-ng with telephone-like damage. "
+        "File classifiers get files of the running Python's library, and the surface gets settings drawn at random. The command for each "
+        "network is in `benchmarks/results/foreign_files.json`.",
         markdown_table(("network", "package", "exporter", "opset", "MB", "samples to calibrate on, tested"), files),
-        "*Kept* is the share of the dense network's work that the pruned one does: of the samples that the dense network knows, those that "
-        "the pruned one knows; the cosine of embeddings; the variance of scores that is explained. *Dense* is what the dense network itself "
-        "knows. *Speed* is processor time of one sample in ONNX Runtime on one thread, dense over pruned, measured in turn: median and "
-        "quartiles. The last columns are what is left.",
+        "*Kept* compares the pruned network with the dense one: the share of the samples that the dense network gets right and the pruned one, too; "
+        "the cosine between their embeddings; or the explained variance of the scores. *Dense* is the share that the dense network "
+        "gets right. *Speed* is the processor time per sample in ONNX Runtime on one thread, dense divided by pruned, with both "
+        "measured in turn: median and quartiles. The last two columns are the shares of MACs and parameters that are left.",
         markdown_table(("network", "what is kept", "removed", "kept", "dense", "speed", "MACs", "parameters"), rows),
     ]
     if missing := [name for name in NETWORKS if name not in results]:
-        parts += [f"Not measured here: {', '.join(missing)}."]
+        parts += [f"Not measured: {', '.join(missing)}."]
     if slower:
         parts += ["Not faster:", "\n".join(slower)]
     if refused:
