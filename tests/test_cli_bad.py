@@ -139,7 +139,7 @@ LINES: dict[str, tuple[list[str], int, str]] = {
     "an option that is unknown": (_prune("--speed"), 2, "--speed"),
     "a limit of nothing": (_prune("--limit", "0"), 2, "--limit"),
     "a device that is not there": (_prune("--device", "tpu"), 1, "--device tpu is not there"),
-    "a checkpoint in the result": (_prune("--checkpoint", "out/checkpoint"), 2, "lies in --out"),
+    "a checkpoint in the result": (_prune("--checkpoint", "out/checkpoint"), 2, "is inside --out"),
     # the result
     "a folder that holds something else": (_prune(out="other"), 1, "other holds thesis.tex and is not a pruned network"),
     "a result that is a file": (_prune(out="file"), 1, "file is a file"),

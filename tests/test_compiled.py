@@ -329,7 +329,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     with pytest.raises(CalibrationError, match="work= runs the batches its own way"):
         vbpfx.calibrate(observed, data, work=Forward(lambda _: None), compile=True)
     with pytest.raises(
-        CalibrationError, match=r"reconstruction takes gradients.*pass reconstruct=False or method='vbp'"
+        CalibrationError, match=r"reconstruction takes gradients.*Pass reconstruct=False or method='vbp'"
     ):
         vbpfx.prune(mlp(), data, ratio=0.5, compile=True)
 

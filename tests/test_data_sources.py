@@ -577,7 +577,7 @@ def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> Non
     pruned = vbpfx.prune(model, data, ratio=0.5, method="vbp", progress=False)
     assert {block.width for block in pruned.analysis.blocks} == {40}
     assert len(pruned.analysis.blocks) == 4
-    with pytest.raises(CalibrationError, match=r'has a decoder, .* a "text" and its answer, a "target"'):
+    with pytest.raises(CalibrationError, match=r'is an encoder-decoder model; .* a "text" and its answer as "target"'):
         vbpfx.open_data(_texts(tmp_path / "a.txt", "the cat"), model)
 
 
@@ -613,7 +613,7 @@ def test_a_model_without_a_tokenizer(bert: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "bare")
     bare = vbpfx.models.names.load_model(f"hf:{tmp_path / 'bare'}")
     with pytest.raises(
-        CalibrationError, match=r"bare holds no tokenizer that can be loaded \(there are no words in it\)"
+        CalibrationError, match=r"bare holds no tokenizer that can be loaded \(its vocabulary has only special tokens\)"
     ):
         vbpfx.open_data(file, bare)
 

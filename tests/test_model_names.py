@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_or_are_none(tmp_path: Path) -> None:
     (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     for name, message in {
-        "more.pt": "does not fit _Net: it holds more, which the model has not",
+        "more.pt": "does not fit _Net: it holds more, which the model does not have",
         "less.pt": "does not fit _Net: it lacks fc.bias",
         "shape.pt": r"fc.weight has shape \(2, 4\), in the model \(2, 3\)",
         "list.pt": "holds no state dict",
@@ -182,7 +182,7 @@ def test_weights_of_other_classes_than_timms_own(tmp_path: Path) -> None:
     """A fine-tuned timm model usually has other classes; the message says how to name such a model."""
     model = pytest.importorskip("timm").create_model("test_vit", num_classes=2)
     torch.save(model.state_dict(), tmp_path / "two.pth")
-    with pytest.raises(ModelError, match=r"does not fit .*head.*name it as module:callable"):
+    with pytest.raises(ModelError, match=r"does not fit .*head.*pass it as module:callable"):
         load_model("timm:test_vit", tmp_path / "two.pth")
 
 

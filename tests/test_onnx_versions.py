@@ -179,7 +179,7 @@ def test_a_conversion_that_changes_the_network_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr(version_converter, "convert_version", wrongly)
     data = [RANDOM.standard_normal((16, 6)).astype(np.float32)]
     with pytest.raises(
-        vbpfx.CaptureError, match="is of opset 9, and what ONNX's version converter makes of it differs"
+        vbpfx.CaptureError, match=r"ONNX's version converter changed what .* \(opset 9\) computes: the outputs differ"
     ):
         vbpfx.prune_onnx(tmp_path / "in.onnx", data, tmp_path / "out.onnx", ratio=0.5, method="vbp", progress=False)
     assert not (tmp_path / "out.onnx").exists()

@@ -208,7 +208,7 @@ def test_traits_that_are_not_given_are_those_of_the_rule_or_of_the_class_it_is_m
 def test_traits_that_are_refused() -> None:
     with pytest.raises(AnalysisError, match="no trait 'views'; register_operator takes view, hands_on, "):
         vbpfx.register_operator(elementwise, limited, views=True)
-    with pytest.raises(AnalysisError, match="stands in the table already, with view=False"):
+    with pytest.raises(AnalysisError, match="is already in the operator table, with view=False"):
         vbpfx.register_operator(elementwise, limited, nn.GELU, view=True)
     assert limited not in table._TABLE
     vbpfx.register_operator(elementwise, nn.GELU, view=False)  # as it stands

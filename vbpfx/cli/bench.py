@@ -31,7 +31,9 @@ def bench(
     memory: Annotated[bool, typer.Option(help="Measure memory, too, in processes of their own.")] = True,
     shape: Shape = "",
     data: Samples = None,
-    length: Annotated[int, typer.Option(min=1, help="Of open axes of ONNX files behind the batch.")] = 128,
+    length: Annotated[
+        int, typer.Option(min=1, help="Length of open axes of ONNX files, other than the batch axis.")
+    ] = 128,
     report: InReport = True,
     as_json: Json = False,
     debug: Debug = False,
@@ -41,7 +43,9 @@ def bench(
         raise typer.BadParameter("pass DIR and --dense MODEL, or --dense FILE.onnx and --pruned FILE.onnx")
     one = one_of_shape_and_data(shape, data)
     if pruned is not None and (one or data):
-        raise typer.BadParameter("--shape and --data go with DIR; ONNX files say what they take, but for --length")
+        raise typer.BadParameter(
+            "--shape and --data work only with DIR. The inputs of ONNX files are known, except for open axes (--length)"
+        )
     with failing_in_one_line(debug):
         from vbpfx.artifacts.folder import load_beside
         from vbpfx.data.sources import sample_inputs

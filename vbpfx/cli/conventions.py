@@ -35,7 +35,7 @@ Model = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="State dict of the model: safetensors, or as torch.save wrote it.")]
-Shape = Annotated[str, typer.Option(help="Of one sample, such as 3x224x224, where the model does not say.")]
+Shape = Annotated[str, typer.Option(help="Shape of one sample, such as 3x224x224, if the model does not state it.")]
 Samples = Annotated[
     Path | None,
     typer.Option(
@@ -89,7 +89,7 @@ def one_of_shape_and_data(shape: str, data: Path | None) -> tuple[int, ...] | No
 def require_apart(checkpoint: Path | None, out: Path) -> None:
     """Raise a typer.BadParameter if the folder of the checkpoint is the output folder or inside it."""
     if checkpoint is not None and out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
-        raise typer.BadParameter("--checkpoint lies in --out, which the result takes; name another folder")
+        raise typer.BadParameter("--checkpoint is inside --out, which the result replaces; pass another folder")
 
 
 def save_with_onnx(save: Callable[[bool], Any], out: Path, *, onnx: bool, first: bool) -> None:

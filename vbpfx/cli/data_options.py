@@ -21,7 +21,8 @@ class Reading:
 
     batch: Annotated[int, typer.Option(min=1, rich_help_panel=PANEL, help="Samples in a batch.")] = 32
     limit: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=PANEL, help="Take so many samples, chosen at random by --seed.")
+        int | None,
+        typer.Option(min=1, rich_help_panel=PANEL, help="Use only this many samples, chosen at random with --seed."),
     ] = None
     bad_images: Annotated[
         str,

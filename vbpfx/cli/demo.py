@@ -17,7 +17,7 @@ def demo(
     ),
     debug: Debug = False,
 ) -> None:
-    """Prune a really trained network on real data that need no download; about a minute on two cores."""
+    """Prune a trained network on real data, without a download; takes about a minute on two cores."""
     with failing_in_one_line(debug):
         from vbpfx.demo.run import run_demo
 

@@ -41,11 +41,11 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|DIR",
-            help="Folder of the pruned network, to compare with --dense; or a model, alone or to compare likewise.",
+            help="Folder of a pruned network, or a model. Compared with --dense; a model may also be evaluated alone.",
         ),
     ],
     data: Annotated[
-        Path, typer.Option(help=f"Samples, with labels or without: then agreement (or the cosine) alone. {DATA}")
+        Path, typer.Option(help=f"Samples. Without labels, only agreement (or the cosine) is measured. {DATA}")
     ],
     dense: Annotated[
         str,
@@ -68,7 +68,7 @@ def evaluate(
             "output is one tensor or has logits.",
         ),
     ] = None,
-    worst: Annotated[int, typer.Option(min=0, help="So many of the worst-hurt classes.")] = 10,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst-hurt classes to list.")] = 10,
     device: Device = "cpu",
     report: InReport = True,
     as_json: Json = False,

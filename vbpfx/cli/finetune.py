@@ -66,10 +66,10 @@ def finetune(
         bool, typer.Option("--use-labels", rich_help_panel=RECIPE, help="Learn from the data's labels, too.")
     ] = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=RECIPE, help="In place of the recipe's.", show_default=False)
+        int | None, typer.Option(min=1, rich_help_panel=RECIPE, help="Replaces the recipe's value.", show_default=False)
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(rich_help_panel=RECIPE, help="In place of the recipe's.", show_default=False)
+        float | None, typer.Option(rich_help_panel=RECIPE, help="Replaces the recipe's value.", show_default=False)
     ] = None,
     held_out: Annotated[
         float,
@@ -84,7 +84,7 @@ def finetune(
         str, choice(PRECISIONS, rich_help_panel=RECIPE, help="Mixed precision; weights stay as they are.")
     ] = "no",
     accumulate: Annotated[
-        int, typer.Option(min=1, rich_help_panel=RECIPE, help="Batches a step, in each process.")
+        int, typer.Option(min=1, rich_help_panel=RECIPE, help="Batches per optimizer step, in each process.")
     ] = 1,
     shard: Annotated[
         bool,
@@ -93,11 +93,12 @@ def finetune(
         ),
     ] = False,
     max_seconds: Annotated[
-        float | None, typer.Option(rich_help_panel=RECIPE, help="End after that time, with what is there.")
+        float | None,
+        typer.Option(rich_help_panel=RECIPE, help="Stop after this time, and keep the best weights so far."),
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(rich_help_panel=RECIPE, metavar="DIR", help="Training goes on from there after a break."),
+        typer.Option(rich_help_panel=RECIPE, metavar="DIR", help="Folder from which interrupted training continues."),
     ] = None,
     *,
     reading: LabelledReading,

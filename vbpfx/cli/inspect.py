@@ -48,7 +48,7 @@ def inspect(
     shape: Shape = "",
     data: Samples = None,
     frontend: Tracing = "auto",
-    min_width: Annotated[int | None, typer.Option(min=1, help="No block becomes narrower.")] = None,
+    min_width: Annotated[int | None, typer.Option(min=1, help="Smallest width of a block.")] = None,
     graph: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the channel graph of --block.")] = None,
     block: Annotated[str, typer.Option(help="The block to draw.")] = "",
     as_json: Json = False,

@@ -19,7 +19,7 @@ def onnx(
     data: Annotated[
         Path,
         typer.Option(
-            help=".npy, or .npz with one array for each input, under its name; samples stand where the file has them. Or a folder of "
+            help=".npy, or .npz with one array for each input, under its name, with samples along the file's batch axis. Or a folder of "
             "images, where the file takes images. A file of a fixed batch size is given batches of that size.",
         ),
     ],

@@ -72,17 +72,18 @@ class Planning:
         ),
     ] = None
     round_to: Annotated[
-        int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Widths are multiples of it; 1 for exact ones.")
+        int | None,
+        typer.Option(rich_help_panel=BLOCKS, min=1, help="Make widths multiples of this number; 1 for exact widths."),
     ] = None
-    min_width: Annotated[int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="No block becomes narrower.")] = (
+    min_width: Annotated[int | None, typer.Option(rich_help_panel=BLOCKS, min=1, help="Smallest width of a block.")] = (
         None
     )
     include: Annotated[
         list[str] | None,
-        typer.Option(rich_help_panel=BLOCKS, help="Blocks that match, such as 'blocks.*'; repeatable."),
+        typer.Option(rich_help_panel=BLOCKS, help="Prune only blocks that match, such as 'blocks.*'; repeatable."),
     ] = None
     exclude: Annotated[
-        list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="All blocks but those that match; repeatable.")
+        list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="Do not prune blocks that match; repeatable.")
     ] = None
     uniform: Annotated[
         bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
@@ -136,14 +137,16 @@ class ModelPlanning(Planning):
     frontend: Tracing = "auto"
     checkpoint: Annotated[
         Path | None,
-        typer.Option(rich_help_panel=CALIBRATION, metavar="DIR", help="Calibration goes on from there after a break."),
+        typer.Option(
+            rich_help_panel=CALIBRATION, metavar="DIR", help="Folder from which an interrupted calibration continues."
+        ),
     ] = None
     compile: Annotated[
         bool,
         typer.Option(
             "--compile",
             rich_help_panel=CALIBRATION,
-            help="Calibrate with torch.compile, which pays for much data; with --method vbp.",
+            help="Calibrate with torch.compile, which is worth it for much data. Only with --method vbp.",
         ),
     ] = False
 

@@ -55,8 +55,8 @@ def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
             if not has_random_weights(name) or UNFIT not in str(error):
                 raise
             raise ModelError(
-                f"{error}; {name} has {kind}'s own number of classes and settings: for others write a function that makes the "
-                f"model, and name it as module:callable"
+                f"{error}; {name} has the default number of classes and settings of {kind}. For others, write a function that "
+                f"returns the model, and pass it as module:callable"
             ) from error
     return model.eval()
 

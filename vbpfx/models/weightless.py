@@ -73,7 +73,7 @@ class Weightless:
         require_module(model)
         if weights is None:
             if folder is None:
-                raise ModelError("weights= is needed with a module: the safetensors files that hold its state dict")
+                raise ModelError("a module needs weights=, the safetensors files that hold its state dict")
             weights = folder
         real = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
         if real:
@@ -143,14 +143,14 @@ def _stored_names(model: nn.Module, stored: Stored) -> dict[str, str]:
         if name in stored.files:
             found.setdefault(id(tensor), name)
     names = {name: found[id(tensor)] for name, tensor in tensors.items() if id(tensor) in found}
-    wrong = [f"they lack {name}" for name, _ in model.named_parameters() if name not in names]
+    wrong = [f"{name} is missing" for name, _ in model.named_parameters() if name not in names]
     wrong += [
         f"{name} has shape {tuple(stored.shapes[source].shape)}, in the model {tuple(tensors[name].shape)}"
         for name, source in names.items()
         if stored.shapes[source].shape != tensors[name].shape
     ]
     wrong += [
-        f"{name} is stored as {dtype}, and quantised weights are not read: store them in bfloat16 or wider"
+        f"{name} is stored as {dtype}, and vbpfx does not read quantised weights: store them in bfloat16 or a wider type"
         for name, source in names.items()
         if tensors[name].is_floating_point()
         and not ((dtype := stored.shapes[source].dtype).is_floating_point and dtype.itemsize > 1)

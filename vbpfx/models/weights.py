@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     own, found = model.state_dict(), _read_weights(path)
     wrong = [f"it lacks {name}" for name in own if name not in found]
-    wrong += [f"it holds {name}, which the model has not" for name in found if name not in own]
+    wrong += [f"it holds {name}, which the model does not have" for name in found if name not in own]
     wrong += [
         f"{name} has shape {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}"
         for name, tensor in found.items()

@@ -221,8 +221,8 @@ def _shard_limit(shard_size: int | str | None, memory: float) -> int:
     limit = byte_count(shard_size) if shard_size is not None else min(_LARGEST_SHARD, int(memory * 2**29))
     if limit > memory * 2**30:
         raise ArtifactError(
-            f"a shard of {limit / 2**30:.1f} GiB is held in memory while it is written, and memory={memory:g}: raise that, or lower "
-            f"shard_size="
+            f"a shard of {limit / 2**30:.1f} GiB does not fit in memory={memory:g} (GiB), and a shard is held in memory while it "
+            f"is written: raise memory=, or lower shard_size="
         )
     return limit
 
@@ -301,8 +301,9 @@ def _verify(
         own = run_by_module(captured.reference, dense, example)
     except Exception as failure:  # the model's own code may raise any exception
         raise VerificationError(
-            f"{type(captured.reference).__name__} does not run where each module has its own tensors while its forward runs "
-            f"({first_line(failure)}): it reads weights of modules that it does not call; verify=False leaves the oracle out"
+            f"{type(captured.reference).__name__} does not run if each module has its weights only while its forward runs "
+            f"({first_line(failure)}): it reads the weights of modules that it does not call. Pass verify=False to leave out the "
+            f"substitution oracle"
         ) from failure
     outputs = Outputs(
         dense=run(share_parameters(captured.graph_module), dense),

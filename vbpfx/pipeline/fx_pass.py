@@ -89,7 +89,7 @@ class VarianceBasedPruning(PassBase):
             graph_module: the graph to narrow.
 
         Raises:
-            CaptureError: it is not a GraphModule, or its graph is broken.
+            CaptureError: it is not a GraphModule, or its graph is invalid.
             CalibrationError: there is no batch, or the first one does not fit.
         """
         if not isinstance(graph_module, fx.GraphModule):
@@ -101,7 +101,7 @@ class VarianceBasedPruning(PassBase):
             graph_module.graph.lint()
         except (RuntimeError, ValueError) as error:
             raise CaptureError(
-                f"the graph is broken, as a pass before may have left it: {first_line(error)}"
+                f"the graph is invalid ({first_line(error)}); an earlier pass may have broken it"
             ) from error
         batch = self._first_batch(graph_module)
         places = [node.target for node in graph_module.graph.find_nodes(op="placeholder")]
@@ -150,7 +150,8 @@ class VarianceBasedPruning(PassBase):
         graph_module.graph.lint()
         if not self._has_widths(graph_module):
             raise VerificationError(
-                f"the graph's widths are not those of the plan, {self.pruned.plan.widths}; please report the model"
+                f"the graph does not have the widths of the plan, {self.pruned.plan.widths}. If no later pass changed it, please "
+                f"report the model"
             )
         if self.options.get("verify", True):
             verify(self.pruned.captured, graph_module, self.pruned.plan)

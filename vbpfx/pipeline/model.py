@@ -118,8 +118,8 @@ def prune(
     fitting, target = Fitting(reconstruct, refit, samples, memory), Target(runtime, runtime_batch, runtime_threads)
     if compile is not False and fitting.fits(chosen):
         raise CalibrationError(
-            "compile= is for forward passes alone; the reconstruction takes gradients and runs layers one by one, "
-            "which is not compiled: pass reconstruct=False or method='vbp' with it, or leave compile out"
+            "compile= works only for plain forward passes, and the reconstruction takes gradients and runs single layers. "
+            "Pass reconstruct=False or method='vbp', or leave out compile="
         )
     read = reader(model, inputs)
     data: Iterable[Any] = require_batches(calibration)

@@ -169,16 +169,16 @@ def _require_same(
         original = run_session(open_session(path), inputs, imported.arguments)
     except Exception as error:  # ONNX Runtime has many kinds
         raise CaptureError(
-            f"{path} is of opset {opset}; ONNX Runtime does not run it as it is, so that what ONNX's version converter made of it "
-            f"cannot be checked: {first_line(error)}"
+            f"{path} has opset {opset} and was converted to a newer one, but ONNX Runtime does not run the original file "
+            f"({first_line(error)}), so the conversion cannot be checked. Export the model again with opset {READ_FROM} or newer"
         ) from error
     require_close(
         converted,
         original,
         allowed,
         lambda difference: CaptureError(
-            f"{path} is of opset {opset}, and what ONNX's version converter makes of it differs from it by {difference:.2e} of the output's "
-            f"size (allowed {allowed:.0e}); export it anew with opset {READ_FROM} or a newer one"
+            f"ONNX's version converter changed what {path} (opset {opset}) computes: the outputs differ by {difference:.2e} of "
+            f"the output's size, and {allowed:.0e} is allowed. Export the model again with opset {READ_FROM} or newer"
         ),
     )
 

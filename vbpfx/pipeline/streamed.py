@@ -38,8 +38,7 @@ def require_streamable(chosen: PlanOptions) -> None:
     instead = "use method='vbp', with criterion=, allocation= and compensation= of your choice, or vbpfx.prune"
     if chosen.reconstructs:
         raise BudgetError(
-            f"method='auto' fits layers block after block with gradients through the whole model, which does not go with weights "
-            f"that are read piece by piece: {instead}"
+            f"method='auto' needs gradients through the whole model, and here the weights are read piece by piece: {instead}"
         )
     if chosen.allocation == "sensitivity":
         raise BudgetError(f"allocation='sensitivity' runs the whole model once for every block: {instead}")
@@ -154,8 +153,9 @@ class Streaming:
         ways = _ways(self.batches, captured, loading.samples_at_once())
         if covariance and len(ways) > 1:
             raise CalibrationError(
-                f"{self.starts[-1]} samples need {len(ways)} ways through the model in this memory, and covariances are gathered in "
-                f"one: pass fewer samples, raise memory=, or do without (method='vbp')"
+                f"{self.starts[-1]} samples need {len(ways)} passes through the model with this memory, but covariances need a "
+                f"single pass: pass fewer samples, raise memory=, or choose a criterion and a compensation that need no "
+                f"covariances, such as those of method='vbp'"
             )
         waiting = dict(places)
 

@@ -82,7 +82,7 @@ class Verification:
         parts = []
         if self.hidden and self.behind is not None and not self.unproven:
             parts.append(
-                f"not proven at the output, which the substitution does not move; proven behind the blocks' own layers: error {self.behind:.1e}"
+                f"not proven at the output, which the substitution does not change; proven behind the layers that read the blocks: error {self.behind:.1e}"
             )
         if self.unproven:
             names = ", ".join(self.unproven[:4]) + (", ..." if len(self.unproven) > 4 else "")
@@ -188,7 +188,7 @@ def verify(
     refits = _refit_error(captured, small, plan)
     if not refits <= found.tolerance:
         raise VerificationError(
-            f"a corrected weight of the pruned network differs by {refits:.2e} from what the plan says of it; the rewrite is "
+            f"a corrected weight of the pruned network differs by {refits:.2e} from the weight that follows from the plan; the rewrite is "
             f"wrong: please report the model"
         )
     return replace(found, refits=refits)
@@ -244,7 +244,7 @@ def judge(outputs: Outputs, plan: Plan, *, tolerance: float | None = None) -> Ve
     if any(bool(t.isnan().any()) for t in outputs.model):
         raise VerificationError(
             "the model itself returns NaN on these inputs, so nothing can be compared: a weight or an input is not finite, or a "
-            "value overflows; mend that, or run it in a wider dtype"
+            "value overflows; correct the weight or the input, or run the model in a wider dtype"
         )
     names = [entry.block.name for entry in plan.blocks]
     fidelity = require_close(dense, outputs.model, bound, lambda error: _UnlikeModelError(error, _DECIDES))

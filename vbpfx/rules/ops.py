@@ -287,7 +287,7 @@ def register_operator(rule: Callable[[Site], Iterable[Relation]], *spellings: An
             raise AnalysisError(f"{spelled} is already in the operator table, with the rule {row.rule.__name__}")
         for name, value in traits.items():
             if getattr(row, name) != value:
-                raise AnalysisError(f"{spelled} stands in the table already, with {name}={getattr(row, name)!r}")
+                raise AnalysisError(f"{spelled} is already in the operator table, with {name}={getattr(row, name)!r}")
     for spelled in spellings:
         row = entered(spelled)
         if row is None or row.rule is None:

@@ -127,7 +127,7 @@ def _tokens_of(model: nn.Module, max_length: int | None) -> _Tokens:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Without files, transformers makes a tokenizer from the configuration alone, with only special tokens.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise OSError("there are no words in it")
+            raise OSError("its vocabulary has only special tokens")
     except Exception as error:  # loading a tokenizer may raise any exception
         raise CalibrationError(
             f"{folder} holds no tokenizer that can be loaded ({first_line(error)}); save it beside the model with "
@@ -190,8 +190,8 @@ def _read(path: Path, model: nn.Module, how: Reading) -> Data:
     known = None if tokens.shift else read.labels
     if tokens.shift and read.targets is None:
         raise CalibrationError(
-            f'{path}: {type(model).__name__} has a decoder, which reads what was answered so far; pass a .jsonl with a "text" and its '
-            f'answer, a "target", on each line'
+            f'{path}: {type(model).__name__} is an encoder-decoder model; pass a .jsonl in which each line has a "text" and its '
+            f'answer as "target"'
         )
     chosen = sorted(spread(known, len(read.texts), how.seed)[: how.limit])
     labels = None if known is None else tuple(known[number] for number in chosen)
