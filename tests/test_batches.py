@@ -74,7 +74,7 @@ def test_numbers_that_may_be_targets_are_passed_on_and_said() -> None:
     model = double(Conditioned(1))
     x, target = randn(16, 8), 50 + randn(16, 1)
     with pytest.warns(
-        UserWarning, match=r"passed to forward as its optional argument y; where it is a target.*batch\[0\],"
+        UserWarning, match=r"passed to forward as its optional argument y; if it is a target.*batch\[0\],"
     ):
         found = as_inputs((x, target), model)
     assert len(found.args) == 2

@@ -32,7 +32,7 @@ def _rows(count: int = 400, width: int = 10, seed: int = 0) -> torch.Tensor:
 def _moments(rows: torch.Tensor, held: torch.Tensor | None = None) -> Moments:
     every = rows if held is None else torch.cat([rows, held])
     return dataclasses.replace(
-        Moments.of(every), co=CoMoments.of(rows), held=None if held is None else CoMoments.of(held)
+        Moments.of(every), co=CoMoments.of(rows), held_out=None if held is None else CoMoments.of(held)
     )
 
 

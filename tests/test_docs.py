@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 import vbpfx.pipeline.model
 from vbpfx.cli.root import app
+from vbpfx.onnx_graph import table as onnx_table
+from vbpfx.rules import table as rules
 
 RUN = {name: path for name, path in PAGES.items() if any(c.language in ("python", "sh") for c in code_blocks(path))}
 OTHER_COMMANDS = ("make", "pip", "python", "torchrun", "source", "cd", "git", "#")
@@ -31,6 +33,8 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(rules, "_TABLE", dict(rules._TABLE))  # pages register operators
+    monkeypatch.setattr(onnx_table, "_OPERATORS", dict(onnx_table._OPERATORS))
     random.seed(0)
     np.random.seed(0)
     names: dict[str, object] = {"__name__": "__page__"}

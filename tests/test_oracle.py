@@ -75,7 +75,8 @@ def test_of_a_class_whose_output_hides_all_the_layers_are_heard() -> None:
     assert not any(module._forward_hooks for module in small.modules())
     small[1] = nn.ReLU()
     with pytest.raises(
-        VerificationError, match=r"the narrowed Sequential differs .* though every tensor is what the plan"
+        VerificationError,
+        match=r"the narrowed Sequential differs .* although every tensor is the one that follows from the plan",
     ):
         vbpfx.verify(pruned.captured, small, pruned.plan)
 

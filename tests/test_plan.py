@@ -264,9 +264,7 @@ def test_a_runtime_takes_its_multiple_or_the_half_that_leaves_something_to_remov
 def test_a_multiple_that_leaves_every_block_whole_is_an_error() -> None:
     """A plan without changes would look like a success, although nothing was removed."""
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
-    with pytest.raises(
-        BudgetError, match=r"ratio=0.1 removes 2 of 16 neurons, and with widths that are multiples of 8"
-    ):
+    with pytest.raises(BudgetError, match=r"ratio=0.1 removes 2 of 16 neurons, but widths must be multiples of 8"):
         stages(model, [torch.randn(16, 4)], ratio=0.1, round_to=8)
 
 

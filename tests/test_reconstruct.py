@@ -146,7 +146,7 @@ def test_the_regression_is_numpys() -> None:
     columns, penalty = torch.tensor([0, 1, 3, 4, 6]), 0.2
     sums = Sums()
     for part in torch.arange(300).split(41):
-        sums.add(x[part], t[part], weights[part], held=bool(part[0] % 2))
+        sums.add(x[part], t[part], weights[part], held_out=bool(part[0] % 2))
     found, bias = fit(sums.all, toward, penalty, columns)
     w = weights.numpy() / float(weights.sum())
     xc, tc = x.numpy() - w @ x.numpy(), t.numpy() - w @ t.numpy()
