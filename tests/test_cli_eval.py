@@ -105,7 +105,7 @@ def test_eval_prints_tables(files: Path) -> None:
         (["finetune", "{}/no", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}/o"], 1, "no/plan.json"),
         (["finetune", "{}/pruned", "--dense", "timm:test_vit", "--data", "{}/train.npy", "--out", "{}/o"], 1, "of another structure"),
         (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}"], 1, "is not a pruned network"),
-        (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}/o", "--checkpoint", "{}/o/c"], 2, "name another"),
+        (["finetune", "{}/pruned", "--dense", MODEL, "--data", "{}/train.npy", "--out", "{}/o", "--checkpoint", "{}/o/c"], 2, "pass another folder"),
     ],
 )  # fmt: skip
 def test_failures_are_one_line(files: Path, arguments: list[str], status: int, message: str) -> None:
