@@ -15,7 +15,7 @@ from torch import fx
 
 from vbpfx.data.inputs import holds_tensor
 from vbpfx.rules.axes import Axis, Names, SizeRead, operand_of
-from vbpfx.rules.table import operator_of
+from vbpfx.rules.table import Argument, operator_of
 
 # Modules whose functions compute numbers from numbers.
 _ARITHMETIC = ("_operator", "math", "builtins")
@@ -41,7 +41,7 @@ def _read(node: fx.Node, sizes: dict[fx.Node, SizeRead], names: Names) -> SizeRe
     if reads == "kind":
         return SizeRead((), plain=False)
     if operand is not None and reads == "sizes":
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        dim = Argument(1, "dim").given(node)
         if dim is None or node.target is getattr:
             return SizeRead(tuple(operand.axes), plain=True, pure=True)
         if isinstance(dim, int):

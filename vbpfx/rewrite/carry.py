@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vbpfx.rules.calls import called_module
+from vbpfx.rules.table import Argument
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class _Call:
     def argument(self, position: int, name: str) -> Any:
         if self.module is not None:
             return getattr(self.module, name, None)
-        return self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+        return Argument(position, name).given(self.node)
 
     def scaled(self, y: Any, weight: tuple[int, str], bias: tuple[int, str] | None) -> Any:
         """Return y * weight + bias, leaving out whichever of them the call does not have."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from vbpfx.rules.table import Operator, operator_of
+from vbpfx.rules.table import Argument, Operator, operator_of
 
 
 class Axis(NamedTuple):
@@ -210,9 +210,7 @@ class Site:
         """Return an argument by position (the tensor itself is 0) or keyword, or the module's attribute of that name."""
         if self.module is not None:
             return getattr(self.module, name, default)
-        if position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+        return Argument(position, name, default).given(self.node)
 
     def constant(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that must be a constant: an integer, a tuple of integers, None or a flag.
@@ -238,7 +236,7 @@ class Site:
                 return Operand(own[name], tuple(getattr(self.module, name).shape), is_parameter=True)
             if position > 0:
                 return None
-        value = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+        value = Argument(position, name).given(self.node)
         return operand_of(value, self._names) if isinstance(value, fx.Node) else None
 
     def weight(self, position: int) -> tuple[Operand | None, bool]:

@@ -22,7 +22,7 @@ from vbpfx.rules.axes import (
     SizeStated,
 )
 from vbpfx.rules.picking import computed_indexing, is_computed
-from vbpfx.rules.table import operator_of
+from vbpfx.rules.table import Argument, operator_of
 
 
 def indexing(site: Site) -> Iterator[Relation]:
@@ -133,8 +133,7 @@ def split_axis(node: fx.Node) -> int:
     ndim: int = node.all_input_nodes[0].meta["val"].ndim
     if isinstance(stated, int):
         return min(stated, ndim - 1)  # hsplit of a vector goes along its one axis
-    place = stated.position if stated is not None else 2
-    dim: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    dim = (stated or Argument(2, "dim", 0)).given(node)
     if isinstance(dim, fx.Node):
         raise ComputedArgumentError("dim")
     return int(dim % ndim)

@@ -214,8 +214,8 @@ def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
         return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
     operator = operator_of(user)
     if operator.aggregates:
-        place = operator.dim.position if isinstance(operator.dim, Argument) else 1
-        along = user.kwargs.get("dim", user.args[place] if len(user.args) > place else None)
+        stated = operator.dim if isinstance(operator.dim, Argument) else Argument(1, "dim")
+        along = stated.given(user)
         dims = as_tuple(along, 1)
         return not isinstance(along, bool) and all(isinstance(d, int) and d % ndim == dim for d in dims) and bool(dims)
     if name != "getitem" or not given:

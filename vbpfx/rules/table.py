@@ -23,6 +23,12 @@ class Argument(NamedTuple):
     name: str
     default: Any = None
 
+    def given(self, node: fx.Node) -> Any:
+        """Return what the call passes for the argument, or its default."""
+        if self.position < len(node.args):
+            return node.args[self.position]
+        return node.kwargs.get(self.name, self.default)
+
 
 class Attribute(NamedTuple):
     """A spelling for an attribute of tensors, which a graph reads with ``getattr``."""
