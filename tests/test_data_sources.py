@@ -22,7 +22,7 @@ import vbpfx
 import vbpfx.models.names
 from vbpfx.data import sources
 from vbpfx.data.batches import Data, spread
-from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.reader import DataReader, ReadOptions
 from vbpfx.data.readers.texts import _Tokens
 from vbpfx.data.sources import READERS
 from vbpfx.errors import CalibrationError
@@ -477,6 +477,15 @@ def test_arrays_that_are_none(tmp_path: Path, arrays: dict[str, Any], message: s
         vbpfx.open_data(tmp_path / "a.npz", nn.Linear(2, 2), labels="list.csv")
 
 
+def test_of_several_wrong_options_the_first_is_named(tmp_path: Path) -> None:
+    """Not another one in every run, as the order of a set of names would have it."""
+    np.save(tmp_path / "a.npy", np.ones((3, 2)))
+    with pytest.raises(CalibrationError, match="^shape is for a folder of images"):
+        vbpfx.open_data(
+            tmp_path / "a.npy", nn.Linear(2, 2), max_length=4, crop=0.5, std=(1.0,), mean=(0.0,), shape=(1, 2, 2)
+        )
+
+
 # texts
 
 WORDS = "the cat sat on a mat while dogs ran over hills far away"
@@ -621,7 +630,7 @@ def test_a_model_without_a_tokenizer(bert: Path, tmp_path: Path) -> None:
 def test_a_reading_has_the_arguments_of_open_data() -> None:
     """A reader gets every argument of ``open_data``, and a call that gives none gets the same defaults."""
     arguments = list(inspect.signature(vbpfx.open_data).parameters.values())[2:]
-    fields = dataclasses.fields(Reading)
+    fields = dataclasses.fields(ReadOptions)
     assert {field.name: field.default for field in fields} == {a.name: a.default for a in arguments}
 
 
@@ -631,13 +640,13 @@ def test_no_two_readers_read_the_same_file() -> None:
     assert sorted(suffixes) == [".jsonl", ".npy", ".npz", ".txt"]
     assert sum(reader.suffixes is None for reader in READERS) == 1, "a folder is read as images"
     for reader in READERS:
-        assert {*reader.options} <= {field.name for field in dataclasses.fields(Reading)}, reader.about
+        assert {*reader.options} <= {field.name for field in dataclasses.fields(ReadOptions)}, reader.about
 
 
 def test_a_kind_of_data_is_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numbers.csv").write_text("1,2\n3,4\n5,6\n")
 
-    def read(path: Path, model: nn.Module, how: Reading) -> Data:
+    def read(path: Path, model: nn.Module, how: ReadOptions) -> Data:
         rows = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))[: how.limit]
         return Data(path, len(rows), None, None, (), (), how.batch, 0, list(rows), default_collate)  # type: ignore[arg-type]
 

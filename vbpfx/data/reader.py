@@ -13,7 +13,7 @@ from vbpfx.data.batches import Data
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a path is to be read. The attributes are the arguments of :func:`vbpfx.open_data`."""
 
     name: str = ""
@@ -37,13 +37,13 @@ class DataReader:
 
     Attributes:
         about: the kind of data, such as "a folder of images".
-        read: a function of the path, the model and a :class:`Reading`. It returns the data, or raises a CalibrationError.
+        read: a function of the path, the model and a :class:`ReadOptions`. It returns the data, or raises a CalibrationError.
         suffixes: the suffixes of the files that it reads; None if it reads folders.
         options: the arguments of :func:`vbpfx.open_data` that this kind of data supports and some other kinds do not.
     """
 
     about: str
-    read: Callable[[Path, nn.Module, Reading], Data]
+    read: Callable[[Path, nn.Module, ReadOptions], Data]
     suffixes: tuple[str, ...] | None
     options: tuple[str, ...] = ()
 

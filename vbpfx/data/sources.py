@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from vbpfx.data.batches import Data
 from vbpfx.data.inputs import Inputs, as_inputs
-from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.reader import DataReader, ReadOptions
 from vbpfx.data.readers import NAMES
 from vbpfx.errors import CalibrationError
 
@@ -74,8 +75,9 @@ def open_data(
         CalibrationError: there is nothing to read, or it cannot be read, or does not fit the model. The message names
             the file.
     """
-    how = Reading(
-        name, batch, limit, seed, labels, classes, bad_images, shape, mean, std, crop, max_length, workers
+    how = ReadOptions(
+        name=name, batch=batch, limit=limit, seed=seed, labels=labels, classes=classes, bad_images=bad_images,
+        shape=shape, mean=mean, std=std, crop=crop, max_length=max_length, workers=workers,
     )  # fmt: skip
     path = Path(path)
     require_options_for(path, how)
@@ -90,16 +92,16 @@ def open_data(
     )
 
 
-def require_options_for(path: Path, how: Reading) -> None:
+def require_options_for(path: Path, how: ReadOptions) -> None:
     """Raise a CalibrationError if an option of :func:`open_data` is out of range, or is not for this kind of data."""
     for what, value, least in (("batch", how.batch, 1), ("limit", how.limit, 1), ("workers", how.workers, 0)):
         if value is not None and value < least:
             raise CalibrationError(f"{what} must be at least {least}, found {value}")
     if how.bad_images not in ("refuse", "skip"):
         raise CalibrationError(f"bad_images={how.bad_images!r} is unknown; use 'refuse' or 'skip'")
-    for option in {option for reader in READERS for option in reader.options if getattr(how, option) is not None}:
+    for option in (field.name for field in fields(how)):
         owners = [reader for reader in READERS if option in reader.options]
-        if not any(reader.reads(path) for reader in owners):
+        if owners and getattr(how, option) is not None and not any(reader.reads(path) for reader in owners):
             kinds = " or ".join(reader.about for reader in owners)
             raise CalibrationError(f"{option} is for {kinds}, and {path} is something else")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vbpfx.data.array_batches import ArrayBatches
 from vbpfx.data.batches import Data
-from vbpfx.data.reader import Reading
+from vbpfx.data.reader import ReadOptions
 from vbpfx.data.sources import open_data, require_options_for
 from vbpfx.errors import CalibrationError
 from vbpfx.onnx_graph.axes import stated_axes_of_samples
@@ -48,7 +48,7 @@ def data_for_file(
         CalibrationError: the data cannot be read, or does not fit the file.
     """
     data = Path(data)
-    require_options_for(data, Reading(batch=batch, limit=limit, shape=shape, **reading))
+    require_options_for(data, ReadOptions(batch=batch, limit=limit, shape=shape, **reading))
     model = read_model(Path(path))
     inputs, fixed = true_inputs(model), fixed_batch(model)
     if data.is_dir():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from vbpfx.data.array_batches import Array, ArrayBatches
 from vbpfx.data.batches import Data, spread, taken
 from vbpfx.data.inputs import LABELS, Labelled, model_dtype
-from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.reader import DataReader, ReadOptions
 from vbpfx.errors import CalibrationError
 
 _BYTES = 8  # the size of the largest number type that torch supports
@@ -48,7 +48,7 @@ def _collate(samples: list[Any]) -> Any:
     return Labelled(*made) if isinstance(made, list) else made
 
 
-def _read(path: Path, model: nn.Module, how: Reading) -> Data:
+def _read(path: Path, model: nn.Module, how: ReadOptions) -> Data:
     """Read the samples of an ``.npy`` or ``.npz``.
 
     Raises:

@@ -8,11 +8,11 @@ from torch import nn
 
 from vbpfx.data.batches import Data
 from vbpfx.data.inputs import model_dtype
-from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.reader import DataReader, ReadOptions
 from vbpfx.errors import CalibrationError
 
 
-def _read(path: Path, model: nn.Module, how: Reading) -> Data:
+def _read(path: Path, model: nn.Module, how: ReadOptions) -> Data:
     try:
         from vbpfx.data.image_transforms import Overrides
         from vbpfx.data.images import open_images

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from vbpfx.data.batches import Data, spread, taken
 from vbpfx.data.decoder import shift_of
 from vbpfx.data.inputs import Labelled
-from vbpfx.data.reader import DataReader, Reading
+from vbpfx.data.reader import DataReader, ReadOptions
 from vbpfx.errors import CalibrationError, first_line
 
 _USUAL_LENGTH = 512  # tokens; by default, longer texts are cut
@@ -180,7 +180,7 @@ class _Tokenised:
         return Labelled(self.tokens(texts), torch.tensor(behind[0])) if behind else self.tokens(texts)
 
 
-def _read(path: Path, model: nn.Module, how: Reading) -> Data:
+def _read(path: Path, model: nn.Module, how: ReadOptions) -> Data:
     """Read the texts of a file.
 
     Raises:
