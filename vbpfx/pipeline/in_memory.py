@@ -87,25 +87,24 @@ def _given(
     captured: Captured, calibration: Calibration, options: PlanArguments, fitting: Fitting, target: Target
 ) -> dict[str, Any]:
     """Return the arguments of :func:`vbpfx.prune` that differ from its defaults, ready for JSON."""
-    frontend = "export" if captured.frontend == "export" else "auto"
-    others = {
+    compiled = None if calibration.compile is False else calibration.compile
+    all_open = bool(captured.inputs.open) and captured.inputs.open == all_axes(captured.inputs)
+    given = {
+        **options,
         "mask": calibration.mask,
-        "compile": calibration.compile,
-        **vars(fitting),
-        **vars(target),
-        "frontend": frontend,
-        "open_sizes": bool(captured.inputs.open) and captured.inputs.open == all_axes(captured.inputs),
+        "compile": compiled,
+        **_changed(fitting),
+        **_changed(target),
+        "frontend": "export" if captured.frontend == "export" else None,
+        "open_sizes": all_open or None,
     }
-    defaults = {
-        "mask": None,
-        "compile": False,
-        **vars(Fitting()),
-        **vars(Target()),
-        "frontend": "auto",
-        "open_sizes": False,
-    }
-    given = {**options, **{name: value for name, value in others.items() if value != defaults[name]}}
     return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _changed(settings: Fitting | Target) -> dict[str, Any]:
+    """Return the settings that differ from their defaults."""
+    default = vars(type(settings)())
+    return {name: value for name, value in vars(settings).items() if value != default[name]}
 
 
 def _plain(value: Any) -> Any:

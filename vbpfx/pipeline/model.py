@@ -134,8 +134,8 @@ def prune(
     others = _batches_at_hand(calibration, read, ranks) if verify else []
     example = replace(example, open=all_axes(example) if open_sizes else unlike_axes([example, *others]))
     total = length_hint(calibration) or None
-    gone_through = Calibration(data, total, mask, progress, ranks, checkpoint, checkpoint_every, compile)
-    source = _Model(model, example, others, read, gone_through, frontend=frontend, faithfully=verify)
+    settings = Calibration(data, total, mask, progress, ranks, checkpoint, checkpoint_every, compile)
+    source = _Model(model, example, others, read, settings, frontend=frontend, faithfully=verify)
     return run_stages(source, options, fitting=fitting, target=target, verify=verify)
 
 

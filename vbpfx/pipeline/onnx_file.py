@@ -134,8 +134,8 @@ def prune_onnx(
     target = Target(runtime or (DEFAULT if rounds else None), runtime_batch, runtime_threads)
     require_writable(path, out)
     first, data = first_batch(calibration)
-    gone_through = Calibration(data, length_hint(calibration) or None, mask, progress)
-    return run_stages(_OnnxFile(path, out, first, gone_through), options, fitting=fitting, target=target, verify=verify)
+    settings = Calibration(data, length_hint(calibration) or None, mask, progress)
+    return run_stages(_OnnxFile(path, out, first, settings), options, fitting=fitting, target=target, verify=verify)
 
 
 class _OnnxFile(InMemory[PrunedOnnx]):
