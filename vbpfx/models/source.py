@@ -53,3 +53,13 @@ def package(name: str, package: str, install: str) -> Any:
         return imported(package)
     except ImportError as error:
         raise ModelError(f"model {name!r} needs {package} ({error}); install it: pip install {install}") from error
+
+
+def unknown_model(library: str, name: str, matching: Callable[[str], list[str]]) -> ModelError:
+    """Return the error for a model that a library does not have. The message shows models with a similar name.
+
+    Args:
+        matching: a pattern such as ``*vit*`` -> the names of the library's models that match it.
+    """
+    near = matching(f"*{name.split('_')[0]}*")[:5]
+    return ModelError(f"{library} knows no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))

@@ -8,15 +8,13 @@ import torch
 from torch import nn
 
 from vbpfx.data.inputs import Inputs
-from vbpfx.errors import ModelError
-from vbpfx.models.source import ModelSource, package
+from vbpfx.models.source import ModelSource, package, unknown_model
 
 
 def _make(name: str, rest: str) -> nn.Module:
     timm = package(name, "timm", "timm torchvision")
     if not timm.is_model(rest):
-        near = timm.list_models(f"*{rest.split('_')[0]}*")[:5]
-        raise ModelError(f"timm knows no model {rest!r}" + (f"; it has {', '.join(near)}" if near else ""))
+        raise unknown_model("timm", rest, timm.list_models)
     model: nn.Module = timm.create_model(rest)
     return model
 

@@ -9,15 +9,13 @@ from torch import nn
 
 from vbpfx.data.inputs import Inputs
 from vbpfx.display.quiet import quiet_warnings
-from vbpfx.errors import ModelError
-from vbpfx.models.source import ModelSource, package
+from vbpfx.models.source import ModelSource, package, unknown_model
 
 
 def _make(name: str, rest: str) -> nn.Module:
     models = package(name, "torchvision.models", "torchvision")
     if rest not in models.list_models():
-        near = models.list_models(include=f"*{rest.split('_')[0]}*")[:5]
-        raise ModelError(f"torchvision knows no model {rest!r}" + (f"; it has {', '.join(near)}" if near else ""))
+        raise unknown_model("torchvision", rest, lambda pattern: models.list_models(include=pattern))
     # no downloads: detection and segmentation models would fetch a backbone
     signature = inspect.signature(models.get_model_builder(rest))
     extra = {"weights_backbone": None} if "weights_backbone" in signature.parameters else {}

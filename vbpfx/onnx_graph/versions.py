@@ -44,15 +44,15 @@ def converted(model: ir.Model, path: Path) -> ir.Model:
         return model
     if opset < OLDEST_OPSET:
         raise CaptureError(
-            f"{path} is of opset {opset}, the oldest that is supported is {OLDEST_OPSET}: export it anew with opset "
-            f"{READ_FROM} or a newer one"
+            f"{path} has opset {opset}, and the oldest that is supported is {OLDEST_OPSET}: export the model again with opset "
+            f"{READ_FROM} or newer"
         )
     try:
         new = _convert(model)
     except Exception as error:  # the converter is a C++ library with exception classes of its own
         raise CaptureError(
-            f"{path} is of opset {opset}, and ONNX's version converter cannot bring it to opset {READ_FROM} "
-            f"({first_line(error)}): export it anew with opset {READ_FROM} or a newer one"
+            f"{path} has opset {opset}, and ONNX's version converter cannot bring it to opset {READ_FROM} "
+            f"({first_line(error)}): export the model again with opset {READ_FROM} or newer"
         ) from error
     if opset < _RESIZED_ALIKE:
         for node in new.graph.all_nodes():
