@@ -31,6 +31,7 @@ from results_page import PAGE, machine_line, markdown_table
 
 import vbpfx
 from vbpfx.measurement.timing import Spread, alternating
+from vbpfx.onnx_session.session import open_session
 from vbpfx.storage.files import json_writer, text_writer, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "foreign_files.json"
@@ -42,9 +43,7 @@ _MEASURED = 0.005  # each timing lasts at least this many seconds
 
 def session(path: Path) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return open_session(path, threads=1)
 
 
 def outputs(network: Network, opened: onnxruntime.InferenceSession, batches: Sequence[Batch]) -> list[Array]:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import sentences
 import timm
 import torch
@@ -32,6 +30,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import vbpfx
+from vbpfx.data.inputs import Inputs
+from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import relative_error
 
 RATIO = 0.5
@@ -98,9 +98,7 @@ def export(network: Network, path: Path, *, dynamo: bool) -> None:
 
 
 def outputs(path: Path, batch: dict[str, Tensor]) -> list[Tensor]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = dict(zip((i.name for i in session.get_inputs()), (t.numpy() for t in batch.values()), strict=True))
-    return [torch.from_numpy(np.asarray(found)) for found in session.run(None, feeds)]
+    return run_session(open_session(path), Inputs(tuple(batch.values()), {}))
 
 
 def compare(name: str, network: Network, folder: Path) -> list[dict[str, Any]]:

@@ -480,7 +480,7 @@ def test_arrays_that_are_none(tmp_path: Path, arrays: dict[str, Any], message: s
 def test_of_several_wrong_options_the_first_is_named(tmp_path: Path) -> None:
     """Not another one in every run, as the order of a set of names would have it."""
     np.save(tmp_path / "a.npy", np.ones((3, 2)))
-    with pytest.raises(CalibrationError, match="^shape is for a folder of images"):
+    with pytest.raises(CalibrationError, match=r"^shape is for a folder of images"):
         vbpfx.open_data(
             tmp_path / "a.npy", nn.Linear(2, 2), max_length=4, crop=0.5, std=(1.0,), mean=(0.0,), shape=(1, 2, 2)
         )
