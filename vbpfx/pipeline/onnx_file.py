@@ -29,8 +29,8 @@ from vbpfx.onnx_graph.file import (
     write_model,
 )
 from vbpfx.onnx_graph.importer import Imported
+from vbpfx.onnx_graph.observing import Tally, batch_reader, observe_in_runtime
 from vbpfx.onnx_graph.rewrite import rewrite, round_as_stored
-from vbpfx.onnx_graph.session import Tally, batch_reader, observe_in_runtime
 from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import require_close
 from vbpfx.pipeline.calibration import Calibration, Run, first_batch

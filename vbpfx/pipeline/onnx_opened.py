@@ -25,8 +25,8 @@ from vbpfx.onnx_graph.file import (
     true_inputs,
 )
 from vbpfx.onnx_graph.importer import Imported, import_graph, open_file
+from vbpfx.onnx_graph.observing import batch_reader
 from vbpfx.onnx_graph.samples import find_samples
-from vbpfx.onnx_graph.session import batch_reader
 from vbpfx.onnx_graph.versions import READ_FROM, converted_from
 from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import PARITY, TOLERANCES, require_close
