@@ -13,7 +13,7 @@ def linear(site: Site) -> Iterator[Relation]:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]"""
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     if weight is None or weight.ndim != 2:
-        yield from site.all_opaque("the layer's weight is not a matrix of its own")
+        yield from site.all_opaque("the layer's weight is computed, or it is not a matrix")
         return
     yield from leading(x, out, but=1)
     yield Contracts(x.axis(-1), weight.axis(1), bias)
@@ -27,7 +27,9 @@ def addmm(site: Site) -> Iterator[Relation]:
     bias, x, (weight, rows) = site.operand(0, "input"), site.operand(1, "mat1"), site.weight(2)
     scaled = site.argument(3, "beta", 1) != 1 or site.argument(4, "alpha", 1) != 1
     if bias is None or x is None or weight is None or bias.ndim != 1 or not weight.is_parameter or scaled:
-        yield from site.all_opaque("the matrix product is not a layer with a weight and a bias of its own")
+        yield from site.all_opaque(
+            "the matrix product is not a linear layer: its weight or its bias is computed, or alpha or beta is not 1"
+        )
         return
     out = site.out
     yield from leading(x, out, but=1)
@@ -45,7 +47,7 @@ def convolution(site: Site) -> Iterator[Relation]:
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
     if weight is None or (site.module is not None and site.module.padding_mode != "zeros"):
-        yield from site.all_opaque("the convolution has no weight of its own, or a padding mode of its own")
+        yield from site.all_opaque("the convolution's weight is computed, or its padding mode is not 'zeros'")
         return
     spatial = weight.ndim - 2
     channel = x.ndim - spatial - 1
@@ -90,7 +92,7 @@ def transposed_convolution(site: Site) -> Iterator[Relation]:
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     if weight is None or site.constant(6, "groups", 1) != 1:
-        yield from site.all_opaque("the transposed convolution has no weight of its own, or groups")
+        yield from site.all_opaque("the transposed convolution's weight is computed, or it has groups")
         return
     channel = x.ndim - (weight.ndim - 2) - 1
     for operand in (x, out):
@@ -111,7 +113,7 @@ def embedding(site: Site) -> Iterator[Relation]:
         ids, weight = weight, ids
     out = site.out
     if ids is None or weight is None or weight.ndim != 2:
-        yield from site.all_opaque("an embedding without a matrix of its own")
+        yield from site.all_opaque("the embedding's weight is computed, or it is not a matrix")
         return
     yield from leading(out, ids, but=1)
     yield Same(out.axis(-1), weight.axis(1))
@@ -129,7 +131,7 @@ def attention(site: Site) -> Iterator[Relation]:
     out = site.out
     query, key, value = (site.operand(i, n) for i, n in enumerate(("query", "key", "value")))
     if query is None or key is None or value is None or len({query, key, value}) < 3:
-        yield from site.all_opaque("attention of a value with itself sums over it")
+        yield from site.all_opaque("attention uses one tensor as two of query, key and value, and sums over it")
         return
     yield from (Same(query.axis(dim), out.axis(dim)) for dim in range(query.ndim - 1))
     if site.constant(5, "is_causal", False):
@@ -170,7 +172,7 @@ def einsum(site: Site) -> Iterator[Relation]:
             else:
                 yield Opaque(operand.axis(dim), "einsum sums over it")
                 if letter in right:
-                    yield Opaque(out.axis(right.index(letter)), "einsum takes it from a diagonal")
+                    yield Opaque(out.axis(right.index(letter)), "einsum reads it from a diagonal of two axes")
 
 
 def matrix_product(site: Site) -> Iterator[Relation]:

@@ -123,7 +123,7 @@ def extremum(site: Site) -> Iterator[Relation]:
     yield Opaque(x.axis(dim), f"{name} compares the channels along it" if keeps else f"{name} reduces it")
     for user in site.node.users:
         if not isinstance(user.meta.get("val"), Tensor):
-            yield from site.all_opaque(f"{name} hands its values on together")
+            yield from site.all_opaque(f"the tuple that {name} returns is used as a whole")
             continue
         out = Operand(user.name, tuple(user.meta["val"].shape))
         same_axes = out.ndim == x.ndim
@@ -151,7 +151,7 @@ def sampling(site: Site) -> Iterator[Relation]:
     yield from leading(x, out, but=x.ndim - 2)
     for operand, reason in (
         (x, "grid_sample mixes the positions along it"),
-        (site.operand(1, "grid"), "it is a grid of places"),
+        (site.operand(1, "grid"), "it belongs to the grid of positions of grid_sample"),
     ):
         for axis in operand.axes[2 if operand is x else 0 :] if operand is not None else ():
             yield Opaque(axis, reason)

@@ -99,7 +99,7 @@ def splitting(site: Site) -> Iterator[Relation]:
     dim = split_axis(site.node)
     parts = site.node.meta["val"]
     if any(user.target is not operator.getitem or not isinstance(user.args[1], int) for user in site.node.users):
-        yield from site.all_opaque(f"{name} hands its parts on together")
+        yield from site.all_opaque(f"the parts that {name} returns are used as a whole, or picked by a computed number")
         return
     starts = [0, *itertools.accumulate(part.shape[dim] for part in parts)] if name != "unbind" else []
     for user in site.node.users:
@@ -164,7 +164,7 @@ def concatenation(site: Site) -> Iterator[Relation]:
     joined = site.constant(1, "dim", 0) % out.ndim
     parts = site.parts(0, "tensors")
     if parts is None or any(part.ndim != out.ndim for part in parts):
-        yield from site.all_opaque(f"{site.name} joins what is not a list of tensors of one shape")
+        yield from site.all_opaque(f"{site.name} does not get a list of tensors with the same number of axes")
         return
     start = 0
     for part in parts:

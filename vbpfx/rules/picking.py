@@ -76,7 +76,7 @@ def scattering(site: Site) -> Iterator[Relation]:
 
 def where_true(site: Site) -> Iterator[Relation]:
     """nonzero, argwhere, masked_select: the output has as many entries as are picked."""
-    yield from site.all_opaque("entries are picked by where they are not zero")
+    yield from site.all_opaque("the call picks the entries that are not zero")
 
 
 def is_computed(entry: Any) -> bool:

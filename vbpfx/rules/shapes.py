@@ -104,7 +104,7 @@ def repetition(site: Site) -> Iterator[Relation]:
         if back <= x.ndim and x.shape[-back] == out.shape[-back] != 1:
             yield Same(x.axis(-back), out.axis(-back))
             continue
-        yield Opaque(out.axis(-back), f"{site.name} makes it of copies")
+        yield Opaque(out.axis(-back), f"{site.name} fills it with copies")
         if back <= x.ndim and x.shape[-back] != 1:
             yield Opaque(x.axis(-back), f"{site.name} repeats it")
 
