@@ -147,7 +147,7 @@ FILES: list[tuple[Callable[[Path], Path], type[Exception], str]] = [
     (truncated, vbpfx.ArtifactError, "not an ONNX file, or it is damaged"),
     (without_data, vbpfx.ArtifactError, "keeps dense_1/kernel in weights.bin, which cannot be read"),
     (with_half_of_its_data, vbpfx.ArtifactError, "in weights.bin, which is too short"),
-    (old, vbpfx.CaptureError, "opset 6, the oldest that is supported is 7"),
+    (old, vbpfx.CaptureError, "has opset 6, and the oldest that is supported is 7"),
     (without_a_block, vbpfx.AnalysisError, "no block that can be narrowed"),
     (quantized, vbpfx.CaptureError, r"is quantized \(DequantizeLinear, node 'dequantize'\)"),
     (custom, vbpfx.CaptureError, r"does not support operator Swirl \(domain my.company, node 'n2_Relu'\), and .*Swirl"),
