@@ -12,20 +12,31 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 from torch import fx
 
 from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
+from vbpfx.analysis.constants import find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
+from vbpfx.analysis.names import parameter_names
 from vbpfx.analysis.sizes import is_share
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
-from vbpfx.plans.records import Block, Consumer, ParameterAxis, Reduction, Refusal, SizeLiteral, ValueAxis
-from vbpfx.rules.axes import Axis
+from vbpfx.plans.records import (
+    Block,
+    ConstantChannel,
+    Consumer,
+    ParameterAxis,
+    Reduction,
+    Refusal,
+    SizeLiteral,
+    ValueAxis,
+)
+from vbpfx.rules.axes import Axis, Names
 from vbpfx.rules.table import operator_of
 
 _SEES_NO_DATA = (
@@ -96,7 +107,9 @@ def find_blocks(captured: Captured) -> Analysis:
     """
     evidence = find_evidence(captured)
     linked, adapters = _with_parts(evidence), find_adapters(captured.graph_module, evidence)
-    found = [_judge(component, linked, adapters, evidence) for component in components(evidence)]
+    names, _ = parameter_names(captured.graph_module, captured.reference)
+    look = _Look(captured.graph_module, names, linked, adapters, evidence)
+    found = [_judge(component, look) for component in components(evidence)]
     blocks = [entry for entry in found if isinstance(entry, Block)]
     refusals = [entry for entry in found if isinstance(entry, Refusal)]
     known = {name for names in evidence.produced.values() for name in names}
@@ -140,11 +153,19 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     return graph
 
 
-def _judge(
-    component: Component, linked: nx.Graph[Axis], adapters: list[Adapter], evidence: Evidence
-) -> Block | Refusal | None:
+class _Look(NamedTuple):
+    """What components are judged by: the graph, the names of its parameters, and everything that was found in it."""
+
+    network: fx.GraphModule
+    names: Names
+    linked: nx.Graph[Axis]
+    adapters: list[Adapter]
+    evidence: Evidence
+
+
+def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     """Return a block or a refusal for a component; None if no weight produces it."""
-    axes = component.axes
+    axes, evidence = component.axes, look.evidence
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
     if not produced:
         return None
@@ -168,16 +189,22 @@ def _judge(
         ),
         key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
     )
-    node, reason = _obstacle(component, consumers, reductions, parameters, linked, evidence)
+    values = [
+        ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
+    ]
+    values.sort(key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))
+    node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
     if not reason:
-        node, reason = _adapted(consumers, adapters)
+        node, reason = _adapted(consumers, look.adapters)
+    constant: ConstantChannel | None = None
+    padded = [consumer for consumer in consumers if consumer.padded]
+    if not reason and padded:
+        made = _constant_channel(produced, consumers, reductions, parameters, values, look)
+        constant, node, reason = (None, padded[0].node, made) if isinstance(made, str) else (made, "", "")
     if reason:
         weights = tuple(dict.fromkeys(evidence.origins.get(name, name) for name in produced))
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
-    values = [
-        ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
-    ]
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
         width=component.width,
@@ -186,7 +213,28 @@ def _judge(
         reductions=tuple(dict.fromkeys(reductions)),
         parameters=tuple(parameters),
         literals=tuple(sorted(literals, key=str)),
-        carriers=tuple(sorted(values, key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))),
+        carriers=tuple(values),
+        constant=constant,
+    )
+
+
+def _constant_channel(
+    produced: Sequence[str],
+    consumers: Sequence[Consumer],
+    reductions: Sequence[Reduction],
+    parameters: Sequence[ParameterAxis],
+    values: Sequence[ValueAxis],
+    look: _Look,
+) -> ConstantChannel | str:
+    """Return how a channel can be made constant for the layers that pad the axis, or why it cannot."""
+    if reductions:
+        return (
+            f"a padded convolution reads it, and a statistic is taken over it (node {reductions[0].node}), in which a constant "
+            f"channel would count"
+        )
+    making = {name for value in values for name in look.evidence.producing.get(Axis(value.node, value.axis), ())}
+    return find_constant_channel(
+        produced, making, consumers, parameters, values, look.network, look.names, look.evidence
     )
 
 
@@ -229,13 +277,13 @@ def _obstacle(
     if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
     for name in dict.fromkeys(
-        [*(entry.name for entry in parameters), *(c.bias for c in consumers if not c.creates_bias)]
+        [*(entry.name for entry in parameters), *(c.bias for c in consumers if not c.creates_bias and not c.padded)]
     ):
         if name in evidence.tied:
             return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
     for consumer in consumers:
         calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
-        if not consumer.creates_bias and not calls.issuperset(evidence.uses[consumer.bias]):
+        if not consumer.creates_bias and not consumer.padded and not calls.issuperset(evidence.uses[consumer.bias]):
             return "", (
                 f"the constants that replace removed neurons would be added to {consumer.bias}, but "
                 f"{len(evidence.uses[consumer.bias])} calls share this bias"

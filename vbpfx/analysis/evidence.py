@@ -280,13 +280,14 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             _own_weight(weight, node, evidence)
             evidence.produced[weight].append(weight.owner)
             evidence.producing[out].append(node.name)
-        case Contracts(source, weight, bias):
+        case Contracts(source, weight, bias, padded):
             evidence.graph.add_edge(source, weight)
             _own_weight(weight, node, evidence)
-            if bias is not None and (not bias.is_parameter or bias.shape != _outputs(weight, evidence)):
+            own_bias = bias is None or (bias.is_parameter and bias.shape == _outputs(weight, evidence))
+            if not padded and not own_bias:
                 evidence.opaque[source].append((node.name, "the bias of the layer that reads it is not one of its own"))
             name = _new_bias(weight, evidence) if bias is None else bias.owner
-            if evidence.biases.setdefault(name, weight) != weight:
+            if not padded and evidence.biases.setdefault(name, weight) != weight:
                 evidence.opaque[source].append((node.name, f"{name} is the bias of another layer, too"))
             evidence.contracted[source].append(
                 Consumer(
@@ -297,6 +298,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                     bias=name,
                     creates_bias=bias is None,
                     is_layer=is_layer(node, weight.owner),
+                    padded=padded,
                 )
             )
         case SizeStated(axis, path, start, stop, by_code, computed):

@@ -58,10 +58,16 @@ class Budget:
 
 
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
-    """Return the smallest width of every block: ``min_width``, by default a sixteenth of the block's own width."""
-    if min_width is None:
-        return {block.name: math.ceil(block.width / 16) for block in blocks}
-    return {block.name: min(min_width, block.width) for block in blocks}
+    """Return the smallest width of every block: ``min_width``, by default a sixteenth of the block's own width.
+
+    A block that needs a constant channel has room for one neuron beside it.
+    """
+
+    def least(block: Block) -> int:
+        wanted = math.ceil(block.width / 16) if min_width is None else min_width
+        return min(block.width, max(wanted, 1 if block.constant is None else 2))
+
+    return {block.name: least(block) for block in blocks}
 
 
 def choose_widths(

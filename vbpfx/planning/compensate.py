@@ -93,9 +93,14 @@ def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor
         pruned: indices P along ``axis``.
         constants: a, (|P|,).
     """
-    columns = weight.detach().movedim(axis, -1).index_select(-1, pruned.to(weight.device)).double()
-    shift = columns @ constants.to(columns)
+    shift = fold_taps(weight, axis, pruned, constants)
     return shift.flatten(1).sum(1) if shift.ndim > 1 else shift
+
+
+def fold_taps(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor:
+    """Return W_P a for every entry of a convolution's window by itself; (out, ...) float64. Arguments as for :func:`fold`."""
+    columns = weight.detach().movedim(axis, -1).index_select(-1, pruned.to(weight.device)).double()
+    return columns @ constants.to(columns)
 
 
 def fold_columns(weight: Tensor, axis: int, kept: Tensor, pruned: Tensor, prediction: Tensor) -> Tensor:

@@ -195,7 +195,12 @@ class Deciding:
         equal blocks may give up more than the other, because of ``round_to`` or because the last neuron must come from
         one of them.
         """
-        return {block.name: kept_neurons(scores[block.name], self._at_share(block)) for block in self.blocks}
+        return {block.name: self._neurons(block, scores, self._at_share(block)) for block in self.blocks}
+
+    def _neurons(self, block: Block, scores: Mapping[str, Tensor], width: int) -> tuple[int, ...]:
+        """Return the neurons to keep in a block of this width, where a constant channel takes the place of one."""
+        takes_one = width < block.width and block.constant is not None and self._chosen.compensation != "none"
+        return kept_neurons(scores[block.name], width - takes_one)
 
     def _at_share(self, block: Block) -> int:
         return max(self.floor[block.name], block.width - max(1, round(self._share * block.width)))
@@ -203,7 +208,7 @@ class Deciding:
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return, for every block, the neurons to keep if the named blocks are at their floors and the others whole."""
         widths = {b.name: self.floor[b.name] if b.name in narrowed else b.width for b in self.blocks}
-        return {name: kept_neurons(scores[name], width) for name, width in widths.items()}
+        return {b.name: self._neurons(b, scores, widths[b.name]) for b in self.blocks}
 
     def kept(
         self, scores: Mapping[str, Tensor], allocation: str, rates: Mapping[str, float]
@@ -220,7 +225,7 @@ class Deciding:
         standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
         compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
         widths = choose_widths(groups, compared, chosen.budget, floor=self.floor, steps=self._steps, cost=self._cost)
-        return {block.name: kept_neurons(scores[block.name], widths[block.name]) for block in blocks}
+        return {block.name: self._neurons(block, scores, widths[block.name]) for block in blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
         """Return the plan's entry for a block that keeps these neurons; ``moments`` must be :func:`pooled`."""
@@ -229,7 +234,7 @@ class Deciding:
     def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
         """Return the plan with these entries; ``rows`` is the largest number of rows in any statistics."""
         chosen = self._chosen
-        widths = {entry.block.name: len(entry.kept) for entry in entries}
+        widths = {entry.block.name: entry.width for entry in entries}
         settings = {
             "method": chosen.method,
             "criterion": chosen.criterion if isinstance(chosen.criterion, str) else name_of(chosen.criterion),
@@ -323,4 +328,7 @@ def _block_plan(
         if key not in once:
             once[key] = compensation(m, stays, goes, key[1])
         found.append(once[key])
-    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found))
+    padded = {consumer.source for consumer in block.consumers if consumer.padded}
+    needed = any(bool(a.any()) for (a, _), source in zip(found, block.sources, strict=True) if source in padded)
+    constant = int(goes[0]) if needed else None
+    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found), constant)

@@ -16,23 +16,28 @@ from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
 from vbpfx.storage.tensors import read_tensors
 
-_FORMAT = 3
+# Format 4 has constant channels, which earlier versions would overlook. A plan without them is written in format 3.
+_FORMATS = (3, 4)
 
 
 def plan_digest(plan: Plan) -> str:
     """Return the SHA-256 of a plan's kept neurons and of all its tensors."""
     kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
+    kept |= {f"constant.{n}": torch.tensor(e.constant) for n, e in enumerate(plan.blocks) if e.constant is not None}
     return tensors_digest(kept | _plan_tensors(plan))
 
 
 def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
     """Return ``plan.json`` and ``plan.safetensors`` of a folder as paths with functions that write them."""
     data = {
-        "format": _FORMAT,
+        "format": _FORMATS[-1] if any(entry.constant is not None for entry in plan.blocks) else _FORMATS[0],
         "fingerprint": plan.fingerprint,
         "frontend": plan.frontend,
         "settings": dict(plan.settings),
-        "blocks": [{"block": block_to_json(entry.block), "kept": list(entry.kept)} for entry in plan.blocks],
+        "blocks": [
+            {"block": block_to_json(entry.block), "kept": list(entry.kept), "constant": entry.constant}
+            for entry in plan.blocks
+        ],
         "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
         "further_calls": [[dataclasses.asdict(c) for c in correction.further] for correction in plan.corrections],
     }
@@ -53,9 +58,10 @@ def load_plan(folder: str | Path) -> Plan:
     data = read_json(folder / "plan.json")
     tensors = read_tensors(folder / "plan.safetensors")
     try:
-        if data["format"] != _FORMAT:
+        if data["format"] not in _FORMATS:
             raise ArtifactError(
-                f"{folder} has format {data['format']}, this vbpfx reads {_FORMAT}: prune again, or use the vbpfx that wrote it"
+                f"{folder} has format {data['format']}, this vbpfx reads {_FORMATS[0]} to {_FORMATS[-1]}: prune again, or use the "
+                f"vbpfx that wrote it"
             )
         entries = tuple(
             BlockPlan(
@@ -63,6 +69,7 @@ def load_plan(folder: str | Path) -> Plan:
                 tuple(entry["kept"]),
                 tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
                 tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
+                entry.get("constant"),
             )
             for number, entry in enumerate(data["blocks"])
         )

@@ -104,6 +104,8 @@ class Consumer:
         creates_bias: whether the layer has no bias yet, so that folding creates one under the name ``bias``.
         is_layer: whether the call is a layer of ``torch.nn``, whose class adds its bias by itself.
         alone: whether only calls of this layer use the weight, so that its columns may change.
+        padded: whether the call adds zeros around h, so that a constant channel is not constant for it: beside the border fewer
+            taps of the window see the constant, and a bias cannot replace it.
     """
 
     node: str
@@ -114,6 +116,36 @@ class Consumer:
     creates_bias: bool
     is_layer: bool
     alone: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that a parameter is set to at a block's constant channel.
+
+    Attributes:
+        parameter: the axis of the parameter that holds the block's channels.
+        value: the number, for all entries of the parameter at the channel.
+    """
+
+    parameter: ParameterAxis
+    value: float
+
+
+@dataclass(frozen=True)
+class ConstantChannel:
+    """How one channel of a block is made constant.
+
+    A padded layer cannot take the constants of removed channels in its bias. It takes them from a channel of the value c,
+    which is padded as the removed channels were.
+
+    Attributes:
+        settings: what the parameters of this channel are set to.
+        values: for every entry of ``block.sources`` the value c; 0 where no padded layer reads the source.
+    """
+
+    settings: tuple[Setting, ...]
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,7 @@ class Block:
         parameters: every axis of a parameter or buffer that is sliced when the block is narrowed.
         literals: every integer in the graph that depends on the width.
         carriers: every value that carries the hidden axis, in graph order.
+        constant: how one channel is made constant; None if no layer needs one.
     """
 
     name: str
@@ -162,6 +195,7 @@ class Block:
     parameters: tuple[ParameterAxis, ...]
     literals: tuple[SizeLiteral, ...]
     carriers: tuple[ValueAxis, ...]
+    constant: ConstantChannel | None = None
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:
@@ -251,12 +285,15 @@ class BlockPlan:
         kept: indices of the kept neurons, ascending.
         constants: for every entry of ``block.sources`` the constants a, float64, in the order of :attr:`pruned`.
         predictions: for every entry of ``block.sources`` the matrix B (P, K), or None for B = 0; all None by default.
+        constant: index of the removed neuron whose place holds the block's constant channel (:class:`ConstantChannel`); None if
+            there is none. It is needed if a padded layer reads constants other than 0.
     """
 
     block: Block
     kept: tuple[int, ...]
     constants: tuple[torch.Tensor, ...]
     predictions: tuple[torch.Tensor | None, ...] = ()
+    constant: int | None = None
 
     def __post_init__(self) -> None:
         kept, width = self.kept, self.block.width
@@ -288,6 +325,20 @@ class BlockPlan:
                     f"plan predicts them from kept neurons"
                 )
         self._require_one_prediction_a_layer()
+        self._require_a_constant_channel()
+
+    def _require_a_constant_channel(self) -> None:
+        if self.constant is not None and (self.block.constant is None or self.constant not in self.pruned):
+            raise ArtifactError(
+                f"block {self.block.name}: neuron {self.constant} is to hold a constant, but it is not among the removed neurons, or "
+                f"no layer of the block needs a constant channel"
+            )
+        for consumer in self.block.consumers:
+            if consumer.padded and self.constant is None and bool(self.constants_at(consumer.source).any()):
+                raise ArtifactError(
+                    f"block {self.block.name}: {consumer.weight} pads its input, so the constants of removed neurons need a channel of "
+                    f"their own, and the plan has none"
+                )
 
     def _require_one_prediction_a_layer(self) -> None:
         for first, *others in self.block.pools:
@@ -308,11 +359,26 @@ class BlockPlan:
         """Return the prediction B at one of the block's sources; None for B = 0."""
         return self.predictions[self.block.sources.index(source)]
 
+    def value_at(self, source: ValueAxis) -> float:
+        """Return the value c of the constant channel at one of the block's sources."""
+        assert self.block.constant is not None
+        return self.block.constant.values[self.block.sources.index(source)]
+
     @cached_property
     def pruned(self) -> tuple[int, ...]:
-        """Indices of the removed neurons, ascending."""
+        """Indices of the removed neurons P, ascending."""
         kept = set(self.kept)
         return tuple(i for i in range(self.block.width) if i not in kept)
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """Indices of the channels that the narrowed network lacks, ascending: P without the constant channel."""
+        return tuple(i for i in self.pruned if i != self.constant)
+
+    @property
+    def width(self) -> int:
+        """The width after pruning: the kept neurons, and the constant channel if there is one."""
+        return self.block.width - len(self.gone)
 
 
 @dataclass(frozen=True)
@@ -358,7 +424,7 @@ class Plan:
     @property
     def removed(self) -> int:
         """Number of hidden neurons removed."""
-        return sum(entry.block.width - len(entry.kept) for entry in self.blocks)
+        return sum(len(entry.gone) for entry in self.blocks)
 
     @property
     def refitted(self) -> tuple[str, ...]:
@@ -369,7 +435,7 @@ class Plan:
     @property
     def widths(self) -> dict[str, int]:
         """Block name -> width after pruning."""
-        return {entry.block.name: len(entry.kept) for entry in self.blocks}
+        return {entry.block.name: entry.width for entry in self.blocks}
 
 
 def consumer_from_json(data: Mapping[str, Any]) -> Consumer:
@@ -400,4 +466,12 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         parameters=tuple(ParameterAxis(**axis) for axis in data["parameters"]),
         literals=tuple(SizeLiteral(**entry | {"path": _path_from_json(entry["path"])}) for entry in data["literals"]),
         carriers=tuple(ValueAxis(*carrier) for carrier in data["carriers"]),
+        constant=_constant_from_json(data.get("constant")),
     )
+
+
+def _constant_from_json(data: Mapping[str, Any] | None) -> ConstantChannel | None:
+    if data is None:
+        return None
+    settings = tuple(Setting(ParameterAxis(**entry["parameter"]), entry["value"]) for entry in data["settings"])
+    return ConstantChannel(settings, tuple(data["values"]))

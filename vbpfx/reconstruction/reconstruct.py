@@ -42,7 +42,7 @@ from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
 from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
-from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, removed_along, substitute
+from vbpfx.rewrite.substitute import as_matrix, in_narrow_shape, pruned_along, substitute
 
 # The limit of m for unlimited data.
 _MOST_SHARE = 0.8
@@ -199,7 +199,8 @@ class _Reconstruction:
         pruned = {channel[int(present[i])] for i in order}
         kept = tuple(c for c in range(block.width) if c not in pruned)
         means = normal.mean_x[among[sorted(pruned)]]
-        return BlockPlan(block, kept, (means,) * len(block.sources))
+        constant = None if entry.constant is None else min(pruned)
+        return BlockPlan(block, kept, (means,) * len(block.sources), constant=constant)
 
     def _share(self, calls: Calls) -> float:
         """Return m for a layer: it is smaller the fewer rows carry the weight, since less can be learnt from them."""
@@ -214,7 +215,7 @@ class _Reconstruction:
 
     def _kept_width(self, layer: Consumer) -> int:
         """Return how many columns of a layer's input the plan keeps."""
-        return self._width(layer) - len(removed_along(self.plan.blocks, layer.weight, layer.weight_axis))
+        return self._width(layer) - len(pruned_along(self.plan.blocks, layer.weight, layer.weight_axis))
 
     def _folded(self, layer: Consumer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, set[int]]:
         """Return W and b with the removed neurons of the layer's input folded in, and the columns that were removed."""
@@ -233,7 +234,7 @@ class _Reconstruction:
 
     def _gone(self, layer: Consumer) -> set[int]:
         """Return the columns of a layer's weight whose input channels are removed, as far as this is decided yet."""
-        return set(removed_along(self.decided.values(), layer.weight, layer.weight_axis))
+        return set(pruned_along(self.decided.values(), layer.weight, layer.weight_axis))
 
     def _matrix(self, layer: Consumer) -> Tensor:
         """Return W (out, in), float64, on the CPU."""

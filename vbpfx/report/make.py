@@ -67,9 +67,9 @@ def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
     return tuple(
         entry.block.name
         for entry in plan.blocks
-        if entry.pruned
+        if entry.gone
         and entry.block.width > multiple  # for a narrower block there is no smaller multiple
-        and len(entry.kept) % multiple
+        and entry.width % multiple
         and entry.block.name in convolving
     )
 

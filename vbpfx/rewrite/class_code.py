@@ -30,7 +30,7 @@ def where_widths_are_used(small: nn.Module, plan: Plan, inputs: Inputs) -> str:
         plan: the plan by which ``small`` was narrowed.
         inputs: the batch to run it on.
     """
-    now = {len(entry.kept) for entry in plan.blocks} - {entry.block.width for entry in plan.blocks}
+    now = {entry.width for entry in plan.blocks} - {entry.block.width for entry in plan.blocks}
     watch = _SizesRead(now)
     try:
         with torch.no_grad(), watch:

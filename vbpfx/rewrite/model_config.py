@@ -104,7 +104,7 @@ class _Trials:
 
 def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
     """Return changes of single entries that may be right for all blocks whose shapes the entry decides."""
-    pairs = dict.fromkeys((entry.block.width, len(entry.kept)) for entry in plan.blocks)
+    pairs = dict.fromkeys((entry.block.width, entry.width) for entry in plan.blocks)
     by_axis, dense = _widths_by_axis(plan), trials.shapes(())
     assert dense is not None
     found = []
@@ -167,7 +167,7 @@ def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
     for entry in plan.blocks:
         for parameter in entry.block.parameters:
             widths = found.setdefault(parameter.name, {}).setdefault(parameter.axis, set())
-            widths.add((entry.block.width, len(entry.kept)))
+            widths.add((entry.block.width, entry.width))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
-from vbpfx.planning.compensate import fold, fold_columns
+from vbpfx.planning.compensate import fold, fold_columns, fold_taps
 from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 from vbpfx.rewrite.carry import Carried
 
@@ -92,11 +92,12 @@ class Changes:
             cuts = self._cuts[consumer.weight]
             self._cuts[name] = [(0, positions) for axis, positions in cuts if axis == 1 - consumer.weight_axis]
         self._gains = self._readers(plan)
+        self._set = self._settings(plan)
         corrections = {c.layer.weight: c.weight for c in plan.corrections}
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple({**self._cuts, **self._gains, **self._corrections})
+        self.names = tuple({**self._cuts, **self._gains, **self._set, **self._corrections})
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
@@ -108,6 +109,10 @@ class Changes:
         new = like
         if name in self._gains:
             new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
+        if name in self._set:
+            new = new.clone()
+            for axis, position, value in self._set[name]:
+                new.select(axis, position).fill_(value)
         for axis, positions in self._cuts.get(name, ()):
             new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
         if name in self._corrections:
@@ -121,22 +126,47 @@ class Changes:
             # several calls of one layer would fold the same constants into the same bias; they are folded once
             consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
             for consumer in consumers.values():
-                if not consumer.creates_bias or consumer.bias in self.made:
+                if not consumer.padded and (not consumer.creates_bias or consumer.bias in self.made):
                     found[consumer.bias].append((entry, consumer))
-                if entry.prediction_at(consumer.source) is not None:
+                if entry.constant is not None or entry.prediction_at(consumer.source) is not None:
                     found[consumer.weight].append((entry, consumer))
+        return found
+
+    def _settings(self, plan: Plan) -> dict[str, list[tuple[int, int, float]]]:
+        """Return parameter -> (axis, position, value) for all constant channels on its axes.
+
+        A bias that folding creates for a producer is 0 there, since the producer had none.
+        """
+        found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+        for entry in plan.blocks:
+            if entry.constant is None or entry.block.constant is None:
+                continue
+            for setting in entry.block.constant.settings:
+                (position,) = setting.parameter.at([entry.constant]).tolist()
+                found[setting.parameter.name].append((setting.parameter.axis, position, setting.value))
+                for name, consumer in self.made.items():
+                    if (consumer.weight, 1 - consumer.weight_axis) == (setting.parameter.name, setting.parameter.axis):
+                        found[name].append((0, position, 0.0))
         return found
 
 
 def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
     """Return what the fold of one block's removed neurons adds to a weight or bias, float64, in its dense shape."""
-    weight, axis = dense(consumer.weight), consumer.weight_axis
+    weight, axis, constants = dense(consumer.weight), consumer.weight_axis, entry.constants_at(consumer.source)
     kept, pruned = consumer.source.at(entry.kept), consumer.source.at(entry.pruned)
     if name == consumer.bias:
-        return fold(weight, axis, pruned, entry.constants_at(consumer.source))
+        return fold(weight, axis, pruned, constants)
     prediction = entry.prediction_at(consumer.source)
-    assert prediction is not None
-    return fold_columns(weight, axis, kept, pruned, prediction)
+    gain = (
+        torch.zeros_like(weight, dtype=torch.float64)
+        if prediction is None
+        else fold_columns(weight, axis, kept, pruned, prediction)
+    )
+    if entry.constant is not None:
+        (place,) = consumer.source.at([entry.constant]).tolist()
+        column = fold_taps(weight, axis, pruned, constants) / entry.value_at(consumer.source) if consumer.padded else 0.0
+        gain.select(axis, place).copy_(column - weight.detach().double().select(axis, place))
+    return gain
 
 
 def new_biases(plan: Plan) -> dict[str, Consumer]:
@@ -145,7 +175,7 @@ def new_biases(plan: Plan) -> dict[str, Consumer]:
         consumer.node: consumer
         for entry in plan.blocks
         for consumer in entry.block.consumers
-        if consumer.creates_bias and bool(entry.constants_at(consumer.source).any())
+        if consumer.creates_bias and not consumer.padded and bool(entry.constants_at(consumer.source).any())
     }
     corrected = [c for c in plan.corrections if c.layer.creates_bias and bool(c.bias.any())]
     return found | {call.node: call for c in corrected for call in c.calls}
@@ -183,19 +213,39 @@ def _state_widths(layer: nn.Module) -> None:
 
 
 def removed_channels(plan: Plan) -> Removed:
-    """Return the removed channels of every axis that belongs to a block of the plan."""
-    removed: dict[tuple[str, int, bool], frozenset[int]] = {}
+    """Return the channels that the narrowed network lacks, for every axis that belongs to a block of the plan."""
+    return _channels(plan, lambda entry: entry.gone)
+
+
+def pruned_channels(plan: Plan) -> Removed:
+    """Return the channels of every axis that do not hold a kept neuron: the removed ones, and those that became constant."""
+    return _channels(plan, lambda entry: entry.pruned)
+
+
+def constant_channels(plan: Plan) -> Removed:
+    """Return the constant channels of every axis, as positions on the narrowed axis."""
+    removed = removed_channels(plan)
+    held = _channels(plan, lambda entry: () if entry.constant is None else (entry.constant,))
+    return {
+        key: frozenset(p - sum(r < p for r in removed[key]) for p in positions)
+        for key, positions in held.items()
+        if positions
+    }
+
+
+def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Removed:
+    found: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
         values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
         parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters]
         at = {
-            (start, step): frozenset(start + step * p for p in entry.pruned)
+            (start, step): frozenset(start + step * p for p in chosen(entry))
             for _, start, step in (*values, *parameters)
         }
         for key, *place in (*values, *parameters):
-            gone_there = at[place[0], place[1]]
-            removed[key] = removed[key] | gone_there if key in removed else gone_there
-    return removed
+            there = at[place[0], place[1]]
+            found[key] = found[key] | there if key in found else there
+    return found
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:

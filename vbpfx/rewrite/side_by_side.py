@@ -24,7 +24,7 @@ from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.outputs.differences import relative_error
 from vbpfx.plans.records import BlockPlan, Consumer, Plan
-from vbpfx.rewrite.narrow import Changes, removed_channels
+from vbpfx.rewrite.narrow import Changes, Removed, constant_channels, pruned_channels
 from vbpfx.rewrite.substitute import reference_graph
 from vbpfx.rules.layers import matrix_product
 from vbpfx.rules.table import operator_of
@@ -147,7 +147,7 @@ class Comparison:
     def __init__(
         self, captured: Captured, small: nn.Module, plan: Plan, inputs: Inputs, dtype: torch.dtype | None = None
     ) -> None:
-        self._own, self._removed = captured.nodes, removed_channels(plan)
+        self._own, self._pruned, self._constant = captured.nodes, pruned_channels(plan), constant_channels(plan)
         self._reference = Steps(reference_graph(captured, plan), inputs, dtype)
         self._readers: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
         for entry in plan.blocks:
@@ -174,6 +174,7 @@ class Comparison:
             if node in layer_of:
                 name = layer_of[node].name
                 expected, found = self._kept(self._reference.env[node], name), self._small.at(name)
+                found = found if found is None else self._without_constants(found, name)
                 for block, whole, without in parts:
                     yield Behind(block, found, expected, whole, without)
         self.expected, self.found = self._reference.outputs, self._small.finish()
@@ -187,11 +188,19 @@ class Comparison:
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
         """Return a node's value without the removed channels."""
-        for axis in range(value.ndim):
-            if positions := self._removed.get((name, axis, False)):
-                kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
-                value = value.index_select(axis, kept)
-        return value
+        return _left_out(value, name, self._pruned)
+
+    def _without_constants(self, value: Tensor, name: str) -> Tensor:
+        """Return the value of a narrowed node without constant channels, to which no channel of the reference corresponds."""
+        return _left_out(value, name, self._constant)
+
+
+def _left_out(value: Tensor, name: str, channels: Removed) -> Tensor:
+    for axis in range(value.ndim):
+        if positions := channels.get((name, axis, False)):
+            kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
+            value = value.index_select(axis, kept)
+    return value
 
 
 class _GraphSide:

@@ -7,7 +7,7 @@ rewrite that it is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -97,6 +97,8 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
 def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
     """Return the correction of a narrowed layer, from dW (out, in) and db (out,) in the dense layer's shapes.
 
+    Rows that make a constant channel are not corrected.
+
     Args:
         calls: all calls of the layer.
         weight, bias: dW and db.
@@ -107,6 +109,9 @@ def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, lik
         removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
     )
     kept = _others(rows, weight.shape[0])
+    weight, bias = weight.clone(), bias.clone()
+    constant = pruned_along(plan.blocks, layer.weight, 1 - layer.weight_axis)
+    weight[constant], bias[constant] = 0.0, 0.0
     narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
     narrow = narrow.T if layer.weight_axis == 0 else narrow
     own = narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous()
@@ -120,14 +125,25 @@ def as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
 
 
 def removed_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[int]:
-    """Return the removed indices of one axis of a parameter, ascending."""
+    """Return the indices that the narrowed network lacks on one axis of a parameter, ascending."""
+    return _along(entries, name, axis, lambda entry: entry.gone)
+
+
+def pruned_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[int]:
+    """Return the indices on one axis of a parameter that do not belong to a kept neuron, ascending."""
+    return _along(entries, name, axis, lambda entry: entry.pruned)
+
+
+def _along(
+    entries: Iterable[BlockPlan], name: str, axis: int, chosen: Callable[[BlockPlan], Sequence[int]]
+) -> list[int]:
     return sorted(
         {
             int(position)
             for entry in entries
             for parameter in entry.block.parameters
             if (parameter.name, parameter.axis) == (name, axis)
-            for position in parameter.at(entry.pruned)
+            for position in parameter.at(chosen(entry))
         }
     )
 

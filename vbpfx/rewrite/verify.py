@@ -317,6 +317,7 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
         expected = whole.double() + as_matrix(dense[layer.weight], layer)
         found = as_matrix(narrow[layer.weight], layer)
         rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
+        present_rows, present_columns = rows.clone(), columns.clone()
         for entry in plan.blocks:
             once = {(c.weight, c.source.start): c for c in entry.block.consumers}  # a layer's calls share one fold
             for consumer in once.values():
@@ -326,7 +327,10 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
                     expected[:, consumer.source.at(entry.kept)] += original @ prediction.double()
             for parameter in entry.block.parameters:
                 if parameter.name == layer.weight:
-                    (columns if parameter.axis == layer.weight_axis else rows)[parameter.at(entry.pruned)] = False
+                    contracted = parameter.axis == layer.weight_axis
+                    (columns if contracted else rows)[parameter.at(entry.pruned)] = False
+                    (present_columns if contracted else present_rows)[parameter.at(entry.gone)] = False
+        found = found[rows[present_rows]][:, columns[present_columns]]  # without constant channels
         worst = max(worst, relative_error([found], [expected[rows][:, columns]]))
     return worst
 

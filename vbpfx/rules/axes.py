@@ -106,12 +106,14 @@ class Produces:
 class Contracts:
     """The call sums over ``source`` with ``weight``: the axis ends here, and a constant channel can be folded.
 
-    It is folded into ``bias``, which is None if the call has no bias.
+    It is folded into ``bias``, which is None if the call has no bias. If ``padded``, the call adds zeros around ``source``, so
+    that a channel that is constant inside is not constant for the call, and a bias cannot replace it.
     """
 
     source: Axis
     weight: Axis
     bias: Operand | None
+    padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ def addmm(site: Site) -> Iterator[Relation]:
 def convolution(site: Site) -> Iterator[Relation]:
     """y[o] = sum_i W[o, i] * x[i] + b[o] over windows.
 
-    A convolution without groups produces its output channels. Without padding, it also contracts its input channels;
-    with padding, a constant channel is not constant at the border. A depthwise convolution treats each channel by itself.
+    A convolution without groups produces its output channels and contracts its input channels. If it pads with zeros, a
+    constant channel is zero in the border; reflected, replicated and circular borders stay constant. A depthwise convolution
+    treats each channel by itself.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
-    if weight is None or (site.module is not None and site.module.padding_mode != "zeros"):
-        yield from site.all_opaque("the convolution's weight is computed, or its padding mode is not 'zeros'")
+    if weight is None:
+        yield from site.all_opaque("the convolution's weight is computed")
         return
     spatial = weight.ndim - 2
     channel = x.ndim - spatial - 1
@@ -66,12 +67,9 @@ def convolution(site: Site) -> Iterator[Relation]:
     if channel:
         yield Same(x.axis(0), out.axis(0))
     if groups == 1:
-        yield Contracts(x.axis(channel), weight.axis(1), bias)
+        with_zeros = site.module is None or site.module.padding_mode == "zeros"
+        yield Contracts(x.axis(channel), weight.axis(1), bias, padded=padded and with_zeros)
         yield Produces(out.axis(channel), weight.axis(0))
-        if padded:
-            yield Opaque(
-                x.axis(channel), "a padded convolution reads it: beside the border a removed channel is not a constant"
-            )
     elif groups == x.shape[channel] == out.shape[channel]:
         yield Same(x.axis(channel), weight.axis(0))
         yield Same(x.axis(channel), out.axis(channel))
@@ -84,11 +82,15 @@ def convolution(site: Site) -> Iterator[Relation]:
         yield Same(out.axis(channel), bias.axis(0))
 
 
+# The arguments of a transposed convolution because of which a constant is spread unevenly, with their defaults.
+_SPREADING = ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+
+
 def transposed_convolution(site: Site) -> Iterator[Relation]:
     """y[o] = sum_i W[i, o] * x[i] + b[o], where every x is spread over a window.
 
-    It produces its output channels. Its input channels cannot be narrowed, because a constant channel is spread unevenly
-    if the windows do not tile the output.
+    It produces its output channels and contracts its input channels. A constant channel is spread unevenly over the output,
+    like one behind zero padding, unless the window has a single entry.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     if weight is None or site.constant(6, "groups", 1) != 1:
@@ -100,7 +102,9 @@ def transposed_convolution(site: Site) -> Iterator[Relation]:
             yield Opaque(operand.axis(dim), "a convolution mixes the positions along it")
     if channel:
         yield Same(x.axis(0), out.axis(0))
-    yield Opaque(x.axis(channel), "a transposed convolution reads it: a removed channel is not a constant behind it")
+    sizes = weight.shape[2:], *(site.constant(i, name, default) for i, name, default in _SPREADING)
+    spreads = any(as_tuple(size, 1) != (least,) * len(as_tuple(size, 1)) for size, least in zip(sizes, (1, 1, 0, 0), strict=True))
+    yield Contracts(x.axis(channel), weight.axis(0), bias, padded=spreads)
     yield Produces(out.axis(channel), weight.axis(1))
     if bias is not None:
         yield Same(out.axis(channel), bias.axis(0))

@@ -1,0 +1,315 @@
+"""Constant channels: whether one channel of a hidden axis can be made constant, and by which values of its parameters.
+
+The constants a that replace removed channels go into the bias of the layer that reads them. Behind zero padding this is
+wrong beside the border, where fewer taps of the window see the constant. There the constants need a channel of their own,
+which is padded like any other: its value is c inside, and its column of the reader's weight is W_P a / c, tap by tap.
+
+One of the block's removed channels becomes that channel. Its rows in the producers are set to 0, and its biases, norms and
+scales to plain numbers. Between producers and readers every operator treats the channel by itself, so its value follows
+from these numbers alone, operator by operator. If an operator makes it depend on anything else (a mask, a gate that is
+computed elsewhere, a padded average), no channel of the axis can be constant behind it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from vbpfx.analysis.evidence import Evidence
+from vbpfx.plans.records import ConstantChannel, Consumer, ParameterAxis, Setting, ValueAxis
+from vbpfx.rules import layers, norms, parts, pointwise, shapes
+from vbpfx.rules.axes import Names, Operand, Site, operand_of
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.table import operator_of
+
+# The values that are tried for the channel's biases. One that leaves c between a half and 2 is taken at once.
+_BIASES = (1.0, 2.0, -1.0, 0.5, -2.0, 4.0, -4.0)
+# A smaller c would make the reader's column for it large, and with it the rounding error.
+_LEAST = 1e-2
+_LAYERS = (
+    layers.linear,
+    layers.addmm,
+    layers.convolution,
+    layers.transposed_convolution,
+    layers.matrix_product,
+)
+_NORMS = (norms.batch_norm, norms.instance_norm)
+_NORM_PARAMETERS = {"running_mean": (1, 0.0), "running_var": (2, 1.0), "weight": (3, 0.0)}
+# Operators behind which a channel has the value that it has in front of them.
+_MOVING = (
+    pointwise.unchanged,
+    shapes.permutation,
+    shapes.regrouping,
+    shapes.expansion,
+    shapes.repetition,
+    shapes.repetition_of_entries,
+    parts.indexing,
+    parts.aten_slice,
+    parts.narrowing,
+    parts.select,
+    parts.splitting,
+    parts.concatenation,
+    parts.stack,
+    norms.rolling,
+)
+
+
+class _NotConstantError(Exception):
+    """The channel's value depends on more than its own parameters."""
+
+
+def find_constant_channel(
+    produced: Iterable[str],
+    producing: set[str],
+    consumers: Sequence[Consumer],
+    parameters: Sequence[ParameterAxis],
+    carriers: Sequence[ValueAxis],
+    network: fx.GraphModule,
+    names: Names,
+    evidence: Evidence,
+) -> ConstantChannel | str:
+    """Return how a channel of an axis can be made constant for the readers that pad it; or why it cannot.
+
+    Args:
+        produced: names of the weights whose rows produce the axis.
+        producing: names of the nodes that call these layers.
+        consumers: the layers that read the axis.
+        parameters: all axes of parameters that hold the axis.
+        carriers: all values that hold it.
+        network: the graph.
+        names: names of its parameters.
+        evidence: what the rules said about it.
+    """
+    padded = [consumer for consumer in consumers if consumer.padded]
+    reader = padded[0].weight.rpartition(".")[0]
+    for consumer in consumers:
+        if not consumer.alone:
+            return f"a padded convolution reads it ({reader}), and {consumer.weight} is used by more than its own layer"
+    read = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
+    own = [entry for entry in parameters if (entry.name, entry.axis) not in read]
+    nodes = list(dict.fromkeys(evidence.nodes[carrier.node] for carrier in carriers))
+    channel = _Channel(nodes, producing, network, names, evidence)
+    rows = set(produced)
+    found: dict[float, tuple[dict[str, float], dict[str, float]]] = {}
+    obstacle = ""
+    for bias in _BIASES:
+        settings = channel.settings(own, rows, bias)
+        try:
+            values = {c.source.node: channel.value(evidence.nodes[c.source.node], settings) for c in padded}
+        except _NotConstantError as error:
+            obstacle = str(error)
+            continue
+        sizes = [min(abs(c), 1 / abs(c)) if c and math.isfinite(c) else 0.0 for c in values.values()]
+        found[min(sizes)] = settings, values
+        if min(sizes) >= 0.5:
+            break
+    if not found:
+        return (
+            f"a padded convolution reads it ({reader}). The constants of removed channels then need a channel that is constant "
+            f"before the padding, and {obstacle} makes every channel depend on other values"
+        )
+    if max(found) < _LEAST:
+        return (
+            f"a padded convolution reads it ({reader}). The constants of removed channels then need a channel with a constant "
+            f"value other than 0, and no bias or norm in front of the convolution can give it one"
+        )
+    settings, values = found[max(found)]
+    for weight in {consumer.weight for consumer in padded}:
+        if len({values[consumer.source.node] for consumer in padded if consumer.weight == weight}) > 1:
+            return f"a padded convolution reads it ({reader}) in several calls, and in these a constant channel has different values"
+    sources = dict.fromkeys(consumer.source for consumer in consumers)
+    return ConstantChannel(
+        tuple(Setting(entry, settings[entry.name]) for entry in own),
+        tuple(values.get(source.node, 0.0) for source in sources),
+    )
+
+
+class _Channel:
+    """Computes the value of one channel from the numbers that its parameters are set to.
+
+    Args:
+        nodes: all nodes that carry the axis, in graph order.
+        producing: names of those that call its producers.
+    """
+
+    def __init__(
+        self, nodes: Sequence[fx.Node], producing: set[str], network: fx.GraphModule, names: Names, evidence: Evidence
+    ) -> None:
+        self._producing, self._network, self._names, self._read = producing, network, names, evidence.read
+        self._carrying = set(nodes)
+        self._sites = {node: Site(node, called_module(network, node), names, evidence.read) for node in nodes}
+
+    def settings(self, own: Iterable[ParameterAxis], rows: set[str], bias: float) -> dict[str, float]:
+        """Return parameter -> the number that it is set to at the channel.
+
+        Rows of producers and kernels of depthwise convolutions become 0, biases ``bias``, norms a weight of 0 over the
+        mean 0 and the variance 1, and all other parameters 1.
+
+        Args:
+            own: the parameters to set.
+            rows: the weights of the producers.
+        """
+        known = dict.fromkeys((entry.name for entry in own), 1.0)
+        for name in known.keys() & rows:
+            known[name] = 0.0
+        for node, site in self._sites.items():
+            rule = site.operator.rule
+            roles: dict[Operand | None, float] = {}
+            if rule in _LAYERS:
+                roles[_bias(site)] = bias
+                if node.name not in self._producing:
+                    roles[site.operand(1, "weight")] = 0.0
+            elif rule in _NORMS:
+                roles = {site.operand(place, name): value for name, (place, value) in _NORM_PARAMETERS.items()}
+                roles[site.operand(4, "bias")] = bias
+            known |= {operand.owner: value for operand, value in roles.items() if operand is not None and operand.owner in known}
+        return known
+
+    def value(self, node: fx.Node, settings: Mapping[str, float]) -> float:
+        """Return the channel's value at a node.
+
+        Raises:
+            _NotConstantError: it depends on more than the settings. The message describes the first such call.
+        """
+        known: dict[fx.Node, float | None] = {}
+        waiting = [node]
+        while waiting:
+            at = waiting[-1]
+            operands = [] if self._starts_here(at, settings) else [n for n in self._operands(at) if n not in known]
+            if operands:
+                waiting += operands
+                continue
+            waiting.pop()
+            if at not in known:
+                known[at] = self._compute(at, known, settings)
+        found = known[node]
+        assert found is not None
+        return found
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """Return the operands that carry the axis; a call that returns a tuple is replaced by its own operand."""
+        found = (n.all_input_nodes[0] if operator_of(n).takes_apart else n for n in node.all_input_nodes)
+        return [n for n in found if n in self._carrying]
+
+    def _starts_here(self, node: fx.Node, settings: Mapping[str, float]) -> bool:
+        """Return whether the channel's value behind a call does not depend on its value in front of it."""
+        site = self._sites[node]
+        if site.operator.rule in _LAYERS:
+            return True
+        scale = site.operand(3, "weight") if site.operator.rule in _NORMS else None
+        return scale is not None and settings.get(scale.owner) == 0
+
+    def _compute(self, node: fx.Node, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]) -> float:
+        site = self._sites[node]
+        rule = site.operator.rule
+        values = [known[n] for n in self._operands(node)] if not self._starts_here(node, settings) else []
+        same = values[0] if len(set(values)) == 1 else None
+        found: float | None = None
+        if rule in _LAYERS:
+            found = self._setting(_bias(site), settings) if _bias(site) is not None else 0.0
+        elif rule in _NORMS:
+            found = self._normed(site, same, settings)
+        elif rule in _MOVING or site.operator.hands_on:
+            found = same
+        elif rule is norms.pooling:
+            found = None if _averages_padding(site) else same
+        elif rule is norms.padding:
+            found = same if _keeps_constants(site) else None
+        elif rule is norms.reduction:
+            found = same if site.name in ("mean", "amax", "amin") else None
+        elif rule is pointwise.prelu:
+            found = same if same is not None and same >= 0 else None
+        elif rule is parts.glu and same is not None:
+            found = same / (1 + math.exp(-same))
+        elif rule is pointwise.elementwise:
+            found = self._applied(node, site.module, known, settings)
+        if found is None:
+            raise _NotConstantError(f"{site.name} (node {node.name})")
+        return found
+
+    def _setting(self, operand: Operand | None, settings: Mapping[str, float]) -> float | None:
+        return settings.get(operand.owner) if operand is not None and operand.is_parameter else None
+
+    def _normed(self, site: Site, x: float | None, settings: Mapping[str, float]) -> float | None:
+        mean, variance, scale, shift = (
+            site.operand(place, name)
+            for place, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
+        )
+        b = 0.0 if shift is None else self._setting(shift, settings)
+        w = 1.0 if scale is None else self._setting(scale, settings)
+        if w == 0 or b is None or w is None:
+            return b if w == 0 else None
+        if site.operator.rule is norms.instance_norm:  # a constant equals its mean over the positions
+            return b
+        m, v = self._setting(mean, settings), self._setting(variance, settings)
+        eps = site.argument(7, "eps", 1e-5)
+        return None if x is None or m is None or v is None else (x - m) / math.sqrt(v + eps) * w + b
+
+    def _applied(
+        self, node: fx.Node, module: nn.Module | None, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]
+    ) -> float | None:
+        """Return an elementwise operator's value, computed on a single number; None if another tensor enters."""
+
+        def number(operand: fx.Node) -> Any:
+            value = self._known(operand, known, settings)
+            if value is None:
+                raise _NotConstantError
+            ndim = max(1, operand.meta["val"].ndim)
+            return torch.full((1,) * ndim, value, dtype=torch.float64)
+
+        if module is not None and any(True for _ in module.parameters()):
+            return None
+        try:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), number)
+            with torch.no_grad():
+                if module is not None:
+                    result = module(*args, **kwargs)
+                elif node.op == "call_method":
+                    result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # an operator may refuse single numbers with any exception
+            return None
+        return float(result) if isinstance(result, Tensor) and result.numel() == 1 else None
+
+    def _known(
+        self, operand: fx.Node, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]
+    ) -> float | None:
+        if operator_of(operand).takes_apart:
+            operand = operand.all_input_nodes[0]
+        if operand in known:
+            return known[operand]
+        own = operand_of(operand, self._names)
+        if own is None or not own.is_parameter:
+            return None
+        if own.owner in settings:
+            return settings[own.owner]
+        tensor = operator.attrgetter(str(operand.target))(self._network) if own.shape in ((), (1,)) else None
+        return None if tensor is None or tensor.is_meta else float(tensor.detach())
+
+
+def _bias(site: Site) -> Operand | None:
+    """Return the bias of a layer's call."""
+    if site.operator.rule is layers.matrix_product:
+        return None
+    return site.operand(0, "input") if site.operator.rule is layers.addmm else site.operand(2, "bias")
+
+
+def _averages_padding(site: Site) -> bool:
+    """Return whether a pooling averages over zeros that it pads with, so that constants are smaller beside the border."""
+    if "avg" not in site.name or "adaptive" in site.name:
+        return False
+    padding = site.argument(3, "padding", 0)
+    padded = any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
+    divides_by_another = site.argument(6, "divisor_override") is not None
+    return divides_by_another or (padded and bool(site.argument(5, "count_include_pad", True)))
+
+
+def _keeps_constants(site: Site) -> bool:
+    """Return whether a pad call surrounds a constant with the same constant."""
+    return site.argument(2, "mode", "constant") != "constant"
