@@ -330,5 +330,5 @@ def _block_plan(
         found.append(once[key])
     padded = {consumer.source for consumer in block.consumers if consumer.padded}
     needed = any(bool(a.any()) for (a, _), source in zip(found, block.sources, strict=True) if source in padded)
-    constant = int(goes[0]) if needed else None
-    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found), constant)
+    constants_in = (int(goes[0]),) if needed else ()
+    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found), constants_in)

@@ -23,19 +23,19 @@ _FORMATS = (3, 4)
 def plan_digest(plan: Plan) -> str:
     """Return the SHA-256 of a plan's kept neurons and of all its tensors."""
     kept = {f"kept.{number}": torch.tensor(entry.kept) for number, entry in enumerate(plan.blocks)}
-    kept |= {f"constant.{n}": torch.tensor(e.constant) for n, e in enumerate(plan.blocks) if e.constant is not None}
+    kept |= {f"constants_in.{n}": torch.tensor(e.constants_in) for n, e in enumerate(plan.blocks) if e.constants_in}
     return tensors_digest(kept | _plan_tensors(plan))
 
 
 def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
     """Return ``plan.json`` and ``plan.safetensors`` of a folder as paths with functions that write them."""
     data = {
-        "format": _FORMATS[-1] if any(entry.constant is not None for entry in plan.blocks) else _FORMATS[0],
+        "format": _FORMATS[-1] if any(entry.constants_in for entry in plan.blocks) else _FORMATS[0],
         "fingerprint": plan.fingerprint,
         "frontend": plan.frontend,
         "settings": dict(plan.settings),
         "blocks": [
-            {"block": block_to_json(entry.block), "kept": list(entry.kept), "constant": entry.constant}
+            {"block": block_to_json(entry.block), "kept": list(entry.kept), "constants_in": list(entry.constants_in)}
             for entry in plan.blocks
         ],
         "corrections": [dataclasses.asdict(correction.layer) for correction in plan.corrections],
@@ -69,7 +69,7 @@ def load_plan(folder: str | Path) -> Plan:
                 tuple(entry["kept"]),
                 tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
                 tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
-                entry.get("constant"),
+                tuple(entry.get("constants_in", ())),
             )
             for number, entry in enumerate(data["blocks"])
         )

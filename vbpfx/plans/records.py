@@ -285,15 +285,15 @@ class BlockPlan:
         kept: indices of the kept neurons, ascending.
         constants: for every entry of ``block.sources`` the constants a, float64, in the order of :attr:`pruned`.
         predictions: for every entry of ``block.sources`` the matrix B (P, K), or None for B = 0; all None by default.
-        constant: index of the removed neuron whose place holds the block's constant channel (:class:`ConstantChannel`); None if
-            there is none. It is needed if a padded layer reads constants other than 0.
+        constants_in: indices of removed neurons in whose place a constant channel stays (:class:`ConstantChannel`). One is needed if
+            a padded layer reads constants other than 0.
     """
 
     block: Block
     kept: tuple[int, ...]
     constants: tuple[torch.Tensor, ...]
     predictions: tuple[torch.Tensor | None, ...] = ()
-    constant: int | None = None
+    constants_in: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         kept, width = self.kept, self.block.width
@@ -328,13 +328,13 @@ class BlockPlan:
         self._require_a_constant_channel()
 
     def _require_a_constant_channel(self) -> None:
-        if self.constant is not None and (self.block.constant is None or self.constant not in self.pruned):
+        if self.constants_in and (self.block.constant is None or not set(self.constants_in) <= set(self.pruned)):
             raise ArtifactError(
-                f"block {self.block.name}: neuron {self.constant} is to hold a constant, but it is not among the removed neurons, or "
-                f"no layer of the block needs a constant channel"
+                f"block {self.block.name}: constant channels are to stay in place of the neurons {self.constants_in}, but these are not "
+                f"all removed, or no layer of the block needs a constant channel"
             )
         for consumer in self.block.consumers:
-            if consumer.padded and self.constant is None and bool(self.constants_at(consumer.source).any()):
+            if consumer.padded and not self.constants_in and bool(self.constants_at(consumer.source).any()):
                 raise ArtifactError(
                     f"block {self.block.name}: {consumer.weight} pads its input, so the constants of removed neurons need a channel of "
                     f"their own, and the plan has none"
@@ -370,14 +370,14 @@ class BlockPlan:
         kept = set(self.kept)
         return tuple(i for i in range(self.block.width) if i not in kept)
 
-    @property
+    @cached_property
     def gone(self) -> tuple[int, ...]:
-        """Indices of the channels that the narrowed network lacks, ascending: P without the constant channel."""
-        return tuple(i for i in self.pruned if i != self.constant)
+        """Indices of the channels that the narrowed network lacks, ascending: P without the constant channels."""
+        return tuple(i for i in self.pruned if i not in self.constants_in)
 
     @property
     def width(self) -> int:
-        """The width after pruning: the kept neurons, and the constant channel if there is one."""
+        """The width after pruning: the kept neurons, and the constant channels."""
         return self.block.width - len(self.gone)
 
 

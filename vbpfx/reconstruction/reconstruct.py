@@ -199,8 +199,8 @@ class _Reconstruction:
         pruned = {channel[int(present[i])] for i in order}
         kept = tuple(c for c in range(block.width) if c not in pruned)
         means = normal.mean_x[among[sorted(pruned)]]
-        constant = None if entry.constant is None else min(pruned)
-        return BlockPlan(block, kept, (means,) * len(block.sources), constant=constant)
+        constants_in = tuple(sorted(pruned)[: len(entry.constants_in)])
+        return BlockPlan(block, kept, (means,) * len(block.sources), constants_in=constants_in)
 
     def _share(self, calls: Calls) -> float:
         """Return m for a layer: it is smaller the fewer rows carry the weight, since less can be learnt from them."""

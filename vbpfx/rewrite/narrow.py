@@ -128,7 +128,7 @@ class Changes:
             for consumer in consumers.values():
                 if not consumer.padded and (not consumer.creates_bias or consumer.bias in self.made):
                     found[consumer.bias].append((entry, consumer))
-                if entry.constant is not None or entry.prediction_at(consumer.source) is not None:
+                if entry.constants_in or entry.prediction_at(consumer.source) is not None:
                     found[consumer.weight].append((entry, consumer))
         return found
 
@@ -139,14 +139,12 @@ class Changes:
         """
         found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         for entry in plan.blocks:
-            if entry.constant is None or entry.block.constant is None:
-                continue
-            for setting in entry.block.constant.settings:
-                (position,) = setting.parameter.at([entry.constant]).tolist()
-                found[setting.parameter.name].append((setting.parameter.axis, position, setting.value))
-                for name, consumer in self.made.items():
-                    if (consumer.weight, 1 - consumer.weight_axis) == (setting.parameter.name, setting.parameter.axis):
-                        found[name].append((0, position, 0.0))
+            for setting in entry.block.constant.settings if entry.block.constant else ():
+                for position in setting.parameter.at(entry.constants_in).tolist():
+                    found[setting.parameter.name].append((setting.parameter.axis, position, setting.value))
+                    for name, consumer in self.made.items():
+                        if (consumer.weight, 1 - consumer.weight_axis) == (setting.parameter.name, setting.parameter.axis):
+                            found[name].append((0, position, 0.0))
         return found
 
 
@@ -162,8 +160,7 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
         if prediction is None
         else fold_columns(weight, axis, kept, pruned, prediction)
     )
-    if entry.constant is not None:
-        (place,) = consumer.source.at([entry.constant]).tolist()
+    for place in consumer.source.at(entry.constants_in).tolist():
         column = fold_taps(weight, axis, pruned, constants) / entry.value_at(consumer.source) if consumer.padded else 0.0
         gain.select(axis, place).copy_(column - weight.detach().double().select(axis, place))
     return gain
@@ -225,7 +222,7 @@ def pruned_channels(plan: Plan) -> Removed:
 def constant_channels(plan: Plan) -> Removed:
     """Return the constant channels of every axis, as positions on the narrowed axis."""
     removed = removed_channels(plan)
-    held = _channels(plan, lambda entry: () if entry.constant is None else (entry.constant,))
+    held = _channels(plan, lambda entry: entry.constants_in)
     return {
         key: frozenset(p - sum(r < p for r in removed[key]) for p in positions)
         for key, positions in held.items()
