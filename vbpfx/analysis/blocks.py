@@ -9,6 +9,7 @@ the components, so its time is linear in the size of the graph.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,8 @@ def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
         sees_data = evidence.nodes[consumer.source.node] in evidence.fed
-        if sees_data and consumer.weight not in parts and consumer.alone and pointwise and same_positions and own_bias:
+        dense = consumer.alone and consumer.groups == 1
+        if sees_data and consumer.weight not in parts and dense and pointwise and same_positions and own_bias:
             found.append(consumer)
     fittable = Counter(layer.weight for layer in found)
     complete = [layer for layer in found if fittable[layer.weight] == calls[layer.weight]]
@@ -181,14 +183,14 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         for reduction in evidence.reduced.get(axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
-    parameters = sorted(
-        (
-            ParameterAxis(axis.owner, axis.dim, start, step)
-            for axis, start, step in component.spans
-            if axis.is_parameter
-        ),
-        key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start),
-    )
+    parameters = [
+        ParameterAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if axis.is_parameter
+    ]
+    parameters += [
+        ParameterAxis(c.weight, c.weight_axis, c.source.start, c.source.step, c.groups)
+        for c in {(c.weight, c.source.start): c for c in consumers if c.groups > 1}.values()
+    ]
+    parameters.sort(key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start))
     values = [
         ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
     ]
@@ -196,6 +198,9 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
+    groups = _groups(component, evidence)
+    if not reason and isinstance(groups, tuple):
+        node, reason = groups
     constant: ConstantChannel | None = None
     padded = [consumer for consumer in consumers if consumer.padded]
     if not reason and padded:
@@ -215,7 +220,28 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         literals=tuple(sorted(literals, key=str)),
         carriers=tuple(values),
         constant=constant,
+        groups=groups if isinstance(groups, int) else 1,
     )
+
+
+def _groups(component: Component, evidence: Evidence) -> int | tuple[str, str]:
+    """Return into how many equal parts grouped convolutions divide a component; or the node and why it cannot be narrowed."""
+    places: dict[Axis, list[tuple[int, int]]] = defaultdict(list)
+    for axis, start, step in component.spans:
+        places[axis].append((start, step))
+    needed = [1]
+    for axis, found in places.items():
+        for groups, node in evidence.divided.get(axis, ()):
+            size, step = evidence.sizes[axis] // groups, found[0][1]
+            aligned = size % step == 0 and all((s - s % step) % size == 0 and other == step for s, other in found)
+            if component.width * len(found) != evidence.sizes[axis] or not aligned or component.width % (size // step):
+                return node, f"a grouped convolution divides it, together with other channels, into {groups} groups"
+            needed.append(component.width // (size // step))
+    total = math.lcm(*needed)
+    if total > 1 and (component.width % total or component.width < 2 * total):
+        node = next(node for axis in places for _, node in evidence.divided.get(axis, ()))
+        return node, "grouped convolutions divide it into groups of a single channel"
+    return total
 
 
 def _constant_channel(

@@ -64,7 +64,8 @@ class Evidence:
     """What the rules said about the whole graph.
 
     ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
-    ``fed`` are those whose values do, so that they depend on the data. If a layer's weight is itself computed (a part
+    ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
+    with the numbers of parts and the nodes that need them equal. If a layer's weight is itself computed (a part
     of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
     """
 
@@ -83,6 +84,7 @@ class Evidence:
     produced: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     producing: dict[Axis, list[str]] = field(default_factory=lambda: defaultdict(list))
     contracted: dict[Axis, list[Consumer]] = field(default_factory=lambda: defaultdict(list))
+    divided: dict[Axis, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
     reduced: dict[Axis, list[Reduction]] = field(default_factory=lambda: defaultdict(list))
     literals: dict[Axis, list[SizeLiteral]] = field(default_factory=lambda: defaultdict(list))
     read: dict[fx.Node, SizeRead] = field(default_factory=dict)
@@ -244,12 +246,11 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
         case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
             return  # this is about a single number, which has no axes
-        case Same(a, b) | Produces(a, b) | Contracts(a, b, _) if evidence.sizes.get(a) != evidence.sizes.get(b):
+        case Same(a, b) | Produces(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
-            for axis in (a, b):
-                if axis in evidence.sizes:
-                    evidence.opaque[axis].append((node.name, "it is combined with an axis of another size"))
-                    evidence.graph.add_node(axis)
+            _note_other_size((a, b), node, evidence)
+        case Contracts(source, weight, groups=groups) if evidence.sizes.get(source, 0) != groups * evidence.sizes.get(weight, 0):
+            _note_other_size((source, weight), node, evidence)
         case Contracts(source, weight, _) if source.is_parameter:
             evidence.graph.add_edge(source, weight)
             evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
@@ -275,13 +276,19 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Opaque(axis, reason):
             evidence.graph.add_node(axis)
             evidence.opaque[axis].append((node.name, reason))
-        case Produces(out, weight):
+        case Produces(out, weight, groups):
             evidence.graph.add_edge(out, weight)
+            if groups > 1:
+                evidence.divided[out].append((groups, node.name))
             _own_weight(weight, node, evidence)
             evidence.produced[weight].append(weight.owner)
             evidence.producing[out].append(node.name)
-        case Contracts(source, weight, bias, padded):
-            evidence.graph.add_edge(source, weight)
+        case Contracts(source, weight, bias, padded, groups):
+            if groups == 1:
+                evidence.graph.add_edge(source, weight)
+            else:  # each row of the weight reads its own part of the axis
+                evidence.graph.add_node(source)
+                evidence.divided[source].append((groups, node.name))
             _own_weight(weight, node, evidence)
             own_bias = bias is None or (bias.is_parameter and bias.shape == _outputs(weight, evidence))
             if not padded and not own_bias:
@@ -299,6 +306,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                     creates_bias=bias is None,
                     is_layer=is_layer(node, weight.owner),
                     padded=padded,
+                    groups=groups,
                 )
             )
         case SizeStated(axis, path, start, stop, by_code, computed):
@@ -308,6 +316,13 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.literals[axis].append(literal)
             if computed:
                 evidence.computed_sizes[literal] = computed
+
+
+def _note_other_size(axes: Iterable[Axis], node: fx.Node, evidence: Evidence) -> None:
+    for axis in axes:
+        if axis in evidence.sizes:
+            evidence.opaque[axis].append((node.name, "it is combined with an axis of another size"))
+            evidence.graph.add_node(axis)
 
 
 def _note_unread(

@@ -40,11 +40,15 @@ class CoMoments:
 
     The products are computed in the rows' own precision (float32 for half precision) after the mean is subtracted. So
     their error is relative to the variance and not to the mean.
+
+    Attributes:
+        together: (d, d), true for pairs of channels whose covariance counts; None if all do. Others have a covariance of 0.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
+    together: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor) -> CoMoments:
@@ -69,12 +73,14 @@ class CoMoments:
             count,
             self.mean + delta * (other.count / count),
             (self.m2 + other.m2).addr_(delta, delta, alpha=self.count * other.count / count),
+            self.together,
         )
 
     @property
     def covariance(self) -> Tensor:
         """The sample covariance C = M2 / (n - 1), (d, d)."""
-        return self.m2 / max(1, self.count - 1)
+        covariance = self.m2 / max(1, self.count - 1)
+        return covariance if self.together is None else covariance * self.together.to(covariance.device)
 
 
 @dataclass(frozen=True)

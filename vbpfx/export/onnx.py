@@ -214,7 +214,7 @@ def _check_shapes(stored: dict[str, tuple[int, ...]], weights: set[str], network
     for entry in plan.blocks if plan else ():
         for parameter in entry.block.parameters:
             if parameter.name in dense:
-                dense[parameter.name][parameter.axis] += len(entry.gone)
+                dense[parameter.name][parameter.axis] += entry.lost(parameter)
     named = set(own) | {name for name, _ in network.named_buffers(remove_duplicate=False)}
     made = [stored[name] for name in weights - named]
     counts = {math.prod(shape) for shape in made}

@@ -8,6 +8,7 @@ network, with all blocks narrowed by the same share, to about the target.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -25,7 +26,7 @@ from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors, on_cpu
 from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.timing import Clock, alternating, interleaved
-from vbpfx.planning.budget import floors
+from vbpfx.planning.budget import floors, kept_neurons
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.plans.records import Block, BlockPlan, Plan
 from vbpfx.rewrite.convert import convert
@@ -154,10 +155,11 @@ def _block_points(
     captured: Captured, block: Block, engine: Runtime, inputs: Inputs, threads: int | None, round_to: int
 ) -> tuple[tuple[int, float], ...]:
     """Return pairs (width, seconds) for one block alone."""
-    steps = (max(1, round(share * block.width / round_to)) * round_to for share in _SHARES)
+    multiple = math.lcm(round_to, block.groups)
+    steps = (max(1, round(share * block.width / multiple)) * multiple for share in _SHARES)
     widths = [*sorted({width for width in steps if width < block.width}), block.width]
     if len(widths) == 1:
-        raise BudgetError(f"block {block.name}: no multiple of round_to={round_to} is below its width {block.width}")
+        raise BudgetError(f"block {block.name}: no multiple of {multiple} is below its width {block.width}")
     runs = {}
     for width in widths:
         network = captured.graph_module
@@ -197,8 +199,9 @@ def _everywhere_alike(latencies: Latencies, blocks: Sequence[Block], target: flo
     floor = floors(blocks, None)
 
     def widths(share: float) -> dict[str, int]:
-        exact = {b.name: max(floor[b.name], round((1 - share) * b.width / round_to) * round_to) for b in blocks}
-        return {b.name: min(b.width, exact[b.name]) for b in blocks}
+        steps = {b.name: math.lcm(round_to, b.groups) for b in blocks}
+        exact = {b.name: round((1 - share) * b.width / steps[b.name]) * steps[b.name] for b in blocks}
+        return {b.name: min(b.width, max(floor[b.name], exact[b.name])) for b in blocks}
 
     # 257 is prime, so these widths are not round numbers, like those that a budget leaves; this affects runtimes
     shares = [step / 257 for step in range(1, 241)]
@@ -210,7 +213,7 @@ def _any_neurons(captured: Captured, blocks: Sequence[Block], widths: Mapping[st
     entries = tuple(
         BlockPlan(
             block,
-            tuple(range(widths[block.name])),
+            kept_neurons(torch.arange(block.width, 0, -1), widths[block.name], block.groups),
             tuple(torch.zeros(block.width - widths[block.name], dtype=torch.float64) for _ in block.sources),
         )
         for block in blocks

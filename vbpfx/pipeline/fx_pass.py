@@ -21,7 +21,6 @@ from vbpfx.pipeline.model import prune
 from vbpfx.pipeline.result import Pruned
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.plans.records import Plan
-from vbpfx.rewrite.narrow import removed_channels
 from vbpfx.rewrite.verify import verify
 
 
@@ -178,9 +177,9 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name of every parameter that the plan narrows, with its new shape."""
     dense = named_tensors(pruned.captured.reference)
     shapes: dict[str, list[int]] = {}
-    for (name, axis, of_parameter), positions in removed_channels(pruned.plan).items():
-        if of_parameter:
-            shapes.setdefault(name, list(dense[name].shape))[axis] -= len(positions)
+    for entry in pruned.plan.blocks:
+        for parameter in entry.block.parameters:
+            shapes.setdefault(parameter.name, list(dense[parameter.name].shape))[parameter.axis] -= entry.lost(parameter)
     return ((name, tuple(shape)) for name, shape in shapes.items())
 
 

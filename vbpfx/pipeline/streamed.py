@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -27,7 +28,8 @@ from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.pipeline.loading import Loading, Loans, Piece, runnable
 from vbpfx.planning.options import PlanOptions
-from vbpfx.planning.plan import Deciding, pooled
+from vbpfx.planning.entries import pooled
+from vbpfx.planning.plan import Deciding
 from vbpfx.plans.records import Block, BlockPlan, Plan
 
 Finish = Callable[[Block, tuple[Moments, ...]], None]
@@ -97,7 +99,7 @@ class Streaming:
             CalibrationError: a batch does not fit the model or leads to activations that are not finite, or the options need
                 covariances and the batches do not fit in memory together.
         """
-        deciding, reference = self.deciding, self.analysis.captured.reference
+        deciding = self.deciding
         scores: dict[str, Tensor] = {}
         moments: dict[str, tuple[Moments, ...]] = {}
 
@@ -105,7 +107,7 @@ class Streaming:
             moments[block.name] = tuple(replace(m, co=None, held_out=None) for m in found)
             first = deciding.blocks[0]
             samples = deciding.samples(*((first, moments[first.name]) if first.name in moments else (block, found)))
-            with self.loans.lent(reference, list({axis.name: None for axis in block.parameters})):
+            with self._weights_of(block):
                 scores[block.name] = deciding.scores(block, pooled(block, found), samples)
 
         self._run("scoring", self.chosen.scores_need_covariance, take_scores)
@@ -126,7 +128,10 @@ class Streaming:
 
         def take_entry(block: Block, found: tuple[Moments, ...]) -> None:
             if block in narrowed:
-                entries[block.name] = deciding.entry(block, kept[block.name], pooled(block, found))
+                with self._weights_of(block):
+                    entries[block.name] = deciding.entry(
+                        block, kept[block.name], scored.scores[block.name], pooled(block, found)
+                    )
 
         if self.chosen.compensation == "ridge":
             self._run("folding", True, take_entry)
@@ -135,6 +140,11 @@ class Streaming:
                 take_entry(block, moments[block.name])
         rows = max(m.count for found in moments.values() for m in found)
         return deciding.plan([entries[block.name] for block in narrowed], allocation, rows)
+
+    def _weights_of(self, block: Block) -> AbstractContextManager[None]:
+        """Return a context in which the model holds the weights of a block."""
+        names = list({entry.name: None for entry in block.parameters})
+        return self.loans.lent(self.analysis.captured.reference, names)
 
     def _run(self, title: str, covariance: bool, finish: Finish) -> None:
         """Gather statistics of all batches. Call ``finish`` with a block as soon as its statistics are complete."""

@@ -60,12 +60,12 @@ class Budget:
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
     """Return the smallest width of every block: ``min_width``, by default a sixteenth of the block's own width.
 
-    A block that needs a constant channel has room for one neuron beside it.
+    A block whose channels are in groups keeps the same number of channels in each.
     """
 
     def least(block: Block) -> int:
         wanted = math.ceil(block.width / 16) if min_width is None else min_width
-        return min(block.width, max(wanted, 1 if block.constant is None else 2))
+        return rounded_up(wanted, block.groups, block.width)
 
     return {block.name: least(block) for block in blocks}
 
@@ -94,16 +94,17 @@ def choose_widths(
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
+    steps = {head.name: math.lcm(steps[head.name], head.groups) for head in heads}
     lowest = {name: rounded_up(floor[name], steps[name], full[name]) for name in full}
     # the k-th removal from a group takes the k-th neuron of each of its blocks: its score is the mean of theirs
-    ranked = [torch.stack([scores[b.name].sort(stable=True).values for b in group]).mean(0) for group in groups]
-    order = _removal_order(ranked, [head.width - lowest[head.name] for head in heads])
+    ranked = [torch.stack([_ranked(scores[b.name], b.groups) for b in group]).mean(0) for group in groups]
+    order = _removal_order(ranked, [(head.width - lowest[head.name]) // head.groups for head in heads])
     if not len(order):
         raise BudgetError("no budget can be met: min_width and round_to leave no neuron that may go; use smaller ones")
 
     def after(removed: int) -> dict[str, int]:
         gone = torch.bincount(order[:removed], minlength=len(heads)).tolist()
-        return {head.name: head.width - count for head, count in zip(heads, gone, strict=True)}
+        return {head.name: head.width - count * head.groups for head, count in zip(heads, gone, strict=True)}
 
     def everywhere(widths: Mapping[str, int]) -> dict[str, int]:
         return {block.name: widths[group[0].name] for group in groups for block in group}
@@ -155,7 +156,7 @@ def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
         shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters)
-        groups[block.width, tuple(shapes)].append(block)
+        groups[block.width, block.groups, tuple(shapes)].append(block)
     return list(groups.values())
 
 
@@ -168,6 +169,11 @@ def _fewest(most: int, enough: Callable[[int], bool]) -> int:
     return most
 
 
+def _ranked(scores: Tensor, groups: int) -> Tensor:
+    """Return the scores of removals from a block, lowest first: each takes one neuron of every group of channels."""
+    return scores.reshape(groups, -1).sort(dim=1, stable=True).values.mean(0)
+
+
 def _removal_order(ranked: Sequence[Tensor], removable: Sequence[int]) -> Tensor:
     """Return the group number of every neuron that may be removed, lowest score first.
 
@@ -178,9 +184,15 @@ def _removal_order(ranked: Sequence[Tensor], removable: Sequence[int]) -> Tensor
     return torch.cat(owners)[torch.cat(values).argsort(stable=True)]
 
 
-def kept_neurons(scores: Tensor, width: int) -> tuple[int, ...]:
-    """Return the indices of the ``width`` highest scores, ascending; of equal scores the later ones are kept."""
-    return tuple(sorted(scores.argsort(stable=True)[len(scores) - width :].tolist()))
+def kept_neurons(scores: Tensor, width: int, groups: int = 1) -> tuple[int, ...]:
+    """Return the indices of the ``width`` highest scores, ascending; of equal scores the later ones are kept.
+
+    With groups, these are the highest ``width / groups`` scores of each group.
+    """
+    parts = scores.reshape(groups, -1)
+    size = parts.shape[1]
+    order = parts.argsort(stable=True)[:, size - width // groups :] + size * torch.arange(groups)[:, None]
+    return tuple(sorted(order.flatten().tolist()))
 
 
 def _round_widths(
@@ -248,7 +260,7 @@ def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
     touching = _Axes()
     for block in blocks:
         for entry in block.parameters:
-            touching.stand_on((entry.name, entry.axis), block)
+            touching.stand_on((entry.name, entry.axis), block, entry.groups)
             touching.of[entry.name][entry.name, entry.axis] = tensors[entry.name].shape[entry.axis]
     created = {
         consumer.bias: (consumer.weight, 1 - consumer.weight_axis)
@@ -283,15 +295,15 @@ class _Axes:
 
     def __init__(self) -> None:
         self.of: dict[str, dict[tuple[str, int], int]] = defaultdict(dict)
-        self._blocks: dict[tuple[str, int], list[Block]] = defaultdict(list)
+        self._blocks: dict[tuple[str, int], list[tuple[Block, int]]] = defaultdict(list)
 
-    def stand_on(self, axis: tuple[str, int], block: Block) -> None:
-        """Note that the block is a part of the axis; called once for every part that belongs to it."""
-        self._blocks[axis].append(block)
+    def stand_on(self, axis: tuple[str, int], block: Block, groups: int = 1) -> None:
+        """Note that the block, or one of its groups, is a part of the axis; called once for every part that belongs to it."""
+        self._blocks[axis].append((block, groups))
 
     def kept(self, axis: tuple[str, int], size: int, widths: Mapping[str, int]) -> int:
         """Return the size of an axis after its blocks are narrowed to these widths."""
-        return size - sum(block.width - widths[block.name] for block in self._blocks.get(axis, ()))
+        return size - sum((block.width - widths[block.name]) // groups for block, groups in self._blocks.get(axis, ()))
 
 
 def _multilinear(counts: Mapping[str, int], touching: _Axes) -> Cost:

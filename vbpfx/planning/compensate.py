@@ -83,7 +83,7 @@ def _held_out_error(moments: Moments, kept: Tensor, pruned: Tensor, penalty: flo
 COMPENSATIONS: Mapping[str, Compensation] = {"none": none, "mean": mean, "ridge": ridge}
 
 
-def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor:
+def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
     """Return W_P a, which is added to the consumer's bias; (out,) float64.
 
     Args:
@@ -92,26 +92,49 @@ def fold(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor
         axis: the axis of W that is contracted.
         pruned: indices P along ``axis``.
         constants: a, (|P|,).
+        groups: for a grouped convolution's weight (out, in / groups, ...) the number of groups. P counts the channels of all
+            groups one behind the other, and the rows of a group read that group's channels alone.
     """
-    shift = fold_taps(weight, axis, pruned, constants)
+    shift = fold_taps(weight, axis, pruned, constants, groups)
     return shift.flatten(1).sum(1) if shift.ndim > 1 else shift
 
 
-def fold_taps(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor) -> Tensor:
+def fold_taps(weight: Tensor, axis: int, pruned: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
     """Return W_P a for every entry of a convolution's window by itself; (out, ...) float64. Arguments as for :func:`fold`."""
+    if groups > 1:
+        parts = zip(weight.chunk(groups, 0), _by_group(pruned, groups, weight.shape[axis]), strict=True)
+        return torch.cat([fold_taps(rows, axis, own, constants[which]) for rows, (which, own) in parts])
     columns = weight.detach().movedim(axis, -1).index_select(-1, pruned.to(weight.device)).double()
     return columns @ constants.to(columns)
 
 
-def fold_columns(weight: Tensor, axis: int, kept: Tensor, pruned: Tensor, prediction: Tensor) -> Tensor:
+def fold_columns(
+    weight: Tensor, axis: int, kept: Tensor, pruned: Tensor, prediction: Tensor, groups: int = 1
+) -> Tensor:
     """Return what is added to the consumer's weight: W_P B at the kept columns, zero elsewhere; shaped as W, float64.
 
     Args:
-        weight, axis, pruned: as for :func:`fold`.
+        weight, axis, pruned, groups: as for :func:`fold`.
         kept: indices K along ``axis``.
-        prediction: B, (|P|, |K|).
+        prediction: B, (|P|, |K|). With groups, it must be 0 between different groups.
     """
+    if groups > 1:
+        stays, goes = (_by_group(channels, groups, weight.shape[axis]) for channels in (kept, pruned))
+        return torch.cat(
+            [
+                fold_columns(rows, axis, own_kept, own_pruned, prediction[which_pruned][:, which_kept])
+                for rows, (which_kept, own_kept), (which_pruned, own_pruned) in zip(
+                    weight.chunk(groups, 0), stays, goes, strict=True
+                )
+            ]
+        )
     moved = weight.detach().movedim(axis, -1).double()
     gain = torch.zeros_like(moved)
     gain[..., kept.to(weight.device)] = moved[..., pruned.to(weight.device)] @ prediction.to(moved)
     return gain.movedim(-1, axis)
+
+
+def _by_group(channels: Tensor, groups: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return, for every group of ``size`` channels, the indices of its entries, and the entries counted within the group."""
+    found = [(channels // size == group).nonzero().flatten() for group in range(groups)]
+    return [(which, channels[which] - group * size) for group, which in enumerate(found)]

@@ -58,11 +58,21 @@ Criterion = Callable[[Scoring], Tensor]
 def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     """Return the columns of a consumer's weight at a block's channels, (out, d) float64.
 
-    The positions of a convolution's window count as further outputs.
+    The positions of a convolution's window count as further outputs. With groups, the columns are 0 at other groups' outputs. There
+    are then as many rows as channels: outputs that have the same products of columns, W^T W.
     """
     weight = tensor_named(model, consumer.weight).detach().double().cpu()
+    if consumer.groups > 1:
+        parts = [rows.movedim(1, -1).reshape(-1, rows.shape[1]) for rows in weight.chunk(consumer.groups, 0)]
+        whole = torch.block_diag(*(_with_fewer_rows(part) for part in parts))
+        return whole[:, consumer.source.at(range(width))]
     own = weight.index_select(consumer.weight_axis, consumer.source.at(range(width)))
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)
+
+
+def _with_fewer_rows(weight: Tensor) -> Tensor:
+    """Return a matrix R with R^T R = W^T W, and no more rows than columns."""
+    return weight if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight, mode="r").R
 
 
 def summed_variance(block: Block, moments: tuple[Moments, ...]) -> Tensor:

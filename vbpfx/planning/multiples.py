@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from vbpfx.graph.capture import Captured
@@ -21,16 +22,19 @@ def width_steps(
     """Return, for every block, the number that its width must be a multiple of.
 
     It is ``round_to``, if given. Otherwise it is 8 for blocks with convolutions, 4 for those of 5 to 8 channels, and
-    smaller if the budget could not be met; it is 1 for all other blocks. Runtimes lay the channels of convolutions out
+    smaller if the budget could not be met; it is 1 for all other blocks. With groups, the width of each group is such a multiple.
+    Runtimes lay the channels of convolutions out
     in groups of 8 or of 4, and an odd width costs more than it saves, even in the narrowest layers. Matrix products are
     fast at any width (``benchmarks/rounding.py``).
     """
     if round_to is not None:
-        return dict.fromkeys((block.name for block in blocks), round_to)
+        return {block.name: math.lcm(round_to, block.groups) for block in blocks}
     convolved = blocks_with_convolutions(captured, blocks)
 
     def steps(most: int) -> dict[str, int]:
-        return {b.name: min(most, _below(CHANNELS, b.width)) if b.name in convolved else 1 for b in blocks}
+        return {
+            b.name: b.groups * (min(most, _below(CHANNELS, b.group_size)) if b.name in convolved else 1) for b in blocks
+        }
 
     return steps(_fitting(CHANNELS, steps, captured, blocks, budget, floor))
 
@@ -41,7 +45,7 @@ def fitting_multiple(
     """Return the multiple, halved until the budget can be met with the widths of all blocks rounded to it."""
 
     def steps(most: int) -> dict[str, int]:
-        return dict.fromkeys((block.name for block in blocks), most)
+        return {block.name: math.lcm(most, block.groups) for block in blocks}
 
     return _fitting(multiple, steps, captured, blocks, budget, floor)
 

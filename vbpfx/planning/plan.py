@@ -27,7 +27,8 @@ from vbpfx.planning.budget import (
     parameter_cost,
     same_shape,
 )
-from vbpfx.planning.compensate import COMPENSATIONS, Compensation
+from vbpfx.planning.compensate import COMPENSATIONS
+from vbpfx.planning.entries import block_plan, pooled
 from vbpfx.planning.importance import Scoring
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import width_steps
@@ -97,7 +98,7 @@ def make_plan(
     scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
 
     def plan(kept: Mapping[str, tuple[int, ...]], allocation: str) -> Plan:
-        entries = [deciding.entry(b, kept[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
+        entries = [deciding.entry(b, kept[b.name], scores[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
         rows = max(m.count for b in blocks for m in statistics.moments[b.name])
         return deciding.plan(entries, allocation, rows)
 
@@ -195,20 +196,16 @@ class Deciding:
         equal blocks may give up more than the other, because of ``round_to`` or because the last neuron must come from
         one of them.
         """
-        return {block.name: self._neurons(block, scores, self._at_share(block)) for block in self.blocks}
-
-    def _neurons(self, block: Block, scores: Mapping[str, Tensor], width: int) -> tuple[int, ...]:
-        """Return the neurons to keep in a block of this width, where a constant channel takes the place of one."""
-        takes_one = width < block.width and block.constant is not None and self._chosen.compensation != "none"
-        return kept_neurons(scores[block.name], width - takes_one)
+        return {block.name: _highest(block, scores, self._at_share(block)) for block in self.blocks}
 
     def _at_share(self, block: Block) -> int:
-        return max(self.floor[block.name], block.width - max(1, round(self._share * block.width)))
+        removed = max(1, round(self._share * block.group_size)) * block.groups
+        return max(self.floor[block.name], block.width - removed)
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return, for every block, the neurons to keep if the named blocks are at their floors and the others whole."""
         widths = {b.name: self.floor[b.name] if b.name in narrowed else b.width for b in self.blocks}
-        return {b.name: self._neurons(b, scores, widths[b.name]) for b in self.blocks}
+        return {b.name: _highest(b, scores, widths[b.name]) for b in self.blocks}
 
     def kept(
         self, scores: Mapping[str, Tensor], allocation: str, rates: Mapping[str, float]
@@ -225,11 +222,12 @@ class Deciding:
         standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
         compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
         widths = choose_widths(groups, compared, chosen.budget, floor=self.floor, steps=self._steps, cost=self._cost)
-        return {block.name: self._neurons(block, scores, widths[block.name]) for block in blocks}
+        return {block.name: _highest(block, scores, widths[block.name]) for block in blocks}
 
-    def entry(self, block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...]) -> BlockPlan:
-        """Return the plan's entry for a block that keeps these neurons; ``moments`` must be :func:`pooled`."""
-        return _block_plan(block, kept, moments, COMPENSATIONS[self._chosen.compensation])
+    def entry(self, block: Block, kept: tuple[int, ...], scores: Tensor, moments: tuple[Moments, ...]) -> BlockPlan:
+        """Return the plan's entry for a block (:func:`vbpfx.planning.entries.block_plan`); ``moments`` must be :func:`pooled`."""
+        compensation = COMPENSATIONS[self._chosen.compensation]
+        return block_plan(block, kept, scores, moments, compensation, self._captured.reference)
 
     def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
         """Return the plan with these entries; ``rows`` is the largest number of rows in any statistics."""
@@ -248,6 +246,10 @@ class Deciding:
             "samples": rows,
         }
         return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
+
+
+def _highest(block: Block, scores: Mapping[str, Tensor], width: int) -> tuple[int, ...]:
+    return kept_neurons(scores[block.name], width, block.groups)
 
 
 def _of_all(blocks: Sequence[Block], sensitivity: Sensitivity) -> dict[str, float]:
@@ -284,19 +286,6 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies
     return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
 
 
-def pooled(block: Block, moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
-    """Return the moments of every source, merged where one layer reads several sources in several calls.
-
-    The calls of a layer share its weights, so the same values must replace their removed neurons.
-    """
-    merged = list(moments)
-    for pool in block.pools:
-        together = functools.reduce(operator.or_, (moments[index] for index in pool))
-        for index in pool:
-            merged[index] = together
-    return tuple(merged)
-
-
 def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
     """Return, for every block, the cost of one neuron in the unit of the budget; 1 for a ratio of neurons."""
     if cost is None:
@@ -312,23 +301,3 @@ def _neurons_that_cost(budget: Budget, blocks: Sequence[Block], cost: Cost | Non
     assert cost is not None
     full, half = ({b.name: max(1, int(b.width * share)) for b in blocks} for share in (1.0, 0.5))
     return min(1.0, 0.5 * (1 - budget.value) * cost(full) / max(1, cost(full) - cost(half)))
-
-
-def _block_plan(
-    block: Block, kept: tuple[int, ...], moments: tuple[Moments, ...], compensation: Compensation
-) -> BlockPlan:
-    stays = torch.tensor(kept)
-    goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
-    once: dict[
-        tuple[int, bool], tuple[Tensor, Tensor | None]
-    ] = {}  # pooled moments are one object, and so is what replaces their neurons
-    found = []
-    for m, source in zip(moments, block.sources, strict=True):
-        key = (id(m), block.takes_prediction(source))
-        if key not in once:
-            once[key] = compensation(m, stays, goes, key[1])
-        found.append(once[key])
-    padded = {consumer.source for consumer in block.consumers if consumer.padded}
-    needed = any(bool(a.any()) for (a, _), source in zip(found, block.sources, strict=True) if source in padded)
-    constants_in = (int(goes[0]),) if needed else ()
-    return BlockPlan(block, kept, tuple(a for a, _ in found), tuple(b for _, b in found), constants_in)

@@ -16,7 +16,7 @@ from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
 from vbpfx.storage.tensors import read_tensors
 
-# Format 4 has constant channels, which earlier versions would overlook. A plan without them is written in format 3.
+# Format 4 added constant channels and groups. Format 3 is read as well.
 _FORMATS = (3, 4)
 
 
@@ -30,7 +30,7 @@ def plan_digest(plan: Plan) -> str:
 def plan_files(plan: Plan, folder: Path) -> dict[Path, Write]:
     """Return ``plan.json`` and ``plan.safetensors`` of a folder as paths with functions that write them."""
     data = {
-        "format": _FORMATS[-1] if any(entry.constants_in for entry in plan.blocks) else _FORMATS[0],
+        "format": _FORMATS[-1],
         "fingerprint": plan.fingerprint,
         "frontend": plan.frontend,
         "settings": dict(plan.settings),

@@ -31,12 +31,16 @@ class ParameterAxis:
         axis: the axis of that tensor that holds the hidden axis.
         start: the position of the block's channel 0 on this axis. A packed gate has one entry for each of its parts.
         step: the distance from one channel to the next. An interleaved gate has one entry for each interleaved part.
+        groups: for a grouped convolution's weight (out, in / groups, ...) the number of groups. Its axis holds the channels of one
+            group only, and axis 0 of the tensor has as many equal parts, one for each group. ``start`` and ``step`` refer to the
+            channels of all groups one behind the other.
     """
 
     name: str
     axis: int
     start: int = 0
     step: int = 1
+    groups: int = 1
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis."""
@@ -106,6 +110,8 @@ class Consumer:
         alone: whether only calls of this layer use the weight, so that its columns may change.
         padded: whether the call adds zeros around h, so that a constant channel is not constant for it: beside the border fewer
             taps of the window see the constant, and a bias cannot replace it.
+        groups: the number of groups of a grouped convolution: the rows of W are as many equal parts, and each reads only its own part
+            of h.
     """
 
     node: str
@@ -117,6 +123,7 @@ class Consumer:
     is_layer: bool
     alone: bool = False
     padded: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,8 @@ class Block:
         literals: every integer in the graph that depends on the width.
         carriers: every value that carries the hidden axis, in graph order.
         constant: how one channel is made constant; None if no layer needs one.
+        groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
+            It is more than 1 if a grouped convolution makes or reads the axis.
     """
 
     name: str
@@ -196,6 +205,19 @@ class Block:
     literals: tuple[SizeLiteral, ...]
     carriers: tuple[ValueAxis, ...]
     constant: ConstantChannel | None = None
+    groups: int = 1
+
+    @property
+    def group_size(self) -> int:
+        """The number of channels of one group."""
+        return self.width // self.groups
+
+    def in_groups(self, channels: Iterable[int]) -> list[list[int]]:
+        """Return some of the block's channels, group by group, each counted from the start of its group."""
+        found: list[list[int]] = [[] for _ in range(self.groups)]
+        for channel in channels:
+            found[channel // self.group_size].append(channel % self.group_size)
+        return found
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:
@@ -302,6 +324,13 @@ class BlockPlan:
                 f"block {self.block.name}: the kept indices must be ascending, distinct, within 0..{width - 1} "
                 f"and not empty"
             )
+        for what, channels in (("kept indices", kept), ("constant channels", self.constants_in)):
+            counts = {len(group) for group in self.block.in_groups(channels)}
+            if len(counts) > 1:
+                raise ArtifactError(
+                    f"block {self.block.name}: its {self.block.groups} groups must keep the same number of channels each, and the {what} "
+                    f"are divided into {sorted(counts)}"
+                )
         shapes = [tuple(a.shape) for a in self.constants]
         if shapes != [(width - len(kept),)] * len(self.block.sources):
             raise ArtifactError(
@@ -374,6 +403,10 @@ class BlockPlan:
     def gone(self) -> tuple[int, ...]:
         """Indices of the channels that the narrowed network lacks, ascending: P without the constant channels."""
         return tuple(i for i in self.pruned if i not in self.constants_in)
+
+    def lost(self, parameter: ParameterAxis) -> int:
+        """Return by how many entries an axis of a parameter becomes shorter at one of the block's places on it."""
+        return len(self.gone) // parameter.groups
 
     @property
     def width(self) -> int:
@@ -467,6 +500,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         literals=tuple(SizeLiteral(**entry | {"path": _path_from_json(entry["path"])}) for entry in data["literals"]),
         carriers=tuple(ValueAxis(*carrier) for carrier in data["carriers"]),
         constant=_constant_from_json(data.get("constant")),
+        groups=data.get("groups", 1),
     )
 
 

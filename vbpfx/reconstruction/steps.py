@@ -58,7 +58,8 @@ def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[C
 def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     """Return whether reconstruction can choose a block's neurons itself.
 
-    It can if layers that can be fitted read the block, and no statistic (such as a norm) is taken over it. If the block
+    It can if layers that can be fitted read the block, and no statistic (such as a norm) is taken over it. Its channels must not be
+    in groups, since each group keeps as many. If the block
     has several sources, every layer must read all of them, so that one fit covers all calls.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
@@ -67,7 +68,7 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
         read[consumer.weight].add(consumer.source)
     alike = all(sources == set(block.sources) for sources in read.values())
     one_start = len({(source.start, source.step) for source in block.sources}) == 1
-    return alike and one_start and not block.reductions and fittable >= {c.node for c in block.consumers}
+    return alike and one_start and not block.reductions and block.groups == 1 and fittable >= {c.node for c in block.consumers}
 
 
 def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float) -> int:

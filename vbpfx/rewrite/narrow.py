@@ -87,6 +87,11 @@ class Changes:
         for (owner, axis, of_parameter), positions in removed_channels(plan).items():
             if of_parameter:
                 self._cuts[owner].append((axis, positions))
+        self._cuts_in_groups: dict[str, list[tuple[int, int, Tensor]]] = defaultdict(list)
+        for entry in plan.blocks:
+            for p in entry.block.parameters:
+                if p.groups > 1:
+                    self._cuts_in_groups[p.name].append((p.axis, p.groups, p.at(entry.gone)))
         self.made = {consumer.bias: consumer for consumer in new_biases(plan).values()}
         for name, consumer in self.made.items():
             cuts = self._cuts[consumer.weight]
@@ -97,7 +102,9 @@ class Changes:
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple({**self._cuts, **self._gains, **self._set, **self._corrections})
+        self.names = tuple(
+            {**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections}
+        )
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
@@ -113,6 +120,8 @@ class Changes:
             new = new.clone()
             for axis, position, value in self._set[name]:
                 new.select(axis, position).fill_(value)
+        if name in self._cuts_in_groups:
+            new = _cut_in_groups(new, self._cuts_in_groups[name])
         for axis, positions in self._cuts.get(name, ()):
             new = new.index_select(axis, _others(positions, new.shape[axis]).to(new.device))
         if name in self._corrections:
@@ -153,17 +162,39 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
     weight, axis, constants = dense(consumer.weight), consumer.weight_axis, entry.constants_at(consumer.source)
     kept, pruned = consumer.source.at(entry.kept), consumer.source.at(entry.pruned)
     if name == consumer.bias:
-        return fold(weight, axis, pruned, constants)
+        return fold(weight, axis, pruned, constants, consumer.groups)
     prediction = entry.prediction_at(consumer.source)
     gain = (
         torch.zeros_like(weight, dtype=torch.float64)
         if prediction is None
-        else fold_columns(weight, axis, kept, pruned, prediction)
+        else fold_columns(weight, axis, kept, pruned, prediction, consumer.groups)
     )
-    for place in consumer.source.at(entry.constants_in).tolist():
-        column = fold_taps(weight, axis, pruned, constants) / entry.value_at(consumer.source) if consumer.padded else 0.0
-        gain.select(axis, place).copy_(column - weight.detach().double().select(axis, place))
+    if entry.constants_in:
+        columns = torch.zeros_like(gain).select(axis, 0)
+        if consumer.padded:
+            columns = fold_taps(weight, axis, pruned, constants, consumer.groups) / entry.value_at(consumer.source)
+        gains, dense_rows, columns = (t.chunk(consumer.groups, 0) for t in (gain, weight.detach().double(), columns))
+        for place in consumer.source.at(entry.constants_in).tolist():
+            group, column = divmod(place, weight.shape[axis])
+            gains[group].select(axis, column).copy_(columns[group] - dense_rows[group].select(axis, column))
     return gain
+
+
+def _cut_in_groups(weight: Tensor, cuts: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+    """Return a grouped convolution's weight without columns; every group loses as many, but not the same ones.
+
+    Args:
+        weight: (out, in / groups, ...).
+        cuts: (axis, groups, positions), with positions among the channels of all groups one behind the other.
+    """
+    axis, groups, _ = cuts[0]
+    size = weight.shape[axis]
+    gone = torch.cat([positions for _, _, positions in cuts]).tolist()
+    parts = [
+        part.index_select(axis, _others(frozenset(p - g * size for p in gone if p // size == g), size).to(part.device))
+        for g, part in enumerate(weight.chunk(groups, 0))
+    ]
+    return torch.cat(parts)
 
 
 def new_biases(plan: Plan) -> dict[str, Consumer]:
@@ -193,9 +224,9 @@ def _state_widths(layer: nn.Module) -> None:
         case nn.modules.conv._ConvTransposeNd():
             layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         case nn.modules.conv._ConvNd():
-            depthwise = layer.groups == layer.in_channels > 1
+            depthwise, channels = layer.groups == layer.in_channels > 1, layer.out_channels // layer.groups
             layer.out_channels = layer.weight.shape[0]
-            layer.groups = layer.weight.shape[0] if depthwise else layer.groups
+            layer.groups = layer.weight.shape[0] // channels if depthwise else layer.groups
             layer.in_channels = layer.weight.shape[1] * layer.groups
         case nn.modules.batchnorm._NormBase():
             kept = layer.weight if layer.weight is not None else layer.running_mean
@@ -234,7 +265,7 @@ def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Remov
     found: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
         values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
-        parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters]
+        parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters if p.groups == 1]
         at = {
             (start, step): frozenset(start + step * p for p in chosen(entry))
             for _, start, step in (*values, *parameters)

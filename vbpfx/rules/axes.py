@@ -96,10 +96,14 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Produces:
-    """Each row of ``weight`` produces one channel of ``out``."""
+    """Each row of ``weight`` produces one channel of ``out``.
+
+    If ``groups`` is more than 1, ``out`` consists of so many equal parts, which must stay equally long.
+    """
 
     out: Axis
     weight: Axis
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,15 @@ class Contracts:
     """The call sums over ``source`` with ``weight``: the axis ends here, and a constant channel can be folded.
 
     It is folded into ``bias``, which is None if the call has no bias. If ``padded``, the call adds zeros around ``source``, so
-    that a channel that is constant inside is not constant for the call, and a bias cannot replace it.
+    that a channel that is constant inside is not constant for the call, and a bias cannot replace it. If ``groups`` is more than
+    1, ``source`` consists of so many equal parts. The rows of ``weight`` are divided alike, and each row reads its own part alone.
     """
 
     source: Axis
     weight: Axis
     bias: Operand | None
     padded: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vbpfx.rules.axes import Contracts, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.axes import Contracts, Grouped, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
 
 
 def linear(site: Site) -> Iterator[Relation]:
@@ -42,8 +42,9 @@ def convolution(site: Site) -> Iterator[Relation]:
     """y[o] = sum_i W[o, i] * x[i] + b[o] over windows.
 
     A convolution without groups produces its output channels and contracts its input channels. If it pads with zeros, a
-    constant channel is zero in the border; reflected, replicated and circular borders stay constant. A depthwise convolution
-    treats each channel by itself.
+    constant channel is zero in the border; reflected, replicated and circular borders stay constant. With groups, each group
+    produces and contracts channels of its own. A depthwise convolution treats each channel by itself, and may make several
+    channels of it.
     """
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
     padding, groups = site.constant(4, "padding", 0), site.constant(6, "groups", 1)
@@ -66,18 +67,18 @@ def convolution(site: Site) -> Iterator[Relation]:
             yield Opaque(out.axis(channel + 1 + dim), "a convolution mixes the positions along it")
     if channel:
         yield Same(x.axis(0), out.axis(0))
-    if groups == 1:
-        with_zeros = site.module is None or site.module.padding_mode == "zeros"
-        yield Contracts(x.axis(channel), weight.axis(1), bias, padded=padded and with_zeros)
-        yield Produces(out.axis(channel), weight.axis(0))
-    elif groups == x.shape[channel] == out.shape[channel]:
-        yield Same(x.axis(channel), weight.axis(0))
-        yield Same(x.axis(channel), out.axis(channel))
+    if groups == x.shape[channel] > 1:
+        yield Same(out.axis(channel), weight.axis(0))
+        if x.shape[channel] == out.shape[channel]:
+            yield Same(x.axis(channel), out.axis(channel))
+        else:
+            yield Grouped(out.axis(channel), x.axis(channel))
         if site.module is None:
             yield SizeStated(x.axis(channel), site.path(6, "groups"))
     else:
-        yield Opaque(x.axis(channel), "a grouped convolution reads it in groups")
-        yield Opaque(out.axis(channel), "a grouped convolution makes it in groups")
+        with_zeros = site.module is None or site.module.padding_mode == "zeros"
+        yield Contracts(x.axis(channel), weight.axis(1), bias, padded=padded and with_zeros, groups=groups)
+        yield Produces(out.axis(channel), weight.axis(0), groups)
     if bias is not None:
         yield Same(out.axis(channel), bias.axis(0))
 

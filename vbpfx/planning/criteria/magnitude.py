@@ -20,6 +20,7 @@ def magnitude(about: Scoring) -> Tensor:
     for entry in block.parameters:
         if entry.name in weights:
             weight = tensor_named(about.model, entry.name).detach().double().cpu()
-            own = weight.index_select(entry.axis, entry.at(range(block.width)))
-            total += own.movedim(entry.axis, 0).flatten(1).square().sum(1)
+            parts = weight.chunk(entry.groups, 0) if entry.groups > 1 else (weight,)
+            norms = torch.cat([part.movedim(entry.axis, 0).flatten(1).square().sum(1) for part in parts])
+            total += norms[entry.at(range(block.width))]
     return total
