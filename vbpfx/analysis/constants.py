@@ -167,7 +167,11 @@ class _Channel:
             elif rule in _NORMS:
                 roles = {site.operand(place, name): value for name, (place, value) in _NORM_PARAMETERS.items()}
                 roles[site.operand(4, "bias")] = bias
-            known |= {operand.owner: value for operand, value in roles.items() if operand is not None and operand.owner in known}
+            known |= {
+                operand.owner: value
+                for operand, value in roles.items()
+                if operand is not None and operand.owner in known
+            }
         return known
 
     def value(self, node: fx.Node, settings: Mapping[str, float]) -> float:
@@ -251,7 +255,11 @@ class _Channel:
         return None if x is None or m is None or v is None else (x - m) / math.sqrt(v + eps) * w + b
 
     def _applied(
-        self, node: fx.Node, module: nn.Module | None, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]
+        self,
+        node: fx.Node,
+        module: nn.Module | None,
+        known: Mapping[fx.Node, float | None],
+        settings: Mapping[str, float],
     ) -> float | None:
         """Return an elementwise operator's value, computed on a single number; None if another tensor enters."""
 
@@ -312,4 +320,4 @@ def _averages_padding(site: Site) -> bool:
 
 def _keeps_constants(site: Site) -> bool:
     """Return whether a pad call surrounds a constant with the same constant."""
-    return site.argument(2, "mode", "constant") != "constant"
+    return bool(site.argument(2, "mode", "constant") != "constant")

@@ -249,7 +249,9 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Same(a, b) | Produces(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
             _note_other_size((a, b), node, evidence)
-        case Contracts(source, weight, groups=groups) if evidence.sizes.get(source, 0) != groups * evidence.sizes.get(weight, 0):
+        case Contracts(source, weight, groups=groups) if evidence.sizes.get(source, 0) != groups * evidence.sizes.get(
+            weight, 0
+        ):
             _note_other_size((source, weight), node, evidence)
         case Contracts(source, weight, _) if source.is_parameter:
             evidence.graph.add_edge(source, weight)

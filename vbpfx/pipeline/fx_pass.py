@@ -179,7 +179,9 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
     shapes: dict[str, list[int]] = {}
     for entry in pruned.plan.blocks:
         for parameter in entry.block.parameters:
-            shapes.setdefault(parameter.name, list(dense[parameter.name].shape))[parameter.axis] -= entry.lost(parameter)
+            shapes.setdefault(parameter.name, list(dense[parameter.name].shape))[parameter.axis] -= entry.lost(
+                parameter
+            )
     return ((name, tuple(shape)) for name, shape in shapes.items())
 
 

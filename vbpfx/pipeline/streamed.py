@@ -27,8 +27,8 @@ from vbpfx.display.progress import progress_bar
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.pipeline.loading import Loading, Loans, Piece, runnable
-from vbpfx.planning.options import PlanOptions
 from vbpfx.planning.entries import pooled
+from vbpfx.planning.options import PlanOptions
 from vbpfx.planning.plan import Deciding
 from vbpfx.plans.records import Block, BlockPlan, Plan
 

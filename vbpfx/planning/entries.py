@@ -58,17 +58,13 @@ def block_plan(
     without = _entry(block, kept, origin, compensation)
     if len(kept) < 2 * block.groups:
         return without
-    with_constant = _entry(
-        block, kept_neurons(scores, len(kept) - block.groups, block.groups), moments, compensation
-    )
+    with_constant = _entry(block, kept_neurons(scores, len(kept) - block.groups, block.groups), moments, compensation)
     if not with_constant.constants_in:
         return without
     return min(without, with_constant, key=lambda entry: _expected_error(entry, moments, model))
 
 
-def _entry(
-    block: Block, kept: tuple[int, ...], moments: Sequence[Moments], compensation: Compensation
-) -> BlockPlan:
+def _entry(block: Block, kept: tuple[int, ...], moments: Sequence[Moments], compensation: Compensation) -> BlockPlan:
     stays = torch.tensor(kept)
     goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
     # pooled moments are one object, and so is what replaces their neurons
@@ -137,9 +133,7 @@ def _within_groups(moments: Moments, block: Block, pool: Sequence[int]) -> Momen
         size = block.width * len(places) // reader.groups
         group = reader.source.at(range(block.width)) // size
         together &= group[:, None] == group
-    co, held_out = (
-        None if c is None else replace(c, together=together) for c in (moments.co, moments.held_out)
-    )
+    co, held_out = (None if c is None else replace(c, together=together) for c in (moments.co, moments.held_out))
     return replace(moments, co=co, held_out=held_out)
 
 

@@ -64,7 +64,7 @@ def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     weight = tensor_named(model, consumer.weight).detach().double().cpu()
     if consumer.groups > 1:
         parts = [rows.movedim(1, -1).reshape(-1, rows.shape[1]) for rows in weight.chunk(consumer.groups, 0)]
-        whole = torch.block_diag(*(_with_fewer_rows(part) for part in parts))
+        whole: Tensor = torch.block_diag(*(_with_fewer_rows(part) for part in parts))  # type: ignore[no-untyped-call]
         return whole[:, consumer.source.at(range(width))]
     own = weight.index_select(consumer.weight_axis, consumer.source.at(range(width)))
     return own.movedim(consumer.weight_axis, -1).reshape(-1, width)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -98,7 +95,11 @@ def make_plan(
     scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
 
     def plan(kept: Mapping[str, tuple[int, ...]], allocation: str) -> Plan:
-        entries = [deciding.entry(b, kept[b.name], scores[b.name], moments[b.name]) for b in blocks if len(kept[b.name]) < b.width]
+        entries = [
+            deciding.entry(b, kept[b.name], scores[b.name], moments[b.name])
+            for b in blocks
+            if len(kept[b.name]) < b.width
+        ]
         rows = max(m.count for b in blocks for m in statistics.moments[b.name])
         return deciding.plan(entries, allocation, rows)
 

@@ -68,7 +68,13 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
         read[consumer.weight].add(consumer.source)
     alike = all(sources == set(block.sources) for sources in read.values())
     one_start = len({(source.start, source.step) for source in block.sources}) == 1
-    return alike and one_start and not block.reductions and block.groups == 1 and fittable >= {c.node for c in block.consumers}
+    return (
+        alike
+        and one_start
+        and not block.reductions
+        and block.groups == 1
+        and fittable >= {c.node for c in block.consumers}
+    )
 
 
 def samples_that_fit(order: Schedule, layers: Sequence[Consumer], memory: float) -> int:

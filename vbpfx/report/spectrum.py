@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vbpfx.calibration.prepare import Statistics
-from vbpfx.planning.importance import summed_variance
 from vbpfx.planning.entries import pooled
+from vbpfx.planning.importance import summed_variance
 from vbpfx.plans.records import Block, Plan
 
 # The number of entries of one spectrum, and of all spectra of a network. A report need not hold more than a chart can

@@ -102,9 +102,7 @@ class Changes:
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple(
-            {**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections}
-        )
+        self.names = tuple({**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections})
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
@@ -152,7 +150,10 @@ class Changes:
                 for position in setting.parameter.at(entry.constants_in).tolist():
                     found[setting.parameter.name].append((setting.parameter.axis, position, setting.value))
                     for name, consumer in self.made.items():
-                        if (consumer.weight, 1 - consumer.weight_axis) == (setting.parameter.name, setting.parameter.axis):
+                        if (consumer.weight, 1 - consumer.weight_axis) == (
+                            setting.parameter.name,
+                            setting.parameter.axis,
+                        ):
                             found[name].append((0, position, 0.0))
         return found
 
@@ -170,13 +171,13 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
         else fold_columns(weight, axis, kept, pruned, prediction, consumer.groups)
     )
     if entry.constants_in:
-        columns = torch.zeros_like(gain).select(axis, 0)
+        taps = torch.zeros_like(gain).select(axis, 0)
         if consumer.padded:
-            columns = fold_taps(weight, axis, pruned, constants, consumer.groups) / entry.value_at(consumer.source)
-        gains, dense_rows, columns = (t.chunk(consumer.groups, 0) for t in (gain, weight.detach().double(), columns))
+            taps = fold_taps(weight, axis, pruned, constants, consumer.groups) / entry.value_at(consumer.source)
+        gains, rows, columns = (t.chunk(consumer.groups, 0) for t in (gain, weight.detach().double(), taps))
         for place in consumer.source.at(entry.constants_in).tolist():
             group, column = divmod(place, weight.shape[axis])
-            gains[group].select(axis, column).copy_(columns[group] - dense_rows[group].select(axis, column))
+            gains[group].select(axis, column).copy_(columns[group] - rows[group].select(axis, column))
     return gain
 
 

@@ -104,7 +104,9 @@ def transposed_convolution(site: Site) -> Iterator[Relation]:
     if channel:
         yield Same(x.axis(0), out.axis(0))
     sizes = weight.shape[2:], *(site.constant(i, name, default) for i, name, default in _SPREADING)
-    spreads = any(as_tuple(size, 1) != (least,) * len(as_tuple(size, 1)) for size, least in zip(sizes, (1, 1, 0, 0), strict=True))
+    spreads = any(
+        as_tuple(size, 1) != (least,) * len(as_tuple(size, 1)) for size, least in zip(sizes, (1, 1, 0, 0), strict=True)
+    )
     yield Contracts(x.axis(channel), weight.axis(0), bias, padded=spreads)
     yield Produces(out.axis(channel), weight.axis(1))
     if bias is not None:
