@@ -255,6 +255,16 @@ class ResponseNorm(nn.Module):
         return x + self.fc2(h).permute(0, 3, 1, 2)
 
 
+def convolved(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Module]:
+    """Return a maker of a network with convolutions a 4 -> 12 and b 12 -> 5, which is padded, and further layers of the case."""
+    return lambda: Net(forward, **{"a": nn.Conv2d(4, 12, 1), "b": nn.Conv2d(12, 5, 3, padding=1)} | layers)
+
+
+def normed(norm: nn.Module, activation: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """Return a maker of a network with a norm and an activation between a convolution without a bias and a padded one."""
+    return convolved(lambda m, x: m.b(activation(m.norm(m.a(x)))), a=nn.Conv2d(4, 12, 1, bias=False), norm=norm)
+
+
 def two_paths() -> nn.Module:
     net = Net(lambda m, x: m.second(m.first(x)), first=nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
     net.second = net.first
@@ -370,6 +380,56 @@ SHARED = [
     Case("addmm", lambda: Net(lambda m, x: torch.addmm(m.b2, torch.addmm(m.b1, x.flatten(0, 1), m.w1).relu(), m.w2), b1=parameter(12), b2=parameter(4), w1=parameter(8, 12), w2=parameter(12, 4)), tokens, {"w1->w2": 12}),
 ]  # fmt: skip
 
+C1, C2, C3, T2 = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
+PADDED = [
+    Case("padded convolution", lambda: nn.Sequential(C2(4, 12, 1), nn.ReLU(), C2(12, 3, 3, padding=1)), images, {"0->2": 12}),
+    Case("padded without biases", lambda: nn.Sequential(C2(4, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), C2(12, 3, 3, padding=1, bias=False)), images, {"0->3": 12}),
+    Case("padded, strided and dilated", convolved(lambda m, x: x.mean() + m.b(m.a(x).relu()), b=C2(12, 5, 3, 2, padding=2, dilation=2)), images, {"a->b": 12}),
+    Case("padded unevenly", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, (3, 2), (1, 3), padding=(2, 0))), images, {"a->b": 12}),
+    Case("padded to the same size", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, (5, 3), padding="same", dilation=(1, 2))), images, {"a->b": 12}),
+    Case("one entry, padded", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, 1, padding=1)), images, {"a->b": 12}),
+    Case("padded in one dimension", lambda: nn.Sequential(C1(5, 12, 3), nn.GELU(), C1(12, 4, 5, 2, padding=3)), tokens, {"0->2": 12}),
+    Case("padded in three dimensions", lambda: nn.Sequential(C3(2, 12, 1), nn.SiLU(), C3(12, 3, 3, padding=(1, 0, 2))), lambda: torch.randn(3, 2, 4, 3, 5), {"0->2": 12}),
+    Case("padded in a residual branch", convolved(lambda m, x: x + m.b(m.a(x).relu()), b=C2(12, 4, 3, padding=1)), images, {"a->b": 12}),
+    Case("padded one after the other", lambda: nn.Sequential(C2(4, 12, 3, padding=1), nn.ReLU(), C2(12, 10, 3, padding=1), nn.ReLU(), C2(10, 5, 3, padding=1)), images, {"0->2": 12, "2->4": 10}),
+    Case("transposed", convolved(lambda m, x: m.b(m.a(x).relu()), b=T2(12, 5, 3, 2, padding=1, output_padding=1)), images, {"a->b": 12}),
+    Case("transposed into cells", convolved(lambda m, x: m.b(m.a(x).relu()), b=T2(12, 5, 2, 2, bias=False)), images, {"a->b": 12}),
+    Case("transposed with gaps", convolved(lambda m, x: m.b(m.a(x).relu()), b=T2(12, 5, 1, 2)), images, {"a->b": 12}),
+    Case("transposed in one dimension", lambda: nn.Sequential(C1(5, 12, 3), nn.GELU(), nn.ConvTranspose1d(12, 4, 4, 3, padding=1, output_padding=2)), tokens, {"0->2": 12}),
+    Case("transposed in three dimensions", lambda: nn.Sequential(C3(2, 12, 1), nn.ReLU(), nn.ConvTranspose3d(12, 3, (3, 2, 1), dilation=2)), lambda: torch.randn(3, 2, 4, 3, 5), {"0->2": 12}),
+    Case("transposed makes it, padded reads it", convolved(lambda m, x: m.b(m.a(x).relu()), a=T2(4, 12, 3, 2)), images, {"a->b": 12}),
+    *[Case(f"{mode} border", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, 3, padding=(2, 1), padding_mode=mode)), images, {"a->b": 12}) for mode in ("reflect", "replicate", "circular")],
+    Case("reflected, then padded", convolved(lambda m, x: m.b(F.pad(m.a(x).relu(), (2, 1, 0, 1), mode="reflect"))), images, {"a->b": 12}),
+    Case("padded and other readers", convolved(lambda m, x: m.b(h := m.a(x).relu()) + m.c(h.tanh()) + m.d(h), c=C2(12, 5, 1, bias=False), d=C2(12, 5, 1)), images, {"a->d": 12}),
+    Case("padded readers of two values", convolved(lambda m, x: m.b(h := m.a(x).sigmoid()) + m.c(h.exp()), c=C2(12, 5, 5, padding=2)), images, {"a->c": 12}),
+    Case("padded in one of two calls", lambda: Net(lambda m, x: F.conv2d(h := m.a(x).relu(), m.w, m.c, padding=1)[..., 1:-1, 1:-1] + F.conv2d(h * 1.0, m.w, m.c), a=C2(4, 12, 1), w=parameter(5, 12, 3, 3), c=parameter(5)), images, {"a->w": 12}),
+    Case("padded, called twice", convolved(lambda m, x: m.b(m.a(x).relu()) + m.b(m.a(-x).relu()).tanh()), images, {"a->b": 12}),
+    Case("padded, bare weights", lambda: Net(lambda m, x: F.conv2d(F.conv2d(x, m.w, m.c).tanh() + m.s, m.v, padding=[1, 2]), w=parameter(12, 4, 1, 1), c=parameter(12), s=parameter(12, 1, 1), v=parameter(5, 12, 3, 3)), images, {"w->v": 12}),
+    Case("padded behind a linear layer", lambda: Net(lambda m, x: m.b(m.a(x.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2)), a=nn.Linear(4, 12), b=C2(12, 5, 3, padding=1)), images, {"a->b": 12}),
+    Case("padded behind a product", lambda: Net(lambda m, x: m.b((m.w @ x.flatten(2)).sigmoid().unflatten(2, (6, 6))), w=parameter(12, 4), b=C2(12, 5, 3, padding=1)), images, {"w->b": 12}),
+    Case("padded behind a gate", convolved(lambda m, x: m.b(F.silu((h := m.a(x).chunk(2, 1))[0]) * h[1]), a=C2(4, 24, 1)), images, {"a->b": 12}),
+    Case("padded behind an interleaved gate", convolved(lambda m, x: m.b(F.silu((h := m.a(x))[:, ::2]) * h[:, 1::2]), a=C2(4, 24, 1)), images, {"a->b": 12}),
+    Case("padded behind glu", convolved(lambda m, x: m.b(F.glu(m.a(x), 1)), a=C2(4, 24, 1)), images, {"a->b": 12}),
+    Case("padded behind squeeze-and-excite", convolved(lambda m, x: m.b((h := m.a(x).relu()) * m.up(m.down(F.adaptive_avg_pool2d(h, 1)).relu()).sigmoid()), down=C2(12, 3, 1), up=C2(3, 12, 1)), images, {"a->b": 12, "down->up": 3}),
+    Case("padded behind a scale", convolved(lambda m, x: m.b(m.a(x).relu() * m.g.view(1, -1, 1, 1) + m.s), g=parameter(12), s=parameter(12, 1, 1)), images, {"a->b": 12}),
+    Case("padded behind a scale for all", convolved(lambda m, x: m.b(m.a(x).relu() * m.g), g=parameter(1, 1, 1)), images, {"a->b": 12}),
+    Case("padded behind prelu", convolved(lambda m, x: m.b(m.act(m.a(x))), act=nn.PReLU(12)), images, {"a->b": 12}),
+    Case("padded behind prelu for all", convolved(lambda m, x: m.b(m.act(m.a(x))), act=nn.PReLU()), images, {"a->b": 12}),
+    Case("padded behind a condition", convolved(lambda m, x: m.b(torch.where((h := m.a(x)) > 0.1, h, h * 0.1))), images, {"a->b": 12}),
+    Case("padded behind a depthwise convolution", convolved(lambda m, x: m.b(m.dw(m.a(x).relu()).relu()), dw=C2(12, 12, 3, padding=1, groups=12)), images, {"a->b": 12}),
+    Case("padded behind a depthwise convolution and a norm", convolved(lambda m, x: m.b(m.bn(m.dw(m.a(x).relu())).relu()), dw=C2(12, 12, 3, padding=1, groups=12, bias=False), bn=nn.BatchNorm2d(12)), images, {"a->b": 12}),
+    Case("padded behind pooling", convolved(lambda m, x: m.b(F.avg_pool2d(F.max_pool2d(m.a(x), 3, 1, 1), 3, 2, 1, ceil_mode=True, count_include_pad=False).relu())), images, {"a->b": 12}),
+    Case("padded behind pooling modules", convolved(lambda m, x: m.b(m.up(m.pool(m.a(x))).relu()), pool=nn.AvgPool2d(2, ceil_mode=True), up=nn.Upsample(scale_factor=2, mode="bilinear")), images, {"a->b": 12}),
+    Case("padded behind interpolation", convolved(lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bicubic").relu())), images, {"a->b": 12}),
+    Case("padded behind a concatenation", convolved(lambda m, x: m.b(torch.cat([h := m.a(x).relu(), m.c(h).relu()], 1)), b=C2(18, 5, 3, padding=1), c=C2(12, 6, 3, padding=1)), images, {"a->b": 12, "c->b": 6}),
+    Case("padded behind an instance norm", normed(nn.InstanceNorm2d(12, affine=True), torch.relu), images, {"a->b": 12}),
+    Case("padded behind running instance statistics", normed(nn.InstanceNorm2d(12, track_running_stats=True), torch.sigmoid), images, {"a->b": 12}),
+    Case("padded behind a norm without parameters", convolved(lambda m, x: m.b(m.norm(m.a(x)).relu()), norm=nn.BatchNorm2d(12, affine=False)), images, {"a->b": 12}),
+    Case("padded behind a norm and its negative", normed(nn.BatchNorm2d(12), lambda h: F.leaky_relu(-h, 0.1)), images, {"a->b": 12}),
+    Case("padded behind torch.batch_norm", convolved(lambda m, x: m.b(F.leaky_relu(-torch.batch_norm(m.a(x), m.n.weight, m.n.bias, m.n.running_mean, m.n.running_var, False, 0.1, 1e-5, False), 0.1)), n=nn.BatchNorm2d(12)), images, {"a->b": 12}),
+    Case("padded behind an activation that is not 0 at 0", lambda: nn.Sequential(C2(4, 12, 1, bias=False), nn.Sigmoid(), C2(12, 3, 3, padding=1)), images, {"0->2": 12}),
+]  # fmt: skip
+
 STATED = "states the hidden width 12 as a number"
 INTERLEAVED = [
     Case("every other entry", packed(lambda m, x: m.fc2((h := m.fc1(x))[..., ::2].sigmoid() * h[..., 1::2])), tokens, {"fc1->fc2": 12}),
@@ -481,7 +541,7 @@ PICKED = [
     Case("encoder with a mask", MaskedEncoder, tokens, {"encoder.layers.0": 12, "encoder.layers.1": 12}, frontends=("export",)),
 ]  # fmt: skip
 
-FOUND += PACKED + NORMS + SHARED + INTERLEAVED + ALONG_POSITIONS + SPLIT + PICKED
+FOUND += PACKED + PADDED + NORMS + SHARED + INTERLEAVED + ALONG_POSITIONS + SPLIT + PICKED
 
 REFUSED = [
     Case("output", mlp(lambda m, x: (m.fc2(h := m.fc1(x).relu()), h)), tokens, {}, {"fc1": "reaches the output"}),
@@ -500,7 +560,22 @@ REFUSED = [
     Case("heads", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (3, 4)).relu().flatten(2))), tokens, {}, {"fc1": "splits or merges"}),
     Case("size in arithmetic", mlp(lambda m, x: m.fc2((h := m.fc1(x)) / h.shape[-1])), tokens, {}, {"fc1": "its size enters"}, ("symbolic",)),
     Case("size of another axis", lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu().reshape(x.shape)), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)), tokens, {}, {"fc1": "it is an input"}, ("symbolic",)),
-    Case("padded convolution", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)), images, {}, {"0": "padded convolution"}),
+    Case("padded, no bias in front", lambda: nn.Sequential(nn.Conv2d(4, 12, 1, bias=False), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)), images, {}, {"0": "a constant value other than 0, and no bias or norm in front"}),
+    Case("transposed, no bias in front", lambda: nn.Sequential(nn.Conv2d(4, 12, 1, bias=False), nn.Tanh(), nn.ConvTranspose2d(12, 3, 2, 2)), images, {}, {"0": "a padded or transposed convolution reads it. The constants"}),
+    Case("padded, depthwise without a bias in front", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.Conv2d(12, 12, 3, groups=12, bias=False), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)), images, {}, {"0": "a constant value other than 0, and no bias or norm in front"}),
+    Case("padded, instance norm without parameters in front", normed(nn.InstanceNorm2d(12), torch.relu), images, {}, {"a": "a constant value other than 0, and no bias or norm in front"}),
+    Case("padded twice", convolved(lambda m, x: m.b(F.pad(m.a(x).relu(), (1, 0, 1, 0)))), images, {}, {"a": "behind pad no channel is constant"}),
+    Case("padded, averages over its border in front", convolved(lambda m, x: m.b(F.avg_pool2d(m.a(x).relu(), 3, 1, 1))), images, {}, {"a": "behind avg_pool2d no channel is constant"}),
+    Case("padded, averages over a stated number in front", convolved(lambda m, x: m.b(F.avg_pool2d(m.a(x).relu(), 2, divisor_override=3))), images, {}, {"a": "behind avg_pool2d no channel is constant"}),
+    Case("padded, gated by another tensor", convolved(lambda m, x: m.b(m.a(x) * x.mean(1, keepdim=True))), images, {}, {"a": "behind mul no channel is constant"}),
+    Case("padded, sampled at places", convolved(lambda m, x: m.b(F.grid_sample(m.a(x), x[:, :2].movedim(1, -1).tanh(), align_corners=False))), images, {}, {"a": "behind grid_sample"}),
+    Case("padded, summed over positions", convolved(lambda m, x: m.b(m.a(x).cumsum(-1))), images, {}, {"a": "behind cumsum no channel is constant"}),
+    Case("padded, positions mixed by a layer", convolved(lambda m, x: m.b(m.mix(m.a(x)).sigmoid()), mix=nn.Linear(6, 6, bias=False)), images, {}, {"a": "behind linear no channel is constant"}),
+    Case("padded, positions mixed by attention", convolved(lambda m, x: m.b((torch.softmax(x @ x.mT, -1)[:, :1] @ m.a(x)).sigmoid())), images, {}, {"a": "behind matmul no channel is constant"}),
+    Case("padded, a norm over the channels", convolved(lambda m, x: m.b(m.norm(m.a(x).movedim(1, -1)).movedim(-1, 1)), norm=nn.LayerNorm(12)), images, {}, {"a": "a statistic is taken over it, in which a constant channel would count"}),
+    Case("padded, in calls of which one has another constant", convolved(lambda m, x: m.b(m.a(x)) + m.b(m.a(x).exp())), images, {}, {"a": "in several calls, and in these a constant channel has different values"}),
+    Case("padded, its weight is read besides", convolved(lambda m, x: m.b(m.a(x)) + m.b.weight.mean((0, 2, 3), keepdim=True)[:, :1]), images, {}, {"a": "b.weight is used by more than its own layer"}),
+    Case("tied convolutions", lambda: Net(lambda m, x: F.conv_transpose2d(F.conv2d(x, m.w, m.b, padding=1).relu(), m.w, padding=1), w=parameter(12, 4, 3, 3), b=parameter(12)), images, {}, {"": "is used by more than its own layer"}),
     Case("grouped convolution", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU(), nn.Conv2d(12, 6, 1, groups=2)), images, {}, {"0": "in groups"}),
     Case("tied", tied, tokens, {}, {"fc1": "tied to"}),
     Case("computed weight", mlp(lambda m, x: m.fc2(F.linear(x, m.fc1.weight * 2).relu())), tokens, {}, {}),

@@ -20,7 +20,7 @@ from torch import fx
 
 from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
-from vbpfx.analysis.constants import find_constant_channel
+from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
 from vbpfx.analysis.names import parameter_names
 from vbpfx.analysis.sizes import is_share
@@ -177,6 +177,9 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         for consumer in evidence.contracted.get(axis, ())
     ]
     consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
+    # a weight has one column for the constants, so that all calls of a layer take them from there if one of them pads
+    padding = {consumer.weight for consumer in consumers if consumer.padded}
+    consumers = [replace(consumer, padded=consumer.weight in padding) for consumer in consumers]
     reductions = [
         replace(reduction, source=reduction.source._replace(start=start, step=step))
         for axis, start, step in component.spans
@@ -202,10 +205,9 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     if not reason and isinstance(groups, tuple):
         node, reason = groups
     constant: ConstantChannel | None = None
-    padded = [consumer for consumer in consumers if consumer.padded]
-    if not reason and padded:
+    if not reason and padding:
         made = _constant_channel(produced, consumers, reductions, parameters, values, look)
-        constant, node, reason = (None, padded[0].node, made) if isinstance(made, str) else (made, "", "")
+        constant, node, reason = (made, "", "") if isinstance(made, ConstantChannel) else (None, *made)
     if reason:
         weights = tuple(dict.fromkeys(evidence.origins.get(name, name) for name in produced))
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
@@ -251,13 +253,10 @@ def _constant_channel(
     parameters: Sequence[ParameterAxis],
     values: Sequence[ValueAxis],
     look: _Look,
-) -> ConstantChannel | str:
-    """Return how a channel can be made constant for the layers that pad the axis, or why it cannot."""
+) -> ConstantChannel | tuple[str, str]:
+    """Return how a channel can be made constant for the layers that pad the axis, or the node and the reason why it cannot."""
     if reductions:
-        return (
-            f"a padded convolution reads it, and a statistic is taken over it (node {reductions[0].node}), in which a constant "
-            f"channel would count"
-        )
+        return reductions[0].node, f"{PADDED}, and a statistic is taken over it, in which a constant channel would count"
     making = {name for value in values for name in look.evidence.producing.get(Axis(value.node, value.axis), ())}
     return find_constant_channel(
         produced, making, consumers, parameters, values, look.network, look.names, look.evidence

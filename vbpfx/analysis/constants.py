@@ -27,6 +27,7 @@ from vbpfx.rules.axes import Names, Operand, Site, operand_of
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
 
+PADDED = "a padded or transposed convolution reads it"
 # The values that are tried for the channel's biases. One that leaves c between a half and 2 is taken at once.
 _BIASES = (1.0, 2.0, -1.0, 0.5, -2.0, 4.0, -4.0)
 # A smaller c would make the reader's column for it large, and with it the rounding error.
@@ -39,7 +40,7 @@ _LAYERS = (
     layers.matrix_product,
 )
 _NORMS = (norms.batch_norm, norms.instance_norm)
-_NORM_PARAMETERS = {"running_mean": (1, 0.0), "running_var": (2, 1.0), "weight": (3, 0.0)}
+_NORM_PARAMETERS = {"running_mean": 0.0, "running_var": 1.0, "weight": 0.0}
 # Operators behind which a channel has the value that it has in front of them.
 _MOVING = (
     pointwise.unchanged,
@@ -60,7 +61,11 @@ _MOVING = (
 
 
 class _NotConstantError(Exception):
-    """The channel's value depends on more than its own parameters."""
+    """Behind a call, the channel's value depends on more than its own parameters."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
 
 
 def find_constant_channel(
@@ -72,8 +77,8 @@ def find_constant_channel(
     network: fx.GraphModule,
     names: Names,
     evidence: Evidence,
-) -> ConstantChannel | str:
-    """Return how a channel of an axis can be made constant for the readers that pad it; or why it cannot.
+) -> ConstantChannel | tuple[str, str]:
+    """Return how a channel of an axis can be made constant for the readers that pad it; or the node and the reason why not.
 
     Args:
         produced: names of the weights whose rows produce the axis.
@@ -86,42 +91,43 @@ def find_constant_channel(
         evidence: what the rules said about it.
     """
     padded = [consumer for consumer in consumers if consumer.padded]
-    reader = padded[0].weight.rpartition(".")[0]
+    reader = padded[0].node
     for consumer in consumers:
         if not consumer.alone:
-            return f"a padded convolution reads it ({reader}), and {consumer.weight} is used by more than its own layer"
+            return consumer.node, f"{PADDED}, and {consumer.weight} is used by more than its own layer"
     read = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
     own = [entry for entry in parameters if (entry.name, entry.axis) not in read]
     nodes = list(dict.fromkeys(evidence.nodes[carrier.node] for carrier in carriers))
     channel = _Channel(nodes, producing, network, names, evidence)
     rows = set(produced)
     found: dict[float, tuple[dict[str, float], dict[str, float]]] = {}
-    obstacle = ""
+    obstacle: Site | None = None
     for bias in _BIASES:
         settings = channel.settings(own, rows, bias)
         try:
             values = {c.source.node: channel.value(evidence.nodes[c.source.node], settings) for c in padded}
         except _NotConstantError as error:
-            obstacle = str(error)
+            obstacle = error.site
             continue
         sizes = [min(abs(c), 1 / abs(c)) if c and math.isfinite(c) else 0.0 for c in values.values()]
         found[min(sizes)] = settings, values
         if min(sizes) >= 0.5:
             break
     if not found:
-        return (
-            f"a padded convolution reads it ({reader}). The constants of removed channels then need a channel that is constant "
-            f"before the padding, and {obstacle} makes every channel depend on other values"
+        assert obstacle is not None
+        return obstacle.node.name, (
+            f"{PADDED}. The constants of removed channels then need a channel that is constant before the padding, and behind "
+            f"{obstacle.name} no channel is constant"
         )
     if max(found) < _LEAST:
-        return (
-            f"a padded convolution reads it ({reader}). The constants of removed channels then need a channel with a constant "
-            f"value other than 0, and no bias or norm in front of the convolution can give it one"
+        return reader, (
+            f"{PADDED}. The constants of removed channels then need a channel with a constant value other than 0, and no bias or "
+            f"norm in front of the convolution can give it one"
         )
     settings, values = found[max(found)]
     for weight in {consumer.weight for consumer in padded}:
         if len({values[consumer.source.node] for consumer in padded if consumer.weight == weight}) > 1:
-            return f"a padded convolution reads it ({reader}) in several calls, and in these a constant channel has different values"
+            return reader, f"{PADDED} in several calls, and in these a constant channel has different values"
     sources = dict.fromkeys(consumer.source for consumer in consumers)
     return ConstantChannel(
         tuple(Setting(entry, settings[entry.name]) for entry in own),
@@ -165,20 +171,17 @@ class _Channel:
                 if node.name not in self._producing:
                     roles[site.operand(1, "weight")] = 0.0
             elif rule in _NORMS:
-                roles = {site.operand(place, name): value for name, (place, value) in _NORM_PARAMETERS.items()}
-                roles[site.operand(4, "bias")] = bias
-            known |= {
-                operand.owner: value
-                for operand, value in roles.items()
-                if operand is not None and operand.owner in known
-            }
+                numbers = _NORM_PARAMETERS | {"bias": bias}
+                roles = {operand: numbers[name] for name, operand in norms.norm_parameters(site).items()}
+            of_owner = {operand.owner: value for operand, value in roles.items() if operand is not None}
+            known |= {owner: value for owner, value in of_owner.items() if owner in known}
         return known
 
     def value(self, node: fx.Node, settings: Mapping[str, float]) -> float:
         """Return the channel's value at a node.
 
         Raises:
-            _NotConstantError: it depends on more than the settings. The message describes the first such call.
+            _NotConstantError: it depends on more than the settings.
         """
         known: dict[fx.Node, float | None] = {}
         waiting = [node]
@@ -197,25 +200,27 @@ class _Channel:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return the operands that carry the axis; a call that returns a tuple is replaced by its own operand."""
-        found = (n.all_input_nodes[0] if operator_of(n).takes_apart else n for n in node.all_input_nodes)
-        return [n for n in found if n in self._carrying]
+        return [n for n in map(_taken_from, node.all_input_nodes) if n in self._carrying]
 
     def _starts_here(self, node: fx.Node, settings: Mapping[str, float]) -> bool:
         """Return whether the channel's value behind a call does not depend on its value in front of it."""
         site = self._sites[node]
         if site.operator.rule in _LAYERS:
             return True
-        scale = site.operand(3, "weight") if site.operator.rule in _NORMS else None
-        return scale is not None and settings.get(scale.owner) == 0
+        scale = norms.norm_parameters(site).get("weight") if site.operator.rule in _NORMS else None
+        return self._setting(scale, settings) == 0
 
     def _compute(self, node: fx.Node, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]) -> float:
         site = self._sites[node]
         rule = site.operator.rule
-        values = [known[n] for n in self._operands(node)] if not self._starts_here(node, settings) else []
-        same = values[0] if len(set(values)) == 1 else None
+        values: set[float | None] = set()
+        if not self._starts_here(node, settings):
+            held = node.all_input_nodes if rule in _MOVING else self._operands(node)
+            values = {self._known(n, known, settings) for n in held if self._carries(n, settings)}
+        same = values.pop() if len(values) == 1 else None
         found: float | None = None
         if rule in _LAYERS:
-            found = self._setting(_bias(site), settings) if _bias(site) is not None else 0.0
+            found = self._made(site, settings)
         elif rule in _NORMS:
             found = self._normed(site, same, settings)
         elif rule in _MOVING or site.operator.hands_on:
@@ -233,24 +238,37 @@ class _Channel:
         elif rule is pointwise.elementwise:
             found = self._applied(node, site.module, known, settings)
         if found is None:
-            raise _NotConstantError(f"{site.name} (node {node.name})")
+            raise _NotConstantError(site)
         return found
+
+    def _carries(self, node: fx.Node, settings: Mapping[str, float]) -> bool:
+        """Return whether an operand holds the axis, as a value or as a parameter that is set at the channel."""
+        own = operand_of(node, self._names)
+        return _taken_from(node) in self._carrying or self._setting(own, settings) is not None
 
     def _setting(self, operand: Operand | None, settings: Mapping[str, float]) -> float | None:
         return settings.get(operand.owner) if operand is not None and operand.is_parameter else None
 
+    def _made(self, site: Site, settings: Mapping[str, float]) -> float | None:
+        """Return the bias of a layer whose weight is 0 at the channel: a producer, or a depthwise convolution.
+
+        Any other layer that carries the axis mixes the positions, so that a constant does not stay constant.
+        """
+        producing = site.node.name in self._producing
+        if not producing and self._setting(site.operand(1, "weight"), settings) != 0:
+            return None
+        bias = _bias(site)
+        return 0.0 if bias is None else self._setting(bias, settings)
+
     def _normed(self, site: Site, x: float | None, settings: Mapping[str, float]) -> float | None:
-        mean, variance, scale, shift = (
-            site.operand(place, name)
-            for place, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
-        )
-        b = 0.0 if shift is None else self._setting(shift, settings)
-        w = 1.0 if scale is None else self._setting(scale, settings)
+        parameters = norms.norm_parameters(site)
+        set_to = {name: self._setting(operand, settings) for name, operand in parameters.items()}
+        w, b = set_to.get("weight", 1.0), set_to.get("bias", 0.0)
         if w == 0 or b is None or w is None:
             return b if w == 0 else None
-        if site.operator.rule is norms.instance_norm:  # a constant equals its mean over the positions
+        if norms.takes_statistics(site):  # a constant equals its mean
             return b
-        m, v = self._setting(mean, settings), self._setting(variance, settings)
+        m, v = set_to.get("running_mean"), set_to.get("running_var")
         eps = site.argument(7, "eps", 1e-5)
         return None if x is None or m is None or v is None else (x - m) / math.sqrt(v + eps) * w + b
 
@@ -266,9 +284,10 @@ class _Channel:
         def number(operand: fx.Node) -> Any:
             value = self._known(operand, known, settings)
             if value is None:
-                raise _NotConstantError
-            ndim = max(1, operand.meta["val"].ndim)
-            return torch.full((1,) * ndim, value, dtype=torch.float64)
+                raise ValueError("not a number")
+            like = operand.meta["val"]
+            dtype = torch.float64 if like.is_floating_point() else like.dtype
+            return torch.full((1,) * max(1, like.ndim), value, dtype=dtype)
 
         if module is not None and any(True for _ in module.parameters()):
             return None
@@ -288,17 +307,20 @@ class _Channel:
     def _known(
         self, operand: fx.Node, known: Mapping[fx.Node, float | None], settings: Mapping[str, float]
     ) -> float | None:
-        if operator_of(operand).takes_apart:
-            operand = operand.all_input_nodes[0]
-        if operand in known:
-            return known[operand]
+        if _taken_from(operand) in known:
+            return known[_taken_from(operand)]
         own = operand_of(operand, self._names)
         if own is None or not own.is_parameter:
             return None
         if own.owner in settings:
             return settings[own.owner]
-        tensor = operator.attrgetter(str(operand.target))(self._network) if own.shape in ((), (1,)) else None
+        tensor = operator.attrgetter(str(operand.target))(self._network) if math.prod(own.shape) == 1 else None
         return None if tensor is None or tensor.is_meta else float(tensor.detach())
+
+
+def _taken_from(node: fx.Node) -> fx.Node:
+    """Return the operand of a call that returns a tuple, and any other node itself."""
+    return node.all_input_nodes[0] if operator_of(node).takes_apart else node
 
 
 def _bias(site: Site) -> Operand | None:

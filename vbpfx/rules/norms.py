@@ -5,27 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vbpfx.rules.axes import Axis, Opaque, Operand, Reduces, Relation, Same, Site, SizeStated, as_tuple, leading
 from vbpfx.rules.pointwise import elementwise
 
 
+def norm_parameters(site: Site) -> dict[str, Operand]:
+    """Return the parameters and statistics that a BatchNorm or InstanceNorm has, by name."""
+    names = ["running_mean", "running_var", "weight", "bias"]
+    if isinstance(site.node.target, torch._ops.OpOverload) or site.node.target is torch.batch_norm:
+        names = names[2:] + names[:2]
+    found = {name: site.operand(position, name) for position, name in enumerate(names, start=1)}
+    return {name: operand for name, operand in found.items() if operand is not None}
+
+
+def takes_statistics(site: Site) -> bool:
+    """Return whether a BatchNorm or InstanceNorm takes the statistics of its input, and not the running ones."""
+    if site.module is not None:
+        return site.module.running_mean is None
+    by_default = site.operator.rule is instance_norm
+    name = "use_input_stats" if by_default else "training"
+    return bool(site.constant(5, name, by_default)) or "running_mean" not in norm_parameters(site)
+
+
 def batch_norm(site: Site) -> Iterator[Relation]:
     """Scale and shift per channel (axis 1); the running statistics are per-channel parameters, too."""
     x, out = site.x, site.out
     yield from (Same(a, b) for a, b in zip(x.axes, out.axes, strict=True))
-    if site.module is not None:
-        on_batch = site.module.running_mean is None
-    else:
-        on_batch = site.constant(5, "training", False) or site.operand(1, "running_mean") is None
-    for dim, axis in enumerate(x.axes if on_batch else ()):
+    for dim, axis in enumerate(x.axes if takes_statistics(site) else ()):
         if dim != 1:
             yield Opaque(axis, "a norm takes its statistics across it")
-    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
-        parameter = site.operand(position, name)
-        if parameter is not None:
-            yield Same(x.axis(1), parameter.axis(0))
+    for parameter in norm_parameters(site).values():
+        yield Same(x.axis(1), parameter.axis(0))
 
 
 def norm_over_last(site: Site) -> Iterator[Relation]:
@@ -176,10 +189,8 @@ def instance_norm(site: Site) -> Iterator[Relation]:
         yield Same(a, b)
         if dim > channel:
             yield Opaque(a, "a norm takes its statistics across it")
-    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
-        parameter = site.operand(position, name)
-        if parameter is not None:
-            yield Same(x.axis(channel), parameter.axis(0))
+    for parameter in norm_parameters(site).values():
+        yield Same(x.axis(channel), parameter.axis(0))
 
 
 def rolling(site: Site) -> Iterator[Relation]:
