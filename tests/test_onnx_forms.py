@@ -153,7 +153,7 @@ def test_a_layer_before_a_recurrent_one_has_its_own_reason(kind: str, gates: int
 
 
 def test_how_many_refusals_are_not_shown_is_said(tmp_path: Path) -> None:
-    """Of twelve padded convolutions, eight are shown, each named by its weight."""
+    """Of twelve padded convolutions without biases, eight are shown, each named by its weight."""
     net, source = Net(), "x"
     for number in range(12):
         net.add("Conv", [source, net.weight(f"w{number}", 3, 3, 3, 3)], f"c{number}", pads=[1, 1, 1, 1])

@@ -424,6 +424,7 @@ PADDED = [
     Case("padded behind a concatenation", convolved(lambda m, x: m.b(torch.cat([h := m.a(x).relu(), m.c(h).relu()], 1)), b=C2(18, 5, 3, padding=1), c=C2(12, 6, 3, padding=1)), images, {"a->b": 12, "c->b": 6}),
     Case("padded behind an instance norm", normed(nn.InstanceNorm2d(12, affine=True), torch.relu), images, {"a->b": 12}),
     Case("padded behind running instance statistics", normed(nn.InstanceNorm2d(12, track_running_stats=True), torch.sigmoid), images, {"a->b": 12}),
+    Case("padded behind instance statistics", convolved(lambda m, x: m.b(F.instance_norm(m.a(x), m.n.running_mean, m.n.running_var, momentum=0.0).sigmoid()), n=nn.BatchNorm2d(12)), images, {"a->b": 12}),
     Case("padded behind a norm without parameters", convolved(lambda m, x: m.b(m.norm(m.a(x)).relu()), norm=nn.BatchNorm2d(12, affine=False)), images, {"a->b": 12}),
     Case("padded behind a norm and its negative", normed(nn.BatchNorm2d(12), lambda h: F.leaky_relu(-h, 0.1)), images, {"a->b": 12}),
     Case("padded behind torch.batch_norm", convolved(lambda m, x: m.b(F.leaky_relu(-torch.batch_norm(m.a(x), m.n.weight, m.n.bias, m.n.running_mean, m.n.running_var, False, 0.1, 1e-5, False), 0.1)), n=nn.BatchNorm2d(12)), images, {"a->b": 12}),

@@ -256,7 +256,8 @@ def _constant_channel(
 ) -> ConstantChannel | tuple[str, str]:
     """Return how a channel can be made constant for the layers that pad the axis, or the node and the reason why it cannot."""
     if reductions:
-        return reductions[0].node, f"{PADDED}, and a statistic is taken over it, in which a constant channel would count"
+        reason = f"{PADDED}, and a statistic is taken over it, in which a constant channel would count"
+        return reductions[0].node, reason
     making = {name for value in values for name in look.evidence.producing.get(Axis(value.node, value.axis), ())}
     return find_constant_channel(
         produced, making, consumers, parameters, values, look.network, look.names, look.evidence
