@@ -171,14 +171,26 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
         else fold_columns(weight, axis, kept, pruned, prediction, consumer.groups)
     )
     if entry.constants_in:
-        taps = torch.zeros_like(gain).select(axis, 0)
-        if consumer.padded:
-            taps = fold_taps(weight, axis, pruned, constants, consumer.groups) / entry.value_at(consumer.source)
-        gains, rows, columns = (t.chunk(consumer.groups, 0) for t in (gain, weight.detach().double(), taps))
-        for place in consumer.source.at(entry.constants_in).tolist():
-            group, column = divmod(place, weight.shape[axis])
-            gains[group].select(axis, column).copy_(columns[group] - rows[group].select(axis, column))
+        _set_constant_columns(gain, weight, entry, consumer)
     return gain
+
+
+def _set_constant_columns(gain: Tensor, weight: Tensor, entry: BlockPlan, consumer: Consumer) -> None:
+    """Write to a weight's gain what turns its columns at constant channels into W_P a / c, in place.
+
+    A group of the layer's rows may read several constant channels, if other layers have more groups. It needs only the first of
+    them, and its columns for the others become 0, as do all these columns of a layer that does not pad.
+    """
+    axis, pruned = consumer.weight_axis, consumer.source.at(entry.pruned)
+    columns = torch.zeros_like(gain).select(axis, 0)
+    if consumer.padded:
+        taps = fold_taps(weight, axis, pruned, entry.constants_at(consumer.source), consumer.groups)
+        columns = taps / entry.value_at(consumer.source)
+    gains, dense, wanted = (t.chunk(consumer.groups, 0) for t in (gain, weight.detach().double(), columns))
+    for place in consumer.source.at(entry.constants_in).tolist():
+        group, column = divmod(place, weight.shape[axis])
+        gains[group].select(axis, column).copy_(wanted[group] - dense[group].select(axis, column))
+        wanted[group].zero_()
 
 
 def _cut_in_groups(weight: Tensor, cuts: Sequence[tuple[int, int, Tensor]]) -> Tensor:
