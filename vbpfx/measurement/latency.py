@@ -159,7 +159,10 @@ def _block_points(
     steps = (max(1, round(share * block.width / multiple)) * multiple for share in _SHARES)
     widths = [*sorted({width for width in steps if width < block.width}), block.width]
     if len(widths) == 1:
-        raise BudgetError(f"block {block.name}: no multiple of {multiple} is below its width {block.width}")
+        groups = "" if block.groups == 1 else f" in each of {block.groups} groups"
+        raise BudgetError(
+            f"block {block.name}: no multiple of round_to={round_to}{groups} is below its width {block.width}"
+        )
     runs = {}
     for width in widths:
         network = captured.graph_module
