@@ -237,10 +237,10 @@ def test_what_a_budget_counts_is_what_is_left(budget: dict[str, float]) -> None:
 
 
 def test_widths_are_rounded_in_every_group() -> None:
-    """By default the groups of convolutions keep multiples of 8 channels, or of fewer if they are narrow."""
+    """By default the groups of convolutions keep multiples of 16 channels, or of fewer if they are narrow."""
     wide = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, groups=2), nn.ReLU(), nn.Conv2d(64, 3, 1))
     pruned = vbpfx.prune(double(randomize(wide)), [pictures(samples=8)], macs=0.6, method="auto", progress=False)
-    assert all(entry.width // 2 % 8 == 0 for entry in pruned.plan.blocks)
+    assert {entry.width // 2 for entry in pruned.plan.blocks} == {16}
     explicit = vbpfx.prune(
         double(randomize(Bottleneck())), [pictures(samples=8)], ratio=0.5, method="vbp", round_to=6, progress=False
     )

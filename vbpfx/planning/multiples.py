@@ -14,6 +14,9 @@ from vbpfx.rules.table import operator_of
 
 # Convolutions are fast at multiples of this in every runtime that was measured.
 CHANNELS = 8
+# ONNX Runtime's layout holds 16 channels on processors with AVX-512. A grouped convolution leaves it, and its neighbours
+# convert their values, unless every group fills it; without groups the layout is filled up with zeros.
+_WIDER_IN_GROUPS = 2
 
 
 def width_steps(
@@ -22,8 +25,8 @@ def width_steps(
     """Return, for every block, the number that its width must be a multiple of.
 
     It is ``round_to``, if given. Otherwise it is 8 for blocks with convolutions, 4 for those of 5 to 8 channels, and
-    smaller if the budget could not be met; it is 1 for all other blocks. With groups, the width of each group is such a multiple.
-    Runtimes lay the channels of convolutions out
+    smaller if the budget could not be met; it is 1 for all other blocks. With groups, the width of each group is a
+    multiple of 16, or of a smaller power of 2 if the group is narrower. Runtimes lay the channels of convolutions out
     in groups of 8 or of 4, and an odd width costs more than it saves, even in the narrowest layers. Matrix products are
     fast at any width (``benchmarks/rounding.py``).
     """
@@ -32,9 +35,7 @@ def width_steps(
     convolved = blocks_with_convolutions(captured, blocks)
 
     def steps(most: int) -> dict[str, int]:
-        return {
-            b.name: b.groups * (min(most, _below(CHANNELS, b.group_size)) if b.name in convolved else 1) for b in blocks
-        }
+        return {b.name: b.groups * (_in_a_group(b, most) if b.name in convolved else 1) for b in blocks}
 
     return steps(_fitting(CHANNELS, steps, captured, blocks, budget, floor))
 
@@ -94,6 +95,12 @@ def _is_met(
     wanted = round(budget.value * sum(full.values()))
     spare = [steps[name] for name in full if lowest[name] < full[name]]
     return bool(spare) and wanted <= removable and 2 * wanted > min(spare)
+
+
+def _in_a_group(block: Block, most: int) -> int:
+    """Return the multiple for one group of a convolution's channels; ``most`` is the multiple for a single group."""
+    wider = _WIDER_IN_GROUPS if block.groups > 1 else 1
+    return min(wider * most, _below(wider * CHANNELS, block.group_size))
 
 
 def _below(multiple: int, width: int) -> int:

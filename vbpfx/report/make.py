@@ -68,8 +68,8 @@ def _uneven(captured: Captured, plan: Plan) -> tuple[str, ...]:
         entry.block.name
         for entry in plan.blocks
         if entry.gone
-        and entry.block.width > multiple  # for a narrower block there is no smaller multiple
-        and entry.width % multiple
+        and entry.block.group_size > multiple  # for a narrower block there is no smaller multiple
+        and entry.width // entry.block.groups % multiple
         and entry.block.name in convolving
     )
 
