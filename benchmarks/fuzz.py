@@ -96,7 +96,7 @@ def signature(error: BaseException) -> str:
 def parts(spec: Spec) -> frozenset[str]:
     """Return the templates, middle operators and spellings of a network."""
     return frozenset(
-        name for step in spec.steps for name in (step.template, *step.middle, *step.other, *step.spelled)
+        name for step in spec.steps for name in (step.template, *step.middle, *step.other, *step.spelled, *step.windows)
     ) | {spec.frontend}
 
 

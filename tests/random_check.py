@@ -243,9 +243,7 @@ def _check_widths(dense: nn.Module, small: nn.Module, plan: vbpfx.Plan) -> None:
     for entry in plan.blocks:
         assert 0 < len(entry.kept) < entry.block.width
         for parameter in entry.block.parameters:
-            shapes[parameter.name][parameter.axis] -= entry.block.width - len(
-                entry.kept
-            )  # packed parts are narrowed one by one
+            shapes[parameter.name][parameter.axis] -= entry.lost(parameter)  # packed parts are narrowed one by one
     for name, tensor in named_tensors(small).items():
         if name in shapes:
             assert list(tensor.shape) == shapes[name], (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import random_convolutions
 import random_unusual  # noqa: F401  its templates enter the table
 import torch
 from exactness import randomize
@@ -24,7 +26,7 @@ EXPECTED = (
     | {"packed chunk", "packed split", "packed slices", "packed glu", "packed view", "packed unbind"}
     | {"packed interleaved", "packed interleaved view", "maxout", "packed tensor_split", "packed tensor_split at"}
     | {"packed unsafe_chunk", "packed dsplit", "packed hsplit"}
-    | {"layer", "functional", "around", "addmm", "matmul"}
+    | {"layer", "functional", "around", "addmm", "matmul", "convolutions"}
 )
 
 
@@ -158,27 +160,44 @@ def steps(draw: st.DrawFn, layout: str, positions: tuple[int, ...], channels: in
     fitting = [name for name in TEMPLATES if FITS[name](step, layout, positions, channels)]
     plain = [name for name in fitting if name in EXPECTED]
     name = draw(st.sampled_from(plain) | st.sampled_from(fitting))
+    windows, inside = ("", ""), positions
+    if issubclass(TEMPLATES[name], random_convolutions.Convolved):
+        kinds = st.sampled_from(sorted(random_convolutions.WINDOWS))
+        windows = (draw(kinds), draw(kinds))
+        inside = random_convolutions.positions_behind(windows[0], positions)
     hidden = (
         Hidden(layout, (channels,), positions[0], width)
         if name == "token mixing"
-        else Hidden(layout, positions, channels, width)
+        else Hidden(layout, inside, channels, width)
     )
-    other = {"nested": width + 2, "uneven split": 3, "concatenated": 3}.get(name, width)
+    other = _OTHER.get(name, lambda width: width)(width)
     return Step(
         name,
         width,
         outputs,
         draw(middles(hidden, 4)),
-        draw(middles(Hidden(layout, positions, channels, other), 2)) if name in _OF_TWO_CHAINS else (),
+        draw(middles(Hidden(layout, inside, channels, other), 2)) if name in _OF_TWO_CHAINS else (),
         step.spelled,
         (draw(st.booleans()), draw(st.booleans())),
         draw(st.sampled_from(["", "layer", "batch", "relu", "relu_"])),
         residual,
         draw(st.sampled_from([1] * 9 + [2])) if outputs == channels else 1,
+        windows,
     )
 
 
-_OF_TWO_CHAINS = ("gated", "sum of producers", "two consumers", "nested", "uneven split", "concatenated")
+_OF_TWO_CHAINS = (
+    "gated", "sum of producers", "two consumers", "nested", "uneven split", "concatenated", "gated convolutions",
+    "convolutions with two readers", "convolutions that read all before", "convolutions in a row",
+)  # fmt: skip
+# Template -> the width behind its second chain, as a function of the hidden width.
+_OTHER: dict[str, Callable[[int], int]] = {
+    "nested": lambda width: width + 2,
+    "uneven split": lambda width: 3,
+    "concatenated": lambda width: 3,
+    "convolutions that read all before": lambda width: 3,
+    "convolutions in a row": lambda width: width + 2,
+}
 
 
 @st.composite

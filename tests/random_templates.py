@@ -27,6 +27,7 @@ class Step:
         norm: what the stream passes in front of the block: ``""``, ``"layer"``, ``"batch"``, ``"relu"`` or ``"relu_"``.
         residual: whether the block is added to the stream.
         calls: how often the block is called in sequence.
+        windows: the kinds of convolutions that make and read the hidden axis, in templates of convolutions.
     """
 
     template: str
@@ -39,6 +40,7 @@ class Step:
     norm: str = ""
     residual: bool = False
     calls: int = 1
+    windows: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""Blocks of random networks whose layers are convolutions with padding, strides, dilation or groups, or transposed ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from random_middles import Hidden
+from random_templates import Chain, Planted, Step, Template, template
+from torch import Tensor, nn
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
+
+
+def _convolution(kernel: int, **options: Any) -> Callable[..., nn.Module]:
+    return lambda dims, inputs, outputs, bias: _CONVOLUTIONS[dims](inputs, outputs, kernel, bias=bias, **options)
+
+
+def _transposed(kernel: int, **options: Any) -> Callable[..., nn.Module]:
+    return lambda dims, inputs, outputs, bias: _TRANSPOSED[dims](inputs, outputs, kernel, bias=bias, **options)
+
+
+def _uneven(dims: int, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    if dims == 1:
+        return nn.Conv1d(inputs, outputs, 2, padding=2, bias=bias)
+    return nn.Conv2d(inputs, outputs, (3, 2), (1, 2), (2, 1), bias=bias)
+
+
+def _grouped(dims: int, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    groups = next(g for g in (4, 3, 2, 1) if inputs % g == outputs % g == 0)
+    return _CONVOLUTIONS[dims](inputs, outputs, 3, padding=1, groups=groups, bias=bias)
+
+
+# Kinds of windows. Those that put zeros around their input need a constant channel.
+WINDOWS: dict[str, Callable[..., nn.Module]] = {
+    "pointwise": _convolution(1),
+    "replicated": _convolution(3, padding=1, padding_mode="replicate"),
+    "circular": _convolution(3, padding=1, padding_mode="circular"),
+    "padded": _convolution(3, padding=1),
+    "padded to the same size": _convolution(3, padding="same", dilation=2),
+    "padded by much": _convolution(1, padding=1),
+    "strided": _convolution(3, padding=1, stride=2),
+    "dilated": _convolution(3, padding=2, dilation=2),
+    "uneven": _uneven,
+    "transposed": _transposed(3, stride=2, padding=1, output_padding=1),
+    "transposed cells": _transposed(2, stride=2),
+    "transposed, one entry": _transposed(1),
+    "transposed, padded": _transposed(3, padding=1),
+    "grouped": _grouped,
+}
+_CONSTANT = frozenset({"pointwise", "replicated", "circular", "transposed, one entry"})
+# Middle operators that leave some constant a constant other than 0, so that a block must be found where they stand before zeros.
+STAYING = (
+    {f"nn.{name}" for name in ("ReLU", "GELU", "SiLU", "LeakyReLU", "ELU", "SELU", "CELU", "Mish", "Sigmoid", "Tanh", "Softplus", "Softsign", "Identity", "Dropout")}
+    | {f"F.{name}" for name in ("relu", "gelu", "silu", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "softsign", "relu(inplace)", "silu(inplace)")}
+    | {"scale", "shift", "scale and shift", "parameter through a function", "one for all", "where", "masked_fill", "like"}
+    | {"nn.PReLU()", "nn.PReLU(w)", "F.prelu", "nn.BatchNorm", "F.batch_norm", "BatchNorm behind transpose", "F.conv2d depthwise", "depthwise over tokens"}
+    | {"max pool", "adaptive pool", "squeeze and excite", "transpose and back", "movedim and back", "channels last and back"}
+)  # fmt: skip
+
+
+@functools.lru_cache
+def positions_behind(window: str, positions: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the positions behind a convolution."""
+    with torch.no_grad():
+        return tuple(WINDOWS[window](len(positions), 1, 1, False)(torch.zeros(1, 1, *positions)).shape[2:])
+
+
+def _fits(step: Step, layout: str, positions: tuple[int, ...], channels: int) -> bool:
+    return layout != "flat"
+
+
+class Convolved(Template):
+    """A template whose producers and consumers are convolutions. What they return is resized to the stream's positions."""
+
+    @property
+    def hidden_positions(self) -> tuple[int, ...]:
+        """The positions of the hidden tensor."""
+        return positions_behind(self.step.windows[0], self.positions)
+
+    def window(self, end: int, inputs: int, outputs: int) -> nn.Module:
+        """Return a producer (``end=0``) or a consumer (``end=1``)."""
+        return WINDOWS[self.step.windows[end]](len(self.positions), inputs, outputs, self.step.biased[end])
+
+    def within(self, names: tuple[str, ...] | None = None, width: int | None = None) -> Chain:
+        """Return a chain of middle operators at the positions of the hidden tensor."""
+        hidden = Hidden(self.layout, self.hidden_positions, self.channels, self.step.width if width is None else width)
+        return Chain(self.step.middle if names is None else names, hidden)
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return tokens or images with the channels in axis 1, or turn them back."""
+        return x.transpose(1, 2) if self.layout == "tokens" else x
+
+    def resized(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Return a tensor with the channels in axis 1 at other positions."""
+        if tuple(positions) == self.hidden_positions == self.positions:
+            return x
+        return (F.adaptive_avg_pool1d if len(positions) == 1 else F.adaptive_avg_pool2d)(x, positions)
+
+    def through(self, chain: Chain, h: Tensor, x: Tensor) -> Tensor:
+        """Return a hidden tensor behind a chain; both have the channels in axis 1."""
+        return self.first(chain(self.first(h), self.first(self.resized(x, self.hidden_positions))))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Return what the block computes, with the channels in axis 1."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
+        y = self.convolve(self.first(x))
+        pool = F.adaptive_avg_pool1d if len(self.positions) == 1 else F.adaptive_avg_pool2d
+        return self.first(pool(y, self.positions))
+
+    def found_before_zeros(self, planted: list[Planted], *chains: Chain) -> list[Planted]:
+        """Return planted blocks if they must be found before the consumer's padding."""
+        names = {name for chain in chains for name in chain.names}
+        if self.step.windows[1] in _CONSTANT or (self.step.biased[0] and names <= STAYING):
+            return planted
+        return []
+
+
+@template("convolutions", _fits)
+class Convolutions(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, width, outputs)
+        self.between = self.within()
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.fc2(self.through(self.between, self.fc1(x), x))
+
+    def planted(self) -> list[Planted]:
+        if "grouped" in self.step.windows:
+            return []  # groups of single channels are not narrowed
+        return self.found_before_zeros(self.block([self.fc1], [self.fc2], self.between), self.between)
+
+
+@template("gated convolutions", _fits)
+class GatedConvolutions(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.gate, self.up = self.window(0, inputs, width), self.window(0, inputs, width)
+        self.fc2 = self.window(1, width, outputs)
+        self.between, self.second = self.within(), self.within(self.step.other)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        gate = self.through(self.between, self.gate(x), x)
+        return self.fc2(gate * self.through(self.second, self.up(x), x))
+
+
+@template("packed convolutions", _fits)
+class PackedConvolutions(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.packed, self.fc2 = self.window(0, inputs, 2 * width), self.window(1, width, outputs)
+        self.between = self.within()
+
+    def convolve(self, x: Tensor) -> Tensor:
+        gate, value = self.packed(x).chunk(2, 1)
+        return self.fc2(self.through(self.between, gate, x).sigmoid() * value)
+
+
+@template("convolutions with two readers", _fits)
+class TwoReaders(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, width, outputs)
+        self.beside = WINDOWS["pointwise"](len(self.positions), width, 3, self.step.biased[1])
+        self.between, self.second = self.within(), self.within(self.step.other)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        beside = self.beside(self.through(self.second, h, x)).mean(1, keepdim=True)
+        return self.resized(self.fc2(self.through(self.between, h, x)), self.positions) + self.resized(
+            beside, self.positions
+        )
+
+
+@template("convolutions called twice", _fits)
+class CalledTwice(Convolutions):
+    def convolve(self, x: Tensor) -> Tensor:
+        return super().convolve(x) + super().convolve(x.sin())
+
+    def planted(self) -> list[Planted]:
+        return []
+
+
+@template("convolutions that read all before", _fits)
+class DenseConvolutions(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.a, self.down = self.window(0, inputs, width), self.window(1, width + 3, outputs)
+        self.b = WINDOWS["padded"](len(self.positions), width, 3, True)
+        self.between, self.second = self.within(), self.within(self.step.other, 3)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        h = self.through(self.between, self.a(x), x)
+        return self.down(torch.cat([h, self.through(self.second, self.b(h), x)], 1))
+
+
+@template("convolutions in a row", _fits)
+class RowOfConvolutions(Convolved):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.a, self.c = self.window(0, inputs, width), self.window(1, width + 2, outputs)
+        self.b = WINDOWS["padded"](len(self.positions), width, width + 2, self.step.biased[1])
+        self.between, self.second = self.within(), self.within(self.step.other, width + 2)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        h = self.through(self.between, self.a(x), x)
+        return self.c(self.through(self.second, self.b(h), x))
