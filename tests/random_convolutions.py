@@ -97,22 +97,19 @@ class Convolved(Template):
 
     def resized(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Return a tensor with the channels in axis 1 at other positions."""
-        if tuple(positions) == self.hidden_positions == self.positions:
-            return x
         return (F.adaptive_avg_pool1d if len(positions) == 1 else F.adaptive_avg_pool2d)(x, positions)
 
     def through(self, chain: Chain, h: Tensor, x: Tensor) -> Tensor:
         """Return a hidden tensor behind a chain; both have the channels in axis 1."""
-        return self.first(chain(self.first(h), self.first(self.resized(x, self.hidden_positions))))
+        stream = x if self.hidden_positions == tuple(self.positions) else self.resized(x, self.hidden_positions)
+        return self.first(chain(self.first(h), self.first(stream)))
 
     def convolve(self, x: Tensor) -> Tensor:
         """Return what the block computes, with the channels in axis 1."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, taps: list[Tensor]) -> Tensor:
-        y = self.convolve(self.first(x))
-        pool = F.adaptive_avg_pool1d if len(self.positions) == 1 else F.adaptive_avg_pool2d
-        return self.first(pool(y, self.positions))
+        return self.first(self.resized(self.convolve(self.first(x)), self.positions))
 
     def found_before_zeros(self, planted: list[Planted], *chains: Chain) -> list[Planted]:
         """Return planted blocks if they must be found before the consumer's padding."""
@@ -170,9 +167,8 @@ class TwoReaders(Convolved):
     def convolve(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
         beside = self.beside(self.through(self.second, h, x)).mean(1, keepdim=True)
-        return self.resized(self.fc2(self.through(self.between, h, x)), self.positions) + self.resized(
-            beside, self.positions
-        )
+        y = self.fc2(self.through(self.between, h, x))
+        return self.resized(y, self.positions) + self.resized(beside, self.positions)
 
 
 @template("convolutions called twice", _fits)
