@@ -167,7 +167,14 @@ def test_norms_that_share_their_tensors(tmp_path: Path) -> None:
     model, out = net.model(["n", 4, "a", "b"], ["n", 4, "c", "d"]), tmp_path / "out.onnx"
     onnx.save(model, tmp_path / "in.onnx")
     pruned = vbpfx.prune_onnx(
-        tmp_path / "in.onnx", pictures(6, 5), out, ratio=0.5, method="vbp", round_to=1, progress=False
+        tmp_path / "in.onnx",
+        pictures(6, 5),
+        out,
+        ratio=0.5,
+        method="vbp",
+        allocation="equal",
+        round_to=1,
+        progress=False,
     )
     assert [len(entry.constants_in) for entry in pruned.plan.blocks] == [1, 1]
     expected = model
