@@ -29,6 +29,7 @@ from vbpfx.data.inputs import Inputs
 from vbpfx.export.onnx import export_onnx
 from vbpfx.onnx_session.session import open_session, run_session
 from vbpfx.outputs.differences import relative_error
+from vbpfx.plans.records import BlockPlan
 from vbpfx.rewrite.substitute import reference_graph
 
 
@@ -89,11 +90,16 @@ def shaken(plan: vbpfx.Plan) -> vbpfx.Plan:
     def shake(tensor: Tensor) -> Tensor:
         return tensor + torch.randn_like(tensor) * max(0.1, float(tensor.abs().mean()) if tensor.numel() else 0.0)
 
-    blocks = tuple(
-        replace(entry, constants=tuple(a + torch.randn_like(a) for a in entry.constants)) for entry in plan.blocks
-    )
+    blocks = tuple(replace(entry, constants=_shaken_constants(entry)) for entry in plan.blocks)
     corrections = tuple(replace(c, weight=shake(c.weight), bias=shake(c.bias)) for c in plan.corrections)
     return replace(plan, blocks=blocks, corrections=corrections)
+
+
+def _shaken_constants(entry: BlockPlan) -> tuple[torch.Tensor, ...]:
+    """Return a block's constants with noise, but 0 where a layer pads its input and no channel holds the constants."""
+    padded = {c.source for c in entry.block.consumers if c.padded} if not entry.constants_in else set()
+    sources = zip(entry.constants, entry.block.sources, strict=True)
+    return tuple(a if source in padded else a + torch.randn_like(a) for a, source in sources)
 
 
 def measure(subject: Subject) -> Exactness:
