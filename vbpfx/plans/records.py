@@ -213,7 +213,11 @@ class Block:
         return self.width // self.groups
 
     def in_groups(self, channels: Iterable[int]) -> list[list[int]]:
-        """Return some of the block's channels, group by group, each counted from the start of its group."""
+        """Return some of the block's channels, group by group, each counted from the start of its group.
+
+        Args:
+            channels: indices of channels of the block.
+        """
         found: list[list[int]] = [[] for _ in range(self.groups)]
         for channel in channels:
             found[channel // self.group_size].append(channel % self.group_size)
