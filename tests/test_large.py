@@ -141,6 +141,31 @@ def test_the_result_is_that_of_the_path_in_memory(case: str, tmp_path: Path) -> 
     assert all(m.co is None for found in result.statistics.moments.values() for m in found)
 
 
+def _padded() -> nn.Module:
+    """Return padded and grouped convolutions, the first of which read neurons that hardly vary."""
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1, groups=2)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(24), nn.ReLU(), nn.ConvTranspose2d(24, 5, 3, 2, 1))
+
+
+@pytest.mark.parametrize("compensation", ["mean", "ridge"])
+def test_convolutions_with_constant_channels(compensation: str, tmp_path: Path) -> None:
+    model, batches = randomize(_padded()).eval(), [torch.randn(5, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    with torch.no_grad():
+        model[1].weight.mul_(0.1)
+        nn.init.uniform_(model[1].bias, 1.0, 2.0)
+    with vbpfx.without_weights():
+        hollow = _padded()
+    options: dict[str, Any] = {"ratio": 0.5, "compensation": compensation, "method": "vbp", "progress": False}
+    expected = vbpfx.prune(model, batches, **options)
+    assert compensation == "ridge" or any(entry.constants_in for entry in expected.plan.blocks)
+    result = vbpfx.prune_files(
+        hollow, batches, tmp_path / "out", weights=_files(model, tmp_path / "in"), memory=TIGHT, **options
+    )
+    _assert_same_plan(result.plan, expected.plan)
+    assert [e.constants_in for e in result.plan.blocks] == [e.constants_in for e in expected.plan.blocks]
+    _assert_files_hold(tmp_path / "out", expected.graph_module)
+
+
 class ReadsAPart(nn.Module):
     """Its forward pass reads the weight of a module that it does not call."""
 
