@@ -23,6 +23,7 @@ from zoo import Net
 import vbpfx
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors
+from vbpfx.planning.budget import parameter_cost
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.plans.files import load_plan, plan_files
 from vbpfx.plans.records import BlockPlan
@@ -305,20 +306,24 @@ def test_the_constant_channel_counts_in_the_width() -> None:
     assert result.small.get_parameter("3.weight").shape[1] == 16
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("budget", ["macs", "params"])
-def test_the_constant_channel_counts_in_the_budget(budget: str) -> None:
-    net = network(nn.Conv2d(32, 5, 3, padding=1), width=32)
+def test_the_constant_channel_counts_in_the_budget(budget: str, bias: bool) -> None:
+    """A layer that pads gets no bias for constants, so none is counted."""
+    net = network(nn.Conv2d(32, 5, 3, padding=1, bias=bias), width=32)
     result = stages(net, x := pictures(6, 5, samples=1), round_to=1, method="vbp", **{budget: 0.5})
     (entry,) = result.plan.blocks
 
     def spent(width: int) -> int:
         if budget == "macs":  # all products of both convolutions at 6 x 5 positions
             return 30 * width * (3 + 9 * 5)
-        return width * (3 + 1 + 2) + 5 * 9 * width + 5
+        return width * (3 + 1 + 2) + 5 * 9 * width + 5 * bias
 
     assert len(entry.constants_in) == 1
     assert spent(entry.width) <= 0.5 * spent(32) < spent(entry.width + 1)
     if budget == "params":
+        blocks = result.analysis.blocks
+        assert parameter_cost(net, blocks)({blocks[0].name: entry.width}) == spent(entry.width)
         assert sum(p.numel() for p in result.small.parameters()) == spent(entry.width)
     else:
         again = vbpfx.capture(result.small, x)

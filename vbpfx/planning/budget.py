@@ -266,7 +266,7 @@ def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:
         consumer.bias: (consumer.weight, 1 - consumer.weight_axis)
         for block in blocks
         for consumer in block.consumers
-        if consumer.creates_bias
+        if consumer.creates_bias and not consumer.padded
     }
     makers: dict[str, dict[str, Block]] = {bias: {} for bias in created}
     for block in blocks:
