@@ -260,6 +260,19 @@ def convolved(forward: Callable[..., Any], **layers: Any) -> Callable[[], nn.Mod
     return lambda: Net(forward, **{"a": nn.Conv2d(4, 12, 1), "b": nn.Conv2d(12, 5, 3, padding=1)} | layers)
 
 
+class Frozen(nn.Module):
+    """A BatchNorm whose numbers are fixed, as the backbones of detectors have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.mean, self.var = (parameter(width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.mean, self.var))
+        scale = weight * (var.abs() + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
 def normed(norm: nn.Module, activation: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
     """Return a maker of a network with a norm and an activation between a convolution without a bias and a padded one."""
     return convolved(lambda m, x: m.b(activation(m.norm(m.a(x)))), a=nn.Conv2d(4, 12, 1, bias=False), norm=norm)
@@ -384,7 +397,7 @@ SHARED = [
 C1, C2, C3, T2 = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d
 PADDED = [
     Case("padded convolution", lambda: nn.Sequential(C2(4, 12, 1), nn.ReLU(), C2(12, 3, 3, padding=1)), images, {"0->2": 12}),
-    Case("padded without biases", lambda: nn.Sequential(C2(4, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), C2(12, 3, 3, padding=1, bias=False)), images, {"0->3": 12}),
+    Case("padded without biases", lambda: nn.Sequential(C2(4, 12, 3, bias=False), nn.BatchNorm2d(12), nn.GELU(), C2(12, 3, 3, padding=1, bias=False)), images, {"0->3": 12}),
     Case("padded, strided and dilated", convolved(lambda m, x: x.mean() + m.b(m.a(x).relu()), b=C2(12, 5, 3, 2, padding=2, dilation=2)), images, {"a->b": 12}),
     Case("padded unevenly", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, (3, 2), (1, 3), padding=(2, 0))), images, {"a->b": 12}),
     Case("padded to the same size", convolved(lambda m, x: m.b(m.a(x).relu()), b=C2(12, 5, (5, 3), padding="same", dilation=(1, 2))), images, {"a->b": 12}),
@@ -420,7 +433,7 @@ PADDED = [
     Case("padded behind a depthwise convolution", convolved(lambda m, x: m.b(m.dw(m.a(x).relu()).relu()), dw=C2(12, 12, 3, padding=1, groups=12)), images, {"a->b": 12}),
     Case("padded behind a depthwise convolution and a norm", convolved(lambda m, x: m.b(m.bn(m.dw(m.a(x).relu())).sigmoid()), dw=C2(12, 12, 3, padding=1, groups=12, bias=False), bn=nn.BatchNorm2d(12)), images, {"a->b": 12}),
     Case("padded behind a grouped convolution", convolved(lambda m, x: m.b(m.a(x).tanh()), a=C2(4, 12, 3, padding=1, groups=2)), images, {"a->b": 12}),
-    Case("padded readers with other groups", convolved(lambda m, x: m.b(h := m.a(x).tanh()) + m.c(h), b=C2(12, 8, 3, padding=1, groups=2), c=C2(12, 8, 5, padding=2, groups=4)), images, {"a->c": 12}),
+    Case("padded readers with other groups", convolved(lambda m, x: m.b(h := m.a(x).tanh()) + m.c(h), a=C2(4, 24, 1), b=C2(24, 8, 3, padding=1, groups=2), c=C2(24, 8, 5, padding=2, groups=4)), images, {"a->c": 24}),
     Case("padded behind pooling", convolved(lambda m, x: m.b(F.avg_pool2d(F.max_pool2d(m.a(x), 3, 1, 1), 3, 2, 1, ceil_mode=True, count_include_pad=False).relu())), images, {"a->b": 12}),
     Case("padded behind pooling modules", convolved(lambda m, x: m.b(m.up(m.pool(m.a(x))).relu()), pool=nn.AvgPool2d(2, ceil_mode=True), up=nn.Upsample(scale_factor=2, mode="bilinear")), images, {"a->b": 12}),
     Case("padded behind interpolation", convolved(lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bicubic").relu())), images, {"a->b": 12}),
@@ -428,7 +441,8 @@ PADDED = [
     Case("padded behind an instance norm", normed(nn.InstanceNorm2d(12, affine=True), F.gelu), images, {"a->b": 12}),
     Case("padded behind running instance statistics", normed(nn.InstanceNorm2d(12, track_running_stats=True), torch.sigmoid), images, {"a->b": 12}),
     Case("padded behind instance statistics", convolved(lambda m, x: m.b(F.instance_norm(m.a(x), m.n.running_mean, m.n.running_var, momentum=0.0).sigmoid()), n=nn.BatchNorm2d(12)), images, {"a->b": 12}),
-    Case("padded behind a norm without parameters", convolved(lambda m, x: m.b(m.norm(m.a(x)).relu()), norm=nn.BatchNorm2d(12, affine=False)), images, {"a->b": 12}),
+    Case("padded behind a norm by hand", convolved(lambda m, x: m.b(F.gelu(m.norm(m.a(x)))), a=C2(4, 12, 1, bias=False), norm=Frozen(12)), images, {"a->b": 12}),
+    Case("padded behind a norm without parameters", convolved(lambda m, x: m.b(F.gelu(m.norm(m.a(x)))), norm=nn.BatchNorm2d(12, affine=False)), images, {"a->b": 12}),
     Case("padded behind a norm and its negative", normed(nn.BatchNorm2d(12), lambda h: F.leaky_relu(-h, 0.1)), images, {"a->b": 12}),
     Case("padded behind torch.batch_norm", convolved(lambda m, x: m.b(F.leaky_relu(-torch.batch_norm(m.a(x), m.n.weight, m.n.bias, m.n.running_mean, m.n.running_var, False, 0.1, 1e-5, False), 0.1)), n=nn.BatchNorm2d(12)), images, {"a->b": 12}),
     Case("padded behind an activation that is not 0 at 0", lambda: nn.Sequential(C2(4, 12, 1, bias=False), nn.Sigmoid(), C2(12, 3, 3, padding=1)), images, {"0->2": 12}),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
 
 PADDED = "a padded or transposed convolution reads it"
-# The values that are tried for the channel's biases. One that leaves c between a half and 2 is taken at once.
-_BIASES = (1.0, 2.0, -1.0, 0.5, -2.0, 4.0, -4.0)
+# The values that are tried for the channel's biases, then for other parameters. One that leaves c between a half and 2 is
+# taken at once.
+_TRIED = (1.0, 2.0, -1.0, 0.5, -2.0, 4.0, -4.0)
 # A smaller c would make the reader's column for it large, and with it the rounding error.
 _LEAST = 1e-2
 _LAYERS = (
@@ -99,11 +100,9 @@ def find_constant_channel(
     own = [entry for entry in parameters if (entry.name, entry.axis) not in read]
     nodes = list(dict.fromkeys(evidence.nodes[carrier.node] for carrier in carriers))
     channel = _Channel(nodes, producing, network, names, evidence)
-    rows = set(produced)
     found: dict[float, tuple[dict[str, float], dict[str, float]]] = {}
     obstacle: Site | None = None
-    for bias in _BIASES:
-        settings = channel.settings(own, rows, bias)
+    for settings in channel.attempts(own, set(produced)):
         try:
             values = {c.source.node: channel.value(evidence.nodes[c.source.node], settings) for c in padded}
         except _NotConstantError as error:
@@ -150,19 +149,30 @@ class _Channel:
         self._carrying = set(nodes)
         self._sites = {node: Site(node, called_module(network, node), names, evidence.read) for node in nodes}
 
-    def settings(self, own: Iterable[ParameterAxis], rows: set[str], bias: float) -> dict[str, float]:
-        """Return parameter -> the number that it is set to at the channel.
+    def attempts(self, own: Iterable[ParameterAxis], rows: set[str]) -> Iterator[dict[str, float]]:
+        """Yield, for every attempt, parameter -> the number that it is set to at the channel.
 
-        Rows of producers and kernels of depthwise convolutions become 0, biases ``bias``, norms a weight of 0 over the
-        mean 0 and the variance 1, and all other parameters 1.
+        Rows of producers and kernels of depthwise convolutions become 0, norms a weight of 0 over the mean 0 and the variance
+        1, biases each of the values that are tried, and all other parameters 1. Then each of these others takes these values
+        in turn, with biases of 1: a norm may be written out by hand.
 
         Args:
             own: the parameters to set.
             rows: the weights of the producers.
         """
-        known = dict.fromkeys((entry.name for entry in own), 1.0)
-        for name in known.keys() & rows:
-            known[name] = 0.0
+        names = list(dict.fromkeys(entry.name for entry in own))
+        roles = self._roles(rows, 1.0)
+        plain = dict.fromkeys(names, 1.0)
+        for bias in _TRIED:
+            yield plain | {name: value for name, value in self._roles(rows, bias).items() if name in plain}
+        settings = plain | {name: value for name, value in roles.items() if name in plain}
+        for name in names:
+            for value in _TRIED if name not in roles else ():
+                yield settings | {name: value}
+
+    def _roles(self, rows: set[str], bias: float) -> dict[str, float]:
+        """Return parameter -> number, for the parameters of layers and norms."""
+        known = dict.fromkeys(rows, 0.0)
         for node, site in self._sites.items():
             rule = site.operator.rule
             roles: dict[Operand | None, float] = {}
@@ -173,8 +183,7 @@ class _Channel:
             elif rule in _NORMS:
                 numbers = _NORM_PARAMETERS | {"bias": bias}
                 roles = {operand: numbers[name] for name, operand in norms.norm_parameters(site).items()}
-            of_owner = {operand.owner: value for operand, value in roles.items() if operand is not None}
-            known |= {owner: value for owner, value in of_owner.items() if owner in known}
+            known |= {operand.owner: value for operand, value in roles.items() if operand is not None}
         return known
 
     def value(self, node: fx.Node, settings: Mapping[str, float]) -> float:
