@@ -110,11 +110,13 @@ def _gather(
 def _read_by_hand(model: nn.Module, layer: str, batch: dict[str, Any]) -> np.ndarray:
     """Return the input of a layer with one row per position."""
     seen: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    module = model.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():
         model(**batch)
     handle.remove()
     (read,) = seen
+    read = read.movedim(1, -1) if isinstance(module, nn.Conv1d) else read
     return read.reshape(-1, read.shape[-1]).numpy()
 
 
@@ -131,7 +133,7 @@ def _assert_by_hand(
     batch: dict[str, Any],
     masks: dict[str, Tensor],
 ) -> None:
-    """Assert that every MLP has the statistics computed by hand; ``masks`` maps a part of a block's name to its mask."""
+    """Assert that every block has the statistics computed by hand; ``masks`` maps a part of a block's name to its mask."""
     checked = set()
     for block in analysis.blocks:
         (consumer,) = block.consumers
