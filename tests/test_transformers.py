@@ -55,6 +55,7 @@ OTHERS: dict[str, dict[int, int]] = {
     "BERT": {32: 1}, "RoBERTa": {32: 1}, "DistilBERT": {32: 1}, "ELECTRA": {32: 1}, "ALBERT": {32: 1},
     "DeBERTa-v2": {32: 1},  # the pooler, read by the classifier
     "Wav2Vec2": {24: 2},  # the convolutions in front
+    "Whisper": {32: 1},  # between the convolutions in front
     "SegFormer": {16: 1, 20: 3},  # the reduction of keys and values, and the decoder
 }  # fmt: skip
 
@@ -80,10 +81,11 @@ def _reads(module: nn.Module) -> int:
 
 # Pruning that the configuration can describe: compensation, and blocks to leave out.
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
-    **{n: {} for n in ("ViT", "DeiT", "BEiT", "CLIP", "SigLIP", "GPT-2", "OPT", "Llama", "GPT-NeoX", "Whisper")},
+    **{n: {} for n in ("ViT", "DeiT", "BEiT", "CLIP", "SigLIP", "GPT-2", "OPT", "Llama", "GPT-NeoX")},
     "BERT": {"exclude": "*pooler*"},
     "DistilBERT": {"exclude": "pre_classifier*"},
     "ModernBERT": {},
+    "Whisper": {"exclude": "*conv*"},  # no entry for the width between them
     # no entry for biases
     **{n: {"compensation": "none"} for n in ("Mistral", "Qwen3", "Gemma", "T5 gated", "Phi-3")},
 }
