@@ -22,7 +22,7 @@ from vbpfx.reconstruction.regression import Sums, fit
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.rows import Rows, in_larger_parts
 from vbpfx.reconstruction.schedule import schedule
-from vbpfx.reconstruction.steps import layers_beside
+from vbpfx.reconstruction.steps import layers_beside, layers_to_fit
 from vbpfx.reconstruction.stream import Stream
 
 
@@ -74,7 +74,11 @@ def test_layers_beside_the_blocks_are_found_by_what_they_are_added_to() -> None:
     model, data = _residual()
     captured = vbpfx.capture(model, data[0][:4])
     analysis = vbpfx.find_blocks(captured)
-    assert [layer.weight for layer in layers_beside(analysis)] == ["mix.0.weight", "mix.1.weight"]
+    beside = layers_beside(analysis, analysis.blocks)
+    assert [layer.weight for layer in beside] == ["mix.0.weight", "down.0.weight", "mix.1.weight", "down.1.weight"]
+    first, _ = analysis.blocks
+    fitted = layers_to_fit(schedule(analysis), analysis, [first], layers_beside(analysis, [first]))
+    assert [layer.weight for layer in fitted] == ["down.0.weight", "mix.1.weight"]  # no block is in front of mix.0
     for layer in analysis.layers:
         found = find_residual_sum(captured, layer.node)
         assert (found is not None) == layer.weight.startswith(("mix", "down")), layer.weight
@@ -86,13 +90,13 @@ def test_layers_beside_the_blocks_are_found_by_what_they_are_added_to() -> None:
 def test_refits_are_named_switched_off_and_kept_out_by_patterns() -> None:
     model, data = _residual()
     both = vbpfx.prune(model, data, ratio=0.5, progress=False)
-    assert both.plan.refitted == ("mix.0.weight", "mix.1.weight")
-    assert both.plan.settings["reconstruction"]["refitted"] == ["mix.0.weight", "mix.1.weight"]
-    assert "refitted beside the blocks: 2 layers (mix.0.weight, mix.1.weight)" in str(both)
+    assert both.plan.refitted == ("mix.1.weight",)
+    assert both.plan.settings["reconstruction"]["refitted"] == ["mix.1.weight"]
+    assert "refitted beside the blocks: 1 layer (mix.1.weight)" in str(both)
     assert vbpfx.prune(model, data, ratio=0.5, refit=False, progress=False).plan.refitted == ()
-    kept_out = vbpfx.prune(model, data, ratio=0.5, exclude="mix.0", progress=False)
-    assert kept_out.plan.refitted == ("mix.1.weight",)
-    assert torch.equal(kept_out.graph_module.get_parameter("mix.0.weight"), model.mix[0].weight)
+    kept_out = vbpfx.prune(model, data, ratio=0.5, exclude="mix.1", progress=False)
+    assert kept_out.plan.refitted == ()
+    assert torch.equal(kept_out.graph_module.get_parameter("mix.1.weight"), model.mix[1].weight)
 
 
 def test_everything_else_stays_bit_for_bit() -> None:
@@ -195,7 +199,7 @@ def test_reconstruction_errs_less_than_the_mean_fold_on_other_data() -> None:
 def test_a_layer_without_a_bias_stays_without_one() -> None:
     torch.manual_seed(5)
     net = Net(
-        lambda s, x: (y := x + s.mix(torch.tanh(x))) + s.down(nn.functional.relu(s.up(y))),
+        lambda s, x: (y := x + s.down(nn.functional.relu(s.up(x)))) + s.mix(torch.tanh(y)),
         mix=nn.Linear(8, 8, bias=False), up=nn.Linear(8, 16), down=nn.Linear(16, 8),
     )  # fmt: skip
     model = randomize(net)
@@ -206,15 +210,15 @@ def test_a_layer_without_a_bias_stays_without_one() -> None:
 
 
 class Undifferentiable(nn.Module):
-    """A residual block in front of a square root, whose derivative at zero is infinite."""
+    """A block, a layer beside it, and a square root, whose derivative at zero is infinite."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.inner(x)
-        return torch.sqrt(nn.functional.relu(x + self.down(nn.functional.relu(self.up(x)))))
+        x = x + self.down(nn.functional.relu(self.up(x)))
+        return torch.sqrt(nn.functional.relu(x + self.inner(x)))
 
 
 def test_a_model_without_finite_derivatives_is_fitted_all_the_same() -> None:

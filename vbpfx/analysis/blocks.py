@@ -38,7 +38,9 @@ from vbpfx.plans.records import (
     ValueAxis,
 )
 from vbpfx.rules.axes import Axis, Names
+from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
+from vbpfx.rules.windows import window_of
 
 _SEES_NO_DATA = (
     "it does not depend on the model's inputs: it is computed from parameters and constants only, so no data can tell which of "
@@ -122,10 +124,15 @@ def find_blocks(captured: Captured) -> Analysis:
     order = evidence.position
     blocks.sort(key=lambda block: (order[block.carriers[0].node], block.carriers[0].start))
     refusals.sort(key=lambda refusal: min(map(evidence.first_use, refusal.producers)))
-    return Analysis(_with_unique_names(blocks), tuple(dict.fromkeys(refusals)), captured, _layers(adapters, evidence))
+    return Analysis(
+        _with_unique_names(blocks),
+        tuple(dict.fromkeys(refusals)),
+        captured,
+        _layers(captured.graph_module, adapters, evidence),
+    )
 
 
-def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]:
+def _layers(network: fx.GraphModule, adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]:
     """Return the calls of all layers that a regression can fit. For such a layer it can fit every call."""
     found: list[Consumer] = []
     parts = {weight for adapter in adapters for weight in (adapter.down, adapter.up)}
@@ -135,12 +142,15 @@ def _layers(adapters: list[Adapter], evidence: Evidence) -> tuple[Consumer, ...]
         channel = consumer.source.axis % len(x)
         pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
         same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
+        node = evidence.nodes[consumer.node]
+        windows = window_of(node, called_module(network, node)) is not None
         own_bias = consumer.creates_bias or (
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
         sees_data = evidence.nodes[consumer.source.node] in evidence.fed
         dense = consumer.alone and consumer.groups == 1
-        if sees_data and consumer.weight not in parts and dense and pointwise and same_positions and own_bias:
+        one_row_each = windows or (pointwise and same_positions)
+        if sees_data and consumer.weight not in parts and dense and own_bias and one_row_each:
             found.append(consumer)
     fittable = Counter(layer.weight for layer in found)
     complete = [layer for layer in found if fittable[layer.weight] == calls[layer.weight]]

@@ -130,7 +130,7 @@ class Strategy:
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
         fits, order = fitting.fits(chosen), schedule(analysis)
         refits = fits and (fitting.refit is None or fitting.refit)
-        beside = select_layers(layers_beside(analysis), chosen.include, chosen.exclude) if refits else ()
+        beside = select_layers(layers_beside(analysis, blocks), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
         measures = chosen.allocation == "sensitivity" and len(blocks) > 1
         # whether the plan decides only the widths of the blocks

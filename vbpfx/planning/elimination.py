@@ -8,7 +8,10 @@ K, with weights V. Removing one more neuron j adds
 to the squared error of y, where v_j is column j of V. The new fit is V - v_j [A^-1]_j: / [A^-1]_jj, where [A^-1]_j: is
 row j (Hassibi and Stork 1993, applied to a layer's regression).
 
-A^-1 and V both change by a matrix of rank one. Applying these changes one by one would move d^2 numbers through memory
+A convolution reads T entries of every channel, so a neuron is a group of T columns that go together. Then v_j is (out, T), [A^-1]_jj
+is (T, T), and removing j adds tr(v_j [A^-1]_jj^-1 v_j^T).
+
+A^-1 and V both change by a matrix of rank T. Applying these changes one by one would move d^2 numbers through memory
 for every neuron. Here they are collected as factors and applied in blocks by one matrix product, which gives the same
 numbers. Rows and columns of removed neurons are dropped once there are enough of them to be worth a copy of the rest,
 so that most products are of smaller matrices.
@@ -43,15 +46,19 @@ def elimination_costs(
     among: Tensor | None = None,
     penalty: float = PENALTY,
     block: int = _BLOCK,
+    group: int = 1,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Remove neurons one by one, each time the one that costs least.
 
     Args:
-        inputs: for every consumer input the covariance C (d, d) and the weight W (out, d) that reads it.
+        inputs: for every consumer input the covariance C (d T, d T) and the weight W (out, d T) that reads it.
         remove: the number of neurons to remove; all but one by default.
         among: indices of the neurons that may be removed; all by default.
         penalty: lambda, relative to the mean variance.
-        block: the number of removals after which the factors are applied. Every number gives the same result.
+        block: the number of removed columns after which the factors are applied. Every number gives the same result.
+        group: T, the number of successive columns that belong to one neuron.
+        first: the neuron to remove first, whatever it costs; it counts as one of those to remove.
 
     Raises:
         CalibrationError: a covariance or a weight holds NaN or infinity, so that costs cannot be computed.
@@ -61,8 +68,8 @@ def elimination_costs(
     """
     if not all(bool(weight.isfinite().all()) for _, weight in inputs):
         raise CalibrationError("weights that read its neurons hold NaN or infinity; load or train them again")
-    eliminations = [_Elimination(covariance, weight, penalty, block) for covariance, weight in inputs]
-    width = len(inputs[0][0])
+    eliminations = [_Elimination(covariance, weight, penalty, block, group) for covariance, weight in inputs]
+    width = len(inputs[0][0]) // group
     open_ = torch.ones(width, dtype=torch.bool) if among is None else torch.zeros(width, dtype=torch.bool)
     if among is not None:
         open_[among] = True
@@ -72,8 +79,8 @@ def elimination_costs(
     there = torch.ones(width, dtype=torch.bool)
     for _ in range(width - 1 if remove is None else remove):
         cost = torch.stack([elimination.costs() for elimination in eliminations]).sum(0)
-        cost[~open_[left]] = torch.inf
-        chosen = int(cost.argmin())
+        cheapest = int(cost.masked_fill(~open_[left], torch.inf).argmin())
+        chosen = cheapest if first is None or order else first
         neuron = int(left[chosen])
         order.append(neuron)
         costs.append(max(0.0, float(cost[chosen])))
@@ -90,43 +97,60 @@ def elimination_costs(
 class _Elimination:
     """A^-1 and V for one consumer input. The last few removals are not applied to them yet, but kept as factors.
 
-    With p = [A^-1]_jj, removing j means A^-1 -= x x^T and V -= u x^T, where x = [A^-1]_:j / sqrt(p) and
-    u = v_j / sqrt(p).
+    With [A^-1]_jj = L L^T, removing j means A^-1 -= x^T x and V -= u x, where x = L^-1 [A^-1]_j: and u = v_j L^-T.
     """
 
-    def __init__(self, covariance: Tensor, weight: Tensor, penalty: float, block: int) -> None:
+    def __init__(self, covariance: Tensor, weight: Tensor, penalty: float, block: int, group: int) -> None:
         self.inverse, self.fit = ridge_inverse(covariance, penalty), weight.double().clone()
-        self.diagonal = self.inverse.diagonal().clone()
-        self.norms = self.fit.square().sum(0)
-        self.x = torch.empty(block, self.inverse.shape[0], dtype=torch.float64)
-        self.u = torch.empty(block, self.fit.shape[0], dtype=torch.float64)
+        self.group, rows = group, max(group, block - block % group)
+        self.x = torch.empty(rows, self.inverse.shape[0], dtype=torch.float64)
+        self.u = torch.empty(rows, self.fit.shape[0], dtype=torch.float64)
         self.pending = 0
+        self._compute()
+
+    def _compute(self) -> None:
+        """Compute the blocks (d, T, T) of A^-1 and of V^T V that belong to one neuron each."""
+        t, n = self.group, len(self.inverse) // self.group
+        self.own = self.inverse.reshape(n, t, n, t).diagonal(dim1=0, dim2=2).movedim(-1, 0).clone()
+        columns = self.fit.T.reshape(n, t, -1)
+        self.squares = columns @ columns.mT
 
     def costs(self) -> Tensor:
-        """Return |v_j|^2 / [A^-1]_jj for every neuron; the values of removed neurons have no meaning."""
-        return self.norms / self.diagonal.clamp_min(1e-300)
+        """Return tr(v_j [A^-1]_jj^-1 v_j^T) for every neuron; the values of removed neurons have no meaning."""
+        if self.group == 1:
+            return (self.squares / self.own).flatten()
+        factor, _ = torch.linalg.cholesky_ex(self.own)
+        solved: Tensor = torch.cholesky_solve(self.squares, factor)
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, j: int) -> bool:
         """Remove neuron j. Return whether all factors are applied, so that none is waiting."""
-        x, u = self.x[: self.pending], self.u[: self.pending]
-        root = self.diagonal[j].sqrt()
-        column = (self.inverse[j] - x[:, j] @ x) / root
-        v = (self.fit[:, j] - u.T @ x[:, j]) / root
-        across = v @ self.fit - (u @ v) @ x  # v^T V before this removal
-        self.diagonal -= column.square()
-        self.norms += column * (column * v.square().sum() - 2 * across)
-        self.x[self.pending], self.u[self.pending] = column, v
-        self.pending += 1
+        t, x, u = self.group, self.x[: self.pending], self.u[: self.pending]
+        at = slice(j * t, (j + 1) * t)
+        factor = torch.linalg.cholesky(self.own[j])
+        rows = torch.linalg.solve_triangular(factor, self.inverse[at] - x[:, at].T @ x, upper=False)
+        v = torch.linalg.solve_triangular(factor, (self.fit[:, at] - u.T @ x[:, at]).T, upper=False).T
+        across = v.T @ self.fit - (v.T @ u.T) @ x  # v^T V before this removal
+        self.own -= self._products(rows, rows)
+        both = self._products(rows, (v.T @ v) @ rows / 2 - across)
+        self.squares += both + both.mT
+        self.x[self.pending : self.pending + t], self.u[self.pending : self.pending + t] = rows, v.T
+        self.pending += t
         if self.pending == len(self.x):
             self.inverse.addmm_(self.x.T, self.x, alpha=-1)
             self.fit.addmm_(self.u.T, self.x, alpha=-1)
-            # compute these anew, to drop the rounding errors that their updates have accumulated
-            self.diagonal, self.norms = self.inverse.diagonal().clone(), self.fit.square().sum(0)
+            self._compute()  # anew, to drop the rounding errors that their updates have accumulated
             self.pending = 0
         return self.pending == 0
 
+    def _products(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a_j^T b_j (d, T, T) for the columns a_j and b_j (T, T) of every neuron."""
+        stacks = (matrix.reshape(self.group, -1, self.group) for matrix in (a, b))
+        return torch.stack([x[:, :, None] * y[:, None, :] for x, y in zip(*stacks, strict=True)]).sum(0)
+
     def keep(self, still: Tensor) -> None:
-        """Keep only these rows and columns; no factor may be waiting."""
-        self.inverse = self.inverse[still][:, still]
-        self.fit, self.diagonal, self.norms = self.fit[:, still], self.diagonal[still], self.norms[still]
-        self.x = torch.empty(len(self.x), len(still), dtype=torch.float64)
+        """Keep only these neurons; no factor may be waiting."""
+        columns = (still[:, None] * self.group + torch.arange(self.group)).flatten()
+        self.inverse = self.inverse[columns][:, columns]
+        self.fit, self.own, self.squares = self.fit[:, columns], self.own[still], self.squares[still]
+        self.x = torch.empty(len(self.x), len(columns), dtype=torch.float64)

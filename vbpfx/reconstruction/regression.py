@@ -5,13 +5,13 @@ For rows x (d,) and targets t (out,) with row weights w, the fit of t ~ V x + c 
     V = V0 + S_rx (S_xx + lambda s I)^-1,    r = t - V0 x,    c = mean(t) - V mean(x).
 
 S are the weighted covariances, and s is the mean of the diagonal of S_xx (over the columns that may be used). For
-lambda -> infinity the weights stay V0 and only the bias changes.
+lambda -> infinity the weights stay V0 and only the bias changes. If the bias c is fixed, S are moments of x and t - c about zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,15 +29,23 @@ _PANEL = 256
 
 @dataclass(frozen=True)
 class Normal:
-    """The weighted means and covariances of x and t that a regression needs; float64."""
+    """The weighted means and covariances of x and t that a regression needs; float64.
+
+    For a fit whose bias is fixed, the mean of x is 0, that of t is the bias, and covariances are moments about them.
+    """
 
     mean_x: Tensor
     mean_t: Tensor
     xx: Tensor
     xt: Tensor
 
+    def with_bias(self, bias: Tensor) -> Normal:
+        """Return the same for fits whose bias is fixed, (out,)."""
+        across = self.xt + torch.outer(self.mean_x, self.mean_t - bias)
+        return Normal(torch.zeros_like(self.mean_x), bias, self.xx + torch.outer(self.mean_x, self.mean_x), across)
+
     def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Return the mean of |t - V x - c|^2 minus the variance of t, which is the same for every fit."""
+        """Return the mean of |t - V x - c|^2 without a part that is the same for every fit."""
         offset = self.mean_t - weight @ self.mean_x - bias
         return float((weight @ self.xx * weight).sum() - 2 * (weight * self.xt.T).sum() + offset.square().sum())
 
@@ -47,10 +55,11 @@ class Sums:
 
     Args:
         centres: the centres of x (d,) and t (out,); by default the means of the first rows that are added.
+        bias: the bias (out,) of all fits, if it is fixed.
     """
 
-    def __init__(self, centres: Sequence[Tensor] | None = None) -> None:
-        self._centres = centres
+    def __init__(self, centres: Sequence[Tensor] | None = None, bias: Tensor | None = None) -> None:
+        self._centres, self._bias = centres, bias
         self._sums: dict[bool, tuple[Tensor, ...]] = {}
 
     def add(self, x: Tensor, t: Tensor, weights: Tensor, held_out: bool = False) -> None:
@@ -88,21 +97,30 @@ class Sums:
                 self._sums[held_out] = tuple(ranks.sum(own))
 
     @cached_property
+    def mean_x(self) -> Tensor:
+        """The mean of x over all rows."""
+        return self._normal(self._sums.values()).mean_x
+
+    @cached_property
     def all(self) -> Normal:
         """Means and covariances of all rows."""
-        return self._normal([self._sums[held_out] for held_out in (False, True) if held_out in self._sums])
+        return self._for_fits(self._sums.values())
 
     @cached_property
     def fitted(self) -> Normal | None:
         """Means and covariances of the rows that were not held out; None if there are none."""
-        return self._normal([self._sums[False]]) if False in self._sums else None
+        return self._for_fits([self._sums[False]]) if False in self._sums else None
 
     @cached_property
     def held_out(self) -> Normal | None:
         """Means and covariances of the rows that were held out; None if there are none."""
-        return self._normal([self._sums[True]]) if True in self._sums else None
+        return self._for_fits([self._sums[True]]) if True in self._sums else None
 
-    def _normal(self, sums: list[tuple[Tensor, ...]]) -> Normal:
+    def _for_fits(self, sums: Iterable[tuple[Tensor, ...]]) -> Normal:
+        normal = self._normal(sums)
+        return normal if self._bias is None else normal.with_bias(self._bias)
+
+    def _normal(self, sums: Iterable[tuple[Tensor, ...]]) -> Normal:
         assert self._centres is not None
         w, x, t, xx, xt = (torch.stack(parts).sum(0).cpu() for parts in zip(*sums, strict=True))
         x, t = x / w, t / w
@@ -133,17 +151,13 @@ def _symmetric(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def fit(
-    normal: Normal, toward: Tensor, penalty: float, columns: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def fit(normal: Normal, toward: Tensor, penalty: float, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return V (out, d) and c (out,), float64. V is zero at the columns that may not be used.
 
     Args:
         toward: V0, (out, d).
-        penalty: lambda, relative to the mean of the diagonal of S_xx (or of x's second moments about zero if ``bias``
-            is given).
+        penalty: lambda, relative to the mean of the diagonal of S_xx.
         columns: indices of the columns of x that may be used; all by default.
-        bias: c, if it is fixed; by default it is fitted.
 
     Raises:
         CalibrationError: inputs or targets hold NaN or infinity.
@@ -152,19 +166,16 @@ def fit(
     fitted = torch.zeros(toward.shape, dtype=torch.float64)
     fitted[:, columns] = toward[:, columns].double()
     if penalty < math.inf:
-        within, across = normal.xx[columns], normal.xt[columns]
-        if bias is not None:  # moments about zero
-            within = within + torch.outer(normal.mean_x[columns], normal.mean_x)
-            across = across + torch.outer(normal.mean_x[columns], normal.mean_t - bias)
-        within, residual = within[:, columns], across - within @ fitted.T
-        factor = ridge_factor(within, penalty)
+        within = normal.xx[columns]
+        residual = normal.xt[columns] - within @ fitted.T
+        factor = ridge_factor(within[:, columns], penalty)
         if not bool(residual.isfinite().all()):
             raise CalibrationError(
                 "its target outputs or its weights are not finite: activations overflow the model's dtype; run the model in a "
                 "wider dtype"
             )
         fitted[:, columns] += torch.cholesky_solve(residual, factor).T
-    return fitted, normal.mean_t - fitted @ normal.mean_x if bias is None else bias
+    return fitted, normal.mean_t - fitted @ normal.mean_x
 
 
 def best_penalty(sums: Sums, toward: Tensor, penalties: tuple[float, ...], columns: Tensor | None = None) -> float:

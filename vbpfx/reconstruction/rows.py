@@ -16,6 +16,7 @@ from vbpfx.graph.capture import Captured
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.plans.records import Consumer, ValueAxis
 from vbpfx.reconstruction.influence import Influence
+from vbpfx.reconstruction.layer_input import LayerInput
 from vbpfx.reconstruction.residual import ResidualSum, find_residual_sum, pull_back
 from vbpfx.reconstruction.stream import Stream
 
@@ -64,7 +65,7 @@ class LayerRows:
         captured: the dense graph.
         dense, narrow: the two streams. They must have run up to the layer whose rows are asked for.
         samples: the samples that run through the streams.
-        widths: source -> width of its axis, for the inputs of all layers.
+        inputs: every call of a layer that is fitted -> what it reads.
         influence: layer node -> influence. All rows of a layer without influence count alike.
         mask: as for :func:`vbpfx.prepare`.
     """
@@ -75,41 +76,52 @@ class LayerRows:
         dense: Stream,
         narrow: Stream,
         samples: Samples,
-        widths: Mapping[ValueAxis, int],
+        inputs: Mapping[Consumer, LayerInput],
         influence: Mapping[str, Influence],
         mask: MaskArgument | None,
     ) -> None:
         self._captured, self._dense, self._narrow = captured, dense, narrow
         self._samples, self._influence = samples, influence
-        self._masks = find_masks(captured, widths, mask)
-        self._every = {source: self._step(source, width) for source, width in widths.items()}
+        self._inputs = inputs
+        outputs = [_output(layer) for layer in inputs]
+        self._masks = find_masks(captured, [*outputs, *(layer.source for layer in inputs)], mask)
+        self._every = {layer: self._step(layer, read) for layer, read in inputs.items()}
 
     def of(self, layer: Consumer, weight: Tensor, bias: Tensor, share: float) -> Iterator[Rows]:
         """Yield the rows of a layer W x + b, batch after batch; held-out rows come in parts of their own.
 
         Args:
+            weight: W as a matrix (out, columns).
             share: m, the share of the difference between the residual streams that the layer is to make up for.
         """
-        source = layer.source
+        read, output = self._inputs[layer], _output(layer)
         operand = self._narrow.nodes[layer.node].all_input_nodes[0].name  # with the substitutes for removed neurons
         residual = self._residual(layer)
-        mask, about = self._masks.get(source), self._influence.get(layer.node)
+        mask, about = self._masks.get(output), self._influence.get(layer.node)
         masked = mask.axes if mask else ()
-        a_sample = rows_a_sample(self._captured, source)
-        on = self._captured.samples_axis(source.node) or 0
+        a_sample = rows_a_sample(self._captured, output)
+        on = self._captured.samples_axis(layer.node) or 0
         for number, start in enumerate(self._samples.starts):
             x, y = self._narrow.value(number, operand), self._wanted(number, layer, residual)
             padding = self._padding(number, mask)
-            xs, ys = (as_rows(v, source.axis, padding, masked, on) for v in (x, y))
-            counts = as_rows(about.weights[number], source.axis, padding, masked, on) if about else None
-            numbers = row_numbers(len(xs), start * a_sample, a_sample, padding)
-            rows, weights = _sample(numbers, self._every[source], counts)
+            ys = as_rows(y, output.axis, padding, masked, on)
+            counts = as_rows(about.weights[number], output.axis, padding, masked, on) if about else None
+            numbers = row_numbers(len(ys), start * a_sample, a_sample, padding)
+            rows, weights = _sample(numbers, self._every[layer], counts)
             held_out = is_held_out(numbers[rows], a_sample)
+            if read.window is None:
+                xs = as_rows(x, output.axis, padding, masked, on)
+            else:
+                places = _positions(y, output.axis)
+                positions = as_rows(places, output.axis, padding, masked, on).flatten()
             for part, is_held in ((~held_out, False), (held_out, True)):
                 if bool(part.any()):
-                    x, y = xs[rows[part]], ys[rows[part]]
-                    own = nn.functional.linear(x, weight.to(x), bias.to(x))
-                    yield Rows(x, own + share * (y - own), weights[part], is_held)
+                    # a window is many times as large as a position, so only some rows are made at once
+                    for some in torch.split(part.nonzero().flatten(), weight.shape[1]):
+                        chosen = rows[some]
+                        own = xs[chosen] if read.window is None else read.rows(x, positions[chosen])
+                        y_own = nn.functional.linear(own, weight.to(own), bias.to(own))
+                        yield Rows(own, y_own + share * (ys[chosen] - y_own), weights[some], is_held)
 
     def _residual(self, layer: Consumer) -> ResidualSum | None:
         """Return the residual sum behind a layer; None if there is none or a stream lacks its other operand."""
@@ -126,11 +138,11 @@ class LayerRows:
         wish = pull_back(self._dense, number, layer.node, residual, y, lost)
         return y if wish is None else y + wish
 
-    def _step(self, source: ValueAxis, width: int) -> int:
+    def _step(self, layer: Consumer, read: LayerInput) -> int:
         """Return n so that every n-th row is used: 1, or more if there are more rows than a fit of that width needs."""
-        a_sample = rows_a_sample(self._captured, source)
+        a_sample = rows_a_sample(self._captured, _output(layer))
         rows = a_sample * self._samples.total
-        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * width)))
+        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * read.whole * read.taps)))
         return coprime(step, a_sample)
 
     def _padding(self, batch: int, mask: Mask | None) -> Tensor | None:
@@ -141,6 +153,17 @@ class LayerRows:
         found = graph_arguments(self._captured.graph_module, self._samples.batches[batch])[names.index(mask.node)]
         assert isinstance(found, Tensor)
         return found if mask.nonzero == "tokens" else found.logical_not()
+
+
+def _output(layer: Consumer) -> ValueAxis:
+    """Return the axis of the layer's output that holds its channels."""
+    return ValueAxis(layer.node, layer.source.axis, 0)
+
+
+def _positions(y: Tensor, axis: int) -> Tensor:
+    """Return a value shaped as y with one channel, which numbers the entries of y's other axes in order."""
+    shape = [1 if dim == axis % y.ndim else size for dim, size in enumerate(y.shape)]
+    return torch.arange(y.numel() // max(1, y.shape[axis]), device=y.device).reshape(shape)
 
 
 def _sample(numbers: Tensor, every: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.graph.capture import Captured
 from vbpfx.graph.memory import GIB, input_bytes, output_bytes, peak_bytes
-from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, ValueAxis
+from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan
 from vbpfx.reconstruction.residual import find_residual_sum
 from vbpfx.reconstruction.schedule import Calls, Schedule
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.layers import convolution, transposed_convolution
+from vbpfx.rules.table import operator_of
 
 # The fewest samples to keep: one of five is held out, and a choice needs at least one that is.
 _FEWEST_SAMPLES = 8
@@ -58,19 +61,15 @@ def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[C
 def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     """Return whether reconstruction can choose a block's neurons itself.
 
-    It can if layers that can be fitted read the block, and no statistic (such as a norm) is taken over it. Its channels must not be
-    in groups, since each group keeps as many. If the block
-    has several sources, every layer must read all of them, so that one fit covers all calls.
+    It can if layers that can be fitted read the block, each at one place of its input, and no statistic (such as a norm) is taken
+    over it. Its channels must not be in groups, since each group keeps as many.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
-    read: dict[str, set[ValueAxis]] = defaultdict(set)
+    places: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for consumer in block.consumers:
-        read[consumer.weight].add(consumer.source)
-    alike = all(sources == set(block.sources) for sources in read.values())
-    one_start = len({(source.start, source.step) for source in block.sources}) == 1
+        places[consumer.weight].add((consumer.source.start, consumer.source.step))
     return (
-        alike
-        and one_start
+        all(len(found) == 1 for found in places.values())
         and not block.reductions
         and block.groups == 1
         and fittable >= {c.node for c in block.consumers}
@@ -103,11 +102,25 @@ def _weight_bytes(captured: Captured, layer: Consumer) -> int:
     return 4 * positions // (captured.batch or captured.inputs.batch_size or 1)
 
 
-def layers_beside(analysis: Analysis) -> tuple[Consumer, ...]:
-    """Return the layers that write to a residual stream and read no block, such as attention's output projections."""
-    reading = {consumer.node for block in analysis.blocks for consumer in block.consumers}
-    others = (layer for layer in analysis.layers if layer.node not in reading)
-    return tuple(layer for layer in others if find_residual_sum(analysis.captured, layer.node) is not None)
+def layers_beside(analysis: Analysis, blocks: Sequence[Block]) -> tuple[Consumer, ...]:
+    """Return the layers that are fitted even if they read no narrowed block.
+
+    These are layers that write to a residual stream, such as attention's output projections, and convolutions.
+
+    Args:
+        blocks: the blocks that may be narrowed. Layers that read other blocks stay.
+    """
+    captured = analysis.captured
+    others = {c.node for block in analysis.blocks if block not in blocks for c in block.consumers}
+    others -= {c.node for block in blocks for c in block.consumers}
+
+    def is_beside(layer: Consumer) -> bool:
+        node = captured.nodes[layer.node]
+        rule = operator_of(node, called_module(captured.graph_module, node)).rule
+        convolves = rule is convolution or rule is transposed_convolution
+        return convolves or find_residual_sum(captured, layer.node) is not None
+
+    return tuple(layer for layer in analysis.layers if layer.node not in others and is_beside(layer))
 
 
 def layers_to_fit(
@@ -115,8 +128,14 @@ def layers_to_fit(
 ) -> list[Consumer]:
     """Return every call of the layers that reconstruction may fit when it narrows these blocks, in graph order.
 
-    A layer may be fitted if all its calls read one of the blocks or are among ``beside``.
+    A layer may be fitted if all its calls read one of the blocks or are among ``beside``, and if it is behind one of the blocks. In
+    front of all blocks a layer sees what it saw in the dense network.
     """
-    chosen = {c.node for block in blocks for c in block.consumers} | {layer.node for layer in beside}
+    reading = {c.node for block in blocks for c in block.consumers}
+    behind: set[fx.Node] = set()
+    for node in analysis.captured.graph_module.graph.nodes:
+        if node.name in reading or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    chosen = reading | {layer.node for layer in beside if analysis.captured.nodes[layer.node] in behind}
     fitted = {c.node for calls in order.layers if all(c.node in chosen for c in calls) for c in calls}
     return [layer for layer in analysis.layers if layer.node in fitted]

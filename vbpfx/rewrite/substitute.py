@@ -1,7 +1,7 @@
 """The substitution reference: a dense graph that computes what the narrowed network should compute.
 
 At every consumer's input the removed channels h_P are replaced by a + B h_K. Behind every layer that the plan corrects,
-dW x + db is added to its output. No weight is sliced and no bias is folded, so the reference shares no code with the
+dW x + db is added to its output, where x has the constant channels that the narrowed layer reads. No weight is sliced and no bias is folded, so the reference shares no code with the
 rewrite that it is compared with.
 """
 
@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 
 from vbpfx.graph.capture import Captured, share_parameters
 from vbpfx.graph.edit import insert_at_sources, insert_behind
-from vbpfx.plans.records import BlockPlan, Consumer, Correction, Plan
+from vbpfx.plans.records import BlockPlan, Consumer, Correction, Plan, ValueAxis
+from vbpfx.rules.calls import called_module
+from vbpfx.rules.windows import Window, applied, window_of
 
 
 class Substitute(nn.Module):
@@ -41,30 +43,65 @@ class Substitute(nn.Module):
 
 
 class Correct(nn.Module):
-    """Adds dW x + db to a layer's output for x; dW (out, in) and db (out,) have the shapes of the dense layer."""
+    """Adds dW x + db to a layer's output for x; dW (out, in, ...) and db (out,) have the shapes of the dense layer.
 
-    def __init__(self, layer: Consumer, weight: Tensor, bias: Tensor) -> None:
+    Args:
+        axis: the axis of x that the layer sums over.
+        window: the windows of a convolution.
+        constants: (positions on the axis, value) of constant channels. The narrowed layer reads the value there, inside of its
+            padding like any channel, where x has the substitutes of removed neurons.
+    """
+
+    def __init__(
+        self,
+        axis: int,
+        window: Window | None,
+        weight: Tensor,
+        bias: Tensor,
+        constants: Sequence[tuple[Tensor, float]],
+    ) -> None:
         super().__init__()
-        self.axis, self.weight, self.bias = layer.source.axis, weight, bias
+        self.axis, self.window, self.weight, self.bias, self.constants = axis, window, weight, bias, constants
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + dW x + db."""
-        added = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(y), self.bias.to(y))
-        return y + added.movedim(-1, self.axis)
+        for positions, value in self.constants:
+            x = x.index_fill(self.axis, positions.to(x.device), value)
+        return y + applied(x, self.weight.to(y), self.bias.to(y), self.axis, self.window)
 
 
 def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
     """Return the substitution reference of a plan; it shares all parameters with the dense graph."""
     reference = share_parameters(captured.graph_module)
     corrections = {call: correction for correction in plan.corrections for call in correction.calls}
+
+    def correct(call: Consumer) -> Correct:
+        window = window_at(captured, call)
+        constants = [
+            (source.at(entry.constants_in), entry.value_at(source))
+            for entry, source in constants_read(plan.blocks, call)
+        ]
+        return Correct(call.source.axis, window, *in_dense_shape(corrections[call], plan), constants)
+
     substitute(reference, plan.blocks)
-    insert_behind(
-        reference,
-        corrections,
-        lambda call: Correct(call, *in_dense_shape(corrections[call], plan)),
-        "correct",
-    )
+    insert_behind(reference, corrections, correct, "correct")
     return reference
+
+
+def constants_read(entries: Sequence[BlockPlan], call: Consumer) -> list[tuple[BlockPlan, ValueAxis]]:
+    """Return the blocks whose constant channels a call reads and pads, each with the value that it reads them from."""
+    return [
+        (entry, consumer.source)
+        for entry in entries
+        for consumer in entry.block.consumers
+        if consumer.node == call.node and consumer.padded and entry.constants_in
+    ]
+
+
+def window_at(captured: Captured, layer: Consumer) -> Window | None:
+    """Return the windows of a layer's call; None for a layer that reads only the position that it computes."""
+    node = captured.nodes[layer.node]
+    return window_of(node, called_module(captured.graph_module, node))
 
 
 def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> None:
@@ -79,14 +116,13 @@ def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> No
 
 
 def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return dW (out, in) and db (out,) of a correction in the dense layer's shapes, with zeros at removed channels."""
+    """Return dW (out, in, ...) and db (out,) of a correction in the dense layer's shapes, with zeros at removed channels."""
     layer = correction.layer
-    narrow = correction.weight.reshape(correction.weight.shape[:2])
-    narrow = narrow.T if layer.weight_axis == 0 else narrow
+    narrow = outputs_first(correction.weight, layer)
     rows, columns = (
         removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
     )
-    weight = narrow.new_zeros(narrow.shape[0] + len(rows), narrow.shape[1] + len(columns))
+    weight = narrow.new_zeros(narrow.shape[0] + len(rows), narrow.shape[1] + len(columns), *narrow.shape[2:])
     bias = correction.bias.new_zeros(len(weight))
     kept_rows, kept_columns = _others(rows, weight.shape[0]), _others(columns, weight.shape[1])
     weight[kept_rows[:, None], kept_columns] = narrow
@@ -94,15 +130,14 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, like: Tensor, plan: Plan) -> Correction:
-    """Return the correction of a narrowed layer, from dW (out, in) and db (out,) in the dense layer's shapes.
+def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, plan: Plan) -> Correction:
+    """Return the correction of a narrowed layer, from dW (out, in, ...) and db (out,) in the dense layer's shapes.
 
     Rows that make a constant channel are not corrected.
 
     Args:
         calls: all calls of the layer.
         weight, bias: dW and db.
-        like: the dense weight, whose layout the correction gets.
     """
     layer, *further = calls
     rows, columns = (
@@ -113,15 +148,12 @@ def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, lik
     constant = pruned_along(plan.blocks, layer.weight, 1 - layer.weight_axis)
     weight[constant], bias[constant] = 0.0, 0.0
     narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
-    narrow = narrow.T if layer.weight_axis == 0 else narrow
-    own = narrow.reshape(*narrow.shape, *like.shape[2:]).contiguous()
-    return Correction(layer, own, bias[kept].float(), tuple(further))
+    return Correction(layer, outputs_first(narrow, layer).contiguous(), bias[kept].float(), tuple(further))
 
 
-def as_matrix(weight: Tensor, layer: Consumer) -> Tensor:
-    """Return a layer's weight as an (out, in) matrix, float64, on the CPU."""
-    matrix = weight.detach().double().cpu().reshape(weight.shape[:2])
-    return matrix.T if layer.weight_axis == 0 else matrix
+def outputs_first(weight: Tensor, layer: Consumer) -> Tensor:
+    """Return a layer's weight as (out, in, ...); the same function takes it back to the layer's own shape."""
+    return weight.transpose(0, 1) if layer.weight_axis == 0 else weight
 
 
 def removed_along(entries: Iterable[BlockPlan], name: str, axis: int) -> list[int]:

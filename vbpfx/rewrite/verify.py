@@ -22,10 +22,10 @@ from vbpfx.graph.frontends import unfused_attention
 from vbpfx.graph.precision import full_float32
 from vbpfx.graph.run import outputs_of
 from vbpfx.outputs.differences import TOLERANCES, relative_error, require_close, tolerance_of
-from vbpfx.plans.records import Plan
+from vbpfx.plans.records import Consumer, Plan
 from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
-from vbpfx.rewrite.substitute import as_matrix, in_dense_shape, reference_graph
+from vbpfx.rewrite.substitute import in_dense_shape, outputs_first, reference_graph
 
 # How much a rewrite that is right in float64 may differ from the reference, in multiples of the dense network's own
 # rounding error. The pruned network and the reference each have such an error, with sums over fewer and larger terms.
@@ -308,31 +308,48 @@ def _why_unlike(captured: Captured, inputs: Inputs, dense: list[Tensor], model: 
 
 
 def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
-    """Return the largest relative error of corrected weights, which must be W + dW plus folds, on the kept channels."""
+    """Return the largest relative error of corrected weights, which must be W + dW plus folds, on the channels that are there."""
     dense, narrow = named_tensors(captured.reference), named_tensors(small)
     worst = 0.0
     for correction in plan.corrections:
         layer = correction.layer
-        whole, _ = in_dense_shape(correction, plan)
-        expected = whole.double() + as_matrix(dense[layer.weight], layer)
-        found = as_matrix(narrow[layer.weight], layer)
+        original, found = (_wide(tensors[layer.weight], layer) for tensors in (dense, narrow))
+        change, _ = in_dense_shape(correction, plan)
+        expected = original + change.double().cpu()
         rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
-        present_rows, present_columns = rows.clone(), columns.clone()
+        present = rows.clone()
         for entry in plan.blocks:
             once = {(c.weight, c.source.start): c for c in entry.block.consumers}  # a layer's calls share one fold
             for consumer in once.values():
-                prediction = entry.prediction_at(consumer.source)
-                if consumer.weight == layer.weight and prediction is not None:
-                    original = as_matrix(dense[layer.weight], layer)[:, consumer.source.at(entry.pruned)]
-                    expected[:, consumer.source.at(entry.kept)] += original @ prediction.double()
+                if consumer.weight == layer.weight:
+                    source, removed = consumer.source, original[:, consumer.source.at(entry.pruned)]
+                    prediction, constants = entry.prediction_at(source), entry.constants_at(source).double()
+                    if prediction is not None:
+                        expected[:, source.at(entry.kept)] += torch.einsum(
+                            "op...,pk->ok...", removed, prediction.double()
+                        )
+                    column = (
+                        torch.einsum("op...,p->o...", removed, constants) / entry.value_at(source)
+                        if consumer.padded and entry.constants_in
+                        else 0.0
+                    )
+                    for place in source.at(entry.constants_in).tolist():
+                        expected[:, place], column = change[:, place] + column, 0.0  # the first one holds the constants
             for parameter in entry.block.parameters:
-                if parameter.name == layer.weight:
-                    contracted = parameter.axis == layer.weight_axis
-                    (columns if contracted else rows)[parameter.at(entry.pruned)] = False
-                    (present_columns if contracted else present_rows)[parameter.at(entry.gone)] = False
-        found = found[rows[present_rows]][:, columns[present_columns]]  # without constant channels
-        worst = max(worst, relative_error([found], [expected[rows][:, columns]]))
+                if parameter.name == layer.weight and parameter.axis == layer.weight_axis:
+                    columns[parameter.at(entry.gone)] = False
+                elif parameter.name == layer.weight:
+                    rows[parameter.at(entry.pruned)] = False
+                    present[parameter.at(entry.gone)] = False
+        worst = max(
+            worst, relative_error([found[rows[present]]], [expected[rows][:, columns]])
+        )  # without rows of constant channels
     return worst
+
+
+def _wide(weight: Tensor, layer: Consumer) -> Tensor:
+    """Return a layer's weight (out, in, ...) in float64, on the CPU."""
+    return outputs_first(weight.detach().double().cpu(), layer)
 
 
 def _precision(reference: nn.Module, dense: list[Tensor]) -> torch.dtype:
