@@ -101,12 +101,13 @@ def test_the_affine_oracle_holds_on_every_kind_of_block(case: Case, criterion: s
 
     def drawn(entry: BlockPlan) -> tuple[Tensor | None, ...]:
         """Draw a prediction for every source; calls of one layer share theirs, because they share the weight."""
-        found = [
-            0.3 * torch.randn(len(entry.pruned), len(entry.kept), generator=generator, dtype=torch.float64)
-            if entry.block.takes_prediction(source)
-            else None
-            for source in entry.block.sources
-        ]
+        found: list[Tensor | None] = []
+        for source in entry.block.sources:
+            drawn = 0.3 * torch.randn(len(entry.pruned), len(entry.kept), generator=generator, dtype=torch.float64)
+            together = entry.block.read_together(source)  # nothing is predicted from another group
+            if together is not None:
+                drawn *= together[list(entry.pruned)][:, list(entry.kept)]
+            found.append(drawn if entry.block.takes_prediction(source) else None)
         for first, *others in entry.block.pools:
             for other in others:
                 found[other] = found[first]

@@ -274,6 +274,14 @@ def test_groups_of_one_channel_are_refused() -> None:
     assert reasons == ["grouped convolutions divide it into groups of a single channel"]
 
 
+def test_a_plan_that_predicts_from_another_group_is_an_error() -> None:
+    net = network(nn.Conv2d(24, 8, 3, groups=4))
+    entry = stages(net, pictures(), ratio=0.5, method="vbp", compensation="ridge").plan.blocks[0]
+    everything = torch.ones(len(entry.pruned), len(entry.kept), dtype=torch.float64)
+    with pytest.raises(ArtifactError, match="of one group from kept neurons of another"):
+        dataclasses.replace(entry, predictions=(everything,))
+
+
 def test_a_plan_with_unequal_groups_is_an_error(tmp_path: Path) -> None:
     net = network(nn.Conv2d(24, 8, 3, padding=1, groups=4))
     plan = stages(net, pictures(), ratio=0.5, method="vbp").plan

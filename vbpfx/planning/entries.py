@@ -123,16 +123,9 @@ def pooled(block: Block, moments: Sequence[Moments]) -> tuple[Moments, ...]:
 
 def _within_groups(moments: Moments, block: Block, pool: Sequence[int]) -> Moments:
     """Return a pool's moments with covariances of 0 between channels that its readers read in different groups."""
-    sources = [block.sources[index] for index in pool]
-    readers = [c for c in block.consumers if c.source in sources and c.groups > 1]
-    if not readers:
+    together = block.read_together(block.sources[pool[0]])
+    if together is None:
         return moments
-    together = torch.ones(block.width, block.width, dtype=torch.bool)
-    for reader in readers:
-        places = {c.source.start for c in block.consumers if c.weight == reader.weight}
-        size = block.width * len(places) // reader.groups
-        group = reader.source.at(range(block.width)) // size
-        together &= group[:, None] == group
     co, held_out = (None if c is None else replace(c, together=together) for c in (moments.co, moments.held_out))
     return replace(moments, co=co, held_out=held_out)
 

@@ -249,6 +249,26 @@ class Block:
             consumer.alone for consumer in self.consumers if consumer.source in together
         )
 
+    def read_together(self, source: ValueAxis) -> torch.Tensor | None:
+        """Return, for every pair of channels, whether a removed one may be predicted from the other at a source; (d, d).
+
+        It may not if grouped convolutions read the two channels in different groups. If a layer that reads the source is called
+        at other sources, too, this is about all of them. None if there are no groups.
+
+        Args:
+            source: one of :attr:`sources`.
+        """
+        index = self.sources.index(source)
+        pool = {self.sources[i] for found in self.pools if index in found for i in found}
+        found: torch.Tensor | None = None
+        for reader in self.consumers:
+            if reader.source in pool and reader.groups > 1:
+                places = {c.source.start for c in self.consumers if c.weight == reader.weight}
+                group = reader.source.at(range(self.width)) // (self.width * len(places) // reader.groups)
+                same = group[:, None] == group
+                found = same if found is None else found & same
+        return found
+
     @property
     def pools(self) -> tuple[tuple[int, ...], ...]:
         """Groups of the consumers' inputs, as indices into :attr:`sources`, that share a weight or a bias.
@@ -357,6 +377,14 @@ class BlockPlan:
                     f"block {self.block.name}: neurons removed at {source.node} can only be replaced by constants, but the "
                     f"plan predicts them from kept neurons"
                 )
+            together = self.block.read_together(source) if prediction is not None else None
+            if prediction is not None and together is not None:
+                across = ~together[list(self.pruned)][:, list(self.kept)]
+                if bool(prediction[across.to(prediction.device)].any()):
+                    raise ArtifactError(
+                        f"block {self.block.name}: a grouped convolution reads {source.node}, and the plan predicts removed neurons of one "
+                        f"group from kept neurons of another. A layer cannot do that: such entries of a prediction must be 0"
+                    )
         self._require_one_prediction_a_layer()
         self._require_a_constant_channel()
 
