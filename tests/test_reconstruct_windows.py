@@ -19,8 +19,8 @@ from zoo import Net
 import vbpfx
 from vbpfx.planning.elimination import elimination_costs
 from vbpfx.plans.files import load_plan, plan_digest
-from vbpfx.plans.records import Plan
-from vbpfx.reconstruction.layer_input import LayerInput
+from vbpfx.plans.records import Plan, ValueAxis
+from vbpfx.reconstruction.layer_input import Held, LayerInput
 from vbpfx.rules.windows import Window, window_of
 
 # Rounding of a few hundred sums of products in float64.
@@ -41,6 +41,8 @@ CONVOLUTIONS = [
     nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 3), bias=False),
     nn.ConvTranspose2d(3, 4, 2, stride=2),
     nn.ConvTranspose3d(3, 4, 3, stride=(1, 2, 3), padding=1, output_padding=(0, 1, 2)),
+    nn.Conv2d(3, 6, 3, padding=1, groups=3),
+    nn.Conv1d(3, 6, 1, groups=3),
 ]
 
 
@@ -58,7 +60,8 @@ def test_a_convolution_is_a_matrix_product_with_its_windows(layer: nn.Module, sa
     layer = double(randomize(layer))
     window, axes = _window(layer), layer.weight.ndim - 2
     weight = layer.weight.transpose(0, 1) if "Transpose" in type(layer).__name__ else layer.weight
-    bias = torch.zeros(4, dtype=torch.float64) if layer.bias is None else layer.bias
+    bias = torch.zeros(layer.out_channels, dtype=torch.float64) if layer.bias is None else layer.bias
+    matrix = torch.block_diag(*weight.flatten(1).chunk(window.groups))
     x = torch.randn(*([] if samples is None else [samples]), 3, *range(6, 6 + axes), dtype=torch.float64)
     with torch.no_grad():
         y = layer(x)
@@ -67,28 +70,29 @@ def test_a_convolution_is_a_matrix_product_with_its_windows(layer: nn.Module, sa
         positions = torch.randperm(len(rows))[:50]
         windows, inside = window.gather(x, positions)
         assert windows.shape == (len(positions), 3, window.taps)
-        torch.testing.assert_close(
-            windows.flatten(1) @ weight.flatten(1).T + bias, rows[positions], rtol=0, atol=ROUNDING
-        )
+        torch.testing.assert_close(windows.flatten(1) @ matrix.T + bias, rows[positions], rtol=0, atol=ROUNDING)
         ones, _ = window.gather(torch.ones_like(x), positions)
         assert torch.equal(ones[:, 0].bool(), inside)
 
 
 def test_columns_are_numbered_channel_by_channel_and_constants_are_zero_in_the_padding() -> None:
     layer = double(randomize(nn.Conv2d(5, 4, 3, stride=2, padding=1)))
-    read = LayerInput(1, 5, (3, 3), _window(layer), (1.5, -0.5))
+    held = [Held("block", ValueAxis("h", 1, 0), value) for value in (1.5, -0.5)]
+    read = LayerInput(1, 5, 4, 1, (3, 3), _window(layer), tuple(held), (torch.arange(5),) * 2)
+    (part,) = read.parts
     x = torch.randn(2, 5, 6, 7, dtype=torch.float64)
     positions = torch.randperm(2 * 3 * 4)
     whole = torch.cat([x, torch.full_like(x[:, :1], 1.5), torch.full_like(x[:, :1], -0.5)], 1)
     expected = F.unfold(whole, 3, padding=1, stride=2).movedim(1, -1).flatten(0, 1)
     torch.testing.assert_close(read.rows(x, positions), expected[positions], rtol=0, atol=0)
     assert torch.equal(read.columns(torch.tensor([1, 6])), torch.tensor([*range(9, 18), *range(54, 63)]))
-    matrix = read.matrix(layer.weight.detach())
+    assert part.channels == list(range(7))
+    matrix = read.matrix(layer.weight.detach(), part)
     assert torch.equal(matrix[:, :45], layer.weight.detach().flatten(1))
     assert not matrix[:, 45:].any()
     # means are of the picture alone: of every fourth entry, as the stride is 2, and of all nine entries of windows
     h = torch.rand(1, 5, 1, 1, dtype=torch.float64).expand(2, 5, 6, 7)
-    means = read.means(read.rows(h, torch.arange(24)).mean(0))
+    means = read.means(read.rows(h, torch.arange(24)).mean(0), part)
     torch.testing.assert_close(means, h[0, :, 0, 0], rtol=0, atol=ROUNDING)
 
 
@@ -119,6 +123,24 @@ def test_the_columns_of_a_channel_are_eliminated_together(taps: int, block: int)
         kept.remove(chosen)
 
 
+def test_shares_lose_equally_many_neurons() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    weight[:, :6] *= 100  # without shares, the others would go
+    among, shares = torch.arange(12), torch.arange(12) // 3
+    problem = [(mix @ mix.T + torch.eye(12), weight)]
+    order, costs = elimination_costs(problem, 8, among, shares=shares)
+    assert torch.bincount(shares[order]).tolist() == [2, 2, 2, 2]
+    free, _ = elimination_costs(problem, 8, among)
+    assert torch.bincount(shares[free], minlength=4).tolist() != [2, 2, 2, 2]
+    # after the first one, the order is that of an elimination without it
+    order, costs = elimination_costs(problem, 9, among[1:], shares=shares[1:] // 4, first=0)
+    assert order[0] == 0
+    assert torch.bincount(shares[order[1:]] // 4).tolist() == [8]
+    assert float(costs[0]) > 0
+
+
 C1, C2, C3, T1, T2 = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 
 
@@ -131,6 +153,20 @@ def _basic(x_in: int, out: int, hidden: int, stride: int = 1) -> nn.Module:
         lambda s, x: relu(s.bn2(s.b(relu(s.bn1(s.a(x))))) + s.down(x)),
         a=C2(x_in, hidden, 3, stride, 1, bias=False), bn1=nn.BatchNorm2d(hidden), b=C2(hidden, out, 3, 1, 1, bias=False),
         bn2=nn.BatchNorm2d(out), down=C2(x_in, out, 1, stride, bias=False) if stride > 1 else nn.Identity(),
+    )  # fmt: skip
+
+
+def _bottleneck() -> nn.Module:
+    return Net(
+        lambda s, x: relu(x + s.c(relu(s.bn(s.b(relu(s.a(x))))))),
+        a=C2(8, 24, 1), b=C2(24, 24, 3, padding=1, groups=4, bias=False), bn=nn.BatchNorm2d(24), c=C2(24, 8, 1, bias=False),
+    )  # fmt: skip
+
+
+def _groups_of_two_kinds() -> nn.Module:
+    return Net(
+        lambda s, x: s.four(h := nn.functional.silu(s.made(x))) + s.two(h) + s.whole(h),
+        made=C2(3, 24, 1), four=C2(24, 8, 3, padding=1, groups=4), two=C2(24, 8, 5, padding=2, groups=2), whole=C2(24, 8, 3, padding=1),
     )  # fmt: skip
 
 
@@ -172,6 +208,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[i
         [(5, 9), (12, 4)],
     ),
     "halved": (lambda: nn.Sequential(C2(3, 8, 1), _basic(8, 12, 16, 2), C2(12, 3, 1)), (8, 6), [(5, 9), (12, 4)]),
+    "groups": (_sequence(C2(3, 24, 1), C2(24, 8, 3, 2, 1, groups=4)), (8, 6), [(5, 9)]),
+    "groups of one entry": (_sequence(C1(3, 24, 1), C1(24, 8, 1, groups=4)), (8,), [(5,)]),
+    "groups, not padded": (_sequence(C2(3, 24, 1), C2(24, 6, (2, 3), groups=3)), (8, 6), [(5, 9)]),
+    "groups of two kinds": (_groups_of_two_kinds, (8, 6), [(5, 9)]),
+    "bottlenecks": (lambda: nn.Sequential(C2(3, 8, 1), _bottleneck(), _bottleneck(), C2(8, 3, 1)), (8, 6), [(5, 9)]),
     "skip connection": (_up_and_down, (8, 6), [(4, 10), (12, 8)]),
     "two readers": (_two_readers, (8, 6), [(5, 9)]),
     "called twice": (_twice, (8, 6), [(5, 9)]),
@@ -216,7 +257,7 @@ def test_the_result_is_exact_in_every_form_and_at_every_size(name: str, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*a width that 8 does not divide")
-@pytest.mark.parametrize("name", ["strided, dilated", "transposed", "residual", "skip connection"])
+@pytest.mark.parametrize("name", ["strided, dilated", "transposed", "residual", "bottlenecks", "skip connection"])
 def test_onnx_files_compute_the_same_at_every_size(name: str, tmp_path: Path) -> None:
     make, size, others = NETWORKS[name]
     torch.manual_seed(0)

@@ -148,9 +148,8 @@ def _layers(network: fx.GraphModule, adapters: list[Adapter], evidence: Evidence
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
         sees_data = evidence.nodes[consumer.source.node] in evidence.fed
-        dense = consumer.alone and consumer.groups == 1
         one_row_each = windows or (pointwise and same_positions)
-        if sees_data and consumer.weight not in parts and dense and own_bias and one_row_each:
+        if sees_data and consumer.weight not in parts and consumer.alone and own_bias and one_row_each:
             found.append(consumer)
     fittable = Counter(layer.weight for layer in found)
     complete = [layer for layer in found if fittable[layer.weight] == calls[layer.weight]]

@@ -48,6 +48,7 @@ def elimination_costs(
     block: int = _BLOCK,
     group: int = 1,
     first: int | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Remove neurons one by one, each time the one that costs least.
 
@@ -59,6 +60,7 @@ def elimination_costs(
         block: the number of removed columns after which the factors are applied. Every number gives the same result.
         group: T, the number of successive columns that belong to one neuron.
         first: the neuron to remove first, whatever it costs; it counts as one of those to remove.
+        shares: for every neuron of ``among`` the number of its share. Equally many neurons are removed from each share.
 
     Raises:
         CalibrationError: a covariance or a weight holds NaN or infinity, so that costs cannot be computed.
@@ -73,11 +75,16 @@ def elimination_costs(
     open_ = torch.ones(width, dtype=torch.bool) if among is None else torch.zeros(width, dtype=torch.bool)
     if among is not None:
         open_[among] = True
+    share = torch.full((width,), -1)
+    if among is not None and shares is not None:
+        share[among] = shares
     left = torch.arange(width)  # the neurons whose rows and columns are still there
     order: list[int] = []
     costs: list[float] = []
     there = torch.ones(width, dtype=torch.bool)
-    for _ in range(width - 1 if remove is None else remove):
+    steps = width - 1 if remove is None else remove
+    each = 0 if shares is None else (steps - (first is not None)) // len(set(shares.tolist()))
+    for _ in range(steps):
         cost = torch.stack([elimination.costs() for elimination in eliminations]).sum(0)
         cheapest = int(cost.masked_fill(~open_[left], torch.inf).argmin())
         chosen = cheapest if first is None or order else first
@@ -85,6 +92,8 @@ def elimination_costs(
         order.append(neuron)
         costs.append(max(0.0, float(cost[chosen])))
         open_[neuron] = there[neuron] = False
+        if shares is not None and int((share[order] == share[neuron]).sum()) == each:
+            open_[share == share[neuron]] = False
         applied = [elimination.remove(chosen) for elimination in eliminations]
         if all(applied) and len(left) - int(there.sum()) >= len(left) / _DROPPED_SHARE:
             (still,) = there[left].nonzero(as_tuple=True)

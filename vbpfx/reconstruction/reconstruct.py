@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +34,12 @@ from vbpfx.data.inputs import Inputs, model_device
 from vbpfx.display.progress import progress_bar
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.planning.elimination import PENALTY, elimination_costs
-from vbpfx.plans.records import BlockPlan, Consumer, Plan, ValueAxis
+from vbpfx.planning.elimination import PENALTY
+from vbpfx.plans.records import BlockPlan, Consumer, Plan
+from vbpfx.reconstruction.choice import Choice, Regression
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
-from vbpfx.reconstruction.layer_input import LayerInput
+from vbpfx.reconstruction.layer_input import Held, LayerInput, Part
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
 from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
@@ -118,7 +120,6 @@ class _Reconstruction:
         pending = {step.chooses.block.name for step in steps if step.chooses}
         self.decided = {e.block.name: e for e in plan.blocks if e.block.name not in pending}
         self.samples, self.ranks = samples, samples.ranks
-        self.held = {step.layer.weight: self._constants(step.layer) for step in steps}
         self.inputs = {step.layer.weight: self._input(step.layer) for step in steps}
         calls = {call: self.inputs[call.weight] for step in steps for call in step.calls}
         narrowed, self.places = with_fitted(self.captured, calls)
@@ -127,35 +128,43 @@ class _Reconstruction:
         self.dense = Stream(self.captured.graph_module, samples.batches)
         self.narrow = Stream(narrowed, samples.batches)
         self.rows = LayerRows(self.captured, self.dense, self.narrow, samples, calls, influence, mask)
-        self.fits: list[tuple[Calls, Tensor, Tensor]] = []
+        self.fits: list[_Fit] = []
 
     def take(self, step: Step) -> None:
         """Run both streams up to a layer, fit the layer on the rows of all its calls, and use the fit at every call."""
         layer, read = step.layer, self.inputs[step.layer.weight]
         self.narrow.run_before(layer.node)
         self.dense.run_through(step.calls[-1].node)
-        weight, bias = read.matrix(self._weight(layer)), self._bias(layer)
-        sums = self._gather(step.calls, weight, bias)
+        regressions = self._gather(step.calls)
         if step.chooses is not None:
-            entry = self._choose(step.chooses, step.calls, sums, weight)
-            self.decided[entry.block.name] = entry
-        folded, shifted = self._folded(layer, bias)
-        gone = self._gone(layer)
-        channels = torch.tensor([c for c in range(read.whole) if c not in gone])
-        columns = read.columns(channels)
-        toward = _on_what_stays(sums.all, weight, columns) if step.chooses is not None else folded
-        penalty = best_penalty(sums, toward, PENALTIES, columns)
-        fitted, intercept = fit(sums.all, toward, penalty, columns)
-        self.fits.append((step.calls, fitted - folded, intercept - shifted))
+            self.decided[step.chooses.block.name] = self._choose(step.chooses, layer, regressions)
+        gone, bias = self._gone(layer), self._bias(layer)
+        weights, changes, channels = [], [], []
+        intercept, shift = bias.clone(), bias.clone()
+        for regression in regressions:
+            part, sums = regression.part, regression.sums
+            folded, shifted = self._folded(layer, part, gone)
+            present = torch.tensor([i for i, c in enumerate(part.channels) if c not in gone])
+            columns = read.columns(present)
+            chosen = step.chooses is not None
+            toward = _on_what_stays(sums.all, regression.weight, columns) if chosen else folded
+            fitted, intercept[part.outputs] = fit(
+                sums.all, toward, best_penalty(sums, toward, PENALTIES, columns), columns
+            )
+            shift[part.outputs] = shifted
+            changes.append(fitted - folded)
+            weights.append(fitted[:, columns].reshape(len(fitted), len(present), *read.size))
+            channels.append(torch.tensor(part.channels)[present])
+        self.fits.append(_Fit(step.calls, changes, intercept - shift))
         for call in step.calls:
-            self.places[call.node].set(read.weight(fitted)[:, channels], intercept, channels)
+            self.places[call.node].set(torch.cat(weights), intercept, torch.cat(channels))
 
     def result(self) -> Plan:
         """Return the plan with everything that was chosen and fitted."""
         blocks = tuple(self.decided[entry.block.name] for entry in self.plan.blocks)
         plan = replace(self.plan, blocks=blocks)
         corrections = tuple(
-            in_narrow_shape(calls, self._in_place(calls[0], weight), bias, plan) for calls, weight, bias in self.fits
+            in_narrow_shape(found.calls, self._in_place(found), found.bias, plan) for found in self.fits
         )
         done = replace(plan, corrections=corrections)
         how = {
@@ -169,90 +178,85 @@ class _Reconstruction:
         }
         return replace(done, settings={**plan.settings, **how})
 
-    def _constants(self, layer: Consumer) -> list[tuple[BlockPlan, ValueAxis]]:
-        """Return the planned blocks whose constant channels a layer reads and pads, or may read if it is not decided yet whether they stay."""
-        return [
-            (entry, consumer.source)
+    def _input(self, layer: Consumer) -> LayerInput:
+        """Return what a layer reads. It is not decided yet whether the constant channels of blocks that are chosen later stay."""
+        outputs, own, *size = outputs_first(self.tensors[layer.weight], layer).shape
+        held = [
+            (Held(entry.block.name, consumer.source, entry.value_at(consumer.source)), entry.block.width)
             for entry in self.plan.blocks
             for consumer in entry.block.consumers
             if consumer.node == layer.node
             and consumer.padded
             and (entry.constants_in or entry.block.name not in self.decided)
         ]
+        return LayerInput(
+            layer.source.axis,
+            own * layer.groups,
+            outputs,
+            layer.groups,
+            tuple(size),
+            window_at(self.captured, layer),
+            tuple(constant for constant, _ in held),
+            tuple(constant.source.at(range(width)) for constant, width in held),
+        )
 
-    def _input(self, layer: Consumer) -> LayerInput:
-        """Return what a layer reads."""
-        shape = outputs_first(self.tensors[layer.weight], layer).shape
-        constants = tuple(entry.value_at(source) for entry, source in self.held[layer.weight])
-        return LayerInput(layer.source.axis, shape[1], tuple(shape[2:]), window_at(self.captured, layer), constants)
-
-    def _in_place(self, layer: Consumer, change: Tensor) -> Tensor:
+    def _in_place(self, found: _Fit) -> Tensor:
         """Return dW in the dense layer's shape, with the columns of constant channels where the plan has these channels."""
-        read = self.inputs[layer.weight]
-        whole = read.weight(change)
-        weight = whole[:, : read.channels].clone()
-        for number, (entry, source) in enumerate(self.held[layer.weight]):
-            place = source.at(self.decided[entry.block.name].constants_in[:1])
-            weight[:, place] = whole[:, read.channels + number, None]
-        return weight
+        read = self.inputs[found.calls[0].weight]
+        parts = []
+        for part, change in zip(read.parts, found.changes, strict=True):
+            whole = change.reshape(len(change), len(part.channels), *read.size)
+            own = whole[:, : part.own].clone()
+            for number, channel in enumerate(part.constants, part.own):
+                held = read.held[channel - read.channels]
+                places = held.source.at(self.decided[held.block].constants_in)
+                own[:, places[part.holds(places)][:1] - part.first] = whole[:, number, None]
+            parts.append(own)
+        return torch.cat(parts)
 
-    def _gather(self, calls: Calls, weight: Tensor, bias: Tensor) -> Sums:
-        """Return the sums for a layer's regression over all its calls in all batches of all ranks."""
-        share = self._share(calls)
-        rows = itertools.chain.from_iterable(self.rows.of(call, weight, bias, share) for call in calls)
+    def _gather(self, calls: Calls) -> list[Regression]:
+        """Return the regressions of a layer's parts over all its calls in all batches of all ranks."""
+        layer, read = calls[0], self.inputs[calls[0].weight]
+        weight, bias = self._weight(layer), self._bias(layer)
+        matrices = [read.matrix(weight, part) for part in read.parts]
+        share, takes_bias = self._share(calls), self._takes_bias(layer)
+        rows = itertools.chain.from_iterable(self.rows.of(call, matrices, bias, share) for call in calls)
         begun = next(rows, None)
-        own = Sums.centres(begun.x, begun.t) if begun else None
-        centres = self.ranks.of_lowest(own, [(n,) for n in weight.shape[::-1]])
-        sums = Sums(centres, None if self._takes_bias(calls[0]) else bias)
-        every = itertools.chain([begun] if begun else [], rows)
-        for part in in_larger_parts(every, weight.shape[1]):
-            sums.add(*part)
-        sums.add_other_ranks(self.ranks, weight.shape[1], weight.shape[0])
-        return sums
+        first = Sums.centres(begun.x, begun.t) if begun else None
+        centres = self.ranks.of_lowest(first, [(read.whole * read.taps,), (read.outputs,)])
+        columns = [read.columns(torch.tensor(part.channels)) for part in read.parts]
+        sums = []
+        for part, own in zip(read.parts, columns, strict=True):
+            about = None if centres is None else (centres[0][own.to(centres[0].device)], centres[1][part.outputs])
+            sums.append(Sums(about, None if takes_bias else bias[part.outputs]))
+        for some in in_larger_parts(itertools.chain([begun] if begun else [], rows), matrices[0].shape[1]):
+            for part, own, total in zip(read.parts, columns, sums, strict=True):
+                x = some.x if read.groups == 1 else some.x[:, own.to(some.x.device)]
+                total.add(x, some.t[:, part.outputs], some.weights, some.held_out)
+        for matrix, total in zip(matrices, sums, strict=True):
+            total.add_other_ranks(self.ranks, matrix.shape[1], matrix.shape[0])
+        return [Regression(*found) for found in zip(read.parts, matrices, sums, strict=True)]
 
-    def _choose(self, entry: BlockPlan, calls: Calls, sums: Sums, weight: Tensor) -> BlockPlan:
-        """Choose which neurons of a block to keep, so that it becomes as wide as planned, by greedy elimination from the full fit.
-
-        For a convolution all columns of a channel go together. If the layer pads its input, the block has a constant channel, or
-        one more neuron in its place, whichever costs less.
-        """
-        block, normal, layer = entry.block, sums.all, calls[0]
-        read = self.inputs[layer.weight]
-        own = next(c.source for c in block.consumers if c.node == layer.node).at(range(block.width))
-        everything, _ = fit(normal, weight, PENALTY)
+    def _choose(self, entry: BlockPlan, layer: Consumer, regressions: Sequence[Regression]) -> BlockPlan:
+        """Return the entry with the neurons that are chosen at the layer."""
+        block, read = entry.block, self.inputs[layer.weight]
+        at = next(c.source for c in block.consumers if c.node == layer.node).at(range(block.width))
+        choice = Choice(entry, read, at, self._gone(layer))
+        others: list[tuple[Tensor, Tensor]] = []
+        for other in {c.weight: c for c in block.consumers if c.weight != layer.weight}.values():
+            weight, positions = self._weight(other), other.source.at(range(block.width))
+            for group, rows in enumerate(weight.chunk(other.groups)):
+                (own,) = (positions // weight.shape[1] == group).nonzero(as_tuple=True)
+                others.append((rows[:, positions[own] % weight.shape[1]], own))
         about = self.influence.get(layer.node)  # its metric covers all calls, so the first call's will do
-        if about is not None and about.metric is not None:
-            everything = about.metric @ everything
-        others = {c.weight: c for c in block.consumers if c.weight != layer.weight}.values()
-        weights = [self._weight(c)[:, c.source.at(range(block.width))] for c in others]
-        wanted = torch.cat([everything, *(read.of_another(other, own) for other in weights)])
-        gone = self._gone(layer)
-        present = torch.tensor([c for c in range(read.whole) if c not in gone])
-        columns, place = read.columns(present), {int(c): i for i, c in enumerate(present)}
-        among = torch.tensor([place[int(c)] for c in own])
-
-        def eliminate(remove: int, first: int | None = None) -> tuple[float, list[int]]:
-            """Return the cost of removing some channels, and which neurons they are."""
-            inputs = [(normal.xx[columns][:, columns], wanted[:, columns])]
-            order, costs = elimination_costs(inputs, remove, among, PENALTY, group=read.taps, first=first)
-            channel = {int(c): i for i, c in enumerate(among)}
-            return float(costs.sum()), sorted(channel[i] for i in order.tolist() if i in channel)
-
-        held = next((i for i, (e, _) in enumerate(self.held[layer.weight]) if e.block.name == block.name), None)
-        if held is None:  # whether a constant channel stays is as in the plan
-            (_, pruned), constants = eliminate(len(entry.pruned)), len(entry.constants_in)
-        else:
-            ways = [(eliminate(block.width - entry.width + 1, place[read.channels + held]), 0)]
-            if entry.width > 1:
-                ways.append((eliminate(block.width - entry.width + 1), 1))
-            (_, pruned), constants = min(ways, key=lambda way: way[0][0])
-        constants_in = tuple(pruned[:constants])
-        means = read.means(sums.mean_x)[own[pruned]]
-        # without a constant channel, layers that pad the axis have no place for constants
-        without = {c.source for c in block.consumers if c.padded and not constants_in}
-        replaced = tuple(torch.zeros_like(means) if source in without else means for source in block.sources)
-        kept = tuple(c for c in range(block.width) if c not in pruned)
-        return BlockPlan(block, kept, replaced, constants_in=constants_in)
+        for regression in regressions:
+            fitted, _ = fit(regression.sums.all, regression.weight, PENALTY)
+            if about is not None and about.metric is not None:
+                outputs = regression.part.outputs
+                fitted = about.metric[outputs, outputs] @ fitted
+            if bool(regression.part.holds(at).any()):
+                choice.eliminate(regression, fitted, others)
+        return choice.result()
 
     def _share(self, calls: Calls) -> float:
         """Return m for a layer: it is smaller the fewer rows carry the weight, since less can be learnt from them."""
@@ -266,40 +270,44 @@ class _Reconstruction:
         return _MOST_SHARE * effective / (effective + _ROWS_TO_LEARN_FROM * self._kept_width(calls[0]))
 
     def _kept_width(self, layer: Consumer) -> int:
-        """Return how many channels of a layer's input the plan keeps."""
+        """Return how many channels the plan keeps of those that an output reads."""
         pruned = pruned_along(self.plan.blocks, layer.weight, layer.weight_axis)
-        return self.inputs[layer.weight].channels - len(pruned)
+        return (self.inputs[layer.weight].channels - len(pruned)) // layer.groups
 
-    def _folded(self, layer: Consumer, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W, as a matrix, and b with the removed neurons of the layer's input folded in, as far as they are decided yet."""
-        read, weight = self.inputs[layer.weight], self._weight(layer)
-        folded, shifted = read.weight(read.matrix(weight)).clone(), bias.clone()
-        held = {(e.block.name, at): read.channels + number for number, (e, at) in enumerate(self.held[layer.weight])}
+    def _folded(self, layer: Consumer, part: Part, gone: set[int]) -> tuple[Tensor, Tensor]:
+        """Return a part of W, as a matrix, and of b with removed neurons of the layer's input folded in, as far as they are decided."""
+        read, weight = self.inputs[layer.weight], self._weight(layer)[part.outputs]
+        shifted = self._bias(layer)[part.outputs].clone()
+        folded = read.matrix(self._weight(layer), part).reshape(len(weight), len(part.channels), *read.size).clone()
+        held = {
+            (h.block, h.source): part.channels.index(c) for c in part.constants for h in [read.held[c - read.channels]]
+        }
         for entry in self.decided.values():
             for consumer in entry.block.consumers:
-                if consumer.node == layer.node:
-                    source, removed = consumer.source, weight[:, consumer.source.at(entry.pruned)]
-                    prediction = entry.prediction_at(source)
-                    if prediction is not None:
-                        folded[:, source.at(entry.kept)] += torch.einsum(
-                            "op...,pk->ok...", removed, prediction.double()
-                        )
-                    constant = torch.einsum("op...,p->o...", removed, entry.constants_at(source).double())
-                    if not consumer.padded:
-                        shifted += constant.reshape(len(constant), -1).sum(1)
-                    elif entry.constants_in:
-                        folded[:, held[entry.block.name, source]] = constant / entry.value_at(source)
-        folded[:, sorted(self._gone(layer))] = 0
-        return read.matrix(folded), shifted
+                if consumer.node != layer.node:
+                    continue
+                source = consumer.source
+                pruned, kept = source.at(entry.pruned), source.at(entry.kept)
+                goes, stays = part.holds(pruned), part.holds(kept)
+                removed, prediction = weight[:, pruned[goes] - part.first], entry.prediction_at(source)
+                if prediction is not None:
+                    b = prediction.double()[goes][:, stays]
+                    folded[:, kept[stays] - part.first] += torch.einsum("op...,pk->ok...", removed, b)
+                constant = torch.einsum("op...,p->o...", removed, entry.constants_at(source).double()[goes])
+                if not consumer.padded:
+                    shifted += constant.reshape(len(constant), -1).sum(1)
+                elif entry.constants_in and (entry.block.name, source) in held:
+                    folded[:, held[entry.block.name, source]] = constant / entry.value_at(source)
+        folded[:, [i for i, c in enumerate(part.channels) if c in gone]] = 0
+        return folded.flatten(1), shifted
 
     def _gone(self, layer: Consumer) -> set[int]:
         """Return the channels of a layer's input that are removed, as far as this is decided yet."""
+        read = self.inputs[layer.weight]
         gone = set(pruned_along(self.decided.values(), layer.weight, layer.weight_axis))
-        first = self.inputs[layer.weight].channels
-        for number, (entry, _) in enumerate(self.held[layer.weight]):
-            decided = self.decided.get(entry.block.name)
-            if decided is not None and not decided.constants_in:
-                gone.add(first + number)
+        for channel, held in enumerate(read.held, read.channels):
+            if held.block in self.decided and not self.decided[held.block].constants_in:
+                gone.add(channel)
         return gone
 
     def _weight(self, layer: Consumer) -> Tensor:
@@ -319,6 +327,14 @@ class _Reconstruction:
             for entry in self.plan.blocks
             for consumer in entry.block.consumers
         )
+
+
+class _Fit(NamedTuple):
+    """The fit of a layer: all its calls, dW for each of its parts as a matrix (outputs, columns), and db."""
+
+    calls: Calls
+    changes: list[Tensor]
+    bias: Tensor
 
 
 def _on_what_stays(normal: Normal, weight: Tensor, columns: Tensor) -> Tensor:

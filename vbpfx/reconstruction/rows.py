@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbpfx.analysis.masks import Mask, MaskArgument, find_masks
 from vbpfx.calibration.observer import as_rows, is_held_out, row_numbers
@@ -87,11 +87,12 @@ class LayerRows:
         self._masks = find_masks(captured, [*outputs, *(layer.source for layer in inputs)], mask)
         self._every = {layer: self._step(layer, read) for layer, read in inputs.items()}
 
-    def of(self, layer: Consumer, weight: Tensor, bias: Tensor, share: float) -> Iterator[Rows]:
+    def of(self, layer: Consumer, matrices: Sequence[Tensor], bias: Tensor, share: float) -> Iterator[Rows]:
         """Yield the rows of a layer W x + b, batch after batch; held-out rows come in parts of their own.
 
         Args:
-            weight: W as a matrix (out, columns).
+            matrices: W as a matrix (outputs, columns) for each of the layer's parts.
+            bias: b.
             share: m, the share of the difference between the residual streams that the layer is to make up for.
         """
         read, output = self._inputs[layer], _output(layer)
@@ -117,10 +118,10 @@ class LayerRows:
             for part, is_held in ((~held_out, False), (held_out, True)):
                 if bool(part.any()):
                     # a window is many times as large as a position, so only some rows are made at once
-                    for some in torch.split(part.nonzero().flatten(), weight.shape[1]):
+                    for some in torch.split(part.nonzero().flatten(), matrices[0].shape[1]):
                         chosen = rows[some]
                         own = xs[chosen] if read.window is None else read.rows(x, positions[chosen])
-                        y_own = nn.functional.linear(own, weight.to(own), bias.to(own))
+                        y_own = _product(own, matrices, read) + bias.to(own)
                         yield Rows(own, y_own + share * (ys[chosen] - y_own), weights[some], is_held)
 
     def _residual(self, layer: Consumer) -> ResidualSum | None:
@@ -142,7 +143,7 @@ class LayerRows:
         """Return n so that every n-th row is used: 1, or more if there are more rows than a fit of that width needs."""
         a_sample = rows_a_sample(self._captured, _output(layer))
         rows = a_sample * self._samples.total
-        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * read.whole * read.taps)))
+        step = max(1, min(a_sample, rows // (_ROWS_PER_COLUMN * read.whole * read.taps // read.groups)))
         return coprime(step, a_sample)
 
     def _padding(self, batch: int, mask: Mask | None) -> Tensor | None:
@@ -153,6 +154,14 @@ class LayerRows:
         found = graph_arguments(self._captured.graph_module, self._samples.batches[batch])[names.index(mask.node)]
         assert isinstance(found, Tensor)
         return found if mask.nonzero == "tokens" else found.logical_not()
+
+
+def _product(x: Tensor, matrices: Sequence[Tensor], read: LayerInput) -> Tensor:
+    """Return W x (n, out) for rows x (n, columns) of all channels, and the matrices of the layer's parts."""
+    if read.groups == 1:
+        return x @ matrices[0].to(x).T
+    columns = [read.columns(torch.tensor(part.channels)).to(x.device) for part in read.parts]
+    return torch.cat([x[:, own] @ w.to(x).T for own, w in zip(columns, matrices, strict=True)], 1)
 
 
 def _output(layer: Consumer) -> ValueAxis:

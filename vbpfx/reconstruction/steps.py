@@ -62,7 +62,7 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     """Return whether reconstruction can choose a block's neurons itself.
 
     It can if layers that can be fitted read the block, each at one place of its input, and no statistic (such as a norm) is taken
-    over it. Its channels must not be in groups, since each group keeps as many.
+    over it.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
     places: dict[str, set[tuple[int, int]]] = defaultdict(set)
@@ -71,7 +71,6 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     return (
         all(len(found) == 1 for found in places.values())
         and not block.reductions
-        and block.groups == 1
         and fittable >= {c.node for c in block.consumers}
     )
 

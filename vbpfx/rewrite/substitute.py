@@ -122,11 +122,13 @@ def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:
     rows, columns = (
         removed_along(plan.blocks, layer.weight, axis) for axis in (1 - layer.weight_axis, layer.weight_axis)
     )
-    weight = narrow.new_zeros(narrow.shape[0] + len(rows), narrow.shape[1] + len(columns), *narrow.shape[2:])
+    own = narrow.shape[1] + len(columns) // layer.groups
+    weight = narrow.new_zeros(narrow.shape[0] + len(rows), own, *narrow.shape[2:])
     bias = correction.bias.new_zeros(len(weight))
-    kept_rows, kept_columns = _others(rows, weight.shape[0]), _others(columns, weight.shape[1])
-    weight[kept_rows[:, None], kept_columns] = narrow
-    bias[kept_rows] = correction.bias
+    kept = _others(rows, len(weight))
+    bias[kept] = correction.bias
+    for group, (part, outputs) in enumerate(zip(narrow.chunk(layer.groups), kept.chunk(layer.groups), strict=True)):
+        weight[outputs[:, None], _others_in(group, columns, own)] = part
     return weight, bias
 
 
@@ -147,7 +149,8 @@ def in_narrow_shape(calls: Sequence[Consumer], weight: Tensor, bias: Tensor, pla
     weight, bias = weight.clone(), bias.clone()
     constant = pruned_along(plan.blocks, layer.weight, 1 - layer.weight_axis)
     weight[constant], bias[constant] = 0.0, 0.0
-    narrow = weight[kept][:, _others(columns, weight.shape[1])].float()
+    parts = enumerate(weight[kept].chunk(layer.groups))
+    narrow = torch.cat([part[:, _others_in(group, columns, weight.shape[1])] for group, part in parts]).float()
     return Correction(layer, outputs_first(narrow, layer).contiguous(), bias[kept].float(), tuple(further))
 
 
@@ -178,6 +181,11 @@ def _along(
             for position in parameter.at(chosen(entry))
         }
     )
+
+
+def _others_in(group: int, positions: list[int], size: int) -> Tensor:
+    """Return the columns that are left of one group of rows, each of which reads ``size`` channels of its own."""
+    return _others([p - group * size for p in positions if p // size == group], size)
 
 
 def _others(positions: list[int], size: int) -> Tensor:

@@ -315,36 +315,47 @@ def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
         layer = correction.layer
         original, found = (_wide(tensors[layer.weight], layer) for tensors in (dense, narrow))
         change, _ = in_dense_shape(correction, plan)
-        expected = original + change.double().cpu()
-        rows, columns = torch.ones(len(expected), dtype=torch.bool), torch.ones(expected.shape[1], dtype=torch.bool)
-        present = rows.clone()
+        expected = _expected(original, change.double().cpu(), layer, plan)
+        rows = torch.ones(len(expected), dtype=torch.bool)
+        columns, present = torch.ones(expected.shape[1] * layer.groups, dtype=torch.bool), rows.clone()
         for entry in plan.blocks:
-            once = {(c.weight, c.source.start): c for c in entry.block.consumers}  # a layer's calls share one fold
-            for consumer in once.values():
-                if consumer.weight == layer.weight:
-                    source, removed = consumer.source, original[:, consumer.source.at(entry.pruned)]
-                    prediction, constants = entry.prediction_at(source), entry.constants_at(source).double()
-                    if prediction is not None:
-                        expected[:, source.at(entry.kept)] += torch.einsum(
-                            "op...,pk->ok...", removed, prediction.double()
-                        )
-                    column = (
-                        torch.einsum("op...,p->o...", removed, constants) / entry.value_at(source)
-                        if consumer.padded and entry.constants_in
-                        else 0.0
-                    )
-                    for place in source.at(entry.constants_in).tolist():
-                        expected[:, place], column = change[:, place] + column, 0.0  # the first one holds the constants
             for parameter in entry.block.parameters:
                 if parameter.name == layer.weight and parameter.axis == layer.weight_axis:
                     columns[parameter.at(entry.gone)] = False
                 elif parameter.name == layer.weight:
                     rows[parameter.at(entry.pruned)] = False
                     present[parameter.at(entry.gone)] = False
-        worst = max(
-            worst, relative_error([found[rows[present]]], [expected[rows][:, columns]])
-        )  # without rows of constant channels
+        parts = zip(expected.chunk(layer.groups), rows.chunk(layer.groups), columns.chunk(layer.groups), strict=True)
+        wanted = torch.cat([part[own_rows][:, own_columns] for part, own_rows, own_columns in parts])
+        worst = max(worst, relative_error([found[rows[present]]], [wanted]))  # without rows of constant channels
     return worst
+
+
+def _expected(original: Tensor, change: Tensor, layer: Consumer, plan: Plan) -> Tensor:
+    """Return W + dW plus folds (out, in / groups, ...) of a corrected layer, with the columns of constant channels."""
+    expected = original + change
+    size = original.shape[1]
+    for entry in plan.blocks:
+        once = {(c.weight, c.source.start): c for c in entry.block.consumers}  # a layer's calls share one fold
+        for consumer in once.values():
+            if consumer.weight != layer.weight:
+                continue
+            source, prediction = consumer.source, entry.prediction_at(consumer.source)
+            pruned, kept, held = (source.at(channels) for channels in (entry.pruned, entry.kept, entry.constants_in))
+            constants = entry.constants_at(source).double()
+            groups = (tensor.chunk(layer.groups) for tensor in (original, change, expected))
+            for group, (old, added, new) in enumerate(zip(*groups, strict=True)):
+                goes, stays, here = (positions // size == group for positions in (pruned, kept, held))
+                removed = old[:, pruned[goes] % size]
+                if prediction is not None:
+                    new[:, kept[stays] % size] += torch.einsum(
+                        "op...,pk->ok...", removed, prediction.double()[goes][:, stays]
+                    )
+                column = torch.einsum("op...,p->o...", removed, constants[goes])
+                for number, place in enumerate((held[here] % size).tolist()):
+                    takes = consumer.padded and number == 0  # the first constant channel holds the constants
+                    new[:, place] = added[:, place] + (column / entry.value_at(source) if takes else 0.0)
+    return expected
 
 
 def _wide(weight: Tensor, layer: Consumer) -> Tensor:

@@ -34,7 +34,7 @@ _SPREAD: dict[int, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Window:
-    """The windows of a convolution without groups; all tuples have one entry for each spatial axis.
+    """The windows of a convolution; all tuples have one entry for each spatial axis.
 
     Attributes:
         size: the number of entries along each axis.
@@ -43,6 +43,7 @@ class Window:
         padding: how many entries are added before and after the input; of a transposed convolution, how many are cut off its output.
         mode: what is added: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         behind: how many positions a transposed convolution adds behind its output; None for any other convolution.
+        groups: the number of groups: each reads its own part of the channels.
     """
 
     size: tuple[int, ...]
@@ -51,6 +52,7 @@ class Window:
     padding: tuple[tuple[int, int], ...]
     mode: str
     behind: tuple[int, ...] | None
+    groups: int
 
     @property
     def taps(self) -> int:
@@ -58,15 +60,15 @@ class Window:
         return math.prod(self.size)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return the convolution of x (..., C, spatial axes) with a weight (out, C, ...) of this size."""
+        """Return the convolution of x (..., C, spatial axes) with a weight (out, C / groups, ...) of this size."""
         dims = len(self.size)
         if self.behind is not None:
             cut = tuple(before for before, _ in self.padding)
             weight = weight.transpose(0, 1)
-            return _SPREAD[dims](x, weight, bias, self.stride, cut, self.behind, dilation=self.dilation)
+            return _SPREAD[dims](x, weight, bias, self.stride, cut, self.behind, self.groups, self.dilation)
         amounts = [amount for pair in reversed(self.padding) for amount in pair]
         x = self._surrounded(x, amounts, 0.0) if any(amounts) else x
-        return _CONVOLVE[dims](x, weight, bias, self.stride, 0, self.dilation)
+        return _CONVOLVE[dims](x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def gather(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return some windows of x, and which of their entries are inside x.
@@ -119,7 +121,7 @@ class Window:
 
 
 def window_of(node: fx.Node, module: nn.Module | None) -> Window | None:
-    """Return the windows of a call; None if it is no convolution, has groups, or reads only the position that it computes.
+    """Return the windows of a call; None if it is no convolution, or a plain matrix product at every position.
 
     Args:
         node: a call in a captured graph.
@@ -149,9 +151,9 @@ def window_of(node: fx.Node, module: nn.Module | None) -> Window | None:
         pairs = tuple((p, p) for p in as_tuple(0 if padding == "valid" else padding, len(size)))
     mode = "zeros" if module is None else str(module.padding_mode)
     behind = each(5, "output_padding", 0) if transposed else None
-    window = Window(size, stride, dilation, pairs, mode, behind)
+    window = Window(size, stride, dilation, pairs, mode, behind, given(6, "groups", 1))
     one_position = window.taps == 1 and set(stride) == {1} and not any(map(any, pairs)) and not any(behind or ())
-    return None if given(6, "groups", 1) != 1 or one_position else window
+    return None if one_position and window.groups == 1 else window
 
 
 def applied(x: Tensor, weight: Tensor, bias: Tensor, axis: int, window: Window | None) -> Tensor:
