@@ -46,6 +46,9 @@ _SEES_NO_DATA = (
     "it does not depend on the model's inputs: it is computed from parameters and constants only, so no data can tell which of "
     "its channels matter (compute its value once and store it as a constant)"
 )
+# The most columns of a convolution's regression, channels of a group times entries of its window: the time for a fit grows with the
+# cube of this number. It is 512 channels with windows of 3x3.
+_MOST_COLUMNS = 4608
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -57,9 +60,10 @@ class Analysis:
         blocks: every axis that can be narrowed exactly, in graph order.
         refusals: every axis that a weight produces but that cannot be narrowed, with the reason.
         captured: the graph that was analysed.
-        layers: every layer that a regression can fit, in graph order. Such a layer computes y = W x + b position by
-            position, reads values that come from the model's inputs, and is the only user of its weight. A layer that
-            is called several times has one entry per call. The entries' sources begin at channel 0.
+        layers: every layer that a regression can fit, in graph order. Such a layer computes y = W x + b from each position or,
+            if it is a convolution, from windows that are not too wide. It reads values that come from the model's inputs, and is
+            the only user of its weight. A layer that is called several times has one entry per call. The entries' sources begin
+            at channel 0.
     """
 
     blocks: tuple[Block, ...]
@@ -143,7 +147,9 @@ def _layers(network: fx.GraphModule, adapters: list[Adapter], evidence: Evidence
         pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
         same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
         node = evidence.nodes[consumer.node]
-        windows = window_of(node, called_module(network, node)) is not None
+        window = window_of(node, called_module(network, node))
+        read = evidence.sizes[Axis(consumer.weight, consumer.weight_axis, True)]
+        windows = window is not None and read * window.taps <= _MOST_COLUMNS
         own_bias = consumer.creates_bias or (
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )

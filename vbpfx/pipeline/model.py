@@ -76,7 +76,8 @@ def prune(
         mask: the argument that is the padding mask. ``attention_mask`` is found without it (see :func:`vbpfx.prepare`).
         reconstruct: fit the layers block after block (:mod:`vbpfx.reconstruction.reconstruct`). This is the default for
             ``method="auto"`` with its own compensation.
-        refit: also fit the layers outside the blocks that write to the residual stream (attention's output projection).
+        refit: also fit the layers outside the blocks that write to the residual stream (attention's output projection), and
+            convolutions outside the blocks.
             Their shapes stay. The default is the value of ``reconstruct``. The plan and the report name these layers.
         samples: how many calibration samples the reconstruction uses. It takes the first ones. By default it uses as many
             as its two streams can hold in three quarters of ``memory``, and at least 8.

@@ -10,6 +10,7 @@ lambda -> infinity the weights stay V0 and only the bias changes. If the bias c 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class Sums:
 
     def _normal(self, sums: Iterable[tuple[Tensor, ...]]) -> Normal:
         assert self._centres is not None
-        w, x, t, xx, xt = (torch.stack(parts).sum(0).cpu() for parts in zip(*sums, strict=True))
+        w, x, t, xx, xt = (functools.reduce(torch.add, parts).cpu() for parts in zip(*sums, strict=True))
         x, t = x / w, t / w
         centre_x, centre_t = (centre.double().cpu() for centre in self._centres)
         return Normal(centre_x + x, centre_t + t, xx / w - torch.outer(x, x), xt / w - torch.outer(x, t))
