@@ -1,10 +1,12 @@
-"""Small networks of four kinds for comparing methods, trained from scratch on scikit-learn's bundled 8x8 digits.
+"""Small networks of seven kinds for comparing methods, trained from scratch on scikit-learn's bundled 8x8 digits.
 
 ``NAMES`` lists them, and ``load`` returns one with its stored weights. The data is that of ``vbpfx.demo.digits``.
 Nothing is downloaded. The networks are as narrow as the task allows, so that removing hidden neurons costs accuracy. The
 demo's vision transformer is too wide for that: on digits, plain variance pruning loses nothing until a high ratio.
+``CONVOLUTIONAL`` names those with padded 3x3 convolutions (``small_convolutional.py``). One of them, ``unet``, removes
+noise; its score is the share of the noise's squared error that it removes. The score of all others is their accuracy.
 
-``python benchmarks/small_networks.py`` prints the accuracy of each under plain Variance-Based Pruning.
+``python benchmarks/small_networks.py`` prints the score of each under plain Variance-Based Pruning.
 ``--train [NAME ...]`` trains them anew, about a minute each on a CPU core, and stores the weights in
 ``benchmarks/weights``. Augmentation, schedule and hyperparameters are those of the demo's network, which
 ``vbpfx/demo/train_digits.py`` describes. Widths, depths and the number of epochs were chosen with ``--holdout 300``,
@@ -17,9 +19,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import small_convolutional
 from rich.console import Console
 from rich.table import Table
 from timm.layers import SwiGLU
@@ -31,13 +35,14 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.demo.digits import accuracy, load_digits
-from vbpfx.demo.train_digits import save_weights, seed_everything, train
+from vbpfx.demo.train_digits import classification_loss, save_weights, seed_everything, train
 from vbpfx.report.make import count_parameters
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EPOCHS = 150
 RATIOS = (0.3, 0.5, 0.7)
 CALIBRATION_BATCH = 100
+_CALIBRATION_SEED = 1
 
 
 def _convnext() -> nn.Module:
@@ -94,8 +99,36 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mixer": _mixer,
     "swin": _swin,
     "swiglu": _swiglu,
+    "resnet": small_convolutional.resnet,
+    "resnext": small_convolutional.resnext,
+    "unet": small_convolutional.unet,
 }
 NAMES = tuple(NETWORKS)
+CONVOLUTIONAL = ("resnet", "resnext", "unet")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network is trained for.
+
+    Attributes:
+        loss_of: function from the model, images and labels to the loss of training.
+        score: function from the model, images and labels to its score; 1 is perfect.
+        inputs: function from images and a seed to what the network sees of them.
+    """
+
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    score: Callable[[nn.Module, Tensor, Tensor], float]
+    inputs: Callable[[Tensor, int], Tensor]
+
+
+_CLASSIFICATION = Task(classification_loss, accuracy, lambda images, seed: images)
+_DENOISING = Task(small_convolutional.denoising_loss, small_convolutional.noise_removed, small_convolutional.noisy)
+
+
+def task(name: str) -> Task:
+    """Return what the network of that name is trained for."""
+    return _DENOISING if name == "unet" else _CLASSIFICATION
 
 
 def load(name: str) -> nn.Module:
@@ -107,14 +140,15 @@ def load(name: str) -> nn.Module:
 
 def measure(name: str, model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor) -> list[str]:
     """Return one row of the table; :func:`vbpfx.prune` raises if a pruned network differs from its plan."""
-    batches = calibration.split(CALIBRATION_BATCH)
+    score = task(name).score
+    batches = task(name).inputs(calibration, _CALIBRATION_SEED).split(CALIBRATION_BATCH)
     pruned = [vbpfx.prune(model, batches, ratio=ratio, method="vbp", progress=False) for ratio in RATIOS]
     return [
         name,
         f"{count_parameters(model):,}",
         f"{len(pruned[0].report.widths)}",
         f"{pruned[0].report.neurons[0]}",
-        *(f"{accuracy(m, images, labels):.2%}" for m in (model, *(p.graph_module for p in pruned))),
+        *(f"{score(m, images, labels):.2%}" for m in (model, *(p.graph_module for p in pruned))),
     ]
 
 
@@ -151,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scored = (split.train_images[kept:], split.train_labels[kept:]) if args.holdout else split[2:]
 
     what = "held-out training" if args.holdout else "test"
-    table = Table(title=f"Accuracy on {len(scored[1])} {what} images, dense and by share removed", title_justify="left")
+    table = Table(title=f"Score on {len(scored[1])} {what} images, dense and by share removed", title_justify="left")
     columns = ("network", "params", "blocks", "hidden", "dense", *(f"{ratio:.0%}" for ratio in RATIOS))
     for column in columns:
         table.add_column(column, justify="left" if column == "network" else "right")
@@ -161,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             seed_everything(args.seed)
             start = time.perf_counter()
-            model = train(NETWORKS[name](), images, labels, args.epochs, console)
+            model = train(NETWORKS[name](), images, labels, args.epochs, console, task(name).loss_of)
             console.print(f"{name}: trained in {time.perf_counter() - start:.0f} s")
             if not args.holdout:
                 WEIGHTS.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -71,8 +71,24 @@ def seed_everything(seed: int) -> None:
     torch.set_num_threads(1)
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, console: Console) -> nn.Module:
-    """Train ``model`` on ``images`` in place and return it in eval mode."""
+def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of the model's logits, with smoothed labels."""
+    return F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    console: Console,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] = classification_loss,
+) -> nn.Module:
+    """Train ``model`` on ``images`` in place and return it in eval mode.
+
+    Args:
+        loss_of: function from the model, augmented images and their labels to the loss.
+    """
     model.train()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     undecayed = [p for p in model.parameters() if p.ndim < 2]
@@ -100,8 +116,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, console
         for _ in range(epochs):
             total = 0.0
             for index in torch.split(torch.randperm(len(images)), BATCH_SIZE):
-                logits = model(augment(images[index]))
-                loss = F.cross_entropy(logits, labels[index], label_smoothing=LABEL_SMOOTHING)
+                loss = loss_of(model, augment(images[index]), labels[index])
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
