@@ -42,7 +42,7 @@ def _measure(method: Method, network: Subject, options: argparse.Namespace) -> d
     dense = macs_of(network.model, network.test_inputs[:1])
     draws = [network.draw(options.calibration, seed) for seed in range(options.draws)]
     found: dict[str, dict[str, Any]] = {}
-    for variant, prune in method.variants.items():
+    for variant, prune in method.variants(network).items():
         found[variant] = {}
         for share in options.shares:
             try:
@@ -89,7 +89,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--networks", nargs="+", choices=CONVOLUTIONAL, default=CONVOLUTIONAL, help="default: all")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     add("--shares", nargs="+", type=float, default=SHARES, help="shares of the MACs to keep; default: %(default)s")
-    add("--draws", type=int, default=5, help="how often calibration images are drawn; default: %(default)s")
+    add("--draws", type=int, default=10, help="how often calibration images are drawn; default: %(default)s")
     add("--calibration", type=int, default=600, help="images of a draw; default: %(default)s")
     add("--page", action="store_true", help="measure nothing; write the page from the figures that are there")
     add("--out", type=Path, default=RESULTS, help="file of the figures; default: benchmarks/results/convolutions.json")

@@ -12,10 +12,10 @@ are imported when they are first used.
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,14 @@ class Method:
 
     Attributes:
         about: description for the page.
-        variants: name -> function from a network, calibration data and the share of the MACs to keep to the outcome. It
-            raises ImpossibleError if it cannot reach them.
+        variants: function from a network to its variants, name -> function from the network, calibration data and the share
+            of the MACs to keep to the outcome. That raises ImpossibleError if it cannot reach them.
         ours: whether the tool is vbpfx.
         uses_data: whether the result depends on the calibration data.
     """
 
     about: str
-    variants: Mapping[str, Prune]
+    variants: Callable[[Subject], Mapping[str, Prune]]
     ours: bool = False
     uses_data: bool = True
 
@@ -135,8 +135,6 @@ def _torch_pruning(
 ) -> Outcome:
     import torch_pruning
 
-    if hidden_alone and not subject.writes_stream:
-        raise ImpossibleError("as all channels: there is no residual stream")
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     gradients: list[Tensor] | None = None
     if taylor:
@@ -161,12 +159,20 @@ def _torch_pruning(
     return _at(share, subject, prune)
 
 
-def _onnxsim(everywhere: bool, subject: Subject, draw: Draw, share: float) -> Outcome:
+@functools.lru_cache(maxsize=1)
+def _simplified(subject: Subject) -> onnx.ModelProto:
+    """Return the network in ONNX, simplified by onnxsim, which folds BatchNorm into convolutions."""
     import onnxsim
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(subject.model, Inputs((draw.inputs[:4],), {}), Path(folder) / "dense.onnx")
-        dense, _ = onnxsim.simplify(onnx.load(path))
+        path = export_onnx(subject.model, Inputs((subject.test_inputs[:4],), {}), Path(folder) / "dense.onnx")
+        return onnxsim.simplify(onnx.load(path))[0]
+
+
+def _onnxsim(everywhere: bool, subject: Subject, draw: Draw, share: float) -> Outcome:
+    import onnxsim
+
+    dense = _simplified(subject)
     name = dense.graph.input[0].name
     data = [{name: batch.numpy()} for batch in draw.batches]
     example = Inputs((), {name: draw.inputs[:1]})
@@ -176,7 +182,9 @@ def _onnxsim(everywhere: bool, subject: Subject, draw: Draw, share: float) -> Ou
             dense, calibration_data=data, sparsity=sparsity, global_sparsity=everywhere
         )
         graph = import_graph(onnx_ir.from_proto(small), example).graph_module
-        return _Narrowed(partial(_run_recovered, onnxsim, dense, small, data), macs_of(graph, draw.inputs[:1]))
+        return _Narrowed(
+            functools.partial(_run_recovered, onnxsim, dense, small, data), macs_of(graph, draw.inputs[:1])
+        )
 
     return _at(share, subject, prune)
 
@@ -195,17 +203,29 @@ _ALLOCATIONS: dict[str, dict[str, bool]] = {
 }
 
 
-def _torch_pruning_variants(taylor: bool) -> dict[str, Prune]:
-    return {
-        f"{name}, {axes}": partial(_torch_pruning, taylor, axes == "hidden channels", options)
-        for axes in ("all channels", "hidden channels")
-        for name, options in _ALLOCATIONS.items()
-    }
+def _torch_pruning_variants(taylor: bool) -> Callable[[Subject], Mapping[str, Prune]]:
+    def variants(subject: Subject) -> Mapping[str, Prune]:
+        return {
+            f"{name}, {axes}": functools.partial(_torch_pruning, taylor, axes == "hidden channels", options)
+            for axes in (("all channels", "hidden channels") if subject.writes_stream else ("all channels",))
+            for name, options in _ALLOCATIONS.items()
+        }
+
+    return variants
+
+
+def _vbpfx_variants(method: str) -> Callable[[Subject], Mapping[str, Prune]]:
+    return lambda subject: {"": functools.partial(_vbpfx, method)}
+
+
+def _onnxsim_variants(subject: Subject) -> Mapping[str, Prune]:
+    names = {"every chain alike": False, "global": True}
+    return {name: functools.partial(_onnxsim, everywhere) for name, everywhere in names.items()}
 
 
 METHODS: dict[str, Method] = {
-    "vbp": Method('vbpfx, Variance-Based Pruning: `method="vbp"`', {"": partial(_vbpfx, "vbp")}, ours=True),
-    "auto": Method("vbpfx, its default method, with `round_to=1`", {"": partial(_vbpfx, "auto")}, ours=True),
+    "vbp": Method('vbpfx, Variance-Based Pruning: `method="vbp"`', _vbpfx_variants("vbp"), ours=True),
+    "auto": Method("vbpfx, its default method, with `round_to=1`", _vbpfx_variants("auto"), ours=True),
     "magnitude": Method(
         "Torch-Pruning, `GroupMagnitudeImportance(p=2)`; uses no data", _torch_pruning_variants(False), uses_data=False
     ),
@@ -216,6 +236,6 @@ METHODS: dict[str, Method] = {
     "Wanda": Method(
         "onnxsim, `apply_structured_wanda_pruning`, then its closed-form recovery `apply_pruning_finetune`, which fits "
         "`MatMul` and `Gemm` and no convolution",
-        {"every chain alike": partial(_onnxsim, False), "global": partial(_onnxsim, True)},
+        _onnxsim_variants,
     ),
 }

@@ -35,7 +35,7 @@ class Draw:
         return list(self.inputs.split(BATCH))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A trained network with its data.
 
