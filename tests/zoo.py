@@ -597,6 +597,7 @@ REFUSED = [
     Case("tied", tied, tokens, {}, {"fc1": "tied to"}),
     Case("computed weight", mlp(lambda m, x: m.fc2(F.linear(x, m.fc1.weight * 2).relu())), tokens, {}, {}),
     Case("weight norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 12)), nn.ReLU(), nn.Linear(12, 8)), tokens, {}, {}),
+    Case("weight norm of a convolution", lambda: nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(12, 3, 3, padding=1))), images, {}, {}),
     Case("product with an input", lambda: Net(lambda m, x: m.fc2(m.fc1(x) * x), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)), tokens, {}, {"fc1": "input of the model"}),
     Case("recurrent", Recurrent, tokens, {}, {}),
     Case("constant of the trace", mlp(lambda m, x: m.fc2(m.fc1(x) * torch.arange(12.0).to(x))), tokens, {}, {"fc1": "constant"}, ("symbolic",)),

@@ -148,8 +148,8 @@ def _layers(network: fx.GraphModule, adapters: list[Adapter], evidence: Evidence
         same_positions = len(x) == len(y) and all(x[i] == y[i] for i in range(len(x)) if i != channel)
         node = evidence.nodes[consumer.node]
         window = window_of(node, called_module(network, node))
-        read = evidence.sizes[Axis(consumer.weight, consumer.weight_axis, True)]
-        windows = window is not None and read * window.taps <= _MOST_COLUMNS
+        read = evidence.sizes.get(Axis(consumer.weight, consumer.weight_axis, True))
+        windows = window is not None and read is not None and read * window.taps <= _MOST_COLUMNS
         own_bias = consumer.creates_bias or (
             len(evidence.uses[consumer.bias]) == calls[consumer.weight] and consumer.bias not in evidence.tied
         )
