@@ -136,9 +136,7 @@ class _Call:
         self.dtype = source.meta["val"].dtype
 
     def argument(self, position: int, name: str) -> Any:
-        if self.module is not None:
-            return getattr(self.module, name, None)
-        return Argument(position, name).given(self.node)
+        return Argument(position, name).given(self.node, self.module)
 
     def scaled(self, y: Any, weight: tuple[int, str], bias: tuple[int, str] | None) -> Any:
         """Return y * weight + bias, leaving out whichever of them the call does not have."""

@@ -216,9 +216,7 @@ class Site:
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument by position (the tensor itself is 0) or keyword, or the module's attribute of that name."""
-        if self.module is not None:
-            return getattr(self.module, name, default)
-        return Argument(position, name, default).given(self.node)
+        return Argument(position, name, default).given(self.node, self.module)
 
     def constant(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument that must be a constant: an integer, a tuple of integers, None or a flag.

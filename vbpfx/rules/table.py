@@ -23,8 +23,10 @@ class Argument(NamedTuple):
     name: str
     default: Any = None
 
-    def given(self, node: fx.Node) -> Any:
-        """Return what the call passes for the argument, or its default."""
+    def given(self, node: fx.Node, module: nn.Module | None = None) -> Any:
+        """Return what the call passes for the argument, or its default; for the call of a module, the module's attribute."""
+        if module is not None:
+            return getattr(module, self.name, self.default)
         if self.position < len(node.args):
             return node.args[self.position]
         return node.kwargs.get(self.name, self.default)

@@ -133,7 +133,7 @@ def window_of(node: fx.Node, module: nn.Module | None) -> Window | None:
     transposed = rule is transposed_convolution
 
     def given(position: int, name: str, default: Any) -> Any:
-        return getattr(module, name) if module is not None else Argument(position, name, default).given(node)
+        return Argument(position, name, default).given(node, module)
 
     weight = given(1, "weight", None)
     weight = weight.meta["val"] if isinstance(weight, fx.Node) else weight
