@@ -22,7 +22,6 @@ from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
-from vbpfx.analysis.names import parameter_names
 from vbpfx.analysis.sizes import is_share
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
@@ -37,7 +36,7 @@ from vbpfx.plans.records import (
     SizeLiteral,
     ValueAxis,
 )
-from vbpfx.rules.axes import Axis, Names
+from vbpfx.rules.axes import Axis
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
 from vbpfx.rules.windows import window_of
@@ -114,8 +113,7 @@ def find_blocks(captured: Captured) -> Analysis:
     """
     evidence = find_evidence(captured)
     linked, adapters = _with_parts(evidence), find_adapters(captured.graph_module, evidence)
-    names, _ = parameter_names(captured.graph_module, captured.reference)
-    look = _Look(captured.graph_module, names, linked, adapters, evidence)
+    look = _Look(captured.graph_module, linked, adapters, evidence)
     found = [_judge(component, look) for component in components(evidence)]
     blocks = [entry for entry in found if isinstance(entry, Block)]
     refusals = [entry for entry in found if isinstance(entry, Refusal)]
@@ -171,10 +169,9 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
 
 
 class _Look(NamedTuple):
-    """What components are judged by: the graph, the names of its parameters, and everything that was found in it."""
+    """What components are judged by: the graph, and everything that was found in it."""
 
     network: fx.GraphModule
-    names: Names
     linked: nx.Graph[Axis]
     adapters: list[Adapter]
     evidence: Evidence
@@ -274,9 +271,7 @@ def _constant_channel(
         reason = f"{PADDED}, and a statistic is taken over it, in which a constant channel would count"
         return reductions[0].node, reason
     making = {name for value in values for name in look.evidence.producing.get(Axis(value.node, value.axis), ())}
-    return find_constant_channel(
-        produced, making, consumers, parameters, values, look.network, look.names, look.evidence
-    )
+    return find_constant_channel(produced, making, consumers, parameters, values, look.network, look.evidence)
 
 
 def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence) -> SizeLiteral:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from vbpfx.analysis.evidence import Evidence
 from vbpfx.plans.records import ConstantChannel, Consumer, ParameterAxis, Setting, ValueAxis
 from vbpfx.rules import layers, norms, parts, pointwise, shapes
-from vbpfx.rules.axes import Names, Operand, Site, operand_of
+from vbpfx.rules.axes import Operand, Site, operand_of
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
 
@@ -76,7 +76,6 @@ def find_constant_channel(
     parameters: Sequence[ParameterAxis],
     carriers: Sequence[ValueAxis],
     network: fx.GraphModule,
-    names: Names,
     evidence: Evidence,
 ) -> ConstantChannel | tuple[str, str]:
     """Return how a channel of an axis can be made constant for the readers that pad it; or the node and the reason why not.
@@ -88,7 +87,6 @@ def find_constant_channel(
         parameters: all axes of parameters that hold the axis.
         carriers: all values that hold it.
         network: the graph.
-        names: names of its parameters.
         evidence: what the rules said about it.
     """
     padded = [consumer for consumer in consumers if consumer.padded]
@@ -99,7 +97,7 @@ def find_constant_channel(
     read = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
     own = [entry for entry in parameters if (entry.name, entry.axis) not in read]
     nodes = list(dict.fromkeys(evidence.nodes[carrier.node] for carrier in carriers))
-    channel = _Channel(nodes, producing, network, names, evidence)
+    channel = _Channel(nodes, producing, network, evidence)
     found: dict[float, tuple[dict[str, float], dict[str, float]]] = {}
     obstacle: Site | None = None
     for settings in channel.attempts(own, set(produced)):
@@ -143,11 +141,11 @@ class _Channel:
     """
 
     def __init__(
-        self, nodes: Sequence[fx.Node], producing: set[str], network: fx.GraphModule, names: Names, evidence: Evidence
+        self, nodes: Sequence[fx.Node], producing: set[str], network: fx.GraphModule, evidence: Evidence
     ) -> None:
-        self._producing, self._network, self._names, self._read = producing, network, names, evidence.read
+        self._producing, self._network, self._names = producing, network, evidence.names
         self._carrying = set(nodes)
-        self._sites = {node: Site(node, called_module(network, node), names, evidence.read) for node in nodes}
+        self._sites = {node: Site(node, called_module(network, node), evidence.names, evidence.read) for node in nodes}
 
     def attempts(self, own: Iterable[ParameterAxis], rows: set[str]) -> Iterator[dict[str, float]]:
         """Yield, for every attempt, parameter -> the number that it is set to at the channel.

@@ -63,6 +63,7 @@ class Unread(NamedTuple):
 class Evidence:
     """What the rules said about the whole graph.
 
+    ``names`` are the names of the graph's parameters in the model.
     ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
     ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
     with the numbers of parts and the nodes that need them equal. If a layer's weight is itself computed (a part
@@ -71,6 +72,7 @@ class Evidence:
 
     nodes: dict[str, fx.Node]
     position: dict[str, int]
+    names: Names
     graph: nx.Graph[Axis] = field(default_factory=nx.Graph)
     parts: list[Part] = field(default_factory=list)
     grouped: list[Grouped] = field(default_factory=list)
@@ -104,7 +106,7 @@ def find_evidence(captured: Captured) -> Evidence:
     graph_module, reference = captured.graph_module, captured.reference
     names, tied = parameter_names(graph_module, reference)
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, tied=tied)
+    evidence = Evidence(nodes, {name: i for i, name in enumerate(nodes)}, names, tied=tied)
     evidence.calls.update((enclosing_module(node)[0], node.target) for node in nodes.values())
     for name, tensor in named_tensors(reference).items():
         evidence.sizes.update({Axis(name, dim, True): size for dim, size in enumerate(tensor.shape)})
