@@ -179,9 +179,8 @@ def _shapes(pruned: Pruned) -> Iterator[tuple[str, tuple[int, ...]]]:
     shapes: dict[str, list[int]] = {}
     for entry in pruned.plan.blocks:
         for parameter in entry.block.parameters:
-            shapes.setdefault(parameter.name, list(dense[parameter.name].shape))[parameter.axis] -= entry.lost(
-                parameter
-            )
+            shape = shapes.setdefault(parameter.name, list(dense[parameter.name].shape))
+            shape[parameter.axis] -= entry.lost(parameter)
     return ((name, tuple(shape)) for name, shape in shapes.items())
 
 

@@ -144,17 +144,15 @@ class Changes:
 
         A bias that folding creates for a producer is 0 there, since the producer had none.
         """
+        made_for = {(c.weight, 1 - c.weight_axis): name for name, c in self.made.items()}
         found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         for entry in plan.blocks:
             for setting in entry.block.constant.settings if entry.block.constant else ():
-                for position in setting.parameter.at(entry.constants_in).tolist():
-                    found[setting.parameter.name].append((setting.parameter.axis, position, setting.value))
-                    for name, consumer in self.made.items():
-                        if (consumer.weight, 1 - consumer.weight_axis) == (
-                            setting.parameter.name,
-                            setting.parameter.axis,
-                        ):
-                            found[name].append((0, position, 0.0))
+                parameter, bias = setting.parameter, made_for.get((setting.parameter.name, setting.parameter.axis))
+                for position in parameter.at(entry.constants_in).tolist():
+                    found[parameter.name].append((parameter.axis, position, setting.value))
+                    if bias is not None:
+                        found[bias].append((0, position, 0.0))
         return found
 
 
