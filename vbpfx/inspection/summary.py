@@ -221,6 +221,6 @@ def _analysed(
 def _widths(blocks: tuple[Block, ...], ratio: float, min_width: int | None) -> dict[str, int]:
     """Return the widths at which every block gives up the same share of its neurons."""
     ranks = {block.name: torch.arange(1, block.width + 1, dtype=torch.float64) / block.width for block in blocks}
-    floor, steps = floors(blocks, min_width), {block.name: block.groups for block in blocks}
+    floor, steps = floors(blocks, min_width), dict.fromkeys((block.name for block in blocks), 1)
     budget = Budget("ratio", ratio)
     return choose_widths([[block] for block in blocks], ranks, budget, floor=floor, steps=steps, cost=None)

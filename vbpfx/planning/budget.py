@@ -85,8 +85,9 @@ def choose_widths(
         groups: the blocks in groups. The blocks of a group have the same width before and afterwards.
         scores: block -> one score per neuron, (d,).
         floor: block -> its smallest width.
-        steps: block -> the number that its width must be a multiple of; the block's full width is always allowed. With
-            ``ratio`` the total is as close to the budget as possible; the other budgets are never exceeded.
+        steps: block -> the number that its width must be a multiple of, besides the number of its groups; the block's full
+            width is always allowed. With ``ratio`` the total is as close to the budget as possible; the other budgets
+            are never exceeded.
         cost: a function from widths to the MACs, parameters or latency of the whole model; None with ``ratio``.
 
     Raises:
@@ -94,6 +95,7 @@ def choose_widths(
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
+    smaller = "a smaller min_width" + (" or round_to" if max(steps.values()) > 1 else "")
     steps = {head.name: math.lcm(steps[head.name], head.groups) for head in heads}
     lowest = {name: rounded_up(floor[name], steps[name], full[name]) for name in full}
     # the k-th removal from a group takes the k-th neuron of each of its blocks: its score is the mean of theirs
@@ -112,7 +114,6 @@ def choose_widths(
     def neurons(widths: Mapping[str, int]) -> int:
         return sum(widths[group[0].name] * len(group) for group in groups)
 
-    smaller = "a smaller min_width" + (" or round_to" if max(steps.values()) > 1 else "")
     if cost is None:
         total = neurons(full)
         wanted, most = round(budget.value * total), total - neurons(after(len(order)))

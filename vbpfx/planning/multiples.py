@@ -31,7 +31,7 @@ def width_steps(
     fast at any width (``benchmarks/rounding.py``).
     """
     if round_to is not None:
-        return {block.name: math.lcm(round_to, block.groups) for block in blocks}
+        return dict.fromkeys((block.name for block in blocks), round_to)
     convolved = blocks_with_convolutions(captured, blocks)
 
     def steps(most: int) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The substitution reference: a dense graph that computes what the narrowed network should compute.
 
 At every consumer's input the removed channels h_P are replaced by a + B h_K. Behind every layer that the plan corrects,
-dW x + db is added to its output, where x has the constant channels that the narrowed layer reads. No weight is sliced and no bias is folded, so the reference shares no code with the
-rewrite that it is compared with.
+dW x + db is added to its output, where x has the constant channels that the narrowed layer reads. No weight is sliced and no
+bias is folded, so the reference shares no code with the rewrite that it is compared with.
 """
 
 from __future__ import annotations
