@@ -106,6 +106,10 @@ class LayerInput:
 
         return tuple(part(number) for number in range(self.groups))
 
+    def held_by(self, part: Part) -> list[tuple[int, Held]]:
+        """Return a part's constant channels, each with its place among the part's channels."""
+        return [(place, self.held[c - self.channels]) for place, c in enumerate(part.constants, part.own)]
+
     def columns(self, channels: Tensor) -> Tensor:
         """Return the columns of channels that are numbered from 0 on, T for each."""
         return (channels[:, None] * self.taps + torch.arange(self.taps)).flatten()
@@ -136,9 +140,9 @@ class LayerInput:
         """Return the means of a part's own channels, without the zeros of padding, from the means of all its columns."""
         means = columns.reshape(-1, self.taps)
         own = means[: part.own].mean(1)
-        if not part.constants:
-            return own
-        return own / (means[part.own].mean() / self.held[part.constants[0] - self.channels].value)
+        for place, held in self.held_by(part)[:1]:
+            own = own / (means[place].mean() / held.value)
+        return own
 
     def rows(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return rows (n, columns) of all channels for some positions of the output of a layer with windows.

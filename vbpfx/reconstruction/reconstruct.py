@@ -39,7 +39,7 @@ from vbpfx.plans.records import BlockPlan, Consumer, Plan
 from vbpfx.reconstruction.choice import Choice, Regression
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
-from vbpfx.reconstruction.layer_input import Held, LayerInput, Part
+from vbpfx.reconstruction.layer_input import Held, LayerInput
 from vbpfx.reconstruction.regression import Normal, Sums, best_penalty, fit
 from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
@@ -143,7 +143,7 @@ class _Reconstruction:
         intercept, shift = bias.clone(), bias.clone()
         for regression in regressions:
             part, sums = regression.part, regression.sums
-            folded, shifted = self._folded(layer, part, gone)
+            folded, shifted = self._folded(layer, regression, bias, gone)
             present = torch.tensor([i for i, c in enumerate(part.channels) if c not in gone])
             columns = read.columns(present)
             chosen = step.chooses is not None
@@ -207,10 +207,9 @@ class _Reconstruction:
         for part, change in zip(read.parts, found.changes, strict=True):
             whole = change.reshape(len(change), len(part.channels), *read.size)
             own = whole[:, : part.own].clone()
-            for number, channel in enumerate(part.constants, part.own):
-                held = read.held[channel - read.channels]
+            for place, held in read.held_by(part):
                 places = held.source.at(self.decided[held.block].constants_in)
-                own[:, places[part.holds(places)][:1] - part.first] = whole[:, number, None]
+                own[:, places[part.holds(places)][:1] - part.first] = whole[:, place, None]
             parts.append(own)
         return torch.cat(parts)
 
@@ -274,14 +273,12 @@ class _Reconstruction:
         pruned = pruned_along(self.plan.blocks, layer.weight, layer.weight_axis)
         return (self.inputs[layer.weight].channels - len(pruned)) // layer.groups
 
-    def _folded(self, layer: Consumer, part: Part, gone: set[int]) -> tuple[Tensor, Tensor]:
+    def _folded(self, layer: Consumer, regression: Regression, bias: Tensor, gone: set[int]) -> tuple[Tensor, Tensor]:
         """Return a part of W, as a matrix, and of b with removed neurons of the layer's input folded in, as far as they are decided."""
-        read, weight = self.inputs[layer.weight], self._weight(layer)[part.outputs]
-        shifted = self._bias(layer)[part.outputs].clone()
-        folded = read.matrix(self._weight(layer), part).reshape(len(weight), len(part.channels), *read.size).clone()
-        held = {
-            (h.block, h.source): part.channels.index(c) for c in part.constants for h in [read.held[c - read.channels]]
-        }
+        read, part = self.inputs[layer.weight], regression.part
+        dense = regression.weight.reshape(len(regression.weight), len(part.channels), *read.size)
+        folded, shifted = dense.clone(), bias[part.outputs].clone()
+        held = {(constant.block, constant.source): place for place, constant in read.held_by(part)}
         for entry in self.decided.values():
             for consumer in entry.block.consumers:
                 if consumer.node != layer.node:
@@ -289,7 +286,7 @@ class _Reconstruction:
                 source = consumer.source
                 pruned, kept = source.at(entry.pruned), source.at(entry.kept)
                 goes, stays = part.holds(pruned), part.holds(kept)
-                removed, prediction = weight[:, pruned[goes] - part.first], entry.prediction_at(source)
+                removed, prediction = dense[:, pruned[goes] - part.first], entry.prediction_at(source)
                 if prediction is not None:
                     b = prediction.double()[goes][:, stays]
                     folded[:, kept[stays] - part.first] += torch.einsum("op...,pk->ok...", removed, b)
