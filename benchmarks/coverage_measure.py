@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_models import Subject
+from coverage_models import SAMPLES, Subject
 from exactness import randomize, shaken
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -38,6 +38,9 @@ EXAMPLES = 1  # named axes per reason
 ROUNDING = 30
 # If the effect of the substitution is below this many times the error, the comparison proves nothing ("blind").
 VISIBLE = 1e3
+
+# Other picture sizes differ from the traced one by this many pixels, the usual stride of a network.
+TILE = 32
 
 # Some random networks hardly depend on their images, so that the means replace the neurons almost exactly. If the effect
 # is below this value, the constants are perturbed.
@@ -66,6 +69,8 @@ class Record:
         error64, error32: error of the GraphModule against the reference; ``effect`` is how much the substitution changes
             the output. If that is below ``FAINT``, both are measured with perturbed constants.
         capture64, capture32: error of the captured graph against the model.
+        sizes: for images, the largest error of the GraphModule in float64 at picture sizes that tracing has not seen, or why there
+            is none.
         rounding32: error of the dense network in float32 against itself in float64.
         own: error of the model's own class against the reference, in float64, or why there is none.
         onnx: error of ONNX Runtime against the reference, in float32, or why there is none; None if it was not tried.
@@ -90,6 +95,7 @@ class Record:
     error64: float | None = None
     effect: float | None = None
     capture64: float | None = None
+    sizes: float | str | None = None
     error32: float | None = None
     capture32: float | None = None
     rounding32: float | None = None
@@ -175,7 +181,10 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
             small = vbpfx.convert(captured, plan64)
             checked = vbpfx.verify(captured, small, plan64, tolerance=torch.inf)
             record.error64, record.effect = max(record.error64, checked.error), checked.effect
-        del small
+    if record.size is not None:
+        with stage("other sizes"):
+            record.sizes = at_other_sizes(captured, small, plan64, record.size)
+    del small
     with stage("own class"):
         try:
             record.own = vbpfx.verify(captured, vbpfx.apply_plan(exact, plan64), plan64).error
@@ -192,6 +201,23 @@ def _stages(subject: Subject, record: Record, stage: Callable[[str], Any]) -> No
             record.onnx = relative_error(run_session(session, replace(inputs, kwargs=ordered)), expected)
         except VbpfxError as error:
             record.onnx = explain(error)
+
+
+def at_other_sizes(captured: vbpfx.Captured, small: nn.Module, plan: vbpfx.Plan, size: int) -> float | str:
+    """Return the largest error of a pruned graph on pictures of other sizes, in float64, or why there is none."""
+    worst = 0.0
+    for height, width in ((size + TILE, size), (size + TILE, size + TILE)):
+        pictures = torch.randn(SAMPLES, 3, height, width, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                captured.reference(pictures)
+        except Exception:  # each library raises its own exceptions for a size that does not fit
+            return f"the model takes no pictures of {height} x {width} pixels"
+        try:
+            worst = max(worst, vbpfx.verify(captured, small, plan, pictures, tolerance=torch.inf).error)
+        except VerificationError as error:
+            return explain(error)
+    return worst
 
 
 def describe(captured: vbpfx.Captured, analysis: vbpfx.Analysis, record: Record) -> None:
@@ -228,6 +254,7 @@ def judge(record: Record) -> tuple[str, str]:
     measured = {
         "the GraphModule in float64": (record.error64, exact),
         "the captured graph in float64": (record.capture64, exact),
+        "the GraphModule in float64 at other picture sizes": (record.sizes, exact),
         "the GraphModule in float32": (record.error32, single),
         "the captured graph in float32": (record.capture32, single),
         "ONNX": (record.onnx, single),

@@ -26,7 +26,7 @@ TITLES = {
     "transformers": "transformers",
 }
 COLUMNS = (
-    "model", "family", "px", "status", "front end", "blocks", "refused", "prunable", "f64", "f32", "ONNX", "class", "s"
+    "model", "family", "px", "status", "front end", "blocks", "refused", "prunable", "f64", "sizes", "f32", "ONNX", "class", "s"
 )  # fmt: skip
 
 Results = dict[str, dict[str, Any]]
@@ -49,6 +49,7 @@ def _introduction(lists: dict[str, list[dict[str, Any]]], measured: Results) -> 
     pruned = {(r["library"], r["family"]) for r in measured.values() if r["status"] == "ok"}
     versions = {r["library"]: import_module(r["library"]).__version__ for r in measured.values()}
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    mean = sum(record["prunable"] or 0.0 for record in measured.values()) / max(1, len(measured))
     return f"""# Coverage
 
 `python benchmarks/coverage.py`
@@ -66,8 +67,9 @@ weights of natural size, images of {SIZES[0]} pixels if the network accepts them
 - **timeout**, **killed**: the limits on a model's time and memory.
 
 In the tables *prunable* is the share of the dense network's multiply-accumulates, at this image size, in products that make,
-carry or contract the hidden axis of a block. *f64*, *f32*, *ONNX* (float32) and *class* (the model's own class, float64) are
-the largest difference of the outputs divided by the largest output. One model of each family is exported to ONNX. A dash means
+carry or contract the hidden axis of a block; the mean over all models is {mean:.0%}. *f64*, *sizes* (float64, two picture sizes that
+tracing has not seen), *f32*, *ONNX* (float32) and *class* (the model's own class, float64) are the largest difference of the outputs
+divided by the largest output. One model of each family is exported to ONNX. A dash means
 that there is no such form; if it was tried, the reason is given further down. *s* is the processor time for everything, in seconds.
 
 {machine_line()}"""
@@ -95,7 +97,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         _plain(record["blocks"]),
         _plain(record["refused"]),
         "-" if share is None else f"{share:.0%}",
-        *(_error(record[form]) for form in ("error64", "error32", "onnx", "own")),
+        *(_error(record[form]) for form in ("error64", "sizes", "error32", "onnx", "own")),
         f"{sum(record['seconds'].values()):.0f}",
     ]
 
@@ -134,7 +136,7 @@ def _not_ok(measured: Results) -> str:
 def _other_forms(measured: Results) -> str:
     """Return the reasons why there is no ONNX file or no network of the model's own class, with their models."""
     parts = []
-    for form, title in (("onnx", "ONNX"), ("own", "the model's own class")):
+    for form, title in (("onnx", "ONNX"), ("own", "the model's own class"), ("sizes", "other picture sizes")):
         reasons: dict[str, list[str]] = defaultdict(list)
         for key, record in sorted(measured.items()):
             if isinstance(record[form], str) and record[form] != "inf":
