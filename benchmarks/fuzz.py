@@ -96,7 +96,9 @@ def signature(error: BaseException) -> str:
 def parts(spec: Spec) -> frozenset[str]:
     """Return the templates, middle operators and spellings of a network."""
     return frozenset(
-        name for step in spec.steps for name in (step.template, *step.middle, *step.other, *step.spelled, *step.windows)
+        name
+        for step in spec.steps
+        for name in (step.template, *step.middle, *step.other, *step.spelled, *step.windows, step.shuffle)
     ) | {spec.frontend}
 
 

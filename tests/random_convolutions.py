@@ -63,6 +63,55 @@ STAYING = (
 )  # fmt: skip
 
 
+def _by_view(groups: int, positions: int, x: Tensor) -> Tensor:
+    samples, channels, *sizes = (x.size(dim) for dim in range(2 + positions))
+    return x.view(samples, groups, channels // groups, *sizes).transpose(1, 2).reshape(samples, channels, *sizes)
+
+
+def _by_permute(groups: int, positions: int, x: Tensor) -> Tensor:
+    apart = x.unflatten(1, (groups, -1))
+    return apart.permute(0, 2, 1, *range(3, 3 + positions)).flatten(1, 2)
+
+
+def _by_stack(groups: int, positions: int, x: Tensor) -> Tensor:
+    return torch.stack([x.chunk(groups, 1)[group] for group in range(groups)], 2).flatten(1, 2)
+
+
+# Ways to write a shuffle of G groups over so many axes of positions: channel g d + c of x (B, G d, ...) becomes channel c G + g.
+SHUFFLES: dict[str, Callable[[int, int], Callable[[Tensor], Tensor]]] = {
+    "view, transpose, reshape": lambda groups, positions: functools.partial(_by_view, groups, positions),
+    "unflatten, permute, flatten": lambda groups, positions: functools.partial(_by_permute, groups, positions),
+    "chunk, stack, flatten": lambda groups, positions: functools.partial(_by_stack, groups, positions),
+    "F.channel_shuffle": lambda groups, positions: functools.partial(F.channel_shuffle, groups=groups),
+    "nn.ChannelShuffle": lambda groups, positions: nn.ChannelShuffle(groups),
+}
+
+
+def _cells_by_view(x: Tensor) -> Tensor:
+    samples, channels, height, width = (x.size(dim) for dim in range(4))
+    cells = x.view(samples, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+    return cells.reshape(samples, channels // 4, 2 * height, 2 * width)
+
+
+def _cells_in_front(x: Tensor) -> Tensor:
+    return x.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+
+
+# Ways to make one channel of twice the height and width of four channels. The last one takes channels that lie apart.
+CELLS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "F.pixel_shuffle": lambda: functools.partial(F.pixel_shuffle, upscale_factor=2),
+    "nn.PixelShuffle": lambda: nn.PixelShuffle(2),
+    "view, permute, reshape": lambda: _cells_by_view,
+    "unflatten, permute, flatten": lambda: _cells_in_front,
+}
+KNOWN_CELLS = ("F.pixel_shuffle", "nn.PixelShuffle")
+
+
+def groups_of_a_shuffle(width: int) -> int:
+    """Return the number of groups of a shuffle: 3 or 2 if it divides the width, or the width itself."""
+    return next((groups for groups in (3, 2) if width % groups == 0), width)
+
+
 @functools.lru_cache
 def positions_behind(window: str, positions: tuple[int, ...]) -> tuple[int, ...]:
     """Return the positions behind a convolution."""
@@ -202,3 +251,96 @@ class RowOfConvolutions(Convolved):
     def convolve(self, x: Tensor) -> Tensor:
         h = self.through(self.between, self.a(x), x)
         return self.c(self.through(self.second, self.b(h), x))
+
+
+class Shuffled(Convolved):
+    """A template in which channels are shuffled. What the shuffle touches may be refused, and is right otherwise."""
+
+    ways: tuple[str, ...] = tuple(SHUFFLES)
+
+    def shuffle(self, width: int) -> Callable[[Tensor], Tensor]:
+        """Return the step's shuffle of an axis of this width."""
+        return SHUFFLES[self.step.shuffle](groups_of_a_shuffle(width), len(self.positions))
+
+
+@template("shuffled convolutions", _fits)
+class ShuffledConvolutions(Shuffled):
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, width, outputs)
+        self.between, self.shuffled = self.within(), self.shuffle(width)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.fc2(self.shuffled(self.through(self.between, self.fc1(x), x)))
+
+
+@template("shuffled between groups", _fits)
+class ShuffledBetweenGroups(Shuffled):
+    """Two grouped convolutions with a shuffle and a depthwise convolution between them (ShuffleNet)."""
+
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        kind, groups = _CONVOLUTIONS[len(self.positions)], groups_of_a_shuffle(width)
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, width, outputs)
+        self.apart = kind(width, width, 1, groups=groups, bias=self.step.biased[0])
+        self.depthwise = kind(width, width, 3, padding=1, groups=width, bias=self.step.biased[1])
+        self.together = kind(width, width, 1, groups=groups, bias=self.step.biased[1])
+        self.between, self.second, self.shuffled = self.within(), self.within(self.step.other), self.shuffle(width)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        h = self.through(self.between, self.apart(self.fc1(x)), x)
+        return self.fc2(self.through(self.second, self.together(self.depthwise(self.shuffled(h))), x))
+
+
+def _halves(step: Step, layout: str, positions: tuple[int, ...], channels: int) -> bool:
+    return layout != "flat" and channels % 2 == 0 and step.outputs == channels
+
+
+@template("shuffled with the stream", _halves)
+class ShuffledWithTheStream(Shuffled):
+    """One half of the stream passes the block, and is then shuffled with the other half (ShuffleNet V2)."""
+
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs // 2, width), self.window(1, width, inputs // 2)
+        self.between, self.shuffled = self.within(), self.shuffle(inputs)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        kept, taken = x.chunk(2, dim=1)
+        made = self.fc2(self.through(self.between, self.fc1(taken), x))
+        return self.shuffled(torch.cat([kept, self.resized(made, self.positions)], 1))
+
+    def planted(self) -> list[Planted]:
+        if "grouped" in self.step.windows:
+            return []  # groups of single channels are not narrowed
+        return self.found_before_zeros(self.block([self.fc1], [self.fc2], self.between), self.between)
+
+
+@template("channels into pixels", lambda step, layout, *_: layout == "images" and step.width % 4 == 0)
+class IntoPixels(Shuffled):
+    """Four channels become the four cells of one pixel, in front of the next convolution (super-resolution)."""
+
+    ways = tuple(CELLS)
+
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, width // 4, outputs)
+        self.between, self.cells = self.within(), CELLS[self.step.shuffle]()
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.fc2(self.cells(self.through(self.between, self.fc1(x), x)))
+
+    def planted(self) -> list[Planted]:
+        if "grouped" in self.step.windows or self.step.shuffle not in KNOWN_CELLS:
+            return []
+        blocks = self.block([self.fc1], [self.fc2], self.between, width=self.step.width // 4)
+        return self.found_before_zeros(blocks, self.between)
+
+
+@template("pixels into channels", lambda step, layout, *_: layout == "images")
+class FromPixels(Shuffled):
+    """The four cells of a pixel become four channels, which are shuffled."""
+
+    def make(self, width: int, inputs: int, outputs: int) -> None:
+        self.fc1, self.fc2 = self.window(0, inputs, width), self.window(1, 4 * width, outputs)
+        self.between, self.shuffled = self.within(), self.shuffle(4 * width)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        h = self.resized(self.through(self.between, self.fc1(x), x), (4, 4))
+        return self.fc2(self.shuffled(F.pixel_unshuffle(h, 2)))

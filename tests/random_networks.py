@@ -27,6 +27,7 @@ EXPECTED = (
     | {"packed interleaved", "packed interleaved view", "maxout", "packed tensor_split", "packed tensor_split at"}
     | {"packed unsafe_chunk", "packed dsplit", "packed hsplit"}
     | {"layer", "functional", "around", "addmm", "matmul", "convolutions"}
+    | {"shuffled with the stream", "channels into pixels"}
 )
 
 
@@ -135,6 +136,7 @@ def batch(spec: Spec, samples: int, seed: int) -> Any:
 SIZES = (8, 12, 3, 5, 2, 7, 16, 1)
 _SPELLED_ACROSS = tuple(sorted(ACROSS))
 _SPELLED_TRAPS = tuple(sorted(TRAPS))
+_WINDOWS = st.sampled_from(sorted(random_convolutions.WINDOWS))
 
 
 @st.composite
@@ -160,10 +162,12 @@ def steps(draw: st.DrawFn, layout: str, positions: tuple[int, ...], channels: in
     fitting = [name for name in TEMPLATES if FITS[name](step, layout, positions, channels)]
     plain = [name for name in fitting if name in EXPECTED]
     name = draw(st.sampled_from(plain) | st.sampled_from(fitting))
-    windows, inside = ("", ""), positions
-    if issubclass(TEMPLATES[name], random_convolutions.Convolved):
-        kinds = st.sampled_from(sorted(random_convolutions.WINDOWS))
-        windows = (draw(kinds), draw(kinds))
+    windows, inside, shuffle = ("", ""), positions, ""
+    kind = TEMPLATES[name]
+    if issubclass(kind, random_convolutions.Shuffled):
+        shuffle = draw(st.sampled_from(kind.ways))
+    if issubclass(kind, random_convolutions.Convolved):
+        windows = (draw(_WINDOWS), draw(_WINDOWS))
         inside = random_convolutions.positions_behind(windows[0], positions)
     hidden = (
         Hidden(layout, (channels,), positions[0], width)
@@ -183,12 +187,14 @@ def steps(draw: st.DrawFn, layout: str, positions: tuple[int, ...], channels: in
         residual,
         draw(st.sampled_from([1] * 9 + [2])) if outputs == channels else 1,
         windows,
+        shuffle,
     )
 
 
 _OF_TWO_CHAINS = (
     "gated", "sum of producers", "two consumers", "nested", "uneven split", "concatenated", "gated convolutions",
     "convolutions with two readers", "convolutions that read all before", "convolutions in a row",
+    "shuffled between groups",
 )  # fmt: skip
 # Template -> the width behind its second chain, as a function of the hidden width.
 _OTHER: dict[str, Callable[[int], int]] = {

@@ -28,6 +28,7 @@ class Step:
         residual: whether the block is added to the stream.
         calls: how often the block is called in sequence.
         windows: the kinds of convolutions that make and read the hidden axis, in templates of convolutions.
+        shuffle: how the channels between these convolutions are shuffled, in templates that shuffle them.
     """
 
     template: str
@@ -41,6 +42,7 @@ class Step:
     residual: bool = False
     calls: int = 1
     windows: tuple[str, str] = ("", "")
+    shuffle: str = ""
 
 
 @dataclass(frozen=True)

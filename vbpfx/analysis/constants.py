@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from vbpfx.analysis.evidence import Evidence
 from vbpfx.plans.records import ConstantChannel, Consumer, ParameterAxis, Setting, ValueAxis
-from vbpfx.rules import layers, norms, parts, pointwise, shapes
+from vbpfx.rules import cells, layers, norms, parts, pointwise, shapes
 from vbpfx.rules.axes import Operand, Site, operand_of
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.table import operator_of
@@ -57,6 +57,8 @@ _MOVING = (
     parts.splitting,
     parts.concatenation,
     parts.stack,
+    cells.pixel_shuffle,
+    cells.pixel_unshuffle,
     norms.rolling,
 )
 

@@ -229,7 +229,8 @@ def _relations(
         used = _sizes_used(node, {argument: read for argument, read in sizes.items() if argument not in stated})
         if operator.reads_sizes:
             followed = {axis for relation in found if isinstance(relation, Same) for axis in (relation.a, relation.b)}
-            used = [relation for relation in used if relation.axis not in followed]
+            refused = {relation.axis for relation in found if isinstance(relation, Opaque)}
+            used = [relation for relation in used if relation.axis not in followed | refused]
         return [*used, *hooked, *found]
     except ComputedArgumentError as argument:
         return [*used, *site.all_opaque(f"operator {name} computes its argument {argument}")]

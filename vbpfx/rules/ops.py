@@ -18,6 +18,7 @@ from torch import nn
 
 from vbpfx.errors import AnalysisError
 from vbpfx.rules.axes import Relation, Site
+from vbpfx.rules.cells import channel_shuffle, pixel_shuffle, pixel_unshuffle
 from vbpfx.rules.layers import (
     addmm,
     attention,
@@ -223,6 +224,9 @@ _named(expansion, "expand_as", view=True, reads_sizes=True, form_of=1)
 _named(repetition, "repeat", "tile")
 _named(repetition_of_entries, "repeat_interleave")
 _named(None, "resize", "resize_as", "set", "as_strided", reshapes=True)
+_row(pixel_shuffle, nn.PixelShuffle, F.pixel_shuffle, aten.pixel_shuffle)
+_row(pixel_unshuffle, nn.PixelUnshuffle, F.pixel_unshuffle, aten.pixel_unshuffle)
+_row(channel_shuffle, nn.ChannelShuffle, F.channel_shuffle, aten.channel_shuffle)
 # Operators that take parts of axes, or join parts.
 _row(indexing, operator.getitem, view=True)
 _row(None, operator.setitem, operator.ipow, in_place=True)

@@ -50,7 +50,7 @@ def regrouping(site: Site) -> Iterator[Relation]:
     stacked, grouped = _taken_apart(site, x, out)
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
         if dim not in kept and dim not in stacked and dim not in grouped and size != 1:
-            yield Opaque(axis, f"{site.name} splits or merges it")
+            yield Opaque(axis, _shuffled(site) or f"{site.name} splits or merges it")
     whole = set(kept.values())
     for dim, position in grouped.items():
         whole |= {position, position + 1}
@@ -225,6 +225,16 @@ def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
         at = index.index(Ellipsis)
         index = (*index[:at], *[slice(None)] * (ndim - len(index) + 1), *index[at + 1 :])
     return None not in index and len(index) > dim and isinstance(index[dim], int)
+
+
+def _shuffled(site: Site) -> str:
+    """Return the reason if this view, a permutation and a view back put channels into another order; "" otherwise."""
+    for user in site.node.users:
+        again = next(iter(user.users), user)
+        back = operator_of(user).rule is permutation and operator_of(again).rule is regrouping
+        if back and tuple(again.meta["val"].shape) == site.x.shape:
+            return f"{site.name}, {spelling(user)} and {spelling(again)} shuffle its channels"
+    return ""
 
 
 def _order(name: str, site: Site, ndim: int) -> list[int]:
