@@ -358,7 +358,7 @@ def kept(pruned: vbpfx.Pruned, kind: str) -> float:
 @pytest.mark.parametrize("options", [{}, {"min_width": 12}, {"round_to": 8}, {"method": "vbp"}])
 def test_an_impossible_budget_names_the_nearest(kind: str, options: dict[str, Any]) -> None:
     model = Net()
-    with refused(model, BudgetError, f"{kind}=0.001 cannot be met", "every block at its floor", "smaller min_width"):
+    with refused(model, BudgetError, f"{kind}=0.001 cannot be met", "every block as narrow as the floors"):
         prune(model, **({"ratio": None, kind: 0.001} | options))
     with pytest.raises(BudgetError) as caught:
         prune(model, **({"ratio": None, kind: 0.001} | options))
@@ -385,7 +385,8 @@ def test_an_impossible_budget_names_the_nearest(kind: str, options: dict[str, An
 )
 def test_a_ratio_above_the_floors_names_the_nearest(options: dict[str, Any], removable: int) -> None:
     model = Net()
-    with refused(model, BudgetError, f"ratio=0.99 removes 48 of 48 neurons, but the floors leave at most {removable};"):
+    limits = "the floors and round_to" if "round_to" in options else "the floors"
+    with refused(model, BudgetError, f"ratio=0.99 removes 48 of 48 neurons, but {limits} leave at most {removable};"):
         prune(model, **({"ratio": 0.99} | options))
     with pytest.raises(BudgetError) as caught:
         prune(model, **({"ratio": 0.99} | options))

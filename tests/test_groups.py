@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from oracle import double, randomize, stages
 from torch import Tensor, nn
 
 import vbpfx
-from vbpfx.errors import ArtifactError
+from vbpfx.errors import ArtifactError, BudgetError
 from vbpfx.plans.files import load_plan, plan_files
 from vbpfx.plans.records import BlockPlan
 from vbpfx.rewrite.substitute import reference_graph
@@ -245,6 +246,35 @@ def test_widths_are_rounded_in_every_group() -> None:
         double(randomize(Bottleneck())), [pictures(samples=8)], ratio=0.5, method="vbp", round_to=6, progress=False
     )
     assert {entry.width % 12 for entry in explicit.plan.blocks} == {0}
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 0.5}, {"macs": 0.7}, {"params": 0.7}])
+def test_blocks_that_a_multiple_keeps_whole_are_named(budget: dict[str, float]) -> None:
+    """RegNet: no smaller width than 24 is a multiple of both 8 and 3 groups."""
+    wide = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 3, 1))
+    net = double(randomize(nn.Sequential(Bottleneck(groups=3), nn.Conv2d(5, 3, 1), wide)))
+    data = [pictures(samples=8)]
+    with pytest.raises(BudgetError) as caught:
+        vbpfx.prune(net, data, method="vbp", round_to=8, progress=False, **budget)
+    message = str(caught.value)
+    assert "the floors and round_to" in message
+    assert (
+        "4 of 5 blocks keep all their neurons, among them 0.reduce->0.window, because no smaller width than 24 is a multiple of 8 and of its 3 groups"
+        in message
+    )
+    assert "min_width" not in message  # it is 1 already
+    (multiple,) = re.findall(r"or round_to=(\d+)", message)
+    vbpfx.prune(net, data, method="vbp", round_to=int(multiple), progress=False, **budget)
+    with pytest.raises(BudgetError):
+        vbpfx.prune(net, data, method="vbp", round_to=2 * int(multiple), progress=False, **budget)
+
+
+def test_a_budget_that_no_block_can_give_names_the_multiple() -> None:
+    net = double(randomize(Bottleneck(groups=3)))
+    with pytest.raises(
+        BudgetError, match=r"no budget can be met: the floors and round_to .* of its 3 groups; use round_to=4$"
+    ):
+        vbpfx.prune(net, [pictures(samples=8)], ratio=0.5, method="vbp", round_to=8, progress=False)
 
 
 class Shared(nn.Module):

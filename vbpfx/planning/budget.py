@@ -95,14 +95,18 @@ def choose_widths(
     """
     heads = [group[0] for group in groups]
     full = {head.name: head.width for head in heads}
-    smaller = "a smaller min_width" + (" or round_to" if max(steps.values()) > 1 else "")
-    steps = {head.name: math.lcm(steps[head.name], head.groups) for head in heads}
-    lowest = {name: rounded_up(floor[name], steps[name], full[name]) for name in full}
+    limits = _Limits(groups, floor, steps)
+    steps = limits.steps()
+    lowest = limits.lowest()
     # the k-th removal from a group takes the k-th neuron of each of its blocks: its score is the mean of theirs
     ranked = [torch.stack([_ranked(scores[b.name], b.groups) for b in group]).mean(0) for group in groups]
     order = _removal_order(ranked, [(head.width - lowest[head.name]) // head.groups for head in heads])
     if not len(order):
-        raise BudgetError("no budget can be met: min_width and round_to leave no neuron that may go; use smaller ones")
+        remedies = " or ".join(limits.remedies(lambda widths: widths != full))
+        raise BudgetError(
+            f"no budget can be met: {limits.named} leave no neuron that may go{limits.unmoved()}"
+            + (f"; use {remedies}" if remedies else "")
+        )
 
     def after(removed: int) -> dict[str, int]:
         gone = torch.bincount(order[:removed], minlength=len(heads)).tolist()
@@ -121,8 +125,9 @@ def choose_widths(
             raise BudgetError(f"ratio={budget.value:g} removes none of {total} neurons; use {1 / total:.1g} or more")
         if wanted > most:
             raise BudgetError(
-                f"ratio={budget.value:g} removes {wanted} of {total} neurons, but the floors leave at most "
-                f"{most}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less, or {smaller}"
+                f"ratio={budget.value:g} removes {wanted} of {total} neurons, but {limits.named} leave at most {most}"
+                f"{limits.unmoved()}; use ratio={math.floor(1e4 * most / total) / 1e4:g} or less"
+                + "".join(f", or {r}" for r in limits.remedies(lambda widths: total - neurons(widths) >= wanted))
             )
         enough = _fewest(len(order), lambda removed: total - neurons(after(removed)) >= wanted)
         exact = min((after(max(0, enough - 1)), after(enough)), key=lambda w: abs(total - neurons(w) - wanted))
@@ -143,12 +148,81 @@ def choose_widths(
     least = spent(after(len(order)))
     if least > target:
         raise BudgetError(
-            f"{budget.kind}={budget.value:g} cannot be met: with every block at its floor {least / dense:.4f} of the "
-            f"dense model's {budget.kind} remain; use {budget.kind}={math.ceil(1e4 * least / dense) / 1e4:g} or more, "
-            f"or {smaller}"
+            f"{budget.kind}={budget.value:g} cannot be met: with every block as narrow as {limits.named} allow, {least / dense:.4f} of "
+            f"the dense model's {budget.kind} remain{limits.unmoved()}; use {budget.kind}="
+            f"{math.ceil(1e4 * least / dense) / 1e4:g} or more"
+            + "".join(f", or {remedy}" for remedy in limits.remedies(lambda widths: spent(widths) <= target))
         )
     enough = _fewest(len(order), lambda removed: spent(after(removed)) <= target)
     return everywhere(_round_widths(after(enough), full, lowest, steps, lambda widths: spent(widths) - target))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What keeps blocks from becoming narrower: their floors, and the multiples that their widths must be.
+
+    Attributes:
+        groups: the blocks in groups of the same width.
+        floor: block -> its smallest width.
+        multiples: block -> the number that its width must be a multiple of, besides the number of its groups.
+    """
+
+    groups: Sequence[Sequence[Block]]
+    floor: Mapping[str, int]
+    multiples: Mapping[str, int]
+
+    def steps(self, divisor: int = 1) -> dict[str, int]:
+        """Return, for the first block of every group, what its width must be a multiple of; ``divisor`` makes it smaller."""
+        heads = [group[0] for group in self.groups]
+        return {h.name: math.lcm(max(1, self.multiples[h.name] // divisor), h.groups) for h in heads}
+
+    def lowest(self, divisor: int = 1, *, floors: bool = True) -> dict[str, int]:
+        """Return, for the first block of every group, its smallest width; without ``floors`` a single neuron may be left."""
+        steps = self.steps(divisor)
+        full = {group[0].name: group[0].width for group in self.groups}
+        return {name: rounded_up(self.floor[name] if floors else 1, step, full[name]) for name, step in steps.items()}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether widths must be multiples of more than the number of their groups."""
+        return self.steps() != self.steps(max(self.multiples.values()))
+
+    @property
+    def named(self) -> str:
+        """The limits, for messages."""
+        return "the floors and round_to" if self.rounds else "the floors"
+
+    def unmoved(self) -> str:
+        """Return how many blocks cannot be narrowed because of their multiples, with an example; "" if there are none."""
+        lowest, free = self.lowest(), self.lowest(max(self.multiples.values()))
+        stuck = [b for g in self.groups for b in g if lowest[g[0].name] == g[0].width > free[g[0].name]]
+        if not stuck:
+            return ""
+        block = stuck[0]
+        step = self.multiples[block.name]
+        shared = f" and of its {block.groups} groups" if block.groups > 1 else ""
+        return (
+            f": {len(stuck)} of {sum(map(len, self.groups))} blocks keep all their neurons, among them {block.name}, because no smaller "
+            f"width than {block.width} is a multiple of {step}{shared}"
+        )
+
+    def remedies(self, met: Callable[[dict[str, int]], bool]) -> list[str]:
+        """Return which other options would make a budget possible.
+
+        Args:
+            met: whether the budget is met with these smallest widths, for the first block of every group.
+        """
+        most = max(self.multiples.values())
+        smaller = next((k for k in _halves(most) if met(self.lowest(most // k))), None)
+        found = ["a smaller min_width"] if met(self.lowest(floors=False)) else []
+        found += [f"round_to={smaller}"] if smaller is not None else []
+        together = self.rounds and met(self.lowest(most, floors=False))
+        return found or (["a smaller min_width and round_to"] if together else [])
+
+
+def _halves(number: int) -> list[int]:
+    """Return the number divided by 2, 4, 8, ..., down to 1."""
+    return [number >> power for power in range(1, number.bit_length())]
 
 
 def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:

@@ -71,7 +71,7 @@ def make_plan(
             block needs no comparison, and is not measured.
         latencies: the latencies of the blocks in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: replaces the method's compensation: ``"ridge"``, ``"mean"`` or ``"none"``.
-        round_to: make widths multiples of this number. By default ``"auto"`` makes the widths of convolutions multiples
+        round_to: make widths multiples of this number, and of the number of groups where convolutions are grouped. By default ``"auto"`` makes the widths of convolutions multiples
             of 8, at which runtimes are fast (of 4 for 5 to 8 channels, and of less if the budget could not be met), and the
             widths of groups of grouped convolutions multiples of 16. It rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: smallest width of every block; by default a sixteenth of its width with ``"auto"``, one neuron with
