@@ -297,6 +297,26 @@ def test_neurons_that_never_fire_leave_the_width_as_planned() -> None:
         assert error(result.small(pictures(7, 4)), net(pictures(7, 4))) < ROUNDING
 
 
+@pytest.mark.parametrize("compensation", ["mean", "ridge", "none"])
+def test_the_narrowest_block_has_a_place_for_its_constants(compensation: str) -> None:
+    """One ranking takes all neurons that it may from the block of low variance, and their means stay."""
+    net = nn.Sequential(*network(nn.Conv2d(12, 12, 3, padding=1)), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)).double()
+    with torch.no_grad():
+        net[0].weight.mul_(1e-3)
+    result = stages(net, pictures(6, 5), ratio=0.7, method="vbp", compensation=compensation)
+    entry = next(entry for entry in result.plan.blocks if "0.weight" in entry.block.producers)
+    expected = (1, 1, 0) if compensation == "none" else (2, 1, 1)
+    assert (entry.width, len(entry.kept), len(entry.constants_in)) == expected
+    assert bool(entry.constants[0].any()) == (compensation != "none")
+
+
+def test_groups_of_two_channels_may_keep_one() -> None:
+    net = network(nn.Conv2d(16, 8, 3, padding=1, groups=8), width=16)
+    result = stages(net, pictures(6, 5), ratio=0.5, method="vbp")
+    (entry,) = result.plan.blocks
+    assert (entry.width, entry.constants_in) == (8, ())
+
+
 def test_the_constant_channel_counts_in_the_width() -> None:
     net = network(nn.Conv2d(32, 5, 3, padding=1), width=32)
     result = stages(net, pictures(6, 5), ratio=0.5, round_to=8, method="vbp")

@@ -71,7 +71,7 @@ class Target:
             return options
         chosen = PlanOptions.of(**options)
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-        floor = floors(blocks, chosen.min_width)
+        floor = floors(blocks, chosen.min_width, constants=chosen.compensation != "none")
         best = best_multiple(self.runtime or DEFAULT)
         multiple = fitting_multiple(best, analysis.captured, blocks, chosen.budget, floor)
         return {**options, "round_to": multiple}

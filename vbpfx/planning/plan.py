@@ -75,7 +75,8 @@ def make_plan(
             of 8, at which runtimes are fast (of 4 for 5 to 8 channels, and of less if the budget could not be met), and the
             widths of groups of grouped convolutions multiples of 16. It rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: smallest width of every block; by default a sixteenth of its width with ``"auto"``, one neuron with
-            ``"vbp"``.
+            ``"vbp"``. A block that a padded convolution reads keeps at least two channels (of each group), so that a constant
+            channel has a place beside a neuron.
         uniform: give all blocks of the same shape the same width, so that one number in a configuration
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
@@ -132,7 +133,7 @@ class Deciding:
         by_ratio = chosen.budget.kind == "ratio"
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._prices = _prices(self.blocks, self._cost)
-        self.floor = floors(self.blocks, chosen.min_width)
+        self.floor = floors(self.blocks, chosen.min_width, constants=chosen.compensation != "none")
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
