@@ -197,6 +197,9 @@ def _elementwise() -> None:
         lambda d: (nn.BatchNorm2d if d.layout == "images" else nn.BatchNorm1d)(d.width),
         _layouts("images", "flat"),
     )
+    pictures: Callable[[Hidden], bool] = lambda d: d.layout == "images" and prod(d.positions) > 1  # noqa: E731
+    _module("nn.InstanceNorm", lambda d: nn.InstanceNorm2d(d.width, 1e-3), pictures)
+    _module("nn.InstanceNorm(affine)", lambda d: nn.InstanceNorm2d(d.width, 1e-3, affine=True), pictures)
     MIDDLES["BatchNorm behind transpose"] = Middle(
         lambda m, h, x: m.bn(h.transpose(1, 2)).transpose(1, 2),
         lambda d: {"bn": nn.BatchNorm1d(d.width)},

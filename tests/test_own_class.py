@@ -193,3 +193,19 @@ def test_how_often_the_class_is_built_does_not_depend_on_the_number_of_layers(de
     assert small.config.to_dict() == model.config.to_dict()
     first = next(entry for entry in plan.blocks if "first.0.0.weight" in {p.name for p in entry.block.parameters})
     assert small.first[0][0].out_features == len(first.kept) < 48
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.InstanceNorm1d])
+def test_a_norm_without_parameters_has_the_narrowed_number_of_channels(norm: type[nn.Module], frontend: str) -> None:
+    """With the number of the dense network, PyTorch warns at every call."""
+    convolution, size = (nn.Conv2d, (6, 5)) if norm is nn.InstanceNorm2d else (nn.Conv1d, (9,))
+    model = nn.Sequential(convolution(3, 12, 1), norm(12), nn.ReLU(), convolution(12, 4, 1)).double().eval()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    pruned = vbpfx.prune(model, [x], ratio=0.5, round_to=1, frontend=frontend, progress=False)
+    (entry,) = pruned.plan.blocks
+    own = pruned.apply_to(model)
+    norms = [layer for network in (own, pruned.graph_module) for layer in network.modules() if type(layer) is norm]
+    assert [layer.num_features for layer in norms] == [entry.width] * (2 if frontend == "symbolic" else 1)
+    assert model[1].num_features == 12
+    torch.testing.assert_close(own(x), pruned.graph_module(x), rtol=1e-12, atol=1e-12)

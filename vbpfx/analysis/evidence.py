@@ -316,6 +316,8 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             )
         case SizeStated(axis, path, start, stop, by_code, computed):
             evidence.graph.add_node(axis)
+            if path[0] == "module":
+                path = ("module", enclosing_module(node)[0], *path[1:])
             end = evidence.sizes[axis] if stop is None else stop
             literal = SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
             evidence.literals[axis].append(literal)

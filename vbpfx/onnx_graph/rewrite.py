@@ -96,7 +96,7 @@ def _state_sizes(file: OnnxEdit, imported: Imported, captured: Captured, plan: P
     for entry in plan.blocks:
         for literal in entry.block.literals:
             place = imported.places.get((literal.node, literal.path), ...)
-            if place is None:
+            if place is None or literal.of_module:
                 continue
             before, after = (_at(nodes[literal.node], literal.path) for nodes in (captured.nodes, narrowed))
             if before == after:

@@ -53,7 +53,8 @@ class SizeLiteral:
 
     Attributes:
         node: name of the node.
-        path: the place of the integer: ``("args", 1, 2)`` is ``node.args[1][2]``.
+        path: the place of the integer: ``("args", 1, 2)`` is ``node.args[1][2]``; ``("module", "features.1", "num_features")`` is an
+            attribute of the layer ``features.1``, in whose code the node is.
         owner: name of the node (or of the parameter, if ``of_parameter``) whose axis ``axis`` has these channels.
         axis: the axis of the owner.
         start, stop: the integer is the number of channels from ``start`` to ``stop``.
@@ -72,6 +73,11 @@ class SizeLiteral:
     by_code: bool = True
     of_parameter: bool = False
     follows: bool = False
+
+    @property
+    def of_module(self) -> bool:
+        """Whether the integer is an attribute of a layer, and not an argument of the call."""
+        return self.path[0] == "module"
 
 
 class ValueAxis(NamedTuple):

@@ -56,7 +56,8 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
 
 def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> None:
     """Correct every number among the calls' arguments that counts channels of a narrowed axis."""
-    literals = {(literal.node, literal.path): literal for entry in plan.blocks for literal in entry.block.literals}
+    found = (literal for entry in plan.blocks for literal in entry.block.literals if not literal.of_module)
+    literals = {(literal.node, literal.path): literal for literal in found}
     for name in {node for node, _ in literals}:
         if operator_of(nodes[name]).takes_apart:
             _state_parts(nodes[name])

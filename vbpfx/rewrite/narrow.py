@@ -56,6 +56,7 @@ def narrowed(
         small.get_submodule(owner).register_parameter(attribute, bias)
     for owner in {name.rpartition(".")[0] for name in replaced}:
         _state_widths(small.get_submodule(owner))
+    _state_features(small, plan)
     return small
 
 
@@ -249,6 +250,16 @@ def _state_widths(layer: nn.Module) -> None:
         case _ if type(layer).__module__ == "transformers.pytorch_utils":  # Conv1D, GPT-2's linear layer
             sizes: Any = layer.weight
             layer.nx, layer.nf = sizes.shape
+
+
+def _state_features(small: nn.Module, plan: Plan) -> None:
+    """Set ``num_features`` of norms without parameters, from which it cannot be read, to the narrowed number of channels."""
+    removed = removed_channels(plan)
+    layers = dict(small.named_modules())
+    for literal in (literal for entry in plan.blocks for literal in entry.block.literals if literal.of_module):
+        layer = layers.get(str(literal.path[1]))  # graphs of torch.export do not have it
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            layer.num_features = literal.stop - literal.start - gone(literal, removed)
 
 
 def removed_channels(plan: Plan) -> Removed:

@@ -124,7 +124,7 @@ def _unequal_chunks(literals: tuple[SizeLiteral, ...], removed: Removed) -> str 
     """Return the name of a call such as ``chunk`` that would cut the narrowed axis at wrong places, or None."""
     sizes: dict[str, dict[Any, int]] = defaultdict(dict)
     for literal in literals:
-        if not literal.by_code:
+        if not literal.by_code and not literal.of_module:
             sizes[literal.node][literal.path[-1]] = literal.stop - literal.start - gone(literal, removed)
     for node, parts in sizes.items():
         wanted = [parts[index] for index in sorted(parts)]

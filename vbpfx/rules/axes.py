@@ -137,6 +137,7 @@ class Reduces:
 class SizeStated:
     """An integer among the call's arguments counts the channels ``start`` to ``stop`` of the axis (default: all).
 
+    ``path`` is the place of the integer in the call, or ``("module", name)`` for an attribute of the module whose code makes the call.
     ``by_code`` is false if the call computes the number itself, as ``chunk`` does, so that only the rewritten graph states it.
     ``computed`` are the arguments that are given instead of the integer and are computed from sizes
     (``h[..., : h.shape[-1] // 2]``).

@@ -37,8 +37,15 @@ def batch_norm(site: Site) -> Iterator[Relation]:
     for dim, axis in enumerate(x.axes if takes_statistics(site) else ()):
         if dim != 1:
             yield Opaque(axis, "a norm takes its statistics across it")
-    for parameter in norm_parameters(site).values():
-        yield Same(x.axis(1), parameter.axis(0))
+    yield from _features(site, x.axis(1))
+
+
+def _features(site: Site, channels: Axis) -> Iterator[Relation]:
+    """Yield that the parameters of a norm have one entry per channel; without parameters, its module states their number."""
+    parameters = norm_parameters(site).values()
+    yield from (Same(channels, parameter.axis(0)) for parameter in parameters)
+    if not parameters:
+        yield SizeStated(channels, ("module", "num_features"), by_code=False)
 
 
 def norm_over_last(site: Site) -> Iterator[Relation]:
@@ -189,8 +196,7 @@ def instance_norm(site: Site) -> Iterator[Relation]:
         yield Same(a, b)
         if dim > channel:
             yield Opaque(a, "a norm takes its statistics across it")
-    for parameter in norm_parameters(site).values():
-        yield Same(x.axis(channel), parameter.axis(0))
+    yield from _features(site, x.axis(channel))
 
 
 def rolling(site: Site) -> Iterator[Relation]:
