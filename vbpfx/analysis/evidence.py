@@ -316,10 +316,9 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             )
         case SizeStated(axis, path, start, stop, by_code, computed):
             evidence.graph.add_node(axis)
-            if path[0] == "module":
-                path = ("module", enclosing_module(node)[0], *path[1:])
             end = evidence.sizes[axis] if stop is None else stop
-            literal = SizeLiteral(node.name, path, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
+            place = ("module", enclosing_module(node)[0], *path[1:]) if path[0] == "module" else path
+            literal = SizeLiteral(node.name, place, axis.owner, axis.dim, start, end, by_code, axis.is_parameter)
             evidence.literals[axis].append(literal)
             if computed:
                 evidence.computed_sizes[literal] = computed
