@@ -259,8 +259,8 @@ def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
 
 
 _OTHER_SIZE = (
-    "The graph is for the number of samples and the sizes that it was captured with: a loop in the model's code over an axis of "
-    "its input is unrolled. Compute all entries of that axis at once, or capture and verify at one size"
+    "The graph is for the number of samples and the sizes that it was captured with: sizes that the model's code computes, or a loop "
+    "over an axis of its input, are fixed in it. Capture and verify at one size, or let the code compute with tensors alone"
 )
 
 _DECIDES = (
