@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vbpfx.evaluation.result import Evaluation
     from vbpfx.finetuning.finetune import FineTuned, finetune
     from vbpfx.graph.capture import Captured, capture
+    from vbpfx.graph.stored_weights import store_weights
     from vbpfx.measurement.bench import bench
     from vbpfx.measurement.bench_result import BenchResult
     from vbpfx.measurement.latency import measure_latencies
@@ -107,6 +108,7 @@ __all__ = [
     "save",
     "sensitivities",
     "statistics",
+    "store_weights",
     "verify",
     "without_weights",
 ]
@@ -126,6 +128,7 @@ _HOMES = {
     "finetuning.finetune": "FineTuned finetune",
     "pipeline.fx_pass": "VarianceBasedPruning",
     "graph.capture": "Captured capture",
+    "graph.stored_weights": "store_weights",
     "models.weightless": "without_weights",
     "onnx_graph.table": "register_onnx_operator",
     "pipeline.files": "PrunedFiles prune_files",

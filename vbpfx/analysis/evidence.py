@@ -404,8 +404,17 @@ def _source(axis: Axis, evidence: Evidence) -> ValueAxis:
 
 
 def _own_weight(weight: Axis, node: fx.Node, evidence: Evidence) -> None:
-    if not weight.is_parameter:
-        evidence.opaque[weight].append((node.name, "the weight of the layer is a computed value"))
+    if weight.is_parameter:
+        return
+    behind = _parameter_behind(evidence.nodes[weight.owner], evidence.names, evidence)
+    path, _ = enclosing_module(node)
+    reason = "the weight of the layer is a computed value"
+    if behind is not None and path and behind.owner == f"{path}.weight":
+        reason = (
+            f"the layer computes its weight from {behind.owner} before every call: store what it computes in a plain layer first "
+            f"(vbpfx.store_weights(model, batch))"
+        )
+    evidence.opaque[weight].append((node.name, reason))
 
 
 def _outputs(weight: Axis, evidence: Evidence) -> tuple[int, ...]:
