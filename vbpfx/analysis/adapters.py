@@ -35,6 +35,7 @@ def find_adapters(graph_module: fx.GraphModule, evidence: Evidence) -> list[Adap
         for found in evidence.contracted.values()
         for consumer in found
         if Axis(consumer.weight, 0, True) in evidence.sizes  # a weight that is computed is not a parameter
+        and consumer.routing is None  # experts are no adapters
     }
     return [
         Adapter(down.weight, up.weight, base.weight)

@@ -23,6 +23,7 @@ from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
 from vbpfx.analysis.sizes import is_share
+from vbpfx.analysis.stacks import find_experts, touches_experts
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
@@ -138,8 +139,9 @@ def _layers(network: fx.GraphModule, adapters: list[Adapter], evidence: Evidence
     """Return the calls of all layers that a regression can fit. For such a layer it can fit every call."""
     found: list[Consumer] = []
     parts = {weight for adapter in adapters for weight in (adapter.down, adapter.up)}
-    calls = Counter(consumer.weight for consumers in evidence.contracted.values() for consumer in consumers)
-    for consumer in {c.node: c for consumers in evidence.contracted.values() for c in consumers}.values():
+    plain = [c for consumers in evidence.contracted.values() for c in consumers if c.routing is None]
+    calls = Counter(consumer.weight for consumer in plain)
+    for consumer in {c.node: c for c in plain}.values():
         x, y = (evidence.nodes[name].meta["val"].shape for name in (consumer.source.node, consumer.node))
         channel = consumer.source.axis % len(x)
         pointwise = all(evidence.sizes.get(Axis(consumer.weight, dim, True), 1) == 1 for dim in range(2, 5))
@@ -214,6 +216,14 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
     groups = _groups(component, evidence)
+    experts: int | tuple[str, str] = 1
+    if not reason and touches_experts(produced, consumers, evidence):
+        experts = find_experts(component.width, produced, consumers, reductions, parameters, values, evidence)
+        groups = experts
+        parameters = [
+            replace(p, groups=experts, stacked=component.width, size=evidence.sizes[Axis(p.name, p.axis, True)])
+            for p in (parameters if isinstance(experts, int) else ())
+        ]
     if not reason and isinstance(groups, tuple):
         node, reason = groups
     constant: ConstantChannel | None = None
@@ -226,7 +236,7 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
-        width=component.width,
+        width=component.width * experts if isinstance(experts, int) else component.width,
         producers=tuple(produced),
         consumers=tuple(dict.fromkeys(consumers)),
         reductions=tuple(dict.fromkeys(reductions)),
@@ -318,6 +328,8 @@ def _obstacle(
         if name in evidence.tied:
             return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
     for consumer in consumers:
+        if consumer.routing is not None:  # vbpfx.analysis.stacks looks at these
+            continue
         calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
         if not consumer.creates_bias and not consumer.padded and not calls.issuperset(evidence.uses[consumer.bias]):
             return "", (

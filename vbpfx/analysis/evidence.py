@@ -37,7 +37,9 @@ from vbpfx.rules.axes import (
     operand_of,
 )
 from vbpfx.rules.calls import called_module, describe, operands_read
+from vbpfx.rules.experts import stack_read
 from vbpfx.rules.pointwise import elementwise
+from vbpfx.rules.routing import Routing
 from vbpfx.rules.table import operator_of
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
@@ -68,6 +70,9 @@ class Evidence:
     ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
     with the numbers of parts and the nodes that need them equal. If a layer's weight is itself computed (a part
     of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
+    ``routed`` are the calls and values whose rows belong to experts, each with the division of its rows; ``lookups`` are those of them
+    that hold entries of parameters. ``experts_read`` are the parameters that have an entry for every expert, each with the positions
+    of the calls that read these entries.
     """
 
     nodes: dict[str, fx.Node]
@@ -95,6 +100,9 @@ class Evidence:
     sizes: dict[Axis, int] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    routed: dict[str, Routing] = field(default_factory=dict)
+    lookups: set[str] = field(default_factory=set)
+    experts_read: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def first_use(self, name: str) -> int:
         """Return the position of the first call that uses a parameter; -1 if there is none."""
@@ -136,6 +144,7 @@ def find_evidence(captured: Captured) -> Evidence:
         for relation in said:
             _note(relation, node, evidence)
         if node not in sizes:
+            _note_experts(node, said, names, evidence)
             _note_unread(node, module, names, said, evidence)
     for axis in evidence.produced:
         behind = None if axis.is_parameter else _parameter_behind(nodes[axis.owner], names, evidence)
@@ -281,13 +290,30 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Opaque(axis, reason):
             evidence.graph.add_node(axis)
             evidence.opaque[axis].append((node.name, reason))
-        case Produces(out, weight, groups):
+        case Produces(out, weight, groups, routing):
             evidence.graph.add_edge(out, weight)
+            if routing is not None:
+                evidence.routed[node.name] = routing
             if groups > 1:
                 evidence.divided[out].append((groups, node.name))
             _own_weight(weight, node, evidence)
             evidence.produced[weight].append(weight.owner)
             evidence.producing[out].append(node.name)
+        case Contracts(source, weight, bias, routing=Routing() as routing, total=total):
+            evidence.graph.add_edge(source, weight)
+            evidence.contracted[source].append(
+                Consumer(
+                    node=node.name,
+                    source=_source(source, evidence),
+                    weight=weight.owner,
+                    weight_axis=weight.dim,
+                    bias="" if bias is None else bias.owner,
+                    creates_bias=False,
+                    is_layer=False,
+                    routing=routing,
+                    total=total,
+                )
+            )
         case Contracts(source, weight, bias, padded, groups):
             if groups == 1:
                 evidence.graph.add_edge(source, weight)
@@ -322,6 +348,21 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.literals[axis].append(literal)
             if computed:
                 evidence.computed_sizes[literal] = computed
+
+
+def _note_experts(node: fx.Node, said: list[Relation], names: Names, evidence: Evidence) -> None:
+    """Note which entries of stacks a call reads, and which calls read the stacks themselves."""
+    own = stack_read(node, names)
+    reads = [own] if own is not None and own.routing is not None else []
+    for read in reads:
+        assert read.routing is not None
+        evidence.routed[node.name] = read.routing
+        evidence.lookups.add(node.name)
+    if any(isinstance(relation, (Produces, Contracts)) and relation.routing is not None for relation in said):
+        given = (stack_read(argument, names) for argument in node.all_input_nodes)
+        reads += [read for read in given if read is not None]
+    for read in reads:
+        evidence.experts_read[read.parameter.owner].add(evidence.position[(read.use or node).name])
 
 
 def _note_other_size(axes: Iterable[Axis], node: fx.Node, evidence: Evidence) -> None:

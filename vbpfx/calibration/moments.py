@@ -126,12 +126,18 @@ class Moments:
             return cls.of(values.double(), 1)  # squares of finite numbers may overflow float32
         return cls(count, mean + shift.double().flatten(), m2)
 
+    @classmethod
+    def nothing(cls, width: int) -> Moments:
+        """Return the moments of no rows: zeros."""
+        zeros = torch.zeros(width, dtype=torch.float64)
+        return cls(0, zeros, zeros.clone())
+
     def __or__(self, other: Moments) -> Moments:
         """Return the moments of both sets together."""
-        count = self.count + other.count
+        count = max(1, self.count + other.count)
         delta = other.mean - self.mean
         return Moments(
-            count,
+            self.count + other.count,
             self.mean + delta * (other.count / count),
             self.m2 + other.m2 + delta.square() * (self.count * other.count / count),
             self.co | other.co if self.co and other.co else self.co or other.co,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vbpfx.calibration.moments import CoMoments, Moments, answers_at_once
+from vbpfx.rules.routing import Routing, rows_by_expert
 
 # One sample in this many is held out: its co-moments are used to choose between fits that have not seen it.
 _HELD_OUT_EVERY = 5
@@ -61,6 +63,11 @@ class Observer(nn.Module):
         self._finite: list[tuple[int, Tensor]] = []
 
     @property
+    def gathering(self) -> Sequence[Observer]:
+        """The observers that hold the moments: this one."""
+        return (self,)
+
+    @property
     def bad_call(self) -> int | None:
         """Index of the first batch with a NaN or an infinity; None if there is none.
 
@@ -110,6 +117,38 @@ class Observer(nn.Module):
         parts = (rows[chosen], rows[apart])
         co, held_out = (CoMoments.of(part) if part.shape[0] else None for part in parts)
         return replace(batch, co=co, held_out=held_out)
+
+
+class ExpertsObserver(Observer):
+    """An identity module that passes the rows of each expert to an observer of this expert.
+
+    Which rows enter an expert's co-moments depends on the division of the data into batches, since rows are counted expert by expert.
+
+    Args:
+        observers: for every expert its observer; modules at several places may share them.
+        routing: how the rows are divided among the experts.
+    """
+
+    def __init__(self, observers: Sequence[Observer], routing: Routing) -> None:
+        first = observers[0]
+        super().__init__(first.name, first.axis, first.start, first.width, every=first.every, step=first.step)
+        self._observers, self.routing = tuple(observers), routing
+
+    @property
+    def gathering(self) -> Sequence[Observer]:
+        """The experts' observers."""
+        return self._observers
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """Gather the moments of every expert's rows, and return x itself.
+
+        Args:
+            by: the value of the node ``routing.by``.
+        """
+        for expert, index in rows_by_expert(x, self.routing, by):
+            self._observers[expert](x[index])
+        return x
 
 
 def row_numbers(count: int, start: int, rows_a_sample: int, mask: Tensor | None = None) -> Tensor:

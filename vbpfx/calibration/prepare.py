@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.analysis.masks import Mask, MaskArgument, find_masks
 from vbpfx.calibration.moments import Moments
-from vbpfx.calibration.observer import Observer
+from vbpfx.calibration.observer import ExpertsObserver, Observer
 from vbpfx.errors import AnalysisError, ArtifactError, CalibrationError
 from vbpfx.graph.capture import Captured, share_parameters
-from vbpfx.graph.edit import insert_at_sources
+from vbpfx.graph.edit import divided_by, insert_at_sources
 from vbpfx.plans.records import Block, ValueAxis
 from vbpfx.storage.files import safetensors_writer, write_atomically
 
@@ -36,7 +36,8 @@ class Statistics:
 
     Attributes:
         moments: block -> one :class:`~vbpfx.calibration.moments.Moments` for each of its ``sources``: count, mean (d,),
-            centred second moment (d,), and, if asked for, the co-moments (d, d) of a share of the rows.
+            centred second moment (d,), and, if asked for, the co-moments (d, d) of a share of the rows. For a stack of experts there is
+            one for each expert, of the rows that were routed to it.
     """
 
     moments: Mapping[str, tuple[Moments, ...]]
@@ -141,12 +142,16 @@ def prepare(
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
-    widths = {source: block.width for block in chosen for source in block.sources}
+    widths = {source: block.value_width for block in chosen for source in block.sources}
     every = rows_between(captured, widths, COVARIANCE_SHARE if covariance is True else covariance) if covariance else {}
-    masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
+    masks = find_masks(captured, [s for b in chosen if not b.is_stack for s in b.sources], mask)
+    experts = {block.name: _expert_observers(captured, block, every) for block in chosen if block.is_stack}
 
     def observer(block: Block, index: int) -> Observer:
         source = block.sources[index]
+        routing = block.routing(source)
+        if routing is not None:
+            return ExpertsObserver(experts[block.name], routing)
         masked = masks[source].axes if source in masks else ()
         return Observer(
             block.name,
@@ -160,9 +165,20 @@ def prepare(
             samples=captured.samples_axis(source.node) or 0,
         )
 
-    beside = {source: _kept(observed, found) for source, found in masks.items()}
+    beside = {source: _kept(observed, found) for source, found in masks.items()} | divided_by(chosen)
     insert_at_sources(observed, chosen, observer, "observe", beside)
     return observed
+
+
+def _expert_observers(captured: Captured, block: Block, every: Mapping[ValueAxis, int]) -> list[Observer]:
+    """Return an observer for every expert of a stack. The sources of the stack share them, since they share its weights."""
+    source = block.sources[0]
+    a_sample = max(1, sum(rows_a_sample(captured, s) for s in block.sources) // block.groups)
+    step = coprime(every[source], a_sample) if every.get(source) else 0
+    return [
+        Observer(block.name, source.axis, source.start, block.value_width, every=step, rows_a_sample=a_sample, step=source.step)
+        for _ in range(block.groups)
+    ]
 
 
 def _kept(observed: fx.GraphModule, mask: Mask) -> str:
@@ -213,7 +229,8 @@ def observers(observed: fx.GraphModule) -> list[Observer]:
     Raises:
         CalibrationError: the graph was not made by :func:`prepare`.
     """
-    found = [module for module in observed.children() if isinstance(module, Observer)]
+    placed = [module for module in observed.children() if isinstance(module, Observer)]
+    found = list(dict.fromkeys(own for module in placed for own in module.gathering))
     if not found:
         raise CalibrationError("this graph holds no observers; pass what vbpfx.prepare returned")
     return found
@@ -229,19 +246,24 @@ def statistics(observed: fx.GraphModule) -> Statistics:
         CalibrationError: no data has run through it, or an activation was not finite.
     """
     gathered: dict[str, list[Moments]] = {}
-    for observer in observers(observed):
+    watching = observers(observed)
+    seen = {observer.name for observer in watching if observer.moments is not None}
+    for observer in watching:
         if observer.bad_call is not None:
             raise CalibrationError(
                 f"block {observer.name}: NaN or infinite activations in batch {observer.bad_call + 1} "
                 f"(counted from 1); remove that batch, or run the model in a wider dtype"
             )
-        if observer.moments is None:
+        found = observer.moments
+        if found is None and observer.name in seen:  # an expert of a stack, to which no row was routed
+            found = Moments.nothing(observer.width)
+        if found is None:
             raise CalibrationError(
                 f"block {observer.name} saw no data: run batches through the prepared graph first; where data decides what goes "
                 f"through it (an expert that no token was sent to), give more batches, or leave it out with "
                 f"exclude={observer.name!r}"
             )
-        gathered.setdefault(observer.name, []).append(observer.moments)
+        gathered.setdefault(observer.name, []).append(found)
     return Statistics({name: tuple(moments) for name, moments in gathered.items()})
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from vbpfx.graph.frontends import FRONTENDS, refuse_training_operators, unfused_
 from vbpfx.graph.recurrent import STAND_IN, recurrent_flops
 from vbpfx.graph.regions import AutocastRegionError
 from vbpfx.graph.source import line_of_error
+from vbpfx.rules.experts import grouped_product
+from vbpfx.rules.table import operator_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Frontend = Literal["auto", "symbolic", "export"]
@@ -48,6 +51,20 @@ _UNCOUNTED: dict[Any, Callable[..., int]] = (
     {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _cpu_attention_flops}
 )
 _UNCOUNTED[STAND_IN.overloadpacket] = recurrent_flops
+
+
+def _grouped_product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Return the flops of a grouped product: every row is multiplied by the matrix of its expert. Arguments are shapes."""
+    return 2 * math.prod(x) * int(weight[-1])
+
+
+def _grouped_products(graph: fx.Graph) -> dict[Any, Callable[..., int]]:
+    """Return operator -> flops for grouped products that torch does not count: its own, and those that another library registers."""
+    called = {n.target.overloadpacket for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)
+              and operator_of(n).rule is grouped_product}  # fmt: skip
+    if hasattr(torch.ops.aten, "_grouped_mm"):
+        called.add(torch.ops.aten._grouped_mm)
+    return {packet: _grouped_product_flops for packet in called if packet not in flop_registry}
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,8 @@ class Captured:
             return self._count_macs(self.batch)
 
     def _count_macs(self, samples: int) -> dict[str, int]:
-        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, unfused_attention():
+        counted = _UNCOUNTED | _grouped_products(self.graph_module.graph)
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter, unfused_attention():
             flops = spent_by_node(self.graph_module, self.inputs, samples, counter.get_total_flops)
         return {name: spent // (2 * samples) for name, spent in flops.items()}
 

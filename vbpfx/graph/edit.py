@@ -68,6 +68,12 @@ def insert_at_sources(
     return inserted
 
 
+def divided_by(blocks: Iterable[Block]) -> dict[ValueAxis, str]:
+    """Return source -> the node that tells which of its rows belong to which expert, for the stacks among the blocks."""
+    routed = ((source, block.routing(source)) for block in blocks for source in block.sources)
+    return {source: routing.by for source, routing in routed if routing is not None and routing.by}
+
+
 def require_sizes(graph_module: fx.GraphModule, captured: Captured) -> None:
     """Insert checks that raise AssertionError if an input has another size than the one that the graph has fixed.
 

@@ -32,7 +32,9 @@ def calls(block: Block, analysis: Analysis) -> int:
 def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token_axis: Callable[[Axis], bool]) -> str:
     own = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     between = {entry.name for entry in block.parameters} - own
-    if any(max(tensors[name].shape[2:], default=1) > 1 for name in own):
+    if block.is_stack:
+        base = "experts"
+    elif any(max(tensors[name].shape[2:], default=1) > 1 for name in own):
         base = "convolution"
     elif any(max(tensors[name].shape[2:], default=1) > 1 for name in between):
         base = "inverted bottleneck"  # a depthwise convolution between pointwise ones

@@ -217,7 +217,9 @@ def _any_neurons(captured: Captured, blocks: Sequence[Block], widths: Mapping[st
         BlockPlan(
             block,
             kept_neurons(torch.arange(block.width, 0, -1), widths[block.name], block.groups),
-            tuple(torch.zeros(block.width - widths[block.name], dtype=torch.float64) for _ in block.sources),
+            tuple(
+                torch.zeros(own - widths[block.name] * own // block.width, dtype=torch.float64) for own in block.measured
+            ),
         )
         for block in blocks
         if widths[block.name] < block.width

@@ -175,9 +175,9 @@ class Streaming:
                 return
             passed = [name for name, own in waiting.items() if all(order[n] <= order[piece.last] for n, _ in own)]
             for name in passed:
-                own = [observer for _, observer in waiting.pop(name)]
+                own = list(dict.fromkeys(o for _, placed in waiting.pop(name) for o in placed.gathering))
                 self._require_finite(own, observed)
-                finish(self.blocks[name], tuple(o.moments for o in own if o.moments is not None))
+                finish(self.blocks[name], tuple(o.moments or Moments.nothing(o.width) for o in own))
                 for observer in own:
                     observer.moments = None
 

@@ -327,7 +327,7 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     touching = _Axes()
     for block in blocks:
         for node, axis, *_ in block.carriers:
-            touching.stand_on((node, axis), block)
+            touching.stand_on((node, axis), block, block.groups if block.is_stack else 1)
             touching.of[node][node, axis] = values[node].shape[axis]
         for consumer in block.consumers:
             source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim

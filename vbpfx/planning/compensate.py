@@ -80,6 +80,18 @@ def _held_out_error(moments: Moments, kept: Tensor, pruned: Tensor, penalty: flo
     return float((own - 2 * (prediction * across).sum(1) + ((prediction @ within) * prediction).sum(1)).sum())
 
 
+def about_zero(moments: Moments) -> Moments:
+    """Return moments about zero, with a mean of zero: what is predicted from them runs through the origin, so that a = 0."""
+    co, held_out = (
+        None
+        if c is None
+        else CoMoments(c.count, torch.zeros_like(c.mean), c.m2 + c.count * torch.outer(c.mean, c.mean))
+        for c in (moments.co, moments.held_out)
+    )
+    mean = moments.mean
+    return Moments(moments.count, torch.zeros_like(mean), moments.m2 + moments.count * mean.square(), co, held_out)
+
+
 COMPENSATIONS: Mapping[str, Compensation] = {"none": none, "mean": mean, "ridge": ridge}
 
 

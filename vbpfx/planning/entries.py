@@ -26,10 +26,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vbpfx.calibration.moments import CoMoments, Moments
+from vbpfx.calibration.moments import Moments
 from vbpfx.graph.capture import tensor_named
 from vbpfx.planning.budget import kept_neurons
-from vbpfx.planning.compensate import Compensation, fold
+from vbpfx.planning.compensate import Compensation, about_zero, fold
+from vbpfx.planning.experts import entry_of_experts
 from vbpfx.planning.importance import columns
 from vbpfx.plans.records import Block, BlockPlan, Consumer
 
@@ -52,6 +53,8 @@ def block_plan(
         compensation: what replaces removed neurons.
         model: the dense model, for its weights.
     """
+    if block.is_stack:
+        return entry_of_experts(block, kept, moments, compensation)
     if block.constant is None:
         return _entry(block, kept, moments, compensation)
     origin = _about_zero_where_padded(block, moments)
@@ -111,8 +114,11 @@ def pooled(block: Block, moments: Sequence[Moments]) -> tuple[Moments, ...]:
     """Return the moments of every source, merged where one layer reads several sources in several calls.
 
     The calls of a layer share its weights, so the same values must replace their removed neurons. Where a grouped convolution
-    reads a source, covariances between different groups are set to 0, so that nothing is predicted from another group.
+    reads a source, covariances between different groups are set to 0, so that nothing is predicted from another group. The moments of
+    experts are one for each expert; they are taken about zero if the experts have no bias for constants.
     """
+    if block.is_stack:
+        return tuple(moments) if block.consumers[0].bias else tuple(about_zero(m) for m in moments)
     merged = list(moments)
     for pool in block.pools:
         together = _within_groups(functools.reduce(operator.or_, (moments[index] for index in pool)), block, pool)
@@ -136,18 +142,7 @@ def _about_zero_where_padded(block: Block, moments: Sequence[Moments]) -> tuple[
     found = list(moments)
     for pool in block.pools:
         if padded & set(pool):
-            at_zero = _within_groups(_about_zero(moments[pool[0]]), block, pool)
+            at_zero = _within_groups(about_zero(moments[pool[0]]), block, pool)
             for index in pool:
                 found[index] = at_zero
     return tuple(found)
-
-
-def _about_zero(moments: Moments) -> Moments:
-    co, held_out = (
-        None
-        if c is None
-        else CoMoments(c.count, torch.zeros_like(c.mean), c.m2 + c.count * torch.outer(c.mean, c.mean))
-        for c in (moments.co, moments.held_out)
-    )
-    mean = moments.mean
-    return Moments(moments.count, torch.zeros_like(mean), moments.m2 + moments.count * mean.square(), co, held_out)

@@ -26,7 +26,7 @@ class Scoring:
     """What a criterion gets to score a block's neurons.
 
     Attributes:
-        block: the block.
+        block: the block; for a stack of experts, one of its experts.
         moments: the activation moments for every entry of ``block.sources``; those of several calls of one layer are
             pooled.
         model: the model, for its weights.
@@ -59,9 +59,13 @@ def columns(model: nn.Module, consumer: Consumer, width: int) -> Tensor:
     """Return the columns of a consumer's weight at a block's channels, (out, d) float64.
 
     The positions of a convolution's window count as further outputs. With groups, the columns are 0 at other groups' outputs. There
-    are then as many rows as channels: outputs that have the same products of columns, W^T W.
+    are then as many rows as channels: outputs that have the same products of columns, W^T W. Of a stack, they are those of one expert
+    (:meth:`vbpfx.plans.records.Block.expert`).
     """
-    weight = tensor_named(model, consumer.weight).detach().double().cpu()
+    weight = tensor_named(model, consumer.weight).detach()
+    if consumer.routing is not None:  # one expert of a stack
+        return weight[consumer.routing.at].movedim(consumer.weight_axis - 1, -1).double().cpu()
+    weight = weight.double().cpu()
     if consumer.groups > 1:
         parts = [rows.movedim(1, -1).reshape(-1, rows.shape[1]) for rows in weight.chunk(consumer.groups, 0)]
         whole: Tensor = torch.block_diag(*(_with_fewer_rows(part) for part in parts))  # type: ignore[no-untyped-call]

@@ -26,7 +26,8 @@ from vbpfx.planning.budget import (
 )
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.entries import block_plan, pooled
-from vbpfx.planning.importance import Scoring
+from vbpfx.planning.experts import is_predictable, is_unseen, scores_of_experts
+from vbpfx.planning.importance import Criterion, Scoring
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
@@ -132,17 +133,30 @@ class Deciding:
         self._cost = _cost(chosen.budget, self._captured, self.blocks, latencies)
         by_ratio = chosen.budget.kind == "ratio"
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
+        self._experts: dict[str, dict[str, int]] = {}
         self._prices = _prices(self.blocks, self._cost)
         self.floor = floors(self.blocks, chosen.min_width, constants=chosen.compensation != "none")
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Return the number of samples in a block's statistics."""
-        return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0]))
+        rows = sum(m.count for m in moments) if block.is_stack else moments[0].count
+        return max(1, rows // rows_a_sample(self._captured, block.sources[0]))
 
     def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
         """Return one score per neuron; ``moments`` must be :func:`pooled`."""
-        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
+
+        def by(criterion: str | Criterion, own: Block, of: tuple[Moments, ...]) -> Tensor:
+            return score(criterion, Scoring(own, of, self._captured.reference, self._share, samples))
+
+        if not block.is_stack:
+            return by(self._chosen.criterion, block, moments)
+        return scores_of_experts(
+            block,
+            moments,
+            lambda expert, own: by(self._chosen.criterion, expert, (own,)),
+            lambda expert, own: by("magnitude", expert, (own,)),
+        )
 
     def rates(
         self, scores: Mapping[str, Tensor], sensitivity: Sensitivity, *, at_floor: bool = False
@@ -229,6 +243,11 @@ class Deciding:
     def entry(self, block: Block, kept: tuple[int, ...], scores: Tensor, moments: tuple[Moments, ...]) -> BlockPlan:
         """Return the plan's entry for a block (:func:`vbpfx.planning.entries.block_plan`); ``moments`` must be :func:`pooled`."""
         compensation = COMPENSATIONS[self._chosen.compensation]
+        if block.is_stack:
+            unseen = sum(map(is_unseen, moments))
+            fitting = self._chosen.compensation == "ridge"
+            few = sum(not is_unseen(m) and not is_predictable(m) for m in moments) if fitting else 0
+            self._experts[block.name] = {"experts": block.groups, "unseen": unseen, "few_rows": few}
         return block_plan(block, kept, scores, moments, compensation, self._captured.reference)
 
     def plan(self, entries: Sequence[BlockPlan], allocation: str, rows: int) -> Plan:
@@ -247,6 +266,9 @@ class Deciding:
             "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self.floor[b.name] < b.width],
             "samples": rows,
         }
+        lacking = {name: found for name, found in self._experts.items() if found["unseen"] or found["few_rows"]}
+        if lacking:
+            settings["experts"] = lacking
         return Plan(tuple(entries), self._captured.fingerprint, self._captured.frontend, settings)
 
 
@@ -268,9 +290,9 @@ def _require_statistics(blocks: Sequence[Block], statistics: Statistics) -> None
                 f"the statistics lack block {block.name}; gather them from this model's prepared graph"
             )
         found = [tuple(m.mean.shape) for m in statistics.moments[block.name]]
-        if found != [(block.width,)] * len(block.sources):
+        if found != [(width,) for width in block.measured]:
             raise CalibrationError(
-                f"block {block.name} has {len(block.sources)} inputs of width {block.width}, the statistics hold {found}; "
+                f"block {block.name} has inputs of the widths {list(block.measured)}, the statistics hold {found}; "
                 f"gather them from this model's prepared graph"
             )
 

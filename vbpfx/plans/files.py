@@ -67,8 +67,8 @@ def load_plan(folder: str | Path) -> Plan:
             BlockPlan(
                 block := block_from_json(entry["block"]),
                 tuple(entry["kept"]),
-                tuple(tensors[f"{number}.{index}"] for index in range(len(block.sources))),
-                tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.sources))),
+                tuple(tensors[f"{number}.{index}"] for index in range(len(block.measured))),
+                tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.measured))),
                 tuple(entry.get("constants_in", ())),
             )
             for number, entry in enumerate(data["blocks"])

@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 
 from vbpfx.errors import ArtifactError
+from vbpfx.rules.routing import Routing
 
 
 def _at(start: int, step: int, channels: Iterable[int]) -> torch.Tensor:
@@ -33,7 +34,10 @@ class ParameterAxis:
         step: the distance from one channel to the next. An interleaved gate has one entry for each interleaved part.
         groups: for a grouped convolution's weight (out, in / groups, ...) the number of groups. Its axis holds the channels of one
             group only, and axis 0 of the tensor has as many equal parts, one for each group. ``start`` and ``step`` refer to the
-            channels of all groups one behind the other.
+            channels of all groups one behind the other. For a stack of experts (E, ...) it is E.
+        stacked: for a stack of experts (:class:`~vbpfx.rules.routing.Routing`) the number of channels of each expert; 0 for any other
+            parameter. Expert e's channel c is then at ``start + step c`` in entry e of axis 0.
+        size: for a stack of experts, the size of the axis.
     """
 
     name: str
@@ -41,10 +45,15 @@ class ParameterAxis:
     start: int = 0
     step: int = 1
     groups: int = 1
+    stacked: int = 0
+    size: int = 0
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
-        """Return the positions of some of the block's channels on the axis."""
-        return _at(self.start, self.step, channels)
+        """Return the positions of some of the block's channels on the axis, with all groups one behind the other."""
+        if not self.stacked:
+            return _at(self.start, self.step, channels)
+        numbers = torch.tensor(tuple(channels), dtype=torch.long)
+        return numbers // self.stacked * self.size + self.start + self.step * (numbers % self.stacked)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,9 @@ class Consumer:
             taps of the window see the constant, and a bias cannot replace it.
         groups: the number of groups of a grouped convolution: the rows of W are as many equal parts, and each reads only its own part
             of h.
+        routing: if W is a stack of experts (E, ...), how the rows of h are divided among them; None for any other layer. ``bias`` is
+            then a stack, too, or "" if the experts have none: none is created for them.
+        total: for experts, the node that adds the bias; "" if they have none, or if the call itself adds it.
     """
 
     node: str
@@ -130,6 +142,8 @@ class Consumer:
     alone: bool = False
     padded: bool = False
     groups: int = 1
+    routing: Routing | None = None
+    total: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,8 @@ class Block:
         carriers: every value that carries the hidden axis, in graph order.
         constant: how one channel is made constant; None if no layer needs one.
         groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
-            It is more than 1 if a grouped convolution makes or reads the axis.
+            It is more than 1 if a grouped convolution makes or reads the axis, or if the block is a stack of experts. Then each part
+            holds the channels of one expert. A row of a value belongs to one expert, and the value has only as many channels.
     """
 
     name: str
@@ -228,6 +243,35 @@ class Block:
         for channel in channels:
             found[channel // self.group_size].append(channel % self.group_size)
         return found
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the block holds the hidden channels of all experts of a mixture."""
+        return any(consumer.routing is not None for consumer in self.consumers)
+
+    @property
+    def value_width(self) -> int:
+        """The number of the block's channels on the axis of a value: those of one expert if the block is a stack."""
+        return self.group_size if self.is_stack else self.width
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """The widths of what statistics are gathered of, and removed neurons are replaced in: every source, or every expert."""
+        return (self.group_size,) * self.groups if self.is_stack else (self.width,) * len(self.sources)
+
+    def expert(self, number: int) -> Block:
+        """Return one expert of a stack as a block of its own, by which its neurons are scored and replaced."""
+        first = self.consumers[0]
+        assert first.routing is not None
+        alone = dataclasses.replace(first, routing=Routing("one", first.routing.experts, at=number))
+        parameters = (dataclasses.replace(p, start=p.start + number * p.size) for p in self.parameters)
+        return dataclasses.replace(
+            self, width=self.group_size, groups=1, consumers=(alone,), parameters=tuple(parameters)
+        )
+
+    def routing(self, source: ValueAxis) -> Routing | None:
+        """Return how the rows of a source are divided among experts; None if the block is no stack."""
+        return next(consumer.routing for consumer in self.consumers if consumer.source == source) if self.is_stack else None
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:
@@ -335,8 +379,9 @@ class BlockPlan:
     Attributes:
         block: the block as it was found.
         kept: indices of the kept neurons, ascending.
-        constants: for every entry of ``block.sources`` the constants a, float64, in the order of :attr:`pruned`.
-        predictions: for every entry of ``block.sources`` the matrix B (P, K), or None for B = 0; all None by default.
+        constants: for every entry of ``block.sources`` the constants a, float64, in the order of :attr:`pruned`. For a stack, one entry
+            for every expert, with the constants of this expert's removed neurons.
+        predictions: for every entry of ``constants`` the matrix B (P, K), or None for B = 0; all None by default.
         constants_in: indices of removed neurons in whose place a constant channel stays (:class:`ConstantChannel`). One is needed if
             a padded layer reads constants other than 0.
     """
@@ -362,21 +407,25 @@ class BlockPlan:
                     f"are divided into {sorted(counts)}"
                 )
         shapes = [tuple(a.shape) for a in self.constants]
-        if shapes != [(width - len(kept),)] * len(self.block.sources):
+        experts = self.block.groups if self.block.is_stack else 1
+        removed, left = (width - len(kept)) // experts, len(kept) // experts
+        places = len(self.block.measured)
+        if shapes != [(removed,)] * places:
             raise ArtifactError(
-                f"block {self.block.name}: {width - len(kept)} removed neurons at {len(self.block.sources)} "
-                f"consumer inputs need one value each, found shapes {shapes}"
+                f"block {self.block.name}: {removed} removed neurons at {places} "
+                f"{'experts' if self.block.is_stack else 'consumer inputs'} need one value each, found shapes {shapes}"
             )
         if not self.predictions:
             object.__setattr__(self, "predictions", (None,) * len(self.constants))
-        wrong = [
-            tuple(b.shape) for b in self.predictions if b is not None and b.shape != (width - len(kept), len(kept))
-        ]
+        wrong = [tuple(b.shape) for b in self.predictions if b is not None and b.shape != (removed, left)]
         if wrong or len(self.predictions) != len(self.constants):
             raise ArtifactError(
-                f"block {self.block.name}: a prediction of {width - len(kept)} removed neurons from {len(kept)} kept ones "
+                f"block {self.block.name}: a prediction of {removed} removed neurons from {left} kept ones "
                 f"for each of {len(self.constants)} inputs is needed, found {len(self.predictions)}, shapes {wrong}"
             )
+        if self.block.is_stack:
+            self._require_places_of_experts()
+            return
         for source, prediction in zip(self.block.sources, self.predictions, strict=True):
             if prediction is not None and not self.block.takes_prediction(source):
                 raise ArtifactError(
@@ -393,6 +442,24 @@ class BlockPlan:
                     )
         self._require_one_prediction_a_layer()
         self._require_a_constant_channel()
+
+    def _require_places_of_experts(self) -> None:
+        for consumer in self.block.consumers:
+            if not consumer.bias and any(bool(a.any()) for a in self.constants):
+                raise ArtifactError(
+                    f"block {self.block.name}: {consumer.weight} has no bias, so the experts have no place for constants of removed "
+                    f"neurons, and the plan has some"
+                )
+            if not consumer.alone and any(b is not None for b in self.predictions):
+                raise ArtifactError(
+                    f"block {self.block.name}: {consumer.weight} is used by something else than these experts, so its columns must stay, "
+                    f"and the plan predicts removed neurons from kept ones"
+                )
+
+    def of_expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept and the removed channels of one expert of a stack, each counted within the expert."""
+        kept, pruned = (self.block.in_groups(channels)[expert] for channels in (self.kept, self.pruned))
+        return torch.tensor(kept), torch.tensor(pruned)
 
     def _require_a_constant_channel(self) -> None:
         if self.constants_in and (self.block.constant is None or not set(self.constants_in) <= set(self.pruned)):
@@ -511,7 +578,9 @@ class Plan:
 
 def consumer_from_json(data: Mapping[str, Any]) -> Consumer:
     """Return the consumer that ``dataclasses.asdict`` turned into this dictionary, which may come from JSON."""
-    return Consumer(**dict(data) | {"source": ValueAxis(*data["source"])})
+    routing = data.get("routing")
+    division = None if routing is None else Routing(**routing)
+    return Consumer(**dict(data) | {"source": ValueAxis(*data["source"]), "routing": division})
 
 
 def block_to_json(block: Block) -> dict[str, Any]:

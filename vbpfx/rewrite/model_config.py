@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbpfx.plans.records import Plan
+from vbpfx.plans.records import BlockPlan, Plan
 
 Shapes = dict[str, tuple[int, ...]]
 # The path of a configuration entry, and its new value.
@@ -104,7 +104,7 @@ class _Trials:
 
 def _candidates(trials: _Trials, plan: Plan) -> list[Change]:
     """Return changes of single entries that may be right for all blocks whose shapes the entry decides."""
-    pairs = dict.fromkeys((entry.block.width, entry.width) for entry in plan.blocks)
+    pairs = dict.fromkeys(_widths(entry) for entry in plan.blocks)
     by_axis, dense = _widths_by_axis(plan), trials.shapes(())
     assert dense is not None
     found = []
@@ -167,8 +167,14 @@ def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
     for entry in plan.blocks:
         for parameter in entry.block.parameters:
             widths = found.setdefault(parameter.name, {}).setdefault(parameter.axis, set())
-            widths.add((entry.block.width, entry.width))
+            widths.add(_widths(entry))
     return found
+
+
+def _widths(entry: BlockPlan) -> tuple[int, int]:
+    """Return the width of a block before and after; that of one expert if the block is a stack."""
+    experts = entry.block.groups if entry.block.is_stack else 1
+    return entry.block.width // experts, entry.width // experts
 
 
 def _entries(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

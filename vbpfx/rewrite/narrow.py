@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
 from vbpfx.planning.compensate import fold, fold_columns, fold_taps
-from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Reduction, SizeLiteral
 from vbpfx.rewrite.carry import Carried
 
 # (node or parameter, axis, whether it is a parameter) -> the removed channels of that axis
@@ -134,6 +134,12 @@ class Changes:
             # several calls of one layer would fold the same constants into the same bias; they are folded once
             consumers = {(c.bias, c.weight, c.weight_axis, c.source.start): c for c in entry.block.consumers}
             for consumer in consumers.values():
+                if consumer.routing is not None:
+                    if consumer.bias:
+                        found[consumer.bias].append((entry, consumer))
+                    if any(prediction is not None for prediction in entry.predictions):
+                        found[consumer.weight].append((entry, consumer))
+                    continue
                 if not consumer.padded and (not consumer.creates_bias or consumer.bias in self.made):
                     found[consumer.bias].append((entry, consumer))
                 if entry.constants_in or entry.prediction_at(consumer.source) is not None:
@@ -159,6 +165,8 @@ class Changes:
 
 def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str], Tensor]) -> Tensor:
     """Return what the fold of one block's removed neurons adds to a weight or bias, float64, in its dense shape."""
+    if consumer.routing is not None:
+        return _gain_of_experts(name, entry, consumer, dense(consumer.weight))
     weight, axis, constants = dense(consumer.weight), consumer.weight_axis, entry.constants_at(consumer.source)
     kept, pruned = consumer.source.at(entry.kept), consumer.source.at(entry.pruned)
     if name == consumer.bias:
@@ -172,6 +180,22 @@ def _gain(name: str, entry: BlockPlan, consumer: Consumer, dense: Callable[[str]
     if entry.constants_in:
         _set_constant_columns(gain, weight, entry, consumer)
     return gain
+
+
+def _gain_of_experts(name: str, entry: BlockPlan, consumer: Consumer, stack: Tensor) -> Tensor:
+    """Return what the folds of all experts add to the stack of their weights or biases, float64, in its dense shape."""
+    axis = consumer.weight_axis - 1  # of one expert's weight
+    gains = []
+    for expert, weight in enumerate(stack):
+        kept, pruned = entry.of_expert(expert)
+        prediction = entry.predictions[expert]
+        if name == consumer.bias:
+            gains.append(fold(weight, axis, pruned, entry.constants[expert]))
+        elif prediction is None:
+            gains.append(torch.zeros_like(weight, dtype=torch.float64))
+        else:
+            gains.append(fold_columns(weight, axis, kept, pruned, prediction))
+    return torch.stack(gains)
 
 
 def _set_constant_columns(gain: Tensor, weight: Tensor, entry: BlockPlan, consumer: Consumer) -> None:
@@ -193,20 +217,25 @@ def _set_constant_columns(gain: Tensor, weight: Tensor, entry: BlockPlan, consum
 
 
 def _cut_in_groups(weight: Tensor, cuts: Sequence[tuple[int, int, Tensor]]) -> Tensor:
-    """Return a grouped convolution's weight without columns; every group loses as many, but not the same ones.
+    """Return a grouped convolution's weight, or a stack of experts, without channels.
+
+    Every group loses as many, but not the same ones.
 
     Args:
-        weight: (out, in / groups, ...).
+        weight: (out, in / groups, ...), or (experts, ...).
         cuts: (axis, groups, positions), with positions among the channels of all groups one behind the other.
     """
-    axis, groups, _ = cuts[0]
-    size = weight.shape[axis]
-    gone = torch.cat([positions for _, _, positions in cuts]).tolist()
-    parts = [
-        part.index_select(axis, _others(frozenset(p - g * size for p in gone if p // size == g), size).to(part.device))
-        for g, part in enumerate(weight.chunk(groups, 0))
-    ]
-    return torch.cat(parts)
+    for axis, groups in dict.fromkeys((axis, groups) for axis, groups, _ in cuts):
+        size = weight.shape[axis]
+        gone: list[set[int]] = [set() for _ in range(groups)]
+        for position in torch.cat([found for at, _, found in cuts if at == axis]).tolist():
+            gone[position // size].add(position % size)
+        parts = [
+            part.index_select(axis, _others(frozenset(own), size).to(part.device))
+            for own, part in zip(gone, weight.chunk(groups, 0), strict=True)
+        ]
+        weight = torch.cat(parts)
+    return weight
 
 
 def new_biases(plan: Plan) -> dict[str, Consumer]:
@@ -289,13 +318,22 @@ def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Remov
         values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
         parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters if p.groups == 1]
         at = {
-            (start, step): frozenset(start + step * p for p in chosen(entry))
+            (start, step): frozenset(start + step * p for p in _in_values(entry.block, chosen(entry)))
             for _, start, step in (*values, *parameters)
         }
         for key, *place in (*values, *parameters):
             there = at[place[0], place[1]]
             found[key] = found[key] | there if key in found else there
     return found
+
+
+def _in_values(block: Block, channels: Sequence[int]) -> Sequence[int]:
+    """Return channels as places in a block's values.
+
+    The values of a stack have as many channels as one expert. Every expert loses as many of them, and the first one stands for all:
+    only their number means something.
+    """
+    return block.in_groups(channels)[0] if block.is_stack else channels
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:

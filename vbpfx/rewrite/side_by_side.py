@@ -153,37 +153,50 @@ class Comparison:
         for entry in plan.blocks:
             for consumer in entry.block.consumers:
                 self._readers[consumer.node].append((entry, consumer))
+        self._by_row = {carrier.node for entry in plan.blocks if entry.block.is_stack for carrier in entry.block.carriers}
         self._small: _GraphSide | _ClassSide
         if can_compare(small, plan):
             small = share_parameters(small)
             exact = {} if dtype is None else exact_tensors(captured, small, plan)
-            self._small = _GraphSide(Steps(small, inputs, dtype, exact), set(self._readers), self._own)
+            ends = {node: self._total(node) for node in self._readers}
+            self._small = _GraphSide(Steps(small, inputs, dtype, exact), ends, self._own)
         else:
             self._small = _ClassSide(small, self._readers, inputs)
         self.expected: list[Tensor] = []
         self.found: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Behind]:
-        layers = {node: _corrected(node) for node in self._reference.nodes if node.name in self._readers}
+        nodes = {node.name: node for node in self._reference.nodes}
+        layers = {
+            node: nodes.get(self._total(node.name), _corrected(node))
+            for node in self._reference.nodes
+            if node.name in self._readers
+        }
         layer_of = {end: node for node, end in layers.items()}
         parts: list[tuple[str, Tensor, Tensor]] = []
         for node in self._reference.until({*layers, *layers.values()}):
             if node in layers:
-                parts = [(entry.block.name, self._reference.env[node], self._without(node, entry, consumer))
+                # a bias may be added to the value in place
+                parts = [(entry.block.name, self._reference.env[node].clone(), self._without(node, entry, consumer))
                          for entry, consumer in self._readers[node.name]]  # fmt: skip
             if node in layer_of:
                 name = layer_of[node].name
                 expected, found = self._kept(self._reference.env[node], name), self._small.at(name)
-                found = found if found is None else self._without_constants(found, name)
+                # which channels are removed there may depend on the row
+                found = None if found is None or name in self._by_row else self._without_constants(found, name)
                 for block, whole, without in parts:
                     yield Behind(block, found, expected, whole, without)
         self.expected, self.found = self._reference.outputs, self._small.finish()
+
+    def _total(self, node: str) -> str:
+        """Return the node that adds the bias of experts to the value of a layer; "" if there is none."""
+        return self._readers[node][0][1].total
 
     def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
         """Return the output of the reference's layer with a block's channels set to zero."""
         operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == consumer.source.node)
         value = self._reference.env[operand]
-        own = consumer.source.at(range(entry.block.width)).to(value.device)
+        own = consumer.source.at(range(entry.block.value_width)).to(value.device)
         return self._reference.again(node, {operand: value.index_fill(consumer.source.axis, own, 0)})
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
@@ -206,9 +219,10 @@ def _left_out(value: Tensor, name: str, channels: Removed) -> Tensor:
 class _GraphSide:
     """A narrowed graph that runs step by step, each time up to the next layer that reads a block."""
 
-    def __init__(self, steps: Steps, readers: set[str], own: Mapping[str, fx.Node]) -> None:
+    def __init__(self, steps: Steps, ends: Mapping[str, str], own: Mapping[str, fx.Node]) -> None:
         self._steps = steps
-        self._reached = steps.until({_folded(node, own) for node in steps.nodes if node.name in readers})
+        nodes = {node.name: node for node in steps.nodes}
+        self._reached = steps.until({nodes.get(end, _folded(nodes[reader], own)) for reader, end in ends.items()})
 
     def at(self, name: str) -> Tensor:
         """Return the output of the next layer that reads a block; ``name`` must be that layer's."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from vbpfx.graph.capture import Captured, share_parameters
-from vbpfx.graph.edit import insert_at_sources, insert_behind
-from vbpfx.plans.records import BlockPlan, Consumer, Correction, Plan, ValueAxis
+from vbpfx.graph.edit import divided_by, insert_at_sources, insert_behind
+from vbpfx.plans.records import Block, BlockPlan, Consumer, Correction, Plan, ValueAxis
 from vbpfx.rules.calls import called_module
+from vbpfx.rules.routing import Routing, rows_by_expert
 from vbpfx.rules.windows import Window, applied, window_of
 
 
@@ -40,6 +41,26 @@ class Substitute(nn.Module):
         shape[self.axis] = -1
         sizes = [len(pruned) if dim == self.axis % h.ndim else size for dim, size in enumerate(h.shape)]
         return h.index_copy(self.axis, pruned, values.reshape(shape).expand(sizes))
+
+
+class SubstituteExperts(nn.Module):
+    """Replaces h_P by a + B h_K in the rows of every expert, with this expert's own P, K, a and B, out of place."""
+
+    def __init__(self, entry: BlockPlan, axis: int, routing: Routing) -> None:
+        super().__init__()
+        self.entry, self.axis, self.routing = entry, axis, routing
+
+    def forward(self, h: Tensor, by: Tensor | None = None) -> Tensor:
+        """Return a copy of h with the removed channels replaced; ``by`` is the value of the node ``routing.by``."""
+        changed = h.clone()
+        for expert, index in rows_by_expert(h, self.routing, by):
+            kept, pruned = (channels.to(h.device) for channels in self.entry.of_expert(expert))
+            rows = h[index].movedim(self.axis, -1).clone()
+            constants, prediction = self.entry.constants[expert].to(h), self.entry.predictions[expert]
+            predicted = 0.0 if prediction is None else rows[..., kept] @ prediction.to(h).T
+            rows[..., pruned] = constants + predicted
+            changed[index] = rows.movedim(-1, self.axis)
+        return changed
 
 
 class Correct(nn.Module):
@@ -107,12 +128,16 @@ def window_at(captured: Captured, layer: Consumer) -> Window | None:
 def substitute(graph_module: fx.GraphModule, entries: Sequence[BlockPlan]) -> None:
     """Insert the substitutions of these blocks into a dense graph, in place."""
     by_name = {entry.block.name: entry for entry in entries}
-    insert_at_sources(
-        graph_module,
-        [entry.block for entry in entries],
-        lambda block, index: Substitute(by_name[block.name], index),
-        "substitute",
-    )
+    blocks = [entry.block for entry in entries]
+
+    def substitution(block: Block, index: int) -> nn.Module:
+        source = block.sources[index]
+        routing = block.routing(source)
+        if routing is None:
+            return Substitute(by_name[block.name], index)
+        return SubstituteExperts(by_name[block.name], source.axis, routing)
+
+    insert_at_sources(graph_module, blocks, substitution, "substitute", divided_by(blocks))
 
 
 def in_dense_shape(correction: Correction, plan: Plan) -> tuple[Tensor, Tensor]:

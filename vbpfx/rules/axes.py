@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from vbpfx.rules.routing import Routing
 from vbpfx.rules.table import Argument, Operator, operator_of
 
 
@@ -98,12 +99,14 @@ class Opaque:
 class Produces:
     """Each row of ``weight`` produces one channel of ``out``.
 
-    If ``groups`` is more than 1, ``out`` consists of so many equal parts, which must stay equally long.
+    If ``groups`` is more than 1, ``out`` consists of so many equal parts, which must stay equally long. ``routing`` is given if
+    ``weight`` belongs to a stack of experts: each row of ``out`` is made by the weight of its expert.
     """
 
     out: Axis
     weight: Axis
     groups: int = 1
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Contracts:
     It is folded into ``bias``, which is None if the call has no bias. If ``padded``, the call adds zeros around ``source``, so
     that a channel that is constant inside is not constant for the call, and a bias cannot replace it. If ``groups`` is more than
     1, ``source`` consists of so many equal parts. The rows of ``weight`` are divided alike, and each row reads its own part alone.
+    ``routing`` is given if ``weight`` belongs to a stack of experts: the weight of its expert sums over each row. ``total`` is then
+    the node that adds the bias, if that is not the call itself.
     """
 
     source: Axis
@@ -120,6 +125,8 @@ class Contracts:
     bias: Operand | None
     padded: bool = False
     groups: int = 1
+    routing: Routing | None = None
+    total: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class Site:
     ) -> None:
         self.node = node
         self.module = module
-        self._names = names
+        self.names = names
         self._sizes = sizes
 
     @property
@@ -238,13 +245,13 @@ class Site:
     def operand(self, position: int, name: str) -> Operand | None:
         """Return a tensor argument by position or keyword, or the module's parameter or buffer of that name."""
         if self.module is not None:
-            own = self._names.of_module.get(str(self.node.target), {})
+            own = self.names.of_module.get(str(self.node.target), {})
             if name in own:
                 return Operand(own[name], tuple(getattr(self.module, name).shape), is_parameter=True)
             if position > 0:
                 return None
         value = Argument(position, name).given(self.node)
-        return operand_of(value, self._names) if isinstance(value, fx.Node) else None
+        return operand_of(value, self.names) if isinstance(value, fx.Node) else None
 
     def weight(self, position: int) -> tuple[Operand | None, bool]:
         """Return the parameter that an argument holds, or None; and whether the argument holds its transpose."""
@@ -255,7 +262,7 @@ class Site:
         source = node.args[0] if transposed else node
         if transposed and len(node.args) > 2 and _first_dim(node.args[1:]) == 0:
             transposed = False  # permute(0, 1), transpose(0, 0)
-        found = operand_of(source, self._names) if isinstance(source, fx.Node) else None
+        found = operand_of(source, self.names) if isinstance(source, fx.Node) else None
         return (found if found is not None and found.is_parameter else None), transposed
 
     @property
@@ -272,14 +279,14 @@ class Site:
     @property
     def out(self) -> Operand:
         """The tensor that the call returns."""
-        operand = operand_of(self.node, self._names)
+        operand = operand_of(self.node, self.names)
         assert operand is not None
         return operand
 
     @property
     def operands(self) -> list[Operand]:
         """All tensors among the arguments, including nested ones, in order."""
-        found = (operand_of(node, self._names) for node in self.node.all_input_nodes)
+        found = (operand_of(node, self.names) for node in self.node.all_input_nodes)
         return [operand for operand in found if operand is not None]
 
     def parts(self, position: int, name: str) -> list[Operand] | None:
@@ -287,7 +294,7 @@ class Site:
         value = self.argument(position, name)
         if not isinstance(value, (list, tuple)):
             return None
-        found = [operand_of(entry, self._names) if isinstance(entry, fx.Node) else None for entry in value]
+        found = [operand_of(entry, self.names) if isinstance(entry, fx.Node) else None for entry in value]
         return [operand for operand in found if operand is not None] if None not in found else None
 
     def size_read(self, value: Any) -> SizeRead | None:
@@ -302,7 +309,7 @@ class Site:
 
     def all_opaque(self, reason: str) -> Iterator[Relation]:
         """Yield that no axis of any tensor of the call can be narrowed."""
-        out = operand_of(self.node, self._names)
+        out = operand_of(self.node, self.names)
         for operand in (*self.operands, *([out] if out is not None else [])):
             for axis in operand.axes:
                 yield Opaque(axis, reason)

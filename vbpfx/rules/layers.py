@@ -7,11 +7,17 @@ from collections.abc import Iterator
 import torch
 
 from vbpfx.rules.axes import Contracts, Grouped, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.experts import expert_einsum, expert_linear, expert_product, stack_read
+from vbpfx.rules.table import Argument
 
 
 def linear(site: Site) -> Iterator[Relation]:
     """y[..., o] = sum_i W[o, i] x[..., i] + b[o]"""
     x, out, weight, bias = site.x, site.out, site.operand(1, "weight"), site.operand(2, "bias")
+    read = None if site.module is not None else stack_read(Argument(1, "weight").given(site.node), site.names)
+    if read is not None and read.routing is not None and read.routing.kind == "one" and len(read.dims) == 2:
+        yield from expert_linear(site, read)
+        return
     if weight is None or weight.ndim != 2:
         yield from site.all_opaque("the layer's weight is computed, or it is not a matrix")
         return
@@ -167,6 +173,11 @@ def einsum(site: Site) -> Iterator[Relation]:
         given = site.node.args[1:]
         operands = site.operands if len(given) == len(site.operands) else None
     equation = site.argument(0, "equation")
+    if operands is not None and isinstance(equation, str) and len(operands) == 2:
+        experts = expert_einsum(site, equation, operands, list(site.node.all_input_nodes))
+        if experts is not None:
+            yield from experts
+            return
     if operands is None or not isinstance(equation, str) or "." in equation or "->" not in equation:
         yield from site.all_opaque("an einsum whose equation does not name every axis")
         return
@@ -189,6 +200,13 @@ def matrix_product(site: Site) -> Iterator[Relation]:
     summed over is opaque.
     """
     operands, out = site.operands, site.out
+    for place, node in enumerate(site.node.args[:2] if len(operands) == 2 else ()):
+        read = stack_read(node, site.names)
+        if read is not None and (read.parameter.ndim == 3 or read.routing is not None):
+            experts = expert_product(site, read, operands[1 - place], weight_first=place == 0)
+            if experts is not None:
+                yield from experts
+                return
     (first, columns), (second, rows) = site.weight(0), site.weight(1)
     bare = [weight for weight in (first, second) if weight is not None]
     if len(operands) != 2 or min(o.ndim for o in operands) < 2 or len(bare) > 1 or any(o.ndim != 2 for o in bare):

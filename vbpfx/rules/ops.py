@@ -19,6 +19,7 @@ from torch import nn
 from vbpfx.errors import AnalysisError
 from vbpfx.rules.axes import Relation, Site
 from vbpfx.rules.cells import channel_shuffle, pixel_shuffle, pixel_unshuffle
+from vbpfx.rules.experts import grouped_product
 from vbpfx.rules.layers import (
     addmm,
     attention,
@@ -46,7 +47,7 @@ from vbpfx.rules.parts import aten_slice, concatenation, glu, indexing, narrowin
 from vbpfx.rules.picking import aten_index, index_put, picking, scattering, where_true
 from vbpfx.rules.pointwise import elementwise, prelu, unchanged
 from vbpfx.rules.shapes import expansion, permutation, regrouping, repetition, repetition_of_entries
-from vbpfx.rules.table import Argument, Attribute, Operator, Rule, enter, entered, rows_of
+from vbpfx.rules.table import Argument, Attribute, Operator, Qualified, Rule, enter, entered, rows_of
 
 aten = torch.ops.aten
 
@@ -155,6 +156,8 @@ _row(einsum, torch.einsum, aten.einsum)
 _row(matrix_product, operator.matmul)
 _named(matrix_product, "matmul", "bmm", "mm")
 _row(matrix_product, torch.sparse.mm, aten._sparse_mm)
+_named(grouped_product, "grouped_mm", "_grouped_mm")
+_row(grouped_product, Qualified("transformers::grouped_mm_fallback"))
 _row(prelu, nn.PReLU, F.prelu, aten.prelu)
 # Operators that compute along axes.
 _row(

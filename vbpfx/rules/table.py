@@ -38,6 +38,12 @@ class Attribute(NamedTuple):
     name: str
 
 
+class Qualified(NamedTuple):
+    """A spelling for an operator of ``torch.ops`` that another library registers when it is imported."""
+
+    name: str
+
+
 @dataclass(frozen=True)
 class Operator:
     """One row of the operator table.
@@ -137,4 +143,7 @@ def operator_of(node: fx.Node, module: nn.Module | None = None) -> Operator:
         return _UNKNOWN
     if target is getattr:
         return _TABLE.get(Attribute(str(node.args[1])), _UNKNOWN_ATTRIBUTE)
-    return _TABLE.get(target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target, _UNKNOWN)
+    if not isinstance(target, torch._ops.OpOverload):
+        return _TABLE.get(target, _UNKNOWN)
+    found = _TABLE.get(target.overloadpacket)
+    return found or _TABLE.get(Qualified(target._schema.name), _UNKNOWN)
