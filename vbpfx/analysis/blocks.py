@@ -363,7 +363,8 @@ def _residual_sum(axes: set[Axis], evidence: Evidence) -> str | None:
     (squeeze-and-excite), and the result still is the axis. A product of a value computed from the axis with anything
     else is a gated branch, and the result counts as computed from the axis.
     """
-    carriers = {evidence.nodes[axis.owner] for axis in axes if not axis.is_parameter}
+    values = {axis.owner for axis in axes if not axis.is_parameter} - evidence.lookups  # these hold parameters
+    carriers = {evidence.nodes[name] for name in values}
     makers = {evidence.nodes[name] for axis in axes for name in evidence.producing.get(axis, ())}
     start = min(evidence.position[n.name] for n in carriers)
     made_of_it: dict[fx.Node, bool] = {}

@@ -28,6 +28,7 @@ from vbpfx.graph.fake import run_fake
 from vbpfx.measurement.timing import Clock, alternating, interleaved
 from vbpfx.planning.budget import floors, kept_neurons
 from vbpfx.planning.latency_table import Latencies
+from vbpfx.planning.multiples import least_step
 from vbpfx.plans.records import Block, BlockPlan, Plan
 from vbpfx.rewrite.convert import convert
 from vbpfx.runtimes.interface import Compiled, Runtime
@@ -155,7 +156,7 @@ def _block_points(
     captured: Captured, block: Block, engine: Runtime, inputs: Inputs, threads: int | None, round_to: int
 ) -> tuple[tuple[int, float], ...]:
     """Return pairs (width, seconds) for one block alone."""
-    multiple = math.lcm(round_to, block.groups)
+    multiple = math.lcm(round_to, least_step(block, captured))
     steps = (max(1, round(share * block.width / multiple)) * multiple for share in _SHARES)
     widths = [*sorted({width for width in steps if width < block.width}), block.width]
     if len(widths) == 1:

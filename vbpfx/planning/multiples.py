@@ -17,6 +17,8 @@ CHANNELS = 8
 # ONNX Runtime's layout holds 16 channels on processors with AVX-512. A grouped convolution leaves it, and its neighbours
 # convert their values, unless every group fills it; without groups the layout is filled up with zeros.
 _WIDER_IN_GROUPS = 2
+# Kernels of grouped products accept rows of a multiple of this only.
+_GROUPED_PRODUCT_BYTES = 16
 
 
 def width_steps(
@@ -30,14 +32,28 @@ def width_steps(
     in groups of 8 or of 4, and an odd width costs more than it saves, even in the narrowest layers. Matrix products are
     fast at any width (``benchmarks/rounding.py``).
     """
+    least = {block.name: least_step(block, captured) for block in blocks}
+    aligned = {b.name: least[b.name] if least[b.name] > b.groups else 1 for b in blocks}
     if round_to is not None:
-        return dict.fromkeys((block.name for block in blocks), round_to)
+        return {name: math.lcm(round_to, step) for name, step in aligned.items()}
     convolved = blocks_with_convolutions(captured, blocks)
 
     def steps(most: int) -> dict[str, int]:
-        return {b.name: b.groups * (_in_a_group(b, most) if b.name in convolved else 1) for b in blocks}
+        return {b.name: b.groups * _in_a_group(b, most) if b.name in convolved else aligned[b.name] for b in blocks}
 
     return steps(_fitting(CHANNELS, steps, captured, blocks, budget, floor))
+
+
+def least_step(block: Block, captured: Captured) -> int:
+    """Return the number that a block's width must be a multiple of, whatever the rounding: its number of groups.
+
+    In a stack of experts that grouped products read, the width of each expert is also a multiple of 16 bytes, which their kernels
+    require, unless the dense width is none.
+    """
+    if not any(consumer.routing is not None and consumer.routing.kind == "offsets" for consumer in block.consumers):
+        return block.groups
+    alignment = max(1, _GROUPED_PRODUCT_BYTES // captured.nodes[block.sources[0].node].meta["val"].element_size())
+    return block.groups * (alignment if block.group_size % alignment == 0 else 1)
 
 
 def fitting_multiple(
@@ -46,7 +62,7 @@ def fitting_multiple(
     """Return the multiple, halved until the budget can be met with the widths of all blocks rounded to it."""
 
     def steps(most: int) -> dict[str, int]:
-        return {block.name: math.lcm(most, block.groups) for block in blocks}
+        return {block.name: math.lcm(most, least_step(block, captured)) for block in blocks}
 
     return _fitting(multiple, steps, captured, blocks, budget, floor)
 

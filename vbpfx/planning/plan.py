@@ -22,6 +22,7 @@ from vbpfx.planning.budget import (
     kept_neurons,
     mac_cost,
     parameter_cost,
+    rounded_up,
     same_shape,
 )
 from vbpfx.planning.compensate import COMPENSATIONS
@@ -29,7 +30,7 @@ from vbpfx.planning.entries import block_plan, pooled
 from vbpfx.planning.experts import is_predictable, is_unseen, scores_of_experts
 from vbpfx.planning.importance import Criterion, Scoring
 from vbpfx.planning.latency_table import Latencies
-from vbpfx.planning.multiples import width_steps
+from vbpfx.planning.multiples import least_step, width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
@@ -135,7 +136,8 @@ class Deciding:
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._experts: dict[str, dict[str, int]] = {}
         self._prices = _prices(self.blocks, self._cost)
-        self.floor = floors(self.blocks, chosen.min_width, constants=chosen.compensation != "none")
+        least = floors(self.blocks, chosen.min_width, constants=chosen.compensation != "none")
+        self.floor = {b.name: rounded_up(least[b.name], least_step(b, self._captured), b.width) for b in self.blocks}
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
@@ -215,7 +217,8 @@ class Deciding:
         return {block.name: _highest(block, scores, self._at_share(block)) for block in self.blocks}
 
     def _at_share(self, block: Block) -> int:
-        removed = max(1, round(self._share * block.group_size)) * block.groups
+        step = least_step(block, self._captured)
+        removed = max(1, round(self._share * block.width / step)) * step
         return max(self.floor[block.name], block.width - removed)
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:

@@ -143,7 +143,7 @@ def operator_of(node: fx.Node, module: nn.Module | None = None) -> Operator:
         return _UNKNOWN
     if target is getattr:
         return _TABLE.get(Attribute(str(node.args[1])), _UNKNOWN_ATTRIBUTE)
-    if not isinstance(target, torch._ops.OpOverload):
-        return _TABLE.get(target, _UNKNOWN)
-    found = _TABLE.get(target.overloadpacket)
-    return found or _TABLE.get(Qualified(target._schema.name), _UNKNOWN)
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if isinstance(packet, torch._ops.OpOverloadPacket) and packet not in _TABLE:
+        return _TABLE.get(Qualified(packet._qualified_op_name), _UNKNOWN)
+    return _TABLE.get(packet, _UNKNOWN)
