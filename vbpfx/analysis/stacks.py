@@ -48,7 +48,10 @@ def find_experts(
             return consumers[0].node, f"experts read it, and {name}, which is not divided among experts, makes it"
     for consumer in consumers:
         if consumer.routing is None:
-            return consumer.node, f"experts make it, and {consumer.weight}, which is not divided among experts, reads it"
+            return (
+                consumer.node,
+                f"experts make it, and {consumer.weight}, which is not divided among experts, reads it",
+            )
         if consumer.routing.kind == "all":
             return consumer.node, "all experts read the same rows of it, so they could not keep channels of their own"
         whole = evidence.sizes[Axis(consumer.weight, consumer.weight_axis, True)]
@@ -65,7 +68,11 @@ def find_experts(
     if first.bias and not _is_bias_of_experts(first, consumers, experts, stack, evidence):
         return first.node, f"{first.bias} is not the bias of these experts alone"
     for entry in parameters:
-        if evidence.sizes[Axis(entry.name, 0, True)] != experts or entry.axis == 0 or not _is_stack(entry.name, stack, evidence):
+        if (
+            evidence.sizes[Axis(entry.name, 0, True)] != experts
+            or entry.axis == 0
+            or not _is_stack(entry.name, stack, evidence)
+        ):
             return "", f"all experts share {entry.name}, so they could not keep channels of their own"
     return _disagreement(consumers, values, evidence) or experts
 
@@ -112,7 +119,11 @@ def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], ev
             return consumer.node, "the experts that make it and those that read it may be different ones"
         if consumer.routing.kind in ("ids", "offsets"):
             rows.append(Axis(node.name, 0))
-        bias = [n for n in _sources(evidence.nodes[consumer.total]) if n.name in evidence.lookups] if consumer.total else []
+        bias = (
+            [n for n in _sources(evidence.nodes[consumer.total]) if n.name in evidence.lookups]
+            if consumer.total
+            else []
+        )
         if any(_key(evidence.routed[n.name], roots, evidence) != keys[node] for n in bias):
             return consumer.total, "the bias of another expert is added to it"
     together = nx.node_connected_component(evidence.graph, rows[0]) if rows else set()

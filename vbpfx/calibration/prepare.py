@@ -176,7 +176,15 @@ def _expert_observers(captured: Captured, block: Block, every: Mapping[ValueAxis
     a_sample = max(1, sum(rows_a_sample(captured, s) for s in block.sources) // block.groups)
     step = coprime(every[source], a_sample) if every.get(source) else 0
     return [
-        Observer(block.name, source.axis, source.start, block.value_width, every=step, rows_a_sample=a_sample, step=source.step)
+        Observer(
+            block.name,
+            source.axis,
+            source.start,
+            block.value_width,
+            every=step,
+            rows_a_sample=a_sample,
+            step=source.step,
+        )
         for _ in range(block.groups)
     ]
 

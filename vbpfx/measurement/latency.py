@@ -219,7 +219,8 @@ def _any_neurons(captured: Captured, blocks: Sequence[Block], widths: Mapping[st
             block,
             kept_neurons(torch.arange(block.width, 0, -1), widths[block.name], block.groups),
             tuple(
-                torch.zeros(own - widths[block.name] * own // block.width, dtype=torch.float64) for own in block.measured
+                torch.zeros(own - widths[block.name] * own // block.width, dtype=torch.float64)
+                for own in block.measured
             ),
         )
         for block in blocks

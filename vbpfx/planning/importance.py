@@ -85,4 +85,6 @@ def summed_variance(block: Block, moments: tuple[Moments, ...]) -> Tensor:
     Args:
         moments: as in :class:`Scoring`.
     """
+    if block.is_stack:  # every expert reads channels of its own
+        return torch.cat([m.variance.cpu() for m in moments])
     return torch.stack([moments[pool[0]].variance.cpu() for pool in block.pools]).sum(0)

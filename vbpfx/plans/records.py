@@ -271,7 +271,11 @@ class Block:
 
     def routing(self, source: ValueAxis) -> Routing | None:
         """Return how the rows of a source are divided among experts; None if the block is no stack."""
-        return next(consumer.routing for consumer in self.consumers if consumer.source == source) if self.is_stack else None
+        return (
+            next(consumer.routing for consumer in self.consumers if consumer.source == source)
+            if self.is_stack
+            else None
+        )
 
     @property
     def readers(self) -> tuple[Consumer | Reduction, ...]:

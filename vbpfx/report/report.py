@@ -248,6 +248,23 @@ class Report:
             f'runtime="onnxruntime" takes'
         )
 
+    @property
+    def scarce_experts(self) -> tuple[str, ...]:
+        """Lines about the experts of mixtures to which too few rows were routed, and what was done instead."""
+        lines = []
+        for name, found in self.settings.get("experts", {}).items():
+            of = f"of {found['experts']} experts"
+            if found["unseen"]:
+                lines.append(
+                    f"{name}: {found['unseen']} {of} saw no calibration data to speak of; their neurons were chosen by their weights, and "
+                    f"nothing replaces the removed ones (give more data)"
+                )
+            if found["few_rows"]:
+                lines.append(
+                    f"{name}: {found['few_rows']} {of} saw too few rows to predict removed neurons from kept ones (give more data)"
+                )
+        return tuple(lines)
+
     def __str__(self) -> str:
         rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
         budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
@@ -267,6 +284,7 @@ class Report:
                 f"{counted(len(self.settings['at_floor']), 'block')} at the floor (min_width): "
                 f"{', '.join(self.settings['at_floor'])}\n"
             )
+        text += "".join(f"{line}\n" for line in self.scarce_experts)
         if refitted := self.settings.get("reconstruction", {}).get("refitted"):
             text += f"refitted beside the blocks: {counted(len(refitted), 'layer')} ({', '.join(refitted)})\n"
         if self.latency:

@@ -42,7 +42,7 @@ def settings(report: Report) -> dict[str, str]:
         **{
             name.replace("_", " "): said(value)
             for name, value in given.items()
-            if name not in ("neurons", "samples", "at_floor")
+            if name not in ("neurons", "samples", "at_floor", "experts")
         },
     }
     if "samples" in given:

@@ -153,7 +153,9 @@ class Comparison:
         for entry in plan.blocks:
             for consumer in entry.block.consumers:
                 self._readers[consumer.node].append((entry, consumer))
-        self._by_row = {carrier.node for entry in plan.blocks if entry.block.is_stack for carrier in entry.block.carriers}
+        self._by_row = {
+            carrier.node for entry in plan.blocks if entry.block.is_stack for carrier in entry.block.carriers
+        }
         self._small: _GraphSide | _ClassSide
         if can_compare(small, plan):
             small = share_parameters(small)

@@ -13,7 +13,19 @@ from typing import Any
 
 from torch import fx
 
-from vbpfx.rules.axes import Axis, Contracts, Names, Opaque, Operand, Produces, Relation, Same, Site, operand_of, spelling
+from vbpfx.rules.axes import (
+    Axis,
+    Contracts,
+    Names,
+    Opaque,
+    Operand,
+    Produces,
+    Relation,
+    Same,
+    Site,
+    operand_of,
+    spelling,
+)
 from vbpfx.rules.parts import indexing, select, split_axis
 from vbpfx.rules.picking import aten_index, is_computed
 from vbpfx.rules.pointwise import unchanged
@@ -177,12 +189,16 @@ def expert_product(site: Site, read: StackRead, other: Operand, *, weight_first:
     experts = read.parameter.shape[0]
     if read.routing is not None and read.routing.kind == "one" and len(dims) == 2:
         ahead = [Same(other.axis(dim), out.axis(dim)) for dim in range(other.ndim - 2)]
-        return iter([*ahead, kept, *_layer(site, source, made, read.axis(inner), read.axis(outer), read.routing, read.routing)])
+        return iter(
+            [*ahead, kept, *_layer(site, source, made, read.axis(inner), read.axis(outer), read.routing, read.routing)]
+        )
     if len(dims) != 3:
         return None
     if read.routing is not None and read.routing.kind == "ids" and other.ndim == 3:
         rows = Same(other.axis(0), out.axis(0))
-        return iter([rows, kept, *_layer(site, source, made, read.axis(inner), read.axis(outer), read.routing, read.routing)])
+        return iter(
+            [rows, kept, *_layer(site, source, made, read.axis(inner), read.axis(outer), read.routing, read.routing)]
+        )
     if read.routing is None and dims[0] == 0:
         makes = Routing("axis", experts, at=-3)
         has_own = other.ndim > 2 and other.shape[-3] == experts
@@ -265,7 +281,9 @@ def _added_behind(site: Site, routing: Routing) -> tuple[StackRead | None, str]:
             others = [argument for argument in user.all_input_nodes if argument is not node]
             plain = len(others) == 1 and not user.kwargs and len(user.args) == 2
             read = stack_read(others[0], site.names) if plain else None
-            own = read is not None and read.parameter.ndim == 2 and (read.routing is not None) != (routing.kind == "axis")
+            own = (
+                read is not None and read.parameter.ndim == 2 and (read.routing is not None) != (routing.kind == "axis")
+            )
             return (read, user.name) if own else (None, "")
         if spelling_of(user) != "squeeze" and not row.casts and not row.hands_on:
             break
