@@ -215,15 +215,15 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
-    groups = _groups(component, evidence)
-    experts: int | tuple[str, str] = 1
+    groups, experts = _groups(component, evidence), 1
     if not reason and touches_experts(produced, consumers, evidence):
-        experts = find_experts(component.width, produced, consumers, reductions, parameters, values, evidence)
-        groups = experts
-        parameters = [
-            replace(p, groups=experts, stacked=component.width, size=evidence.sizes[Axis(p.name, p.axis, True)])
-            for p in (parameters if isinstance(experts, int) else ())
-        ]
+        groups = find_experts(component.width, produced, consumers, reductions, parameters, values, evidence)
+        if isinstance(groups, int):
+            experts, width = groups, component.width
+            sizes = [evidence.sizes[Axis(p.name, p.axis, True)] for p in parameters]
+            parameters = [
+                replace(p, groups=experts, stacked=width, size=size) for p, size in zip(parameters, sizes, strict=True)
+            ]
     if not reason and isinstance(groups, tuple):
         node, reason = groups
     constant: ConstantChannel | None = None
@@ -236,7 +236,7 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     return Block(
         name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
-        width=component.width * experts if isinstance(experts, int) else component.width,
+        width=component.width * experts,
         producers=tuple(produced),
         consumers=tuple(dict.fromkeys(consumers)),
         reductions=tuple(dict.fromkeys(reductions)),

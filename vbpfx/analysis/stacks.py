@@ -133,7 +133,7 @@ def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], ev
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """Return the values that a call reads, with the call that made several values in place of one of them."""
-    return [a for a in node.all_input_nodes] + [
+    return list(node.all_input_nodes) + [
         b for a in node.all_input_nodes if operator_of(a).takes_apart for b in a.all_input_nodes
     ]
 

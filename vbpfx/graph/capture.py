@@ -55,7 +55,7 @@ _UNCOUNTED[STAND_IN.overloadpacket] = recurrent_flops
 
 def _grouped_product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Return the flops of a grouped product: every row is multiplied by the matrix of its expert. Arguments are shapes."""
-    return 2 * math.prod(x) * int(weight[-1])
+    return int(2 * math.prod(x) * weight[-1])
 
 
 def _grouped_products(graph: fx.Graph) -> dict[Any, Callable[..., int]]:

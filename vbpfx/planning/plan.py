@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -257,7 +258,7 @@ class Deciding:
         """Return the plan with these entries; ``rows`` is the largest number of rows in any statistics."""
         chosen = self._chosen
         widths = {entry.block.name: entry.width for entry in entries}
-        settings = {
+        settings: dict[str, Any] = {
             "method": chosen.method,
             "criterion": chosen.criterion if isinstance(chosen.criterion, str) else name_of(chosen.criterion),
             "allocation": allocation,

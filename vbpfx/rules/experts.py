@@ -241,7 +241,7 @@ def expert_einsum(site: Site, equation: str, operands: list[Operand], nodes: lis
         Same(x.axis(dim), out.axis(right.index(letter))) for dim, letter in enumerate(others) if letter != summed[0]
     ]
     stack = read.axis(own.index(expert))
-    along = [Same(stack, out.axis(right.index(expert))), Opaque(stack, _WHOLE_EXPERTS)]
+    along: list[Relation] = [Same(stack, out.axis(right.index(expert))), Opaque(stack, _WHOLE_EXPERTS)]
     layer = _layer(
         site,
         x.axis(others.index(summed[0])),
