@@ -45,8 +45,8 @@ MLPS: dict[str, dict[int, int]] = {
     "T5 gated": {72: 4},
     "BART": {72: 2, 80: 2},
     "BLOOM": {128: 2},
-    "Mixtral": {},  # experts are refused
-    "Qwen3-MoE": {},
+    "Mixtral": {360: 3},  # five experts
+    "Qwen3-MoE": {200: 3},
     "Whisper": {72: 2, 80: 2},
 }  # fmt: skip
 
@@ -72,7 +72,9 @@ def _assert_blocks(name: str, analysis: vbpfx.Analysis, model: nn.Module) -> Non
 
 
 def _reads(module: nn.Module) -> int:
-    """Return the number of input channels of a layer."""
+    """Return the number of input channels of a layer, or of the second layers of all experts."""
+    if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):  # experts
+        return module.down_proj.shape[0] * module.down_proj.shape[2]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
         return 0
