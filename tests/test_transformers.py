@@ -45,8 +45,8 @@ MLPS: dict[str, dict[int, int]] = {
     "T5 gated": {72: 4},
     "BART": {72: 2, 80: 2},
     "BLOOM": {128: 2},
-    "Mixtral": {360: 3},  # five experts
-    "Qwen3-MoE": {200: 3},
+    "Mixtral": {360: 2},  # five experts
+    "Qwen3-MoE": {200: 2},
     "Whisper": {72: 2, 80: 2},
 }  # fmt: skip
 
