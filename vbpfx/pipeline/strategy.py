@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.measurement.latency import measure_latencies
 from vbpfx.measurement.sensitivity import MOST_SAMPLES
-from vbpfx.planning.budget import floors, require_memory, require_positive
+from vbpfx.planning.budget import require_memory, require_positive
 from vbpfx.planning.latency_table import Latencies
-from vbpfx.planning.multiples import fitting_multiple
+from vbpfx.planning.multiples import fitting_floors, fitting_multiple
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.select import select_blocks, select_layers
 from vbpfx.plans.records import Block, Consumer
@@ -71,7 +71,8 @@ class Target:
             return options
         chosen = PlanOptions.of(**options)
         blocks = select_blocks(analysis, chosen.include, chosen.exclude)
-        floor = floors(blocks, chosen.min_width, constants=chosen.compensation != "none")
+        constants = chosen.compensation != "none"
+        floor = fitting_floors(analysis.captured, blocks, chosen.budget, chosen.min_width, constants=constants)
         best = best_multiple(self.runtime or DEFAULT)
         multiple = fitting_multiple(best, analysis.captured, blocks, chosen.budget, floor)
         return {**options, "round_to": multiple}

@@ -57,21 +57,14 @@ class Budget:
         return cls(kind, float(value))
 
 
-def floors(blocks: Sequence[Block], min_width: int | None, *, constants: bool = True) -> dict[str, int]:
+def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
     """Return the smallest width of every block: ``min_width``, by default a sixteenth of the block's own width.
 
-    A block whose channels are in groups keeps the same number of channels in each. If a layer that pads reads the block, each
-    group keeps two: one neuron, and a constant channel, without which the means of all other neurons would be lost. Groups of
-    two channels have no place for that, and may keep one.
-
-    Args:
-        constants: whether constants replace removed neurons.
+    A block whose channels are in groups keeps the same number of channels in each.
     """
 
     def least(block: Block) -> int:
         wanted = math.ceil(block.width / 16) if min_width is None else min_width
-        if constants and block.constant is not None and block.group_size > 2:
-            wanted = max(wanted, 2 * block.groups)
         return rounded_up(wanted, block.groups, block.width)
 
     return {block.name: least(block) for block in blocks}

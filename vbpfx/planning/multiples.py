@@ -1,4 +1,4 @@
-"""Multiples: choose the number that widths are rounded to, and a smaller one if the budget could not be met."""
+"""Limits of widths: the number that they are rounded to, and their floors, both smaller if the budget could not be met."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from vbpfx.graph.capture import Captured
-from vbpfx.planning.budget import Budget, Cost, mac_cost, parameter_cost, rounded_up
+from vbpfx.planning.budget import Budget, Cost, floors, mac_cost, parameter_cost, rounded_up
 from vbpfx.plans.records import Block
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.layers import convolution
@@ -56,6 +56,26 @@ def least_step(block: Block, captured: Captured) -> int:
     return block.groups * (alignment if block.group_size % alignment == 0 else 1)
 
 
+def fitting_floors(
+    captured: Captured, blocks: Sequence[Block], budget: Budget, min_width: int | None, *, constants: bool
+) -> dict[str, int]:
+    """Return the smallest width of every block: ``min_width``, by default a sixteenth of its own, as a possible multiple.
+
+    If a layer that pads reads a block, each group keeps two channels: one neuron, and a constant channel, without which the
+    means of all other neurons would be lost. It may keep one if the budget could not be met otherwise. Groups of two channels
+    have no place for both.
+
+    Args:
+        constants: whether constants replace removed neurons.
+    """
+    steps = {block.name: least_step(block, captured) for block in blocks}
+    wanted = floors(blocks, min_width)
+    least = {block.name: rounded_up(wanted[block.name], steps[block.name], block.width) for block in blocks}
+    needing = {b.name: 2 * b.groups for b in blocks if constants and b.constant is not None and b.group_size > 2}
+    roomy = {name: max(width, needing.get(name, 1)) for name, width in least.items()}
+    return roomy if _is_met(steps, blocks, budget, roomy, cost_of(captured, blocks, budget)) else least
+
+
 def fitting_multiple(
     multiple: int, captured: Captured, blocks: Sequence[Block], budget: Budget, floor: Mapping[str, int]
 ) -> int:
@@ -87,14 +107,17 @@ def _fitting(
     budget: Budget,
     floor: Mapping[str, int],
 ) -> int:
-    cost: Cost | None = None
-    if budget.kind == "macs":
-        cost = mac_cost(captured, blocks)
-    elif budget.kind == "params":
-        cost = parameter_cost(captured.reference, blocks)
+    cost = cost_of(captured, blocks, budget)
     while multiple > 1 and not _is_met(steps(multiple), blocks, budget, floor, cost):
         multiple //= 2
     return multiple
+
+
+def cost_of(captured: Captured, blocks: Sequence[Block], budget: Budget) -> Cost | None:
+    """Return a function from widths to what the budget counts; None for a ratio and for latencies."""
+    if budget.kind == "macs":
+        return mac_cost(captured, blocks)
+    return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
 
 
 def _is_met(

@@ -19,11 +19,7 @@ from vbpfx.planning.budget import (
     Budget,
     Cost,
     choose_widths,
-    floors,
     kept_neurons,
-    mac_cost,
-    parameter_cost,
-    rounded_up,
     same_shape,
 )
 from vbpfx.planning.compensate import COMPENSATIONS
@@ -31,7 +27,7 @@ from vbpfx.planning.entries import block_plan, pooled
 from vbpfx.planning.experts import is_predictable, is_unseen, scores_of_experts
 from vbpfx.planning.importance import Criterion, Scoring
 from vbpfx.planning.latency_table import Latencies
-from vbpfx.planning.multiples import least_step, width_steps
+from vbpfx.planning.multiples import cost_of, fitting_floors, least_step, width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
@@ -79,7 +75,7 @@ def make_plan(
             widths of groups of grouped convolutions multiples of 16. It rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: smallest width of every block; by default a sixteenth of its width with ``"auto"``, one neuron with
             ``"vbp"``. A block that a padded convolution reads keeps at least two channels (of each group), so that a constant
-            channel has a place beside a neuron.
+            channel has a place beside a neuron, unless the budget cannot be met then.
         uniform: give all blocks of the same shape the same width, so that one number in a configuration
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
@@ -137,8 +133,8 @@ class Deciding:
         self._share = chosen.budget.value if by_ratio else _neurons_that_cost(chosen.budget, self.blocks, self._cost)
         self._experts: dict[str, dict[str, int]] = {}
         self._prices = _prices(self.blocks, self._cost)
-        least = floors(self.blocks, chosen.min_width, constants=chosen.compensation != "none")
-        self.floor = {b.name: rounded_up(least[b.name], least_step(b, self._captured), b.width) for b in self.blocks}
+        constants = chosen.compensation != "none"
+        self.floor = fitting_floors(self._captured, self.blocks, chosen.budget, chosen.min_width, constants=constants)
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
@@ -309,9 +305,7 @@ def _cost(budget: Budget, captured: Captured, blocks: Sequence[Block], latencies
             )
         latencies.require(blocks)
         return latencies.cost
-    if budget.kind == "macs":
-        return mac_cost(captured, blocks)
-    return parameter_cost(captured.reference, blocks) if budget.kind == "params" else None
+    return cost_of(captured, blocks, budget)
 
 
 def _prices(blocks: Sequence[Block], cost: Cost | None) -> dict[str, float]:
