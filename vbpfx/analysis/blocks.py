@@ -27,6 +27,7 @@ from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
 from vbpfx.plans.records import (
+    DEFAULT_KINDS,
     Block,
     ConstantChannel,
     Consumer,
@@ -38,6 +39,7 @@ from vbpfx.plans.records import (
 )
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.calls import called_module
+from vbpfx.rules.layers import attention, einsum, matrix_product
 from vbpfx.rules.table import operator_of
 from vbpfx.rules.windows import window_of
 
@@ -48,6 +50,7 @@ _SEES_NO_DATA = (
 # The most columns of a convolution's regression, channels of a group times entries of its window: the time for a fit grows with the
 # cube of this number. It is 512 channels with windows of 3x3.
 _MOST_COLUMNS = 4608
+_PRODUCTS = (attention, matrix_product, einsum)
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -71,9 +74,14 @@ class Analysis:
     layers: tuple[Consumer, ...] = field(repr=False, default=())
 
     @property
+    def usual(self) -> tuple[Block, ...]:
+        """The blocks that are narrowed if no kinds are asked for: those with hidden neurons, without attention."""
+        return tuple(block for block in self.blocks if block.kind in DEFAULT_KINDS)
+
+    @property
     def neurons(self) -> int:
-        """Number of hidden neurons in all blocks."""
-        return sum(block.width for block in self.blocks)
+        """Number of hidden neurons in the blocks that are narrowed by default."""
+        return sum(block.width for block in self.usual)
 
     def __str__(self) -> str:
         return "".join(table(*content) for content in self._tables())
@@ -89,11 +97,13 @@ class Analysis:
 
     def _tables(self) -> tuple[_Content, _Content]:
         """Title, columns and rows of two tables: the blocks and the refusals."""
-        blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
+        others = len(self.blocks) - len(self.usual)
+        blocks = [(b.name, *([b.kind] if others else []), b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return (
-            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}{self._flags}",
-            ("block", "width", "layers"),
+            f"{counted(len(blocks) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}"
+            f"{f'; {others} of attention' if others else ''}{self._flags}",
+            ("block", *(["kind"] if others else []), "width", "layers"),
             blocks,
         ), (
             f"{counted(len(refusals), 'axis', 'axes')} refused",
@@ -165,6 +175,7 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     graph = evidence.graph.copy()
     graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
     graph.add_edges_from((link.whole, link.part) for link in evidence.grouped)
+    graph.add_edges_from((link.whole, link.inner) for link in evidence.stacked)
     return graph
 
 
@@ -183,9 +194,10 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
     if not produced:
         return None
+    places = [(span.axis, {k: v for k, v in span._asdict().items() if k != "axis"}) for span in component.spans]
     consumers = [
-        replace(consumer, source=consumer.source._replace(start=start, step=step))
-        for axis, start, step in component.spans
+        replace(consumer, source=consumer.source._replace(**place))
+        for axis, place in places
         for consumer in evidence.contracted.get(axis, ())
     ]
     consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
@@ -193,13 +205,13 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     padding = {consumer.weight for consumer in consumers if consumer.padded}
     consumers = [replace(consumer, padded=consumer.weight in padding) for consumer in consumers]
     reductions = [
-        replace(reduction, source=reduction.source._replace(start=start, step=step))
-        for axis, start, step in component.spans
+        replace(reduction, source=reduction.source._replace(**place))
+        for axis, place in places
         for reduction in evidence.reduced.get(axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
     parameters = [
-        ParameterAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if axis.is_parameter
+        ParameterAxis(axis.owner, axis.dim, **place) for axis, place in places if axis.is_parameter
     ]
     parameters += [
         ParameterAxis(c.weight, c.weight_axis, c.source.start, c.source.step, c.groups)
@@ -207,13 +219,13 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     ]
     parameters.sort(key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start))
     values = [
-        ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
+        ValueAxis(axis.owner, axis.dim, **place) for axis, place in places if not axis.is_parameter
     ]
     values.sort(key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))
     node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
-    groups = _groups(component, evidence)
+    groups = component.groups if component.groups > 1 else _groups(component, evidence)
     if not reason and isinstance(groups, tuple):
         node, reason = groups
     constant: ConstantChannel | None = None
@@ -235,14 +247,24 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         carriers=tuple(values),
         constant=constant,
         groups=groups if isinstance(groups, int) else 1,
+        kind="value" if component.stacked and _passes_attention(values, evidence) else "mlp",
     )
+
+
+def _passes_attention(values: Sequence[ValueAxis], evidence: Evidence) -> bool:
+    """Return whether an axis passes through a product of two computed values that keeps its channels, as the values of attention do."""
+    for value in values:
+        node = evidence.nodes[value.node]
+        if node.name not in evidence.producing.get(Axis(value.node, value.axis), ()) and operator_of(node).rule in _PRODUCTS:
+            return True
+    return False
 
 
 def _groups(component: Component, evidence: Evidence) -> int | tuple[str, str]:
     """Return into how many equal parts grouped convolutions divide a component; or the node and why it cannot be narrowed."""
     places: dict[Axis, list[tuple[int, int]]] = defaultdict(list)
-    for axis, start, step in component.spans:
-        places[axis].append((start, step))
+    for span in component.spans:
+        places[span.axis].append((span.start, span.step))
     needed = [1]
     for axis, found in places.items():
         for groups, node in evidence.divided.get(axis, ()):
@@ -280,7 +302,7 @@ def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence
     axes = {axis for number in computed for axis in evidence.read[number].axes}
     if not len(computed) == len(axes) == 1:
         return literal
-    covered = Counter(axis for axis, _, step in component.spans if step == 1)
+    covered = Counter(span.axis for span in component.spans if span.step == 1 and not span.size)
     stated = Axis(literal.owner, literal.axis, literal.of_parameter)
     if any(covered[axis] * component.width != evidence.sizes[axis] for axis in (*axes, stated)):
         return literal

@@ -30,10 +30,12 @@ from vbpfx.rules.axes import (
     Produces,
     Reduces,
     Relation,
+    Repeated,
     Same,
     Site,
     SizeRead,
     SizeStated,
+    Stacked,
     operand_of,
 )
 from vbpfx.rules.calls import called_module, describe, operands_read
@@ -66,7 +68,8 @@ class Evidence:
     ``names`` are the names of the graph's parameters in the model.
     ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
     ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
-    with the numbers of parts and the nodes that need them equal. If a layer's weight is itself computed (a part
+    with the numbers of parts and the nodes that need them equal. ``counting`` are the axes that count groups of channels, each with
+    a node that splits channels into groups, merges groups, or repeats them. If a layer's weight is itself computed (a part
     of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
     """
 
@@ -77,6 +80,9 @@ class Evidence:
     parts: list[Part] = field(default_factory=list)
     grouped: list[Grouped] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
+    stacked: list[Stacked] = field(default_factory=list)
+    repeated: list[Repeated] = field(default_factory=list)
+    counting: set[tuple[Axis, str]] = field(default_factory=set)
     unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
@@ -268,6 +274,14 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.grouped.append(relation)
         case Merged():
             evidence.merged.append(relation)
+        case Stacked(whole, inner, outer):
+            evidence.graph.add_nodes_from((whole, inner))
+            evidence.stacked.append(relation)
+            if outer is not None:
+                evidence.counting.add((outer, node.name))
+        case Repeated(x, out):
+            evidence.repeated.append(relation)
+            evidence.counting |= {(x, node.name), (out, node.name)}
         case Reduces(source, _) if source.is_parameter:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):

@@ -31,6 +31,7 @@ class Observer(nn.Module):
         rows_a_sample: the number of rows of one sample, approximately if lengths vary.
         samples: the axis of the samples in the tensor.
         step: the distance on the axis from one observed channel to the next.
+        size, stride: as for :class:`vbpfx.plans.records.ValueAxis`.
 
     Attributes:
         moments: the moments gathered so far; None before the first sample.
@@ -50,11 +51,14 @@ class Observer(nn.Module):
         rows_a_sample: int = 1,
         samples: int = 0,
         step: int = 1,
+        size: int = 0,
+        stride: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.masked, self.every, self.rows_a_sample = name, masked, every, rows_a_sample
         self.rows, self.samples = 0, samples
         self.axis, self.start, self.width, self.step = axis, start, width, step
+        self.size, self.stride = size, stride
         self.moments: Moments | None = None
         self.calls = 0
         self._bad_call: int | None = None
@@ -75,9 +79,7 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather the moments of x, and return x itself. Positions where ``mask`` (B, T) is zero are left out."""
-        seen, axis = x.detach().narrow(self.axis, self.start, (self.width - 1) * self.step + 1), self.axis
-        if self.step > 1:
-            seen = seen.unfold(axis, 1, self.step).squeeze(-1)
+        seen, axis = self._own(x.detach()), self.axis
         if self.every or mask is not None:
             seen, axis = as_rows(seen, axis, mask, self.masked, self.samples), -1
         if seen.numel() and self._bad_call is None:
@@ -85,6 +87,15 @@ class Observer(nn.Module):
         self.calls += 1
         self.rows += seen.numel() // self.width if mask is None else mask.shape[0] * self.rows_a_sample
         return x
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return the block's channels of x; a view, unless they are in groups that do not follow each other."""
+        if self.size:
+            first = self.start + self.step * torch.arange(self.size)
+            own = first + self.stride * torch.arange(self.width // self.size)[:, None]
+            return x.index_select(self.axis, own.flatten().to(x.device))
+        seen = x.narrow(self.axis, self.start, (self.width - 1) * self.step + 1)
+        return seen.unfold(self.axis, 1, self.step).squeeze(-1) if self.step > 1 else seen
 
     def _gather(self, seen: Tensor, axis: int, mask: Tensor | None) -> None:
         batch = Moments.of(seen, axis)

@@ -120,7 +120,7 @@ def prepare(
     Args:
         captured: the dense graph; it is not changed.
         analysis: the analysis of this graph.
-        blocks: the blocks to observe; all blocks of the analysis by default.
+        blocks: the blocks to observe; by default those that are narrowed by default, :attr:`Analysis.usual`.
         mask: the model's argument that tells which tokens are padding, (B, T); ``attention_mask`` is found
             automatically. Padding does not enter the statistics of any value that has the mask's token axis. Nonzero
             entries may stand for tokens (Hugging Face) or for padding (``nn.MultiheadAttention``). This is found out by
@@ -134,7 +134,7 @@ def prepare(
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
     """
-    chosen = analysis.blocks if blocks is None else tuple(blocks)
+    chosen = analysis.usual if blocks is None else tuple(blocks)
     if not chosen:
         raise AnalysisError(no_blocks(analysis))
     theirs = analysis.captured
@@ -155,6 +155,8 @@ def prepare(
             block.width,
             masked,
             step=source.step,
+            size=source.size,
+            stride=source.stride,
             every=every.get(source, 0),
             rows_a_sample=rows_a_sample(captured, source),
             samples=captured.samples_axis(source.node) or 0,

@@ -30,6 +30,8 @@ def calls(block: Block, analysis: Analysis) -> int:
 
 
 def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token_axis: Callable[[Axis], bool]) -> str:
+    if block.kind == "value":
+        return f"values of attention, {block.groups} heads" if block.groups > 1 else "values of attention, alike in all heads"
     own = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     between = {entry.name for entry in block.parameters} - own
     if any(max(tensors[name].shape[2:], default=1) > 1 for name in own):

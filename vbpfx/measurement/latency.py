@@ -55,7 +55,7 @@ def measure_latencies(
     Args:
         analysis: the analysis of the network.
         target: the fraction of the dense latency that will be requested. The correction is measured there.
-        blocks: the blocks that may be narrowed; by default all of the analysis.
+        blocks: the blocks that may be narrowed; by default :attr:`Analysis.usual`.
         runtime: a name from :data:`vbpfx.runtimes.adapters.NAMES`.
         batch: the batch size.
         threads: the number of threads; by default the runtime's own choice.
@@ -65,7 +65,7 @@ def measure_latencies(
         ExportError: the runtime is not installed, or does not accept the network or one of its blocks.
         BudgetError: no multiple of ``round_to`` is below the width of a block.
     """
-    chosen = tuple(analysis.blocks if blocks is None else blocks)
+    chosen = tuple(analysis.usual if blocks is None else blocks)
     captured, engine = _on_cpu(analysis.captured), find_runtime(runtime)
     inputs = captured.inputs.resized(batch)
     points: dict[str, tuple[tuple[int, float], ...]] = {}
@@ -191,7 +191,7 @@ def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
     tensors, nodes = named_tensors(captured.reference), captured.nodes
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        weights = [(tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters]
+        weights = [(tuple(tensors[p.name].shape), p.axis, *p.place) for p in block.parameters]
         values = [(str(nodes[c.node].meta["val"].shape), nodes[c.node].op) for c in block.carriers]
         groups[block.width, tuple(weights), tuple(values)].append(block)
     return list(groups.values())

@@ -70,7 +70,7 @@ class Target:
         if not asked or options.get("round_to") is not None:
             return options
         chosen = PlanOptions.of(**options)
-        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         floor = floors(blocks, chosen.min_width)
         best = best_multiple(self.runtime or DEFAULT)
         multiple = fitting_multiple(best, analysis.captured, blocks, chosen.budget, floor)
@@ -127,7 +127,7 @@ class Strategy:
             VbpfxError: options do not go together, or a pattern matches nothing.
         """
         chosen = PlanOptions.of(**options)
-        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         fits, order = fitting.fits(chosen), schedule(analysis)
         refits = fits and (fitting.refit is None or fitting.refit)
         beside = select_layers(layers_beside(analysis, blocks), chosen.include, chosen.exclude) if refits else ()

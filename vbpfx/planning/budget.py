@@ -156,7 +156,7 @@ def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
     tensors = named_tensors(model)
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters)
+        shapes = sorted((tuple(tensors[p.name].shape), p.axis, *p.place) for p in block.parameters)
         groups[block.width, block.groups, tuple(shapes)].append(block)
     return list(groups.values())
 
@@ -245,8 +245,9 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
     touching = _Axes()
     for block in blocks:
-        for node, axis, *_ in block.carriers:
-            touching.stand_on((node, axis), block)
+        for carrier in block.carriers:
+            node, axis = carrier.node, carrier.axis
+            touching.stand_on((node, axis), block, block.groups if carrier.of_one_group else 1)
             touching.of[node][node, axis] = values[node].shape[axis]
         for consumer in block.consumers:
             source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim

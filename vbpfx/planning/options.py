@@ -13,6 +13,7 @@ from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.budget import Budget, require_positive
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.importance import Criterion
+from vbpfx.plans.records import DEFAULT_KINDS, KINDS, Kind
 from vbpfx.planning.scores import CRITERIA, NEED_COVARIANCE, name_of
 
 
@@ -53,6 +54,7 @@ class PlanArguments(TypedDict, total=False):
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
+    kinds: Sequence[Kind] | Kind
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PlanOptions:
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
+    kinds: tuple[Kind, ...]
     own_criterion: bool
     own_allocation: bool
     own_compensation: bool
@@ -90,6 +93,7 @@ class PlanOptions:
         uniform: bool = False,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
+        kinds: Sequence[Kind] | Kind = DEFAULT_KINDS,
     ) -> PlanOptions:
         """Return the options after all checks that need no data.
 
@@ -109,6 +113,7 @@ class PlanOptions:
             bool(uniform),
             include,
             exclude,
+            _kinds(kinds),
             criterion is None,
             allocation is None,
             compensation is None,
@@ -139,6 +144,13 @@ def in_words(options: PlanArguments) -> str:
     """Return the given options as text, so that two runs can be compared."""
     given = {key: value for key, value in sorted(options.items()) if value is not None}
     return ", ".join(f"{key}={name_of(value) if callable(value) else repr(value)}" for key, value in given.items())
+
+
+def _kinds(given: Sequence[Kind] | Kind) -> tuple[Kind, ...]:
+    asked = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+    if not asked or not all(kind in KINDS for kind in asked):
+        raise BudgetError(f"kinds={given!r} names no kinds of blocks; choose from {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(asked))
 
 
 def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:

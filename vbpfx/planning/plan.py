@@ -79,6 +79,8 @@ def make_plan(
         uniform: give all blocks of the same shape the same width, so that one number in a configuration
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
+        kinds: the kinds of blocks to narrow: ``"mlp"`` for hidden neurons (default), ``"value"`` for the channels of
+            attention's values in each head; or several of them.
 
     Raises:
         BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is not a finite number.
@@ -126,7 +128,7 @@ class Deciding:
     """
 
     def __init__(self, analysis: Analysis, chosen: PlanOptions, latencies: Latencies | None = None) -> None:
-        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         self._chosen, self._captured = chosen, analysis.captured
         self._cost = _cost(chosen.budget, self._captured, self.blocks, latencies)
         by_ratio = chosen.budget.kind == "ratio"
@@ -242,6 +244,7 @@ class Deciding:
             "budget": {chosen.budget.kind: chosen.budget.value},
             "round_to": chosen.round_to,
             "uniform": chosen.uniform,
+            "kinds": list(chosen.kinds),
             "neurons": sum(block.width for block in self.blocks),
             "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self.floor[b.name] < b.width],
             "samples": rows,

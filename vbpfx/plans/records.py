@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 import torch
@@ -18,8 +18,11 @@ import torch
 from vbpfx.errors import ArtifactError
 
 
-def _at(start: int, step: int, channels: Iterable[int]) -> torch.Tensor:
-    return start + step * torch.tensor(tuple(channels), dtype=torch.long)
+def _at(place: ParameterAxis | ValueAxis, channels: Iterable[int]) -> torch.Tensor:
+    found = torch.tensor(tuple(channels), dtype=torch.long)
+    if not place.size:
+        return place.start + place.step * found
+    return place.start + place.step * (found % place.size) + place.stride * (found // place.size)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class ParameterAxis:
         groups: for a grouped convolution's weight (out, in / groups, ...) the number of groups. Its axis holds the channels of one
             group only, and axis 0 of the tensor has as many equal parts, one for each group. ``start`` and ``step`` refer to the
             channels of all groups one behind the other.
+        size, stride: if ``size`` is not 0, the block's channels are in groups of so many, and the first channel of the next group is
+            ``stride`` further on this axis.
     """
 
     name: str
@@ -41,10 +46,17 @@ class ParameterAxis:
     start: int = 0
     step: int = 1
     groups: int = 1
+    size: int = 0
+    stride: int = 0
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """The four numbers that say where the block's channels are on the axis."""
+        return self.start, self.step, self.size, self.stride
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis."""
-        return _at(self.start, self.step, channels)
+        return _at(self, channels)
 
 
 @dataclass(frozen=True)
@@ -83,16 +95,30 @@ class ValueAxis(NamedTuple):
             :attr:`Block.carriers`.
         start: the position of the block's channel 0 on this axis.
         step: the distance from one channel to the next.
+        size, stride: as for :class:`ParameterAxis`. A stride of 0 means that the axis has the channels of one group only, and that
+            another axis of the value counts the groups (the heads of attention).
     """
 
     node: str
     axis: int
     start: int
     step: int = 1
+    size: int = 0
+    stride: int = 0
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """The four numbers that say where the block's channels are on the axis."""
+        return self.start, self.step, self.size, self.stride
+
+    @property
+    def of_one_group(self) -> bool:
+        """Whether the axis has as many channels as one group, and each group has others on it."""
+        return self.size > 0 and self.stride == 0
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis."""
-        return _at(self.start, self.step, channels)
+        return _at(self, channels)
 
 
 @dataclass(frozen=True)
@@ -178,6 +204,12 @@ class Reduction:
     calls: int
 
 
+Kind = Literal["mlp", "value"]
+KINDS: tuple[Kind, ...] = ("mlp", "value")
+# The kinds that are narrowed if no others are asked for.
+DEFAULT_KINDS: tuple[Kind, ...] = ("mlp",)
+
+
 @dataclass(frozen=True)
 class Block:
     """A hidden channel axis that can be narrowed exactly, from its producers to its consumers.
@@ -193,7 +225,8 @@ class Block:
         carriers: every value that carries the hidden axis, in graph order.
         constant: how one channel is made constant; None if no layer needs one.
         groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
-            It is more than 1 if a grouped convolution makes or reads the axis.
+            It is more than 1 if a grouped convolution makes or reads the axis, or if its parts are the heads of attention.
+        kind: ``"mlp"`` for a hidden axis, and ``"value"`` for the values of attention with heads.
     """
 
     name: str
@@ -206,6 +239,7 @@ class Block:
     carriers: tuple[ValueAxis, ...]
     constant: ConstantChannel | None = None
     groups: int = 1
+    kind: Kind = "mlp"
 
     @property
     def group_size(self) -> int:
@@ -280,7 +314,7 @@ class Block:
         for consumer in self.consumers:
             for name in (consumer.bias, consumer.weight):
                 joined.add_edge(
-                    (name, consumer.source.start, consumer.source.step), self.sources.index(consumer.source)
+                    (name, consumer.source.place), self.sources.index(consumer.source)
                 )
         pools = (sorted(i for i in found if isinstance(i, int)) for found in nx.connected_components(joined))
         return tuple(sorted(tuple(pool) for pool in pools))
@@ -533,6 +567,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         carriers=tuple(ValueAxis(*carrier) for carrier in data["carriers"]),
         constant=_constant_from_json(data.get("constant")),
         groups=data.get("groups", 1),
+        kind=data.get("kind", "mlp"),
     )
 
 

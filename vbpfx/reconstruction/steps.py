@@ -65,9 +65,9 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     over it.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
-    places: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    places: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for consumer in block.consumers:
-        places[consumer.weight].add((consumer.source.start, consumer.source.step))
+        places[consumer.weight].add(consumer.source.place)
     return (
         all(len(found) == 1 for found in places.values())
         and not block.reductions

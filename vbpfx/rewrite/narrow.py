@@ -252,7 +252,11 @@ def _state_widths(layer: nn.Module) -> None:
 
 
 def removed_channels(plan: Plan) -> Removed:
-    """Return the channels that the narrowed network lacks, for every axis that belongs to a block of the plan."""
+    """Return the channels that the narrowed network lacks, for every axis that belongs to a block of the plan.
+
+    On an axis that has the channels of one group of a block (of one head of attention), they are those of the first group. All groups
+    lack as many.
+    """
     return _channels(plan, lambda entry: entry.gone)
 
 
@@ -275,15 +279,16 @@ def constant_channels(plan: Plan) -> Removed:
 def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Removed:
     found: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
-        values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
-        parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters if p.groups == 1]
-        at = {
-            (start, step): frozenset(start + step * p for p in chosen(entry))
-            for _, start, step in (*values, *parameters)
-        }
-        for key, *place in (*values, *parameters):
-            there = at[place[0], place[1]]
-            found[key] = found[key] | there if key in found else there
+        channels = chosen(entry)
+        values = [((c.node, c.axis, False), c) for c in entry.block.carriers]
+        parameters = [((p.name, p.axis, True), p) for p in entry.block.parameters if p.groups == 1]
+        at: dict[tuple[int, ...], frozenset[int]] = {}
+        for key, place in (*values, *parameters):
+            own = place.place
+            if own not in at:
+                here = [c for c in channels if c < place.size] if own[2] and not own[3] else channels
+                at[own] = frozenset(place.at(here).tolist())
+            found[key] = found[key] | at[own] if key in found else at[own]
     return found
 
 

@@ -78,6 +78,29 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Channel g d + c of ``whole`` is channel c of ``inner``, in group g. ``inner`` has d channels, and ``whole`` consists of G groups.
+
+    A view makes both axes of one, or one of both, as for the heads of attention. On ``outer``, an axis of the same tensor as
+    ``inner``, entry i belongs to group i mod G: ``outer`` may hold other axes in front of the groups (samples and heads in one axis).
+    None if the tensor has no such axis.
+    """
+
+    whole: Axis
+    inner: Axis
+    outer: Axis | None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Entry i of ``out`` is entry i // ``count`` of ``x``: every entry is followed by its copies."""
+
+    x: Axis
+    out: Axis
+    count: int
+
+
+@dataclass(frozen=True)
 class Merged:
     """``out`` is ``first`` and ``second`` flattened: all entries of ``second`` for each entry of ``first`` in turn."""
 
@@ -150,7 +173,7 @@ class SizeStated:
     computed: tuple[fx.Node, ...] = ()
 
 
-Relation = Same | Part | Grouped | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
+Relation = Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
 
 
 class SizeRead(NamedTuple):
