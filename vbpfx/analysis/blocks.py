@@ -23,6 +23,8 @@ from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
 from vbpfx.analysis.sizes import is_share
+from vbpfx.analysis.softmax import softmaxed
+from vbpfx.analysis.stacks import Span
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
@@ -31,6 +33,8 @@ from vbpfx.plans.records import (
     Block,
     ConstantChannel,
     Consumer,
+    Factor,
+    Kind,
     ParameterAxis,
     Reduction,
     Refusal,
@@ -50,6 +54,8 @@ _SEES_NO_DATA = (
 # The most columns of a convolution's regression, channels of a group times entries of its window: the time for a fit grows with the
 # cube of this number. It is 512 channels with windows of 3x3.
 _MOST_COLUMNS = 4608
+# The end of the names of blocks of queries and keys, beside the block of the same layer's values.
+_OF_QUERIES = ":qk"
 _PRODUCTS = (attention, matrix_product, einsum)
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
@@ -194,7 +200,7 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
     if not produced:
         return None
-    places = [(span.axis, {k: v for k, v in span._asdict().items() if k != "axis"}) for span in component.spans]
+    places = [(span.axis, _place(span, evidence)) for span in component.spans]
     consumers = [
         replace(consumer, source=consumer.source._replace(**place))
         for axis, place in places
@@ -210,8 +216,16 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         for reduction in evidence.reduced.get(axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
+    factors = [
+        replace(factor, source=factor.source._replace(**place), shift_free=softmaxed(evidence.nodes[factor.node], look.network))
+        for axis, place in places
+        for factor in evidence.paired.get(axis, ())
+    ]
+    factors.sort(key=lambda factor: (evidence.position[factor.node], factor.role, factor.source.start))
     parameters = [
-        ParameterAxis(axis.owner, axis.dim, **place) for axis, place in places if axis.is_parameter
+        ParameterAxis(axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride)
+        for axis, s in ((span.axis, span) for span in component.spans)
+        if axis.is_parameter
     ]
     parameters += [
         ParameterAxis(c.weight, c.weight_axis, c.source.start, c.source.step, c.groups)
@@ -219,10 +233,10 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     ]
     parameters.sort(key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start))
     values = [
-        ValueAxis(axis.owner, axis.dim, **place) for axis, place in places if not axis.is_parameter
+        ValueAxis(axis.owner, axis.dim, *span[1:]) for span in component.spans if not (axis := span.axis).is_parameter
     ]
     values.sort(key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))
-    node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
+    node, reason = _obstacle(component, consumers, factors, reductions, parameters, look.linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
     groups = component.groups if component.groups > 1 else _groups(component, evidence)
@@ -237,7 +251,7 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     return Block(
-        name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
+        name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]) + (_OF_QUERIES if factors else ""),
         width=component.width,
         producers=tuple(produced),
         consumers=tuple(dict.fromkeys(consumers)),
@@ -247,8 +261,23 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         carriers=tuple(values),
         constant=constant,
         groups=groups if isinstance(groups, int) else 1,
-        kind="value" if component.stacked and _passes_attention(values, evidence) else "mlp",
+        kind=_kind(component, factors, values, evidence),
+        factors=tuple(dict.fromkeys(factors)),
     )
+
+
+def _place(span: Span, evidence: Evidence) -> dict[str, int]:
+    """Return the place of a component's channels where a layer reads them, with axes counted from the end."""
+    place = {name: value for name, value in span._asdict().items() if name != "axis"}
+    if span.size and not span.stride:
+        place["counting"] -= evidence.nodes[span.axis.owner].meta["val"].ndim
+    return place
+
+
+def _kind(component: Component, factors: Sequence[Factor], values: Sequence[ValueAxis], evidence: Evidence) -> Kind:
+    if factors:
+        return "query"
+    return "value" if component.stacked and _passes_attention(values, evidence) else "mlp"
 
 
 def _passes_attention(values: Sequence[ValueAxis], evidence: Evidence) -> bool:
@@ -314,6 +343,7 @@ def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence
 def _obstacle(
     component: Component,
     consumers: list[Consumer],
+    factors: list[Factor],
     reductions: list[Reduction],
     parameters: list[ParameterAxis],
     linked: nx.Graph[Axis],
@@ -327,11 +357,13 @@ def _obstacle(
         near = nx.multi_source_dijkstra_path_length(linked.subgraph(axes), producers, weight=None)
         first = min(opaque, key=lambda axis: (near.get(axis, len(axes)), evidence.position.get(axis.owner, -1)))
         return evidence.opaque[first][0]
-    if not consumers:
+    if not consumers and not factors:
         return "", "no layer reads it"
-    readers: list[Consumer | Reduction] = [*consumers, *reductions]
+    if consumers and factors:
+        return factors[0].node, "a product of two activations sums over it, and a layer reads it, too"
+    readers: list[Consumer | Factor | Reduction] = [*consumers, *factors, *reductions]
     if evidence.fed.isdisjoint(evidence.nodes[reader.source.node] for reader in readers):
-        return consumers[0].source.node, _SEES_NO_DATA
+        return readers[0].source.node, _SEES_NO_DATA
     if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
     for name in dict.fromkeys(
@@ -449,15 +481,12 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
     A block that is alone in its module is named after the module. The others are named by their first and last layers,
     by their weights, or by their rows in the first weight, whichever of these is unique first.
     """
-    choices = [
-        (
-            block.name,
-            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}",
-            "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers),
-            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}[{_range(block)}]",
-        )
-        for block in blocks
-    ]
+    choices = []
+    for block in blocks:
+        last = _layer(block.consumers[-1].weight if block.consumers else block.producers[-1])
+        between = f"{_layer(block.producers[0])}->{last}" + (_OF_QUERIES if block.factors else "")
+        all_of_them = "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers)
+        choices.append((block.name, between, all_of_them, f"{between}[{_range(block)}]"))
     common = [Counter(names) for names in zip(*choices, strict=True)]
     named = []
     for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):

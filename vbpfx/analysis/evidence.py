@@ -16,7 +16,7 @@ from vbpfx.analysis.mutation import changed_by, read_after_mutation
 from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
 from vbpfx.analysis.sizes import read_sizes
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.plans.records import Consumer, Reduction, SizeLiteral, ValueAxis
+from vbpfx.plans.records import Consumer, Factor, Reduction, SizeLiteral, ValueAxis
 from vbpfx.rules.axes import (
     Axis,
     ComputedArgumentError,
@@ -26,6 +26,7 @@ from vbpfx.rules.axes import (
     Names,
     Opaque,
     Operand,
+    Paired,
     Part,
     Produces,
     Reduces,
@@ -49,6 +50,8 @@ _REMOVED_BY = {
     "torch.nn.utils.spectral_norm": "has its {name} made by spectral_norm before every call (torch.nn.utils.remove_spectral_norm makes it plain)",
     "torch.nn.utils.prune": "has its {name} masked before every call (torch.nn.utils.prune.remove(layer, '{name}') makes it plain)",
 }
+# The position of attention's argument that states the scale of the products of queries and keys.
+_SCALE = 6
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
@@ -82,6 +85,7 @@ class Evidence:
     merged: list[Merged] = field(default_factory=list)
     stacked: list[Stacked] = field(default_factory=list)
     repeated: list[Repeated] = field(default_factory=list)
+    paired: dict[Axis, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     counting: set[tuple[Axis, str]] = field(default_factory=set)
     unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
@@ -254,7 +258,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
         case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
             return  # this is about a single number, which has no axes
-        case Same(a, b) | Produces(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
+        case Same(a, b) | Produces(a, b) | Paired(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
             _note_other_size((a, b), node, evidence)
         case Contracts(source, weight, groups=groups) if evidence.sizes.get(source, 0) != groups * evidence.sizes.get(
@@ -266,6 +270,15 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
         case Same(a, b):
             evidence.graph.add_edge(a, b)
+        case Paired(first, second) if first.is_parameter or second.is_parameter:
+            for axis in (first, second):
+                evidence.graph.add_node(axis)
+                evidence.opaque[axis].append((node.name, "a product with a parameter sums over it"))
+        case Paired(first, second):
+            evidence.graph.add_edge(first, second)
+            own_scale = operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
+            for axis, role in ((first, "query"), (second, "key")):
+                evidence.paired[axis].append(Factor(node.name, _source(axis, evidence), role, own_scale))
         case Part(whole, part, _):
             evidence.graph.add_nodes_from((whole, part))
             evidence.parts.append(relation)

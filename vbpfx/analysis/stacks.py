@@ -21,7 +21,8 @@ from vbpfx.rules.axes import Axis, Stacked
 class Span(NamedTuple):
     """Channel c of a component is channel ``start`` + ``step`` c of the axis.
 
-    If ``size`` is not 0, it is channel ``start`` + ``step`` (c mod ``size``) + ``stride`` (c // ``size``).
+    If ``size`` is not 0, it is channel ``start`` + ``step`` (c mod ``size``) + ``stride`` (c // ``size``). ``counting`` and ``divisor`` are
+    those of :class:`vbpfx.plans.records.ValueAxis`.
     """
 
     axis: Axis
@@ -29,6 +30,8 @@ class Span(NamedTuple):
     step: int
     size: int = 0
     stride: int = 0
+    counting: int = 0
+    divisor: int = 1
 
 
 class Stacks:
@@ -86,16 +89,20 @@ class Stacks:
             elif axis == repeated.out and divisor % repeated.count == 0:
                 yield repeated.x, divisor // repeated.count
 
-    def tells_apart(self, inner: Axis, counting: dict[Axis, int]) -> bool:
-        """Return whether the groups can be told apart in a value, given one of its axes, which has the channels of one group."""
+    def counted_by(self, inner: Axis, counting: dict[Axis, int]) -> Axis | None:
+        """Return the axis that counts the groups in a value, given one of its axes, which has the channels of one group.
+
+        None if the groups cannot be told apart.
+        """
         evidence = self.evidence
         if inner.is_parameter or inner in evidence.reduced or inner in evidence.contracted or inner in evidence.divided:
-            return False
+            return None
         shape = evidence.nodes[inner.owner].meta["val"].shape
         beside = [a for d in range(len(shape)) if d != inner.dim and (a := Axis(inner.owner, d)) in counting]
         if len(beside) != 1 or not counting[beside[0]]:
-            return False
-        return all((beside[0], node) in evidence.counting for node, _ in evidence.opaque.get(beside[0], ()))
+            return None
+        mixed = any((beside[0], node) not in evidence.counting for node, _ in evidence.opaque.get(beside[0], ()))
+        return None if mixed else beside[0]
 
 
 class Step(NamedTuple):
@@ -139,8 +146,8 @@ def group_by_group(
         for span in spans([segment]):
             if number in group_of:
                 places[span.axis][group_of[number]].append(span)
-            elif stacks.tells_apart(span.axis, counting):
-                found.append(span._replace(size=width))
+            elif (axis := stacks.counted_by(span.axis, counting)) is not None:
+                found.append(span._replace(size=width, counting=axis.dim, divisor=counting[axis]))
             else:
                 return None
     for axis, by_group in places.items():

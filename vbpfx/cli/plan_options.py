@@ -89,7 +89,7 @@ class Planning:
         list[str] | None,
         typer.Option(
             rich_help_panel=BLOCKS,
-            help="Kinds of blocks to prune: mlp (hidden neurons, the default), value (attention's values); repeatable.",
+            help="Kinds of blocks to prune: mlp (hidden neurons, the default), value (attention's values), query (its queries and keys); repeatable.",
         ),
     ] = None
     uniform: Annotated[

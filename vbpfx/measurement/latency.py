@@ -127,7 +127,8 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
         network: a graph that contains the block, narrowed or not.
         values: node name -> its value at the wanted batch size, as a fake tensor.
     """
-    inside = {carrier.node for carrier in block.carriers} | {consumer.node for consumer in block.consumers}
+    ends = {reader.node for reader in (*block.consumers, *block.factors)}
+    inside = {carrier.node for carrier in block.carriers} | ends
     order = [node for node in network.graph.nodes if node.name in inside]
     graph, copies = fx.Graph(), {}
     tensors: list[Tensor] = []
@@ -147,7 +148,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
 
     for node in order:
         within(node)
-    graph.output(tuple(copies[node] for node in order if node.name in {c.node for c in block.consumers}))
+    graph.output(tuple(copies[node] for node in order if node.name in ends))
     return fx.GraphModule(network, graph).eval(), Inputs(tuple(tensors), {})
 
 

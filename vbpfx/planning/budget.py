@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.plans.records import Block
+from vbpfx.rules.layers import attention
+from vbpfx.rules.table import operator_of
 
 Cost = Callable[[Mapping[str, int]], int]
 
@@ -243,16 +245,36 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     for each of these axes.
     """
     values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
-    touching = _Axes()
+    counts, touching = _with_attention_divided(captured), _Axes()
     for block in blocks:
         for carrier in block.carriers:
             node, axis = carrier.node, carrier.axis
             touching.stand_on((node, axis), block, block.groups if carrier.of_one_group else 1)
             touching.of[node][node, axis] = values[node].shape[axis]
+        for factor in block.factors:
+            source, axis = factor.source.node, factor.source.axis % values[factor.source.node].ndim
+            where = factor.node + _LOGITS if factor.node + _LOGITS in counts else factor.node
+            touching.of[where][source, axis] = values[source].shape[axis]
         for consumer in block.consumers:
             source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim
             touching.of[consumer.node][source, axis] = values[source].shape[axis]
-    return _multilinear(captured.macs, touching)
+    return _multilinear(counts, touching)
+
+
+# The end of the name under which the products of queries and keys in an attention call are counted.
+_LOGITS = " logits"
+
+
+def _with_attention_divided(captured: Captured) -> dict[str, int]:
+    """Return the MACs per node, with those of attention in two parts: products of queries and keys, and sums of values."""
+    counts = dict(captured.macs)
+    for name, count in captured.macs.items():
+        node = captured.nodes[name]
+        if operator_of(node).rule is attention:
+            query, value = (node.args[i].meta["val"].shape[-1] for i in (0, 2))  # type: ignore[union-attr]
+            counts[name + _LOGITS] = count * query // (query + value)
+            counts[name] = count - counts[name + _LOGITS]
+    return counts
 
 
 def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:

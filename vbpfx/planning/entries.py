@@ -71,6 +71,9 @@ def _entry(block: Block, kept: tuple[int, ...], moments: Sequence[Moments], comp
     once: dict[tuple[int, bool], tuple[Tensor, Tensor | None]] = {}
     found = []
     for m, source in zip(moments, block.sources, strict=True):
+        if not block.takes_constants(source):
+            found.append((torch.zeros(len(goes), dtype=torch.float64), None))
+            continue
         key = (id(m), block.takes_prediction(source))
         if key not in once:
             once[key] = compensation(m, stays, goes, key[1])

@@ -30,6 +30,7 @@ from vbpfx.planning.importance import Scoring
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.products import products_score
 from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
 from vbpfx.plans.records import Block, BlockPlan, Plan
@@ -80,7 +81,7 @@ def make_plan(
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
         kinds: the kinds of blocks to narrow: ``"mlp"`` for hidden neurons (default), ``"value"`` for the channels of
-            attention's values in each head; or several of them.
+            attention's values in each head, ``"query"`` for those of its queries and keys; or several of them.
 
     Raises:
         BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is not a finite number.
@@ -139,10 +140,12 @@ class Deciding:
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Return the number of samples in a block's statistics."""
-        return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0]))
+        return max(1, moments[0].count // rows_a_sample(self._captured, block.sources[0], block.groups))
 
     def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
-        """Return one score per neuron; ``moments`` must be :func:`pooled`."""
+        """Return one score per neuron; ``moments`` must be :func:`pooled`. The criterion is for blocks that layers read."""
+        if block.factors:
+            return products_score(block, moments)
         return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
 
     def rates(

@@ -97,6 +97,7 @@ class ValueAxis(NamedTuple):
         step: the distance from one channel to the next.
         size, stride: as for :class:`ParameterAxis`. A stride of 0 means that the axis has the channels of one group only, and that
             another axis of the value counts the groups (the heads of attention).
+        counting, divisor: that axis, counted as ``axis`` is, and 0 for none; its entry i is in group (i // ``divisor``) mod G.
     """
 
     node: str
@@ -105,6 +106,8 @@ class ValueAxis(NamedTuple):
     step: int = 1
     size: int = 0
     stride: int = 0
+    counting: int = 0
+    divisor: int = 1
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -119,6 +122,27 @@ class ValueAxis(NamedTuple):
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis."""
         return _at(self, channels)
+
+    def marked(self, channels: Iterable[int], shape: Sequence[int], width: int) -> torch.Tensor:
+        """Return which entries of a value belong to some of the block's channels, as a mask that broadcasts to the value.
+
+        Args:
+            channels: indices of channels of the block.
+            shape: the value's shape.
+            width: the block's width.
+        """
+        ndim, axis = len(shape), self.axis % len(shape)
+        if not self.of_one_group:
+            mask = torch.zeros([size if dim == axis else 1 for dim, size in enumerate(shape)], dtype=torch.bool)
+            return mask.index_fill_(axis, self.at(channels), True)
+        counting = self.counting % ndim
+        chosen = torch.zeros(width // self.size, shape[axis], dtype=torch.bool)
+        indices = torch.tensor(tuple(channels), dtype=torch.long)
+        chosen[indices // self.size, self.at(indices.tolist())] = True
+        groups = torch.arange(shape[counting]) // self.divisor % len(chosen)
+        by_entry = chosen[groups]  # (entries of the counting axis, entries of the axis)
+        by_entry = by_entry if counting < axis else by_entry.T
+        return by_entry.reshape([size if dim in (axis, counting) else 1 for dim, size in enumerate(shape)])
 
 
 @dataclass(frozen=True)
@@ -150,6 +174,29 @@ class Consumer:
     alone: bool = False
     padded: bool = False
     groups: int = 1
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of two values that a call multiplies channel by channel, and sums over the hidden axis, as for queries and keys.
+
+    Removed channels are 0 in both values.
+
+    Attributes:
+        node: name of the node that computes the products.
+        source: the value.
+        role: ``"query"`` for the first value and ``"key"`` for the second.
+        scales: whether the call divides by the square root of the number of channels. The narrowed call gets the dense network's
+            number.
+        shift_free: whether only a softmax over the second value's positions reads the products. Then a constant that is added to
+            a channel of the second value at all positions changes nothing.
+    """
+
+    node: str
+    source: ValueAxis
+    role: Literal["query", "key"]
+    scales: bool = False
+    shift_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,8 +251,8 @@ class Reduction:
     calls: int
 
 
-Kind = Literal["mlp", "value"]
-KINDS: tuple[Kind, ...] = ("mlp", "value")
+Kind = Literal["mlp", "value", "query"]
+KINDS: tuple[Kind, ...] = ("mlp", "value", "query")
 # The kinds that are narrowed if no others are asked for.
 DEFAULT_KINDS: tuple[Kind, ...] = ("mlp",)
 
@@ -226,7 +273,8 @@ class Block:
         constant: how one channel is made constant; None if no layer needs one.
         groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
             It is more than 1 if a grouped convolution makes or reads the axis, or if its parts are the heads of attention.
-        kind: ``"mlp"`` for a hidden axis, and ``"value"`` for the values of attention with heads.
+        kind: ``"mlp"`` for a hidden axis, ``"value"`` for the values of attention with heads, and ``"query"`` for queries and keys.
+        factors: the values that are multiplied channel by channel, instead of consumers, if the axis is one of queries and keys.
     """
 
     name: str
@@ -240,6 +288,7 @@ class Block:
     constant: ConstantChannel | None = None
     groups: int = 1
     kind: Kind = "mlp"
+    factors: tuple[Factor, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -258,14 +307,22 @@ class Block:
         return found
 
     @property
-    def readers(self) -> tuple[Consumer | Reduction, ...]:
-        """Everything that reads across the hidden axis: consumers, then reductions."""
-        return (*self.consumers, *self.reductions)
+    def readers(self) -> tuple[Consumer | Factor | Reduction, ...]:
+        """Everything that reads across the hidden axis: consumers, factors, then reductions."""
+        return (*self.consumers, *self.factors, *self.reductions)
 
     @property
     def sources(self) -> tuple[ValueAxis, ...]:
         """The distinct values that the readers read. Activation statistics are gathered at each of them."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
+
+    def takes_constants(self, source: ValueAxis) -> bool:
+        """Return whether removed neurons at a source may be replaced by constants other than 0: not where factors are multiplied.
+
+        Args:
+            source: one of :attr:`sources`.
+        """
+        return all(factor.source != source for factor in self.factors)
 
     def takes_prediction(self, source: ValueAxis) -> bool:
         """Return whether removed neurons at a source may be predicted from the kept ones, and not only by constants.
@@ -279,7 +336,7 @@ class Block:
         """
         index = self.sources.index(source)
         together = next(({self.sources[i] for i in pool} for pool in self.pools if index in pool), {source})
-        return not any(r.source in together for r in self.reductions) and all(
+        return not any(r.source in together for r in (*self.reductions, *self.factors)) and all(
             consumer.alone for consumer in self.consumers if consumer.source in together
         )
 
@@ -419,6 +476,11 @@ class BlockPlan:
                         f"block {self.block.name}: a grouped convolution reads {source.node}, and the plan predicts removed neurons of one "
                         f"group from kept neurons of another. A layer cannot do that: such entries of a prediction must be 0"
                     )
+            if not self.block.takes_constants(source) and bool(self.constants_at(source).any()):
+                raise ArtifactError(
+                    f"block {self.block.name}: the channels removed at {source.node} are factors of products, and can only be replaced by 0, "
+                    f"but the plan has other constants for them"
+                )
         self._require_one_prediction_a_layer()
         self._require_a_constant_channel()
 
@@ -568,6 +630,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         constant=_constant_from_json(data.get("constant")),
         groups=data.get("groups", 1),
         kind=data.get("kind", "mlp"),
+        factors=tuple(Factor(**f | {"source": ValueAxis(*f["source"])}) for f in data.get("factors", ())),
     )
 
 

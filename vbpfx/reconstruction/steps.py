@@ -69,7 +69,8 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     for consumer in block.consumers:
         places[consumer.weight].add(consumer.source.place)
     return (
-        all(len(found) == 1 for found in places.values())
+        bool(places)
+        and all(len(found) == 1 for found in places.values())
         and not block.reductions
         and fittable >= {c.node for c in block.consumers}
     )

@@ -28,9 +28,12 @@ class Substitute(nn.Module):
         self.axis = source.axis
         self.pruned, self.kept = source.at(entry.pruned), source.at(entry.kept)
         self.constants, self.prediction = entry.constants[index], entry.predictions[index]
+        self.source, self.width, self.goes = source, entry.block.width, entry.pruned
 
     def forward(self, h: Tensor) -> Tensor:
         """Return a copy of h with the channels P replaced."""
+        if self.source.of_one_group:  # factors, which are replaced by 0
+            return h.masked_fill(self.source.marked(self.goes, h.shape, self.width).to(h.device), 0.0)
         pruned, values = self.pruned.to(h.device), self.constants.to(h)
         if self.prediction is not None:
             kept = h.index_select(self.axis, self.kept.to(h.device)).movedim(self.axis, -1)

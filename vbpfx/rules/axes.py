@@ -146,6 +146,17 @@ class Contracts:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """The call multiplies channel c of ``first`` by channel c of ``second``, and sums over c, as for queries and keys.
+
+    Both axes end here. A channel that is 0 in one of them adds nothing.
+    """
+
+    first: Axis
+    second: Axis
+
+
+@dataclass(frozen=True)
 class Reduces:
     """The call computes a statistic over ``source``; the contribution of a constant channel can be added to it.
 
@@ -173,7 +184,7 @@ class SizeStated:
     computed: tuple[fx.Node, ...] = ()
 
 
-Relation = Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
+Relation = Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Paired | Reduces | SizeStated
 
 
 class SizeRead(NamedTuple):
