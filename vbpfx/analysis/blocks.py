@@ -22,6 +22,7 @@ from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
+from vbpfx.analysis.linear import is_linear
 from vbpfx.analysis.sizes import is_share
 from vbpfx.analysis.softmax import softmaxed
 from vbpfx.analysis.stacks import Span
@@ -182,6 +183,7 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
     graph.add_edges_from((link.whole, link.part) for link in evidence.grouped)
     graph.add_edges_from((link.whole, link.inner) for link in evidence.stacked)
+    graph.add_edges_from((pair.first, pair.second) for pair in evidence.pairs)
     return graph
 
 
@@ -222,8 +224,9 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         for factor in evidence.paired.get(axis, ())
     ]
     factors.sort(key=lambda factor: (evidence.position[factor.node], factor.role, factor.source.start))
+    of_keys = component.of_keys or ()
     parameters = [
-        ParameterAxis(axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride)
+        ParameterAxis(axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride, dual=(axis, s.start) in of_keys)
         for axis, s in ((span.axis, span) for span in component.spans)
         if axis.is_parameter
     ]
@@ -233,7 +236,9 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     ]
     parameters.sort(key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start))
     values = [
-        ValueAxis(axis.owner, axis.dim, *span[1:]) for span in component.spans if not (axis := span.axis).is_parameter
+        ValueAxis(axis.owner, axis.dim, *span[1:], dual=(axis, span.start) in of_keys)
+        for span in component.spans
+        if not (axis := span.axis).is_parameter
     ]
     values.sort(key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))
     node, reason = _obstacle(component, consumers, factors, reductions, parameters, look.linked, evidence)
@@ -249,9 +254,15 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     if reason:
         weights = tuple(dict.fromkeys(evidence.origins.get(name, name) for name in produced))
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
+    linear = component.of_keys is not None and not reductions and constant is None
+    if linear and is_linear(produced, consumers, parameters, values, look.network, evidence):
+        reading = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
+        parameters = [replace(p, dual=p.dual or (p.name, p.axis) in reading) for p in parameters]
+    else:
+        linear = False
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     return Block(
-        name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]) + (_OF_QUERIES if factors else ""),
+        name=_name([*produced, *(consumer.weight for consumer in consumers)], factors),
         width=component.width,
         producers=tuple(produced),
         consumers=tuple(dict.fromkeys(consumers)),
@@ -263,6 +274,7 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         groups=groups if isinstance(groups, int) else 1,
         kind=_kind(component, factors, values, evidence),
         factors=tuple(dict.fromkeys(factors)),
+        linear=linear,
     )
 
 
@@ -464,6 +476,11 @@ def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int
     return False
 
 
+def _name(weights: Sequence[str], factors: Sequence[Factor]) -> str:
+    """Return a name for a block, which need not be unique: the module that contains it, with a mark for queries and keys."""
+    return _enclosing(weights) + (_OF_QUERIES if factors else "")
+
+
 def _enclosing(weights: Sequence[str]) -> str:
     """Return the path of the innermost module that contains the layers of all these weights."""
     paths = [weight.split(".")[:-1] for weight in weights]
@@ -490,7 +507,7 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
     common = [Counter(names) for names in zip(*choices, strict=True)]
     named = []
     for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):
-        free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
+        free = (n for n, count in zip(names, common, strict=True) if n.removesuffix(_OF_QUERIES) and count[n] == 1)
         named.append(replace(block, name=next(free, f"{names[-1]}#{number}")))
     return tuple(named)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -42,12 +42,15 @@ class Component:
         spans: the places of these channels on all axes.
         groups: the number of groups of channels, of which each may keep other channels, but all as many.
         stacked: whether a view splits the axis into groups of channels, or merges such groups.
+        of_keys: the places, as an axis and the position of channel 0, that belong to the second factor of products over the axis; None
+            if a place belongs to both factors.
     """
 
     width: int
     spans: tuple[Span, ...]
     groups: int = 1
     stacked: bool = False
+    of_keys: frozenset[tuple[Axis, int]] | None = frozenset()
 
     @property
     def axes(self) -> set[Axis]:
@@ -82,12 +85,14 @@ def components(evidence: Evidence) -> Iterator[Component]:
     for entry in evidence.grouped:
         whole, part = number[entry.whole], number[entry.part]
         taken_at[_Link(whole, part, 0, size[whole] // size[part])] = entry.part.owner
+    paired = [_Link(number[pair.first], number[pair.second], 0, 1) for pair in evidence.pairs]
     plain = dict.fromkeys((*links, *taken_at))
     stacked: dict[_Link, tuple[tuple[Stacked, int], ...]] = {}
     for link, told in _stacked(evidence, number, size):
         if link not in plain:
             stacked[link] = (*stacked.get(link, ()), told)
-    links = list(dict.fromkeys((*plain, *stacked)))
+    pairs = {link for link in paired if link.whole != link.part and link not in plain}
+    links = list(dict.fromkeys((*plain, *stacked, *paired)))
     cuts = _cuts(links, size)
     stacks = Stacks(evidence)
     graph: nx.Graph[_Segment] = nx.Graph()
@@ -103,19 +108,39 @@ def components(evidence: Evidence) -> Iterator[Component]:
         for segment in segments:
             start, stop = ((end - link.start) // link.step for end in (segment.start, segment.stop))
             step = Step(segment, stacked[link]) if link in stacked else None
-            graph.add_edge(segment, _Segment(link.part, start, stop), step=step)
+            graph.add_edge(segment, _Segment(link.part, start, stop), step=step, pair=link in pairs)
     for found in nx.connected_components(graph):
         width = math.gcd(*(segment.stop - segment.start for segment in found))
         own = graph.subgraph(found)
+        of_keys = _of_keys(own, lambda some: _spans(some, width, groups), evidence)
         if all(step is None for _, _, step in own.edges(data="step")):
-            yield Component(width, tuple(_spans(sorted(found), width, groups)))
+            yield Component(width, tuple(_spans(sorted(found), width, groups)), of_keys=of_keys)
             continue
         apart = group_by_group(own, stacks, lambda some: _spans(some, width, groups), width)
         if apart is None:
-            yield Component(width, tuple(_spans(sorted(found), width, groups)), stacked=True)
+            yield Component(width, tuple(_spans(sorted(found), width, groups)), stacked=True, of_keys=of_keys)
         else:
             count, spans = apart
-            yield Component(width * count, tuple(spans), count, stacked=True)
+            yield Component(width * count, tuple(spans), count, stacked=True, of_keys=of_keys)
+
+
+def _of_keys(
+    graph: nx.Graph[_Segment], spans: Callable[[list[_Segment]], Iterable[Span]], evidence: Evidence
+) -> frozenset[tuple[Axis, int]] | None:
+    """Return the places that belong to the second factor of products (:attr:`Component.of_keys`)."""
+    if not any(pair for _, _, pair in graph.edges(data="pair")):
+        return frozenset()
+    one_side = nx.Graph()
+    one_side.add_nodes_from(graph)
+    one_side.add_edges_from((a, b) for a, b, pair in graph.edges(data="pair") if not pair)
+    found: set[tuple[Axis, int]] = set()
+    for side in nx.connected_components(one_side):
+        places = {(span.axis, span.start) for span in spans(sorted(side))}
+        roles = {factor.role for axis, _ in places for factor in evidence.paired.get(axis, ())}
+        if len(roles) != 1:
+            return None
+        found |= places if roles == {"key"} else set()
+    return frozenset(found)
 
 
 def _stacked(

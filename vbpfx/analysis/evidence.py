@@ -85,6 +85,7 @@ class Evidence:
     merged: list[Merged] = field(default_factory=list)
     stacked: list[Stacked] = field(default_factory=list)
     repeated: list[Repeated] = field(default_factory=list)
+    pairs: list[Paired] = field(default_factory=list)
     paired: dict[Axis, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     counting: set[tuple[Axis, str]] = field(default_factory=set)
     unread: dict[str, Unread] = field(default_factory=dict)
@@ -275,7 +276,8 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
                 evidence.graph.add_node(axis)
                 evidence.opaque[axis].append((node.name, "a product with a parameter sums over it"))
         case Paired(first, second):
-            evidence.graph.add_edge(first, second)
+            evidence.graph.add_nodes_from((first, second))
+            evidence.pairs.append(relation)
             own_scale = operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
             for axis, role in ((first, "query"), (second, "key")):
                 evidence.paired[axis].append(Factor(node.name, _source(axis, evidence), role, own_scale))

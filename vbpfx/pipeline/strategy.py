@@ -134,7 +134,7 @@ class Strategy:
         chooses = fits and chosen.chooses_on_the_way
         measures = chosen.allocation == "sensitivity" and len(blocks) > 1
         # whether the plan decides only the widths of the blocks
-        widths_alone = chooses and all(chosen_on_the_way(order, block) for block in blocks)
+        widths_alone = chooses and all(block.kind == "mlp" and chosen_on_the_way(order, block) for block in blocks)
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}
             chosen = PlanOptions.of(**options)

@@ -125,6 +125,11 @@ class PlanOptions:
         return self.method == "auto" and self.own_compensation
 
     @property
+    def combines(self) -> bool:
+        """Whether linear combinations of attention's channels are kept: with ``method="auto"`` and no criterion asked for."""
+        return self.method == "auto" and self.own_criterion
+
+    @property
     def chooses_on_the_way(self) -> bool:
         """Whether reconstruction chooses the neurons: it does if no criterion was asked for."""
         return self.own_criterion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,6 +15,7 @@ from vbpfx.calibration.prepare import Statistics, rows_a_sample
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.planning.allocation import ALLOCATIONS, Standing, lowest
+from vbpfx.planning.bases import find_basis, in_basis
 from vbpfx.planning.budget import (
     Budget,
     Cost,
@@ -33,7 +35,7 @@ from vbpfx.planning.options import PlanArguments, PlanOptions
 from vbpfx.planning.products import products_score
 from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
-from vbpfx.plans.records import Block, BlockPlan, Plan
+from vbpfx.plans.records import COMBINED, Basis, Block, BlockPlan, Plan
 
 # Block -> the loss of the network's output when this block alone gives up its share of neurons.
 Sensitivity = Mapping[str, float]
@@ -95,11 +97,18 @@ def make_plan(
     _require_statistics(blocks, statistics)
     moments = {block.name: pooled(block, statistics.moments[block.name]) for block in blocks}
     samples = deciding.samples(blocks[0], statistics.moments[blocks[0].name])
-    scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
+    bases: dict[str, Basis] = {}
+    scores: dict[str, Tensor] = {}
+    for b in blocks:
+        if deciding.combines(b):
+            bases[b.name], scores[b.name] = find_basis(b, moments[b.name], analysis.captured.reference)
+            moments[b.name] = in_basis(b, moments[b.name], bases[b.name])
+        else:
+            scores[b.name] = deciding.scores(b, moments[b.name], samples)
 
     def plan(kept: Mapping[str, tuple[int, ...]], allocation: str) -> Plan:
         entries = [
-            deciding.entry(b, kept[b.name], scores[b.name], moments[b.name])
+            replace(deciding.entry(b, kept[b.name], scores[b.name], moments[b.name]), basis=bases.get(b.name))
             for b in blocks
             if len(kept[b.name]) < b.width
         ]
@@ -137,6 +146,10 @@ class Deciding:
         self._prices = _prices(self.blocks, self._cost)
         self.floor = floors(self.blocks, chosen.min_width)
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
+
+    def combines(self, block: Block) -> bool:
+        """Return whether channels of a block are replaced by linear combinations: those of attention are, where it is possible."""
+        return block.linear and block.kind in COMBINED and self._chosen.combines
 
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Return the number of samples in a block's statistics."""

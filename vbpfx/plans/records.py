@@ -39,6 +39,8 @@ class ParameterAxis:
             channels of all groups one behind the other.
         size, stride: if ``size`` is not 0, the block's channels are in groups of so many, and the first channel of the next group is
             ``stride`` further on this axis.
+        dual: in other coordinates of the block's channels (:class:`Basis`), the entries of this axis are multiplied by the transposed
+            inverse of the matrix that multiplies the channels.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ParameterAxis:
     groups: int = 1
     size: int = 0
     stride: int = 0
+    dual: bool = False
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -98,6 +101,7 @@ class ValueAxis(NamedTuple):
         size, stride: as for :class:`ParameterAxis`. A stride of 0 means that the axis has the channels of one group only, and that
             another axis of the value counts the groups (the heads of attention).
         counting, divisor: that axis, counted as ``axis`` is, and 0 for none; its entry i is in group (i // ``divisor``) mod G.
+        dual: as for :class:`ParameterAxis`; set in :attr:`Block.carriers`.
     """
 
     node: str
@@ -108,6 +112,7 @@ class ValueAxis(NamedTuple):
     stride: int = 0
     counting: int = 0
     divisor: int = 1
+    dual: bool = False
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -253,6 +258,8 @@ class Reduction:
 
 Kind = Literal["mlp", "value", "query"]
 KINDS: tuple[Kind, ...] = ("mlp", "value", "query")
+# The kinds of which linear combinations of channels are kept, where a block is linear.
+COMBINED: tuple[Kind, ...] = ("value", "query")
 # The kinds that are narrowed if no others are asked for.
 DEFAULT_KINDS: tuple[Kind, ...] = ("mlp",)
 
@@ -274,6 +281,8 @@ class Block:
         groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
             It is more than 1 if a grouped convolution makes or reads the axis, or if its parts are the heads of attention.
         kind: ``"mlp"`` for a hidden axis, ``"value"`` for the values of attention with heads, and ``"query"`` for queries and keys.
+        linear: whether the channels of a group may be replaced by others that are linear combinations of them, since only linear
+            maps that are the same for all channels of the group lie between the producers and the readers.
         factors: the values that are multiplied channel by channel, instead of consumers, if the axis is one of queries and keys.
     """
 
@@ -289,6 +298,7 @@ class Block:
     groups: int = 1
     kind: Kind = "mlp"
     factors: tuple[Factor, ...] = ()
+    linear: bool = False
 
     @property
     def group_size(self) -> int:
@@ -414,6 +424,26 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Other coordinates for the channels of a block: z = E h in every group, and back, h = D z.
+
+    Products of queries and keys stay the same if the keys get z = D^T k and the queries z = E q.
+
+    Attributes:
+        to: E, (groups, d, d) float64.
+        back: D, its inverse, (groups, d, d) float64.
+    """
+
+    to: torch.Tensor
+    back: torch.Tensor
+
+    @property
+    def dual(self) -> Basis:
+        """The coordinates of keys, and of the columns of weights that read the channels."""
+        return Basis(self.back.mT, self.to.mT)
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """How one block is narrowed. At each source the removed neurons h_P are replaced by a + B h_K.
 
@@ -424,6 +454,8 @@ class BlockPlan:
         predictions: for every entry of ``block.sources`` the matrix B (P, K), or None for B = 0; all None by default.
         constants_in: indices of removed neurons in whose place a constant channel stays (:class:`ConstantChannel`). One is needed if
             a padded layer reads constants other than 0.
+        basis: the coordinates in which channels are kept and removed; None for the channels as they are. ``kept``, the constants and
+            the predictions are about the channels in these coordinates.
     """
 
     block: Block
@@ -431,8 +463,16 @@ class BlockPlan:
     constants: tuple[torch.Tensor, ...]
     predictions: tuple[torch.Tensor | None, ...] = ()
     constants_in: tuple[int, ...] = ()
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
+        if self.basis is not None:
+            shape = (self.block.groups, self.block.group_size, self.block.group_size)
+            if not self.block.linear or {tuple(self.basis.to.shape), tuple(self.basis.back.shape)} != {shape}:
+                raise ArtifactError(
+                    f"block {self.block.name}: its channels are to be replaced by linear combinations, which needs a block that is linear "
+                    f"and matrices of the shape {shape}; found {tuple(self.basis.to.shape)} and linear={self.block.linear}"
+                )
         kept, width = self.kept, self.block.width
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:
             raise ArtifactError(
@@ -631,6 +671,7 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         groups=data.get("groups", 1),
         kind=data.get("kind", "mlp"),
         factors=tuple(Factor(**f | {"source": ValueAxis(*f["source"])}) for f in data.get("factors", ())),
+        linear=data.get("linear", False),
     )
 
 

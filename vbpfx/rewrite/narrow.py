@@ -19,6 +19,7 @@ from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
 from vbpfx.planning.compensate import fold, fold_columns, fold_taps
 from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.rewrite.basis import Coordinates
 from vbpfx.rewrite.carry import Carried
 
 # (node or parameter, axis, whether it is a parameter) -> the removed channels of that axis
@@ -96,22 +97,29 @@ class Changes:
         for name, consumer in self.made.items():
             cuts = self._cuts[consumer.weight]
             self._cuts[name] = [(0, positions) for axis, positions in cuts if axis == 1 - consumer.weight_axis]
+        self._coordinates = Coordinates(plan)
         self._gains = self._readers(plan)
         self._set = self._settings(plan)
         corrections = {c.layer.weight: c.weight for c in plan.corrections}
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple({**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections})
+        self.names = tuple({**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections, **dict.fromkeys(self._coordinates.names)})
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
+        own = dense
+        if self._coordinates.names:
+
+            def dense(name: str) -> Tensor:
+                return self._coordinates.of(name, own(name))
+
         if name in self.made:
             weight = dense(self.made[name].weight)
             like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
         else:
-            like = dense(name).detach()
-        new = like
+            like = own(name).detach()
+        new = like if name in self.made else dense(name).detach()
         if name in self._gains:
             new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
         if name in self._set:

@@ -25,7 +25,7 @@ from vbpfx.graph.fake import graph_arguments
 from vbpfx.outputs.differences import relative_error
 from vbpfx.plans.records import BlockPlan, Consumer, Factor, Plan, ValueAxis
 from vbpfx.rewrite.narrow import Changes, Removed, constant_channels, pruned_channels
-from vbpfx.rewrite.substitute import reference_graph
+from vbpfx.rewrite.substitute import in_other_coordinates, reference_graph
 from vbpfx.rules.layers import matrix_product
 from vbpfx.rules.table import operator_of
 
@@ -150,11 +150,15 @@ class Comparison:
         self._own, self._pruned, self._constant = captured.nodes, pruned_channels(plan), constant_channels(plan)
         self._reference = Steps(reference_graph(captured, plan), inputs, dtype)
         self._readers: dict[str, list[tuple[BlockPlan, Consumer | Factor]]] = defaultdict(list)
+        self._turned: dict[str, list[tuple[ValueAxis, Tensor, int]]] = defaultdict(list)
         self._in_groups: dict[str, list[tuple[BlockPlan, ValueAxis]]] = defaultdict(list)
         for entry in plan.blocks:
             for reader in (*entry.block.consumers, *entry.block.factors):
                 self._readers[reader.node].append((entry, reader))
             for carrier in entry.block.carriers:
+                if entry.basis is not None:
+                    matrices = (entry.basis.dual if carrier.dual else entry.basis).to
+                    self._turned[carrier.node].append((carrier, matrices, entry.block.width))
                 if carrier.of_one_group:
                     self._in_groups[carrier.node].append((entry, carrier))
         self._small: _GraphSide | _ClassSide
@@ -191,7 +195,9 @@ class Comparison:
         return self._reference.again(node, {operand: value.masked_fill(own, 0)})
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
-        """Return a node's value without the removed channels."""
+        """Return a node's value without the removed channels, in the coordinates of the plan."""
+        for place, matrices, width in self._turned.get(name, ()):
+            value = in_other_coordinates(value, place, matrices, width)
         for entry, carrier in self._in_groups.get(name, ()):
             value = _left_out_of_groups(value, carrier, entry)
         others = {key: found for key, found in self._pruned.items() if name not in self._in_groups or key[0] != name}
