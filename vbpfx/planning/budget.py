@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.plans.records import Block
+from vbpfx.plans.records import KINDS, Block, Kind
 from vbpfx.rules.layers import attention
 from vbpfx.rules.table import operator_of
 
@@ -36,10 +36,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove: ``kind`` is ``ratio``, ``macs``, ``params`` or ``latency``, and ``value`` is in (0, 1)."""
+    """How much to remove: ``kind`` is ``ratio``, ``macs``, ``params`` or ``latency``, and ``value`` is in (0, 1).
+
+    ``shares`` are the ratios of several kinds of blocks, each by itself; ``value`` is then their mean.
+    """
 
     kind: str
     value: float
+    shares: Mapping[Kind, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, **given: Any) -> Budget:
@@ -54,9 +58,25 @@ class Budget:
             found = " and ".join(f"{kind}={value!r}" for kind, value in named.items()) or "none"
             raise BudgetError(f"exactly one budget is needed, found {found}; choose one of {options}")
         kind, value = next(iter(named.items()))
+        if kind == "ratio" and isinstance(value, Mapping):
+            if not value or not set(value) <= set(KINDS):
+                raise BudgetError(f"ratio={value!r} names kinds of blocks with their ratios; choose from {', '.join(KINDS)}")
+            shares = {of: cls.of(ratio=share).value for of, share in value.items()}
+            return cls(kind, sum(shares.values()) / len(shares), shares)
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
             raise BudgetError(f"{kind}={value!r} is not a number between 0 and 1, exclusive: it is the {_KINDS[kind]}")
         return cls(kind, float(value))
+
+    def apart(self) -> list[tuple[tuple[Kind, ...], Budget]]:
+        """Return the kinds of blocks that are ranked together, each time with their own budget."""
+        if not self.shares:
+            return [(KINDS, self)]
+        return [((kind,), Budget("ratio", share)) for kind, share in self.shares.items()]
+
+    @property
+    def stated(self) -> float | dict[Kind, float]:
+        """The value as it was given."""
+        return dict(self.shares) or self.value
 
 
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:

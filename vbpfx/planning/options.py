@@ -41,7 +41,7 @@ METHODS = {
 class PlanArguments(TypedDict, total=False):
     """The keyword arguments of :func:`vbpfx.make_plan`, which :func:`vbpfx.prune` passes on to it."""
 
-    ratio: float | None
+    ratio: float | Mapping[Kind, float] | None
     macs: float | None
     params: float | None
     latency: float | None
@@ -54,7 +54,7 @@ class PlanArguments(TypedDict, total=False):
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
-    kinds: Sequence[Kind] | Kind
+    kinds: Sequence[Kind] | Kind | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PlanOptions:
     def of(
         cls,
         *,
-        ratio: float | None = None,
+        ratio: float | Mapping[Kind, float] | None = None,
         macs: float | None = None,
         params: float | None = None,
         latency: float | None = None,
@@ -93,7 +93,7 @@ class PlanOptions:
         uniform: bool = False,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
-        kinds: Sequence[Kind] | Kind = DEFAULT_KINDS,
+        kinds: Sequence[Kind] | Kind | None = None,
     ) -> PlanOptions:
         """Return the options after all checks that need no data.
 
@@ -113,7 +113,7 @@ class PlanOptions:
             bool(uniform),
             include,
             exclude,
-            _kinds(kinds),
+            _kinds(kinds, budget),
             criterion is None,
             allocation is None,
             compensation is None,
@@ -151,7 +151,11 @@ def in_words(options: PlanArguments) -> str:
     return ", ".join(f"{key}={name_of(value) if callable(value) else repr(value)}" for key, value in given.items())
 
 
-def _kinds(given: Sequence[Kind] | Kind) -> tuple[Kind, ...]:
+def _kinds(given: Sequence[Kind] | Kind | None, budget: Budget) -> tuple[Kind, ...]:
+    if budget.shares and given is not None:
+        raise BudgetError(f"kinds={given!r} is stated beside ratio={dict(budget.shares)!r}, which states the kinds; leave kinds out")
+    if given is None:
+        return tuple(budget.shares) or DEFAULT_KINDS
     asked = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
     if not asked or not all(kind in KINDS for kind in asked):
         raise BudgetError(f"kinds={given!r} names no kinds of blocks; choose from {', '.join(KINDS)}")

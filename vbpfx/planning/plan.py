@@ -59,7 +59,8 @@ def make_plan(
 
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
-        ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
+        ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p); or a fraction for every kind of
+            blocks, such as ``{"mlp": 0.25, "query": 0.6, "value": 0.1}``, in place of ``kinds``.
         macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep. Exactly one of these
             three or ``ratio`` must be given.
         method: ``"vbp"``, or ``"auto"`` (default).
@@ -159,7 +160,7 @@ class Deciding:
         """Return one score per neuron; ``moments`` must be :func:`pooled`. The criterion is for blocks that layers read."""
         if block.factors:
             return products_score(block, moments)
-        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share, samples))
+        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share_of(block), samples))
 
     def rates(
         self, scores: Mapping[str, Tensor], sensitivity: Sensitivity, *, at_floor: bool = False
@@ -217,8 +218,12 @@ class Deciding:
         """
         return {block.name: _highest(block, scores, self._at_share(block)) for block in self.blocks}
 
+    def _share_of(self, block: Block) -> float:
+        """Return the share of a block's neurons to remove, as far as it is known."""
+        return self._chosen.budget.shares.get(block.kind, self._share)
+
     def _at_share(self, block: Block) -> int:
-        removed = max(1, round(self._share * block.group_size)) * block.groups
+        removed = max(1, round(self._share_of(block) * block.group_size)) * block.groups
         return max(self.floor[block.name], block.width - removed)
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -236,12 +241,15 @@ class Deciding:
             allocation: name of the allocation.
             rates: block -> D / S (:meth:`rates`), for ``"sensitivity"``.
         """
-        chosen, blocks = self._chosen, self.blocks
-        groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
-        standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
-        compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
-        widths = choose_widths(groups, compared, chosen.budget, floor=self.floor, steps=self._steps, cost=self._cost)
-        return {block.name: _highest(block, scores, widths[block.name]) for block in blocks}
+        chosen, widths = self._chosen, dict[str, int]()
+        for kinds, budget in chosen.budget.apart():
+            blocks = [block for block in self.blocks if block.kind in kinds]
+            groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
+            standing = {b.name: Standing(self._prices[b.name], self._share_of(b), rates.get(b.name)) for b in blocks}
+            compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
+            if blocks:
+                widths |= choose_widths(groups, compared, budget, floor=self.floor, steps=self._steps, cost=self._cost)
+        return {block.name: _highest(block, scores, widths[block.name]) for block in self.blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], scores: Tensor, moments: tuple[Moments, ...]) -> BlockPlan:
         """Return the plan's entry for a block (:func:`vbpfx.planning.entries.block_plan`); ``moments`` must be :func:`pooled`."""
@@ -257,7 +265,7 @@ class Deciding:
             "criterion": chosen.criterion if isinstance(chosen.criterion, str) else name_of(chosen.criterion),
             "allocation": allocation,
             "compensation": chosen.compensation,
-            "budget": {chosen.budget.kind: chosen.budget.value},
+            "budget": {chosen.budget.kind: chosen.budget.stated},
             "round_to": chosen.round_to,
             "uniform": chosen.uniform,
             "kinds": list(chosen.kinds),
