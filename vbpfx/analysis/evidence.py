@@ -71,8 +71,8 @@ class Evidence:
     ``names`` are the names of the graph's parameters in the model.
     ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
     ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
-    with the numbers of parts and the nodes that need them equal. ``counting`` are the axes that count groups of channels, each with
-    a node that splits channels into groups, merges groups, or repeats them. If a layer's weight is itself computed (a part
+    with the numbers of parts and the nodes that need them equal. ``out_of_order`` are the axes whose
+    entries a call mixes, moves, or uses in a way that is not known. If a layer's weight is itself computed (a part
     of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
     """
 
@@ -87,7 +87,7 @@ class Evidence:
     repeated: list[Repeated] = field(default_factory=list)
     pairs: list[Paired] = field(default_factory=list)
     paired: dict[Axis, list[Factor]] = field(default_factory=lambda: defaultdict(list))
-    counting: set[tuple[Axis, str]] = field(default_factory=set)
+    out_of_order: set[Axis] = field(default_factory=set)
     unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
@@ -248,7 +248,7 @@ def _relations(
 
 def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
     return [
-        Opaque(axis, "its size enters a computation")
+        Opaque(axis, "its size enters a computation", True)
         for argument in node.all_input_nodes
         if argument in sizes
         for axis in sizes[argument].axes
@@ -257,7 +257,7 @@ def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
 
 def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
-        case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
+        case Opaque(axis) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
             return  # this is about a single number, which has no axes
         case Same(a, b) | Produces(a, b) | Paired(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
@@ -289,14 +289,11 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.grouped.append(relation)
         case Merged():
             evidence.merged.append(relation)
-        case Stacked(whole, inner, outer):
+        case Stacked(whole, inner):
             evidence.graph.add_nodes_from((whole, inner))
             evidence.stacked.append(relation)
-            if outer is not None:
-                evidence.counting.add((outer, node.name))
-        case Repeated(x, out):
+        case Repeated():
             evidence.repeated.append(relation)
-            evidence.counting |= {(x, node.name), (out, node.name)}
         case Reduces(source, _) if source.is_parameter:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
@@ -306,8 +303,10 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.reduced[source].append(
                 Reduction(node.name, _source(source, evidence), kind, evidence.sizes[source], path, calls)
             )
-        case Opaque(axis, reason):
+        case Opaque(axis, reason, in_order):
             evidence.graph.add_node(axis)
+            if not in_order:
+                evidence.out_of_order.add(axis)
             evidence.opaque[axis].append((node.name, reason))
         case Produces(out, weight, groups):
             evidence.graph.add_edge(out, weight)

@@ -101,8 +101,7 @@ class Stacks:
         beside = [a for d in range(len(shape)) if d != inner.dim and (a := Axis(inner.owner, d)) in counting]
         if len(beside) != 1 or not counting[beside[0]]:
             return None
-        mixed = any((beside[0], node) not in evidence.counting for node, _ in evidence.opaque.get(beside[0], ()))
-        return None if mixed else beside[0]
+        return None if beside[0] in evidence.out_of_order else beside[0]
 
 
 class Step(NamedTuple):

@@ -111,10 +111,14 @@ class Merged:
 
 @dataclass(frozen=True)
 class Opaque:
-    """The axis cannot be narrowed through this call."""
+    """The axis cannot be narrowed through this call.
+
+    If ``in_order``, its entries stay where they are: only its length matters, or whole entries are grouped or repeated.
+    """
 
     axis: Axis
     reason: str
+    in_order: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for relation in heads:
         yield relation
         if relation.outer is not None:
-            yield Opaque(relation.outer, f"{site.name} counts groups of channels along it (the heads of attention), which stay whole")
+            yield Opaque(relation.outer, f"{site.name} counts groups of channels along it (the heads of attention), which stay whole", True)
     described = {axis for relation in heads for axis in (relation.whole, relation.inner, relation.outer)}
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
         if dim not in kept and dim not in stacked and dim not in grouped and size != 1 and axis not in described:
@@ -125,8 +125,8 @@ def repetition_of_entries(site: Site) -> Iterator[Relation]:
             count = site.argument(1, "repeats")
             if isinstance(count, int):
                 yield Repeated(x.axis(other), out.axis(other), count)
-            yield Opaque(x.axis(other), "repeat_interleave repeats its entries")
-            yield Opaque(out.axis(other), "repeat_interleave repeats its entries")
+            for axis in (x.axis(other), out.axis(other)):
+                yield Opaque(axis, "repeat_interleave repeats its entries", True)
         else:
             yield Same(x.axis(other), out.axis(other))
 
@@ -145,7 +145,7 @@ def _stated(site: Site, out: Operand, dim: int, *, as_number: bool = False) -> I
             if read is not None and read.plain and len(read.axes) == out.ndim:
                 yield Same(axis, read.axes[dim])
             else:
-                yield Opaque(axis, "its size is stated by a computed shape")
+                yield Opaque(axis, "its size is stated by a computed shape", True)
         elif at == dim:
             if isinstance(value, fx.Node):
                 if read is not None and read.plain and len(read.axes) == 1 and not as_number:
@@ -153,7 +153,7 @@ def _stated(site: Site, out: Operand, dim: int, *, as_number: bool = False) -> I
                 elif isinstance(site.number(value), int):
                     yield SizeStated(axis, path, computed=(value,))
                 else:
-                    yield Opaque(axis, "its size is stated by a computed number")
+                    yield Opaque(axis, "its size is stated by a computed number", True)
             elif value != -1:
                 yield SizeStated(axis, path)
 
