@@ -34,7 +34,9 @@ def main() -> None:
     network = NETWORKS["vit_tiny"].load(options.calibration, None, console)
     batches = network.calibration(options.calibration)
     dense = network.output(network.model)
-    console.print(f"method={options.method}, {options.calibration} calibration images, {network.test_samples} test images")
+    console.print(
+        f"method={options.method}, {options.calibration} calibration images, {network.test_samples} test images"
+    )
     for row in options.only:
         ratio = {kind: int(share) / 100 for kind, share in zip(_KINDS, row.split("/"), strict=True) if share != "0"}
         began = time.perf_counter()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import vbpfx
 from vbpfx.graph.capture import tensor_named
+from vbpfx.plans.files import load_plan
 
 # Rounding errors of a few dozen operations in float64; other coordinates multiply them by the condition of their matrices.
 ROUNDING, IN_COORDINATES = 1e-12, 1e-10
@@ -25,7 +26,9 @@ C, H, D, N = 12, 3, 4, 5
 class Layers(nn.Module):
     """Attention whose code is given as a function, beside an MLP."""
 
-    def __init__(self, attend: Callable[..., Tensor], *, kv: int = H, packed: bool = False, **further: nn.Module) -> None:
+    def __init__(
+        self, attend: Callable[..., Tensor], *, kv: int = H, packed: bool = False, **further: nn.Module
+    ) -> None:
         super().__init__()
         self.attend, self.heads = attend, H
         if packed:
@@ -227,7 +230,9 @@ def test_queries_and_keys_lose_the_channels_that_move_the_products_least() -> No
     with torch.no_grad():
         scores = model.q(batch).flatten(0, 1).square().mean(0) * model.k(batch).flatten(0, 1).var(0)
     (entry,) = pruned.plan.blocks
-    expected = [head * D + c for head, own in enumerate(scores.view(H, D)) for c in own.topk(2).indices.sort().values.tolist()]
+    expected = [
+        head * D + c for head, own in enumerate(scores.view(H, D)) for c in own.topk(2).indices.sort().values.tolist()
+    ]
     assert list(entry.kept) == expected
 
 
@@ -250,14 +255,14 @@ def test_the_best_rank_of_the_products_is_kept() -> None:
         to, back = entry.basis.to[head], entry.basis.back[head]
         removed = torch.eye(D).double() - to[:kept].T @ back[:, :kept].T
         s = torch.linalg.eigvals(m @ c).real.sort(descending=True).values
-        assert error(removed) == pytest.approx(float(s[kept:].sum()), rel=1e-2), "rows for covariances are a part of all rows"
+        assert error(removed) == pytest.approx(float(s[kept:].sum()), rel=1e-2), (
+            "rows for covariances are a part of all rows"
+        )
 
 
 def test_values_keep_the_subspace_that_the_layer_reads_best() -> None:
     model, batch = _model("fused"), _batch(200)
-    pruned = vbpfx.prune(
-        model, [batch], ratio={"value": 0.5}, reconstruct=False, compensation="mean", progress=False
-    )
+    pruned = vbpfx.prune(model, [batch], ratio={"value": 0.5}, reconstruct=False, compensation="mean", progress=False)
     (entry,) = pruned.plan.blocks
     assert entry.basis is not None
     kept = entry.block.group_size // 2
@@ -277,20 +282,23 @@ def test_a_plan_with_coordinates_is_saved_and_applied_again(tmp_path: Path) -> N
     model = _model("packed, three first")
     pruned = vbpfx.prune(model, [_batch()], ratio={"mlp": 0.5, "query": 0.5, "value": 0.5}, progress=False)
     pruned.save(tmp_path / "small")
-    torch.testing.assert_close(vbpfx.load(tmp_path / "small")(_batch(2)), pruned.graph_module(_batch(2)), rtol=0, atol=0)
-    plan = vbpfx.load_plan(tmp_path / "small")
+    torch.testing.assert_close(
+        vbpfx.load(tmp_path / "small")(_batch(2)), pruned.graph_module(_batch(2)), rtol=0, atol=0
+    )
+    plan = load_plan(tmp_path / "small")
     again = vbpfx.convert(vbpfx.capture(model, _batch(2)), plan)
     torch.testing.assert_close(again(_batch(2)), pruned.graph_module(_batch(2)), rtol=0, atol=0)
     basis = next(entry.basis for entry in pruned.plan.blocks if entry.block.kind == "query")
     kept = next(entry.basis for entry in plan.blocks if entry.block.kind == "query")
-    assert basis is not None and kept is not None
+    assert basis is not None
+    assert kept is not None
     assert torch.equal(basis.to, kept.to)
 
 
 def test_the_models_own_class_says_why_it_cannot_hold_narrowed_heads() -> None:
     model = _model("packed, three first")
     pruned = vbpfx.prune(model, [_batch()], ratio={"query": 0.5}, progress=False)
-    with pytest.raises(vbpfx.ArtifactError, match="attention .* compute its scale from the width"):
+    with pytest.raises(vbpfx.ArtifactError, match=r"attention .* compute its scale from the width"):
         vbpfx.apply_plan(model, pruned.plan)
     pruned = vbpfx.prune(model, [_batch()], ratio={"value": 0.5}, progress=False)
     with pytest.raises(vbpfx.ArtifactError, match="states the hidden width"):

@@ -202,31 +202,36 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     produced = sorted({p for axis in axes for p in evidence.produced.get(axis, ())}, key=evidence.first_use)
     if not produced:
         return None
-    places = [(span.axis, _place(span, evidence)) for span in component.spans]
     consumers = [
-        replace(consumer, source=consumer.source._replace(**place))
-        for axis, place in places
-        for consumer in evidence.contracted.get(axis, ())
+        replace(consumer, source=_at(consumer.source, span, evidence))
+        for span in component.spans
+        for consumer in evidence.contracted.get(span.axis, ())
     ]
     consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
     # a weight has one column for the constants, so that all calls of a layer take them from there if one of them pads
     padding = {consumer.weight for consumer in consumers if consumer.padded}
     consumers = [replace(consumer, padded=consumer.weight in padding) for consumer in consumers]
     reductions = [
-        replace(reduction, source=reduction.source._replace(**place))
-        for axis, place in places
-        for reduction in evidence.reduced.get(axis, ())
+        replace(reduction, source=_at(reduction.source, span, evidence))
+        for span in component.spans
+        for reduction in evidence.reduced.get(span.axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
     factors = [
-        replace(factor, source=factor.source._replace(**place), shift_free=softmaxed(evidence.nodes[factor.node], look.network))
-        for axis, place in places
-        for factor in evidence.paired.get(axis, ())
+        replace(
+            factor,
+            source=_at(factor.source, span, evidence),
+            shift_free=softmaxed(evidence.nodes[factor.node], look.network),
+        )
+        for span in component.spans
+        for factor in evidence.paired.get(span.axis, ())
     ]
     factors.sort(key=lambda factor: (evidence.position[factor.node], factor.role, factor.source.start))
     of_keys = component.of_keys or ()
     parameters = [
-        ParameterAxis(axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride, dual=(axis, s.start) in of_keys)
+        ParameterAxis(
+            axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride, dual=(axis, s.start) in of_keys
+        )
         for axis, s in ((span.axis, span) for span in component.spans)
         if axis.is_parameter
     ]
@@ -278,12 +283,19 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     )
 
 
-def _place(span: Span, evidence: Evidence) -> dict[str, int]:
+def _at(source: ValueAxis, span: Span, evidence: Evidence) -> ValueAxis:
     """Return the place of a component's channels where a layer reads them, with axes counted from the end."""
-    place = {name: value for name, value in span._asdict().items() if name != "axis"}
+    counting = span.counting
     if span.size and not span.stride:
-        place["counting"] -= evidence.nodes[span.axis.owner].meta["val"].ndim
-    return place
+        counting -= evidence.nodes[span.axis.owner].meta["val"].ndim
+    return source._replace(
+        start=span.start,
+        step=span.step,
+        size=span.size,
+        stride=span.stride,
+        counting=counting,
+        divisor=span.divisor,
+    )
 
 
 def _kind(component: Component, factors: Sequence[Factor], values: Sequence[ValueAxis], evidence: Evidence) -> Kind:
@@ -296,7 +308,10 @@ def _passes_attention(values: Sequence[ValueAxis], evidence: Evidence) -> bool:
     """Return whether an axis passes through a product of two computed values that keeps its channels, as the values of attention do."""
     for value in values:
         node = evidence.nodes[value.node]
-        if node.name not in evidence.producing.get(Axis(value.node, value.axis), ()) and operator_of(node).rule in _PRODUCTS:
+        if (
+            node.name not in evidence.producing.get(Axis(value.node, value.axis), ())
+            and operator_of(node).rule in _PRODUCTS
+        ):
             return True
     return False
 

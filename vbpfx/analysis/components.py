@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +29,6 @@ import networkx as nx
 from vbpfx.analysis.evidence import Evidence
 from vbpfx.analysis.stacks import Span, Stacks, Step, group_by_group
 from vbpfx.rules.axes import Axis, Stacked
-
 
 _MISFIT = "a slice with a step takes some of its entries, and another slice cuts between them"
 
@@ -112,11 +112,11 @@ def components(evidence: Evidence) -> Iterator[Component]:
     for found in nx.connected_components(graph):
         width = math.gcd(*(segment.stop - segment.start for segment in found))
         own = graph.subgraph(found)
-        of_keys = _of_keys(own, lambda some: _spans(some, width, groups), evidence)
+        of_keys = _of_keys(own, partial(_spans, width=width, groups=groups), evidence)
         if all(step is None for _, _, step in own.edges(data="step")):
             yield Component(width, tuple(_spans(sorted(found), width, groups)), of_keys=of_keys)
             continue
-        apart = group_by_group(own, stacks, lambda some: _spans(some, width, groups), width)
+        apart = group_by_group(own, stacks, partial(_spans, width=width, groups=groups), width)
         if apart is None:
             yield Component(width, tuple(_spans(sorted(found), width, groups)), stacked=True, of_keys=of_keys)
         else:
@@ -151,7 +151,8 @@ def _stacked(
     Stacks that no weight produces (samples, tokens) are left out.
     """
     joined = nx.Graph([(number[r.whole], number[r.inner]) for r in evidence.stacked])
-    joined.add_edges_from((number[p.whole], number[p.part]) for p in (*evidence.parts, *evidence.grouped))
+    joined.add_edges_from((number[p.whole], number[p.part]) for p in evidence.parts)
+    joined.add_edges_from((number[g.whole], number[g.part]) for g in evidence.grouped)
     produced = {number[axis] for axis in evidence.produced}
     made = {group for found in nx.connected_components(joined) if not produced.isdisjoint(found) for group in found}
     for relation in evidence.stacked:

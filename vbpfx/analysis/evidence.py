@@ -278,9 +278,11 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Paired(first, second):
             evidence.graph.add_nodes_from((first, second))
             evidence.pairs.append(relation)
-            own_scale = operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
-            for axis, role in ((first, "query"), (second, "key")):
-                evidence.paired[axis].append(Factor(node.name, _source(axis, evidence), role, own_scale))
+            own_scale = (
+                operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
+            )
+            evidence.paired[first].append(Factor(node.name, _source(first, evidence), "query", own_scale))
+            evidence.paired[second].append(Factor(node.name, _source(second, evidence), "key", own_scale))
         case Part(whole, part, _):
             evidence.graph.add_nodes_from((whole, part))
             evidence.parts.append(relation)

@@ -44,7 +44,7 @@ def is_linear(
     """
     if any(consumer.padded or consumer.groups > 1 or not consumer.alone for consumer in consumers):
         return False
-    if any(place.step != 1 for place in (*parameters, *values)):
+    if any(parameter.step != 1 for parameter in parameters) or any(value.step != 1 for value in values):
         return False
     makers = {name for value in values for name in evidence.producing.get(Axis(value.node, value.axis), ())}
     at_makers = {evidence.position[name] for name in makers}
@@ -68,7 +68,9 @@ def _keeps_linear(node: fx.Node, axis: int, network: fx.GraphModule) -> bool:
         return False
     own, *others = node.args
     back = node.meta["val"].ndim - axis
-    return isinstance(own, fx.Node) and all(not isinstance(other, fx.Node) or _is_broadcast(other, back) for other in others)
+    return isinstance(own, fx.Node) and all(
+        not isinstance(other, fx.Node) or _is_broadcast(other, back) for other in others
+    )
 
 
 def _is_broadcast(node: fx.Node, back: int) -> bool:

@@ -23,7 +23,9 @@ def softmaxed(products: fx.Node, network: fx.GraphModule) -> bool:
     if operator_of(products).scales_by_width:  # attention in one call
         return True
     value = products.meta.get("val")
-    return bool(products.users) and all(_leads_to_softmax(user, products, value.ndim, network) for user in products.users)
+    return bool(products.users) and all(
+        _leads_to_softmax(user, products, value.ndim, network) for user in products.users
+    )
 
 
 def _leads_to_softmax(node: fx.Node, operand: fx.Node, ndim: int, network: fx.GraphModule) -> bool:
@@ -35,4 +37,9 @@ def _leads_to_softmax(node: fx.Node, operand: fx.Node, ndim: int, network: fx.Gr
     of_numbers = operator.scales and not any(isinstance(v, fx.Node) for v in node.args if v is not operand)
     same = node.meta.get("val") is not None and getattr(node.meta["val"], "shape", None) == operand.meta["val"].shape
     passes = operator.adds or of_numbers or operator.hands_on or operator.casts or name in ("masked_fill", "where")
-    return passes and same and bool(node.users) and all(_leads_to_softmax(user, node, ndim, network) for user in node.users)
+    return (
+        passes
+        and same
+        and bool(node.users)
+        and all(_leads_to_softmax(user, node, ndim, network) for user in node.users)
+    )

@@ -81,7 +81,9 @@ class Stacks:
                 yield whole, divisor * size
             elif axis == whole and size % (divisor * groups) == 0:
                 yield inner, divisor
-            elif axis == whole and outer is not None and divisor % size == 0 and count % (divisor // size * groups) == 0:
+            elif (
+                axis == whole and outer is not None and divisor % size == 0 and count % (divisor // size * groups) == 0
+            ):
                 yield outer, divisor // size
         for repeated in self.evidence.repeated:
             if axis == repeated.x:
@@ -125,7 +127,9 @@ def group_by_group(
     """
     sizes = stacks.evidence.sizes
     steps = [(step, a if step.segment == b else b) for a, b, step in graph.edges(data="step") if step]
-    counts = {relation: sizes[relation.whole] // sizes[relation.inner] for step, _ in steps for relation, _ in step.told}
+    counts = {
+        relation: sizes[relation.whole] // sizes[relation.inner] for step, _ in steps for relation, _ in step.told
+    }
     first = min(counts, key=lambda relation: counts[relation])
     groups = counts[first]
     counting = stacks.counting(first.outer, groups) if first.outer is not None else {}
@@ -134,7 +138,10 @@ def group_by_group(
     for step, _ in steps:
         for relation, entry in step.told:
             divisor = counting.get(relation.outer, 0) if relation.outer is not None else 0
-            if not divisor or group_of.setdefault(piece[step.segment], entry // divisor % groups) != entry // divisor % groups:
+            if (
+                not divisor
+                or group_of.setdefault(piece[step.segment], entry // divisor % groups) != entry // divisor % groups
+            ):
                 return None
     shared = {piece[other] for _, other in steps}
     if not shared.isdisjoint(group_of) or shared | set(group_of) != set(piece.values()):
@@ -155,7 +162,10 @@ def group_by_group(
             return None
         for first_span, *others in zip(*own, strict=True):
             stride = others[0].start - first_span.start
-            if any((s.start, s.step) != (first_span.start + stride * (n + 1), first_span.step) for n, s in enumerate(others)):
+            if any(
+                (s.start, s.step) != (first_span.start + stride * (n + 1), first_span.step)
+                for n, s in enumerate(others)
+            ):
                 return None
             consecutive = stride == first_span.step * width
             found.append(first_span if consecutive else first_span._replace(size=width, stride=stride))

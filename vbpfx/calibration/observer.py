@@ -104,7 +104,7 @@ class Observer(nn.Module):
         own = self.start + self.step * torch.arange(self.size)
         whole = len(own) == x.shape[axis] and self.step == 1
         seen = x if whole else x.index_select(axis, own.to(x.device))
-        seen = seen.permute(*others, counting, axis).unflatten(-2, (-1, groups, self.divisor))
+        seen = seen.permute(*others, counting, axis).unflatten(-2, (-1, groups, self.divisor))  # type: ignore[no-untyped-call]
         seen = seen.transpose(-2, -3).flatten(-2)  # (..., entries in front of the groups, divisor, channels)
         places = {dim: at for at, dim in enumerate(others)} | {counting: len(others)}
         masked = tuple(places[dim % x.ndim] - seen.ndim for dim in self.masked)

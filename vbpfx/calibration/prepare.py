@@ -142,7 +142,11 @@ def prepare(
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
     observed_by = {source: block for block in chosen for source in block.sources}
-    every = rows_between(captured, observed_by, COVARIANCE_SHARE if covariance is True else covariance) if covariance else {}
+    every = (
+        rows_between(captured, observed_by, COVARIANCE_SHARE if covariance is True else covariance)
+        if covariance
+        else {}
+    )
     masks = find_masks(captured, [source for block in chosen for source in block.sources], mask)
 
     def observer(block: Block, index: int) -> Observer:

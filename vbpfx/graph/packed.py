@@ -67,10 +67,10 @@ def _packed(graph_module: fx.GraphModule, view: fx.Node) -> _Packed | None:
     module = called_module(graph_module, view)
     if operator_of(view, module).rule is not regrouping or not view.all_input_nodes:
         return None
-    values = [node.meta.get("val") for node in (view.all_input_nodes[0], view)]
-    if not all(isinstance(value, Tensor) for value in values):
+    given, value = (node.meta.get("val") for node in (view.all_input_nodes[0], view))
+    if not isinstance(given, Tensor) or not isinstance(value, Tensor):
         return None
-    before, after = (tuple(value.shape) for value in values)
+    before, after = tuple(given.shape), tuple(value.shape)
     for source, made in runs(before, after):
         first, last = made[0], made[-1]
         beside = before[: source[0]], before[source[0] + 1 :]

@@ -35,7 +35,11 @@ def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token
     if block.kind == "query":
         return f"queries and keys, {block.groups} heads" if block.groups > 1 else "queries and keys, alike in all heads"
     if block.kind == "value":
-        return f"values of attention, {block.groups} heads" if block.groups > 1 else "values of attention, alike in all heads"
+        return (
+            f"values of attention, {block.groups} heads"
+            if block.groups > 1
+            else "values of attention, alike in all heads"
+        )
     own = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     between = {entry.name for entry in block.parameters} - own
     if any(max(tensors[name].shape[2:], default=1) > 1 for name in own):

@@ -127,7 +127,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
         network: a graph that contains the block, narrowed or not.
         values: node name -> its value at the wanted batch size, as a fake tensor.
     """
-    ends = {reader.node for reader in (*block.consumers, *block.factors)}
+    ends = {reader.node for reader in block.ends}
     inside = {carrier.node for carrier in block.carriers} | ends
     order = [node for node in network.graph.nodes if node.name in inside]
     graph, copies = fx.Graph(), {}

@@ -44,11 +44,12 @@ def find_basis(block: Block, moments: Sequence[Moments], model: nn.Module) -> tu
         left, right = (_powers(block, moments, role) for role in ("query", "key"))
     else:
         weights = {c.source: columns(model, c, block.width) for c in block.consumers}
-        right = sum(_in_groups(moments[block.sources.index(source)].all_co.covariance, block) for source in weights)
-        left = sum(_in_groups(weight.T @ weight, block) for weight in weights.values())
+        covariances = [moments[block.sources.index(source)].all_co.covariance for source in weights]
+        right = torch.stack([_in_groups(c, block) for c in covariances]).sum(0)
+        left = torch.stack([_in_groups(weight.T @ weight, block) for weight in weights.values()]).sum(0)
     root, inverse = _roots(right)
     half, _ = _roots(left)
-    u, s, vt = torch.linalg.svd(half @ root)
+    _, s, vt = torch.linalg.svd(half @ root)
     scale = s.clamp_min(s.amax(-1, keepdim=True) * torch.finfo(s.dtype).eps) if block.factors else torch.ones_like(s)
     # z_k = S^(1/2) V^T C^(-1/2) k, and z_q by the inverse of its transpose, so that products stay as they are
     to, back = scale.sqrt()[..., None] * (vt @ inverse), (root @ vt.mT) * scale.rsqrt()[..., None, :]

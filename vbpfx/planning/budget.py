@@ -60,7 +60,9 @@ class Budget:
         kind, value = next(iter(named.items()))
         if kind == "ratio" and isinstance(value, Mapping):
             if not value or not set(value) <= set(KINDS):
-                raise BudgetError(f"ratio={value!r} names kinds of blocks with their ratios; choose from {', '.join(KINDS)}")
+                raise BudgetError(
+                    f"ratio={value!r} names kinds of blocks with their ratios; choose from {', '.join(KINDS)}"
+                )
             shares = {of: cls.of(ratio=share).value for of, share in value.items()}
             return cls(kind, sum(shares.values()) / len(shares), shares)
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:

@@ -69,7 +69,7 @@ def _entry(block: Block, kept: tuple[int, ...], moments: Sequence[Moments], comp
     goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
     # pooled moments are one object, and so is what replaces their neurons
     once: dict[tuple[int, bool], tuple[Tensor, Tensor | None]] = {}
-    found = []
+    found: list[tuple[Tensor, Tensor | None]] = []
     for m, source in zip(moments, block.sources, strict=True):
         if not block.takes_constants(source):
             found.append((torch.zeros(len(goes), dtype=torch.float64), None))

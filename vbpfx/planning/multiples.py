@@ -58,8 +58,7 @@ def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set
     return {
         block.name
         for block in blocks
-        if convolutions
-        & {*(carrier.node for carrier in block.carriers), *(reader.node for reader in block.readers)}
+        if convolutions & {*(carrier.node for carrier in block.carriers), *(reader.node for reader in block.readers)}
     }
 
 

@@ -13,8 +13,8 @@ from vbpfx.planning.allocation import ALLOCATIONS
 from vbpfx.planning.budget import Budget, require_positive
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.importance import Criterion
-from vbpfx.plans.records import DEFAULT_KINDS, KINDS, Kind
 from vbpfx.planning.scores import CRITERIA, NEED_COVARIANCE, name_of
+from vbpfx.plans.records import DEFAULT_KINDS, KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,15 @@ def in_words(options: PlanArguments) -> str:
 
 def _kinds(given: Sequence[Kind] | Kind | None, budget: Budget) -> tuple[Kind, ...]:
     if budget.shares and given is not None:
-        raise BudgetError(f"kinds={given!r} is stated beside ratio={dict(budget.shares)!r}, which states the kinds; leave kinds out")
+        raise BudgetError(
+            f"kinds={given!r} is stated beside ratio={dict(budget.shares)!r}, which states the kinds; leave kinds out"
+        )
     if given is None:
         return tuple(budget.shares) or DEFAULT_KINDS
     asked = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
-    if not asked or not all(kind in KINDS for kind in asked):
+    if not asked or not set(asked) <= set(KINDS):
         raise BudgetError(f"kinds={given!r} names no kinds of blocks; choose from {', '.join(KINDS)}")
-    return tuple(dict.fromkeys(asked))
+    return tuple(kind for kind in KINDS if kind in asked)
 
 
 def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:

@@ -160,7 +160,9 @@ class Deciding:
         """Return one score per neuron; ``moments`` must be :func:`pooled`. The criterion is for blocks that layers read."""
         if block.factors:
             return products_score(block, moments)
-        return score(self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share_of(block), samples))
+        return score(
+            self._chosen.criterion, Scoring(block, moments, self._captured.reference, self._share_of(block), samples)
+        )
 
     def rates(
         self, scores: Mapping[str, Tensor], sensitivity: Sensitivity, *, at_floor: bool = False

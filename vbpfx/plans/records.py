@@ -322,6 +322,11 @@ class Block:
         return (*self.consumers, *self.factors, *self.reductions)
 
     @property
+    def ends(self) -> tuple[Consumer | Factor, ...]:
+        """The readers at which the axis ends: consumers and factors."""
+        return (*self.consumers, *self.factors)
+
+    @property
     def sources(self) -> tuple[ValueAxis, ...]:
         """The distinct values that the readers read. Activation statistics are gathered at each of them."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
@@ -346,7 +351,8 @@ class Block:
         """
         index = self.sources.index(source)
         together = next(({self.sources[i] for i in pool} for pool in self.pools if index in pool), {source})
-        return not any(r.source in together for r in (*self.reductions, *self.factors)) and all(
+        others: tuple[Reduction | Factor, ...] = (*self.reductions, *self.factors)
+        return not any(other.source in together for other in others) and all(
             consumer.alone for consumer in self.consumers if consumer.source in together
         )
 
@@ -380,9 +386,7 @@ class Block:
         joined = nx.Graph()
         for consumer in self.consumers:
             for name in (consumer.bias, consumer.weight):
-                joined.add_edge(
-                    (name, consumer.source.place), self.sources.index(consumer.source)
-                )
+                joined.add_edge((name, consumer.source.place), self.sources.index(consumer.source))
         pools = (sorted(i for i in found if isinstance(i, int)) for found in nx.connected_components(joined))
         return tuple(sorted(tuple(pool) for pool in pools))
 

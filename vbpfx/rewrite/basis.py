@@ -41,7 +41,8 @@ class Coordinates:
             positions = parameter.at(range(block.width)).to(dense.device)
             new = new.detach().double() if new is dense else new
             own = new.index_select(parameter.axis, positions).movedim(parameter.axis, -1)
-            turned = torch.einsum("...gc,gkc->...gk", own.unflatten(-1, (block.groups, -1)), matrix.to(own)).flatten(-2)
+            parts = own.reshape(*own.shape[:-1], block.groups, -1)
+            turned = torch.einsum("...gc,gkc->...gk", parts, matrix.to(own)).flatten(-2)
             new = new.index_copy(parameter.axis, positions, turned.movedim(-1, parameter.axis))
         return new
 
@@ -55,5 +56,5 @@ def in_coordinates(captured: Captured, plan: Plan) -> Captured:
     for name in coordinates.names:
         like = tensors[name]
         memo[id(like)] = nn.Parameter(coordinates.of(name, like).to(like.dtype), like.requires_grad)
-    network, reference = (copy.deepcopy(module, dict(memo)) for module in (captured.graph_module, captured.reference))
-    return replace(captured, graph_module=network, reference=reference)
+    network = copy.deepcopy(captured.graph_module, dict(memo))
+    return replace(captured, graph_module=network, reference=copy.deepcopy(captured.reference, memo))

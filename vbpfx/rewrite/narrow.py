@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
 from vbpfx.planning.compensate import fold, fold_columns, fold_taps
-from vbpfx.plans.records import BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.plans.records import BlockPlan, Consumer, ParameterAxis, Plan, Reduction, SizeLiteral, ValueAxis
 from vbpfx.rewrite.basis import Coordinates
 from vbpfx.rewrite.carry import Carried
 
@@ -104,7 +104,16 @@ class Changes:
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple({**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections, **dict.fromkeys(self._coordinates.names)})
+        self.names = tuple(
+            {
+                **self._cuts,
+                **self._cuts_in_groups,
+                **self._gains,
+                **self._set,
+                **self._corrections,
+                **dict.fromkeys(self._coordinates.names),
+            }
+        )
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
@@ -291,7 +300,8 @@ def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Remov
         values = [((c.node, c.axis, False), c) for c in entry.block.carriers]
         parameters = [((p.name, p.axis, True), p) for p in entry.block.parameters if p.groups == 1]
         at: dict[tuple[int, ...], frozenset[int]] = {}
-        for key, place in (*values, *parameters):
+        places: list[tuple[tuple[str, int, bool], ValueAxis | ParameterAxis]] = [*values, *parameters]
+        for key, place in places:
             own = place.place
             if own not in at:
                 here = [c for c in channels if c < place.size] if own[2] and not own[3] else channels

@@ -153,7 +153,7 @@ class Comparison:
         self._turned: dict[str, list[tuple[ValueAxis, Tensor, int]]] = defaultdict(list)
         self._in_groups: dict[str, list[tuple[BlockPlan, ValueAxis]]] = defaultdict(list)
         for entry in plan.blocks:
-            for reader in (*entry.block.consumers, *entry.block.factors):
+            for reader in entry.block.ends:
                 self._readers[reader.node].append((entry, reader))
             for carrier in entry.block.carriers:
                 if entry.basis is not None:
@@ -286,7 +286,7 @@ class _ClassSide:
 def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
     """Return whether a pruned network is a graph that still has the dense graph's nodes that read blocks."""
     names = {node.name for node in small.graph.nodes} if isinstance(small, fx.GraphModule) else set()
-    readers = (reader for entry in plan.blocks for reader in (*entry.block.consumers, *entry.block.factors))
+    readers = (reader for entry in plan.blocks for reader in entry.block.ends)
     return all(reader.node in names for reader in readers) and bool(names)
 
 

@@ -69,8 +69,9 @@ def in_other_coordinates(h: Tensor, place: ValueAxis, matrices: Tensor, width: i
         own = h.movedim((counting, axis), (-2, -1))
         return torch.einsum("...nc,nkc->...nk", own, matrices[entries]).movedim((-2, -1), (counting, axis))
     positions = place.at(range(width)).to(h.device)
-    own = h.index_select(axis, positions).movedim(axis, -1).unflatten(-1, (len(matrices), -1))
-    turned = torch.einsum("...gc,gkc->...gk", own, matrices).flatten(-2)
+    own = h.index_select(axis, positions).movedim(axis, -1)
+    parts = own.reshape(*own.shape[:-1], len(matrices), -1)
+    turned = torch.einsum("...gc,gkc->...gk", parts, matrices).flatten(-2)
     return h.index_copy(axis, positions, turned.movedim(-1, axis))
 
 

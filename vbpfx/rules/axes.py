@@ -188,7 +188,9 @@ class SizeStated:
     computed: tuple[fx.Node, ...] = ()
 
 
-Relation = Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Paired | Reduces | SizeStated
+Relation = (
+    Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Paired | Reduces | SizeStated
+)
 
 
 class SizeRead(NamedTuple):

@@ -47,7 +47,11 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for relation in heads:
         yield relation
         if relation.outer is not None:
-            yield Opaque(relation.outer, f"{site.name} counts groups of channels along it (the heads of attention), which stay whole", True)
+            yield Opaque(
+                relation.outer,
+                f"{site.name} counts groups of channels along it (the heads of attention), which stay whole",
+                True,
+            )
     described = {axis for relation in heads for axis in (relation.whole, relation.inner, relation.outer)}
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
         if dim not in kept and dim not in stacked and dim not in grouped and size != 1 and axis not in described:
@@ -221,11 +225,13 @@ def runs(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list
         return
     left, right = ([dim for dim, size in enumerate(shape) if size != 1] for shape in (before, after))
     while left and right:
-        run: tuple[list[int], list[int]] = ([left.pop(0)], [right.pop(0)])
-        while (counts := [math.prod(s[d] for d in dims) for s, dims in zip((before, after), run, strict=True)])[0] != counts[1]:
-            side = 0 if counts[0] < counts[1] else 1
-            run[side].append((left, right)[side].pop(0))
-        yield run
+        source, made = [left.pop(0)], [right.pop(0)]
+        while (read := math.prod(before[d] for d in source)) != (written := math.prod(after[d] for d in made)):
+            if read < written:
+                source.append(left.pop(0))
+            else:
+                made.append(right.pop(0))
+        yield source, made
 
 
 def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], dict[int, int]]:
