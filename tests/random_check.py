@@ -87,7 +87,7 @@ def _at_once(spec: Spec, model: nn.Module, outcome: Outcome) -> None:
         outcome.ended = "not captured"
         return
     analysis, plan = pruned.analysis, pruned.plan
-    outcome.found, outcome.rewritten, outcome.ended = len(analysis.blocks), len(plan.blocks), "verified"
+    outcome.found, outcome.rewritten, outcome.ended = len(analysis.usual), len(plan.blocks), "verified"
     _check_all_are_named(model, analysis)
     _check_widths(pruned.captured.reference, pruned.graph_module, plan)
     _check_constant_blocks(model, plan)
@@ -107,11 +107,11 @@ def _through(spec: Spec, model: nn.Module, planted: Any, example: Any, outcome: 
         outcome.ended = "not captured"
         return
     analysis = vbpfx.find_blocks(captured)
-    outcome.found = len(analysis.blocks)
+    outcome.found = len(analysis.usual)
     outcome.refusals.update(refusal.reason for refusal in analysis.refusals)
     _check_all_are_found(planted, analysis)
     _check_all_are_named(model, analysis)
-    if not analysis.blocks:
+    if not analysis.usual:
         try:
             vbpfx.prepare(captured, analysis)
         except AnalysisError:
@@ -186,7 +186,7 @@ def _verify(captured: vbpfx.Captured, small: nn.Module, plan: vbpfx.Plan, data: 
 
 def _check_all_are_found(planted: Any, analysis: vbpfx.Analysis) -> None:
     """Every planted block is found with exactly its layers."""
-    found = {(frozenset(b.producers), frozenset(c.weight for c in b.consumers), b.width) for b in analysis.blocks}
+    found = {(frozenset(b.producers), frozenset(c.weight for c in b.consumers), b.width) for b in analysis.usual}
     for plant in planted:
         if (plant.producers, plant.consumers, plant.width) not in found:
             why = {r.reason for r in analysis.refusals if plant.producers & set(r.producers)} or {
@@ -230,7 +230,7 @@ def _check_unseen_blocks(model: nn.Module, plan: vbpfx.Plan, verified: vbpfx.Ver
 def _check_twins(model: nn.Module, plan: vbpfx.Plan, analysis: vbpfx.Analysis, multiple: int) -> None:
     """Blocks that are copies of each other are equally wide, except for one step if the budget ends between them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    widths = {name: plan.widths.get(b.name, b.width) for b in analysis.blocks for name in b.producers}
+    widths = {name: plan.widths.get(b.name, b.width) for b in analysis.usual for name in b.producers}
     for block in model.blocks:
         for first, second in block.twins():
             a, b = (widths.get(names[id(weight)]) for weight in (first, second))

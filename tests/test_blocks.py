@@ -32,7 +32,7 @@ def test_blocks_are_found_and_the_oracle_holds(case: Case, frontend: str) -> Non
     model = double(randomize(case.make()))
     batch = case.batch().double()
     result = stages(model, batch, frontend=frontend)
-    assert {b.name: b.width for b in result.analysis.blocks} == case.blocks
+    assert {b.name: b.width for b in result.analysis.usual} == case.blocks
     assert result.captured.batch is not None, "the batch axis was lost"
     verified = vbpfx.verify(result.captured, result.small, result.plan, tolerance=ROUNDING)
     assert verified.effect > 1e-6, "the substitution does nothing, so the comparison shows nothing"
@@ -58,7 +58,7 @@ def test_own_class_computes_the_same(case: Case) -> None:
 @pytest.mark.parametrize(("case", "frontend"), _cases(REFUSED))
 def test_refusals_have_their_reason(case: Case, frontend: str) -> None:
     analysis = vbpfx.find_blocks(vbpfx.capture(randomize(case.make()), case.batch(), frontend=frontend))
-    assert {b.name: b.width for b in analysis.blocks} == case.blocks
+    assert {b.name: b.width for b in analysis.usual} == case.blocks
     for name, part in (case.refused or {}).items():
         assert any(part in r.reason for r in analysis.refusals if r.name == name), analysis.refusals
     assert all(r.reason and r.width > 0 for r in analysis.refusals)
@@ -84,8 +84,9 @@ def test_the_observed_value_is_the_consumers_real_input() -> None:
 
 def test_printing_the_analysis_names_blocks_and_reasons() -> None:
     text = str(vbpfx.find_blocks(vbpfx.capture(FOUND[10].make(), FOUND[10].batch())))
-    assert "mlp" in text
-    assert "reshape splits or merges it" in text
+    assert "1 block, 12 hidden neurons; 2 of attention" in text
+    assert "query" in text
+    assert "it reaches the output of the model" in text
 
 
 class _Positions(nn.Module):
@@ -161,7 +162,7 @@ def test_the_layers_of_a_transformer_inside_a_model_are_found(head: nn.Module | 
     model = randomize(_Translator(head)).double().eval()
     batch = (torch.randn(4, 5, 8).double(), torch.randn(4, 7, 8).double())
     pruned = vbpfx.prune(model, [batch], ratio=0.5, method="vbp", progress=False, min_width=1)
-    found = {block.name: block.width for block in pruned.analysis.blocks}
+    found = {block.name: block.width for block in pruned.analysis.usual}
     assert found == {"t.encoder.layers.0": 12, "t.decoder.layers.0": 12} | ({"head": 12} if head else {})
     assert pruned.verification.error < ROUNDING
 

@@ -121,7 +121,7 @@ def assert_by_hand(
 ) -> None:
     """Compare the moments of every block with a single linear consumer with NumPy's on that layer's inputs."""
     checked = 0
-    for block in analysis.blocks:
+    for block in analysis.usual:
         layers = {consumer.weight.rpartition(".")[0] for consumer in block.consumers}
         if not all(isinstance(model.get_submodule(layer), nn.Linear) for layer in layers) or len(layers) > 1:
             continue

@@ -584,8 +584,8 @@ def test_an_answer_for_the_decoder(kind: str, bert: Path, tmp_path: Path) -> Non
     assert batch["input_ids"].shape == (2, 3)
     assert batch["decoder_input_ids"].tolist() == [[3, words.index("dogs")], [3, words.index("far")]]
     pruned = vbpfx.prune(model, data, ratio=0.5, method="vbp", progress=False)
-    assert {block.width for block in pruned.analysis.blocks} == {40}
-    assert len(pruned.analysis.blocks) == 4
+    assert {block.width for block in pruned.analysis.usual} == {40}
+    assert len(pruned.analysis.usual) == 4
     with pytest.raises(CalibrationError, match=r'is an encoder-decoder model; .* a "text" and its answer as "target"'):
         vbpfx.open_data(_texts(tmp_path / "a.txt", "the cat"), model)
 

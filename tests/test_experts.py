@@ -167,7 +167,7 @@ def test_experts_are_narrowed_exactly(form: str, settings: dict[str, bool], fron
     before = state(net)
     s = stages(net, tokens(), frontend=frontend, ratio=0.5, method="auto")
     (block,) = s.analysis.blocks
-    assert (block.width, block.groups, block.is_stack) == (EXPERTS * WIDTH, EXPERTS, True)
+    assert (block.width, block.groups, block.has_experts) == (EXPERTS * WIDTH, EXPERTS, True)
     (entry,) = s.plan.blocks
     assert any(prediction is not None for prediction in entry.predictions)
     assert any(bool(a.any()) for a in entry.constants) == ("bias" in settings)
@@ -391,7 +391,7 @@ def test_language_models_with_experts(name: str, implementation: str, tmp_path: 
     model = transformer(name, implementation)
     ids = {"input_ids": torch.randint(1, 50, (24, 9), generator=torch.Generator().manual_seed(0))}
     s = stages(model, ids, ratio=0.5, uniform=True)
-    (block,) = [block for block in s.analysis.blocks if block.is_stack]
+    (block,) = [block for block in s.analysis.blocks if block.has_experts]
     assert (block.width, block.groups) == (4 * 64, 4)
     spent = {node: macs for node, macs in s.captured.macs.items() if "grouped" in node or "bmm" in node}
     assert len(spent) == 2

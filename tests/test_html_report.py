@@ -356,5 +356,5 @@ def test_notebooks_show_the_headline_and_the_widths(report: Report, pruned: vbpf
 
 def test_notebooks_show_an_analysis(pruned: vbpfx.Pruned) -> None:
     blocks, refusals = parse(pruned.analysis._repr_html_()).all("table")
-    assert [(r[0], r[1]) for r in rows(blocks)] == [(b.name, str(b.width)) for b in pruned.analysis.blocks]
+    assert [(r[0], r[1]) for r in rows(blocks)] == [(b.name, str(b.width)) for b in pruned.analysis.usual]
     assert [r[-1] for r in rows(refusals)] == [r.reason for r in pruned.analysis.refusals]

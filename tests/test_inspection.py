@@ -219,7 +219,10 @@ def test_a_hugging_face_folder_needs_no_weights(tmp_path: Path) -> None:
     )  # fmt: skip
     config.save_pretrained(tmp_path)  # only config.json; the third block is the pooler, which the classifier reads
     found = inspect_model(f"hf:{tmp_path}")
-    assert [(block.kind, block.width) for block in found.blocks] == [("MLP", 24), ("MLP", 24), ("MLP", 16)]
+    of_attention = [("queries and keys, 2 heads", 16), ("values of attention, 2 heads", 16)]
+    layer = [*of_attention, ("MLP", 24)]
+    assert [(block.kind, block.width) for block in found.blocks] == [*layer, *layer, ("MLP", 16)]
+    assert found.neurons == 24 + 24 + 16, "attention is not narrowed by default"
     assert found.params == sum(p.numel() for p in transformers.BertForSequenceClassification(config).parameters())
 
 

@@ -124,7 +124,7 @@ def test_a_plan_by_latency_needs_its_table() -> None:
     vbpfx.calibrate(observed, [torch.randn(64, 32)], progress=False)
     with pytest.raises(BudgetError, match=r"pass latencies=vbpfx\.measure_latencies"):
         vbpfx.make_plan(analysis, vbpfx.statistics(observed), latency=0.5)
-    other = Latencies("x", 1, 1, 1.0, {analysis.blocks[0].name: ((8, 0.1), (256, 0.2))})
+    other = Latencies("x", 1, 1, 1.0, {analysis.usual[0].name: ((8, 0.1), (256, 0.2))})
     with pytest.raises(BudgetError, match=r"width 192\) was not measured"):
         vbpfx.make_plan(analysis, vbpfx.statistics(observed), latency=0.5, latencies=other)
 
@@ -186,7 +186,7 @@ def test_a_block_by_itself_computes_what_it_does_in_the_network(
         return value
 
     run_fake(captured.graph_module, inputs, samples, keep)
-    for block in analysis.blocks:
+    for block in analysis.usual:
         alone, own = block_network(captured.graph_module, block, values)
         names = [str(node.target) for node in alone.graph.nodes if node.op == "placeholder"]
         assert [t.shape for t in own.tensors] == [real[name].shape for name in names]

@@ -135,7 +135,7 @@ def _assert_by_hand(
 ) -> None:
     """Assert that every block has the statistics computed by hand; ``masks`` maps a part of a block's name to its mask."""
     checked = set()
-    for block in analysis.blocks:
+    for block in analysis.usual:
         (consumer,) = block.consumers
         rows = _read_by_hand(model, consumer.weight.rpartition(".")[0], batch)
         for part, mask in masks.items():
@@ -151,7 +151,7 @@ def _assert_by_hand(
 def test_statistics_are_those_of_the_unpadded_tokens(frontend: str, merged: bool) -> None:
     model, batch = randomize(Encoder(merged)).double().eval(), _texts()
     analysis, statistics = _gather(model, [batch], frontend)
-    assert {b.name: b.width for b in analysis.blocks} == {"first": 20, "second": 20}
+    assert {b.name: b.width for b in analysis.usual} == {"first": 20, "second": 20}
     _assert_by_hand(model, analysis, statistics, batch, {"first": MASK, "second": MASK})
 
 
@@ -160,7 +160,7 @@ def test_a_tower_of_the_same_length_is_not_masked(frontend: str) -> None:
     model = randomize(TwoTowers()).double().eval()
     batch = _texts() | {"patches": torch.randn(SAMPLES, TOKENS, 6).double()}
     analysis, statistics = _gather(model, [batch], frontend)
-    assert len(analysis.blocks) == 2
+    assert len(analysis.usual) == 2
     assert statistics.moments["fc1->fc2"][0].count == SAMPLES * TOKENS
     _assert_by_hand(model, analysis, statistics, batch, {"text": MASK})
 
@@ -264,7 +264,7 @@ def test_samples_and_batches_of_nothing_but_padding() -> None:
     empty = batch | {"attention_mask": torch.zeros_like(mask)}
     mask[1] = 0
     analysis, statistics = _gather(model, [batch, empty, batch])
-    for block in analysis.blocks:
+    for block in analysis.usual:
         rows = _read_by_hand(model, f"{block.name}.fc2", batch)[mask.flatten().bool().numpy()]
         assert len(rows) == 11 + 5
         _assert_moments(statistics.moments[block.name][0], np.concatenate([rows, rows]))
@@ -334,8 +334,8 @@ IDS = torch.arange(SAMPLES * TOKENS).view(SAMPLES, TOKENS) % (WORDS - 1) + 1
 def _assert_rows_of_tokens(model: nn.Module, batch: dict[str, Any], **options: Any) -> None:
     """Assert that every block has the statistics of the tokens, computed by hand."""
     analysis, statistics = _gather(model, [batch], **options)
-    assert len(analysis.blocks) > 0
-    for block in analysis.blocks:
+    assert len(analysis.usual) > 0
+    for block in analysis.usual:
         (consumer,) = block.consumers
         rows = _read_by_hand(model, consumer.weight.rpartition(".")[0], batch)
         _assert_moments(statistics.moments[block.name][0], rows[MASK.flatten().bool().numpy()])

@@ -35,6 +35,6 @@ def test_the_largest_models_are_analysed_without_their_weights() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_giant_patch14_224")
     analysis = vbpfx.find_blocks(vbpfx.capture(model, torch.empty(2, 3, 224, 224, device="meta")))
-    assert {block.width for block in analysis.blocks} == {6144}
-    assert len(analysis.blocks) == 40
+    assert {block.width for block in analysis.usual} == {6144}
+    assert len(analysis.usual) == 40
     assert all(parameter.is_meta for parameter in analysis.captured.graph_module.parameters())

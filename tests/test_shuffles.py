@@ -18,7 +18,7 @@ import vbpfx
 SHUFFLED = {
     "view, transpose, reshape": "view, transpose and reshape shuffle its channels",
     "unflatten, permute, flatten": "unflatten, permute and flatten shuffle its channels",
-    "chunk, stack, flatten": "flatten splits or merges it",
+    "chunk, stack, flatten": "flatten counts groups of channels along it",
     "F.channel_shuffle": "channel_shuffle shuffles its channels",
     "nn.ChannelShuffle": "shuffles its channels",
 }
@@ -55,7 +55,7 @@ def test_heads_that_are_moved_to_the_samples_are_not_called_a_shuffle() -> None:
 
     network = Net(forward, a=nn.Linear(8, 12), b=nn.Linear(12, 8))
     analysis = vbpfx.find_blocks(vbpfx.capture(network, torch.randn(3, 5, 8)))
-    assert [r.reason for r in analysis.refusals if "a.weight" in r.producers] == ["unflatten splits or merges it"]
+    assert [r.reason for r in analysis.refusals if "a.weight" in r.producers] == ["softmax mixes the channels along it"]
 
 
 def _into_pixels(m: nn.Module, x: Tensor) -> Tensor:

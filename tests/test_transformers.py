@@ -61,11 +61,11 @@ OTHERS: dict[str, dict[int, int]] = {
 
 
 def _assert_blocks(name: str, analysis: vbpfx.Analysis, model: nn.Module) -> None:
-    found = Counter(block.width for block in analysis.blocks)
+    found = Counter(block.width for block in analysis.usual)
     for width, count in MLPS[name].items():
         assert found[width] == count, f"{count} MLPs of width {width}"
     # Every layer of the model that reads an MLP's width is the second layer of an MLP.
-    second = {c.weight.rpartition(".")[0] for b in analysis.blocks if b.width in MLPS[name] for c in b.consumers}
+    second = {c.weight.rpartition(".")[0] for b in analysis.usual if b.width in MLPS[name] for c in b.consumers}
     assert second == {n for n, module in model.named_modules() if _reads(module) in MLPS[name]}
     if name != "MobileViT":  # a convolutional network between its transformers
         assert found - Counter(MLPS[name]) == Counter(OTHERS.get(name, {}))

@@ -22,15 +22,21 @@ from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
 from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
+from vbpfx.analysis.experts import find_experts, touches_experts
+from vbpfx.analysis.linear import is_linear
 from vbpfx.analysis.sizes import is_share
-from vbpfx.analysis.stacks import find_experts, touches_experts
+from vbpfx.analysis.softmax import softmaxed
+from vbpfx.analysis.stacks import Span
 from vbpfx.display.tables import counted, table
 from vbpfx.display.templates import render
 from vbpfx.graph.capture import Captured
 from vbpfx.plans.records import (
+    DEFAULT_KINDS,
     Block,
     ConstantChannel,
     Consumer,
+    Factor,
+    Kind,
     ParameterAxis,
     Reduction,
     Refusal,
@@ -39,6 +45,7 @@ from vbpfx.plans.records import (
 )
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.calls import called_module
+from vbpfx.rules.layers import attention, einsum, matrix_product
 from vbpfx.rules.table import operator_of
 from vbpfx.rules.windows import window_of
 
@@ -49,6 +56,9 @@ _SEES_NO_DATA = (
 # The most columns of a convolution's regression, channels of a group times entries of its window: the time for a fit grows with the
 # cube of this number. It is 512 channels with windows of 3x3.
 _MOST_COLUMNS = 4608
+# The end of the names of blocks of queries and keys, beside the block of the same layer's values.
+_OF_QUERIES = ":qk"
+_PRODUCTS = (attention, matrix_product, einsum)
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -72,9 +82,14 @@ class Analysis:
     layers: tuple[Consumer, ...] = field(repr=False, default=())
 
     @property
+    def usual(self) -> tuple[Block, ...]:
+        """The blocks that are narrowed if no kinds are asked for: those with hidden neurons, without attention."""
+        return tuple(block for block in self.blocks if block.kind in DEFAULT_KINDS)
+
+    @property
     def neurons(self) -> int:
-        """Number of hidden neurons in all blocks."""
-        return sum(block.width for block in self.blocks)
+        """Number of hidden neurons in the blocks that are narrowed by default."""
+        return sum(block.width for block in self.usual)
 
     def __str__(self) -> str:
         return "".join(table(*content) for content in self._tables())
@@ -90,11 +105,13 @@ class Analysis:
 
     def _tables(self) -> tuple[_Content, _Content]:
         """Title, columns and rows of two tables: the blocks and the refusals."""
-        blocks = [(b.name, b.width, ", ".join(b.layers)) for b in self.blocks]
+        others = len(self.blocks) - len(self.usual)
+        blocks = [(b.name, *([b.kind] if others else []), b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
         return (
-            f"{counted(len(blocks), 'block')}, {counted(self.neurons, 'hidden neuron')}{self._flags}",
-            ("block", "width", "layers"),
+            f"{counted(len(blocks) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}"
+            f"{f'; {others} of attention' if others else ''}{self._flags}",
+            ("block", *(["kind"] if others else []), "width", "layers"),
             blocks,
         ), (
             f"{counted(len(refusals), 'axis', 'axes')} refused",
@@ -167,6 +184,8 @@ def _with_parts(evidence: Evidence) -> nx.Graph[Axis]:
     graph = evidence.graph.copy()
     graph.add_edges_from((link.whole, link.part) for link in evidence.parts)
     graph.add_edges_from((link.whole, link.part) for link in evidence.grouped)
+    graph.add_edges_from((link.whole, link.inner) for link in evidence.stacked)
+    graph.add_edges_from((pair.first, pair.second) for pair in evidence.pairs)
     return graph
 
 
@@ -186,22 +205,37 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     if not produced:
         return None
     consumers = [
-        replace(consumer, source=consumer.source._replace(start=start, step=step))
-        for axis, start, step in component.spans
-        for consumer in evidence.contracted.get(axis, ())
+        replace(consumer, source=_at(consumer.source, span, evidence))
+        for span in component.spans
+        for consumer in evidence.contracted.get(span.axis, ())
     ]
     consumers.sort(key=lambda consumer: (evidence.position[consumer.node], consumer.source.start))
     # a weight has one column for the constants, so that all calls of a layer take them from there if one of them pads
     padding = {consumer.weight for consumer in consumers if consumer.padded}
     consumers = [replace(consumer, padded=consumer.weight in padding) for consumer in consumers]
     reductions = [
-        replace(reduction, source=reduction.source._replace(start=start, step=step))
-        for axis, start, step in component.spans
-        for reduction in evidence.reduced.get(axis, ())
+        replace(reduction, source=_at(reduction.source, span, evidence))
+        for span in component.spans
+        for reduction in evidence.reduced.get(span.axis, ())
     ]
     reductions.sort(key=lambda reduction: (evidence.position[reduction.node], reduction.source.start))
+    factors = [
+        replace(
+            factor,
+            source=_at(factor.source, span, evidence),
+            shift_free=softmaxed(evidence.nodes[factor.node], look.network),
+        )
+        for span in component.spans
+        for factor in evidence.paired.get(span.axis, ())
+    ]
+    factors.sort(key=lambda factor: (evidence.position[factor.node], factor.role, factor.source.start))
+    of_keys = component.of_keys or ()
     parameters = [
-        ParameterAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if axis.is_parameter
+        ParameterAxis(
+            axis.owner, axis.dim, s.start, s.step, size=s.size, stride=s.stride, dual=(axis, s.start) in of_keys
+        )
+        for axis, s in ((span.axis, span) for span in component.spans)
+        if axis.is_parameter
     ]
     parameters += [
         ParameterAxis(c.weight, c.weight_axis, c.source.start, c.source.step, c.groups)
@@ -209,20 +243,23 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     ]
     parameters.sort(key=lambda entry: (evidence.first_use(entry.name), entry.name, entry.axis, entry.start))
     values = [
-        ValueAxis(axis.owner, axis.dim, start, step) for axis, start, step in component.spans if not axis.is_parameter
+        ValueAxis(axis.owner, axis.dim, *span[1:], dual=(axis, span.start) in of_keys)
+        for span in component.spans
+        if not (axis := span.axis).is_parameter
     ]
     values.sort(key=lambda carrier: (evidence.position[carrier.node], *carrier[1:]))
-    node, reason = _obstacle(component, consumers, reductions, parameters, look.linked, evidence)
+    node, reason = _obstacle(component, consumers, factors, reductions, parameters, look.linked, evidence)
     if not reason:
         node, reason = _adapted(consumers, look.adapters)
-    groups, experts = _groups(component, evidence), 1
+    groups = component.groups if component.groups > 1 else _groups(component, evidence)
+    experts = 1
     if not reason and touches_experts(produced, consumers, evidence):
         groups = find_experts(component.width, produced, consumers, reductions, parameters, values, evidence)
         if isinstance(groups, int):
             experts, width = groups, component.width
             sizes = [evidence.sizes[Axis(p.name, p.axis, True)] for p in parameters]
             parameters = [
-                replace(p, groups=experts, stacked=width, size=size) for p, size in zip(parameters, sizes, strict=True)
+                replace(p, groups=experts, size=width, stride=size) for p, size in zip(parameters, sizes, strict=True)
             ]
     if not reason and isinstance(groups, tuple):
         node, reason = groups
@@ -233,9 +270,15 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
     if reason:
         weights = tuple(dict.fromkeys(evidence.origins.get(name, name) for name in produced))
         return Refusal(_enclosing(weights), component.width, weights, node, reason)
+    linear = component.of_keys is not None and not reductions and constant is None
+    if linear and is_linear(produced, consumers, parameters, values, look.network, evidence):
+        reading = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
+        parameters = [replace(p, dual=p.dual or (p.name, p.axis) in reading) for p in parameters]
+    else:
+        linear = False
     literals = {_in_component(entry, component, evidence) for axis in axes for entry in evidence.literals.get(axis, ())}
     return Block(
-        name=_enclosing([*produced, *(consumer.weight for consumer in consumers)]),
+        name=_name([*produced, *(consumer.weight for consumer in consumers)], factors),
         width=component.width * experts,
         producers=tuple(produced),
         consumers=tuple(dict.fromkeys(consumers)),
@@ -245,14 +288,50 @@ def _judge(component: Component, look: _Look) -> Block | Refusal | None:
         carriers=tuple(values),
         constant=constant,
         groups=groups if isinstance(groups, int) else 1,
+        kind=_kind(component, factors, values, evidence),
+        factors=tuple(dict.fromkeys(factors)),
+        linear=linear,
     )
+
+
+def _at(source: ValueAxis, span: Span, evidence: Evidence) -> ValueAxis:
+    """Return the place of a component's channels where a layer reads them, with axes counted from the end."""
+    counting = span.counting
+    if span.size and not span.stride:
+        counting -= evidence.nodes[span.axis.owner].meta["val"].ndim
+    return source._replace(
+        start=span.start,
+        step=span.step,
+        size=span.size,
+        stride=span.stride,
+        counting=counting,
+        divisor=span.divisor,
+    )
+
+
+def _kind(component: Component, factors: Sequence[Factor], values: Sequence[ValueAxis], evidence: Evidence) -> Kind:
+    if factors:
+        return "query"
+    return "value" if component.stacked and _passes_attention(values, evidence) else "mlp"
+
+
+def _passes_attention(values: Sequence[ValueAxis], evidence: Evidence) -> bool:
+    """Return whether an axis passes through a product of two computed values that keeps its channels, as the values of attention do."""
+    for value in values:
+        node = evidence.nodes[value.node]
+        if (
+            node.name not in evidence.producing.get(Axis(value.node, value.axis), ())
+            and operator_of(node).rule in _PRODUCTS
+        ):
+            return True
+    return False
 
 
 def _groups(component: Component, evidence: Evidence) -> int | tuple[str, str]:
     """Return into how many equal parts grouped convolutions divide a component; or the node and why it cannot be narrowed."""
     places: dict[Axis, list[tuple[int, int]]] = defaultdict(list)
-    for axis, start, step in component.spans:
-        places[axis].append((start, step))
+    for span in component.spans:
+        places[span.axis].append((span.start, span.step))
     needed = [1]
     for axis, found in places.items():
         for groups, node in evidence.divided.get(axis, ()):
@@ -290,7 +369,7 @@ def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence
     axes = {axis for number in computed for axis in evidence.read[number].axes}
     if not len(computed) == len(axes) == 1:
         return literal
-    covered = Counter(axis for axis, _, step in component.spans if step == 1)
+    covered = Counter(span.axis for span in component.spans if span.step == 1 and not span.size)
     stated = Axis(literal.owner, literal.axis, literal.of_parameter)
     if any(covered[axis] * component.width != evidence.sizes[axis] for axis in (*axes, stated)):
         return literal
@@ -302,6 +381,7 @@ def _in_component(literal: SizeLiteral, component: Component, evidence: Evidence
 def _obstacle(
     component: Component,
     consumers: list[Consumer],
+    factors: list[Factor],
     reductions: list[Reduction],
     parameters: list[ParameterAxis],
     linked: nx.Graph[Axis],
@@ -315,11 +395,13 @@ def _obstacle(
         near = nx.multi_source_dijkstra_path_length(linked.subgraph(axes), producers, weight=None)
         first = min(opaque, key=lambda axis: (near.get(axis, len(axes)), evidence.position.get(axis.owner, -1)))
         return evidence.opaque[first][0]
-    if not consumers:
+    if not consumers and not factors:
         return "", "no layer reads it"
-    readers: list[Consumer | Reduction] = [*consumers, *reductions]
+    if consumers and factors:
+        return factors[0].node, "a product of two activations sums over it, and a layer reads it, too"
+    readers: list[Consumer | Factor | Reduction] = [*consumers, *factors, *reductions]
     if evidence.fed.isdisjoint(evidence.nodes[reader.source.node] for reader in readers):
-        return consumers[0].source.node, _SEES_NO_DATA
+        return readers[0].source.node, _SEES_NO_DATA
     if (stream := _residual_sum(axes, evidence)) is not None:
         return stream, "it is a residual stream: layers that read it are added to it"
     for name in dict.fromkeys(
@@ -423,6 +505,11 @@ def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int
     return False
 
 
+def _name(weights: Sequence[str], factors: Sequence[Factor]) -> str:
+    """Return a name for a block, which need not be unique: the module that contains it, with a mark for queries and keys."""
+    return _enclosing(weights) + (_OF_QUERIES if factors else "")
+
+
 def _enclosing(weights: Sequence[str]) -> str:
     """Return the path of the innermost module that contains the layers of all these weights."""
     paths = [weight.split(".")[:-1] for weight in weights]
@@ -440,19 +527,16 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
     A block that is alone in its module is named after the module. The others are named by their first and last layers,
     by their weights, or by their rows in the first weight, whichever of these is unique first.
     """
-    choices = [
-        (
-            block.name,
-            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}",
-            "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers),
-            f"{_layer(block.producers[0])}->{_layer(block.consumers[-1].weight)}[{_range(block)}]",
-        )
-        for block in blocks
-    ]
+    choices = []
+    for block in blocks:
+        last = _layer(block.consumers[-1].weight if block.consumers else block.producers[-1])
+        between = f"{_layer(block.producers[0])}->{last}" + (_OF_QUERIES if block.factors else "")
+        all_of_them = "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers)
+        choices.append((block.name, between, all_of_them, f"{between}[{_range(block)}]"))
     common = [Counter(names) for names in zip(*choices, strict=True)]
     named = []
     for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):
-        free = (name for name, count in zip(names, common, strict=True) if name and count[name] == 1)
+        free = (n for n, count in zip(names, common, strict=True) if n.removesuffix(_OF_QUERIES) and count[n] == 1)
         named.append(replace(block, name=next(free, f"{names[-1]}#{number}")))
     return tuple(named)
 

@@ -16,7 +16,7 @@ from vbpfx.analysis.mutation import changed_by, read_after_mutation
 from vbpfx.analysis.names import enclosing_module, is_layer, parameter_names
 from vbpfx.analysis.sizes import read_sizes
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.plans.records import Consumer, Reduction, SizeLiteral, ValueAxis
+from vbpfx.plans.records import Consumer, Factor, Reduction, SizeLiteral, ValueAxis
 from vbpfx.rules.axes import (
     Axis,
     ComputedArgumentError,
@@ -26,14 +26,17 @@ from vbpfx.rules.axes import (
     Names,
     Opaque,
     Operand,
+    Paired,
     Part,
     Produces,
     Reduces,
     Relation,
+    Repeated,
     Same,
     Site,
     SizeRead,
     SizeStated,
+    Stacked,
     operand_of,
 )
 from vbpfx.rules.calls import called_module, describe, operands_read
@@ -49,6 +52,8 @@ _REMOVED_BY = {
     "torch.nn.utils.spectral_norm": "has its {name} made by spectral_norm before every call (torch.nn.utils.remove_spectral_norm makes it plain)",
     "torch.nn.utils.prune": "has its {name} masked before every call (torch.nn.utils.prune.remove(layer, '{name}') makes it plain)",
 }
+# The position of attention's argument that states the scale of the products of queries and keys.
+_SCALE = 6
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
@@ -68,7 +73,8 @@ class Evidence:
     ``names`` are the names of the graph's parameters in the model.
     ``computed`` are the nodes whose values or sizes come from the model's inputs, and not from parameters alone.
     ``fed`` are those whose values do, so that they depend on the data. ``divided`` are the axes that consist of equal parts, each
-    with the numbers of parts and the nodes that need them equal. If a layer's weight is itself computed (a part
+    with the numbers of parts and the nodes that need them equal. ``out_of_order`` are the axes whose
+    entries a call mixes, moves, or uses in a way that is not known. If a layer's weight is itself computed (a part
     of a packed weight, or a normalised weight), ``origins`` names the parameter that it is computed from.
     ``routed`` are the calls and values whose rows belong to experts, each with the division of its rows; ``lookups`` are those of them
     that hold entries of parameters. ``experts_read`` are the parameters that have an entry for every expert, each with the positions
@@ -82,6 +88,11 @@ class Evidence:
     parts: list[Part] = field(default_factory=list)
     grouped: list[Grouped] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
+    stacked: list[Stacked] = field(default_factory=list)
+    repeated: list[Repeated] = field(default_factory=list)
+    pairs: list[Paired] = field(default_factory=list)
+    paired: dict[Axis, list[Factor]] = field(default_factory=lambda: defaultdict(list))
+    out_of_order: set[Axis] = field(default_factory=set)
     unread: dict[str, Unread] = field(default_factory=dict)
     calls: Counter[tuple[str, Any]] = field(default_factory=Counter)
     computed: set[fx.Node] = field(default_factory=set)
@@ -247,7 +258,7 @@ def _relations(
 
 def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
     return [
-        Opaque(axis, "its size enters a computation")
+        Opaque(axis, "its size enters a computation", True)
         for argument in node.all_input_nodes
         if argument in sizes
         for axis in sizes[argument].axes
@@ -256,9 +267,9 @@ def _sizes_used(node: fx.Node, sizes: dict[fx.Node, SizeRead]) -> list[Opaque]:
 
 def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
     match relation:
-        case Opaque(axis, _) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
+        case Opaque(axis) | Reduces(axis, _) | SizeStated(axis) if axis not in evidence.sizes:
             return  # this is about a single number, which has no axes
-        case Same(a, b) | Produces(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
+        case Same(a, b) | Produces(a, b) | Paired(a, b) if evidence.sizes.get(a) != evidence.sizes.get(b):
             # broadcasting, or a tensor without axes where the rule expects one: nothing is known about either axis
             _note_other_size((a, b), node, evidence)
         case Contracts(source, weight, groups=groups) if evidence.sizes.get(source, 0) != groups * evidence.sizes.get(
@@ -270,6 +281,18 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.opaque[source].append((node.name, "a layer reads a parameter directly"))
         case Same(a, b):
             evidence.graph.add_edge(a, b)
+        case Paired(first, second) if first.is_parameter or second.is_parameter:
+            for axis in (first, second):
+                evidence.graph.add_node(axis)
+                evidence.opaque[axis].append((node.name, "a product with a parameter sums over it"))
+        case Paired(first, second):
+            evidence.graph.add_nodes_from((first, second))
+            evidence.pairs.append(relation)
+            own_scale = (
+                operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
+            )
+            evidence.paired[first].append(Factor(node.name, _source(first, evidence), "query", own_scale))
+            evidence.paired[second].append(Factor(node.name, _source(second, evidence), "key", own_scale))
         case Part(whole, part, _):
             evidence.graph.add_nodes_from((whole, part))
             evidence.parts.append(relation)
@@ -278,6 +301,11 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.grouped.append(relation)
         case Merged():
             evidence.merged.append(relation)
+        case Stacked(whole, inner):
+            evidence.graph.add_nodes_from((whole, inner))
+            evidence.stacked.append(relation)
+        case Repeated():
+            evidence.repeated.append(relation)
         case Reduces(source, _) if source.is_parameter:
             evidence.opaque[source].append((node.name, "a statistic is taken over a parameter"))
         case Reduces(source, kind):
@@ -287,8 +315,10 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.reduced[source].append(
                 Reduction(node.name, _source(source, evidence), kind, evidence.sizes[source], path, calls)
             )
-        case Opaque(axis, reason):
+        case Opaque(axis, reason, in_order):
             evidence.graph.add_node(axis)
+            if not in_order:
+                evidence.out_of_order.add(axis)
             evidence.opaque[axis].append((node.name, reason))
         case Produces(out, weight, groups, routing):
             evidence.graph.add_edge(out, weight)

@@ -1,173 +1,180 @@
-"""Stacks: find out whether the hidden axis of a mixture's experts can be narrowed, and with which parameters.
+"""Stacks: axes of G groups of d channels, such as the heads of attention, in which every group may keep other channels.
 
-Every expert has the same number of hidden channels and keeps the same number of them, but each keeps its own. This is exact if every
-parameter on the axis has an entry for every expert, and if all calls and parameters agree on which rows belong to which expert.
+A view splits an axis of G d channels into two axes, one of G groups and one of d channels, or merges two such axes into one. Channel c
+of the axis of d channels stands for one channel of every group. The groups can choose their channels independently of each other, as
+long as all keep the same number, if they can be told apart everywhere: every value that has the axis of d channels needs one axis that
+counts the groups, and no operator may mix or reorder the entries of that axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import networkx as nx
-from torch import fx
 
 from vbpfx.analysis.evidence import Evidence
-from vbpfx.plans.records import Consumer, ParameterAxis, Reduction, ValueAxis
-from vbpfx.rules.axes import Axis
-from vbpfx.rules.routing import Routing
-from vbpfx.rules.table import operator_of
-
-# The node and the reason why an axis cannot be narrowed.
-Obstacle = tuple[str, str]
+from vbpfx.rules.axes import Axis, Stacked
 
 
-def touches_experts(produced: Sequence[str], consumers: Sequence[Consumer], evidence: Evidence) -> bool:
-    """Return whether experts make or read an axis."""
-    return any(c.routing is not None for c in consumers) or any(name in evidence.experts_read for name in produced)
+class Span(NamedTuple):
+    """Channel c of a component is channel ``start`` + ``step`` c of the axis.
+
+    If ``size`` is not 0, it is channel ``start`` + ``step`` (c mod ``size``) + ``stride`` (c // ``size``). ``counting`` and ``divisor`` are
+    those of :class:`vbpfx.plans.records.ValueAxis`.
+    """
+
+    axis: Axis
+    start: int
+    step: int
+    size: int = 0
+    stride: int = 0
+    counting: int = 0
+    divisor: int = 1
 
 
-def find_experts(
-    width: int,
-    produced: Sequence[str],
-    consumers: Sequence[Consumer],
-    reductions: Sequence[Reduction],
-    parameters: Sequence[ParameterAxis],
-    values: Sequence[ValueAxis],
-    evidence: Evidence,
-) -> int | Obstacle:
-    """Return the number of experts whose hidden axis this is, or why it cannot be narrowed.
+class Stacks:
+    """Finds the axes that count the groups of stacks. What was found for one stack is kept for others with the same axes."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self._touching: dict[Axis, list[Stacked]] = defaultdict(list)
+        for relation in evidence.stacked:
+            for axis in (relation.whole, relation.inner, relation.outer):
+                if axis is not None:
+                    self._touching[axis].append(relation)
+        self._known: dict[tuple[Axis, int], dict[Axis, int]] = {}
+
+    def counting(self, base: Axis, groups: int) -> dict[Axis, int]:
+        """Return the axes that count the same groups as ``base``, with a divisor: entry i is in group (i // divisor) mod G.
+
+        A divisor of 0 stands for an axis that is reached on two ways, which say different things about its entries.
+
+        Args:
+            base: an axis whose entry i is in group i mod G.
+            groups: G.
+        """
+        if (base, groups) not in self._known:
+            found, waiting = {base: 1}, deque([base])
+            while waiting:
+                axis = waiting.popleft()
+                for other, divisor in self._beside(axis, found[axis], groups) if found[axis] else ():
+                    if other not in found:
+                        found[other] = divisor
+                        waiting.append(other)
+                    elif found[other] != divisor:
+                        found[other] = 0
+            self._known |= {(axis, groups): found for axis, divisor in found.items() if divisor == 1}
+        return self._known[base, groups]
+
+    def _beside(self, axis: Axis, divisor: int, groups: int) -> Iterator[tuple[Axis, int]]:
+        """Yield the axes that one relation connects with an axis, each with its divisor."""
+        sizes = self.evidence.sizes
+        if axis in self.evidence.graph:
+            yield from ((other, divisor) for other in self.evidence.graph.neighbors(axis))
+        for whole, inner, outer in ((r.whole, r.inner, r.outer) for r in self._touching[axis]):
+            size, count = sizes[inner], sizes[whole] // sizes[inner]
+            if axis == inner and size % (divisor * groups) == 0:
+                yield whole, divisor
+            elif axis == outer and count % (divisor * groups) == 0:
+                yield whole, divisor * size
+            elif axis == whole and size % (divisor * groups) == 0:
+                yield inner, divisor
+            elif (
+                axis == whole and outer is not None and divisor % size == 0 and count % (divisor // size * groups) == 0
+            ):
+                yield outer, divisor // size
+        for repeated in self.evidence.repeated:
+            if axis == repeated.x:
+                yield repeated.out, divisor * repeated.count
+            elif axis == repeated.out and divisor % repeated.count == 0:
+                yield repeated.x, divisor // repeated.count
+
+    def counted_by(self, inner: Axis, counting: dict[Axis, int]) -> Axis | None:
+        """Return the axis that counts the groups in a value, given one of its axes, which has the channels of one group.
+
+        None if the groups cannot be told apart.
+        """
+        evidence = self.evidence
+        if inner.is_parameter or inner in evidence.reduced or inner in evidence.contracted or inner in evidence.divided:
+            return None
+        shape = evidence.nodes[inner.owner].meta["val"].shape
+        beside = [a for d in range(len(shape)) if d != inner.dim and (a := Axis(inner.owner, d)) in counting]
+        if len(beside) != 1 or not counting[beside[0]]:
+            return None
+        return None if beside[0] in evidence.out_of_order else beside[0]
+
+
+class Step(NamedTuple):
+    """A segment of a stack that holds channels of one group, and the relations that say which group it is."""
+
+    segment: Any
+    told: tuple[tuple[Stacked, int], ...]
+
+
+def group_by_group(
+    graph: nx.Graph[Any], stacks: Stacks, spans: Callable[[list[Any]], Iterable[Span]], width: int
+) -> tuple[int, list[Span]] | None:
+    """Return the number of groups G and the places of G d channels of a component; None if its groups cannot be told apart.
 
     Args:
-        width: the number of channels of one expert.
-        produced: the weights that make the axis.
-        consumers, reductions: what reads it.
-        parameters, values: the places of its channels.
+        graph: the segments of one component of d channels. The attribute ``step`` of an edge between a segment of a stack and the
+            channels of one group is a :class:`Step`; it is None for other edges.
+        stacks: all stacks of the network.
+        spans: a function that returns the places of d channels on the axes of some segments.
+        width: d.
     """
-    for name in produced:
-        if name not in evidence.experts_read:
-            return consumers[0].node, f"experts read it, and {name}, which is not divided among experts, makes it"
-    for consumer in consumers:
-        if consumer.routing is None:
-            return (
-                consumer.node,
-                f"experts make it, and {consumer.weight}, which is not divided among experts, reads it",
-            )
-        if consumer.routing.kind == "all":
-            return consumer.node, "all experts read the same rows of it, so they could not keep channels of their own"
-        whole = evidence.sizes[Axis(consumer.weight, consumer.weight_axis, True)]
-        if (consumer.source.start, consumer.source.step, whole) != (0, 1, width):
-            return consumer.node, "experts read it together with other channels"
-    first = consumers[0]
-    assert first.routing is not None
-    experts = first.routing.experts
-    if any((c.weight, c.bias) != (first.weight, first.bias) for c in consumers):
-        return first.node, "several layers of the experts read it"
-    if reductions:
-        return reductions[0].node, "a statistic is taken over the hidden channels of experts"
-    stack = Axis(first.weight, 0, True)
-    if first.bias and not _is_bias_of_experts(first, consumers, experts, stack, evidence):
-        return first.node, f"{first.bias} is not the bias of these experts alone"
-    for entry in parameters:
-        if (
-            evidence.sizes[Axis(entry.name, 0, True)] != experts
-            or entry.axis == 0
-            or not _is_stack(entry.name, stack, evidence)
-        ):
-            return "", f"all experts share {entry.name}, so they could not keep channels of their own"
-    return _disagreement(consumers, values, evidence) or experts
+    sizes = stacks.evidence.sizes
+    steps = [(step, a if step.segment == b else b) for a, b, step in graph.edges(data="step") if step]
+    counts = {
+        relation: sizes[relation.whole] // sizes[relation.inner] for step, _ in steps for relation, _ in step.told
+    }
+    first = min(counts, key=lambda relation: counts[relation])
+    groups = counts[first]
+    counting = stacks.counting(first.outer, groups) if first.outer is not None else {}
+    piece = {s: number for number, found in enumerate(_pieces(graph)) for s in found}
+    group_of: dict[int, int] = {}
+    for step, _ in steps:
+        for relation, entry in step.told:
+            divisor = counting.get(relation.outer, 0) if relation.outer is not None else 0
+            if (
+                not divisor
+                or group_of.setdefault(piece[step.segment], entry // divisor % groups) != entry // divisor % groups
+            ):
+                return None
+    shared = {piece[other] for _, other in steps}
+    if not shared.isdisjoint(group_of) or shared | set(group_of) != set(piece.values()):
+        return None
+    found: list[Span] = []
+    places: dict[Axis, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
+    for segment, number in sorted(piece.items()):
+        for span in spans([segment]):
+            if number in group_of:
+                places[span.axis][group_of[number]].append(span)
+            elif (axis := stacks.counted_by(span.axis, counting)) is not None:
+                found.append(span._replace(size=width, counting=axis.dim, divisor=counting[axis]))
+            else:
+                return None
+    for axis, by_group in places.items():
+        own = [by_group[group] for group in range(groups)]
+        if axis in stacks.evidence.divided or len({len(entries) for entries in own}) > 1:
+            return None
+        for first_span, *others in zip(*own, strict=True):
+            stride = others[0].start - first_span.start
+            if any(
+                (s.start, s.step) != (first_span.start + stride * (n + 1), first_span.step)
+                for n, s in enumerate(others)
+            ):
+                return None
+            consecutive = stride == first_span.step * width
+            found.append(first_span if consecutive else first_span._replace(size=width, stride=stride))
+    return groups, found
 
 
-def _is_stack(name: str, stack: Axis, evidence: Evidence) -> bool:
-    """Return whether every call that uses a parameter reads the entries of experts from its first axis."""
-    if evidence.experts_read[name] == set(evidence.uses[name]):
-        return True
-    first = Axis(name, 0, True)
-    return first in evidence.graph and nx.has_path(evidence.graph, first, stack)
-
-
-def _is_bias_of_experts(
-    first: Consumer, consumers: Sequence[Consumer], experts: int, stack: Axis, evidence: Evidence
-) -> bool:
-    outputs = evidence.sizes[Axis(first.weight, 3 - first.weight_axis, True)]
-    shape = tuple(evidence.sizes.get(Axis(first.bias, dim, True)) for dim in range(2))
-    own = first.bias not in evidence.tied and len(evidence.uses[first.bias]) == len(consumers)
-    return own and shape == (experts, outputs) and _is_stack(first.bias, stack, evidence)
-
-
-def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], evidence: Evidence) -> Obstacle | None:
-    """Return the node at which rows of one expert meet channels of another, and the reason; None if there is none."""
-    keys: dict[fx.Node, tuple[str, object]] = {}
-    carriers = sorted({evidence.nodes[value.node] for value in values}, key=lambda n: evidence.position[n.name])
-    beside = [n for c in consumers if c.total for n in _sources(evidence.nodes[c.total]) if n.name in evidence.lookups]
-    divided = [evidence.routed[n.name] for n in (*carriers, *beside) if n.name in evidence.routed]
-    roots = {_root(evidence.nodes[routing.by]) for routing in divided if routing.kind == "ids"}
-    rows: list[Axis] = []
-    for node in carriers:
-        own = evidence.routed.get(node.name)
-        found = {keys[source] for source in _sources(node) if source in keys}
-        if own is not None:
-            found.add(_key(own, roots, evidence))
-        if len(found) > 1:
-            return node.name, "channels of several experts meet there"
-        keys |= dict.fromkeys([node], found.pop()) if found else {}
-        if node in keys and keys[node][0] == "rows" and node.name not in evidence.lookups:
-            rows.append(Axis(node.name, 0))
-    for consumer in consumers:
-        assert consumer.routing is not None
-        node = evidence.nodes[consumer.source.node]
-        if keys.get(node) != _key(consumer.routing, roots, evidence):
-            return consumer.node, "the experts that make it and those that read it may be different ones"
-        if consumer.routing.kind in ("ids", "offsets"):
-            rows.append(Axis(node.name, 0))
-        bias = (
-            [n for n in _sources(evidence.nodes[consumer.total]) if n.name in evidence.lookups]
-            if consumer.total
-            else []
-        )
-        if any(_key(evidence.routed[n.name], roots, evidence) != keys[node] for n in bias):
-            return consumer.total, "the bias of another expert is added to it"
-    together = nx.node_connected_component(evidence.graph, rows[0]) if rows else set()
-    moved = next((axis for axis in rows if axis not in together), None)
-    return (moved.owner, "its rows are moved to other places between the layers of the experts") if moved else None
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """Return the values that a call reads, with the call that made several values in place of one of them."""
-    return list(node.all_input_nodes) + [
-        b for a in node.all_input_nodes if operator_of(a).takes_apart for b in a.all_input_nodes
-    ]
-
-
-def _key(routing: Routing, roots: set[fx.Node], evidence: Evidence) -> tuple[str, object]:
-    """Return a value that is equal for two divisions of rows among experts if they are the same."""
-    if routing.kind == "one":
-        return "one", routing.at
-    if routing.kind not in ("ids", "offsets"):
-        return routing.kind, None
-    node = _root(evidence.nodes[routing.by])
-    if routing.kind == "offsets":  # offsets are counted from the ids of the rows
-        node = next((ids for ids in roots if _depends(node, ids, evidence)), node)
-    return "rows", node
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """Return the node whose values these are, apart from shape and type."""
-    while node.op in ("call_function", "call_method") and node.args and isinstance(node.args[0], fx.Node):
-        row = operator_of(node)
-        if not (row.casts or row.hands_on or row.reads_sizes):
-            break
-        node = node.args[0]
-    return node
-
-
-def _depends(node: fx.Node, on: fx.Node, evidence: Evidence) -> bool:
-    """Return whether a node is computed from another one."""
-    waiting, seen = [node], {node}
-    while waiting:
-        found = waiting.pop()
-        if found is on:
-            return True
-        further = [a for a in found.all_input_nodes if evidence.position[a.name] >= evidence.position[on.name]]
-        waiting += [a for a in further if a not in seen]
-        seen.update(further)
-    return False
+def _pieces(graph: nx.Graph[Any]) -> Iterator[set[Any]]:
+    """Yield the segments that correspond channel by channel without passing from a stack to the channels of one group."""
+    plain = nx.Graph()
+    plain.add_nodes_from(graph)
+    plain.add_edges_from((a, b) for a, b, step in graph.edges(data="step") if not step)
+    yield from nx.connected_components(plain)

@@ -67,7 +67,7 @@ class CalibrationFile:
             return None
         name = f"calibration.{ranks.rank}.safetensors" if ranks.rank else "calibration.safetensors"
         gathering = [
-            f"{o.name} {o.axis} {o.start} {o.step} {o.width} {o.masked} {o.every} {o.rows_a_sample}"
+            f"{o.name} {o.axis} {o.start} {o.step} {o.size} {o.stride} {o.counting} {o.divisor} {o.width} {o.masked} {o.every} {o.rows_a_sample}"
             for o in observed.children()
             if isinstance(o, Observer)
         ]

@@ -33,6 +33,7 @@ class Observer(nn.Module):
         rows_a_sample: the number of rows of one sample, approximately if lengths vary.
         samples: the axis of the samples in the tensor.
         step: the distance on the axis from one observed channel to the next.
+        size, stride, counting, divisor: as for :class:`vbpfx.plans.records.ValueAxis`.
 
     Attributes:
         moments: the moments gathered so far; None before the first sample.
@@ -52,11 +53,16 @@ class Observer(nn.Module):
         rows_a_sample: int = 1,
         samples: int = 0,
         step: int = 1,
+        size: int = 0,
+        stride: int = 0,
+        counting: int = 0,
+        divisor: int = 1,
     ) -> None:
         super().__init__()
         self.name, self.masked, self.every, self.rows_a_sample = name, masked, every, rows_a_sample
         self.rows, self.samples = 0, samples
         self.axis, self.start, self.width, self.step = axis, start, width, step
+        self.size, self.stride, self.counting, self.divisor = size, stride, counting, divisor
         self.moments: Moments | None = None
         self.calls = 0
         self._bad_call: int | None = None
@@ -82,16 +88,43 @@ class Observer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gather the moments of x, and return x itself. Positions where ``mask`` (B, T) is zero are left out."""
-        seen, axis = x.detach().narrow(self.axis, self.start, (self.width - 1) * self.step + 1), self.axis
-        if self.step > 1:
-            seen = seen.unfold(axis, 1, self.step).squeeze(-1)
+        if self.size and not self.stride:
+            seen, axis, masked, samples = self._groups_beside(x.detach())
+        else:
+            seen, axis, masked, samples = self._own(x.detach()), self.axis, self.masked, self.samples
         if self.every or mask is not None:
-            seen, axis = as_rows(seen, axis, mask, self.masked, self.samples), -1
+            seen, axis = as_rows(seen, axis, mask, masked, samples), -1
         if seen.numel() and self._bad_call is None:
             self._gather(seen, axis, mask)
         self.calls += 1
         self.rows += seen.numel() // self.width if mask is None else mask.shape[0] * self.rows_a_sample
         return x
+
+    def _groups_beside(self, x: Tensor) -> tuple[Tensor, int, tuple[int, ...], int]:
+        """Return x with the channels of all groups one behind the other on the last axis, and where its other axes are then.
+
+        These are the channel axis, the axes of the mask, and the axis of the samples.
+        """
+        axis, counting = self.axis % x.ndim, self.counting % x.ndim
+        others = [dim for dim in range(x.ndim) if dim not in (axis, counting)]
+        groups = self.width // self.size
+        own = self.start + self.step * torch.arange(self.size)
+        whole = len(own) == x.shape[axis] and self.step == 1
+        seen = x if whole else x.index_select(axis, own.to(x.device))
+        seen = seen.permute(*others, counting, axis).unflatten(-2, (-1, groups, self.divisor))  # type: ignore[no-untyped-call]
+        seen = seen.transpose(-2, -3).flatten(-2)  # (..., entries in front of the groups, divisor, channels)
+        places = {dim: at for at, dim in enumerate(others)} | {counting: len(others)}
+        masked = tuple(places[dim % x.ndim] - seen.ndim for dim in self.masked)
+        return seen, -1, masked, places.get(self.samples % x.ndim, 0)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return the block's channels of x; a view, unless they are in groups that do not follow each other."""
+        if self.size:
+            first = self.start + self.step * torch.arange(self.size)
+            own = first + self.stride * torch.arange(self.width // self.size)[:, None]
+            return x.index_select(self.axis, own.flatten().to(x.device))
+        seen = x.narrow(self.axis, self.start, (self.width - 1) * self.step + 1)
+        return seen.unfold(self.axis, 1, self.step).squeeze(-1) if self.step > 1 else seen
 
     def _gather(self, seen: Tensor, axis: int, mask: Tensor | None) -> None:
         batch = Moments.of(seen, axis)

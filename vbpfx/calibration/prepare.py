@@ -121,7 +121,7 @@ def prepare(
     Args:
         captured: the dense graph; it is not changed.
         analysis: the analysis of this graph.
-        blocks: the blocks to observe; all blocks of the analysis by default.
+        blocks: the blocks to observe; by default those that are narrowed by default, :attr:`Analysis.usual`.
         mask: the model's argument that tells which tokens are padding, (B, T); ``attention_mask`` is found
             automatically. Padding does not enter the statistics of any value that has the mask's token axis. Nonzero
             entries may stand for tokens (Hugging Face) or for padding (``nn.MultiheadAttention``). This is found out by
@@ -135,17 +135,21 @@ def prepare(
     Raises:
         AnalysisError: there is no block to observe, or the analysis is of another model.
     """
-    chosen = analysis.blocks if blocks is None else tuple(blocks)
+    chosen = analysis.usual if blocks is None else tuple(blocks)
     if not chosen:
         raise AnalysisError(no_blocks(analysis))
     theirs = analysis.captured
     if (theirs.fingerprint, theirs.frontend) != (captured.fingerprint, captured.frontend):
         raise AnalysisError("the analysis is of another model or front end than the captured graph; analyse this one")
     observed = share_parameters(captured.graph_module)
-    widths = {source: block.value_width for block in chosen for source in block.sources}
-    every = rows_between(captured, widths, COVARIANCE_SHARE if covariance is True else covariance) if covariance else {}
-    masks = find_masks(captured, [s for b in chosen if not b.is_stack for s in b.sources], mask)
-    experts = {block.name: _expert_observers(captured, block, every) for block in chosen if block.is_stack}
+    observed_by = {source: block for block in chosen for source in block.sources}
+    every = (
+        rows_between(captured, observed_by, COVARIANCE_SHARE if covariance is True else covariance)
+        if covariance
+        else {}
+    )
+    masks = find_masks(captured, [s for b in chosen if not b.has_experts for s in b.sources], mask)
+    experts = {block.name: _expert_observers(captured, block, every) for block in chosen if block.has_experts}
 
     def observer(block: Block, index: int) -> Observer:
         source = block.sources[index]
@@ -160,8 +164,12 @@ def prepare(
             block.width,
             masked,
             step=source.step,
+            size=source.size,
+            stride=source.stride,
+            counting=source.counting,
+            divisor=source.divisor,
             every=every.get(source, 0),
-            rows_a_sample=rows_a_sample(captured, source),
+            rows_a_sample=rows_a_sample(captured, source, block.groups),
             samples=captured.samples_axis(source.node) or 0,
         )
 
@@ -204,24 +212,29 @@ def _kept(observed: fx.GraphModule, mask: Mask) -> str:
     return made.name
 
 
-def rows_a_sample(captured: Captured, source: ValueAxis) -> int:
-    """Return the number of positions (tokens, pixels, windows) that one sample has in the source's value."""
+def rows_a_sample(captured: Captured, source: ValueAxis, groups: int = 1) -> int:
+    """Return the number of positions (tokens, pixels, windows) that one sample has in the source's value.
+
+    Args:
+        groups: the number of the block's groups of channels, which count as channels if another axis of the value counts them.
+    """
     value: Tensor = captured.nodes[source.node].meta["val"]
-    return max(1, value.numel() // value.shape[source.axis] // (captured.batch or captured.inputs.batch_size or 1))
+    channels = value.shape[source.axis] * (groups if source.of_one_group else 1)
+    return max(1, value.numel() // channels // (captured.batch or captured.inputs.batch_size or 1))
 
 
-def rows_between(captured: Captured, sources: Mapping[ValueAxis, int], share: float) -> dict[ValueAxis, int]:
+def rows_between(captured: Captured, sources: Mapping[ValueAxis, Block], share: float) -> dict[ValueAxis, int]:
     """Return, for every source, the n so that every n-th row enters the covariances.
 
     n is chosen so that the covariances cost about the given share of the network's multiply-accumulates. It has no
     divisor in common with the number of rows of a sample, so that all positions are used in turn.
 
     Args:
-        sources: source -> width.
+        sources: source -> the block that has it.
         share: the share of the network's multiply-accumulates.
     """
-    rows = {source: rows_a_sample(captured, source) for source in sources}
-    spent = sum(rows[source] * width**2 for source, width in sources.items())
+    rows = {source: rows_a_sample(captured, source, block.groups) for source, block in sources.items()}
+    spent = sum(rows[source] * block.value_width**2 for source, block in sources.items())
     step = math.ceil(spent / max(1.0, share * sum(captured.macs.values())))
     return {source: coprime(min(step, count), count) for source, count in rows.items()}
 

@@ -85,6 +85,13 @@ class Planning:
     exclude: Annotated[
         list[str] | None, typer.Option(rich_help_panel=BLOCKS, help="Do not prune blocks that match; repeatable.")
     ] = None
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=BLOCKS,
+            help="Kinds of blocks to prune: mlp (hidden neurons, the default), value (attention's values), query (its queries and keys); repeatable.",
+        ),
+    ] = None
     uniform: Annotated[
         bool, typer.Option("--uniform", rich_help_panel=BLOCKS, help="One width for all blocks of one shape.")
     ] = False

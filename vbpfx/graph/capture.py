@@ -30,6 +30,7 @@ from vbpfx.errors import CalibrationError, CaptureError, first_line
 from vbpfx.graph.batch_axis import find_batch_axes
 from vbpfx.graph.fake import has_fixed_batch, propagate_shapes, spent_by_node
 from vbpfx.graph.frontends import FRONTENDS, refuse_training_operators, unfused_attention
+from vbpfx.graph.packed import unpack
 from vbpfx.graph.recurrent import STAND_IN, recurrent_flops
 from vbpfx.graph.regions import AutocastRegionError
 from vbpfx.graph.source import line_of_error
@@ -228,6 +229,7 @@ def capture(
             graph_module = trace(reference, inputs)
             with quiet_logging():
                 batch = propagate_shapes(graph_module, inputs, fixed=fixed)
+            unpack(graph_module)
         except AutocastRegionError as error:
             line = line_of_error(error)
             raise CaptureError(f"{type(model).__name__}: {error}" + (f"\n    at {line}" if line else "")) from error

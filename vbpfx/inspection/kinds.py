@@ -25,14 +25,24 @@ def kinds(analysis: Analysis) -> dict[str, str]:
 
 def calls(block: Block, analysis: Analysis) -> int:
     """Return how often the network runs the block: the calls of the consumer that is called most often."""
+    if block.factors:
+        return len({factor.node for factor in block.factors})
     weights = [consumer.weight for consumer in {c.node: c for c in block.consumers}.values()]
     return max(weights.count(weight) for weight in weights)
 
 
 def _kind(block: Block, tensors: dict[str, Tensor], evidence: Evidence, is_token_axis: Callable[[Axis], bool]) -> str:
+    if block.kind == "query":
+        return f"queries and keys, {block.groups} heads" if block.groups > 1 else "queries and keys, alike in all heads"
+    if block.kind == "value":
+        return (
+            f"values of attention, {block.groups} heads"
+            if block.groups > 1
+            else "values of attention, alike in all heads"
+        )
     own = {*block.producers, *(consumer.weight for consumer in block.consumers)}
     between = {entry.name for entry in block.parameters} - own
-    if block.is_stack:
+    if block.has_experts:
         base = "experts"
     elif any(max(tensors[name].shape[2:], default=1) > 1 for name in own):
         base = "convolution"

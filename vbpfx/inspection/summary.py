@@ -95,6 +95,7 @@ class Inspection:
 
     def __str__(self) -> str:
         calls = any(block.calls > 1 for block in self.blocks)
+        others = len(self.blocks) - len(self.analysis.usual)
         columns = ("block", "kind", "width", *(["calls"] if calls else []), "MACs", "parameters")
         rows = [
             (
@@ -109,7 +110,8 @@ class Inspection:
         ]
         text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample ({self.sample or 'of several tensors'})\n"
         text += table(
-            f"{counted(len(rows), 'block')}, {counted(self.neurons, 'hidden neuron')}; shares of all the model",
+            f"{counted(len(rows) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}"
+            f"{f'; {others} of attention' if others else ''}; shares of all the model",
             columns,
             rows,
         )
@@ -126,7 +128,7 @@ class Inspection:
                 [(s.ratio, s.neurons, s.params, kept(self.params, s.params), s.macs, kept(self.macs, s.macs))
                  for s in self.steps],
             )  # fmt: skip
-        if self.blocks and len(self.steps) < len(RATIOS):
+        if self.analysis.usual and len(self.steps) < len(RATIOS):
             text += f"ratio={RATIOS[len(self.steps)]:g} and more: the floors (min_width) forbid it\n"
         return text
 
@@ -179,14 +181,14 @@ def inspect_model(
         for block in blocks
     )  # fmt: skip
     steps = []
-    for ratio in RATIOS if blocks else ():
+    for ratio in RATIOS if analysis.usual else ():
         try:
-            widths = _widths(blocks, ratio, min_width)
+            widths = _widths(analysis.usual, ratio, min_width)
         except BudgetError:
             break
-        steps.append(Step(ratio, sum(widths.values()), params(widths), macs(widths)))
+        steps.append(Step(ratio, sum(widths.values()), params(full | widths), macs(full | widths)))
     return Inspection(
-        name, params(full), macs(full), sum(full.values()), facts, analysis.refusals, tuple(steps), analysis
+        name, params(full), macs(full), analysis.neurons, facts, analysis.refusals, tuple(steps), analysis
     )  # fmt: skip
 
 

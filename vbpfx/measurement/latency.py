@@ -56,7 +56,7 @@ def measure_latencies(
     Args:
         analysis: the analysis of the network.
         target: the fraction of the dense latency that will be requested. The correction is measured there.
-        blocks: the blocks that may be narrowed; by default all of the analysis.
+        blocks: the blocks that may be narrowed; by default :attr:`Analysis.usual`.
         runtime: a name from :data:`vbpfx.runtimes.adapters.NAMES`.
         batch: the batch size.
         threads: the number of threads; by default the runtime's own choice.
@@ -66,7 +66,7 @@ def measure_latencies(
         ExportError: the runtime is not installed, or does not accept the network or one of its blocks.
         BudgetError: no multiple of ``round_to`` is below the width of a block.
     """
-    chosen = tuple(analysis.blocks if blocks is None else blocks)
+    chosen = tuple(analysis.usual if blocks is None else blocks)
     captured, engine = _on_cpu(analysis.captured), find_runtime(runtime)
     inputs = captured.inputs.resized(batch)
     points: dict[str, tuple[tuple[int, float], ...]] = {}
@@ -128,7 +128,8 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
         network: a graph that contains the block, narrowed or not.
         values: node name -> its value at the wanted batch size, as a fake tensor.
     """
-    inside = {carrier.node for carrier in block.carriers} | {consumer.node for consumer in block.consumers}
+    ends = {reader.node for reader in block.ends}
+    inside = {carrier.node for carrier in block.carriers} | ends
     order = [node for node in network.graph.nodes if node.name in inside]
     graph, copies = fx.Graph(), {}
     tensors: list[Tensor] = []
@@ -148,7 +149,7 @@ def block_network(network: fx.GraphModule, block: Block, values: Mapping[str, An
 
     for node in order:
         within(node)
-    graph.output(tuple(copies[node] for node in order if node.name in {c.node for c in block.consumers}))
+    graph.output(tuple(copies[node] for node in order if node.name in ends))
     return fx.GraphModule(network, graph).eval(), Inputs(tuple(tensors), {})
 
 
@@ -192,7 +193,7 @@ def _alike(captured: Captured, blocks: Iterable[Block]) -> list[list[Block]]:
     tensors, nodes = named_tensors(captured.reference), captured.nodes
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        weights = [(tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters]
+        weights = [(tuple(tensors[p.name].shape), p.axis, *p.place) for p in block.parameters]
         values = [(str(nodes[c.node].meta["val"].shape), nodes[c.node].op) for c in block.carriers]
         groups[block.width, tuple(weights), tuple(values)].append(block)
     return list(groups.values())

@@ -70,7 +70,7 @@ class Target:
         if not asked or options.get("round_to") is not None:
             return options
         chosen = PlanOptions.of(**options)
-        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         constants = chosen.compensation != "none"
         floor = fitting_floors(analysis.captured, blocks, chosen.budget, chosen.min_width, constants=constants)
         best = best_multiple(self.runtime or DEFAULT)
@@ -128,14 +128,14 @@ class Strategy:
             VbpfxError: options do not go together, or a pattern matches nothing.
         """
         chosen = PlanOptions.of(**options)
-        blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         fits, order = fitting.fits(chosen), schedule(analysis)
         refits = fits and (fitting.refit is None or fitting.refit)
         beside = select_layers(layers_beside(analysis, blocks), chosen.include, chosen.exclude) if refits else ()
         chooses = fits and chosen.chooses_on_the_way
         measures = chosen.allocation == "sensitivity" and len(blocks) > 1
         # whether the plan decides only the widths of the blocks
-        widths_alone = chooses and all(chosen_on_the_way(order, block) for block in blocks)
+        widths_alone = chooses and all(block.kind == "mlp" and chosen_on_the_way(order, block) for block in blocks)
         if widths_alone and not measures:
             options = {**options, "criterion": "variance", "compensation": "mean"}
             chosen = PlanOptions.of(**options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from vbpfx.errors import BudgetError
 from vbpfx.graph.capture import Captured, named_tensors
-from vbpfx.plans.records import Block
+from vbpfx.plans.records import KINDS, Block, Kind
+from vbpfx.rules.layers import attention
+from vbpfx.rules.table import operator_of
 
 Cost = Callable[[Mapping[str, int]], int]
 
@@ -34,10 +36,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove: ``kind`` is ``ratio``, ``macs``, ``params`` or ``latency``, and ``value`` is in (0, 1)."""
+    """How much to remove: ``kind`` is ``ratio``, ``macs``, ``params`` or ``latency``, and ``value`` is in (0, 1).
+
+    ``shares`` are the ratios of several kinds of blocks, each by itself; ``value`` is then their mean.
+    """
 
     kind: str
     value: float
+    shares: Mapping[Kind, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, **given: Any) -> Budget:
@@ -52,9 +58,27 @@ class Budget:
             found = " and ".join(f"{kind}={value!r}" for kind, value in named.items()) or "none"
             raise BudgetError(f"exactly one budget is needed, found {found}; choose one of {options}")
         kind, value = next(iter(named.items()))
+        if kind == "ratio" and isinstance(value, Mapping):
+            if not value or not set(value) <= set(KINDS):
+                raise BudgetError(
+                    f"ratio={value!r} names kinds of blocks with their ratios; choose from {', '.join(KINDS)}"
+                )
+            shares = {of: cls.of(ratio=share).value for of, share in value.items()}
+            return cls(kind, sum(shares.values()) / len(shares), shares)
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
             raise BudgetError(f"{kind}={value!r} is not a number between 0 and 1, exclusive: it is the {_KINDS[kind]}")
         return cls(kind, float(value))
+
+    def apart(self) -> list[tuple[tuple[Kind, ...], Budget]]:
+        """Return the kinds of blocks that are ranked together, each time with their own budget."""
+        if not self.shares:
+            return [(KINDS, self)]
+        return [((kind,), Budget("ratio", share)) for kind, share in self.shares.items()]
+
+    @property
+    def stated(self) -> float | dict[Kind, float]:
+        """The value as it was given."""
+        return dict(self.shares) or self.value
 
 
 def floors(blocks: Sequence[Block], min_width: int | None) -> dict[str, int]:
@@ -230,7 +254,7 @@ def same_shape(blocks: Sequence[Block], model: nn.Module) -> list[list[Block]]:
     tensors = named_tensors(model)
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
-        shapes = sorted((tuple(tensors[p.name].shape), p.axis, p.start, p.step) for p in block.parameters)
+        shapes = sorted((tuple(tensors[p.name].shape), p.axis, *p.place) for p in block.parameters)
         groups[block.width, block.groups, tuple(shapes)].append(block)
     return list(groups.values())
 
@@ -317,15 +341,36 @@ def mac_cost(captured: Captured, blocks: Sequence[Block]) -> Cost:
     for each of these axes.
     """
     values = {node.name: node.meta["val"] for node in captured.graph_module.graph.nodes}
-    touching = _Axes()
+    counts, touching = _with_attention_divided(captured), _Axes()
     for block in blocks:
-        for node, axis, *_ in block.carriers:
-            touching.stand_on((node, axis), block, block.groups if block.is_stack else 1)
+        for carrier in block.carriers:
+            node, axis = carrier.node, carrier.axis
+            touching.stand_on((node, axis), block, block.groups if carrier.of_one_group or block.has_experts else 1)
             touching.of[node][node, axis] = values[node].shape[axis]
+        for factor in block.factors:
+            source, axis = factor.source.node, factor.source.axis % values[factor.source.node].ndim
+            where = factor.node + _LOGITS if factor.node + _LOGITS in counts else factor.node
+            touching.of[where][source, axis] = values[source].shape[axis]
         for consumer in block.consumers:
             source, axis = consumer.source.node, consumer.source.axis % values[consumer.source.node].ndim
             touching.of[consumer.node][source, axis] = values[source].shape[axis]
-    return _multilinear(captured.macs, touching)
+    return _multilinear(counts, touching)
+
+
+# The end of the name under which the products of queries and keys in an attention call are counted.
+_LOGITS = " logits"
+
+
+def _with_attention_divided(captured: Captured) -> dict[str, int]:
+    """Return the MACs per node, with those of attention in two parts: products of queries and keys, and sums of values."""
+    counts = dict(captured.macs)
+    for name, count in captured.macs.items():
+        node = captured.nodes[name]
+        if operator_of(node).rule is attention:
+            query, value = (node.args[i].meta["val"].shape[-1] for i in (0, 2))  # type: ignore[union-attr]
+            counts[name + _LOGITS] = count * query // (query + value)
+            counts[name] = count - counts[name + _LOGITS]
+    return counts
 
 
 def parameter_cost(model: nn.Module, blocks: Sequence[Block]) -> Cost:

@@ -53,7 +53,7 @@ def block_plan(
         compensation: what replaces removed neurons.
         model: the dense model, for its weights.
     """
-    if block.is_stack:
+    if block.has_experts:
         return entry_of_experts(block, kept, moments, compensation)
     if block.constant is None:
         return _entry(block, kept, moments, compensation)
@@ -72,8 +72,11 @@ def _entry(block: Block, kept: tuple[int, ...], moments: Sequence[Moments], comp
     goes = torch.tensor(sorted(set(range(block.width)) - set(kept)))
     # pooled moments are one object, and so is what replaces their neurons
     once: dict[tuple[int, bool], tuple[Tensor, Tensor | None]] = {}
-    found = []
+    found: list[tuple[Tensor, Tensor | None]] = []
     for m, source in zip(moments, block.sources, strict=True):
+        if not block.takes_constants(source):
+            found.append((torch.zeros(len(goes), dtype=torch.float64), None))
+            continue
         key = (id(m), block.takes_prediction(source))
         if key not in once:
             once[key] = compensation(m, stays, goes, key[1])
@@ -117,7 +120,7 @@ def pooled(block: Block, moments: Sequence[Moments]) -> tuple[Moments, ...]:
     reads a source, covariances between different groups are set to 0, so that nothing is predicted from another group. The moments of
     experts are one for each expert; they are taken about zero if the experts have no bias for constants.
     """
-    if block.is_stack:
+    if block.has_experts:
         return tuple(moments) if block.consumers[0].bias else tuple(about_zero(m) for m in moments)
     merged = list(moments)
     for pool in block.pools:

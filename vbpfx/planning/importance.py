@@ -80,11 +80,12 @@ def _with_fewer_rows(weight: Tensor) -> Tensor:
 
 
 def summed_variance(block: Block, moments: tuple[Moments, ...]) -> Tensor:
-    """Return the sum of a block's variances over its consumer inputs, (d,) float64.
+    """Return the sum of a block's variances over its consumer inputs, or over its factors, (d,) float64.
 
     Args:
         moments: as in :class:`Scoring`.
     """
-    if block.is_stack:  # every expert reads channels of its own
+    if block.has_experts:  # every expert reads channels of its own
         return torch.cat([m.variance.cpu() for m in moments])
-    return torch.stack([moments[pool[0]].variance.cpu() for pool in block.pools]).sum(0)
+    pools = [pool[0] for pool in block.pools] or range(len(moments))  # factors are read by no layer
+    return torch.stack([moments[index].variance.cpu() for index in pools]).sum(0)

@@ -94,8 +94,7 @@ def blocks_with_convolutions(captured: Captured, blocks: Sequence[Block]) -> set
     return {
         block.name
         for block in blocks
-        if convolutions
-        & {*(carrier.node for carrier in block.carriers), *(consumer.node for consumer in block.consumers)}
+        if convolutions & {*(carrier.node for carrier in block.carriers), *(reader.node for reader in block.readers)}
     }
 
 

@@ -14,6 +14,7 @@ from vbpfx.planning.budget import Budget, require_positive
 from vbpfx.planning.compensate import COMPENSATIONS
 from vbpfx.planning.importance import Criterion
 from vbpfx.planning.scores import CRITERIA, NEED_COVARIANCE, name_of
+from vbpfx.plans.records import DEFAULT_KINDS, KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ METHODS = {
 class PlanArguments(TypedDict, total=False):
     """The keyword arguments of :func:`vbpfx.make_plan`, which :func:`vbpfx.prune` passes on to it."""
 
-    ratio: float | None
+    ratio: float | Mapping[Kind, float] | None
     macs: float | None
     params: float | None
     latency: float | None
@@ -53,6 +54,7 @@ class PlanArguments(TypedDict, total=False):
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
+    kinds: Sequence[Kind] | Kind | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PlanOptions:
     uniform: bool
     include: Sequence[str] | str | None
     exclude: Sequence[str] | str | None
+    kinds: tuple[Kind, ...]
     own_criterion: bool
     own_allocation: bool
     own_compensation: bool
@@ -77,7 +80,7 @@ class PlanOptions:
     def of(
         cls,
         *,
-        ratio: float | None = None,
+        ratio: float | Mapping[Kind, float] | None = None,
         macs: float | None = None,
         params: float | None = None,
         latency: float | None = None,
@@ -90,6 +93,7 @@ class PlanOptions:
         uniform: bool = False,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
+        kinds: Sequence[Kind] | Kind | None = None,
     ) -> PlanOptions:
         """Return the options after all checks that need no data.
 
@@ -109,6 +113,7 @@ class PlanOptions:
             bool(uniform),
             include,
             exclude,
+            _kinds(kinds, budget),
             criterion is None,
             allocation is None,
             compensation is None,
@@ -118,6 +123,11 @@ class PlanOptions:
     def reconstructs(self) -> bool:
         """Whether layers are fitted block after block: with ``method="auto"`` and no other compensation asked for."""
         return self.method == "auto" and self.own_compensation
+
+    @property
+    def combines(self) -> bool:
+        """Whether linear combinations of attention's channels are kept: with ``method="auto"`` and no criterion asked for."""
+        return self.method == "auto" and self.own_criterion
 
     @property
     def chooses_on_the_way(self) -> bool:
@@ -139,6 +149,19 @@ def in_words(options: PlanArguments) -> str:
     """Return the given options as text, so that two runs can be compared."""
     given = {key: value for key, value in sorted(options.items()) if value is not None}
     return ", ".join(f"{key}={name_of(value) if callable(value) else repr(value)}" for key, value in given.items())
+
+
+def _kinds(given: Sequence[Kind] | Kind | None, budget: Budget) -> tuple[Kind, ...]:
+    if budget.shares and given is not None:
+        raise BudgetError(
+            f"kinds={given!r} is stated beside ratio={dict(budget.shares)!r}, which states the kinds; leave kinds out"
+        )
+    if given is None:
+        return tuple(budget.shares) or DEFAULT_KINDS
+    asked = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+    if not asked or not set(asked) <= set(KINDS):
+        raise BudgetError(f"kinds={given!r} names no kinds of blocks; choose from {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in asked)
 
 
 def _listed(name: str, value: str, table: Mapping[str, Any]) -> str:

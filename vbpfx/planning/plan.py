@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from vbpfx.calibration.prepare import Statistics, rows_a_sample
 from vbpfx.errors import BudgetError, CalibrationError
 from vbpfx.graph.capture import Captured
 from vbpfx.planning.allocation import ALLOCATIONS, Standing, lowest
+from vbpfx.planning.bases import find_basis, in_basis
 from vbpfx.planning.budget import (
     Budget,
     Cost,
@@ -29,9 +31,10 @@ from vbpfx.planning.importance import Criterion, Scoring
 from vbpfx.planning.latency_table import Latencies
 from vbpfx.planning.multiples import cost_of, fitting_floors, least_step, width_steps
 from vbpfx.planning.options import PlanArguments, PlanOptions
+from vbpfx.planning.products import products_score
 from vbpfx.planning.scores import name_of, score
 from vbpfx.planning.select import select_blocks
-from vbpfx.plans.records import Block, BlockPlan, Plan
+from vbpfx.plans.records import COMBINED, Basis, Block, BlockPlan, Plan
 
 # Block -> the loss of the network's output when this block alone gives up its share of neurons.
 Sensitivity = Mapping[str, float]
@@ -55,7 +58,8 @@ def make_plan(
 
     Args:
         analysis, statistics: what :func:`find_blocks` and :func:`statistics` returned.
-        ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p).
+        ratio: fraction of the hidden neurons of the chosen blocks to remove (the paper's p); or a fraction for every kind of
+            blocks, such as ``{"mlp": 0.25, "query": 0.6, "value": 0.1}``, in place of ``kinds``.
         macs, params, latency: fraction of the dense model's MACs / parameters / latency to keep. Exactly one of these
             three or ``ratio`` must be given.
         method: ``"vbp"``, or ``"auto"`` (default).
@@ -79,6 +83,8 @@ def make_plan(
         uniform: give all blocks of the same shape the same width, so that one number in a configuration
             (``intermediate_size``) describes it.
         include, exclude: glob patterns over block names and module paths.
+        kinds: the kinds of blocks to narrow: ``"mlp"`` for hidden neurons (default), ``"value"`` for the channels of
+            attention's values in each head, ``"query"`` for those of its queries and keys; or several of them.
 
     Raises:
         BudgetError: the budget is missing, ambiguous, out of range or cannot be met; a sensitivity is not a finite number.
@@ -92,11 +98,18 @@ def make_plan(
     _require_statistics(blocks, statistics)
     moments = {block.name: pooled(block, statistics.moments[block.name]) for block in blocks}
     samples = deciding.samples(blocks[0], statistics.moments[blocks[0].name])
-    scores = {b.name: deciding.scores(b, moments[b.name], samples) for b in blocks}
+    bases: dict[str, Basis] = {}
+    scores: dict[str, Tensor] = {}
+    for b in blocks:
+        if deciding.combines(b):
+            bases[b.name], scores[b.name] = find_basis(b, moments[b.name], analysis.captured.reference)
+            moments[b.name] = in_basis(b, moments[b.name], bases[b.name])
+        else:
+            scores[b.name] = deciding.scores(b, moments[b.name], samples)
 
     def plan(kept: Mapping[str, tuple[int, ...]], allocation: str) -> Plan:
         entries = [
-            deciding.entry(b, kept[b.name], scores[b.name], moments[b.name])
+            replace(deciding.entry(b, kept[b.name], scores[b.name], moments[b.name]), basis=bases.get(b.name))
             for b in blocks
             if len(kept[b.name]) < b.width
         ]
@@ -126,7 +139,7 @@ class Deciding:
     """
 
     def __init__(self, analysis: Analysis, chosen: PlanOptions, latencies: Latencies | None = None) -> None:
-        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude)
+        self.blocks = select_blocks(analysis, chosen.include, chosen.exclude, chosen.kinds)
         self._chosen, self._captured = chosen, analysis.captured
         self._cost = _cost(chosen.budget, self._captured, self.blocks, latencies)
         by_ratio = chosen.budget.kind == "ratio"
@@ -137,18 +150,25 @@ class Deciding:
         self.floor = fitting_floors(self._captured, self.blocks, chosen.budget, chosen.min_width, constants=constants)
         self._steps = width_steps(self._captured, self.blocks, chosen.budget, self.floor, chosen.round_to)
 
+    def combines(self, block: Block) -> bool:
+        """Return whether channels of a block are replaced by linear combinations: those of attention are, where it is possible."""
+        return block.linear and block.kind in COMBINED and self._chosen.combines
+
     def samples(self, block: Block, moments: Sequence[Moments]) -> int:
         """Return the number of samples in a block's statistics."""
-        rows = sum(m.count for m in moments) if block.is_stack else moments[0].count
-        return max(1, rows // rows_a_sample(self._captured, block.sources[0]))
+        rows = sum(m.count for m in moments) if block.has_experts else moments[0].count
+        return max(1, rows // rows_a_sample(self._captured, block.sources[0], block.groups))
 
     def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
-        """Return one score per neuron; ``moments`` must be :func:`pooled`."""
+        """Return one score per neuron; ``moments`` must be :func:`pooled`. The criterion is for blocks that layers read."""
+
+        if block.factors:
+            return products_score(block, moments)
 
         def by(criterion: str | Criterion, own: Block, of: tuple[Moments, ...]) -> Tensor:
-            return score(criterion, Scoring(own, of, self._captured.reference, self._share, samples))
+            return score(criterion, Scoring(own, of, self._captured.reference, self._share_of(block), samples))
 
-        if not block.is_stack:
+        if not block.has_experts:
             return by(self._chosen.criterion, block, moments)
         return scores_of_experts(
             block,
@@ -213,9 +233,13 @@ class Deciding:
         """
         return {block.name: _highest(block, scores, self._at_share(block)) for block in self.blocks}
 
+    def _share_of(self, block: Block) -> float:
+        """Return the share of a block's neurons to remove, as far as it is known."""
+        return self._chosen.budget.shares.get(block.kind, self._share)
+
     def _at_share(self, block: Block) -> int:
         step = least_step(block, self._captured)
-        removed = max(1, round(self._share * block.width / step)) * step
+        removed = max(1, round(self._share_of(block) * block.width / step)) * step
         return max(self.floor[block.name], block.width - removed)
 
     def at_floor(self, scores: Mapping[str, Tensor], narrowed: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -233,17 +257,20 @@ class Deciding:
             allocation: name of the allocation.
             rates: block -> D / S (:meth:`rates`), for ``"sensitivity"``.
         """
-        chosen, blocks = self._chosen, self.blocks
-        groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
-        standing = {b.name: Standing(self._prices[b.name], self._share, rates.get(b.name)) for b in blocks}
-        compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
-        widths = choose_widths(groups, compared, chosen.budget, floor=self.floor, steps=self._steps, cost=self._cost)
-        return {block.name: _highest(block, scores, widths[block.name]) for block in blocks}
+        chosen, widths = self._chosen, dict[str, int]()
+        for kinds, budget in chosen.budget.apart():
+            blocks = [block for block in self.blocks if block.kind in kinds]
+            groups = same_shape(blocks, self._captured.reference) if chosen.uniform else [[block] for block in blocks]
+            standing = {b.name: Standing(self._prices[b.name], self._share_of(b), rates.get(b.name)) for b in blocks}
+            compared = {b.name: ALLOCATIONS[allocation](scores[b.name], standing[b.name]) for b in blocks}
+            if blocks:
+                widths |= choose_widths(groups, compared, budget, floor=self.floor, steps=self._steps, cost=self._cost)
+        return {block.name: _highest(block, scores, widths[block.name]) for block in self.blocks}
 
     def entry(self, block: Block, kept: tuple[int, ...], scores: Tensor, moments: tuple[Moments, ...]) -> BlockPlan:
         """Return the plan's entry for a block (:func:`vbpfx.planning.entries.block_plan`); ``moments`` must be :func:`pooled`."""
         compensation = COMPENSATIONS[self._chosen.compensation]
-        if block.is_stack:
+        if block.has_experts:
             unseen = sum(map(is_unseen, moments))
             fitting = self._chosen.compensation == "ridge"
             few = sum(not is_unseen(m) and not is_predictable(m) for m in moments) if fitting else 0
@@ -259,9 +286,10 @@ class Deciding:
             "criterion": chosen.criterion if isinstance(chosen.criterion, str) else name_of(chosen.criterion),
             "allocation": allocation,
             "compensation": chosen.compensation,
-            "budget": {chosen.budget.kind: chosen.budget.value},
+            "budget": {chosen.budget.kind: chosen.budget.stated},
             "round_to": chosen.round_to,
             "uniform": chosen.uniform,
+            "kinds": list(chosen.kinds),
             "neurons": sum(block.width for block in self.blocks),
             "at_floor": [b.name for b in self.blocks if widths.get(b.name, b.width) == self.floor[b.name] < b.width],
             "samples": rows,

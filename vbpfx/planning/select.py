@@ -9,23 +9,32 @@ from collections.abc import Iterable, Sequence
 from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import no_blocks
 from vbpfx.errors import AnalysisError
-from vbpfx.plans.records import Block, Consumer
+from vbpfx.plans.records import DEFAULT_KINDS, Block, Consumer, Kind
 
 
 def select_blocks(
-    analysis: Analysis, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None
+    analysis: Analysis,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    kinds: Sequence[Kind] = DEFAULT_KINDS,
 ) -> tuple[Block, ...]:
-    """Return the blocks that match a glob pattern of ``include`` (all by default) and none of ``exclude``.
+    """Return the blocks of some kinds that match a glob pattern of ``include`` (all by default) and none of ``exclude``.
 
     A pattern matches a block if it matches the block's name or the module path of one of its layers.
 
     Raises:
-        AnalysisError: the model has no block, a pattern matches nothing (the message names similar ones), or no block
-            is left.
+        AnalysisError: the model has no block, or none of these kinds; a pattern matches nothing (the message names similar
+            ones), or no block is left.
     """
     if not analysis.blocks:
         raise AnalysisError(no_blocks(analysis))
-    chosen = analysis.blocks
+    chosen = tuple(block for block in analysis.blocks if block.kind in kinds)
+    if not chosen:
+        others = list(dict.fromkeys(block.kind for block in analysis.blocks))
+        raise AnalysisError(
+            f"the model has no block of the kinds {', '.join(kinds)}, but {len(analysis.blocks)} blocks of other kinds: pass "
+            f"kinds={others!r} to narrow them"
+        )
     if include is not None:
         included = _matching(analysis, _as_list(include), "include")
         chosen = tuple(b for b in chosen if b.name in included)
@@ -33,7 +42,9 @@ def select_blocks(
         excluded = _matching(analysis, _as_list(exclude), "exclude")
         chosen = tuple(b for b in chosen if b.name not in excluded)
     if not chosen:
-        raise AnalysisError(f"include={include!r} and exclude={exclude!r} leave none of {len(analysis.blocks)} blocks")
+        raise AnalysisError(
+            f"include={include!r}, exclude={exclude!r} and kinds={list(kinds)!r} leave none of {len(analysis.blocks)} blocks"
+        )
     return chosen
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vbpfx.errors import ArtifactError
-from vbpfx.plans.records import BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
+from vbpfx.plans.records import Basis, BlockPlan, Correction, Plan, block_from_json, block_to_json, consumer_from_json
 from vbpfx.storage.checkpoint import tensors_digest
 from vbpfx.storage.files import Write, json_writer, read_json, safetensors_writer, settle
 from vbpfx.storage.tensors import read_tensors
 
-# Format 4 added constant channels and groups. Format 3 is read as well.
-_FORMATS = (3, 4)
+# Format 4 added constant channels and groups, format 5 other coordinates of channels. Formats 3 and 4 are read as well.
+_FORMATS = (3, 4, 5)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -70,6 +70,7 @@ def load_plan(folder: str | Path) -> Plan:
                 tuple(tensors[f"{number}.{index}"] for index in range(len(block.measured))),
                 tuple(tensors.get(f"{number}.{index}.prediction") for index in range(len(block.measured))),
                 tuple(entry.get("constants_in", ())),
+                _basis(tensors, number),
             )
             for number, entry in enumerate(data["blocks"])
         )
@@ -87,6 +88,11 @@ def load_plan(folder: str | Path) -> Plan:
         raise ArtifactError(f"{folder / 'plan.json'} is damaged ({type(error).__name__}: {error})") from error
 
 
+def _basis(tensors: Mapping[str, Tensor], number: int) -> Basis | None:
+    to, back = (tensors.get(f"{number}.basis.{name}") for name in ("to", "back"))
+    return None if to is None or back is None else Basis(to, back)
+
+
 def _further_calls(data: Mapping[str, Any]) -> list[Any]:
     """Return the further calls of every correction's layer; plans of earlier versions have no such entry."""
     further: list[Any] = data.get("further_calls", [[]] * len(data["corrections"]))
@@ -101,6 +107,8 @@ def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
             tensors[f"{number}.{index}"] = constants.clone()
             if prediction is not None:
                 tensors[f"{number}.{index}.prediction"] = prediction.clone()
+        if entry.basis is not None:
+            tensors |= {f"{number}.basis.to": entry.basis.to.clone(), f"{number}.basis.back": entry.basis.back.clone()}
     for number, correction in enumerate(plan.corrections):
         tensors |= {f"correction.{number}.weight": correction.weight, f"correction.{number}.bias": correction.bias}
     return tensors

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 import torch
@@ -19,8 +19,11 @@ from vbpfx.errors import ArtifactError
 from vbpfx.rules.routing import Routing
 
 
-def _at(start: int, step: int, channels: Iterable[int]) -> torch.Tensor:
-    return start + step * torch.tensor(tuple(channels), dtype=torch.long)
+def _at(place: ParameterAxis | ValueAxis, channels: Iterable[int]) -> torch.Tensor:
+    found = torch.tensor(tuple(channels), dtype=torch.long)
+    if not place.size:
+        return place.start + place.step * found
+    return place.start + place.step * (found % place.size) + place.stride * (found // place.size)
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class ParameterAxis:
         step: the distance from one channel to the next. An interleaved gate has one entry for each interleaved part.
         groups: for a grouped convolution's weight (out, in / groups, ...) the number of groups. Its axis holds the channels of one
             group only, and axis 0 of the tensor has as many equal parts, one for each group. ``start`` and ``step`` refer to the
-            channels of all groups one behind the other. For a stack of experts (E, ...) it is E.
-        stacked: for a stack of experts (:class:`~vbpfx.rules.routing.Routing`) the number of channels of each expert; 0 for any other
-            parameter. Expert e's channel c is then at ``start + step c`` in entry e of axis 0.
-        size: for a stack of experts, the size of the axis.
+            channels of all groups one behind the other. For a stack of experts (E, ...) it is E, and entry e of axis 0 belongs to expert e.
+        size, stride: if ``size`` is not 0, the block's channels are in groups of so many, and the first channel of the next group is
+            ``stride`` further on this axis. For a stack of experts the axes of all experts count as one behind the other.
+        dual: in other coordinates of the block's channels (:class:`Basis`), the entries of this axis are multiplied by the transposed
+            inverse of the matrix that multiplies the channels.
     """
 
     name: str
@@ -45,15 +49,18 @@ class ParameterAxis:
     start: int = 0
     step: int = 1
     groups: int = 1
-    stacked: int = 0
     size: int = 0
+    stride: int = 0
+    dual: bool = False
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """The four numbers that say where the block's channels are on the axis."""
+        return self.start, self.step, self.size, self.stride
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis, with all groups one behind the other."""
-        if not self.stacked:
-            return _at(self.start, self.step, channels)
-        numbers = torch.tensor(tuple(channels), dtype=torch.long)
-        return numbers // self.stacked * self.size + self.start + self.step * (numbers % self.stacked)
+        return _at(self, channels)
 
 
 @dataclass(frozen=True)
@@ -98,16 +105,56 @@ class ValueAxis(NamedTuple):
             :attr:`Block.carriers`.
         start: the position of the block's channel 0 on this axis.
         step: the distance from one channel to the next.
+        size, stride: as for :class:`ParameterAxis`. A stride of 0 means that the axis has the channels of one group only, and that
+            another axis of the value counts the groups (the heads of attention).
+        counting, divisor: that axis, counted as ``axis`` is, and 0 for none; its entry i is in group (i // ``divisor``) mod G.
+        dual: as for :class:`ParameterAxis`; set in :attr:`Block.carriers`.
     """
 
     node: str
     axis: int
     start: int
     step: int = 1
+    size: int = 0
+    stride: int = 0
+    counting: int = 0
+    divisor: int = 1
+    dual: bool = False
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """The four numbers that say where the block's channels are on the axis."""
+        return self.start, self.step, self.size, self.stride
+
+    @property
+    def of_one_group(self) -> bool:
+        """Whether the axis has as many channels as one group, and each group has others on it."""
+        return self.size > 0 and self.stride == 0
 
     def at(self, channels: Iterable[int]) -> torch.Tensor:
         """Return the positions of some of the block's channels on the axis."""
-        return _at(self.start, self.step, channels)
+        return _at(self, channels)
+
+    def marked(self, channels: Iterable[int], shape: Sequence[int], width: int) -> torch.Tensor:
+        """Return which entries of a value belong to some of the block's channels, as a mask that broadcasts to the value.
+
+        Args:
+            channels: indices of channels of the block.
+            shape: the value's shape.
+            width: the block's width.
+        """
+        ndim, axis = len(shape), self.axis % len(shape)
+        if not self.of_one_group:
+            mask = torch.zeros([size if dim == axis else 1 for dim, size in enumerate(shape)], dtype=torch.bool)
+            return mask.index_fill_(axis, self.at(channels), True)
+        counting = self.counting % ndim
+        chosen = torch.zeros(width // self.size, shape[axis], dtype=torch.bool)
+        indices = torch.tensor(tuple(channels), dtype=torch.long)
+        chosen[indices // self.size, self.at(indices.tolist())] = True
+        groups = torch.arange(shape[counting]) // self.divisor % len(chosen)
+        by_entry = chosen[groups]  # (entries of the counting axis, entries of the axis)
+        by_entry = by_entry if counting < axis else by_entry.T
+        return by_entry.reshape([size if dim in (axis, counting) else 1 for dim, size in enumerate(shape)])
 
 
 @dataclass(frozen=True)
@@ -144,6 +191,29 @@ class Consumer:
     groups: int = 1
     routing: Routing | None = None
     total: str = ""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of two values that a call multiplies channel by channel, and sums over the hidden axis, as for queries and keys.
+
+    Removed channels are 0 in both values.
+
+    Attributes:
+        node: name of the node that computes the products.
+        source: the value.
+        role: ``"query"`` for the first value and ``"key"`` for the second.
+        scales: whether the call divides by the square root of the number of channels. The narrowed call gets the dense network's
+            number.
+        shift_free: whether only a softmax over the second value's positions reads the products. Then a constant that is added to
+            a channel of the second value at all positions changes nothing.
+    """
+
+    node: str
+    source: ValueAxis
+    role: Literal["query", "key"]
+    scales: bool = False
+    shift_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +268,14 @@ class Reduction:
     calls: int
 
 
+Kind = Literal["mlp", "value", "query"]
+KINDS: tuple[Kind, ...] = ("mlp", "value", "query")
+# The kinds of which linear combinations of channels are kept, where a block is linear.
+COMBINED: tuple[Kind, ...] = ("value", "query")
+# The kinds that are narrowed if no others are asked for.
+DEFAULT_KINDS: tuple[Kind, ...] = ("mlp",)
+
+
 @dataclass(frozen=True)
 class Block:
     """A hidden channel axis that can be narrowed exactly, from its producers to its consumers.
@@ -213,8 +291,13 @@ class Block:
         carriers: every value that carries the hidden axis, in graph order.
         constant: how one channel is made constant; None if no layer needs one.
         groups: the number of equal parts of the axis that keep the same number of channels each. A part holds consecutive channels.
-            It is more than 1 if a grouped convolution makes or reads the axis, or if the block is a stack of experts. Then each part
-            holds the channels of one expert. A row of a value belongs to one expert, and the value has only as many channels.
+            It is more than 1 if a grouped convolution makes or reads the axis, if its parts are the heads of attention, or if the block
+            is a stack of experts. Then each part holds the channels of one expert. A row of a value belongs to one expert, and the
+            value has only as many channels.
+        kind: ``"mlp"`` for a hidden axis, ``"value"`` for the values of attention with heads, and ``"query"`` for queries and keys.
+        linear: whether the channels of a group may be replaced by others that are linear combinations of them, since only linear
+            maps that are the same for all channels of the group lie between the producers and the readers.
+        factors: the values that are multiplied channel by channel, instead of consumers, if the axis is one of queries and keys.
     """
 
     name: str
@@ -227,6 +310,9 @@ class Block:
     carriers: tuple[ValueAxis, ...]
     constant: ConstantChannel | None = None
     groups: int = 1
+    kind: Kind = "mlp"
+    factors: tuple[Factor, ...] = ()
+    linear: bool = False
 
     @property
     def group_size(self) -> int:
@@ -245,26 +331,26 @@ class Block:
         return found
 
     @property
-    def is_stack(self) -> bool:
+    def has_experts(self) -> bool:
         """Whether the block holds the hidden channels of all experts of a mixture."""
         return any(consumer.routing is not None for consumer in self.consumers)
 
     @property
     def value_width(self) -> int:
         """The number of the block's channels on the axis of a value: those of one expert if the block is a stack."""
-        return self.group_size if self.is_stack else self.width
+        return self.group_size if self.has_experts else self.width
 
     @property
     def measured(self) -> tuple[int, ...]:
         """The widths of what statistics are gathered of, and removed neurons are replaced in: every source, or every expert."""
-        return (self.group_size,) * self.groups if self.is_stack else (self.width,) * len(self.sources)
+        return (self.group_size,) * self.groups if self.has_experts else (self.width,) * len(self.sources)
 
     def expert(self, number: int) -> Block:
         """Return one expert of a stack as a block of its own, by which its neurons are scored and replaced."""
         first = self.consumers[0]
         assert first.routing is not None
         alone = dataclasses.replace(first, routing=Routing("one", first.routing.experts, at=number))
-        parameters = (dataclasses.replace(p, start=p.start + number * p.size) for p in self.parameters)
+        parameters = (dataclasses.replace(p, start=p.start + number * p.stride) for p in self.parameters)
         return dataclasses.replace(
             self, width=self.group_size, groups=1, consumers=(alone,), parameters=tuple(parameters)
         )
@@ -273,19 +359,32 @@ class Block:
         """Return how the rows of a source are divided among experts; None if the block is no stack."""
         return (
             next(consumer.routing for consumer in self.consumers if consumer.source == source)
-            if self.is_stack
+            if self.has_experts
             else None
         )
 
     @property
-    def readers(self) -> tuple[Consumer | Reduction, ...]:
-        """Everything that reads across the hidden axis: consumers, then reductions."""
-        return (*self.consumers, *self.reductions)
+    def readers(self) -> tuple[Consumer | Factor | Reduction, ...]:
+        """Everything that reads across the hidden axis: consumers, factors, then reductions."""
+        return (*self.consumers, *self.factors, *self.reductions)
+
+    @property
+    def ends(self) -> tuple[Consumer | Factor, ...]:
+        """The readers at which the axis ends: consumers and factors."""
+        return (*self.consumers, *self.factors)
 
     @property
     def sources(self) -> tuple[ValueAxis, ...]:
         """The distinct values that the readers read. Activation statistics are gathered at each of them."""
         return tuple(dict.fromkeys(reader.source for reader in self.readers))
+
+    def takes_constants(self, source: ValueAxis) -> bool:
+        """Return whether removed neurons at a source may be replaced by constants other than 0: not where factors are multiplied.
+
+        Args:
+            source: one of :attr:`sources`.
+        """
+        return all(factor.source != source for factor in self.factors)
 
     def takes_prediction(self, source: ValueAxis) -> bool:
         """Return whether removed neurons at a source may be predicted from the kept ones, and not only by constants.
@@ -299,7 +398,8 @@ class Block:
         """
         index = self.sources.index(source)
         together = next(({self.sources[i] for i in pool} for pool in self.pools if index in pool), {source})
-        return not any(r.source in together for r in self.reductions) and all(
+        others: tuple[Reduction | Factor, ...] = (*self.reductions, *self.factors)
+        return not any(other.source in together for other in others) and all(
             consumer.alone for consumer in self.consumers if consumer.source in together
         )
 
@@ -333,9 +433,7 @@ class Block:
         joined = nx.Graph()
         for consumer in self.consumers:
             for name in (consumer.bias, consumer.weight):
-                joined.add_edge(
-                    (name, consumer.source.start, consumer.source.step), self.sources.index(consumer.source)
-                )
+                joined.add_edge((name, consumer.source.place), self.sources.index(consumer.source))
         pools = (sorted(i for i in found if isinstance(i, int)) for found in nx.connected_components(joined))
         return tuple(sorted(tuple(pool) for pool in pools))
 
@@ -377,6 +475,26 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Other coordinates for the channels of a block: z = E h in every group, and back, h = D z.
+
+    Products of queries and keys stay the same if the keys get z = D^T k and the queries z = E q.
+
+    Attributes:
+        to: E, (groups, d, d) float64.
+        back: D, its inverse, (groups, d, d) float64.
+    """
+
+    to: torch.Tensor
+    back: torch.Tensor
+
+    @property
+    def dual(self) -> Basis:
+        """The coordinates of keys, and of the columns of weights that read the channels."""
+        return Basis(self.back.mT, self.to.mT)
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """How one block is narrowed. At each source the removed neurons h_P are replaced by a + B h_K.
 
@@ -388,6 +506,8 @@ class BlockPlan:
         predictions: for every entry of ``constants`` the matrix B (P, K), or None for B = 0; all None by default.
         constants_in: indices of removed neurons in whose place a constant channel stays (:class:`ConstantChannel`). One is needed if
             a padded layer reads constants other than 0.
+        basis: the coordinates in which channels are kept and removed; None for the channels as they are. ``kept``, the constants and
+            the predictions are about the channels in these coordinates.
     """
 
     block: Block
@@ -395,8 +515,16 @@ class BlockPlan:
     constants: tuple[torch.Tensor, ...]
     predictions: tuple[torch.Tensor | None, ...] = ()
     constants_in: tuple[int, ...] = ()
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
+        if self.basis is not None:
+            shape = (self.block.groups, self.block.group_size, self.block.group_size)
+            if not self.block.linear or {tuple(self.basis.to.shape), tuple(self.basis.back.shape)} != {shape}:
+                raise ArtifactError(
+                    f"block {self.block.name}: its channels are to be replaced by linear combinations, which needs a block that is linear "
+                    f"and matrices of the shape {shape}; found {tuple(self.basis.to.shape)} and linear={self.block.linear}"
+                )
         kept, width = self.kept, self.block.width
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= width:
             raise ArtifactError(
@@ -411,13 +539,13 @@ class BlockPlan:
                     f"are divided into {sorted(counts)}"
                 )
         shapes = [tuple(a.shape) for a in self.constants]
-        experts = self.block.groups if self.block.is_stack else 1
+        experts = self.block.groups if self.block.has_experts else 1
         removed, left = (width - len(kept)) // experts, len(kept) // experts
         places = len(self.block.measured)
         if shapes != [(removed,)] * places:
             raise ArtifactError(
                 f"block {self.block.name}: {removed} removed neurons at {places} "
-                f"{'experts' if self.block.is_stack else 'consumer inputs'} need one value each, found shapes {shapes}"
+                f"{'experts' if self.block.has_experts else 'consumer inputs'} need one value each, found shapes {shapes}"
             )
         if not self.predictions:
             object.__setattr__(self, "predictions", (None,) * len(self.constants))
@@ -427,7 +555,7 @@ class BlockPlan:
                 f"block {self.block.name}: a prediction of {removed} removed neurons from {left} kept ones "
                 f"for each of {len(self.constants)} inputs is needed, found {len(self.predictions)}, shapes {wrong}"
             )
-        if self.block.is_stack:
+        if self.block.has_experts:
             self._require_places_of_experts()
             return
         for source, prediction in zip(self.block.sources, self.predictions, strict=True):
@@ -444,6 +572,11 @@ class BlockPlan:
                         f"block {self.block.name}: a grouped convolution reads {source.node}, and the plan predicts removed neurons of one "
                         f"group from kept neurons of another. A layer cannot do that: such entries of a prediction must be 0"
                     )
+            if not self.block.takes_constants(source) and bool(self.constants_at(source).any()):
+                raise ArtifactError(
+                    f"block {self.block.name}: the channels removed at {source.node} are factors of products, and can only be replaced by 0, "
+                    f"but the plan has other constants for them"
+                )
         self._require_one_prediction_a_layer()
         self._require_a_constant_channel()
 
@@ -612,6 +745,9 @@ def block_from_json(data: Mapping[str, Any]) -> Block:
         carriers=tuple(ValueAxis(*carrier) for carrier in data["carriers"]),
         constant=_constant_from_json(data.get("constant")),
         groups=data.get("groups", 1),
+        kind=data.get("kind", "mlp"),
+        factors=tuple(Factor(**f | {"source": ValueAxis(*f["source"])}) for f in data.get("factors", ())),
+        linear=data.get("linear", False),
     )
 
 

@@ -45,6 +45,7 @@ from vbpfx.reconstruction.rows import LayerRows, in_larger_parts
 from vbpfx.reconstruction.schedule import Calls, bring_together, schedule
 from vbpfx.reconstruction.steps import Step, steps_of
 from vbpfx.reconstruction.stream import Stream
+from vbpfx.rewrite.basis import in_coordinates
 from vbpfx.rewrite.substitute import in_narrow_shape, outputs_first, pruned_along, substitute, window_at
 
 # The limit of m for unlimited data.
@@ -85,10 +86,14 @@ def reconstruct(
     Raises:
         CalibrationError: the narrowed network gives a layer an input that is not finite.
     """
+    bases = {entry.block.name: entry.basis for entry in plan.blocks}
+    if any(bases.values()):  # in the plan's coordinates, channels are removed as everywhere
+        analysis = replace(analysis, captured=in_coordinates(analysis.captured, plan))
+        plan = replace(plan, blocks=tuple(replace(entry, basis=None) for entry in plan.blocks))
     order = schedule(analysis)
-    steps = steps_of(order, analysis, plan, beside, choose)
+    steps = steps_of(order, analysis, plan, beside, choose, {name for name, basis in bases.items() if basis})
     if not steps:
-        return plan
+        return replace(plan, blocks=tuple(replace(entry, basis=bases[entry.block.name]) for entry in plan.blocks))
     device, samples = model_device(analysis.captured.reference), Samples.of(batches)
     samples = replace(samples, batches=tuple(batch.to(device) for batch in samples.batches))
     run = _Reconstruction(order.captured, plan, samples, steps, influence, mask)
@@ -99,7 +104,8 @@ def reconstruct(
             except CalibrationError as error:
                 raise CalibrationError(f"layer {step.layer.weight.rpartition('.')[0]}: {error}") from error
             advance()
-    return run.result()
+    done = run.result()
+    return replace(done, blocks=tuple(replace(entry, basis=bases[entry.block.name]) for entry in done.blocks))
 
 
 class _Reconstruction:

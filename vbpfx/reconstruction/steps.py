@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -40,15 +40,27 @@ class Step:
         return self.calls[0]
 
 
-def steps_of(order: Schedule, analysis: Analysis, plan: Plan, beside: Sequence[Consumer], choose: bool) -> list[Step]:
+def steps_of(
+    order: Schedule,
+    analysis: Analysis,
+    plan: Plan,
+    beside: Sequence[Consumer],
+    choose: bool,
+    chosen: Collection[str] = (),
+) -> list[Step]:
     """Return the layers to fit, in the order of computation.
 
     Args:
         order: the schedule of this analysis.
         beside: layers outside the blocks that are fitted, too.
         choose: whether to choose the neurons of the blocks where this is possible (:func:`chosen_on_the_way`).
+        chosen: the names of blocks whose channels are chosen already.
     """
-    choosing = {e.block.name: e for e in plan.blocks if choose and chosen_on_the_way(order, e.block)}
+    choosing = {
+        e.block.name: e
+        for e in plan.blocks
+        if choose and e.block.name not in chosen and chosen_on_the_way(order, e.block)
+    }
     reading = {c.node: name for name, e in choosing.items() for c in e.block.consumers}
     fitted = {layer.node for layer in layers_to_fit(order, analysis, [entry.block for entry in plan.blocks], beside)}
     steps = []
@@ -65,11 +77,12 @@ def chosen_on_the_way(order: Schedule, block: Block) -> bool:
     over it.
     """
     fittable = {layer.node for calls in order.layers for layer in calls}
-    places: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    places: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for consumer in block.consumers:
-        places[consumer.weight].add((consumer.source.start, consumer.source.step))
+        places[consumer.weight].add(consumer.source.place)
     return (
-        all(len(found) == 1 for found in places.values())
+        bool(places)
+        and all(len(found) == 1 for found in places.values())
         and not block.reductions
         and fittable >= {c.node for c in block.consumers}
     )

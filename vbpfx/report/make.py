@@ -15,7 +15,7 @@ from vbpfx.analysis.blocks import Analysis
 from vbpfx.calibration.prepare import Statistics
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.multiples import blocks_with_convolutions
-from vbpfx.plans.records import Plan
+from vbpfx.plans.records import DEFAULT_KINDS, Plan
 from vbpfx.report.report import Report
 from vbpfx.report.spectrum import spectra
 from vbpfx.rewrite.verify import Verification
@@ -35,12 +35,14 @@ def make_report(
 ) -> Report:
     """Make the report of a pruned network. Parameters and MACs are counted on both graphs, not taken from the plan."""
     narrowed = dataclasses.replace(captured, graph_module=small)
-    total = analysis.neurons
+    asked = plan.settings.get("kinds", DEFAULT_KINDS)
+    blocks = tuple(block for block in analysis.blocks if block.kind in asked)
+    total = sum(block.width for block in blocks)
     return Report(
         params=(count_parameters(captured.graph_module), count_parameters(small)),
         macs=(sum(captured.macs.values()), sum(narrowed.macs.values())),
         neurons=(total, total - plan.removed),
-        widths={block.name: (block.width, plan.widths.get(block.name, block.width)) for block in analysis.blocks},
+        widths={block.name: (block.width, plan.widths.get(block.name, block.width)) for block in blocks},
         refused=len(analysis.refusals),
         settings=plan.settings,
         verification=verification,
@@ -50,7 +52,7 @@ def make_report(
         network=type(captured.reference).__name__,
         sample=captured.inputs.sample,
         size=(count_bytes(named_tensors(captured.graph_module)), count_bytes(named_tensors(small))),
-        spectra=spectra(analysis.blocks, statistics, plan) if statistics else {},
+        spectra=spectra(blocks, statistics, plan) if statistics else {},
         refusals=analysis.refusals,
         arguments=arguments or {},
         versions=_versions(),

@@ -267,7 +267,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [(name, dense, pruned, kept(dense, pruned)) for name, (dense, pruned) in self.costs.items()]
-        budget = ", ".join(f"{kind}={value:g}" for kind, value in self.settings["budget"].items())
+        budget = ", ".join(f"{kind}={stated(value)}" for kind, value in self.settings["budget"].items())
         means = self.settings["compensation"]
         compensated = "not compensated" if means == "none" else f"compensated by {means}"
         title = f"pruned by {self.settings['criterion']}; {compensated}; {budget}"
@@ -306,3 +306,10 @@ class Report:
 def _pair(values: Any) -> tuple[int, int]:
     dense, pruned = values
     return dense, pruned
+
+
+def stated(budget: float | Mapping[str, float]) -> str:
+    """Return a budget as text; a ratio may be stated for every kind of blocks."""
+    if isinstance(budget, Mapping):
+        return " ".join(f"{kind}:{share:g}" for kind, share in budget.items())
+    return f"{budget:g}"

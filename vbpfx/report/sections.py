@@ -7,7 +7,7 @@ from typing import Any
 from vbpfx.display.figures import said, scientific
 from vbpfx.display.tables import counted
 from vbpfx.planning.scores import CRITERIA
-from vbpfx.report.report import Report
+from vbpfx.report.report import Report, stated
 from vbpfx.rewrite.verify import Verification
 
 
@@ -36,7 +36,7 @@ def settings(report: Report) -> dict[str, str]:
     """Return the settings with which the plan was made, as text by name."""
     given = dict(report.settings)
     reconstruction = given.pop("reconstruction", {})
-    budget = ", ".join(f"{kind} = {value:g}" for kind, value in given.pop("budget").items())
+    budget = ", ".join(f"{kind} = {stated(value)}" for kind, value in given.pop("budget").items())
     shown = {
         "budget": budget,
         **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -46,12 +47,22 @@ def convert(captured: Captured, plan: Plan, *, share: bool = False) -> fx.GraphM
     removed = removed_channels(plan)
     _state_sizes(nodes, plan, removed)
     _narrow_meta(small, removed)
+    _state_scales(captured, nodes, plan)
     _pass_biases(small, nodes, plan)
     for name, (reduction, constants) in carried(plan).items():
         carry(small, nodes[name], reduction.kind, constants)
     require_sizes(small, captured)
     finish(small)
     return small
+
+
+def _state_scales(captured: Captured, nodes: dict[str, fx.Node], plan: Plan) -> None:
+    """Pass the dense network's scale to calls of attention that would compute another from the narrowed width."""
+    for entry in plan.blocks:
+        for factor in entry.block.factors:
+            if factor.scales and factor.role == "query":
+                width = captured.nodes[factor.source.node].meta["val"].shape[factor.source.axis]
+                nodes[factor.node].update_kwarg("scale", 1.0 / math.sqrt(width))
 
 
 def _state_sizes(nodes: dict[str, fx.Node], plan: Plan, removed: Removed) -> None:

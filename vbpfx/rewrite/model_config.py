@@ -173,7 +173,7 @@ def _widths_by_axis(plan: Plan) -> dict[str, dict[int, set[tuple[int, int]]]]:
 
 def _widths(entry: BlockPlan) -> tuple[int, int]:
     """Return the width of a block before and after; that of one expert if the block is a stack."""
-    experts = entry.block.groups if entry.block.is_stack else 1
+    experts = entry.block.groups if entry.block.has_experts else 1
     return entry.block.width // experts, entry.width // experts
 
 

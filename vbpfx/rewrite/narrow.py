@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vbpfx.errors import ArtifactError
 from vbpfx.graph.capture import named_tensors, plain_tensors
 from vbpfx.planning.compensate import fold, fold_columns, fold_taps
-from vbpfx.plans.records import Block, BlockPlan, Consumer, Plan, Reduction, SizeLiteral
+from vbpfx.plans.records import Block, BlockPlan, Consumer, ParameterAxis, Plan, Reduction, SizeLiteral, ValueAxis
+from vbpfx.rewrite.basis import Coordinates
 from vbpfx.rewrite.carry import Carried
 
 # (node or parameter, axis, whether it is a parameter) -> the removed channels of that axis
@@ -97,22 +98,38 @@ class Changes:
         for name, consumer in self.made.items():
             cuts = self._cuts[consumer.weight]
             self._cuts[name] = [(0, positions) for axis, positions in cuts if axis == 1 - consumer.weight_axis]
+        self._coordinates = Coordinates(plan)
         self._gains = self._readers(plan)
         self._set = self._settings(plan)
         corrections = {c.layer.weight: c.weight for c in plan.corrections}
         self._corrections = corrections | {
             c.layer.bias: c.bias for c in plan.corrections if c.layer.bias in self.made or not c.layer.creates_bias
         }
-        self.names = tuple({**self._cuts, **self._cuts_in_groups, **self._gains, **self._set, **self._corrections})
+        self.names = tuple(
+            {
+                **self._cuts,
+                **self._cuts_in_groups,
+                **self._gains,
+                **self._set,
+                **self._corrections,
+                **dict.fromkeys(self._coordinates.names),
+            }
+        )
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
+        own = dense
+        if self._coordinates.names:
+
+            def dense(name: str) -> Tensor:
+                return self._coordinates.of(name, own(name))
+
         if name in self.made:
             weight = dense(self.made[name].weight)
             like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
         else:
-            like = dense(name).detach()
-        new = like
+            like = own(name).detach()
+        new = like if name in self.made else dense(name).detach()
         if name in self._gains:
             new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
         if name in self._set:
@@ -292,7 +309,11 @@ def _state_features(small: nn.Module, plan: Plan) -> None:
 
 
 def removed_channels(plan: Plan) -> Removed:
-    """Return the channels that the narrowed network lacks, for every axis that belongs to a block of the plan."""
+    """Return the channels that the narrowed network lacks, for every axis that belongs to a block of the plan.
+
+    On an axis that has the channels of one group of a block (of one head of attention), they are those of the first group. All groups
+    lack as many.
+    """
     return _channels(plan, lambda entry: entry.gone)
 
 
@@ -315,15 +336,17 @@ def constant_channels(plan: Plan) -> Removed:
 def _channels(plan: Plan, chosen: Callable[[BlockPlan], Sequence[int]]) -> Removed:
     found: dict[tuple[str, int, bool], frozenset[int]] = {}
     for entry in plan.blocks:
-        values = [((c.node, c.axis, False), c.start, c.step) for c in entry.block.carriers]
-        parameters = [((p.name, p.axis, True), p.start, p.step) for p in entry.block.parameters if p.groups == 1]
-        at = {
-            (start, step): frozenset(start + step * p for p in _in_values(entry.block, chosen(entry)))
-            for _, start, step in (*values, *parameters)
-        }
-        for key, *place in (*values, *parameters):
-            there = at[place[0], place[1]]
-            found[key] = found[key] | there if key in found else there
+        channels = _in_values(entry.block, chosen(entry))
+        values = [((c.node, c.axis, False), c) for c in entry.block.carriers]
+        parameters = [((p.name, p.axis, True), p) for p in entry.block.parameters if p.groups == 1]
+        at: dict[tuple[int, ...], frozenset[int]] = {}
+        places: list[tuple[tuple[str, int, bool], ValueAxis | ParameterAxis]] = [*values, *parameters]
+        for key, place in places:
+            own = place.place
+            if own not in at:
+                here = [c for c in channels if c < place.size] if own[2] and not own[3] else channels
+                at[own] = frozenset(place.at(here).tolist())
+            found[key] = found[key] | at[own] if key in found else at[own]
     return found
 
 
@@ -333,7 +356,7 @@ def _in_values(block: Block, channels: Sequence[int]) -> Sequence[int]:
     The values of a stack have as many channels as one expert. Every expert loses as many of them, and the first one stands for all:
     only their number means something.
     """
-    return block.in_groups(channels)[0] if block.is_stack else channels
+    return block.in_groups(channels)[0] if block.has_experts else channels
 
 
 def gone(literal: SizeLiteral, removed: Removed) -> int:

@@ -68,6 +68,9 @@ def _obstacle(model: nn.Module, entry: BlockPlan, plan: Plan, removed: Removed) 
                 f"a statistic over the hidden axis (node {reduction.node}) must go on counting the removed channels, for which "
                 f"the class has no place"
             )
+    for factor in block.factors:
+        if factor.scales:
+            return f"the model's code lets attention (node {factor.node}) compute its scale from the width, which is narrowed"
     carried_nodes = {reduction.node for reduction in block.reductions}
     for literal in block.literals:
         if literal.node in carried_nodes:  # its module is replaced

@@ -23,9 +23,9 @@ from vbpfx.data.inputs import Inputs, tensors_in
 from vbpfx.graph.capture import Captured, named_tensors, share_parameters
 from vbpfx.graph.fake import graph_arguments
 from vbpfx.outputs.differences import relative_error
-from vbpfx.plans.records import BlockPlan, Consumer, Plan
+from vbpfx.plans.records import BlockPlan, Consumer, Factor, Plan, ValueAxis
 from vbpfx.rewrite.narrow import Changes, Removed, constant_channels, pruned_channels
-from vbpfx.rewrite.substitute import reference_graph
+from vbpfx.rewrite.substitute import in_other_coordinates, reference_graph
 from vbpfx.rules.layers import matrix_product
 from vbpfx.rules.table import operator_of
 
@@ -149,13 +149,21 @@ class Comparison:
     ) -> None:
         self._own, self._pruned, self._constant = captured.nodes, pruned_channels(plan), constant_channels(plan)
         self._reference = Steps(reference_graph(captured, plan), inputs, dtype)
-        self._readers: dict[str, list[tuple[BlockPlan, Consumer]]] = defaultdict(list)
+        self._readers: dict[str, list[tuple[BlockPlan, Consumer | Factor]]] = defaultdict(list)
+        self._turned: dict[str, list[tuple[ValueAxis, Tensor, int]]] = defaultdict(list)
+        self._in_groups: dict[str, list[tuple[BlockPlan, ValueAxis]]] = defaultdict(list)
+        self._by_row: set[str] = set()
         for entry in plan.blocks:
-            for consumer in entry.block.consumers:
-                self._readers[consumer.node].append((entry, consumer))
-        self._by_row = {
-            carrier.node for entry in plan.blocks if entry.block.is_stack for carrier in entry.block.carriers
-        }
+            for reader in entry.block.ends:
+                self._readers[reader.node].append((entry, reader))
+            for carrier in entry.block.carriers:
+                if entry.block.has_experts:
+                    self._by_row.add(carrier.node)
+                if entry.basis is not None:
+                    matrices = (entry.basis.dual if carrier.dual else entry.basis).to
+                    self._turned[carrier.node].append((carrier, matrices, entry.block.width))
+                if carrier.of_one_group:
+                    self._in_groups[carrier.node].append((entry, carrier))
         self._small: _GraphSide | _ClassSide
         if can_compare(small, plan):
             small = share_parameters(small)
@@ -192,18 +200,26 @@ class Comparison:
 
     def _total(self, node: str) -> str:
         """Return the node that adds the bias of experts to the value of a layer; "" if there is none."""
-        return self._readers[node][0][1].total
+        reader = self._readers[node][0][1]
+        return reader.total if isinstance(reader, Consumer) else ""
 
-    def _without(self, node: fx.Node, entry: BlockPlan, consumer: Consumer) -> Tensor:
+    def _without(self, node: fx.Node, entry: BlockPlan, reader: Consumer | Factor) -> Tensor:
         """Return the output of the reference's layer with a block's channels set to zero."""
-        operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == consumer.source.node)
+        operand = next(n for n in node.all_input_nodes if _behind_insertions(n, self._own) == reader.source.node)
         value = self._reference.env[operand]
-        own = consumer.source.at(range(entry.block.value_width)).to(value.device)
-        return self._reference.again(node, {operand: value.index_fill(consumer.source.axis, own, 0)})
+        own = reader.source.marked(range(entry.block.value_width), value.shape, entry.block.value_width).to(
+            value.device
+        )
+        return self._reference.again(node, {operand: value.masked_fill(own, 0)})
 
     def _kept(self, value: Tensor, name: str) -> Tensor:
-        """Return a node's value without the removed channels."""
-        return _left_out(value, name, self._pruned)
+        """Return a node's value without the removed channels, in the coordinates of the plan."""
+        for place, matrices, width in self._turned.get(name, ()):
+            value = in_other_coordinates(value, place, matrices, width)
+        for entry, carrier in self._in_groups.get(name, ()):
+            value = _left_out_of_groups(value, carrier, entry)
+        others = {key: found for key, found in self._pruned.items() if name not in self._in_groups or key[0] != name}
+        return _left_out(value, name, others)
 
     def _without_constants(self, value: Tensor, name: str) -> Tensor:
         """Return the value of a narrowed node without constant channels, to which no channel of the reference corresponds."""
@@ -216,6 +232,14 @@ def _left_out(value: Tensor, name: str, channels: Removed) -> Tensor:
             kept = torch.tensor([i for i in range(value.shape[axis]) if i not in positions], device=value.device)
             value = value.index_select(axis, kept)
     return value
+
+
+def _left_out_of_groups(value: Tensor, place: ValueAxis, entry: BlockPlan) -> Tensor:
+    """Return a value without the removed channels, where another axis counts the groups, and each group lacks other channels."""
+    own = place.marked(entry.pruned, value.shape, entry.block.width).to(value.device).expand(value.shape)
+    axis = place.axis % value.ndim
+    last, kept = value.movedim(axis, -1), ~own.movedim(axis, -1)
+    return last[kept].reshape(*last.shape[:-1], -1).movedim(-1, axis)
 
 
 class _GraphSide:
@@ -243,10 +267,13 @@ class _ClassSide:
     """A narrowed model in its own class; hooks record the outputs of its layers while it runs."""
 
     def __init__(
-        self, small: nn.Module, readers: Mapping[str, list[tuple[BlockPlan, Consumer]]], inputs: Inputs
+        self, small: nn.Module, readers: Mapping[str, list[tuple[BlockPlan, Consumer | Factor]]], inputs: Inputs
     ) -> None:
+        layers = {node: found[0][1] for node, found in readers.items()}
         self._path = {
-            node: found[0][1].weight.rpartition(".")[0] for node, found in readers.items() if found[0][1].is_layer
+            node: layer.weight.rpartition(".")[0]
+            for node, layer in layers.items()
+            if isinstance(layer, Consumer) and layer.is_layer
         }
         self._heard: dict[str, list[Tensor]] = {path: [] for path in self._path.values()}
         handles = [small.get_submodule(path).register_forward_hook(self._hear(path)) for path in self._heard]
@@ -276,9 +303,10 @@ class _ClassSide:
 
 
 def can_compare(small: nn.Module, plan: Plan) -> TypeGuard[fx.GraphModule]:
-    """Return whether a pruned network is a graph that still has the dense graph's consumer nodes."""
+    """Return whether a pruned network is a graph that still has the dense graph's nodes that read blocks."""
     names = {node.name for node in small.graph.nodes} if isinstance(small, fx.GraphModule) else set()
-    return all(consumer.node in names for entry in plan.blocks for consumer in entry.block.consumers) and bool(names)
+    readers = (reader for entry in plan.blocks for reader in entry.block.ends)
+    return all(reader.node in names for reader in readers) and bool(names)
 
 
 def exact_tensors(captured: Captured, small: nn.Module, plan: Plan) -> dict[int, Callable[[], Tensor]]:

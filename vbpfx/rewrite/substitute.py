@@ -29,9 +29,20 @@ class Substitute(nn.Module):
         self.axis = source.axis
         self.pruned, self.kept = source.at(entry.pruned), source.at(entry.kept)
         self.constants, self.prediction = entry.constants[index], entry.predictions[index]
+        self.source, self.width, self.goes = source, entry.block.width, entry.pruned
+        keys = {factor.source for factor in entry.block.factors if factor.role == "key"}
+        self.basis = entry.basis if entry.basis is None or source not in keys else entry.basis.dual
 
     def forward(self, h: Tensor) -> Tensor:
         """Return a copy of h with the channels P replaced."""
+        if self.basis is not None:
+            turned = in_other_coordinates(h, self.source, self.basis.to, self.width)
+            return in_other_coordinates(self._replaced(turned), self.source, self.basis.back, self.width)
+        return self._replaced(h)
+
+    def _replaced(self, h: Tensor) -> Tensor:
+        if self.source.of_one_group:  # factors, which are replaced by 0
+            return h.masked_fill(self.source.marked(self.goes, h.shape, self.width).to(h.device), 0.0)
         pruned, values = self.pruned.to(h.device), self.constants.to(h)
         if self.prediction is not None:
             kept = h.index_select(self.axis, self.kept.to(h.device)).movedim(self.axis, -1)
@@ -63,6 +74,28 @@ class SubstituteExperts(nn.Module):
         return changed
 
 
+def in_other_coordinates(h: Tensor, place: ValueAxis, matrices: Tensor, width: int) -> Tensor:
+    """Return a value with the channels of every group of a block multiplied by the group's matrix.
+
+    Args:
+        h: the value.
+        place: the block's channels in it.
+        matrices: (groups, d, d).
+        width: the block's width.
+    """
+    axis, matrices = place.axis % h.ndim, matrices.to(h)
+    if place.of_one_group:
+        counting = place.counting % h.ndim
+        entries = torch.arange(h.shape[counting], device=h.device) // place.divisor % len(matrices)
+        own = h.movedim((counting, axis), (-2, -1))
+        return torch.einsum("...nc,nkc->...nk", own, matrices[entries]).movedim((-2, -1), (counting, axis))
+    positions = place.at(range(width)).to(h.device)
+    own = h.index_select(axis, positions).movedim(axis, -1)
+    parts = own.reshape(*own.shape[:-1], len(matrices), -1)
+    turned = torch.einsum("...gc,gkc->...gk", parts, matrices).flatten(-2)
+    return h.index_copy(axis, positions, turned.movedim(-1, axis))
+
+
 class Correct(nn.Module):
     """Adds dW x + db to a layer's output for x; dW (out, in, ...) and db (out,) have the shapes of the dense layer.
 
@@ -71,6 +104,7 @@ class Correct(nn.Module):
         window: the windows of a convolution.
         constants: (positions on the axis, value) of constant channels. The narrowed layer reads the value there, inside of its
             padding like any channel, where x has the substitutes of removed neurons.
+        turned: (place, matrices, width) of blocks that the narrowed layer reads in other coordinates.
     """
 
     def __init__(
@@ -80,12 +114,16 @@ class Correct(nn.Module):
         weight: Tensor,
         bias: Tensor,
         constants: Sequence[tuple[Tensor, float]],
+        turned: Sequence[tuple[ValueAxis, Tensor, int]] = (),
     ) -> None:
         super().__init__()
+        self.turned = turned
         self.axis, self.window, self.weight, self.bias, self.constants = axis, window, weight, bias, constants
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y + dW x + db."""
+        for place, matrices, width in self.turned:
+            x = in_other_coordinates(x, place, matrices, width)
         for positions, value in self.constants:
             x = x.index_fill(self.axis, positions.to(x.device), value)
         return y + applied(x, self.weight.to(y), self.bias.to(y), self.axis, self.window)
@@ -102,7 +140,13 @@ def reference_graph(captured: Captured, plan: Plan) -> fx.GraphModule:
             (source.at(entry.constants_in), entry.value_at(source))
             for entry, source in constants_read(plan.blocks, call)
         ]
-        return Correct(call.source.axis, window, *in_dense_shape(corrections[call], plan), constants)
+        turned = [
+            (consumer.source, entry.basis.to, entry.block.width)
+            for entry in plan.blocks
+            for consumer in entry.block.consumers
+            if entry.basis is not None and consumer.node == call.node
+        ]
+        return Correct(call.source.axis, window, *in_dense_shape(corrections[call], plan), constants, turned)
 
     substitute(reference, plan.blocks)
     insert_behind(reference, corrections, correct, "correct")

@@ -23,6 +23,7 @@ from vbpfx.graph.precision import full_float32
 from vbpfx.graph.run import outputs_of
 from vbpfx.outputs.differences import TOLERANCES, relative_error, require_close, tolerance_of
 from vbpfx.plans.records import Consumer, Plan
+from vbpfx.rewrite.basis import Coordinates
 from vbpfx.rewrite.in_float64 import measure_loss, require_exact
 from vbpfx.rewrite.side_by_side import Comparison, Seen, can_compare, look
 from vbpfx.rewrite.substitute import in_dense_shape, outputs_first, reference_graph
@@ -310,10 +311,11 @@ def _why_unlike(captured: Captured, inputs: Inputs, dense: list[Tensor], model: 
 def _refit_error(captured: Captured, small: nn.Module, plan: Plan) -> float:
     """Return the largest relative error of corrected weights, which must be W + dW plus folds, on the channels that are there."""
     dense, narrow = named_tensors(captured.reference), named_tensors(small)
-    worst = 0.0
+    worst, coordinates = 0.0, Coordinates(plan)
     for correction in plan.corrections:
         layer = correction.layer
-        original, found = (_wide(tensors[layer.weight], layer) for tensors in (dense, narrow))
+        original = _wide(coordinates.of(layer.weight, dense[layer.weight]), layer)
+        found = _wide(narrow[layer.weight], layer)
         change, _ = in_dense_shape(correction, plan)
         expected = _expected(original, change.double().cpu(), layer, plan)
         rows = torch.ones(len(expected), dtype=torch.bool)

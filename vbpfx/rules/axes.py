@@ -79,6 +79,29 @@ class Grouped:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Channel g d + c of ``whole`` is channel c of ``inner``, in group g. ``inner`` has d channels, and ``whole`` consists of G groups.
+
+    A view makes both axes of one, or one of both, as for the heads of attention. On ``outer``, an axis of the same tensor as
+    ``inner``, entry i belongs to group i mod G: ``outer`` may hold other axes in front of the groups (samples and heads in one axis).
+    None if the tensor has no such axis.
+    """
+
+    whole: Axis
+    inner: Axis
+    outer: Axis | None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Entry i of ``out`` is entry i // ``count`` of ``x``: every entry is followed by its copies."""
+
+    x: Axis
+    out: Axis
+    count: int
+
+
+@dataclass(frozen=True)
 class Merged:
     """``out`` is ``first`` and ``second`` flattened: all entries of ``second`` for each entry of ``first`` in turn."""
 
@@ -89,10 +112,14 @@ class Merged:
 
 @dataclass(frozen=True)
 class Opaque:
-    """The axis cannot be narrowed through this call."""
+    """The axis cannot be narrowed through this call.
+
+    If ``in_order``, its entries stay where they are: only its length matters, or whole entries are grouped or repeated.
+    """
 
     axis: Axis
     reason: str
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,17 @@ class Contracts:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """The call multiplies channel c of ``first`` by channel c of ``second``, and sums over c, as for queries and keys.
+
+    Both axes end here. A channel that is 0 in one of them adds nothing.
+    """
+
+    first: Axis
+    second: Axis
+
+
+@dataclass(frozen=True)
 class Reduces:
     """The call computes a statistic over ``source``; the contribution of a constant channel can be added to it.
 
@@ -158,7 +196,9 @@ class SizeStated:
     computed: tuple[fx.Node, ...] = ()
 
 
-Relation = Same | Part | Grouped | Merged | Opaque | Produces | Contracts | Reduces | SizeStated
+Relation = (
+    Same | Part | Grouped | Stacked | Repeated | Merged | Opaque | Produces | Contracts | Paired | Reduces | SizeStated
+)
 
 
 class SizeRead(NamedTuple):

@@ -6,7 +6,21 @@ from collections.abc import Iterator
 
 import torch
 
-from vbpfx.rules.axes import Contracts, Grouped, Opaque, Produces, Relation, Same, Site, SizeStated, as_tuple, leading
+from vbpfx.rules.axes import (
+    Contracts,
+    Grouped,
+    Opaque,
+    Operand,
+    Paired,
+    Produces,
+    Relation,
+    Repeated,
+    Same,
+    Site,
+    SizeStated,
+    as_tuple,
+    leading,
+)
 from vbpfx.rules.experts import expert_einsum, expert_linear, expert_product, stack_read
 from vbpfx.rules.table import Argument
 
@@ -150,13 +164,16 @@ def attention(site: Site) -> Iterator[Relation]:
     if site.constant(5, "is_causal", False):
         yield Opaque(out.axis(-2), "causal attention counts along it")
     yield Same(value.axis(-1), out.axis(-1))
-    for axis in (query.axis(-1), key.axis(-1), key.axis(-2), value.axis(-2)):
+    yield Paired(query.axis(-1), key.axis(-1))
+    for axis in (key.axis(-2), value.axis(-2)):
         yield Opaque(axis, "attention sums over it")
     yield Same(key.axis(-2), value.axis(-2))
     for operand in (key, value):
         for back in range(3, min(operand.ndim, out.ndim) + 1):
             if operand.shape[-back] == out.shape[-back]:
                 yield Same(operand.axis(-back), out.axis(-back))
+            elif back == 3 and site.argument(7, "enable_gqa", False) is True:
+                yield Repeated(operand.axis(-3), out.axis(-3), out.shape[-3] // operand.shape[-3])
     mask = site.operand(3, "attn_mask")
     for axis in mask.axes if mask is not None else ():
         yield Opaque(axis, "it masks attention")
@@ -182,22 +199,30 @@ def einsum(site: Site) -> Iterator[Relation]:
         yield from site.all_opaque("an einsum whose equation does not name every axis")
         return
     left, _, right = equation.replace(" ", "").partition("->")
+    summed: dict[str, list[tuple[Operand, int]]] = {}
     for letters, operand in zip(left.split(","), operands, strict=True):
         for dim, letter in enumerate(letters):
             if letter in right and letters.count(letter) == 1:
                 if operand.shape[dim] == out.shape[right.index(letter)]:
                     yield Same(operand.axis(dim), out.axis(right.index(letter)))
-            else:
-                yield Opaque(operand.axis(dim), "einsum sums over it")
-                if letter in right:
-                    yield Opaque(out.axis(right.index(letter)), "einsum reads it from a diagonal of two axes")
+                continue
+            summed.setdefault(letter, []).append((operand, dim))
+            if letter in right:
+                yield Opaque(out.axis(right.index(letter)), "einsum reads it from a diagonal of two axes")
+    for letter, found in summed.items():
+        owners = {operand.owner for operand, _ in found if not operand.is_parameter}
+        if len(found) == len(owners) == 2 and letter not in right:
+            yield Paired(*(operand.axis(dim) for operand, dim in found))
+            continue
+        for operand, dim in found:
+            yield Opaque(operand.axis(dim), "einsum sums over it")
 
 
 def matrix_product(site: Site) -> Iterator[Relation]:
     """y[..., n, o] = sum_i a[..., n, i] b[..., i, o].
 
-    If one side is a matrix of parameters, this is a layer without a bias. If both sides are computed, the axis that is
-    summed over is opaque.
+    If one side is a matrix of parameters, this is a layer without a bias. If both sides are computed, the axes that are
+    summed over are paired.
     """
     operands, out = site.operands, site.out
     for place, node in enumerate(site.node.args[:2] if len(operands) == 2 else ()):
@@ -224,8 +249,7 @@ def matrix_product(site: Site) -> Iterator[Relation]:
         yield Contracts(b.axis(-2), first.axis(0 if columns else 1), None)
         yield Produces(out.axis(-2), first.axis(1 if columns else 0))
         return
-    for axis in (a.axis(-1), b.axis(-2)):
-        yield Opaque(axis, "a product of two activations sums over it")
+    yield Paired(a.axis(-1), b.axis(-2))
     yield Same(a.axis(-2), out.axis(-2))
     yield Same(b.axis(-1), out.axis(-1))
     for operand in operands:

@@ -151,7 +151,7 @@ _row(
     aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
 )  # fmt: skip
 _row(embedding, nn.Embedding, F.embedding, aten.embedding)
-_row(attention, F.scaled_dot_product_attention, aten.scaled_dot_product_attention)
+_row(attention, F.scaled_dot_product_attention, aten.scaled_dot_product_attention, scales_by_width=True)
 _row(einsum, torch.einsum, aten.einsum)
 _row(matrix_product, operator.matmul)
 _named(matrix_product, "matmul", "bmm", "mm")

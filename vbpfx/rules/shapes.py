@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from vbpfx.rules.axes import (
     Grouped,
@@ -15,9 +15,11 @@ from vbpfx.rules.axes import (
     Operand,
     Part,
     Relation,
+    Repeated,
     Same,
     Site,
     SizeStated,
+    Stacked,
     as_tuple,
     spelling,
 )
@@ -27,14 +29,7 @@ from vbpfx.rules.table import Argument, operator_of
 def permutation(site: Site) -> Iterator[Relation]:
     """permute, transpose, movedim: out axis i is x axis order[i]."""
     x, out = site.x, site.out
-    name = site.name
-    if name in ("permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims", "t"):
-        order = _order(name, site, x.ndim)
-    else:  # x.T reverses all axes, x.mT the last two
-        order = list(range(x.ndim))
-        last = 0 if "T" in (name.removeprefix("numpy_"), site.argument(1, "name")) else -2
-        order[last:] = order[last:][::-1]
-    for position, dim in enumerate(order):
+    for position, dim in enumerate(order_of_axes(site, x.ndim)):
         yield Same(x.axis(dim), out.axis(position))
 
 
@@ -48,10 +43,20 @@ def regrouping(site: Site) -> Iterator[Relation]:
     x, out = site.x, site.out
     kept = _kept_whole(x.shape, out.shape)
     stacked, grouped = _taken_apart(site, x, out)
+    heads = [] if stacked or grouped else list(_in_groups(x, out, kept))
+    for relation in heads:
+        yield relation
+        if relation.outer is not None:
+            reason = f"{site.name} counts groups of channels along it, such as the heads of attention, and groups are never removed"
+            yield Opaque(relation.outer, _shuffled(site) or reason, True)
+    described = {axis for relation in heads for axis in (relation.whole, relation.inner, relation.outer)}
     for axis, size, dim in zip(x.axes, x.shape, range(x.ndim), strict=True):
-        if dim not in kept and dim not in stacked and dim not in grouped and size != 1:
+        if dim not in kept and dim not in stacked and dim not in grouped and size != 1 and axis not in described:
             yield Opaque(axis, _shuffled(site) or f"{site.name} splits or merges it")
-    whole = set(kept.values())
+    whole = {*kept.values(), *(axis.dim for axis in out.axes if axis in described)}
+    for axis in out.axes:
+        if any(axis in (relation.whole, relation.inner) for relation in heads):
+            yield from _stated(site, out, axis.dim, as_number=True)
     for dim, position in grouped.items():
         whole |= {position, position + 1}
         yield Opaque(out.axis(position + 1), "its entries are taken one by one")
@@ -118,14 +123,22 @@ def repetition_of_entries(site: Site) -> Iterator[Relation]:
         return
     for other in range(x.ndim):
         if other == dim % x.ndim:
-            yield Opaque(x.axis(other), "repeat_interleave repeats its entries")
-            yield Opaque(out.axis(other), "repeat_interleave repeats its entries")
+            count = site.argument(1, "repeats")
+            if isinstance(count, int):
+                yield Repeated(x.axis(other), out.axis(other), count)
+            for axis in (x.axis(other), out.axis(other)):
+                yield Opaque(axis, "repeat_interleave repeats its entries", True)
         else:
             yield Same(x.axis(other), out.axis(other))
 
 
-def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
-    """Yield the relations that the call's size arguments give for one output axis."""
+def _stated(site: Site, out: Operand, dim: int, *, as_number: bool = False) -> Iterator[Relation]:
+    """Yield the relations that the call's size arguments give for one output axis.
+
+    Args:
+        as_number: the axis is made from others, so that a size which is read from another tensor only happens to be its size. It
+            becomes a number in a narrowed graph.
+    """
     axis = out.axis(dim)
     for at, path, value in _size_arguments(site, out.ndim):
         read = site.size_read(value)
@@ -133,15 +146,15 @@ def _stated(site: Site, out: Operand, dim: int) -> Iterator[Relation]:
             if read is not None and read.plain and len(read.axes) == out.ndim:
                 yield Same(axis, read.axes[dim])
             else:
-                yield Opaque(axis, "its size is stated by a computed shape")
+                yield Opaque(axis, "its size is stated by a computed shape", True)
         elif at == dim:
             if isinstance(value, fx.Node):
-                if read is not None and read.plain and len(read.axes) == 1:
+                if read is not None and read.plain and len(read.axes) == 1 and not as_number:
                     yield Same(axis, read.axes[0])
                 elif isinstance(site.number(value), int):
                     yield SizeStated(axis, path, computed=(value,))
                 else:
-                    yield Opaque(axis, "its size is stated by a computed number")
+                    yield Opaque(axis, "its size is stated by a computed number", True)
             elif value != -1:
                 yield SizeStated(axis, path)
 
@@ -185,6 +198,39 @@ def _kept_whole(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, in
     return kept
 
 
+def _in_groups(x: Operand, out: Operand, kept: dict[int, int]) -> Iterator[Stacked]:
+    """Yield the axes that a reshape splits into groups of channels, and those that it makes of such groups.
+
+    The axes that are not kept whole fall into runs with the same number of elements on both sides. If the last axis of a run is
+    shorter on one side, and divides the last axis on the other side, it has the channels of one group of the longer axis.
+    """
+    for before, after in runs(x.shape, out.shape):
+        if before[-1] in kept:
+            continue
+        long, short, run = (x, out, after) if x.shape[before[-1]] > out.shape[after[-1]] else (out, x, before)
+        whole, inner = (long.axis((before if long is x else after)[-1]), short.axis(run[-1]))
+        size, own = long.shape[whole.dim], short.shape[inner.dim]
+        if len(run) < 2 or own < 2 or size % own:
+            continue
+        outer = short.axis(run[-2])
+        yield Stacked(whole, inner, None if short.shape[outer.dim] % (size // own) else outer)
+
+
+def runs(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the shortest runs of axes that hold the same number of elements on both sides of a reshape; axes of length 1 are left out."""
+    if 0 in before:
+        return
+    left, right = ([dim for dim, size in enumerate(shape) if size != 1] for shape in (before, after))
+    while left and right:
+        source, made = [left.pop(0)], [right.pop(0)]
+        while (read := math.prod(before[d] for d in source)) != (written := math.prod(after[d] for d in made)):
+            if read < written:
+                source.append(left.pop(0))
+            else:
+                made.append(right.pop(0))
+        yield source, made
+
+
 def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], dict[int, int]]:
     """Return input axis -> the first of the two output axes that it is split into, for packed gates and maxout.
 
@@ -200,18 +246,19 @@ def _taken_apart(site: Site, x: Operand, out: Operand) -> tuple[dict[int, int], 
             first, second = out.shape[position : position + 2]
             splits = math.prod(x.shape[:dim]) == math.prod(out.shape[:position]) and 1 < first < size == first * second
             for found, entries in ((stacked, position), (grouped, position + 1)):
-                if splits and users and all(_takes_one(user, entries, out.ndim) for user in users):
+                if splits and users and all(takes_one(user, entries, out.ndim) for user in users):
                     found.setdefault(dim, position)
     return stacked, {dim: position for dim, position in grouped.items() if dim not in stacked}
 
 
-def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
+def takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
     """Return whether a call takes single entries along an axis, or reduces it, so that the value does not have the axis."""
     name, given = spelling(user), (*user.args[1:], *user.kwargs.values())
     if name == "slice" and user.meta["val"].shape == user.all_input_nodes[0].meta["val"].shape:  # x[:]
-        return bool(user.users) and all(_takes_one(further, dim, ndim) for further in user.users)
+        return bool(user.users) and all(takes_one(further, dim, ndim) for further in user.users)
     if name in ("unbind", "select"):
-        return bool(given) and isinstance(given[0], int) and given[0] % ndim == dim
+        along = given[0] if given else 0
+        return isinstance(along, int) and along % ndim == dim
     operator = operator_of(user)
     if operator.aggregates:
         stated = operator.dim if isinstance(operator.dim, Argument) else Argument(1, "dim")
@@ -228,18 +275,36 @@ def _takes_one(user: fx.Node, dim: int, ndim: int) -> bool:
 
 
 def _shuffled(site: Site) -> str:
-    """Return the reason if this view, a permutation and a view back put channels into another order; "" otherwise."""
-    for user in site.node.users:
-        again = next(iter(user.users), user)
-        back = operator_of(user).rule is permutation and operator_of(again).rule is regrouping
-        if back and tuple(again.meta["val"].shape) == site.x.shape:
-            return f"{site.name}, {spelling(user)} and {spelling(again)} shuffle its channels"
+    """Return the reason if this view is the first or the last of three calls that put channels into another order; "" otherwise.
+
+    The three are a view, a permutation, and a view back to the first one's shape.
+    """
+    node = site.node
+    shuffles = [(node, user, again) for user in node.users for again in user.users]
+    moved = node.all_input_nodes[0]
+    shuffles += [(first, moved, node) for first in moved.all_input_nodes[:1]]
+    for first, between, last in shuffles:
+        whole = first.all_input_nodes[0].meta["val"] if first.all_input_nodes else None
+        views = (
+            operator_of(first).rule is operator_of(last).rule is regrouping and operator_of(between).rule is permutation
+        )
+        if views and isinstance(whole, Tensor) and whole.shape == last.meta["val"].shape:
+            return f"{spelling(first)}, {spelling(between)} and {spelling(last)} shuffle its channels"
     return ""
 
 
-def _order(name: str, site: Site, ndim: int) -> list[int]:
-    """Return the list whose entry i is the input axis that becomes output axis i."""
-    order = list(range(ndim))
+def order_of_axes(site: Site, ndim: int) -> list[int]:
+    """Return the list whose entry i is the input axis that becomes output axis i of a permutation.
+
+    Raises:
+        ComputedArgumentError: the call computes the order.
+    """
+    order, name = list(range(ndim)), site.name
+    if name not in ("permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims", "t"):
+        # x.T reverses all axes, x.mT the last two
+        last = 0 if "T" in (name.removeprefix("numpy_"), site.argument(1, "name")) else -2
+        order[last:] = order[last:][::-1]
+        return order
     if name == "permute":
         dims = site.constant(1, "dims")
         return [int(d) % ndim for d in (dims if isinstance(dims, (tuple, list)) else site.node.args[1:])]  # type: ignore[arg-type]

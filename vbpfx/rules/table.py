@@ -74,6 +74,8 @@ class Operator:
         reads_sizes: the rule interprets sizes among the arguments.
         sizes: the argument that states the sizes of the value.
         dim: the argument that names the axis; a number if the axis is always the same.
+        scales_by_width: the call divides by the square root of the width of its first operand, unless its argument ``scale`` states
+            another factor.
         trains: the position of the flag that puts a call of ATen in training mode.
     """
 
@@ -95,6 +97,7 @@ class Operator:
     reads_sizes: bool = False
     sizes: Argument | None = None
     dim: Argument | int | None = None
+    scales_by_width: bool = False
     trains: int | None = None
 
     @property
