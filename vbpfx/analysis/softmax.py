@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from vbpfx.rules.axes import spelling
 from vbpfx.rules.calls import called_module
@@ -22,7 +22,7 @@ def softmaxed(products: fx.Node, network: fx.GraphModule) -> bool:
     """
     if operator_of(products).scales_by_width:  # attention in one call
         return True
-    value = products.meta.get("val")
+    value: Tensor = products.meta["val"]
     return bool(products.users) and all(
         _leads_to_softmax(user, products, value.ndim, network) for user in products.users
     )
