@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import random_convolutions
+import random_experts
 import random_unusual  # noqa: F401  its templates enter the table
 import torch
 from exactness import randomize
@@ -188,6 +189,7 @@ def steps(draw: st.DrawFn, layout: str, positions: tuple[int, ...], channels: in
         draw(st.sampled_from([1] * 9 + [2])) if outputs == channels else 1,
         windows,
         shuffle,
+        draw(st.sampled_from(random_experts.RUNS)) if issubclass(kind, random_experts.Experts) else "",
     )
 
 

@@ -29,6 +29,7 @@ class Step:
         calls: how often the block is called in sequence.
         windows: the kinds of convolutions that make and read the hidden axis, in templates of convolutions.
         shuffle: how the channels between these convolutions are shuffled, in templates that shuffle them.
+        experts: how experts run, in templates of experts.
     """
 
     template: str
@@ -43,6 +44,7 @@ class Step:
     calls: int = 1
     windows: tuple[str, str] = ("", "")
     shuffle: str = ""
+    experts: str = ""
 
 
 @dataclass(frozen=True)

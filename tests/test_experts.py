@@ -257,6 +257,29 @@ def test_experts_without_a_bias_get_no_constants() -> None:
         BlockPlan(entry.block, entry.kept, entry.constants[:1], entry.predictions)
 
 
+class Twice(Mixture):
+    """The same experts run twice in sequence, with other rows for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x.flip(-1) * 0.7)
+
+
+@pytest.mark.parametrize("form", ["batched", "grouped", "loop"])
+def test_experts_that_are_called_twice_take_one_prediction(form: str) -> None:
+    if form == "grouped":
+        pytest.importorskip("transformers.integrations.moe")
+    torch.manual_seed(0)
+    net = double(Twice(form, bias=True))
+    s = stages(net, tokens(), ratio=0.5)
+    (entry,) = s.plan.blocks
+    assert len(entry.block.sources) == (2 * EXPERTS if form == "loop" else 2)
+    x = tokens(3)
+    with torch.no_grad():
+        wanted = expert_by_expert(net, x, entry) + expert_by_expert(net, x.flip(-1) * 0.7, entry)
+        for narrowed in (s.small, vbpfx.apply_plan(net, s.plan)):
+            assert relative_error([narrowed(x)], [wanted]) < ROUNDING
+
+
 @pytest.mark.parametrize("form", ["loop", "grouped"])
 def test_a_plan_of_experts_can_be_saved(form: str, tmp_path: Path) -> None:
     s = stages(mixture(form, bias=True), tokens(), ratio=0.5)

@@ -5,6 +5,9 @@ What is expected is computed here from the weights, with the removed channels re
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +112,21 @@ def test_cells_are_narrowed_together(name: str, method: str, frontend: str) -> N
     other = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     for network in (result.small, vbpfx.apply_plan(model, result.plan)):
         assert vbpfx.verify(result.captured, network, result.plan, other, tolerance=1e-9).effect > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cells_are_saved_and_exported(name: str, tmp_path: Path) -> None:
+    model, x = randomize(NETWORKS[name][0]()).eval(), pictures().float()
+    pruned = vbpfx.prune(model, [x], ratio=0.5, round_to=1, progress=False)
+    pruned.save(tmp_path / "network", onnx=True)
+    loaded = vbpfx.load(tmp_path / "network")
+    with torch.no_grad():
+        expected = pruned.graph_module(x)
+        assert torch.equal(loaded(x), expected)
+    (file,) = (tmp_path / "network").glob("*.onnx")
+    session = onnxruntime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_constant_channel_of_cells_by_hand() -> None:

@@ -6,6 +6,7 @@ parameter on the axis has an entry for every expert, and if all calls and parame
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import networkx as nx
@@ -59,6 +60,8 @@ def find_experts(
             return consumer.node, "experts read it together with other channels"
     first = consumers[0]
     assert first.routing is not None
+    if width < 2:
+        return first.node, "every expert has a single hidden channel"
     experts = first.routing.experts
     if any((c.weight, c.bias) != (first.weight, first.bias) for c in consumers):
         return first.node, "several layers of the experts read it"
@@ -101,7 +104,7 @@ def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], ev
     beside = [n for c in consumers if c.total for n in _sources(evidence.nodes[c.total]) if n.name in evidence.lookups]
     divided = [evidence.routed[n.name] for n in (*carriers, *beside) if n.name in evidence.routed]
     roots = {_root(evidence.nodes[routing.by]) for routing in divided if routing.kind == "ids"}
-    rows: list[Axis] = []
+    rows: dict[tuple[str, object], list[Axis]] = defaultdict(list)  # of every call of the experts
     for node in carriers:
         own = evidence.routed.get(node.name)
         found = {keys[source] for source in _sources(node) if source in keys}
@@ -111,14 +114,14 @@ def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], ev
             return node.name, "channels of several experts meet there"
         keys |= dict.fromkeys([node], found.pop()) if found else {}
         if node in keys and keys[node][0] == "rows" and node.name not in evidence.lookups:
-            rows.append(Axis(node.name, 0))
+            rows[keys[node]].append(Axis(node.name, 0))
     for consumer in consumers:
         assert consumer.routing is not None
         node = evidence.nodes[consumer.source.node]
         if keys.get(node) != _key(consumer.routing, roots, evidence):
             return consumer.node, "the experts that make it and those that read it may be different ones"
         if consumer.routing.kind in ("ids", "offsets"):
-            rows.append(Axis(node.name, 0))
+            rows[keys[node]].append(Axis(node.name, 0))
         bias = (
             [n for n in _sources(evidence.nodes[consumer.total]) if n.name in evidence.lookups]
             if consumer.total
@@ -126,9 +129,12 @@ def _disagreement(consumers: Sequence[Consumer], values: Sequence[ValueAxis], ev
         )
         if any(_key(evidence.routed[n.name], roots, evidence) != keys[node] for n in bias):
             return consumer.total, "the bias of another expert is added to it"
-    together = nx.node_connected_component(evidence.graph, rows[0]) if rows else set()
-    moved = next((axis for axis in rows if axis not in together), None)
-    return (moved.owner, "its rows are moved to other places between the layers of the experts") if moved else None
+    for axes in rows.values():
+        together = nx.node_connected_component(evidence.graph, axes[0])
+        moved = next((axis for axis in axes if axis not in together), None)
+        if moved is not None:
+            return moved.owner, "its rows are moved to other places between the layers of the experts"
+    return None
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
