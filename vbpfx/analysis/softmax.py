@@ -22,7 +22,7 @@ def softmaxed(products: fx.Node, network: fx.GraphModule) -> bool:
     """
     if operator_of(products).scales_by_width:  # attention in one call
         return True
-    value = products.meta.get("val")
+    value: Any = products.meta["val"]
     return bool(products.users) and all(
         _leads_to_softmax(user, products, value.ndim, network) for user in products.users
     )
