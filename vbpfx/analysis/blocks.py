@@ -525,20 +525,31 @@ def _with_unique_names(blocks: list[Block]) -> tuple[Block, ...]:
     """Give every block a unique name.
 
     A block that is alone in its module is named after the module. The others are named by their first and last layers,
-    by their weights, or by their rows in the first weight, whichever of these is unique first.
+    by their weights, or by their rows in the first weight, whichever of these is unique first. Attention's blocks are named
+    after all others, and leave them their names.
     """
-    choices = []
-    for block in blocks:
-        last = _layer(block.consumers[-1].weight if block.consumers else block.producers[-1])
-        between = f"{_layer(block.producers[0])}->{last}" + (_OF_QUERIES if block.factors else "")
-        all_of_them = "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers)
-        choices.append((block.name, between, all_of_them, f"{between}[{_range(block)}]"))
-    common = [Counter(names) for names in zip(*choices, strict=True)]
-    named = []
-    for number, (block, names) in enumerate(zip(blocks, choices, strict=True)):
-        free = (n for n, count in zip(names, common, strict=True) if n.removesuffix(_OF_QUERIES) and count[n] == 1)
-        named.append(replace(block, name=next(free, f"{names[-1]}#{number}")))
-    return tuple(named)
+    usual, others = ([b for b in blocks if (b.kind in DEFAULT_KINDS) is first] for first in (True, False))
+    names: dict[int, str] = {}
+    for some in (usual, others):
+        choices = [_names(block) for block in some]
+        common = [Counter(found) for found in zip(*choices, strict=True)]
+        taken = set(names.values())
+        for number, (block, found) in enumerate(zip(some, choices, strict=True)):
+            free = (
+                name
+                for name, count in zip(found, common, strict=True)
+                if name.removesuffix(_OF_QUERIES) and count[name] == 1 and name not in taken
+            )
+            names[id(block)] = next(free, f"{found[-1]}#{number}")
+    return tuple(replace(block, name=names[id(block)]) for block in blocks)
+
+
+def _names(block: Block) -> tuple[str, str, str, str]:
+    """Return the names that a block may get, the shortest first."""
+    last = _layer(block.consumers[-1].weight if block.consumers else block.producers[-1])
+    between = f"{_layer(block.producers[0])}->{last}" + (_OF_QUERIES if block.factors else "")
+    all_of_them = "+".join(block.producers) + "->" + "+".join(consumer.weight for consumer in block.consumers)
+    return block.name, between, all_of_them, f"{between}[{_range(block)}]"
 
 
 def _range(block: Block) -> str:

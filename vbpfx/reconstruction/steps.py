@@ -123,7 +123,7 @@ def layers_beside(analysis: Analysis, blocks: Sequence[Block]) -> tuple[Consumer
         blocks: the blocks that may be narrowed. Layers that read other blocks stay.
     """
     captured = analysis.captured
-    others = {c.node for block in analysis.blocks if block not in blocks for c in block.consumers}
+    others = {c.node for block in analysis.usual if block not in blocks for c in block.consumers}
     others -= {c.node for block in blocks for c in block.consumers}
 
     def is_beside(layer: Consumer) -> bool:
