@@ -376,3 +376,14 @@ def test_kinds_that_do_not_exist_are_an_error() -> None:
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with pytest.raises(vbpfx.AnalysisError, match=r"no block of the kinds value.*pass kinds=\['mlp'\]"):
         vbpfx.prune(mlp, [torch.randn(8, 4)], ratio=0.5, kinds="value", progress=False)
+
+
+def test_a_single_head_is_attention_as_well() -> None:
+    def single(m: Layers, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(x.shape[0], x.shape[1], 1, H * D).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], x.shape[1], H * D))
+
+    captured = vbpfx.capture(Layers(single).eval(), torch.randn(2, N, C))
+    analysis = vbpfx.find_blocks(captured)
+    assert {block.kind for block in analysis.blocks} == {"mlp", "query", "value"}
+    assert [block.producers for block in analysis.usual] == [("mlp.0.weight",)]

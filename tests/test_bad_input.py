@@ -445,9 +445,11 @@ def test_a_pattern_that_matches_nothing(option: str, pattern: str, near: str) ->
 
 def test_nothing_is_left() -> None:
     model = Net()
-    with refused(model, AnalysisError, r"include=None and exclude='\*' leave none of 2 blocks"):
+    with refused(model, AnalysisError, r"include=None, exclude='\*' and kinds=\['mlp'\] leave none of 2 blocks"):
         prune(model, exclude="*")
-    with refused(model, AnalysisError, r"include='first' and exclude=\['first\.\*'\] leave none of 2 blocks"):
+    with refused(
+        model, AnalysisError, r"include='first', exclude=\['first\.\*'\] and kinds=\['mlp'\] leave none of 2 blocks"
+    ):
         prune(model, include="first", exclude=["first.*"])
 
 

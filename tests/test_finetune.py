@@ -882,7 +882,7 @@ def test_decoders_are_calibrated_and_tuned_on_the_answers() -> None:
         model(**batch)
     handle.remove()
     rows = seen[0][labels != -100].double()
-    (name,) = (block.name for block in pruned.analysis.blocks if "decoder" in block.name)
+    (name,) = (block.name for block in pruned.analysis.usual if "decoder" in block.name)
     moments = pruned.statistics.moments[name][0]
     assert moments.count == len(rows) == 6 * 7 - 3
     torch.testing.assert_close(moments.mean.cpu(), rows.mean(0), rtol=1e-6, atol=1e-8)

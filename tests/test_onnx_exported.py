@@ -83,7 +83,7 @@ def test_the_same_as_through_the_model(name: str, tmp_path: Path) -> None:
     for dynamo in (True, False):
         onnx_direct.export(network, tmp_path / "dense.onnx", dynamo=dynamo)
         direct = prune_file(network, tmp_path)
-        assert len(direct.analysis.blocks) == blocks
+        assert len(direct.analysis.usual) == blocks
         assert direct.observed_by == "ONNX Runtime"
         assert [e.kept for e in direct.plan.blocks] == [e.kept for e in through.plan.blocks]
         assert difference(network, through, direct) < ROUNDING

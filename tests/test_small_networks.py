@@ -35,4 +35,4 @@ def test_a_small_network_is_trained_and_prunable(name: str, split: Split) -> Non
     model = load(name)
     assert task(name).score(model, split.test_images, split.test_labels) >= expected - 0.005
     analysis = vbpfx.find_blocks(vbpfx.capture(model, split.train_images[:4]))
-    assert (len(analysis.blocks), analysis.neurons) == (blocks, neurons)
+    assert (len(analysis.usual), analysis.neurons) == (blocks, neurons)

@@ -312,17 +312,19 @@ def _at(source: ValueAxis, span: Span, evidence: Evidence) -> ValueAxis:
 def _kind(component: Component, factors: Sequence[Factor], values: Sequence[ValueAxis], evidence: Evidence) -> Kind:
     if factors:
         return "query"
-    return "value" if component.stacked and _passes_attention(values, evidence) else "mlp"
+    return "value" if _passes_attention(values, component.stacked, evidence) else "mlp"
 
 
-def _passes_attention(values: Sequence[ValueAxis], evidence: Evidence) -> bool:
-    """Return whether an axis passes through a product of two computed values that keeps its channels, as the values of attention do."""
+def _passes_attention(values: Sequence[ValueAxis], stacked: bool, evidence: Evidence) -> bool:
+    """Return whether an axis has heads, and passes through a product of two computed values that keeps its channels.
+
+    The values of attention do. A single head has an axis of its own, too, of length 1.
+    """
+    axes = {value.node: evidence.nodes[value.node].meta["val"].ndim for value in values}
     for value in values:
         node = evidence.nodes[value.node]
-        if (
-            node.name not in evidence.producing.get(Axis(value.node, value.axis), ())
-            and operator_of(node).rule in _PRODUCTS
-        ):
+        made = node.name in evidence.producing.get(Axis(value.node, value.axis), ())
+        if not made and operator_of(node).rule in _PRODUCTS and (stacked or axes[value.node] > min(axes.values())):
             return True
     return False
 
