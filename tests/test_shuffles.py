@@ -51,6 +51,19 @@ def test_a_shuffle_between_grouped_convolutions_is_refused_by_its_name(name: str
     assert SHUFFLED[name] in reason
 
 
+@pytest.mark.parametrize("groups", [7, 1])
+def test_channels_that_a_view_divides_by_their_number_or_by_one_are_narrowed(groups: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x).relu()
+        samples, channels, height, width = h.shape
+        h = h.view(samples, groups, channels // groups, height, width).transpose(1, 2)
+        return m.b(h.reshape(samples, channels, height, width))
+
+    s = stages(double(Net(forward, a=nn.Conv2d(6, 7, 1), b=nn.Conv2d(7, 4, 1))), pictures(), ratio=0.7)
+    assert s.plan.widths == {"a->b": 2}
+    assert vbpfx.verify(s.captured, s.small, s.plan).error < 1e-12
+
+
 def test_heads_that_are_moved_to_the_samples_are_not_called_a_shuffle() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         heads = m.a(x).unflatten(-1, (3, 4)).transpose(1, 2).flatten(0, 1).softmax(-1)

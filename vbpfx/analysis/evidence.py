@@ -182,6 +182,8 @@ def _settle_computed_sizes(evidence: Evidence) -> None:
         stated = Axis(literal.owner, literal.axis, literal.of_parameter)
         read = dict.fromkeys(axis for number in computed for axis in evidence.read[number].axes)
         if not known.issuperset(read):
+            if evidence.sizes[stated] == 1:
+                continue  # the graph computes the number in every run
             for axis in (stated, *read):
                 evidence.opaque[axis].append(
                     (literal.node, "a part of it is cut out whose size depends on the size of an input")

@@ -72,6 +72,8 @@ def regrouping(site: Site) -> Iterator[Relation]:
     for dim, size in enumerate(out.shape):
         if dim not in whole and size != 1:
             yield Opaque(out.axis(dim), f"{site.name} makes it from others")
+        elif size == 1:
+            yield from _computed_one(site, out, dim)
     for dim, position in kept.items():
         yield Same(x.axis(dim), out.axis(position))
         yield from _stated(site, out, position)
@@ -157,6 +159,14 @@ def _stated(site: Site, out: Operand, dim: int, *, as_number: bool = False) -> I
                     yield Opaque(axis, "its size is stated by a computed number", True)
             elif value != -1:
                 yield SizeStated(axis, path)
+
+
+def _computed_one(site: Site, out: Operand, dim: int) -> Iterator[SizeStated]:
+    """Yield that the size of an axis of length 1 is a number that the call computes from sizes, and that a narrowed graph keeps."""
+    for at, path, value in _size_arguments(site, out.ndim):
+        read = site.size_read(value)
+        if at == dim and read is not None and not read.plain and isinstance(site.number(value), int):
+            yield SizeStated(out.axis(dim), path, computed=(value,))
 
 
 def _size_arguments(site: Site, ndim: int) -> Iterator[tuple[int | None, tuple[str | int, ...], Any]]:
