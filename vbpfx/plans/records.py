@@ -346,7 +346,11 @@ class Block:
         return (self.group_size,) * self.groups if self.has_experts else (self.width,) * len(self.sources)
 
     def expert(self, number: int) -> Block:
-        """Return one expert of a stack as a block of its own, by which its neurons are scored and replaced."""
+        """Return one expert of a stack as a block of its own, by which its neurons are scored and replaced.
+
+        Args:
+            number: the number of the expert, from 0 on.
+        """
         first = self.consumers[0]
         assert first.routing is not None
         alone = dataclasses.replace(first, routing=Routing("one", first.routing.experts, at=number))
@@ -356,7 +360,11 @@ class Block:
         )
 
     def routing(self, source: ValueAxis) -> Routing | None:
-        """Return how the rows of a source are divided among experts; None if the block is no stack."""
+        """Return how the rows of a source are divided among experts; None if the block is no stack.
+
+        Args:
+            source: one of :attr:`sources`.
+        """
         return (
             next(consumer.routing for consumer in self.consumers if consumer.source == source)
             if self.has_experts
