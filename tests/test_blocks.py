@@ -84,7 +84,7 @@ def test_the_observed_value_is_the_consumers_real_input() -> None:
 
 def test_printing_the_analysis_names_blocks_and_reasons() -> None:
     text = str(vbpfx.find_blocks(vbpfx.capture(FOUND[10].make(), FOUND[10].batch())))
-    assert "1 block, 12 hidden neurons; 2 of attention" in text
+    assert "1 block, 12 hidden neurons; 2 blocks of attention, narrowed if kinds asks for them" in text
     assert "query" in text
     assert "it reaches the output of the model" in text
 

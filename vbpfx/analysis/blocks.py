@@ -108,9 +108,9 @@ class Analysis:
         others = len(self.blocks) - len(self.usual)
         blocks = [(b.name, *([b.kind] if others else []), b.width, ", ".join(b.layers)) for b in self.blocks]
         refusals = [(r.label, r.width, len(r.producers), r.node, r.reason) for r in self.refusals]
+        beside = f"; {counted(others, 'block')} of attention, narrowed if kinds asks for them" if others else ""
         return (
-            f"{counted(len(blocks) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}"
-            f"{f'; {others} of attention' if others else ''}{self._flags}",
+            f"{counted(len(blocks) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}{beside}{self._flags}",
             ("block", *(["kind"] if others else []), "width", "layers"),
             blocks,
         ), (

@@ -109,9 +109,10 @@ class Inspection:
             for b in self.blocks
         ]
         text = f"{self.model}: {self.params:,} parameters, {self.macs:,} MACs per sample ({self.sample or 'of several tensors'})\n"
+        beside = f"; {counted(others, 'block')} of attention, narrowed if kinds asks for them" if others else ""
         text += table(
             f"{counted(len(rows) - others, 'block')}, {counted(self.neurons, 'hidden neuron')}"
-            f"{f'; {others} of attention' if others else ''}; shares of all the model",
+            f"{beside}; shares of all the model",
             columns,
             rows,
         )
