@@ -576,7 +576,7 @@ REFUSED = [
     Case("largest of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max(-1, keepdim=True).values), tokens, {}, {"fc1": "max reduces it"}),
     Case("topk of the channels", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).topk(8, -1).values), tokens, {}, {"fc1": "topk compares the channels along it"}),
     Case("largest of all", mlp(lambda m, x: m.fc2(m.fc1(x)) + m.fc1(x).max()), tokens, {}, {"fc1": "max reduces it"}),
-    Case("groups that are mixed", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (3, 4)).transpose(2, 3).flatten(2))), tokens, {}, {"fc1": "counts groups of channels along it"}),
+    Case("groups that are mixed", mlp(lambda m, x: m.fc2(m.fc1(x).unflatten(-1, (3, 4)).transpose(2, 3).flatten(2))), tokens, {}, {"fc1": "transpose and flatten shuffle its channels"}),
     Case("parts of two sizes", mlp(lambda m, x: m.fc2(m.fc1(x).reshape(x.shape[0], 4, 15).relu().view(x.shape[0], 5, 12))), tokens, {}, {"fc1": "splits or merges"}),
     Case("size in arithmetic", mlp(lambda m, x: m.fc2((h := m.fc1(x)) / h.shape[-1])), tokens, {}, {"fc1": "its size enters"}, ("symbolic",)),
     Case("size of another axis", lambda: Net(lambda m, x: m.fc2(m.fc1(x).relu().reshape(x.shape)), fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 4)), tokens, {}, {"fc1": "it is an input"}, ("symbolic",)),
