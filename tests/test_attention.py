@@ -387,3 +387,11 @@ def test_a_single_head_is_attention_as_well() -> None:
     analysis = vbpfx.find_blocks(captured)
     assert {block.kind for block in analysis.blocks} == {"mlp", "query", "value"}
     assert [block.producers for block in analysis.usual] == [("mlp.0.weight",)]
+
+
+def test_a_bias_that_the_fold_creates_has_the_precision_of_the_model() -> None:
+    network = Layers(_fused).float().eval()
+    network.o = nn.Linear(H * D, C, bias=False)
+    pruned = vbpfx.prune(network, [torch.randn(16, N, C)], ratio={"value": 0.5}, progress=False)
+    assert pruned.plan.blocks[0].basis is not None
+    assert {parameter.dtype for parameter in pruned.graph_module.parameters()} == {torch.float32}

@@ -118,20 +118,17 @@ class Changes:
 
     def of(self, name: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return what a tensor becomes; ``dense`` maps a name to the dense model's tensor."""
-        own = dense
-        if self._coordinates.names:
 
-            def dense(name: str) -> Tensor:
-                return self._coordinates.of(name, own(name))
+        def turned(name: str) -> Tensor:
+            return self._coordinates.of(name, dense(name))
 
         if name in self.made:
             weight = dense(self.made[name].weight)
-            like = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
+            like = new = weight.new_zeros(weight.shape[1 - self.made[name].weight_axis])
         else:
-            like = own(name).detach()
-        new = like if name in self.made else dense(name).detach()
+            like, new = dense(name).detach(), turned(name).detach()
         if name in self._gains:
-            new = new.double() + sum(_gain(name, *reader, dense) for reader in self._gains[name])
+            new = new.double() + sum(_gain(name, *reader, turned) for reader in self._gains[name])
         if name in self._set:
             new = new.clone()
             for axis, position, value in self._set[name]:
