@@ -21,9 +21,9 @@ from torch import fx
 from vbpfx.analysis.adapters import Adapter, find_adapters
 from vbpfx.analysis.components import Component, components
 from vbpfx.analysis.constants import PADDED, find_constant_channel
-from vbpfx.analysis.evidence import Evidence, Unread, find_evidence
+from vbpfx.analysis.evidence import Evidence, Unread, depends, find_evidence
 from vbpfx.analysis.experts import find_experts, touches_experts
-from vbpfx.analysis.linear import is_linear
+from vbpfx.analysis.linear import PRODUCTS, is_linear
 from vbpfx.analysis.sizes import is_share
 from vbpfx.analysis.softmax import softmaxed
 from vbpfx.analysis.stacks import Span
@@ -45,7 +45,6 @@ from vbpfx.plans.records import (
 )
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.calls import called_module
-from vbpfx.rules.layers import attention, einsum, matrix_product
 from vbpfx.rules.table import operator_of
 from vbpfx.rules.windows import window_of
 
@@ -58,7 +57,6 @@ _SEES_NO_DATA = (
 _MOST_COLUMNS = 4608
 # The end of the names of blocks of queries and keys, beside the block of the same layer's values.
 _OF_QUERIES = ":qk"
-_PRODUCTS = (attention, matrix_product, einsum)
 _Content = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
@@ -323,8 +321,8 @@ def _passes_attention(values: Sequence[ValueAxis], stacked: bool, evidence: Evid
     axes = {value.node: evidence.nodes[value.node].meta["val"].ndim for value in values}
     for value in values:
         node = evidence.nodes[value.node]
-        made = node.name in evidence.producing.get(Axis(value.node, value.axis), ())
-        if not made and operator_of(node).rule in _PRODUCTS and (stacked or axes[value.node] > min(axes.values())):
+        made = node.name in evidence.makers([value])
+        if not made and operator_of(node).rule in PRODUCTS and (stacked or axes[value.node] > min(axes.values())):
             return True
     return False
 
@@ -361,7 +359,7 @@ def _constant_channel(
     if reductions:
         reason = f"{PADDED}, and a statistic is taken over it, in which a constant channel would count"
         return reductions[0].node, reason
-    making = {name for value in values for name in look.evidence.producing.get(Axis(value.node, value.axis), ())}
+    making = look.evidence.makers(values)
     return find_constant_channel(produced, making, consumers, parameters, values, look.network, look.evidence)
 
 
@@ -412,7 +410,7 @@ def _obstacle(
         if name in evidence.tied:
             return "", f"{name} is tied to {', '.join(evidence.tied[name][1:])}"
     for consumer in consumers:
-        if consumer.routing is not None:  # vbpfx.analysis.stacks looks at these
+        if consumer.routing is not None:  # vbpfx.analysis.experts looks at these
             continue
         calls = {evidence.position[other.node] for other in consumers if other.weight == consumer.weight}
         if not consumer.creates_bias and not consumer.padded and not calls.issuperset(evidence.uses[consumer.bias]):
@@ -488,23 +486,6 @@ def _gates_the_stream(
         seen.update(carried)
         stack += carried
     return any(depends(node, roots, start - 1, position) for node in branch)
-
-
-def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
-    """Return whether a node depends, directly or indirectly, on any of the given nodes.
-
-    Args:
-        start: a position in the graph before which none of the given nodes stands.
-    """
-    stack, seen = list(node.all_input_nodes), set()
-    while stack:
-        ancestor = stack.pop()
-        if ancestor in on:
-            return True
-        if ancestor not in seen and position[ancestor.name] > start:
-            seen.add(ancestor)
-            stack += ancestor.all_input_nodes
-    return False
 
 
 def _name(weights: Sequence[str], factors: Sequence[Factor]) -> str:

@@ -43,7 +43,7 @@ from vbpfx.rules.calls import called_module, describe, operands_read
 from vbpfx.rules.experts import stack_read
 from vbpfx.rules.pointwise import elementwise
 from vbpfx.rules.routing import Routing
-from vbpfx.rules.table import operator_of
+from vbpfx.rules.table import Argument, operator_of
 
 _PARAMETRIZED = "is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
 # Package of a hook that computes a weight before every call -> what it does, and how to remove it.
@@ -52,8 +52,8 @@ _REMOVED_BY = {
     "torch.nn.utils.spectral_norm": "has its {name} made by spectral_norm before every call (torch.nn.utils.remove_spectral_norm makes it plain)",
     "torch.nn.utils.prune": "has its {name} masked before every call (torch.nn.utils.prune.remove(layer, '{name}') makes it plain)",
 }
-# The position of attention's argument that states the scale of the products of queries and keys.
-_SCALE = 6
+# The argument of attention that states the scale of the products of queries and keys.
+_SCALE = Argument(6, "scale")
 _UNLISTED = "is not in the operator table (see docs/adding_an_operator.md)"
 
 
@@ -115,6 +115,10 @@ class Evidence:
     lookups: set[str] = field(default_factory=set)
     experts_read: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
+    def makers(self, values: Iterable[ValueAxis]) -> set[str]:
+        """Return the nodes whose weights produce an axis, given its places on values (with axes counted from the front)."""
+        return {name for value in values for name in self.producing.get(Axis(value.node, value.axis), ())}
+
     def first_use(self, name: str) -> int:
         """Return the position of the first call that uses a parameter; -1 if there is none."""
         return self.uses[name][0] if self.uses[name] else -1
@@ -164,6 +168,23 @@ def find_evidence(captured: Captured) -> Evidence:
     _mark_alone(evidence)
     _settle_computed_sizes(evidence)
     return evidence
+
+
+def depends(node: fx.Node, on: set[fx.Node], start: int, position: dict[str, int]) -> bool:
+    """Return whether a node depends, directly or indirectly, on any of the given nodes.
+
+    Args:
+        start: a position in the graph before which none of the given nodes stands.
+    """
+    stack, seen = list(node.all_input_nodes), set()
+    while stack:
+        ancestor = stack.pop()
+        if ancestor in on:
+            return True
+        if ancestor not in seen and position[ancestor.name] > start:
+            seen.add(ancestor)
+            stack += ancestor.all_input_nodes
+    return False
 
 
 def _settle_computed_sizes(evidence: Evidence) -> None:
@@ -290,9 +311,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
         case Paired(first, second):
             evidence.graph.add_nodes_from((first, second))
             evidence.pairs.append(relation)
-            own_scale = (
-                operator_of(node).scales_by_width and node.kwargs.get("scale") is None and len(node.args) < _SCALE + 1
-            )
+            own_scale = operator_of(node).scales_by_width and _SCALE.given(node) is None
             evidence.paired[first].append(Factor(node.name, _source(first, evidence), "query", own_scale))
             evidence.paired[second].append(Factor(node.name, _source(second, evidence), "key", own_scale))
         case Part(whole, part, _):
@@ -331,21 +350,9 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             _own_weight(weight, node, evidence)
             evidence.produced[weight].append(weight.owner)
             evidence.producing[out].append(node.name)
-        case Contracts(source, weight, bias, routing=Routing() as routing, total=total):
+        case Contracts(source, weight, bias, routing=Routing()):
             evidence.graph.add_edge(source, weight)
-            evidence.contracted[source].append(
-                Consumer(
-                    node=node.name,
-                    source=_source(source, evidence),
-                    weight=weight.owner,
-                    weight_axis=weight.dim,
-                    bias="" if bias is None else bias.owner,
-                    creates_bias=False,
-                    is_layer=False,
-                    routing=routing,
-                    total=total,
-                )
-            )
+            _note_consumer(relation, "" if bias is None else bias.owner, node, evidence)
         case Contracts(source, weight, bias, padded, groups):
             if groups == 1:
                 evidence.graph.add_edge(source, weight)
@@ -359,19 +366,7 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             name = _new_bias(weight, evidence) if bias is None else bias.owner
             if not padded and evidence.biases.setdefault(name, weight) != weight:
                 evidence.opaque[source].append((node.name, f"{name} is the bias of another layer, too"))
-            evidence.contracted[source].append(
-                Consumer(
-                    node=node.name,
-                    source=_source(source, evidence),
-                    weight=weight.owner,
-                    weight_axis=weight.dim,
-                    bias=name,
-                    creates_bias=bias is None,
-                    is_layer=is_layer(node, weight.owner),
-                    padded=padded,
-                    groups=groups,
-                )
-            )
+            _note_consumer(relation, name, node, evidence)
         case SizeStated(axis, path, start, stop, by_code, computed):
             evidence.graph.add_node(axis)
             end = evidence.sizes[axis] if stop is None else stop
@@ -380,6 +375,25 @@ def _note(relation: Relation, node: fx.Node, evidence: Evidence) -> None:
             evidence.literals[axis].append(literal)
             if computed:
                 evidence.computed_sizes[literal] = computed
+
+
+def _note_consumer(relation: Contracts, bias: str, node: fx.Node, evidence: Evidence) -> None:
+    of_experts = relation.routing is not None
+    evidence.contracted[relation.source].append(
+        Consumer(
+            node=node.name,
+            source=_source(relation.source, evidence),
+            weight=relation.weight.owner,
+            weight_axis=relation.weight.dim,
+            bias=bias,
+            creates_bias=relation.bias is None and not of_experts,
+            is_layer=not of_experts and is_layer(node, relation.weight.owner),
+            padded=relation.padded,
+            groups=relation.groups,
+            routing=relation.routing,
+            total=relation.total,
+        )
+    )
 
 
 def _note_experts(node: fx.Node, said: list[Relation], names: Names, evidence: Evidence) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import networkx as nx
 from torch import fx
 
-from vbpfx.analysis.evidence import Evidence
+from vbpfx.analysis.evidence import Evidence, depends
 from vbpfx.plans.records import Consumer, ParameterAxis, Reduction, ValueAxis
 from vbpfx.rules.axes import Axis
 from vbpfx.rules.routing import Routing
@@ -152,7 +152,14 @@ def _key(routing: Routing, roots: set[fx.Node], evidence: Evidence) -> tuple[str
         return routing.kind, None
     node = _root(evidence.nodes[routing.by])
     if routing.kind == "offsets":  # offsets are counted from the ids of the rows
-        node = next((ids for ids in roots if _depends(node, ids, evidence)), node)
+        node = next(
+            (
+                ids
+                for ids in roots
+                if node is ids or depends(node, {ids}, evidence.position[ids.name], evidence.position)
+            ),
+            node,
+        )
     return "rows", node
 
 
@@ -164,16 +171,3 @@ def _root(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
-
-
-def _depends(node: fx.Node, on: fx.Node, evidence: Evidence) -> bool:
-    """Return whether a node is computed from another one."""
-    waiting, seen = [node], {node}
-    while waiting:
-        found = waiting.pop()
-        if found is on:
-            return True
-        further = [a for a in found.all_input_nodes if evidence.position[a.name] >= evidence.position[on.name]]
-        waiting += [a for a in further if a not in seen]
-        seen.update(further)
-    return False

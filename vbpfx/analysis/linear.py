@@ -14,15 +14,16 @@ from torch import Tensor, fx
 
 from vbpfx.analysis.evidence import Evidence
 from vbpfx.plans.records import Consumer, ParameterAxis, ValueAxis
-from vbpfx.rules.axes import Axis
 from vbpfx.rules.calls import called_module
 from vbpfx.rules.layers import attention, einsum, matrix_product
 from vbpfx.rules.parts import aten_slice, concatenation, indexing, narrowing, select, splitting, stack
 from vbpfx.rules.shapes import expansion, permutation, regrouping, repetition, repetition_of_entries
 from vbpfx.rules.table import operator_of
 
+# Rules of calls that may multiply two computed values.
+PRODUCTS = (attention, einsum, matrix_product)
 _LINEAR = (
-    attention, einsum, matrix_product,
+    *PRODUCTS,
     aten_slice, concatenation, indexing, narrowing, select, splitting, stack,
     expansion, permutation, regrouping, repetition, repetition_of_entries,
 )  # fmt: skip
@@ -46,7 +47,7 @@ def is_linear(
         return False
     if any(parameter.step != 1 for parameter in parameters) or any(value.step != 1 for value in values):
         return False
-    makers = {name for value in values for name in evidence.producing.get(Axis(value.node, value.axis), ())}
+    makers = evidence.makers(values)
     at_makers = {evidence.position[name] for name in makers}
     reading = {(consumer.weight, consumer.weight_axis) for consumer in consumers}
     for parameter in parameters:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 
 from vbpfx.analysis.evidence import Evidence
-from vbpfx.rules.axes import Axis, Stacked
+from vbpfx.rules.axes import Axis, Repeated, Stacked
 
 
 class Span(NamedTuple):
@@ -44,6 +44,10 @@ class Stacks:
             for axis in (relation.whole, relation.inner, relation.outer):
                 if axis is not None:
                     self._touching[axis].append(relation)
+        self._repeated: dict[Axis, list[Repeated]] = defaultdict(list)
+        for repeated in evidence.repeated:
+            for axis in (repeated.x, repeated.out):
+                self._repeated[axis].append(repeated)
         self._known: dict[tuple[Axis, int], dict[Axis, int]] = {}
 
     def counting(self, base: Axis, groups: int) -> dict[Axis, int]:
@@ -85,7 +89,7 @@ class Stacks:
                 axis == whole and outer is not None and divisor % size == 0 and count % (divisor // size * groups) == 0
             ):
                 yield outer, divisor // size
-        for repeated in self.evidence.repeated:
+        for repeated in self._repeated.get(axis, ()):
             if axis == repeated.x:
                 yield repeated.out, divisor * repeated.count
             elif axis == repeated.out and divisor % repeated.count == 0:

@@ -146,17 +146,16 @@ def _rewrite(packed: _Packed) -> None:
     with view.graph.inserting_before(view):
         if packed.before:
             source = _call(view, torch.unflatten, (source, dim, (*packed.before, packed.parts * width)))
-        at = dim + len(packed.before)
+        at = dim + len(packed.before)  # the axis of the view that counts the parts
         split = _call(view, torch.split, (source, [width] * packed.parts, at))
         parts = {}
         for number in sorted({taken.part % packed.parts for taken in packed.taken}):
             part = _call(view, operator.getitem, (split, number))
             parts[number] = _call(view, torch.unflatten, (part, at, packed.after)) if len(packed.after) > 1 else part
-    own = at  # the axis of the view that counts the parts
     for taken in packed.taken:
         with view.graph.inserting_before(taken.node):
             made = parts[taken.part % packed.parts]
-            order = [axis - (axis > own) for axis in taken.axes if axis is not None]
+            order = [axis - (axis > at) for axis in taken.axes if axis is not None]
             if order != list(range(len(order))):
                 made = _call(view, torch.permute, (made, order))
             for place, axis in enumerate(taken.axes):

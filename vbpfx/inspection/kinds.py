@@ -7,8 +7,8 @@ from collections.abc import Callable
 import networkx as nx
 from torch import Tensor, fx
 
-from vbpfx.analysis.blocks import Analysis, depends
-from vbpfx.analysis.evidence import Evidence, find_evidence
+from vbpfx.analysis.blocks import Analysis
+from vbpfx.analysis.evidence import Evidence, depends, find_evidence
 from vbpfx.graph.capture import named_tensors
 from vbpfx.plans.records import Block
 from vbpfx.rules.axes import Axis

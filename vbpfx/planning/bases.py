@@ -82,7 +82,7 @@ def _powers(block: Block, moments: Sequence[Moments], role: str) -> Tensor:
         if factor.role == role:
             co = moments[block.sources.index(factor.source)].all_co
             power = co.covariance.cpu()
-            if role == "query" or not factor.shift_free:
+            if not factor.centred:
                 power = power + torch.outer(co.mean.cpu(), co.mean.cpu())
             total += _in_groups(power, block)
     return total

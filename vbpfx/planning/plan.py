@@ -74,8 +74,8 @@ def make_plan(
             block needs no comparison, and is not measured.
         latencies: the latencies of the blocks in a runtime (:func:`vbpfx.measure_latencies`), which ``latency=`` needs.
         compensation: replaces the method's compensation: ``"ridge"``, ``"mean"`` or ``"none"``.
-        round_to: make widths multiples of this number, and of the number of groups where convolutions are grouped. By default ``"auto"`` makes the widths of convolutions multiples
-            of 8, at which runtimes are fast (of 4 for 5 to 8 channels, and of less if the budget could not be met), and the
+        round_to: make widths multiples of this number, and of the number of groups where an axis is in groups (of grouped
+            convolutions, experts, heads). By default ``"auto"`` makes the widths of convolutions multiples of 8, at which runtimes are fast (of 4 for 5 to 8 channels, and of less if the budget could not be met), and the
             widths of groups of grouped convolutions multiples of 16. It rounds nothing else; ``"vbp"`` rounds nothing.
         min_width: smallest width of every block; by default a sixteenth of its width with ``"auto"``, one neuron with
             ``"vbp"``. A block that a padded convolution reads keeps at least two channels (of each group), so that a constant
@@ -161,7 +161,6 @@ class Deciding:
 
     def scores(self, block: Block, moments: tuple[Moments, ...], samples: int) -> Tensor:
         """Return one score per neuron; ``moments`` must be :func:`pooled`. The criterion is for blocks that layers read."""
-
         if block.factors:
             return products_score(block, moments)
 

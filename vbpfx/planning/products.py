@@ -40,6 +40,6 @@ def products_score(block: Block, moments: Sequence[Moments]) -> Tensor:
 def _power(factor: Factor, moments: Moments) -> Tensor:
     """Return the second moment of a factor's channels, or their variance where a constant changes nothing."""
     variance = moments.variance.double().cpu()
-    if factor.role == "key" and factor.shift_free:
+    if factor.centred:
         return variance
     return variance + moments.mean.double().cpu().square()

@@ -215,6 +215,11 @@ class Factor:
     scales: bool = False
     shift_free: bool = False
 
+    @property
+    def centred(self) -> bool:
+        """Whether the mean of the value counts for nothing: only its covariance matters to what reads the products."""
+        return self.role == "key" and self.shift_free
+
 
 @dataclass(frozen=True)
 class Setting:

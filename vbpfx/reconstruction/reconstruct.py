@@ -35,7 +35,7 @@ from vbpfx.display.progress import progress_bar
 from vbpfx.errors import CalibrationError
 from vbpfx.graph.capture import Captured, named_tensors
 from vbpfx.planning.elimination import PENALTY
-from vbpfx.plans.records import BlockPlan, Consumer, Plan
+from vbpfx.plans.records import Basis, BlockPlan, Consumer, Plan
 from vbpfx.reconstruction.choice import Choice, Regression
 from vbpfx.reconstruction.fitted import with_fitted
 from vbpfx.reconstruction.influence import Influence
@@ -89,11 +89,11 @@ def reconstruct(
     bases = {entry.block.name: entry.basis for entry in plan.blocks}
     if any(bases.values()):  # in the plan's coordinates, channels are removed as everywhere
         analysis = replace(analysis, captured=in_coordinates(analysis.captured, plan))
-        plan = replace(plan, blocks=tuple(replace(entry, basis=None) for entry in plan.blocks))
+        plan = _with_bases(plan, dict.fromkeys(bases))
     order = schedule(analysis)
     steps = steps_of(order, analysis, plan, beside, choose, {name for name, basis in bases.items() if basis})
     if not steps:
-        return replace(plan, blocks=tuple(replace(entry, basis=bases[entry.block.name]) for entry in plan.blocks))
+        return _with_bases(plan, bases)
     device, samples = model_device(analysis.captured.reference), Samples.of(batches)
     samples = replace(samples, batches=tuple(batch.to(device) for batch in samples.batches))
     run = _Reconstruction(order.captured, plan, samples, steps, influence, mask)
@@ -104,8 +104,11 @@ def reconstruct(
             except CalibrationError as error:
                 raise CalibrationError(f"layer {step.layer.weight.rpartition('.')[0]}: {error}") from error
             advance()
-    done = run.result()
-    return replace(done, blocks=tuple(replace(entry, basis=bases[entry.block.name]) for entry in done.blocks))
+    return _with_bases(run.result(), bases)
+
+
+def _with_bases(plan: Plan, bases: Mapping[str, Basis | None]) -> Plan:
+    return replace(plan, blocks=tuple(replace(entry, basis=bases[entry.block.name]) for entry in plan.blocks))
 
 
 class _Reconstruction:

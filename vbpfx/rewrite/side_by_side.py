@@ -218,8 +218,7 @@ class Comparison:
             value = in_other_coordinates(value, place, matrices, width)
         for entry, carrier in self._in_groups.get(name, ()):
             value = _left_out_of_groups(value, carrier, entry)
-        others = {key: found for key, found in self._pruned.items() if name not in self._in_groups or key[0] != name}
-        return _left_out(value, name, others)
+        return value if name in self._in_groups else _left_out(value, name, self._pruned)
 
     def _without_constants(self, value: Tensor, name: str) -> Tensor:
         """Return the value of a narrowed node without constant channels, to which no channel of the reference corresponds."""

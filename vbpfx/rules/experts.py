@@ -102,7 +102,7 @@ def _takes_unbound(step: fx.Node) -> bool:
 
 
 def _unbound(step: fx.Node, dims: list[int | None]) -> list[int | None] | None:
-    (source, index), taken = step.args, 0
+    source, index = step.args
     assert isinstance(source, fx.Node)
     taken = split_axis(source)
     return dims[:taken] + dims[taken + 1 :] if isinstance(index, int) else None
@@ -145,12 +145,11 @@ def grouped_product(site: Site) -> Iterator[Relation]:
     """y[s, o] = sum_i x[s, i] W[e(s), i, o], where the rows s are sorted by expert e and offsets tell where each expert's rows end."""
     x, offsets = site.operand(0, "input"), site.argument(2, "offs")
     read = stack_read(site.argument(1, "weight"), site.names)
-    extra = [site.node.kwargs.get("bias"), *site.node.args[3:4]]
     whole = read is not None and read.routing is None and None not in read.dims and len(read.dims) == 3
     if x is None or x.ndim != 2 or read is None or not whole or read.dims[0] != 0 or not isinstance(offsets, fx.Node):
         yield from site.all_opaque("a grouped product whose weights are computed, or whose groups are not experts")
         return
-    if any(entry is not None for entry in extra):
+    if site.argument(3, "bias") is not None:
         yield from site.all_opaque("a grouped product with a bias among its arguments")
         return
     routing = Routing("offsets", read.parameter.shape[0], by=offsets.name)
