@@ -97,7 +97,7 @@ def _row(record: dict[str, Any]) -> list[str]:
         _plain(record["blocks"]),
         _plain(record["refused"]),
         "-" if share is None else f"{share:.0%}",
-        *(_error(record[form]) for form in ("error64", "sizes", "error32", "onnx", "own")),
+        *(_error(record.get(form)) for form in ("error64", "sizes", "error32", "onnx", "own")),
         f"{sum(record['seconds'].values()):.0f}",
     ]
 
@@ -139,7 +139,7 @@ def _other_forms(measured: Results) -> str:
     for form, title in (("onnx", "ONNX"), ("own", "the model's own class"), ("sizes", "other picture sizes")):
         reasons: dict[str, list[str]] = defaultdict(list)
         for key, record in sorted(measured.items()):
-            if isinstance(record[form], str) and record[form] != "inf":
+            if isinstance(record.get(form), str) and record[form] != "inf":
                 reasons[general(record[form])].append(key)
         rows = [
             (str(len(keys)), ", ".join(keys[:3]), _cell(reason))
